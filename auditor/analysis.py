@@ -1,0 +1,502 @@
+"""Everything measured on one backend, collected sample by sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+
+import numpy as np
+
+from auditor import attribution, divergence, impact, metrics, model
+from auditor.divergence import Local, Meter
+from auditor.impact import Chain
+from auditor.metrics import Moments
+from auditor.noises import fp32_rounding
+from auditor.ports import Array, Arrays, Noise, SegmentGraph
+from auditor.records import (
+    BackendReport,
+    CategoryShare,
+    Concentration,
+    Fidelity,
+    FidelityProof,
+    Gap,
+    Kernel,
+    OutputDistance,
+    Probe,
+    Segment,
+    Skipped,
+    TensorStats,
+)
+from auditor.replay import Reference, ReplayError
+from auditor.segments import Cut
+from auditor.trace import SampleTrace, Tracer
+
+# Leave-one-in is averaged over this many samples (it was stable from four on) and measured for
+# this many segments, those with the largest introduced error.
+IMPACT_SAMPLES = 4
+IMPACT_SEGMENTS = 64
+# The segments whose cause is also tested against rival causes, and where the error's place
+# inside the tensor is reported.
+TOP = 10
+# A derived tensor name is believed when the values have at least this cosine similarity.
+CONFIRMED = 0.9
+# Outside this range of Σ leave-one-in², contributions do not add.
+ADDITIVE = (0.5, 2.0)
+
+
+class Analysis:
+    """One backend's divergence from the reference.
+
+    Attributes:
+        effects: by segment id, the mean relative L2 that its error alone causes in the outputs.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        reference: Reference,
+        rename: Mapping[str, str],
+        noises: Sequence[Noise],
+    ) -> None:
+        """Prepare for samples.
+
+        Args:
+            tracer: the backend's tracer, which knows what was built and probed.
+            reference: the reference model.
+            rename: compiled model's tensor names → the reference's.
+            noises: the catalogue of hypotheses.
+        """
+        self.tracer = tracer
+        self.reference = reference
+        self.rename = rename
+        self.noises = {noise.id: noise for noise in noises}
+        self.effects: dict[str, float] = {}
+        self._cuts: tuple[Cut, ...] = ()
+        self._probes: dict[str, Probe] = {}
+        self._skipped: list[Skipped] = []
+        self._meters: dict[str, Meter] = {}
+        self._outputs: dict[str, Moments] = {}
+        self._top1: dict[str, list[float]] = {}
+        self._equal = True
+        self._run_to_run = 0.0
+        self._rebuild = 0.0
+        self._effects: dict[str, list[float]] = {}
+        self._loi: dict[str, list[float]] = {}
+        self._booked: list[tuple[str, tuple[Cut, ...], float]] = []
+        self._categories: dict[str, float] = {}
+        self._unexplained = 0.0
+        self._control: float | None = None
+        self._explained: dict[str, attribution.Explanation] = {}
+        self._tensors: dict[str, TensorStats] = {}
+        self._concentrated: dict[str, Concentration | None] = {}
+        self._all_kernels: tuple[Kernel, ...] | None = None
+        self._warnings: list[str] = []
+
+    # --- measuring ---------------------------------------------------------------------------
+
+    def add(self, index: int, feeds: Arrays, expected: Arrays, trace: SampleTrace) -> None:
+        """Measure one sample.
+
+        Args:
+            index: the sample's number, from 0.
+            feeds: the stimulus by the reference's input names.
+            expected: the reference's final outputs.
+            trace: what the backend did.
+        """
+        captured = feeds | self._renamed(trace.tensors)
+        self._equal &= trace.bitwise_equal
+        self._run_to_run = max(self._run_to_run, trace.run_to_run)
+        self._rebuild = max(self._rebuild, trace.difference)
+        for name, value in expected.items():
+            if name in captured:
+                self._outputs.setdefault(name, Moments()).add(captured[name], value)
+                if (agreement := _top1(captured[name], value)) is not None:
+                    self._top1.setdefault(name, []).append(agreement)
+        if index == 0:
+            base = self._cut(feeds, captured)
+            if not metrics.bitwise_equal({n: base[n] for n in expected if n in base}, expected):
+                self._warnings.append(
+                    "The reference run segment by segment does not have the bits of the whole "
+                    "reference; introduced errors near the floor are less certain."
+                )
+        else:
+            base = self.reference.replayer.walk(self._cuts, feeds)
+        outputs = tuple(n for n in expected if self.reference.computes(n))
+        chain = Chain(self.reference.replayer, self._cuts, feeds, base, captured, outputs)
+        locals_, failures = divergence.replay(self.reference.replayer, self._cuts, captured)
+        for cut in self._cuts:
+            meter = self._meters.setdefault(cut.id, Meter(cut))
+            meter.add(locals_.get(cut.id), captured, base)
+            meter.unmeasured = meter.unmeasured or failures.get(cut.id)
+            if index == 0 and cut.id in locals_:
+                again = self._renamed(trace.again) if trace.again else None
+                self._set_floor(meter, locals_[cut.id], base, again)
+        flagged = self._flagged(locals_)
+        if index < IMPACT_SAMPLES:
+            self._add_impact(chain, flagged, locals_)
+        if index == 0:
+            self._explain(chain, flagged, locals_, failures)
+
+    def _renamed(self, tensors: Arrays) -> Arrays:
+        return {self.rename[n]: v for n, v in tensors.items() if n in self.rename}
+
+    def _cut(self, feeds: Arrays, captured: Arrays) -> Arrays:
+        """Choose the segments; returns the reference's tensors on the first sample."""
+        graph, replayer = self.reference.graph, self.reference.replayer
+        self._probes = {
+            self.rename[p.tensor]: p for p in self.tracer.probes if p.tensor in self.rename
+        }
+        self._skipped = list(self.tracer.skipped)
+        self._skipped += [
+            Skipped(p.tensor, "has no counterpart in the reference model")
+            for p in self.tracer.probes
+            if p.tensor not in self.rename
+        ]
+        known = {*self._probes, *graph.outputs} & captured.keys()
+        self._cuts = graph.cut(known)
+        base = replayer.walk(self._cuts, feeds)
+        doubtful = self._unconfirmed(captured, base)
+        if doubtful:
+            for name in doubtful:
+                probe = self._probes.pop(name)
+                self._skipped.append(
+                    Skipped(probe.tensor, "its derived name was not confirmed by its values")
+                )
+            self._cuts = graph.cut(known - doubtful)
+            base = replayer.walk(self._cuts, feeds)
+        return base
+
+    def _unconfirmed(self, captured: Arrays, base: Arrays) -> set[str]:
+        """Probes under a derived name whose values are neither the reference's nor a replay's."""
+        doubtful = set[str]()
+        for cut in self._cuts:
+            names = [n for n in cut.outputs if n in self._probes and self._probes[n].inferred]
+            wrong = {n for n in names if _cosine(captured[n], base[n]) < CONFIRMED}
+            if wrong:
+                try:
+                    replayed = self.reference.replayer.run(cut, captured)
+                    wrong = {n for n in wrong if _cosine(captured[n], replayed[n]) < CONFIRMED}
+                except ReplayError:
+                    pass
+            doubtful |= wrong
+        return doubtful
+
+    def _set_floor(
+        self, meter: Meter, local: Local, base: Arrays, again: Arrays | None
+    ) -> None:
+        meter.floor = fp32_rounding.floor(0.0)
+        if meter.flagged or again is not None:
+            meter.floor = divergence.floor(
+                self.reference.replayer, meter.cut, local, base, again
+            )
+
+    def _flagged(self, locals_: Mapping[str, Local]) -> list[Cut]:
+        return [c for c in self._cuts if c.id in locals_ and self._meters[c.id].flagged]
+
+    def _add_impact(
+        self, chain: Chain, flagged: Sequence[Cut], locals_: Mapping[str, Local]
+    ) -> None:
+        whole = metrics.relative_l2(chain.captured, chain.base, chain.outputs)
+        strongest = sorted(flagged, key=self._introduced, reverse=True)[:IMPACT_SEGMENTS]
+        for cut in strongest:
+            self.tracer.progress.update("reference", f"impact on {self.tracer.id}, {cut.id}")
+            effect = impact.leave_one_in(chain, cut, locals_[cut.id])
+            self._effects.setdefault(cut.id, []).append(effect)
+            if 0 < whole < math.inf:
+                self._loi.setdefault(cut.id, []).append(effect / whole)
+        self.effects = {s: sum(e) / len(e) for s, e in self._effects.items()}
+
+    def _explain(
+        self,
+        chain: Chain,
+        flagged: Sequence[Cut],
+        locals_: Mapping[str, Local],
+        failures: Mapping[str, str],
+    ) -> None:
+        """Causes, book-keeping and pictures, all on the first sample."""
+        self.tracer.progress.update("reference", f"causes on {self.tracer.id}")
+        top = set(sorted(self.effects, key=self.effects.__getitem__, reverse=True)[:TOP])
+        rounding = {
+            c.id: locals_[c.id].error for c in self._cuts if c.id in locals_ and c not in flagged
+        }
+        parts: dict[str, dict[str, Arrays]] = {fp32_rounding.NOISE.id: rounding}
+        prior: attribution.Prior = {}
+        for cut in flagged:
+            local = locals_[cut.id]
+            explanation = attribution.explain(
+                SegmentGraph(chain.replayer.model(cut), self._kernels(cut)),
+                local.inputs,
+                local.observed,
+                local.replayed,
+                tuple(self.noises.values()),
+                threads=chain.replayer.threads,
+                prior=prior,
+                thorough=cut.id in top,
+            )
+            self._explained[cut.id] = explanation
+            if explanation.noise is not None:
+                part = impact.difference(explanation.outputs, local.replayed)
+                parts.setdefault(explanation.noise, {})[cut.id] = part
+        parts = {noise: segments for noise, segments in parts.items() if segments}
+        if failures or metrics.relative_l2(chain.captured, chain.base, chain.outputs) == 0.0:
+            self._unexplained = 1.0 if failures else 0.0
+        else:
+            self._categories, self._unexplained = impact.by_category(chain, locals_, parts)
+        groups = _groups(self._cuts, {c.id for c in flagged} | failures.keys())
+        shares = impact.telescope(chain, groups)
+        self._booked = [
+            (group[-1].id if len(group) == 1 else f"{group[0].id}–{group[-1].id}", group, share)
+            for group, share in zip(groups, shares, strict=True)
+        ]
+        if flagged:
+            self._control = impact.input_control(chain, chain.base)
+        for name, value in chain.captured.items():
+            self._tensors[name] = _stats(name, value, chain.base[name])
+        finals = set(chain.outputs)
+        for cut in self._cuts:
+            if cut.id in top or finals & set(cut.outputs):
+                name = cut.outputs[0]
+                self._concentrated[cut.id] = metrics.concentration(
+                    chain.captured[name], chain.base[name]
+                )
+
+    def _introduced(self, cut: Cut) -> float:
+        meter = self._meters[cut.id]
+        return meter.relative(meter.introduced)
+
+    def _kernels(self, cut: Cut) -> tuple[Kernel, ...]:
+        """What the engine says it ran for a segment, in execution order, by reference names."""
+        if self._all_kernels is None:
+            kernels = self.tracer.provenance.kernels if self.tracer.provenance else ()
+            self._all_kernels = tuple(
+                replace(
+                    kernel,
+                    nodes=tuple(self.rename[n] for n in kernel.nodes if n in self.rename),
+                    outputs=tuple(self.rename[n] for n in kernel.outputs if n in self.rename),
+                )
+                for kernel in kernels
+            )
+        keys = {model.key(self.reference.graph.nodes[i]) for i in cut.nodes}
+        return tuple(k for k in self._all_kernels if keys & set(k.nodes))
+
+    # --- reporting ---------------------------------------------------------------------------
+
+    def report(self, device: str) -> BackendReport:
+        """The backend's part of the report."""
+        tracer = self.tracer
+        provenance = tracer.provenance
+        if provenance is not None and self._all_kernels is not None:
+            provenance = replace(provenance, kernels=self._all_kernels)
+        blank = BackendReport(
+            id=tracer.id,
+            device=provenance.device if provenance else device,
+            status="built" if tracer.built_only else "gap",
+            gap=tracer.gap,
+            provenance=provenance,
+            seconds=dict(tracer.seconds),
+        )
+        if tracer.gap is not None:
+            return blank
+        segments = tuple(self._segment(cut) for cut in self._cuts)
+        return replace(
+            blank,
+            status="audited",
+            fidelity=self._proof(),
+            outputs=tuple(
+                OutputDistance(
+                    name,
+                    moments.distance(),
+                    sum(self._top1[name]) / len(self._top1[name]) if name in self._top1 else None,
+                )
+                for name, moments in self._outputs.items()
+            ),
+            categories=tuple(
+                CategoryShare(noise, self.noises[noise].stage, share)
+                for noise, share in self._categories.items()
+            ),
+            unexplained_share=self._unexplained,
+            segments=segments,
+            booked=tuple((label, share) for label, _, share in self._booked),
+            additivity=self._additivity(),
+            input_control=self._control,
+            warnings=tuple(self._sentences(segments)),
+        )
+
+    def gaps(self) -> list[Gap]:
+        """What of this backend was not audited."""
+        gaps = [self.tracer.gap] if self.tracer.gap else []
+        return gaps + [
+            Gap(f"{self.tracer.id} {meter.cut.id}", "compare", meter.unmeasured)
+            for meter in self._meters.values()
+            if meter.unmeasured
+        ]
+
+    def _proof(self) -> FidelityProof:
+        proved = self._equal and self.tracer.program_unchanged
+        kinds = [p.fidelity for p in self._probes.values()] if proved else []
+        finals = [n for n in self.reference.graph.outputs if n not in self._probes]
+        finals = [n for n in finals if self.reference.computes(n)]
+        return FidelityProof(
+            outputs_bitwise_equal=self._equal,
+            program_unchanged=self.tracer.program_unchanged,
+            candidates=len(self._probes) + len(finals) + len(self._skipped),
+            # A final output is what the plain program itself returns: nothing was added to see it.
+            output_proved=kinds.count("output-proved") + len(finals),
+            cone_proved=kinds.count("cone-proved"),
+            perturbing=kinds.count("perturbing") if proved else len(self._probes),
+            run_to_run=self._run_to_run,
+            rebuild=self._rebuild if self.tracer.rebuilt else None,
+            skipped=tuple(self._skipped),
+        )
+
+    def _segment(self, cut: Cut) -> Segment:
+        meter = self._meters[cut.id]
+        nodes = [self.reference.graph.nodes[i] for i in cut.nodes]
+        kernels = self._kernels(cut)
+        found = self._explained.get(cut.id)
+        introduced = meter.relative(meter.introduced)
+        loi = self._loi.get(cut.id)
+        booked = [share for _, group, share in self._booked if group == (cut,)]
+        rounding = meter.unmeasured is None and found is None
+        return Segment(
+            id=cut.id,
+            nodes=tuple(self.reference.labels[model.key(n)] for n in nodes),
+            node_keys=tuple(model.key(n) for n in nodes),
+            op_types=tuple(n.op_type for n in nodes),
+            inputs=cut.inputs,
+            outputs=cut.outputs,
+            kernel=" + ".join(dict.fromkeys(_describe(k) for k in kernels)),
+            precision="/".join(dict.fromkeys(k.precision for k in kernels if k.precision)),
+            fidelity=self._fidelity(cut),
+            accumulated=meter.relative(meter.accumulated),
+            introduced=introduced,
+            inherited=meter.relative(meter.inherited),
+            amplification=meter.amplification,
+            leave_one_in=sum(loi) / len(loi) if loi else None,
+            impact_share=booked[0] if booked and math.isfinite(booked[0]) else None,
+            floor=meter.floor,
+            noise=found.noise if found else fp32_rounding.NOISE.id if rounding else None,
+            explained=found.explained if found else None,
+            bit_identical=(found.bit_identical if found else meter.identical / meter.samples),
+            residual=found.residual * introduced if found else introduced,
+            hypotheses=found.hypotheses if found else (),
+            tensors=(
+                *(replace(self._tensors[n], role="input") for n in cut.inputs),
+                *(self._tensors[n] for n in cut.outputs),
+            ),
+            concentration=self._concentrated.get(cut.id),
+            unmeasured=meter.unmeasured,
+        )
+
+    def _fidelity(self, cut: Cut) -> Fidelity:
+        if not (self._equal and self.tracer.program_unchanged):
+            return "perturbing"
+        kinds = {self._probes[n].fidelity for n in (*cut.inputs, *cut.outputs) if n in self._probes}
+        return next(
+            (k for k in ("perturbing", "cone-proved", "output-proved") if k in kinds),
+            "output-proved",
+        )
+
+    def _additivity(self) -> float | None:
+        """Σ leave-one-in², where every flagged segment was measured."""
+        flagged = [m for m in self._meters.values() if m.flagged]
+        if not flagged or any(m.cut.id not in self._loi for m in flagged):
+            return None
+        means = [sum(values) / len(values) for values in self._loi.values()]
+        total = sum(v * v for v in means)
+        return total if math.isfinite(total) else None
+
+    def _sentences(self, segments: Sequence[Segment]) -> list[str]:
+        """What the reader must not miss."""
+        said = list(self._warnings)
+        if not self._equal:
+            said.append(
+                "The instrumented run's outputs differ from the plain run's: captures may not "
+                "show the program that ships."
+            )
+        elif not self.tracer.program_unchanged:
+            said.append("Observing this program could not be proved to leave it unchanged.")
+        if self._run_to_run > 0:
+            said.append(
+                f"The program does not repeat its own bits (relative L2 {self._run_to_run:.1e} "
+                "between runs)."
+            )
+        total = self._additivity()
+        if total is not None and not ADDITIVE[0] <= total <= ADDITIVE[1]:
+            said.append(
+                f"Contributions do not add here (sum of squared impacts {total:.2f}, 1 where "
+                "errors are independent): repairing several segments helps "
+                f"{'less' if total > 1 else 'more'} than their impacts suggest."
+            )
+        unranked = [m for m in self._meters.values() if m.flagged and m.cut.id not in self._effects]
+        if unranked:
+            said.append(
+                f"Impact was measured for the {len(self._effects)} segments with the largest "
+                f"introduced error; {len(unranked)} smaller ones are listed without it."
+            )
+        finals = set(self.reference.graph.outputs)
+        for segment in segments:
+            place = segment.concentration
+            if place is not None and finals & set(segment.outputs):
+                said.append(
+                    f"{place.share:.0%} of the error of output `{segment.outputs[0]}` sits at "
+                    f"index {place.index} of axis {place.axis} (size {place.axis_size})."
+                )
+        if self._control is not None and self._control > 10:
+            said.append(
+                f"The model itself amplifies relative noise on its input {self._control:.0f} "
+                "times: small differences anywhere become large ones at the output."
+            )
+        return said
+
+
+def _groups(cuts: Sequence[Cut], alone: Set[str]) -> list[tuple[Cut, ...]]:
+    """Consecutive segments, those in ``alone`` by themselves and the stretches between joined."""
+    groups: list[tuple[Cut, ...]] = []
+    stretch: list[Cut] = []
+    for cut in cuts:
+        if cut.id not in alone:
+            stretch.append(cut)
+            continue
+        if stretch:
+            groups.append(tuple(stretch))
+            stretch = []
+        groups.append((cut,))
+    if stretch:
+        groups.append(tuple(stretch))
+    return groups
+
+
+def _describe(kernel: Kernel) -> str:
+    return " ".join(part for part in (kernel.type, kernel.primitive) if part)
+
+
+def _cosine(a: Array, b: Array) -> float:
+    return metrics.distance(a, b).cosine
+
+
+def _stats(name: str, observed: Array, reference: Array) -> TensorStats:
+    return TensorStats(
+        name=name,
+        dtype=str(reference.dtype),
+        shape=tuple(reference.shape),
+        role="output",
+        reference_range=metrics.value_range(reference),
+        backend_range=metrics.value_range(observed),
+        distance=metrics.distance(observed, reference),
+        histogram=metrics.histogram(observed, reference),
+        histogram_edges=metrics.HISTOGRAM_EDGES,
+    )
+
+
+def _top1(observed: Array, reference: Array) -> float | None:
+    """Fraction of rows with the same arg max, where the tensor looks like scores.
+
+    Scores are floating point, of rank 2 and have at least three classes.
+    """
+    if reference.ndim != 2 or reference.shape[1] < 3 or reference.dtype.kind != "f":
+        return None
+    if observed.shape != reference.shape:
+        return None
+    return float(np.mean(observed.argmax(axis=1) == reference.argmax(axis=1)))

@@ -1,0 +1,238 @@
+"""One audit, from a model file to a report: the straight line through the domain."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from auditor import __version__
+from auditor.records import AuditReport, BuildRequest, Severity
+from auditor.worker import Worker, workers
+
+if TYPE_CHECKING:
+    from auditor.analysis import Analysis
+    from auditor.model import Model
+    from auditor.ports import Arrays, Noise, Progress
+    from auditor.stimulus import Stimulus
+    from auditor.trace import SampleTrace, Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """A backend as named in ``--backends``: ``ov`` or ``ov:GPU``."""
+
+    id: str
+    device: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The name under which the report speaks of it."""
+        return f"{self.id}:{self.device}" if self.device else self.id
+
+
+@dataclass(frozen=True, slots=True)
+class AuditOptions:
+    """What the user asked for.
+
+    Attributes:
+        requested: whether the backends were named; unnamed ones that are missing do not make
+            the audit incomplete.
+        candidate: another export that the backends compile while the model stays the reference.
+        shapes: input shapes from ``--shape``.
+        timeout: seconds that one step of one backend may take.
+        threads: threads of every engine and of the reference; None for the engines' defaults.
+        options: engine options by backend id.
+        fail_on: lowest severity that fails the audit.
+    """
+
+    backends: tuple[BackendSpec, ...]
+    requested: bool = True
+    candidate: Path | None = None
+    data: Path | None = None
+    seed: int = 0
+    samples: int | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    timeout: float = 600.0
+    threads: int | None = None
+    options: dict[str, dict[str, str]] = field(default_factory=dict)
+    fail_on: Severity = "medium"
+
+
+def audit(
+    model_path: Path,
+    options: AuditOptions,
+    *,
+    noises: Sequence[Noise],
+    progress: Progress,
+) -> AuditReport:
+    """Audit one exported model on several backends.
+
+    Raises:
+        UsageError: the model, the data or an option is unusable.
+    """
+    clock = _Clock()
+    # The workers import their engines while this process loads the model.
+    with workers([spec.id for spec in options.backends]) as (started, _):
+        with ThreadPoolExecutor(max(1, len(started))) as pool:
+            try:
+                return _run(model_path, options, noises, progress, started, pool, clock)
+            except BaseException:
+                for worker in started:  # or leaving the pool would wait for their answers
+                    worker.kill()
+                raise
+
+
+def _run(
+    model_path: Path,
+    options: AuditOptions,
+    noises: Sequence[Noise],
+    progress: Progress,
+    started: Sequence[Worker],
+    pool: ThreadPoolExecutor,
+    clock: _Clock,
+) -> AuditReport:
+    from auditor.trace import Tracer
+
+    tracers = [
+        Tracer(spec.label, worker, options.timeout, progress)
+        for spec, worker in zip(options.backends, started, strict=True)
+    ]
+    ready = [pool.submit(tracer.start) for tracer in tracers]
+    progress.update("reference", "load")
+
+    # Imported here: the workers are starting meanwhile.
+    from auditor import model as models
+    from auditor import ranking
+    from auditor import stimulus as stimuli
+    from auditor.agreement import Agreements
+    from auditor.analysis import Analysis
+    from auditor.replay import Reference
+
+    model = models.load(model_path)
+    compiled = models.load(options.candidate) if options.candidate else model
+    stimulus = stimuli.load(
+        model, options.data, options.seed, options.samples, options.shapes
+    )
+    rename = _correspondence(model, compiled)
+    clock.lap("load")
+
+    samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
+    jobs = {
+        tracer.id: pool.submit(_begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples)
+        for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
+    }
+    progress.update("reference", "run")
+    reference = Reference(model, options.threads or os.cpu_count() or 1)
+    analyses = {t.id: Analysis(t, reference, rename, noises) for t in tracers}
+    agreements = Agreements()
+    for index in range(len(stimulus)):
+        feeds = stimulus.sample(index)
+        expected = reference.run(feeds)
+        outputs = {"reference": expected}
+        by_job = {job: who for who, job in jobs.items()}
+        for job in as_completed(by_job):
+            who = by_job[job]
+            trace = job.result()
+            if trace is None:
+                del jobs[who]
+                continue
+            if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
+                tracer = analyses[who].tracer
+                jobs[who] = pool.submit(tracer.sample, samples.feeds(index + 1))
+            progress.update("reference", f"compare {who}")
+            analyses[who].add(index, feeds, expected, trace)
+            outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
+        agreements.add(outputs)
+    clock.lap("measure")
+
+    reports = tuple(
+        analyses[t.id].report(spec.device or "")
+        for t, spec in zip(tracers, options.backends, strict=True)
+    )
+    catalogue = {noise.id: noise for noise in noises}
+    effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
+    found = ranking.findings(reports, effects, catalogue)
+    requested = [t.id for t in tracers if options.requested or t.provenance is not None]
+    decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
+    pairs = agreements.pairs()
+    clock.lap("report")
+    return AuditReport(
+        tool_version=__version__,
+        model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
+        stimulus=stimulus.info,
+        reference=reference.info,
+        backends=reports,
+        findings=found,
+        agreement=pairs,
+        outlier=ranking.outlier(pairs),
+        gaps=tuple(gap for analysis in analyses.values() for gap in analysis.gaps()),
+        verdict=decision,
+        exit_code=exit_code,
+        timing=clock.laps,
+    )
+
+
+def _begin(
+    tracer: Tracer, start: Future[bool], request: BuildRequest, samples: _Samples
+) -> SampleTrace | None:
+    """Build and run the first sample; None when the backend has a gap instead."""
+    if not start.result():
+        return None
+    tracer.build(request)
+    if tracer.gap is not None:
+        return None
+    return tracer.sample(samples.feeds(0))
+
+
+def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
+    """The compiled model's tensor names → the reference model's."""
+    from auditor.matching import match
+    from auditor.segments import Graph
+
+    ours = Graph(model.proto)
+    return match(ours, ours if compiled is model else Graph(compiled.proto))
+
+
+def _request(
+    spec: BackendSpec, tracer: Tracer, options: AuditOptions, compiled: Model, samples: _Samples
+) -> BuildRequest:
+    shapes = {name: tuple(value.shape) for name, value in samples.feeds(0).items()}
+    return BuildRequest(
+        model_path=compiled.path,
+        shapes=shapes,
+        dynamic=any(not isinstance(d, int) for i in compiled.inputs for d in i.shape or (None,)),
+        device=spec.device,
+        threads=options.threads,
+        options=options.options.get(spec.id, {}),
+        workdir=tracer.worker.workdir,
+    )
+
+
+class _Samples:
+    """The stimulus under the compiled model's input names."""
+
+    def __init__(self, stimulus: Stimulus, names: dict[str, str]) -> None:
+        self._stimulus = stimulus
+        self._names = names
+
+    def feeds(self, index: int) -> Arrays:
+        return {self._names.get(n, n): v for n, v in self._stimulus.sample(index).items()}
+
+
+class _Clock:
+    """Wall seconds per stage of the audit."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._begun = self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = now - self._last
+        self.laps["total"] = now - self._begun
+        self._last = now

@@ -1,0 +1,151 @@
+"""Accumulated, introduced and inherited error of every segment, summed over samples.
+
+With a backend's captured inputs in_b and outputs out_b of a segment, the reference's out_r, and
+h(in_b), the reference segment run on the backend's own inputs::
+
+    accumulated = ‖out_b − out_r‖ / ‖out_r‖      what the tensor is off by
+    introduced  = ‖out_b − h(in_b)‖ / ‖out_r‖    what this segment itself did
+    inherited   = ‖h(in_b) − out_r‖ / ‖out_r‖    what it was handed and passed on
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from auditor import metrics
+from auditor.metrics import Moments
+from auditor.noises import fp32_rounding
+from auditor.ports import Array, Arrays
+from auditor.replay import Replayer, ReplayError, difference
+from auditor.segments import Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """One segment on one sample: the reference on the backend's inputs, and what is left."""
+
+    inputs: Arrays  # in_b
+    observed: Arrays  # out_b
+    replayed: Arrays  # h(in_b)
+    error: Arrays  # out_b − h(in_b)
+
+
+@dataclass(slots=True)
+class Meter:
+    """Running sums of one segment over samples."""
+
+    cut: Cut
+    accumulated: dict[str, Moments] = field(default_factory=dict)
+    introduced: dict[str, Moments] = field(default_factory=dict)
+    inherited: dict[str, Moments] = field(default_factory=dict)
+    entering: dict[str, Moments] = field(default_factory=dict)
+    floor: float = 0.0
+    identical: float = 0.0
+    samples: int = 0
+    unmeasured: str | None = None
+
+    def add(self, local: Local | None, captured: Arrays, reference: Arrays) -> None:
+        """Add one sample; ``local`` is None where the segment could not be replayed."""
+        for name in self.cut.inputs:
+            _moments(self.entering, name).add(captured[name], reference[name])
+        self.samples += 1
+        same = 0.0
+        for name in self.cut.outputs:
+            _moments(self.accumulated, name).add(captured[name], reference[name])
+            if local is not None:
+                _moments(self.introduced, name).add(captured[name], local.replayed[name])
+                _moments(self.inherited, name).add(local.replayed[name], reference[name])
+                same += metrics.bit_identical(captured[name], local.replayed[name])
+        self.identical += same / len(self.cut.outputs)
+
+    def relative(self, of: dict[str, Moments]) -> float:
+        """Error against the *reference's* norm, as root mean square over the outputs."""
+        total = 0.0
+        for name, moments in of.items():
+            if moments.error > 0:
+                scale = self.accumulated[name].reference or moments.observed or moments.reference
+                total += moments.error / scale if scale > 0 else math.inf
+        return math.sqrt(total / len(of)) if of else 0.0
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the introduced error is above everything rounding and repetition can do."""
+        return self.relative(self.introduced) > self.floor
+
+    @property
+    def amplification(self) -> float | None:
+        """Accumulated error out over accumulated error in; None when the inputs carry none."""
+        entering = [m.distance().relative_l2 for m in self.entering.values()]
+        into = math.sqrt(sum(e * e for e in entering) / len(entering)) if entering else 0.0
+        out = self.relative(self.accumulated)
+        return out / into if 0 < into < math.inf and math.isfinite(out) else None
+
+
+def replay(
+    replayer: Replayer, cuts: Iterable[Cut], captured: Arrays
+) -> tuple[dict[str, Local], dict[str, str]]:
+    """Run every reference segment on the backend's captured tensors.
+
+    Returns:
+        By segment id: the local divergence, or why it could not be replayed.
+    """
+    locals_: dict[str, Local] = {}
+    failures: dict[str, str] = {}
+    for cut in cuts:
+        observed = {name: captured[name] for name in cut.outputs}
+        try:
+            replayed = replayer.run(cut, captured)
+        except ReplayError as error:
+            failures[cut.id] = error.message
+            continue
+        inputs = {name: captured[name] for name in cut.inputs}
+        locals_[cut.id] = Local(inputs, observed, replayed, difference(observed, replayed))
+    return locals_, failures
+
+
+def floor(
+    replayer: Replayer, cut: Cut, local: Local, reference: Mapping[str, Array], again: Arrays | None
+) -> float:
+    """The introduced error below which nothing is blamed on this segment.
+
+    The largest of what rounding can do there (a replay with inputs perturbed in their last
+    bit) and, for a program that does not repeat its own bits, how far two of its runs are apart.
+    """
+    generator = np.random.default_rng(0)
+    jittered = {name: _jitter(value, generator) for name, value in local.inputs.items()}
+    scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
+    try:
+        moved = replayer.run(cut, jittered)
+    except ReplayError:
+        moved = local.replayed
+    rounding = _distance(moved, local.replayed, scale)
+    repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
+    coarse = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
+    return max(fp32_rounding.floor(rounding, half=coarse), 2 * repeat)
+
+
+def _distance(a: Arrays, b: Arrays, scale: dict[str, float]) -> float:
+    total = 0.0
+    for name, value in b.items():
+        moments = Moments()
+        moments.add(a[name], value)
+        if 0 < moments.error < math.inf and scale[name] > 0:
+            total += moments.error / scale[name]
+    return math.sqrt(total / len(b))
+
+
+def _jitter(value: Array, generator: np.random.Generator) -> Array:
+    if value.dtype.kind != "f":
+        return value
+    unit = float(np.finfo(value.dtype).eps)
+    noise = generator.uniform(-unit, unit, value.shape).astype(value.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (value * (1 + noise)).astype(value.dtype, copy=False)
+
+
+def _moments(of: dict[str, Moments], name: str) -> Moments:
+    return of.setdefault(name, Moments())

@@ -1,0 +1,44 @@
+"""The errors a user can meet, each with a hint saying what to do.
+
+Findings are never exceptions: these mean that something could not be audited.
+"""
+
+from __future__ import annotations
+
+
+class AuditError(Exception):
+    """Something the auditor cannot do, with a hint for the person who asked.
+
+    Attributes:
+        message: what is wrong, in one sentence.
+        hint: what to do about it, in one sentence; empty when there is nothing to do.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(AuditError):
+    """Bad arguments, configuration, model or data: exit code 2."""
+
+
+class BackendError(AuditError):
+    """A backend could not do its part: becomes a gap, never ends the audit.
+
+    Attributes:
+        stage: where it stopped: ``start``, ``build``, ``run``, ``instrument`` or ``capture``.
+        log: the last lines the backend printed, oldest first.
+    """
+
+    def __init__(
+        self, message: str, hint: str = "", *, stage: str = "build", log: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, hint)
+        self.stage = stage
+        self.log = log
+
+
+class NoiseError(AuditError):
+    """A noise could not be replayed on a segment: becomes a gap."""

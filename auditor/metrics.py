@@ -1,0 +1,238 @@
+"""Distances between a tensor and its reference, in one pass and mergeable over samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from auditor.ports import Array, Arrays
+from auditor.records import Concentration, Distance
+
+# float32 dot products lose nothing that matters here unless squares leave this range.
+_SAFE_SQUARE = (1e-30, 1e37)
+
+# Bins of relative error, a factor of 8 wide: binary exponents are read off the bits.
+_BINARY_EDGES = tuple(range(-30, 4, 3))
+HISTOGRAM_EDGES = tuple(e * math.log10(2) for e in _BINARY_EDGES)
+
+
+@dataclass(slots=True)
+class Moments:
+    """Running sums over samples from which a ``Distance`` is read.
+
+    Attributes:
+        reference, observed, cross, error: Σr², Σb², Σrb and Σ(b − r)².
+        max_abs: max |b − r|.
+        mismatch: the first reason why values could not be compared, or None.
+    """
+
+    reference: float = 0.0
+    observed: float = 0.0
+    cross: float = 0.0
+    error: float = 0.0
+    max_abs: float = 0.0
+    mismatch: str | None = None
+
+    def add(self, observed: Array, reference: Array) -> None:
+        """Add one sample's tensor; the two may have any shape and numeric or bool dtype."""
+        if observed.shape != reference.shape:
+            self.mismatch = self.mismatch or (
+                f"shape {_dims(observed.shape)} instead of {_dims(reference.shape)}"
+            )
+            self.error = math.inf
+            self.max_abs = math.inf
+            return
+        if reference.size == 0:
+            return
+        b, r, mismatch = _comparable(observed, reference)
+        if mismatch is not None:
+            self.mismatch = self.mismatch or mismatch
+            self.error = math.inf
+            self.max_abs = math.inf
+        difference = b - r
+        self.reference += square_sum(r)
+        self.observed += square_sum(b)
+        self.cross += _dot(b, r)
+        self.error += square_sum(difference)
+        self.max_abs = max(self.max_abs, float(np.max(np.abs(difference), initial=0.0)))
+
+    def distance(self) -> Distance:
+        """The distance over everything added so far."""
+        if self.error == 0.0:
+            return Distance(0.0, 0.0, math.inf, 1.0, self.mismatch)
+        scale = self.reference if self.reference > 0 else self.observed
+        if not math.isfinite(self.error) or scale == 0.0:
+            return Distance(math.inf, self.max_abs, -math.inf, 0.0, self.mismatch)
+        relative = math.sqrt(self.error / scale)
+        norm = math.sqrt(self.reference) * math.sqrt(self.observed)
+        cosine = max(-1.0, min(1.0, self.cross / norm)) if norm > 0 else 0.0
+        return Distance(relative, self.max_abs, -20 * math.log10(relative), cosine, self.mismatch)
+
+
+def distance(observed: Array, reference: Array) -> Distance:
+    """Distance of one tensor from its reference."""
+    moments = Moments()
+    moments.add(observed, reference)
+    return moments.distance()
+
+
+def relative_l2(observed: Arrays, reference: Arrays, names: tuple[str, ...]) -> float:
+    """Relative L2 over several tensors, each normalised by its own reference norm.
+
+    Several outputs of one model may differ in scale by orders of magnitude (boxes in pixels
+    beside scores in [0, 1]), so each counts by its own relative error: the root mean square
+    over the outputs. Infinite where any of them cannot be compared.
+    """
+    if not names:
+        return 0.0
+    total = 0.0
+    for name in names:
+        total += distance(observed[name], reference[name]).relative_l2 ** 2
+    return math.sqrt(total / len(names))
+
+
+def projection(part: Arrays, whole: Arrays, reference: Arrays, names: tuple[str, ...]) -> float:
+    """⟨part, whole⟩ / ‖whole‖² over several outputs, each normalised by its reference norm.
+
+    ``part`` and ``whole`` are differences in the outputs; with parts that sum to the whole the
+    projections sum to 1. NaN where a value is not finite or the whole is zero.
+    """
+    above = below = 0.0
+    for name in names:
+        scale = square_sum(to_float(reference[name])) or 1.0
+        w = to_float(whole[name])
+        above += _dot(to_float(part[name]), w) / scale
+        below += square_sum(w) / scale
+    return above / below if below > 0 and math.isfinite(above) and math.isfinite(below) else math.nan
+
+
+def bit_identical(observed: Array, reference: Array) -> float:
+    """Fraction of elements with the same value and type (NaN equals NaN; ±0 are the same)."""
+    if observed.shape != reference.shape:
+        return 0.0
+    if reference.size == 0:
+        return 1.0
+    same = observed == reference
+    if reference.dtype.kind == "f" and observed.dtype.kind == "f":
+        same |= np.isnan(observed) & np.isnan(reference)
+    return float(np.count_nonzero(same)) / reference.size
+
+
+def bitwise_equal(a: Arrays, b: Arrays) -> bool:
+    """Whether two sets of tensors agree in names, types, shapes and every bit."""
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype
+        and a[n].shape == b[n].shape
+        and np.ascontiguousarray(a[n]).tobytes() == np.ascontiguousarray(b[n]).tobytes()
+        for n in a
+    )
+
+
+def histogram(observed: Array, reference: Array) -> tuple[int, ...]:
+    """Counts of |b − r| / rms(r) between ``HISTOGRAM_EDGES`` (log10).
+
+    The first bin also holds everything smaller, exact zeros included, the last everything
+    larger; empty where the shapes differ.
+    """
+    if observed.shape != reference.shape or reference.size == 0:
+        return ()
+    b, r, _ = _comparable(observed, reference)
+    rms = math.sqrt(square_sum(r) / r.size) or 1.0
+    error = np.ascontiguousarray(np.abs(b - r), dtype=np.float32).ravel() / np.float32(rms)
+    exponents = error.view(np.uint32) >> 23  # IEEE 754 binary32: biased by 127
+    counts = np.bincount(exponents, minlength=256)
+    starts = [0, *(e + 127 for e in _BINARY_EDGES[1:-1])]
+    return tuple(int(c) for c in np.add.reduceat(counts, starts))
+
+
+def concentration(observed: Array, reference: Array) -> Concentration | None:
+    """The one slice (row, token, channel, image) that holds an outstanding share of ‖b − r‖².
+
+    None unless that slice holds at least a quarter of the error and at least four times its
+    even share.
+    """
+    if observed.shape != reference.shape or reference.size == 0:
+        return None
+    b, r, mismatch = _comparable(observed, reference)
+    if mismatch is not None:
+        return None
+    squares = np.square(b - r, dtype=np.float64)
+    total = float(squares.sum())
+    if total == 0.0 or not math.isfinite(total):
+        return None
+    best: Concentration | None = None
+    for axis, size in enumerate(squares.shape):
+        if size < 8:
+            continue
+        others = tuple(a for a in range(squares.ndim) if a != axis)
+        shares = squares.sum(axis=others) / total
+        index = int(np.argmax(shares))
+        share = float(shares[index])
+        if share >= max(0.25, 4 / size) and (best is None or share > best.share):
+            best = Concentration(axis, index, size, share)
+    return best
+
+
+def value_range(values: Array) -> tuple[float, float]:
+    """Smallest and largest finite value, (nan, nan) where there is none."""
+    if values.size == 0:
+        return (math.nan, math.nan)
+    low, high = float(np.min(values)), float(np.max(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = values[np.isfinite(values)]
+        if finite.size == 0:
+            return (math.nan, math.nan)
+        low, high = float(np.min(finite)), float(np.max(finite))
+    return low, high
+
+
+def square_sum(values: Array) -> float:
+    """Σv², exact enough in float32 and redone in float64 where squares over- or underflow."""
+    return _dot(values, values)
+
+
+def to_float(values: Array) -> Array:
+    """The same numbers as float32, or as float64 where float32 would change them."""
+    if values.dtype == np.float32:
+        return values
+    if values.dtype.kind == "b" or values.dtype.itemsize <= 2:
+        return values.astype(np.float32)
+    return values.astype(np.float64)
+
+
+def _dot(a: Array, b: Array) -> float:
+    if a.dtype == np.float32 and b.dtype == np.float32:
+        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+            quick = float(np.vdot(a, b))
+        if _SAFE_SQUARE[0] < abs(quick) < _SAFE_SQUARE[1]:
+            return quick
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        return float(np.vdot(a.astype(np.float64), b.astype(np.float64)))
+
+
+def _comparable(observed: Array, reference: Array) -> tuple[Array, Array, str | None]:
+    """Both as floats with agreeing non-finite values set to zero, and what does not agree."""
+    b, r = to_float(observed), to_float(reference)
+    if b.dtype != r.dtype:
+        b, r = b.astype(np.float64), r.astype(np.float64)
+    # One reduction finds any NaN or infinity in either far cheaper than testing every element.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = math.isfinite(cast(float, b.sum(dtype=np.float64))) and math.isfinite(
+            cast(float, r.sum(dtype=np.float64))
+        )
+    if finite:
+        return b, r, None
+    odd = ~(np.isfinite(b) & np.isfinite(r))
+    same = odd & ((b == r) | (np.isnan(b) & np.isnan(r)))
+    differing = int(np.count_nonzero(odd & ~same))
+    b, r = np.where(odd, 0, b), np.where(odd, 0, r)
+    if differing == 0:
+        return b, r, None
+    return b, r, f"{differing} of {r.size} values are NaN or infinite on one side only"
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(str(d) for d in shape) or "scalar"

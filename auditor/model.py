@@ -1,0 +1,533 @@
+"""The model under audit: an ONNX file, checked before anything else touches it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from auditor.errors import UsageError
+from auditor.records import ModelInfo
+
+# What ONNX itself defines, and the domain of the contributed operators that ONNX Runtime, our
+# reference, can run.
+_KNOWN_DOMAINS = frozenset(
+    {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
+)
+_EMBED_BELOW = 1 << 30  # bytes of external data that are read into the model
+_PROTOBUF_LIMIT = (1 << 31) - 1
+
+_BATCH, _CHANNELS, _IMAGE_SIDE, _SEQUENCE = 1, 3, 224, 16
+_SEQUENCE_NAME = re.compile(r"seq|len|token|time|frame|past|step", re.IGNORECASE)
+_BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
+_SIDE_NAME = re.compile(r"height|width|^h$|^w$", re.IGNORECASE)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A graph input as the model declares it.
+
+    Attributes:
+        dtype: numpy type of its elements (``ml_dtypes`` for those numpy lacks).
+        shape: a number per fixed dimension, a name per symbolic one, None per unnamed one;
+            None altogether when not even the number of dimensions is declared.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic]
+    shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        """Name, type and shape as messages show them."""
+        if self.shape is None:
+            return f"`{self.name}` ({self.dtype}, any shape)"
+        return f"`{self.name}` ({self.dtype}, {shown(self.shape)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checked model.
+
+    Attributes:
+        path: the file as the user gave it; backends compile this file.
+        proto: the model for analysis: weights included unless more than 1 GiB of them lies in
+            external files, model-local functions inlined.
+        inputs: what must be fed: the graph inputs that are not initialisers.
+        outputs: names of the graph outputs.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    info: ModelInfo
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any input has a symbolic dimension."""
+        return any(
+            spec.shape is None or any(not isinstance(d, int) for d in spec.shape)
+            for spec in self.inputs
+        )
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """A label a person recognises for every node, by key.
+
+        It is the node's own name where no other node has it, else its operator and key.
+        """
+        nodes = self.proto.graph.node
+        counts = Counter(node.name for node in nodes)
+        return {
+            key(node): node.name
+            if node.name and counts[node.name] == 1
+            else f"{node.op_type} → {key(node)}"
+            for node in nodes
+        }
+
+
+def load(path: Path) -> Model:
+    """Read and check a model.
+
+    Raises:
+        UsageError: it is missing, unreadable, truncated, invalid, refers to files outside its
+            folder, uses operators nobody here knows, or cannot be fed.
+    """
+    data = _read(path)
+    proto = _parse(path, data)
+    files = _external_files(path, proto)
+    _check_names(path, proto.graph)
+    _check_domains(path, proto)
+    _check(path, proto, data, external=bool(files))
+    inputs = _inputs(path, proto.graph)
+    outputs = _outputs(path, proto.graph)
+    info = ModelInfo(
+        path=str(path),
+        sha256=_sha256(data, files),
+        opset=opset(proto),
+        nodes=len(proto.graph.node),
+        parameters=sum(_size(tensor) for tensor in _tensors(proto)),
+        producer=f"{proto.producer_name} {proto.producer_version}".strip(),
+    )
+    if files and sum(file.stat().st_size for file in files) <= _EMBED_BELOW:
+        _embed(path, proto)
+    if proto.functions:
+        import onnx.inliner
+
+        proto = onnx.inliner.inline_local_functions(proto)
+    return Model(path, proto, info, inputs, outputs)
+
+
+def key(node: onnx.NodeProto) -> str:
+    """The node's identity: the name of its first non-empty output."""
+    return next((name for name in node.output if name), "")
+
+
+def opset(proto: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set that the model imports; 1 when it names none."""
+    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
+
+
+def shown(shape: tuple[int | str | None, ...]) -> str:
+    """A shape as people write it: ``1x3x224x224``; ``scalar`` when it has no dimension."""
+    return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
+
+
+def suggestion(wrong: str, known: Iterable[str]) -> str:
+    """``Did you mean `x`? `` when something known resembles ``wrong``, else nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"Did you mean `{close[0]}`? " if close else ""
+
+
+def resolve_shapes(
+    model: Model, given: Mapping[str, Shape], recorded: Mapping[str, Shape]
+) -> tuple[dict[str, Shape], tuple[str, ...]]:
+    """Fix every dimension of every input.
+
+    A dimension is what the model declares, else what ``given`` says, else what ``recorded``
+    has, else a default; a symbol has one value in the whole model.
+
+    Args:
+        model: the model whose inputs are to be fed.
+        given: shapes from the user, by input.
+        recorded: shapes of one recorded sample, by input.
+
+    Returns:
+        The shape of every input, and a sentence per default chosen.
+
+    Raises:
+        UsageError: an unknown input, or a shape that contradicts the model or another one.
+    """
+    names = [spec.name for spec in model.inputs]
+    for name in given:
+        if name not in names:
+            raise UsageError(
+                f"--shape names `{name}`, which is not an input of the model",
+                suggestion(name, names) + _inputs_hint(model),
+            )
+    symbols: dict[str, int] = {}
+    known: dict[str, Shape] = {}
+    for origin, shapes in (("--shape", given), ("the data", recorded)):
+        for spec in model.inputs:
+            if spec.name in shapes:
+                shape = tuple(shapes[spec.name])
+                _bind(spec, shape, symbols, origin)
+                if known.setdefault(spec.name, shape) != shape:
+                    raise UsageError(
+                        f"input `{spec.name}` is {shown(known[spec.name])} in --shape but "
+                        f"{shown(shape)} in the data",
+                        "Drop --shape: recorded data already fix the shape.",
+                    )
+    notes: list[str] = []
+    resolved = {
+        spec.name: known.get(spec.name) or _default_shape(spec, symbols, notes)
+        for spec in model.inputs
+    }
+    return resolved, tuple(notes)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> bytes:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "Check the path of the model file.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory", "Give the .onnx file inside it.")
+    if not path.is_file():
+        raise UsageError(f"{path} is not a regular file", "Give the path of an .onnx file.")
+    if path.stat().st_size > _PROTOBUF_LIMIT:
+        raise UsageError(
+            f"{path} is larger than 2 GiB, the limit of the ONNX file format",
+            "Export it again with its weights as external data.",
+        )
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", "Check its permissions."
+        ) from error
+    if not data:
+        raise UsageError(f"{path} is empty", "Export or copy the model again.")
+    return data
+
+
+def _parse(path: Path, data: bytes) -> onnx.ModelProto:
+    hint = "The file is another format, or was cut off: export or copy the model again."
+    if data.startswith(b"version https://git-lfs"):
+        hint = "It is a Git LFS pointer: fetch the model itself with `git lfs pull`."
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise UsageError(f"{path} is not an ONNX model, or is truncated", hint) from error
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise UsageError(f"{path} holds no ONNX graph", hint)
+    return proto
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor: initialisers and attributes, subgraphs and functions included."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    for node in graph.node:
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            yield attribute.t
+        elif attribute.type == onnx.AttributeProto.TENSORS:
+            yield from attribute.tensors
+        elif attribute.type == onnx.AttributeProto.GRAPH:
+            yield from _graph_tensors(attribute.g)
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            for graph in attribute.graphs:
+                yield from _graph_tensors(graph)
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    size = 1
+    for dimension in tensor.dims:
+        size *= dimension
+    return size
+
+
+def _sha256(data: bytes, files: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256(data)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- external data -----------------------------------------------------------------------------
+
+
+def _external_files(path: Path, proto: onnx.ModelProto) -> tuple[Path, ...]:
+    """The files that hold external data, by name; each is inside the model's folder.
+
+    A model is untrusted input: a location such as ``../../etc/passwd``, or a link that leads
+    there, would copy that file into weights and from there into reports (ONNX's security
+    advisory GHSA-538c-55jv-c5g9).
+    """
+    folder = path.parent
+    files: set[Path] = set()
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        if not location:
+            raise UsageError(
+                f"tensor `{tensor.name}` is stored outside {path.name}, which does not say where",
+                "Export the model again.",
+            )
+        file = folder / location
+        if not _inside(folder, location):
+            raise UsageError(
+                f"tensor `{tensor.name}` points to `{location}`, outside the model's folder",
+                "Refused: a model may only use files beside it. Copy the data file (not a link) "
+                "into the model's folder and export with a relative location.",
+            )
+        if not file.is_file():
+            raise UsageError(
+                f"external data file `{location}` of {path.name} is missing",
+                f"Copy it into {folder} beside the model.",
+            )
+        files.add(file)
+    return tuple(sorted(files))
+
+
+def _inside(folder: Path, location: str) -> bool:
+    if os.path.isabs(location) or ".." in Path(location).parts:
+        return False
+    return (folder / location).resolve().is_relative_to(folder.resolve())
+
+
+def _embed(path: Path, proto: onnx.ModelProto) -> None:
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    for tensor in _tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            try:
+                load_external_data_for_tensor(tensor, str(path.parent))
+            except (ValueError, OSError, onnx.checker.ValidationError) as error:
+                raise UsageError(
+                    f"external data of tensor `{tensor.name}` cannot be read: {_first(error)}",
+                    "The data file is not the one this model was exported with: copy it again.",
+                ) from error
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _check(path: Path, proto: onnx.ModelProto, data: bytes, *, external: bool) -> None:
+    """ONNX's own checker; external data are only judged when it is given the path."""
+    try:
+        onnx.checker.check_model(str(path) if external else data)
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{path} is not a valid ONNX model: {_first(error)}",
+            "Export the model again, or convert it with onnx.version_converter if it is too new "
+            f"(this onnx {onnx.__version__} knows IR version up to {onnx.IR_VERSION} and opset "
+            f"up to {onnx.defs.onnx_opset_version()}).",
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    """An exception's first line, and the node it is about, without the rest of the stack."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    context = next((li.removeprefix("==> Context: ") for li in lines[1:] if "==>" in li), "")
+    text = lines[0].rstrip(".") if lines else type(error).__name__
+    return f"{text} ({context})" if context else text
+
+
+def _check_names(path: Path, graph: onnx.GraphProto) -> None:
+    for what, names in (
+        ("input", [v.name for v in graph.input]),
+        ("output", [v.name for v in graph.output]),
+        ("initializer", [t.name for t in graph.initializer]),
+        ("node output", [name for node in graph.node for name in node.output if name]),
+    ):
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UsageError(
+                f"{path} has more than one {what} named `{repeated[0]}`",
+                "Names must be unique in an ONNX graph: export the model again.",
+            )
+
+
+def _check_domains(path: Path, proto: onnx.ModelProto) -> None:
+    local = {(function.domain, function.name) for function in proto.functions}
+    unknown = {
+        node.domain: node.op_type
+        for node in _nodes(proto)
+        if node.domain not in _KNOWN_DOMAINS and (node.domain, node.op_type) not in local
+    }
+    for domain, operator in unknown.items():
+        raise UsageError(
+            f"{path} uses operator `{operator}` of the unknown domain `{domain}`",
+            "Export it with standard ONNX operators, or with the custom operator as a "
+            "model-local function; the reference cannot run it otherwise.",
+        )
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    def walk(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        for node in nodes:
+            yield node
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    yield from walk(iter(attribute.g.node))
+                elif attribute.type == onnx.AttributeProto.GRAPHS:
+                    for graph in attribute.graphs:
+                        yield from walk(iter(graph.node))
+
+    yield from walk(iter(proto.graph.node))
+    for function in proto.functions:
+        yield from walk(iter(function.node))
+
+
+def _inputs(path: Path, graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
+    stored = {tensor.name for tensor in graph.initializer}
+    stored |= {sparse.values.name for sparse in graph.sparse_initializer}
+    specs = tuple(_spec(path, value) for value in graph.input if value.name not in stored)
+    if not specs:
+        raise UsageError(f"{path} has no input to feed", "Export it with its inputs as inputs.")
+    return specs
+
+
+def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
+    _require_tensor(path, "input", value)
+    tensor = value.type.tensor_type
+    shape = tuple(_dimension(d) for d in tensor.shape.dim) if tensor.HasField("shape") else None
+    return TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+
+
+def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    # Some exporters write 0 or -1 for "not known".
+    if dimension.HasField("dim_value") and dimension.dim_value > 0:
+        return int(dimension.dim_value)
+    return str(dimension.dim_param) or None
+
+
+def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[str, ...]:
+    if not graph.output:
+        raise UsageError(f"{path} has no output to compare", "Export it with its outputs.")
+    for value in graph.output:
+        _require_tensor(path, "output", value)
+    return tuple(value.name for value in graph.output)
+
+
+def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
+    kind = value.type.WhichOneof("value") or "untyped"
+    text = kind.removesuffix("_type").replace("_", " ")
+    if kind == "tensor_type":
+        if value.type.tensor_type.elem_type != onnx.TensorProto.STRING:
+            return
+        text = "string"
+    raise UsageError(
+        f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
+        "Export the numeric part of the model, without string, sequence or optional values.",
+    )
+
+
+# --- shapes ------------------------------------------------------------------------------------
+
+
+def _bind(spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str) -> None:
+    """Check a shape against the declaration and note what it makes each symbol."""
+    declared = spec.shape
+    if declared is None:
+        return
+    if len(shape) != len(declared):
+        raise UsageError(
+            f"{origin} gives {shown(shape)} for input {spec}: {len(declared)} dimensions needed",
+            "Write one number per dimension, such as 1x3x224x224.",
+        )
+    for axis, (wanted, got) in enumerate(zip(declared, shape, strict=True)):
+        if isinstance(wanted, int) and wanted != got:
+            raise UsageError(
+                f"{origin} gives {shown(shape)} for input {spec}: dimension {axis} is fixed at "
+                f"{wanted}",
+                "Only symbolic dimensions can be chosen.",
+            )
+        if isinstance(wanted, str) and symbols.setdefault(wanted, got) != got:
+            raise UsageError(
+                f"{origin} makes dimension `{wanted}` of input `{spec.name}` {got}, but another "
+                f"input has it at {symbols[wanted]}",
+                "One symbol has one value in the whole model.",
+            )
+
+
+def _default_shape(spec: TensorSpec, symbols: dict[str, int], notes: list[str]) -> Shape:
+    if spec.shape is None:
+        raise UsageError(
+            f"the model does not say how many dimensions input `{spec.name}` has",
+            f"Give its shape, such as --shape {spec.name}:1x3x224x224, or recorded --data.",
+        )
+    shape: list[int] = []
+    for axis, declared in enumerate(spec.shape):
+        if isinstance(declared, int):
+            shape.append(declared)
+        elif declared in symbols:
+            shape.append(symbols[declared])
+        else:
+            shape.append(_sum_of(declared, symbols) or _default(spec, axis))
+            if declared:
+                symbols[declared] = shape[-1]
+            name = f"`{declared}`" if declared else f"{axis} (unnamed)"
+            notes.append(f"input `{spec.name}`: dimension {name} set to {shape[-1]}")
+    return tuple(shape)
+
+
+def _sum_of(expression: str | None, symbols: Mapping[str, int]) -> int | None:
+    """Value of ``past + 1`` and the like, which exporters write, once the terms are known."""
+    terms = [term.strip() for term in (expression or "").split("+")]
+    if not all(term.isdecimal() or term in symbols for term in terms):
+        return None
+    return sum(int(t) if t.isdecimal() else symbols[t] for t in terms)
+
+
+def _default(spec: TensorSpec, axis: int) -> int:
+    shape = spec.shape or ()
+    name = str(shape[axis] or "")
+    for pattern, value in (
+        (_BATCH_NAME, _BATCH),
+        (_SIDE_NAME, _IMAGE_SIDE),
+        (_SEQUENCE_NAME, _SEQUENCE),
+    ):
+        if pattern.search(name):
+            return value
+    if axis == 0 and len(shape) > 1:
+        return _BATCH
+    if len(shape) == 4:
+        channels_last = shape[3] in (1, 3, 4) and not isinstance(shape[1], int)
+        return _CHANNELS if axis == (3 if channels_last else 1) else _IMAGE_SIDE
+    return _SEQUENCE
+
+
+def _inputs_hint(model: Model) -> str:
+    return "The inputs are " + ", ".join(str(spec) for spec in model.inputs) + "."

@@ -1,0 +1,188 @@
+"""What the domain expects of the outside: backends, noises, renderers, progress.
+
+A new backend, noise or report format is one new file that satisfies one of these Protocols
+and exports it under the constant's name given there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+    from auditor.records import (
+        AuditReport,
+        Availability,
+        BuildRequest,
+        Kernel,
+        Probe,
+        Provenance,
+        Skipped,
+        Stage,
+    )
+
+Array = NDArray[np.generic]
+Arrays = dict[str, Array]  # tensors by ONNX name
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """One instrumented run: the final outputs, and every probe's value by ONNX name.
+
+    Values are float32 (or the tensor's own integer, bool, float16 or float64 type), contiguous
+    and owned by the caller; bfloat16 is widened to float32, exactly.
+    """
+
+    outputs: Arrays
+    tensors: Arrays
+
+
+class Instrumented(Protocol):
+    """A build together with probes that have been checked against its program."""
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """The tensors this instrumentation observes."""
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Tensors of the compiled program left unobserved, each with its reason."""
+
+    @property
+    def program_unchanged(self) -> bool:
+        """Whether the instrumented program has the plain one's kernels, precisions, fusions."""
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether instrumenting compiled the model again (so equal outputs prove rebuilds)."""
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """Run once on ``feeds`` and return outputs and captures."""
+
+
+class Build(Protocol):
+    """One compiled model inside a worker process."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What was built, by what, with which kernels."""
+
+    @property
+    def blocked(self) -> str | None:
+        """None when it can run here; otherwise why not ("no CUDA device")."""
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        """Run the plain program: every graph output by its ONNX name."""
+
+    def instrument(self, feeds: Mapping[str, Array]) -> Instrumented:
+        """Add probes; ``feeds`` is a sample for proofs that need a run."""
+
+
+class Backend(Protocol):
+    """A runtime. Exported as ``BACKEND``; its file's stem is its id."""
+
+    @property
+    def title(self) -> str:
+        """The runtime's name as its vendor writes it."""
+
+    def availability(self) -> Availability:
+        """Whether it can be used here; imports the engine, never raises."""
+
+    def build(self, request: BuildRequest) -> Build:
+        """Compile.
+
+        Raises:
+            BackendError: the engine refused the model, named by operator where it says so.
+            UsageError: an option or device that this engine does not have.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGraph:
+    """One segment as a stand-alone ONNX model, for noises to transform.
+
+    Attributes:
+        model: inputs are the segment's boundary tensors, outputs its captured tensors, all
+            under their ONNX names; constants are initialisers or Constant nodes inside. Treat
+            as read-only: copy before changing.
+        kernels: what the engine says it ran for these nodes, in execution order; may be empty.
+    """
+
+    model: onnx.ModelProto
+    kernels: tuple[Kernel, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One executable form of a hypothesis: a model with the segment's inputs and outputs."""
+
+    name: str
+    model: onnx.ModelProto
+
+
+class Noise(Protocol):
+    """A SysNoise cause as an executable change of the reference. Exported as ``NOISE``."""
+
+    @property
+    def id(self) -> str:
+        """``family.name``, for instance ``precision.bf16``."""
+
+    @property
+    def stage(self) -> Stage:
+        """SysNoise stage (paper, Table 1)."""
+
+    @property
+    def type(self) -> str:
+        """SysNoise type (paper, Table 1), for instance ``data precision``."""
+
+    @property
+    def title(self) -> str:
+        """What it is, in one sentence."""
+
+    @property
+    def cause(self) -> str:
+        """Why deployments differ here, in one or two sentences."""
+
+    @property
+    def source(self) -> str:
+        """Where it is documented: paper section, operator specification, vendor page."""
+
+    def remedy(self, backend: str) -> str:
+        """What to do about it on this backend, concretely."""
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """Whether the engine itself says it does this here: evidence, never a substitute."""
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The forms to replay on this segment, most likely first; empty when not applicable.
+
+        Raises:
+            NoiseError: the segment should be replayable but is not.
+        """
+
+
+class Progress(Protocol):
+    """Where the audit says what it is doing. Implementations write to standard error."""
+
+    def update(self, who: str, stage: str) -> None:
+        """``who`` (a backend id or ``reference``) has entered ``stage``."""
+
+    def close(self) -> None:
+        """Remove the display and restore the terminal."""
+
+
+class Renderer(Protocol):
+    """A report format. Exported as ``RENDERER``; its file's stem is its name in --format."""
+
+    @property
+    def name(self) -> str:
+        """The name in ``--format``."""
+
+    def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
+        """The whole report as text."""

@@ -1,0 +1,199 @@
+"""From measured segments to ranked findings, a verdict and an exit code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from auditor.ports import Noise
+from auditor.records import (
+    SEVERITIES,
+    Agreement,
+    BackendReport,
+    Confidence,
+    Finding,
+    Kernel,
+    Segment,
+    Severity,
+    Verdict,
+)
+
+# Relative L2 of the final outputs that one finding causes by itself. 1e-3 is the level at which
+# the runtimes' own conformance suites start to fail a float32 model.
+_SEVERITY_FROM: tuple[tuple[float, Severity], ...] = (
+    (1e-1, "critical"),
+    (1e-2, "high"),
+    (1e-3, "medium"),
+    (1e-4, "low"),
+)
+
+
+def severity(effect: float) -> Severity:
+    """Severity of a relative L2 change of the final outputs."""
+    return next((name for limit, name in _SEVERITY_FROM if effect >= limit), "info")
+
+
+def findings(
+    backends: Sequence[BackendReport],
+    effects: Mapping[tuple[str, str], float],
+    noises: Mapping[str, Noise],
+) -> tuple[Finding, ...]:
+    """Every segment above its floor, worst first; overlapping segments are one finding.
+
+    Args:
+        backends: the measured backends.
+        effects: by (backend, segment id): relative L2 that the segment's error alone causes in
+            the final outputs.
+        noises: the catalogue by id.
+    """
+    unranked = [
+        _finding(backend, group, effects, noises)
+        for backend in backends
+        for group in _merged([s for s in backend.segments if s.introduced > s.floor])
+    ]
+    unranked.sort(key=_order)
+    return tuple(_ranked(finding, rank) for rank, finding in enumerate(unranked, 1))
+
+
+def verdict(
+    backends: Sequence[BackendReport],
+    found: Sequence[Finding],
+    requested: Sequence[str],
+    fail_on: Severity,
+) -> tuple[Verdict, int]:
+    """The verdict and the exit code: findings win over gaps.
+
+    A backend's final divergence counts by the same scale as a finding, since many small errors
+    can add up to what none of them does alone.
+    """
+    limit = SEVERITIES.index(fail_on)
+    worst = [f.severity for f in found]
+    worst += [severity(o.distance.relative_l2) for b in backends for o in b.outputs]
+    if any(SEVERITIES.index(s) >= limit for s in worst):
+        return "fail", 1
+    if any(b.status != "audited" for b in backends if b.id in requested):
+        return "incomplete", 3
+    if not any(b.status == "audited" for b in backends):
+        return "incomplete", 3
+    return "pass", 0
+
+
+def outlier(agreement: Sequence[Agreement]) -> str | None:
+    """The one participant that all others agree against, if there is one.
+
+    It must be at least ten times as far from its nearest neighbour as the others are from
+    theirs; with fewer than three participants nobody can be outvoted.
+    """
+    distances: dict[str, list[float]] = {}
+    for pair in agreement:
+        distances.setdefault(pair.a, []).append(pair.relative_l2)
+        distances.setdefault(pair.b, []).append(pair.relative_l2)
+    if len(distances) < 3:
+        return None
+    nearest = {who: min(values) for who, values in distances.items()}
+    worst = max(nearest, key=nearest.__getitem__)
+    rest = max(d for who, d in nearest.items() if who != worst)
+    return worst if nearest[worst] > 10 * rest and nearest[worst] > 1e-5 else None
+
+
+def _merged(flagged: list[Segment]) -> list[list[Segment]]:
+    """Groups of segments that share a node and a cause: one fault seen through each of them."""
+    groups: list[list[Segment]] = []
+    for segment in flagged:
+        nodes = set(segment.node_keys)
+        home = next(
+            (
+                g
+                for g in groups
+                if g[0].noise == segment.noise and any(nodes & set(s.node_keys) for s in g)
+            ),
+            None,
+        )
+        if home is None:
+            groups.append([segment])
+        else:
+            home.append(segment)
+    return groups
+
+
+def _finding(
+    backend: BackendReport,
+    group: list[Segment],
+    effects: Mapping[tuple[str, str], float],
+    noises: Mapping[str, Noise],
+) -> Finding:
+    def effect_of(segment: Segment) -> float:
+        return effects.get((backend.id, segment.id), -1.0)
+
+    lead = max(group, key=lambda s: (effect_of(s), s.introduced))
+    effect = effects.get((backend.id, lead.id))
+    noise = noises.get(lead.noise or "")
+    shares = [s.impact_share for s in group if s.impact_share is not None]
+    return Finding(
+        rank=0,
+        backend=backend.id,
+        segment=lead.id,
+        segments=tuple(s.id for s in group),
+        nodes=tuple(dict.fromkeys(n for s in group for n in s.nodes)),
+        op_types=tuple(dict.fromkeys(o for s in group for o in s.op_types)),
+        kernel=lead.kernel,
+        noise=lead.noise,
+        stage=noise.stage if noise else "inference",
+        leave_one_in=lead.leave_one_in,
+        impact_share=sum(shares) if shares else None,
+        introduced=lead.introduced,
+        effect=effect,
+        explained=lead.explained,
+        bit_identical=lead.bit_identical,
+        # Without a measured effect the error itself is the only thing known: judge it by that.
+        severity=severity(effect if effect is not None else lead.introduced),
+        confidence=_confidence(backend, lead, noise),
+        evidence=_evidence(backend, lead, noise),
+        remedy=noise.remedy(backend.id.partition(":")[0]) if noise else None,
+    )
+
+
+def _confidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> Confidence:
+    proved = segment.fidelity != "perturbing"
+    if noise is None:
+        # The place is sure, the cause is not.
+        return "medium" if proved else "low"
+    strong = (segment.explained or 0.0) >= 0.99 and (
+        segment.bit_identical >= 0.9 or noise.stated_by(_kernels(backend, segment))
+    )
+    return "high" if strong and proved else "medium"
+
+
+def _evidence(
+    backend: BackendReport, segment: Segment, noise: Noise | None
+) -> tuple[str, ...]:
+    lines: list[str] = []
+    for tried in segment.hypotheses:
+        lines.append(
+            f"replaying {tried.noise} ({tried.variant}) explains {tried.explained:.4f} of the "
+            f"error, {tried.bit_identical:.1%} of elements bit-identical"
+        )
+    ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
+    lines.append(
+        f"introduced error {segment.introduced:.2e} is {ratio:.3g} times the floor "
+        f"{segment.floor:.2e}"
+    )
+    if noise and noise.stated_by(_kernels(backend, segment)):
+        lines.append(f"the engine itself states {segment.precision or noise.id} here")
+    return tuple(lines)
+
+
+def _kernels(backend: BackendReport, segment: Segment) -> tuple[Kernel, ...]:
+    nodes = set(segment.node_keys)
+    kernels = backend.provenance.kernels if backend.provenance else ()
+    return tuple(k for k in kernels if nodes & set(k.nodes))
+
+
+def _order(finding: Finding) -> tuple[float, float]:
+    effect = finding.effect if finding.effect is not None else -1.0
+    return (-effect, -finding.introduced)
+
+
+def _ranked(finding: Finding, rank: int) -> Finding:
+    return replace(finding, rank=rank)

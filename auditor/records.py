@@ -1,0 +1,443 @@
+"""The words of the domain as frozen records.
+
+Records hold no arrays: a tensor appears by its ONNX name. An ONNX node is identified by its
+*key*, the name of its first non-empty output, because node names may be empty or repeated
+while tensor names are unique within a graph (ONNX IR specification, "Names Within a Graph").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+Fidelity = Literal["output-proved", "cone-proved", "perturbing"]
+Status = Literal["audited", "built", "gap"]
+Severity = Literal["info", "low", "medium", "high", "critical"]
+Confidence = Literal["low", "medium", "high"]
+Verdict = Literal["pass", "fail", "incomplete"]
+Stage = Literal["pre-processing", "inference", "post-processing"]
+
+SEVERITIES: tuple[Severity, ...] = ("info", "low", "medium", "high", "critical")
+
+
+# --- what is asked of a backend, and what it answers -------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One piece of hardware an engine can use, as ``audit backends`` lists it."""
+
+    id: str  # what follows the colon in ``--backends ov:GPU``; "" for the default device
+    name: str  # the device's own full name
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend can be used here, or why not and how to get it."""
+
+    available: bool
+    engine: str  # "OpenVINO"
+    version: str | None = None
+    devices: tuple[Device, ...] = ()
+    reason: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """One compilation to make.
+
+    Attributes:
+        model_path: the ONNX file exactly as the user gave it (external data beside it).
+        shapes: concrete shape of every graph input; differs from the model's own declaration
+            only where that is symbolic.
+        dynamic: whether any input of the model has a symbolic dimension.
+        device: the engine's device id, or None for its default.
+        threads: worker threads of the engine, or None for the engine's own default.
+        options: engine options as given on the command line (``ov.KEY=VALUE`` → KEY: VALUE).
+        workdir: private folder for temporary files of this build.
+    """
+
+    model_path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dynamic: bool
+    device: str | None
+    threads: int | None
+    options: dict[str, str]
+    workdir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One executed primitive of a compiled program, as the engine itself states it.
+
+    Attributes:
+        name: the engine's own name for it.
+        type: the engine's layer type (``Convolution``, ``FullyConnected`` …).
+        nodes: keys of the ONNX nodes fused into it; empty when the engine does not say.
+        outputs: ONNX names of the tensors it produces, where known.
+        primitive: the implementation chosen (``brgconv_avx512_amx``); "" when not stated.
+        precision: the precision it computes in (``f32``, ``bf16``, ``f16``, ``i8``, ``tf32``);
+            "" when not stated.
+        output_precision: the precision it writes; "" when not stated.
+    """
+
+    name: str
+    type: str
+    nodes: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    primitive: str = ""
+    precision: str = ""
+    output_precision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What was built, by what, for what: enough to build it again.
+
+    Attributes:
+        notes: compile-time facts a deployment engineer must know (narrowed types, specialised
+            shapes, folded graphs); each a full sentence.
+    """
+
+    engine: str
+    version: str
+    device: str
+    options: dict[str, str] = field(default_factory=dict)
+    kernels: tuple[Kernel, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A tensor observed in a build, by the ONNX name it was mapped to.
+
+    Attributes:
+        inferred: the name was not given by the engine but derived (fused node names, order);
+            the auditor confirms such mappings by value and drops those that fail.
+    """
+
+    tensor: str
+    fidelity: Fidelity = "output-proved"
+    inferred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A tensor of the compiled program that is not observed, and why."""
+
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Anything that was not audited, with the reason."""
+
+    subject: str  # a backend id, a tensor, a segment, "stimulus" …
+    stage: str
+    reason: str
+    remedy: str | None = None
+    log: tuple[str, ...] = ()
+
+
+# --- the model and what it is fed ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model file under audit."""
+
+    path: str
+    sha256: str
+    opset: int
+    nodes: int
+    parameters: int  # number of scalar weights
+    producer: str = ""
+    candidate: str | None = None  # path of the file the backends compiled, when another
+
+
+@dataclass(frozen=True, slots=True)
+class StimulusInfo:
+    """Where the inputs came from.
+
+    Attributes:
+        kind: ``recorded`` (given by the user) or ``synthetic`` (seeded random).
+        shapes: the concrete shape of each input.
+        notes: choices made for the user, as sentences (defaults for symbolic dimensions …).
+    """
+
+    kind: Literal["recorded", "synthetic"]
+    samples: int
+    seed: int | None
+    source: str
+    shapes: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceInfo:
+    """What the backends are compared against."""
+
+    engine: str
+    version: str
+    precision: str
+
+
+# --- what was measured -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far a tensor is from its reference, aggregated over samples.
+
+    Attributes:
+        relative_l2: ‖b − r‖ / ‖r‖; infinite where shapes or non-finite values disagree.
+        max_abs: max |b − r|.
+        sqnr_db: signal to quantisation noise, 20 log10(‖r‖/‖b − r‖); infinite when equal.
+        cosine: cosine similarity.
+        mismatch: None, or why the two cannot be compared value by value
+            ("shape 1x64x10x10 instead of 1x64x9x9", "3 of 100 values are NaN on one side").
+    """
+
+    relative_l2: float
+    max_abs: float
+    sqnr_db: float
+    cosine: float
+    mismatch: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDistance:
+    """The final divergence of one model output.
+
+    ``top1_agreement`` is the fraction of rows whose arg max agrees, None where the output
+    does not look like scores.
+    """
+
+    name: str
+    distance: Distance
+    top1_agreement: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityProof:
+    """The proof that observing did not change the program (promise 1).
+
+    Attributes:
+        outputs_bitwise_equal: the instrumented run's final outputs equalled the plain run's on
+            every sample, bit for bit.
+        program_unchanged: the instrumented program has the same kernels, precisions and fusion
+            groups as the plain one.
+        candidates: tensors that survive in the compiled program and can be compared.
+        run_to_run: largest relative L2 between repeated plain runs on the same input.
+        rebuild: the same between two builds; None where no second build was made.
+        skipped: candidates that were not observed, each with its reason.
+    """
+
+    outputs_bitwise_equal: bool
+    program_unchanged: bool
+    candidates: int
+    output_proved: int
+    cone_proved: int
+    perturbing: int
+    run_to_run: float
+    rebuild: float | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """Value ranges and the error histogram of one boundary tensor.
+
+    Attributes:
+        histogram: counts of |b − r| / rms(r) per decade; ``histogram_edges`` are the decades'
+            exponents (log10), one more than counts; the first bin also holds exact zeros.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: Literal["input", "output"]
+    reference_range: tuple[float, float]
+    backend_range: tuple[float, float]
+    distance: Distance
+    histogram: tuple[int, ...] = ()
+    histogram_edges: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """What replaying one cause on one segment did.
+
+    Attributes:
+        noise: id of the noise.
+        variant: which form of it ("inputs+weights bf16, f32 bias, output rounded").
+        explained: 1 − ‖b − h_n‖² / ‖b − h‖²; 1 reproduces the error, ≤ 0 does not.
+        bit_identical: fraction of elements of the replay with the backend's exact bits.
+    """
+
+    noise: str
+    variant: str
+    explained: float
+    bit_identical: float
+
+
+@dataclass(frozen=True, slots=True)
+class Concentration:
+    """Where in a tensor the error sits: the slice that holds most of ‖error‖²."""
+
+    axis: int
+    index: int
+    axis_size: int
+    share: float  # of ‖error‖²
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The ONNX nodes between probes, and everything measured on them.
+
+    Attributes:
+        id: ``s`` and its position in topological order.
+        nodes: labels a person recognises; ``node_keys`` the unique keys in the same order.
+        accumulated, introduced, inherited: relative L2, see docs/method.md.
+        amplification: accumulated error out / in; None when the inputs carry none.
+        leave_one_in: ‖o(reference + only this segment's error) − y‖ / ‖y_backend − y‖; None
+            where it was not measured because the introduced error is at its floor.
+        impact_share: share of the final difference by telescoping (sums to 1 over segments of
+            one backend); None where the segment was booked together with its neighbours.
+        floor: introduced error below which nothing is blamed here.
+        noise: id of the cause named, or None (unexplained, or nothing to explain).
+        explained: share of the introduced error that replaying ``noise`` reproduces.
+        residual: introduced error left after the named cause, relative L2.
+        unmeasured: why introduced could not be measured, or None.
+    """
+
+    id: str
+    nodes: tuple[str, ...]
+    node_keys: tuple[str, ...]
+    op_types: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    kernel: str
+    precision: str
+    fidelity: Fidelity
+    accumulated: float
+    introduced: float
+    inherited: float
+    amplification: float | None
+    leave_one_in: float | None
+    impact_share: float | None
+    floor: float
+    noise: str | None
+    explained: float | None
+    bit_identical: float
+    residual: float
+    hypotheses: tuple[Hypothesis, ...] = ()
+    tensors: tuple[TensorStats, ...] = ()
+    concentration: Concentration | None = None
+    unmeasured: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CategoryShare:
+    """Share of a backend's final divergence that one noise accounts for."""
+
+    noise: str
+    stage: Stage
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """Everything known about one backend after the audit.
+
+    Attributes:
+        booked: label and share of each telescoping group, in order; shares sum to 1.
+        additivity: Σ leave_one_in²; far from 1 means contributions do not add. None when not
+            measured.
+        warnings: sentences the reader must not miss.
+        seconds: wall time per stage of this backend's worker.
+    """
+
+    id: str
+    device: str
+    status: Status
+    gap: Gap | None
+    provenance: Provenance | None = None
+    fidelity: FidelityProof | None = None
+    outputs: tuple[OutputDistance, ...] = ()
+    categories: tuple[CategoryShare, ...] = ()
+    unexplained_share: float = 0.0
+    segments: tuple[Segment, ...] = ()
+    booked: tuple[tuple[str, float], ...] = ()
+    additivity: float | None = None
+    input_control: float | None = None  # amplification of 0.1 % input noise by the reference
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A ranked offender.
+
+    Attributes:
+        segments: ids of the segments merged into it (they share nodes).
+        effect: relative L2 this segment's error alone causes in the final outputs.
+        severity: from ``effect``. confidence: from the evidence. The two are independent.
+        evidence: the experiments behind it, as sentences, strongest first.
+    """
+
+    rank: int
+    backend: str
+    segment: str
+    segments: tuple[str, ...]
+    nodes: tuple[str, ...]
+    op_types: tuple[str, ...]
+    kernel: str
+    noise: str | None
+    stage: Stage
+    leave_one_in: float | None
+    impact_share: float | None
+    introduced: float
+    effect: float | None
+    explained: float | None
+    bit_identical: float
+    severity: Severity
+    confidence: Confidence
+    evidence: tuple[str, ...]
+    remedy: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Relative L2 between the final outputs of two participants (backends or ``reference``)."""
+
+    a: str
+    b: str
+    relative_l2: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The whole result of one audit; every renderer starts from this.
+
+    Attributes:
+        outlier: the participant that stands apart from the others, or None.
+        gaps: everything not audited, the backends' own gaps included.
+        timing: wall seconds per stage of the audit.
+    """
+
+    tool_version: str
+    model: ModelInfo
+    stimulus: StimulusInfo
+    reference: ReferenceInfo
+    backends: tuple[BackendReport, ...]
+    findings: tuple[Finding, ...]
+    agreement: tuple[Agreement, ...]
+    outlier: str | None
+    gaps: tuple[Gap, ...]
+    verdict: Verdict
+    exit_code: int
+    timing: dict[str, float]

@@ -1,0 +1,209 @@
+"""Runs the reference segment by segment: each segment is one unoptimised ORT session.
+
+Measured to be bitwise equal to running the whole graph (checked again in every audit), and it
+lets one segment be fed with a backend's own tensors, or rerun alone when only its inputs
+changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from auditor.errors import AuditError, UsageError
+from auditor.ports import Array, Arrays
+from auditor.segments import Cut, Graph
+
+if TYPE_CHECKING:
+    from auditor.model import Model
+
+# Patches one segment's outputs: (outputs of the reference segment, its inputs) → outputs.
+Patch = Callable[[Arrays, Arrays], Arrays]
+
+
+class ReplayError(AuditError):
+    """The reference could not run a segment on the given tensors (a wrong shape, mostly)."""
+
+
+def session(model: onnx.ModelProto | str, threads: int) -> Any:
+    """An ONNX Runtime CPU session that runs the model as written, without optimisation.
+
+    Spinning threads are off: hundreds of short sessions would otherwise fight for the cores.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    source = model if isinstance(model, str) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+class Reference:
+    """The model as written: ONNX Runtime on the CPU without optimisation, in its own precision.
+
+    Attributes:
+        graph, replayer: its graph, and its segments ready to run.
+        labels: by node key, what a person calls the node.
+    """
+
+    def __init__(self, model: Model, threads: int) -> None:
+        """Compile the reference; ``threads`` are its intra-op threads.
+
+        Raises:
+            UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
+        """
+        self.graph = Graph(model.proto)
+        self.replayer = Replayer(self.graph, threads)
+        self.labels = model.labels
+        try:
+            self._session = session(str(model.path), threads)
+        except Exception as error:  # ORT raises a family of classes that share no base
+            raise UsageError(
+                f"the reference cannot load the model: {_first_line(error)}",
+                "The reference is ONNX Runtime on the CPU: check that it has every operator.",
+            ) from error
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """Final outputs by ONNX name.
+
+        Raises:
+            UsageError: the model fails on these inputs.
+        """
+        names = list(self.graph.outputs)
+        try:
+            return dict(zip(names, self._session.run(names, feeds), strict=True))
+        except Exception as error:
+            raise UsageError(
+                f"the reference cannot run the model on this input: {_first_line(error)}",
+                "Give real inputs with --data, or other shapes with --shape.",
+            ) from error
+
+    def computes(self, tensor: str) -> bool:
+        """Whether a node computes the tensor from the stimulus."""
+        return tensor in self.graph.producer and not self.graph.is_constant(tensor)
+
+
+class Replayer:
+    """The reference's segments, ready to run; sessions are made at first use and shared."""
+
+    def __init__(self, graph: Graph, threads: int) -> None:
+        """Args: graph: the reference's graph. threads: intra-op threads of each session."""
+        self.graph = graph
+        self.threads = threads
+        self.types: dict[str, int] = {}
+        self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
+
+    def model(self, cut: Cut) -> onnx.ModelProto:
+        """A segment as a stand-alone model; its inputs must have been seen in a run before."""
+        return self.graph.extract(cut, self.types)
+
+    def run(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
+        """Run one segment on ``values`` (at least its inputs) and return its outputs.
+
+        Raises:
+            ReplayError: ONNX Runtime refused the segment or the values.
+        """
+        feeds = {name: values[name] for name in cut.inputs}
+        try:
+            return dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
+        except Exception as error:  # ORT raises a family of classes that share no base
+            raise ReplayError(f"segment {cut.id} cannot be replayed: {_first_line(error)}") from error
+
+    def walk(
+        self,
+        cuts: Sequence[Cut],
+        feeds: Arrays,
+        base: Arrays | None = None,
+        patches: Mapping[str, Patch] | None = None,
+    ) -> Arrays:
+        """Evaluate segments in order, rerunning only what differs from ``base``.
+
+        Args:
+            cuts: all segments of one cut of the graph, in topological order.
+            feeds: the stimulus.
+            base: tensors of an earlier walk; a segment whose inputs are all those very arrays
+                keeps its outputs. None runs everything.
+            patches: by segment id, what replaces the segment's own outputs.
+
+        Returns:
+            Every tensor of the walk, the stimulus included, by ONNX name.
+        """
+        values: Arrays = dict(base) if base else {}
+        values.update(feeds)
+        patches = patches or {}
+        for cut in cuts:
+            patch = patches.get(cut.id)
+            unchanged = base is not None and all(
+                values[name] is base.get(name, feeds.get(name)) for name in cut.inputs
+            )
+            if unchanged and patch is None:
+                continue
+            outputs = (
+                {name: values[name] for name in cut.outputs}
+                if unchanged
+                else self.run(cut, values)
+            )
+            if patch is not None:
+                outputs = patch(outputs, {name: values[name] for name in cut.inputs})
+            values.update(outputs)
+        return values
+
+    def _session(self, cut: Cut, feeds: Arrays) -> Any:
+        key = (cut.nodes, cut.inputs)
+        if (made := self._sessions.get(key)) is None:
+            for name, value in feeds.items():
+                self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+            made = self._sessions[key] = session(self.model(cut), self.threads)
+        return made
+
+
+def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
+    """A segment's outputs with a frozen error added, in the outputs' own types.
+
+    Where an error cannot be added (another shape, a type that is not floating point, a
+    non-finite value), the observed value takes the place.
+    """
+    result: Arrays = {}
+    for name, value in outputs.items():
+        delta = error.get(name)
+        if delta is None:
+            result[name] = value
+        elif delta.shape != value.shape:
+            result[name] = observed[name]
+        elif value.dtype.kind != "f":
+            result[name] = np.where(delta != 0, observed[name].astype(value.dtype), value)
+        else:
+            total = (value + delta).astype(value.dtype, copy=False)
+            finite = np.isfinite(delta)
+            result[name] = total if finite.all() else np.where(finite, total, observed[name])
+    return result
+
+
+def difference(observed: Arrays, reference: Arrays) -> Arrays:
+    """``observed − reference`` per tensor, as floats; the observed tensor where shapes differ."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {
+            name: _minus(observed[name], value)
+            if observed[name].shape == value.shape
+            else observed[name]
+            for name, value in reference.items()
+        }
+
+
+def _minus(a: Array, b: Array) -> Array:
+    if a.dtype.kind == "f" and b.dtype.kind == "f":
+        return a.astype(b.dtype, copy=False) - b if b.dtype != np.float16 else a.astype(
+            np.float32
+        ) - b.astype(np.float32)
+    return a.astype(np.float64) - b.astype(np.float64)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)

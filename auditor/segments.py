@@ -1,0 +1,137 @@
+"""Cuts a model's graph at the tensors that were captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The nodes that compute some captured tensors from other captured tensors.
+
+    Attributes:
+        id: ``s`` and the position in topological order.
+        nodes: indices of the nodes whose value depends on the stimulus, in graph order.
+        constants: indices of the nodes computed from weights alone that these need.
+        inputs: captured tensors and graph inputs it reads, in order of first use.
+        outputs: the captured tensors it computes.
+    """
+
+    id: str
+    nodes: tuple[int, ...]
+    constants: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Graph:
+    """Who produces and who reads each tensor of an ONNX main graph.
+
+    Subgraphs of If, Loop and Scan are parts of their node: what they read from outside counts
+    as the node's input (ONNX IR specification, "Node Evaluation").
+    """
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        """Index ``proto``; the graph's nodes must be topologically sorted, as ONNX demands."""
+        self.proto = proto
+        self.nodes: Sequence[onnx.NodeProto] = proto.graph.node
+        self.initializers = {t.name: t for t in proto.graph.initializer}
+        self.sparse = {t.values.name: t for t in proto.graph.sparse_initializer}
+        constants = self.initializers.keys() | self.sparse.keys()
+        self.inputs = tuple(i.name for i in proto.graph.input if i.name not in constants)
+        self.outputs = tuple(o.name for o in proto.graph.output)
+        self.producer = {o: i for i, node in enumerate(self.nodes) for o in node.output if o}
+        self.reads = tuple(tuple(_reads(node)) for node in self.nodes)
+        self._constant = set(constants)
+        for index, node in enumerate(self.nodes):
+            if _deterministic(node) and all(name in self._constant for name in self.reads[index]):
+                self._constant.update(o for o in node.output if o)
+
+    def is_constant(self, tensor: str) -> bool:
+        """Whether a tensor depends on weights alone."""
+        return tensor in self._constant
+
+    def cut(self, captured: Iterable[str]) -> tuple[Cut, ...]:
+        """Segments between captured tensors, in topological order.
+
+        Each captured tensor's segment is its backward cone up to other captured tensors, graph
+        inputs and weights. Tensors with the very same cone share a segment; nodes that feed
+        several captured tensors through an uncaptured one belong to each of them. Names that no
+        node computes from the stimulus are ignored.
+        """
+        boundary = {t for t in captured if t in self.producer and not self.is_constant(t)}
+        stops = boundary | set(self.inputs)
+        outputs: dict[tuple[int, ...], list[str]] = {}
+        cones: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        for tensor in sorted(boundary, key=self.producer.__getitem__):
+            nodes, constants, inputs = self._cone(self.producer[tensor], stops)
+            outputs.setdefault(nodes, []).append(tensor)
+            cones[nodes] = (constants, inputs)
+        return tuple(
+            Cut(f"s{i}", nodes, *cones[nodes], tuple(outputs[nodes]))
+            for i, nodes in enumerate(outputs)
+        )
+
+    def _cone(
+        self, root: int, stops: set[str]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
+        nodes, constants, inputs = {root}, set[int](), dict[str, None]()
+        pending = [root]
+        while pending:
+            index = pending.pop()
+            for name in self.reads[index]:
+                if name in stops:
+                    inputs[name] = None
+                    continue
+                source = self.producer.get(name)
+                if source is None or source in nodes or source in constants:
+                    continue
+                (constants if self.is_constant(name) else nodes).add(source)
+                pending.append(source)
+        return tuple(sorted(nodes)), tuple(sorted(constants)), tuple(inputs)
+
+    def extract(self, cut: Cut, types: dict[str, int]) -> onnx.ModelProto:
+        """A segment as a stand-alone model with the same tensor names.
+
+        Args:
+            cut: the segment.
+            types: ONNX element type of each of its inputs; their shapes are left open, so that
+                a backend's wrongly shaped tensor can be fed too.
+        """
+        model = onnx.ModelProto(
+            ir_version=self.proto.ir_version, opset_import=self.proto.opset_import
+        )
+        model.functions.extend(self.proto.functions)
+        graph = model.graph
+        graph.name = cut.id
+        needed: dict[str, None] = {}
+        for index in sorted((*cut.nodes, *cut.constants)):
+            graph.node.append(self.nodes[index])
+            needed.update(dict.fromkeys(self.reads[index]))
+        graph.initializer.extend(self.initializers[n] for n in needed if n in self.initializers)
+        graph.sparse_initializer.extend(self.sparse[n] for n in needed if n in self.sparse)
+        for name in cut.inputs:
+            graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+        graph.output.extend(onnx.ValueInfoProto(name=name) for name in cut.outputs)
+        return model
+
+
+def _deterministic(node: onnx.NodeProto) -> bool:
+    return not node.op_type.startswith(("Random", "Multinomial", "Bernoulli"))
+
+
+def _reads(node: onnx.NodeProto) -> dict[str, None]:
+    """Outer tensors a node reads, those its subgraphs read included, in order."""
+    names = dict.fromkeys(name for name in node.input if name)
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+        for graph in graphs:
+            local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+            for inner in graph.node:
+                names.update(dict.fromkeys(n for n in _reads(inner) if n not in local))
+                local.update(inner.output)
+            names.update(dict.fromkeys(o.name for o in graph.output if o.name not in local))
+    return names

@@ -1,0 +1,70 @@
+"""Records as JSON and arrays as safetensors, for the pipe between auditor and worker.
+
+Nothing is pickled: a worker runs native code that may have been corrupted by a hostile model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from auditor.ports import Arrays
+
+
+def encode(value: object) -> Any:
+    """A record (or a container of records) as JSON-compatible data."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): encode(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [encode(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def decode(kind: Any, data: Any) -> Any:
+    """``data`` as the annotated type ``kind``: the inverse of ``encode``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if data is None:
+            return None
+        (kind,) = (a for a in arguments if a is not type(None))
+        return decode(kind, data)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(Any, kind)(**{k: decode(hints[k], v) for k, v in data.items()})
+    if origin is tuple:
+        items = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
+        return tuple(decode(item, v) for item, v in zip(items, data, strict=True))
+    if origin is dict:
+        return {k: decode(arguments[1], v) for k, v in data.items()}
+    return kind(data) if kind is Path else data
+
+
+def save(path: Path, tensors: Arrays) -> list[str]:
+    """Write tensors to a safetensors file and return their names, in the file's order.
+
+    The file knows them by position, so a tensor's name may hold anything.
+    """
+    from safetensors.numpy import save_file
+
+    save_file(
+        {str(i): np.ascontiguousarray(v) for i, v in enumerate(tensors.values())}, str(path)
+    )
+    return list(tensors)
+
+
+def load(path: Path, names: list[str]) -> Arrays:
+    """Read back what ``save`` wrote, and remove the file."""
+    from safetensors.numpy import load_file
+
+    stored = load_file(str(path))
+    path.unlink()
+    return {name: stored[str(i)] for i, name in enumerate(names)}

@@ -1,0 +1,309 @@
+"""One process per backend: a crash, a hang or a full memory becomes a named gap.
+
+The parent talks to ``python -m auditor.worker ID`` in JSON lines over the child's standard
+input and output; arrays travel in safetensors files inside a private folder. Whatever the
+engine prints goes to a log file, whose last lines are kept with the gap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from auditor.errors import AuditError, BackendError, UsageError
+from auditor.records import Availability
+
+_LOG_LINES = 8
+_GRACE = 2.0  # seconds a worker may take to end by itself after its input is closed
+
+
+class Worker:
+    """The parent's end of one backend process."""
+
+    def __init__(self, backend: str, workdir: Path) -> None:
+        """Start the process; it begins to import its engine at once.
+
+        Args:
+            backend: the backend's id.
+            workdir: a private folder for this worker's files.
+        """
+        self.backend = backend
+        self.workdir = workdir
+        self._buffer = b""
+        self._log = workdir / "log.txt"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                # -P keeps the user's current folder from shadowing the engines' modules.
+                [sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker", backend],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=os.environ | {"TMPDIR": str(workdir)},
+                # Its own group: Ctrl-C reaches the parent alone, which then ends the children.
+                start_new_session=True,
+            )
+
+    def call(self, do: str, *, timeout: float, **arguments: Any) -> Any:
+        """Have the worker do one thing and return its answer.
+
+        Raises:
+            BackendError: it failed, crashed or ran out of time.
+            UsageError: it says the user asked for something impossible.
+        """
+        request = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        try:
+            assert self._process.stdin
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+            line = self._read_line(do, time.monotonic() + timeout, timeout)
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            raise self._crashed(do)
+        answer = json.loads(line)
+        if (error := answer.get("error")) is None:
+            return answer["result"]
+        if error["kind"] == "usage":
+            raise UsageError(error["message"], error["hint"])
+        raise BackendError(
+            error["message"], error["hint"], stage=error["stage"] or do, log=self._log_tail()
+        )
+
+    def close(self) -> None:
+        """End the process and everything it started, within moments."""
+        if self._process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)
+        self.kill()
+        if self._process.stdout:
+            self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End the process group at once."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _read_line(self, stage: str, deadline: float, timeout: float) -> bytes:
+        assert self._process.stdout
+        descriptor = self._process.stdout.fileno()
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                self.kill()
+                raise BackendError(
+                    f"did not answer within {timeout:g} s and was stopped",
+                    "Raise --timeout if the model is large.",
+                    stage=stage,
+                    log=self._log_tail(),
+                )
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                return b""
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line
+
+    def _crashed(self, stage: str) -> BackendError:
+        code = self._process.wait()
+        if code < 0:
+            name = signal.Signals(-code).name
+            memory = ", which is how Linux ends a process when memory runs out"
+            reason = f"the process was killed by {name}{memory if name == 'SIGKILL' else ''}"
+        else:
+            reason = f"the process ended with exit code {code}"
+        return BackendError(reason, stage=stage, log=self._log_tail())
+
+    def _log_tail(self) -> tuple[str, ...]:
+        with contextlib.suppress(OSError):
+            text = self._log.read_bytes()[-16384:].decode("utf-8", "replace")
+            return tuple(line for line in text.splitlines() if line.strip())[-_LOG_LINES:]
+        return ()
+
+
+@contextlib.contextmanager
+def workers(backends: Sequence[str]) -> Iterator[tuple[tuple[Worker, ...], Path]]:
+    """One running worker per entry of ``backends``, and a private folder for the audit.
+
+    However the block is left, Ctrl-C included, no process and no file stays behind. The
+    processes belong to the calling thread: Linux ends them should that thread die.
+    """
+    started: list[Worker] = []
+    with TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as root:
+        try:
+            for index, backend in enumerate(backends):
+                folder = Path(root) / f"{index}-{backend}"
+                folder.mkdir()
+                started.append(Worker(backend, folder))
+            yield tuple(started), Path(root)
+        except BaseException:
+            for worker in started:
+                worker.kill()
+            raise
+        finally:
+            for worker in started:
+                worker.close()
+
+
+def availability(worker: Worker, timeout: float) -> Availability:
+    """Whether a worker's backend can be used here; a crash is an answer too."""
+    from auditor.wire import decode
+
+    try:
+        answer: Availability = decode(
+            Availability, worker.call("availability", timeout=timeout)
+        )
+    except AuditError as error:
+        return Availability(
+            False, worker.backend, reason=error.message, remedy=error.hint or None
+        )
+    return answer
+
+
+def probe(backends: Sequence[str], timeout: float = 120.0) -> list[tuple[str, Availability]]:
+    """Ask each backend, in a process of its own, whether it can be used here."""
+    with workers(backends) as (started, _), ThreadPoolExecutor() as pool:
+        answers = [pool.submit(availability, worker, timeout) for worker in started]
+        try:
+            return [(w.backend, a.result()) for w, a in zip(started, answers, strict=True)]
+        except BaseException:
+            for worker in started:  # or leaving the pool would wait for their answers
+                worker.kill()
+            raise
+
+
+# --- the child's end ---------------------------------------------------------------------------
+
+
+class _Session:
+    """What a worker holds between requests."""
+
+    def __init__(self, backend: str) -> None:
+        from auditor import discovery
+
+        self.backend = discovery.backend(backend)
+        self.built: Any = None
+        self.instrumented: Any = None
+        self.plain: Any = None
+        self.files = 0
+
+    def availability(self) -> Any:
+        from auditor.wire import encode
+
+        return encode(self.backend.availability())
+
+    def build(self, request: Any) -> Any:
+        from auditor.records import BuildRequest
+        from auditor.wire import decode, encode
+
+        self.built = self.backend.build(decode(BuildRequest, request))
+        return {"provenance": encode(self.built.provenance), "blocked": self.built.blocked}
+
+    def run(self, feeds: Any, repeats: int) -> Any:
+        """Run the plain program ``repeats`` times; the first run's outputs are kept."""
+        from auditor import metrics
+
+        inputs = self._load(feeds)
+        self.plain = self.built.run(inputs)
+        noise = 0.0
+        for _ in range(repeats - 1):
+            again = self.built.run(inputs)
+            if not metrics.bitwise_equal(again, self.plain):
+                noise = max(noise, metrics.relative_l2(again, self.plain, tuple(self.plain)))
+        return {"run_to_run": noise, "outputs": self._save(self.plain)}
+
+    def instrument(self, feeds: Any) -> Any:
+        from auditor.wire import encode
+
+        self.instrumented = self.built.instrument(self._load(feeds))
+        made = self.instrumented
+        return {
+            "probes": encode(made.probes),
+            "skipped": encode(made.skipped),
+            "program_unchanged": made.program_unchanged,
+            "rebuilt": made.rebuilt,
+        }
+
+    def capture(self, feeds: Any) -> Any:
+        """Run with probes and compare the final outputs with the last plain run's, bit by bit."""
+        from auditor import metrics
+
+        capture = self.instrumented.run(self._load(feeds))
+        names = tuple(self.plain)
+        return {
+            "outputs_bitwise_equal": metrics.bitwise_equal(capture.outputs, self.plain),
+            "difference": metrics.relative_l2(capture.outputs, self.plain, names),
+            "tensors": self._save(capture.tensors),
+        }
+
+    def _save(self, tensors: Any) -> Any:
+        from auditor.wire import save
+
+        self.files += 1
+        path = Path(os.environ["TMPDIR"]) / f"from-worker-{self.files}.safetensors"
+        return {"path": str(path), "names": save(path, tensors)}
+
+    @staticmethod
+    def _load(message: Any) -> Any:
+        from safetensors.numpy import load_file
+
+        stored = load_file(message["path"])  # the parent's file: read again by other requests
+        return {name: stored[str(i)] for i, name in enumerate(message["names"])}
+
+
+def _serve(backend: str) -> None:
+    _die_with_parent()
+    # The engines print to standard output: keep the channel to ourselves, send them to the log.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    session: _Session | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        do = request.pop("do")
+        try:
+            session = session or _Session(backend)
+            answer = {"result": getattr(session, do)(**request)}
+        except AuditError as error:
+            answer = {"error": _error(error)}
+        except MemoryError:
+            answer = {"error": _error(BackendError("ran out of memory", stage=""))}
+        except Exception as error:  # an engine may raise anything; it becomes a gap
+            import traceback
+
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {str(error).strip()}"[:2000]
+            answer = {"error": _error(BackendError(message, stage=""))}
+        channel.write(json.dumps(answer) + "\n")
+    # Engines' own shutdown code crashes now and then; nothing is left to save.
+    os._exit(0)
+
+
+def _error(error: AuditError) -> dict[str, str]:
+    kind = "usage" if isinstance(error, UsageError) else "backend"
+    stage = getattr(error, "stage", "")
+    return {"kind": kind, "message": error.message, "hint": error.hint, "stage": stage}
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed (prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
