@@ -10,7 +10,7 @@ import numpy as np
 
 from auditor import attribution, divergence, impact, metrics, model
 from auditor.divergence import Local, Meter
-from auditor.impact import Chain
+from auditor.impact import Books, Chain
 from auditor.metrics import Moments
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays, Noise, SegmentGraph
@@ -28,7 +28,7 @@ from auditor.records import (
     Skipped,
     TensorStats,
 )
-from auditor.replay import Reference, ReplayError
+from auditor.replay import Reference, ReplayError, difference
 from auditor.segments import Cut
 from auditor.trace import SampleTrace, Tracer
 
@@ -84,8 +84,7 @@ class Analysis:
         self._effects: dict[str, list[float]] = {}
         self._loi: dict[str, list[float]] = {}
         self._booked: list[tuple[str, tuple[Cut, ...], float]] = []
-        self._categories: dict[str, float] = {}
-        self._unexplained = 0.0
+        self._books = Books({}, 0.0, 0.0)
         self._control: float | None = None
         self._explained: dict[str, attribution.Explanation] = {}
         self._tensors: dict[str, TensorStats] = {}
@@ -124,19 +123,24 @@ class Analysis:
             base = self.reference.replayer.walk(self._cuts, feeds)
         outputs = tuple(n for n in expected if self.reference.computes(n))
         chain = Chain(self.reference.replayer, self._cuts, feeds, base, captured, outputs)
-        locals_, failures = divergence.replay(self.reference.replayer, self._cuts, captured)
+        flagged: dict[str, Local] = {}
         for cut in self._cuts:
             meter = self._meters.setdefault(cut.id, Meter(cut))
-            meter.add(locals_.get(cut.id), captured, base)
-            meter.unmeasured = meter.unmeasured or failures.get(cut.id)
-            if index == 0 and cut.id in locals_:
-                again = self._renamed(trace.again) if trace.again else None
-                self._set_floor(meter, locals_[cut.id], base, again)
-        flagged = self._flagged(locals_)
+            local = None
+            try:
+                local = divergence.replay(self.reference.replayer, cut, captured)
+            except ReplayError as error:
+                meter.unmeasured = meter.unmeasured or error.message
+            meter.add(local, captured, base)
+            if local is not None:
+                if index == 0:
+                    self._set_floor(meter, local, base, trace.again)
+                if meter.flagged:  # only these are needed again
+                    flagged[cut.id] = local
         if index < IMPACT_SAMPLES:
-            self._add_impact(chain, flagged, locals_)
+            self._add_impact(chain, flagged)
         if index == 0:
-            self._explain(chain, flagged, locals_, failures)
+            self._explain(chain, flagged)
 
     def _renamed(self, tensors: Arrays) -> Arrays:
         return {self.rename[n]: v for n, v in tensors.items() if n in self.rename}
@@ -182,48 +186,33 @@ class Analysis:
             doubtful |= wrong
         return doubtful
 
-    def _set_floor(
-        self, meter: Meter, local: Local, base: Arrays, again: Arrays | None
-    ) -> None:
+    def _set_floor(self, meter: Meter, local: Local, base: Arrays, again: Arrays | None) -> None:
         meter.floor = fp32_rounding.floor(0.0)
         if meter.flagged or again is not None:
-            meter.floor = divergence.floor(
-                self.reference.replayer, meter.cut, local, base, again
-            )
+            renamed = self._renamed(again) if again is not None else None
+            meter.floor = divergence.floor(self.reference.replayer, meter.cut, local, base, renamed)
 
-    def _flagged(self, locals_: Mapping[str, Local]) -> list[Cut]:
-        return [c for c in self._cuts if c.id in locals_ and self._meters[c.id].flagged]
-
-    def _add_impact(
-        self, chain: Chain, flagged: Sequence[Cut], locals_: Mapping[str, Local]
-    ) -> None:
+    def _add_impact(self, chain: Chain, flagged: Mapping[str, Local]) -> None:
         whole = metrics.relative_l2(chain.captured, chain.base, chain.outputs)
-        strongest = sorted(flagged, key=self._introduced, reverse=True)[:IMPACT_SEGMENTS]
-        for cut in strongest:
-            self.tracer.progress.update("reference", f"impact on {self.tracer.id}, {cut.id}")
-            effect = impact.leave_one_in(chain, cut, locals_[cut.id])
+        cuts = [cut for cut in self._cuts if cut.id in flagged]
+        for cut in sorted(cuts, key=self._introduced, reverse=True)[:IMPACT_SEGMENTS]:
+            self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
+            effect = impact.leave_one_in(chain, cut, flagged[cut.id])
             self._effects.setdefault(cut.id, []).append(effect)
             if 0 < whole < math.inf:
                 self._loi.setdefault(cut.id, []).append(effect / whole)
         self.effects = {s: sum(e) / len(e) for s, e in self._effects.items()}
 
-    def _explain(
-        self,
-        chain: Chain,
-        flagged: Sequence[Cut],
-        locals_: Mapping[str, Local],
-        failures: Mapping[str, str],
-    ) -> None:
-        """Causes, book-keeping and pictures, all on the first sample."""
+    def _explain(self, chain: Chain, flagged: Mapping[str, Local]) -> None:
+        """Causes, book-keeping and what the drill-down shows, all on the first sample."""
         self.tracer.progress.update("reference", f"causes on {self.tracer.id}")
         top = set(sorted(self.effects, key=self.effects.__getitem__, reverse=True)[:TOP])
-        rounding = {
-            c.id: locals_[c.id].error for c in self._cuts if c.id in locals_ and c not in flagged
-        }
-        parts: dict[str, dict[str, Arrays]] = {fp32_rounding.NOISE.id: rounding}
+        parts: dict[str, dict[str, Arrays]] = {}
         prior: attribution.Prior = {}
-        for cut in flagged:
-            local = locals_[cut.id]
+        for cut in self._cuts:
+            if cut.id not in flagged:
+                continue
+            local = flagged[cut.id]
             explanation = attribution.explain(
                 SegmentGraph(chain.replayer.model(cut), self._kernels(cut)),
                 local.inputs,
@@ -236,14 +225,12 @@ class Analysis:
             )
             self._explained[cut.id] = explanation
             if explanation.noise is not None:
-                part = impact.difference(explanation.outputs, local.replayed)
+                part = difference(explanation.outputs, local.replayed)
                 parts.setdefault(explanation.noise, {})[cut.id] = part
-        parts = {noise: segments for noise, segments in parts.items() if segments}
-        if failures or metrics.relative_l2(chain.captured, chain.base, chain.outputs) == 0.0:
-            self._unexplained = 1.0 if failures else 0.0
-        else:
-            self._categories, self._unexplained = impact.by_category(chain, locals_, parts)
-        groups = _groups(self._cuts, {c.id for c in flagged} | failures.keys())
+        if metrics.relative_l2(chain.captured, chain.base, chain.outputs) > 0:
+            self._books = impact.by_category(chain, flagged, parts)
+        alone = {c.id for c in self._cuts if c.id in flagged or self._meters[c.id].unmeasured}
+        groups = _groups(self._cuts, alone)
         shares = impact.telescope(chain, groups)
         self._booked = [
             (group[-1].id if len(group) == 1 else f"{group[0].id}–{group[-1].id}", group, share)
@@ -251,8 +238,8 @@ class Analysis:
         ]
         if flagged:
             self._control = impact.input_control(chain, chain.base)
-        for name, value in chain.captured.items():
-            self._tensors[name] = _stats(name, value, chain.base[name])
+        for name in (*chain.feeds, *(n for cut in self._cuts for n in cut.outputs)):
+            self._tensors[name] = _stats(name, chain.captured[name], chain.base[name])
         finals = set(chain.outputs)
         for cut in self._cuts:
             if cut.id in top or finals & set(cut.outputs):
@@ -311,16 +298,23 @@ class Analysis:
                 )
                 for name, moments in self._outputs.items()
             ),
-            categories=tuple(
-                CategoryShare(noise, self.noises[noise].stage, share)
-                for noise, share in self._categories.items()
-            ),
-            unexplained_share=self._unexplained,
+            categories=self._categories(),
+            unexplained_share=self._books.unexplained,
             segments=segments,
             booked=tuple((label, share) for label, _, share in self._booked),
             additivity=self._additivity(),
             input_control=self._control,
             warnings=tuple(self._sentences(segments)),
+        )
+
+    def _categories(self) -> tuple[CategoryShare, ...]:
+        shares = dict(self._books.named)
+        rounding = fp32_rounding.NOISE.id
+        shares[rounding] = shares.get(rounding, 0.0) + self._books.rounding
+        return tuple(
+            CategoryShare(noise, self.noises[noise].stage, share)
+            for noise, share in sorted(shares.items(), key=lambda item: -item[1])
+            if share != 0
         )
 
     def gaps(self) -> list[Gap]:
@@ -383,7 +377,10 @@ class Analysis:
             hypotheses=found.hypotheses if found else (),
             tensors=(
                 *(replace(self._tensors[n], role="input") for n in cut.inputs),
-                *(self._tensors[n] for n in cut.outputs),
+                *(
+                    replace(self._tensors[n], distance=meter.accumulated[n].distance())
+                    for n in cut.outputs
+                ),
             ),
             concentration=self._concentrated.get(cut.id),
             unmeasured=meter.unmeasured,
@@ -399,9 +396,11 @@ class Analysis:
         )
 
     def _additivity(self) -> float | None:
-        """Σ leave-one-in², where every flagged segment was measured."""
+        """Σ leave-one-in², where flagged segments make up the divergence and all were measured."""
         flagged = [m for m in self._meters.values() if m.flagged]
         if not flagged or any(m.cut.id not in self._loi for m in flagged):
+            return None
+        if not abs(self._books.rounding) < 0.1:
             return None
         means = [sum(values) / len(values) for values in self._loi.values()]
         total = sum(v * v for v in means)

@@ -77,14 +77,16 @@ def audit(
     """
     clock = _Clock()
     # The workers import their engines while this process loads the model.
-    with workers([spec.id for spec in options.backends]) as (started, _):
-        with ThreadPoolExecutor(max(1, len(started))) as pool:
-            try:
-                return _run(model_path, options, noises, progress, started, pool, clock)
-            except BaseException:
-                for worker in started:  # or leaving the pool would wait for their answers
-                    worker.kill()
-                raise
+    with (
+        workers([spec.id for spec in options.backends]) as started,
+        ThreadPoolExecutor(max(1, len(started))) as pool,
+    ):
+        try:
+            return _run(model_path, options, noises, progress, started, pool, clock)
+        except BaseException:
+            for worker in started:  # or leaving the pool would wait for their answers
+                worker.kill()
+            raise
 
 
 def _run(
@@ -115,15 +117,15 @@ def _run(
 
     model = models.load(model_path)
     compiled = models.load(options.candidate) if options.candidate else model
-    stimulus = stimuli.load(
-        model, options.data, options.seed, options.samples, options.shapes
-    )
+    stimulus = stimuli.load(model, options.data, options.seed, options.samples, options.shapes)
     rename = _correspondence(model, compiled)
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
     jobs = {
-        tracer.id: pool.submit(_begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples)
+        tracer.id: pool.submit(
+            _begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples
+        )
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
     progress.update("reference", "run")
@@ -205,7 +207,7 @@ def _request(
     return BuildRequest(
         model_path=compiled.path,
         shapes=shapes,
-        dynamic=any(not isinstance(d, int) for i in compiled.inputs for d in i.shape or (None,)),
+        dynamic=compiled.dynamic,
         device=spec.device,
         threads=options.threads,
         options=options.options.get(spec.id, {}),

@@ -11,7 +11,7 @@ h(in_b), the reference segment run on the backend's own inputs::
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,11 @@ class Local:
     inputs: Arrays  # in_b
     observed: Arrays  # out_b
     replayed: Arrays  # h(in_b)
-    error: Arrays  # out_b − h(in_b)
+
+    @property
+    def error(self) -> Arrays:
+        """What the segment introduced: out_b − h(in_b)."""
+        return difference(self.observed, self.replayed)
 
 
 @dataclass(slots=True)
@@ -85,47 +89,54 @@ class Meter:
         return out / into if 0 < into < math.inf and math.isfinite(out) else None
 
 
-def replay(
-    replayer: Replayer, cuts: Iterable[Cut], captured: Arrays
-) -> tuple[dict[str, Local], dict[str, str]]:
-    """Run every reference segment on the backend's captured tensors.
+def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
+    """Run one reference segment on the backend's captured tensors.
 
-    Returns:
-        By segment id: the local divergence, or why it could not be replayed.
+    Raises:
+        ReplayError: the reference cannot take them (a wrong shape, mostly).
     """
-    locals_: dict[str, Local] = {}
-    failures: dict[str, str] = {}
-    for cut in cuts:
-        observed = {name: captured[name] for name in cut.outputs}
-        try:
-            replayed = replayer.run(cut, captured)
-        except ReplayError as error:
-            failures[cut.id] = error.message
-            continue
-        inputs = {name: captured[name] for name in cut.inputs}
-        locals_[cut.id] = Local(inputs, observed, replayed, difference(observed, replayed))
-    return locals_, failures
+    return Local(
+        inputs={name: captured[name] for name in cut.inputs},
+        observed={name: captured[name] for name in cut.outputs},
+        replayed=replayer.run(cut, captured),
+    )
 
 
 def floor(
-    replayer: Replayer, cut: Cut, local: Local, reference: Mapping[str, Array], again: Arrays | None
+    replayer: Replayer,
+    cut: Cut,
+    local: Local,
+    reference: Mapping[str, Array],
+    again: Arrays | None = None,
 ) -> float:
     """The introduced error below which nothing is blamed on this segment.
 
-    The largest of what rounding can do there (a replay with inputs perturbed in their last
-    bit) and, for a program that does not repeat its own bits, how far two of its runs are apart.
+    The largest of what rounding can do there (replays with the inputs perturbed in their last
+    bit, and with every sum added up in reverse order) and, for a program that does not repeat
+    its own bits, how far two of its runs are apart.
+
+    Args:
+        replayer: runs the reference's segments.
+        cut: the segment.
+        local: its divergence on one sample.
+        reference: the reference's tensors, whose norms the error is relative to.
+        again: a second capture, where the program does not repeat its own bits.
     """
-    generator = np.random.default_rng(0)
-    jittered = {name: _jitter(value, generator) for name, value in local.inputs.items()}
     scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
-    try:
-        moved = replayer.run(cut, jittered)
-    except ReplayError:
-        moved = local.replayed
-    rounding = _distance(moved, local.replayed, scale)
+    generator = np.random.default_rng(0)
+    jittered = {n: fp32_rounding.jitter(v, generator) for n, v in local.inputs.items()}
+    jitter = _movement(lambda: replayer.run(cut, jittered), local.replayed, scale)
+    reorder = _movement(lambda: replayer.run_reordered(cut, local.inputs), local.replayed, scale)
     repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
-    coarse = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
-    return max(fp32_rounding.floor(rounding, half=coarse), 2 * repeat)
+    half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
+    return max(fp32_rounding.floor(jitter, reorder, half=half), 2 * repeat)
+
+
+def _movement(run: Callable[[], Arrays], replayed: Arrays, scale: dict[str, float]) -> float:
+    try:
+        return _distance(run(), replayed, scale)
+    except ReplayError:
+        return 0.0
 
 
 def _distance(a: Arrays, b: Arrays, scale: dict[str, float]) -> float:
@@ -136,15 +147,6 @@ def _distance(a: Arrays, b: Arrays, scale: dict[str, float]) -> float:
         if 0 < moments.error < math.inf and scale[name] > 0:
             total += moments.error / scale[name]
     return math.sqrt(total / len(b))
-
-
-def _jitter(value: Array, generator: np.random.Generator) -> Array:
-    if value.dtype.kind != "f":
-        return value
-    unit = float(np.finfo(value.dtype).eps)
-    noise = generator.uniform(-unit, unit, value.shape).astype(value.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return (value * (1 + noise)).astype(value.dtype, copy=False)
 
 
 def _moments(of: dict[str, Moments], name: str) -> Moments:

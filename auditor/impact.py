@@ -86,43 +86,56 @@ def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
     return shares
 
 
-def by_category(
-    chain: Chain,
-    locals_: Mapping[str, Local],
-    explained: Mapping[str, Mapping[str, Arrays]],
-) -> tuple[dict[str, float], float]:
-    """Share of the final difference that each noise accounts for, and the rest.
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Where a backend's whole divergence came from; the three parts sum to 1.
 
-    Noises are switched on one after another: each segment's output is the reference's plus the
-    part of its frozen error that replaying those noises reproduced. The rest is what is still
-    missing once all of them are on.
+    Attributes:
+        named: share by noise.
+        unexplained: share of the flagged segments' errors that no noise reproduced.
+        rounding: share that remains when every flagged segment is repaired.
+    """
+
+    named: dict[str, float]
+    unexplained: float
+    rounding: float
+
+
+def by_category(
+    chain: Chain, flagged: Mapping[str, Local], explained: Mapping[str, Mapping[str, Arrays]]
+) -> Books:
+    """Share of the final difference that each noise accounts for.
+
+    Noises are switched on one after another: a flagged segment's output is the reference's plus
+    the part of its frozen error that replaying those noises reproduced. Then the rest of the
+    flagged errors is switched on, and what is still missing is rounding everywhere else.
 
     Args:
         chain: the backend's chain.
-        locals_: local divergence by segment id.
+        flagged: by id, the local divergence of every segment above its floor.
         explained: by noise, then by segment id: the reproduced part of the segment's error.
-
-    Returns:
-        Shares by noise and the unexplained share; together they sum to 1.
     """
     whole = difference(chain.pick(chain.captured), chain.pick(chain.base))
+    before = chain.base
+
+    def step(errors: Mapping[str, Arrays]) -> float:
+        nonlocal before
+        patches = {s: _frozen(e, flagged[s].observed) for s, e in errors.items()}
+        after = chain.final(patches)
+        part = difference(chain.pick(after), chain.pick(before))
+        before = after
+        return metrics.projection(part, whole, chain.base, chain.outputs)
+
     shares: dict[str, float] = {}
     errors: dict[str, Arrays] = {}
-    before = chain.base
     try:
         for noise, parts in explained.items():
-            for segment, part in parts.items():
-                held = errors.get(segment)
-                errors[segment] = part if held is None else {n: held[n] + part[n] for n in part}
-            after = chain.final(
-                {s: _frozen(e, locals_[s].observed) for s, e in errors.items()}
-            )
-            part = difference(chain.pick(after), chain.pick(before))
-            shares[noise] = metrics.projection(part, whole, chain.base, chain.outputs)
-            before = after
+            errors |= parts
+            shares[noise] = step(errors)
+        rest = step({s: local.error for s, local in flagged.items()}) if flagged else 0.0
     except ReplayError:
-        return {}, math.nan
-    return shares, 1.0 - sum(shares.values())
+        return Books({}, math.nan, math.nan)
+    return Books(shares, rest, 1.0 - sum(shares.values()) - rest)
 
 
 def input_control(chain: Chain, clean: Arrays) -> float | None:

@@ -19,6 +19,8 @@ def match(reference: Graph, candidate: Graph) -> dict[str, str]:
     """
     known = _tensors(reference)
     mapping = {name: name for name in _tensors(candidate) if name in known}
+    if len(mapping) == len(known):
+        return mapping
     pairs = [
         *zip(candidate.inputs, reference.inputs, strict=False),
         *zip(candidate.outputs, reference.outputs, strict=False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -23,18 +22,20 @@ HISTOGRAM_EDGES = tuple(e * math.log10(2) for e in _BINARY_EDGES)
 class Moments:
     """Running sums over samples from which a ``Distance`` is read.
 
-    Attributes:
-        reference, observed, cross, error: Σr², Σb², Σrb and Σ(b − r)².
-        max_abs: max |b − r|.
-        mismatch: the first reason why values could not be compared, or None.
+    With d = b − r: ``reference`` is Σr², ``cross`` Σrd, ``error`` Σd²; Σb² and Σrb follow from
+    them, so that a tensor is read as few times as possible.
     """
 
     reference: float = 0.0
-    observed: float = 0.0
     cross: float = 0.0
     error: float = 0.0
     max_abs: float = 0.0
     mismatch: str | None = None
+
+    @property
+    def observed(self) -> float:
+        """Σb²."""
+        return max(0.0, self.reference + 2 * self.cross + self.error)
 
     def add(self, observed: Array, reference: Array) -> None:
         """Add one sample's tensor; the two may have any shape and numeric or bool dtype."""
@@ -42,22 +43,18 @@ class Moments:
             self.mismatch = self.mismatch or (
                 f"shape {_dims(observed.shape)} instead of {_dims(reference.shape)}"
             )
-            self.error = math.inf
-            self.max_abs = math.inf
+            self.error = self.max_abs = math.inf
             return
         if reference.size == 0:
             return
-        b, r, mismatch = _comparable(observed, reference)
+        r, d, mismatch = _difference(observed, reference)
         if mismatch is not None:
             self.mismatch = self.mismatch or mismatch
-            self.error = math.inf
-            self.max_abs = math.inf
-        difference = b - r
+            self.error = self.max_abs = math.inf
         self.reference += square_sum(r)
-        self.observed += square_sum(b)
-        self.cross += _dot(b, r)
-        self.error += square_sum(difference)
-        self.max_abs = max(self.max_abs, float(np.max(np.abs(difference), initial=0.0)))
+        self.cross += _dot(r, d)
+        self.error += square_sum(d)
+        self.max_abs = max(self.max_abs, float(d.max()), -float(d.min()))
 
     def distance(self) -> Distance:
         """The distance over everything added so far."""
@@ -68,7 +65,8 @@ class Moments:
             return Distance(math.inf, self.max_abs, -math.inf, 0.0, self.mismatch)
         relative = math.sqrt(self.error / scale)
         norm = math.sqrt(self.reference) * math.sqrt(self.observed)
-        cosine = max(-1.0, min(1.0, self.cross / norm)) if norm > 0 else 0.0
+        cosine = (self.reference + self.cross) / norm if norm > 0 else 0.0
+        cosine = max(-1.0, min(1.0, cosine))
         return Distance(relative, self.max_abs, -20 * math.log10(relative), cosine, self.mismatch)
 
 
@@ -106,7 +104,9 @@ def projection(part: Arrays, whole: Arrays, reference: Arrays, names: tuple[str,
         w = to_float(whole[name])
         above += _dot(to_float(part[name]), w) / scale
         below += square_sum(w) / scale
-    return above / below if below > 0 and math.isfinite(above) and math.isfinite(below) else math.nan
+    return (
+        above / below if below > 0 and math.isfinite(above) and math.isfinite(below) else math.nan
+    )
 
 
 def bit_identical(observed: Array, reference: Array) -> float:
@@ -139,9 +139,10 @@ def histogram(observed: Array, reference: Array) -> tuple[int, ...]:
     """
     if observed.shape != reference.shape or reference.size == 0:
         return ()
-    b, r, _ = _comparable(observed, reference)
+    r, d, _ = _difference(observed, reference)
     rms = math.sqrt(square_sum(r) / r.size) or 1.0
-    error = np.ascontiguousarray(np.abs(b - r), dtype=np.float32).ravel() / np.float32(rms)
+    with np.errstate(over="ignore"):
+        error = np.abs(d).astype(np.float32, copy=False).ravel() / np.float32(rms)
     exponents = error.view(np.uint32) >> 23  # IEEE 754 binary32: biased by 127
     counts = np.bincount(exponents, minlength=256)
     starts = [0, *(e + 127 for e in _BINARY_EDGES[1:-1])]
@@ -156,10 +157,10 @@ def concentration(observed: Array, reference: Array) -> Concentration | None:
     """
     if observed.shape != reference.shape or reference.size == 0:
         return None
-    b, r, mismatch = _comparable(observed, reference)
+    _, d, mismatch = _difference(observed, reference)
     if mismatch is not None:
         return None
-    squares = np.square(b - r, dtype=np.float64)
+    squares = np.square(d, dtype=np.float64)
     total = float(squares.sum())
     if total == 0.0 or not math.isfinite(total):
         return None
@@ -213,25 +214,31 @@ def _dot(a: Array, b: Array) -> float:
         return float(np.vdot(a.astype(np.float64), b.astype(np.float64)))
 
 
-def _comparable(observed: Array, reference: Array) -> tuple[Array, Array, str | None]:
-    """Both as floats with agreeing non-finite values set to zero, and what does not agree."""
+def _difference(observed: Array, reference: Array) -> tuple[Array, Array, str | None]:
+    """The reference and ``observed − reference`` as floats, and what could not be compared.
+
+    Where both have the same NaN or infinity the difference is zero; where only one has, the
+    elements are left out and counted in the message.
+    """
     b, r = to_float(observed), to_float(reference)
     if b.dtype != r.dtype:
         b, r = b.astype(np.float64), r.astype(np.float64)
-    # One reduction finds any NaN or infinity in either far cheaper than testing every element.
     with np.errstate(over="ignore", invalid="ignore"):
-        finite = math.isfinite(cast(float, b.sum(dtype=np.float64))) and math.isfinite(
-            cast(float, r.sum(dtype=np.float64))
-        )
-    if finite:
-        return b, r, None
+        d = b - r
+        # Anything that is not finite in either ends up in this sum, so most tensors are read once.
+        if math.isfinite(_sum(d)):
+            return r, d, None
     odd = ~(np.isfinite(b) & np.isfinite(r))
     same = odd & ((b == r) | (np.isnan(b) & np.isnan(r)))
     differing = int(np.count_nonzero(odd & ~same))
-    b, r = np.where(odd, 0, b), np.where(odd, 0, r)
+    b, r = (np.where(odd, 0, v).astype(np.float64) for v in (b, r))
     if differing == 0:
-        return b, r, None
-    return b, r, f"{differing} of {r.size} values are NaN or infinite on one side only"
+        return r, b - r, None
+    return r, b - r, f"{differing} of {r.size} values are NaN or infinite on one side only"
+
+
+def _sum(values: Array) -> float:
+    return float(np.add.reduce(values, axis=None))
 
 
 def _dims(shape: tuple[int, ...]) -> str:

@@ -39,18 +39,15 @@ class TensorSpec:
 
     Attributes:
         dtype: numpy type of its elements (``ml_dtypes`` for those numpy lacks).
-        shape: a number per fixed dimension, a name per symbolic one, None per unnamed one;
-            None altogether when not even the number of dimensions is declared.
+        shape: a number per fixed dimension, a name per symbolic one, None per unnamed one.
     """
 
     name: str
     dtype: np.dtype[np.generic]
-    shape: tuple[int | str | None, ...] | None
+    shape: tuple[int | str | None, ...]
 
     def __str__(self) -> str:
         """Name, type and shape as messages show them."""
-        if self.shape is None:
-            return f"`{self.name}` ({self.dtype}, any shape)"
         return f"`{self.name}` ({self.dtype}, {shown(self.shape)})"
 
 
@@ -75,10 +72,7 @@ class Model:
     @property
     def dynamic(self) -> bool:
         """Whether any input has a symbolic dimension."""
-        return any(
-            spec.shape is None or any(not isinstance(d, int) for d in spec.shape)
-            for spec in self.inputs
-        )
+        return any(not isinstance(d, int) for spec in self.inputs for d in spec.shape)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -229,7 +223,7 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     if data.startswith(b"version https://git-lfs"):
         hint = "It is a Git LFS pointer: fetch the model itself with `git lfs pull`."
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise UsageError(f"{path} is not an ONNX model, or is truncated", hint) from error
     if not proto.HasField("graph") or not proto.graph.node:
@@ -422,7 +416,7 @@ def _inputs(path: Path, graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
 def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
     _require_tensor(path, "input", value)
     tensor = value.type.tensor_type
-    shape = tuple(_dimension(d) for d in tensor.shape.dim) if tensor.HasField("shape") else None
+    shape = tuple(_dimension(d) for d in tensor.shape.dim)
     return TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
 
 
@@ -460,8 +454,6 @@ def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
 def _bind(spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str) -> None:
     """Check a shape against the declaration and note what it makes each symbol."""
     declared = spec.shape
-    if declared is None:
-        return
     if len(shape) != len(declared):
         raise UsageError(
             f"{origin} gives {shown(shape)} for input {spec}: {len(declared)} dimensions needed",
@@ -483,11 +475,6 @@ def _bind(spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str) 
 
 
 def _default_shape(spec: TensorSpec, symbols: dict[str, int], notes: list[str]) -> Shape:
-    if spec.shape is None:
-        raise UsageError(
-            f"the model does not say how many dimensions input `{spec.name}` has",
-            f"Give its shape, such as --shape {spec.name}:1x3x224x224, or recorded --data.",
-        )
     shape: list[int] = []
     for axis, declared in enumerate(spec.shape):
         if isinstance(declared, int):
@@ -512,7 +499,7 @@ def _sum_of(expression: str | None, symbols: Mapping[str, int]) -> int | None:
 
 
 def _default(spec: TensorSpec, axis: int) -> int:
-    shape = spec.shape or ()
+    shape = spec.shape
     name = str(shape[axis] or "")
     for pattern, value in (
         (_BATCH_NAME, _BATCH),

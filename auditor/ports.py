@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
         Stage,
     )
 
-Array = NDArray[np.generic]
+# A tensor's type is only known at run time, so arithmetic on it cannot be checked statically.
+Array = NDArray[Any]
 Arrays = dict[str, Array]  # tensors by ONNX name
 
 

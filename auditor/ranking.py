@@ -165,9 +165,7 @@ def _confidence(backend: BackendReport, segment: Segment, noise: Noise | None) -
     return "high" if strong and proved else "medium"
 
 
-def _evidence(
-    backend: BackendReport, segment: Segment, noise: Noise | None
-) -> tuple[str, ...]:
+def _evidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> tuple[str, ...]:
     lines: list[str] = []
     for tried in segment.hypotheses:
         lines.append(

@@ -15,6 +15,7 @@ import onnx
 
 from auditor.errors import AuditError, UsageError
 from auditor.ports import Array, Arrays
+from auditor.records import ReferenceInfo
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Reference:
                 "The reference is ONNX Runtime on the CPU: check that it has every operator.",
             ) from error
 
+    @property
+    def info(self) -> ReferenceInfo:
+        """What the report says of the reference."""
+        import onnxruntime as ort
+
+        return ReferenceInfo(
+            "ONNX Runtime CPU, ORT_DISABLE_ALL", ort.__version__, "the model's own types"
+        )
+
     def run(self, feeds: Arrays) -> Arrays:
         """Final outputs by ONNX name.
 
@@ -114,7 +124,29 @@ class Replayer:
         try:
             return dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
         except Exception as error:  # ORT raises a family of classes that share no base
-            raise ReplayError(f"segment {cut.id} cannot be replayed: {_first_line(error)}") from error
+            raise ReplayError(
+                f"segment {cut.id} cannot be replayed: {_first_line(error)}"
+            ) from error
+
+    def run_reordered(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
+        """Run one segment with its sums added up in reverse order, if it has any.
+
+        Raises:
+            ReplayError: ONNX Runtime refused the reordered segment.
+        """
+        from auditor.reorder import reordered
+
+        model = reordered(self.model(cut))
+        if model is None:
+            return self.run(cut, values)
+        feeds = {name: values[name] for name in cut.inputs}
+        try:
+            results = session(model, self.threads).run(None, feeds)
+        except Exception as error:  # ORT raises a family of classes that share no base
+            raise ReplayError(
+                f"segment {cut.id} cannot be reordered: {_first_line(error)}"
+            ) from error
+        return dict(zip(cut.outputs, results, strict=True))
 
     def walk(
         self,
@@ -146,9 +178,7 @@ class Replayer:
             if unchanged and patch is None:
                 continue
             outputs = (
-                {name: values[name] for name in cut.outputs}
-                if unchanged
-                else self.run(cut, values)
+                {name: values[name] for name in cut.outputs} if unchanged else self.run(cut, values)
             )
             if patch is not None:
                 outputs = patch(outputs, {name: values[name] for name in cut.inputs})
@@ -199,9 +229,11 @@ def difference(observed: Arrays, reference: Arrays) -> Arrays:
 
 def _minus(a: Array, b: Array) -> Array:
     if a.dtype.kind == "f" and b.dtype.kind == "f":
-        return a.astype(b.dtype, copy=False) - b if b.dtype != np.float16 else a.astype(
-            np.float32
-        ) - b.astype(np.float32)
+        return (
+            a.astype(b.dtype, copy=False) - b
+            if b.dtype != np.float16
+            else a.astype(np.float32) - b.astype(np.float32)
+        )
     return a.astype(np.float64) - b.astype(np.float64)
 
 

@@ -66,7 +66,7 @@ class Graph:
         stops = boundary | set(self.inputs)
         outputs: dict[tuple[int, ...], list[str]] = {}
         cones: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[str, ...]]] = {}
-        for tensor in sorted(boundary, key=self.producer.__getitem__):
+        for tensor in (name for name in self.producer if name in boundary):  # graph order
             nodes, constants, inputs = self._cone(self.producer[tensor], stops)
             outputs.setdefault(nodes, []).append(tensor)
             cones[nodes] = (constants, inputs)

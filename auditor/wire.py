@@ -55,9 +55,7 @@ def save(path: Path, tensors: Arrays) -> list[str]:
     """
     from safetensors.numpy import save_file
 
-    save_file(
-        {str(i): np.ascontiguousarray(v) for i, v in enumerate(tensors.values())}, str(path)
-    )
+    save_file({str(i): np.ascontiguousarray(v) for i, v in enumerate(tensors.values())}, str(path))
     return list(tensors)
 
 

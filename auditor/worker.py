@@ -49,7 +49,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"TMPDIR": str(workdir)},
+                env=os.environ | {"TMPDIR": str(workdir), "PYTHONPATH": _module_path()},
                 # Its own group: Ctrl-C reaches the parent alone, which then ends the children.
                 start_new_session=True,
             )
@@ -135,8 +135,8 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(backends: Sequence[str]) -> Iterator[tuple[tuple[Worker, ...], Path]]:
-    """One running worker per entry of ``backends``, and a private folder for the audit.
+def workers(backends: Sequence[str]) -> Iterator[tuple[Worker, ...]]:
+    """One running worker per entry of ``backends``, each with a private folder.
 
     However the block is left, Ctrl-C included, no process and no file stays behind. The
     processes belong to the calling thread: Linux ends them should that thread die.
@@ -148,7 +148,7 @@ def workers(backends: Sequence[str]) -> Iterator[tuple[tuple[Worker, ...], Path]
                 folder = Path(root) / f"{index}-{backend}"
                 folder.mkdir()
                 started.append(Worker(backend, folder))
-            yield tuple(started), Path(root)
+            yield tuple(started)
         except BaseException:
             for worker in started:
                 worker.kill()
@@ -158,24 +158,30 @@ def workers(backends: Sequence[str]) -> Iterator[tuple[tuple[Worker, ...], Path]
                 worker.close()
 
 
+def _module_path() -> str:
+    """Where the child finds this very package, installed or run from a checkout."""
+    inherited = os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).resolve().parents[1])
+    return os.pathsep.join([here, inherited] if inherited else [here])
+
+
 def availability(worker: Worker, timeout: float) -> Availability:
     """Whether a worker's backend can be used here; a crash is an answer too."""
     from auditor.wire import decode
 
     try:
-        answer: Availability = decode(
-            Availability, worker.call("availability", timeout=timeout)
-        )
-    except AuditError as error:
+        answer: Availability = decode(Availability, worker.call("availability", timeout=timeout))
+    except BackendError as error:
+        last = f" ({error.log[-1].strip()})" if error.log else ""
         return Availability(
-            False, worker.backend, reason=error.message, remedy=error.hint or None
+            False, worker.backend, reason=error.message + last, remedy=error.hint or None
         )
     return answer
 
 
 def probe(backends: Sequence[str], timeout: float = 120.0) -> list[tuple[str, Availability]]:
     """Ask each backend, in a process of its own, whether it can be used here."""
-    with workers(backends) as (started, _), ThreadPoolExecutor() as pool:
+    with workers(backends) as started, ThreadPoolExecutor() as pool:
         answers = [pool.submit(availability, worker, timeout) for worker in started]
         try:
             return [(w.backend, a.result()) for w, a in zip(started, answers, strict=True)]

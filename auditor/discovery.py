@@ -1,0 +1,91 @@
+"""Finds backends, report formats and noises by listing their packages: no registry to edit."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from auditor.ports import Backend, Noise, Renderer
+
+
+def backend_ids() -> tuple[str, ...]:
+    """Ids of all backends, without importing any engine."""
+    return _modules("backends")
+
+
+def backend(id: str) -> Backend:
+    """The backend with this id; imports its module but not its engine.
+
+    Raises:
+        UsageError: there is none.
+    """
+    require(id, backend_ids(), "backend", "Backends")
+    found: Backend = importlib.import_module(f"backends.{id}").BACKEND
+    return found
+
+
+def renderers() -> dict[str, Renderer]:
+    """All report formats by name."""
+    found = [importlib.import_module(f"reports.{m}").RENDERER for m in _modules("reports")]
+    return {renderer.name: renderer for renderer in found}
+
+
+def noises() -> tuple[Noise, ...]:
+    """All noises, ordered by id."""
+    found: list[Noise] = [
+        importlib.import_module(f"auditor.noises.{module}").NOISE
+        for module in _modules("auditor.noises")
+    ]
+    return tuple(sorted(found, key=lambda noise: noise.id))
+
+
+def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
+    """Check that ``name`` is one of ``known``.
+
+    Args:
+        name: what the user wrote.
+        known: what there is.
+        what: the word for one of them.
+        whats: the word that introduces the list of all.
+
+    Raises:
+        UsageError: it is not; says which there are, and the likeliest one meant.
+    """
+    choices = sorted(known)
+    if name in choices:
+        return
+    close = difflib.get_close_matches(name, choices, n=1)
+    meant = f"Did you mean `{close[0]}`? " if close else ""
+    raise UsageError(f"there is no {what} `{name}`", f"{meant}{whats}: {', '.join(choices)}.")
+
+
+@cache
+def _modules(package: str) -> tuple[str, ...]:
+    """Names of a package's public modules, once it is known to be ours."""
+    spec = importlib.util.find_spec(package)
+    ours = Path(__file__).resolve().parent.parent.joinpath(*package.split("."))
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            f"the package `{package}` of the auditor is missing from {ours.parent}",
+            "Install sysnoise-auditor again.",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))).resolve()
+    if folder != ours:
+        raise UsageError(
+            f"the package `{package}` of the auditor is shadowed by {folder}",
+            f"Another distribution or folder uses that name: uninstall it, or run the auditor "
+            f"in an environment of its own; it expects {ours}.",
+        )
+    return tuple(
+        sorted(m.name for m in pkgutil.iter_modules([str(ours)]) if not m.name.startswith("_"))
+    )

@@ -1,0 +1,601 @@
+"""Rounds chosen tensors of a segment to a narrower float format, inside its ONNX graph.
+
+A narrow-precision kernel differs from the FP32 reference only in *where* values are rounded: as
+they enter, in the weights and biases, between operators, in the running sums, as they leave. A
+``Sites`` says where; ``rounded`` inserts the roundings, and all arithmetic stays FP32. That is
+how the hardware itself works: products of two 8- or 11-bit significands are exact in FP32, and
+matrix units accumulate in FP32 (Intel SDM, TDPBF16PS; NVIDIA PTX ISA, mma).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import onnx
+from onnx import TensorProto, helper
+
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel
+
+# Operators whose arithmetic is a sum of products, with the positions of their two operands and
+# of their bias.
+_CONTRACTIONS: dict[str, tuple[tuple[int, ...], int]] = {
+    "Conv": ((0, 1), 2),
+    "ConvTranspose": ((0, 1), 2),
+    "Gemm": ((0, 1), 2),
+    "MatMul": ((0, 1), -1),
+    "Einsum": ((0, 1), -1),
+    "LSTM": ((0, 1, 2), 3),
+    "GRU": ((0, 1, 2), 3),
+    "RNN": ((0, 1, 2), 3),
+}
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+# Operators that only move values.
+_MOVES = {
+    *("Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements"),
+    *("GatherND", "Identity", "Pad", "Reshape", "ReverseSequence", "Slice", "SpaceToDepth"),
+    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+# Operators after which rounded values are still rounded.
+_KEEP = _MOVES | {"Relu", "MaxPool"}
+# Operators whose constant inputs describe a shape, a table or a limit rather than a factor.
+_STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
+_DEFAULT_DOMAIN = ("", "ai.onnx")
+# Kernel types that stand for tensors rather than work.
+_NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
+
+
+Scope = Literal["kernel", "operator", "segment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A float format narrower than float32.
+
+    Attributes:
+        name: as people write it, ``bf16``.
+        stated: how engines write it in ``Kernel.precision``.
+        cast: ONNX element type whose Cast rounds to it exactly, or None.
+        opset: the first ONNX opset whose Cast knows that type.
+        bits: bits of its significand, the implicit one included.
+    """
+
+    name: str
+    stated: frozenset[str]
+    cast: int | None
+    opset: int
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where a kernel rounds.
+
+    Attributes:
+        name: said to the user.
+        scope: what one kernel is: the engine's own fusion groups, each operator by itself, or
+            the whole segment.
+        inputs: values that a kernel reads, and operands of sums of products inside it.
+        weights: constant operands of sums of products.
+        bias: constants added to sums of products: none of them, those of fully connected layers
+            whose output is rounded, or all.
+        constants: every other constant operand.
+        outputs: values that a kernel writes.
+        products: only kernels made of sums of products round at all.
+    """
+
+    name: str
+    scope: Scope
+    inputs: bool = False
+    weights: bool = False
+    bias: Literal["none", "fully-connected", "all"] = "none"
+    constants: bool = False
+    outputs: bool = False
+    products: bool = False
+
+
+def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Iterator[Variant]:
+    """The segment rounded at each of ``sites`` in turn, without repeating equal graphs.
+
+    Sites that speak of the engine's kernels are left out where the engine names none, those
+    that take the whole segment for one kernel where it does.
+    """
+    layout = _Layout(segment)
+    seen: list[list[onnx.NodeProto]] = []
+    for where in sites:
+        if where.scope == ("segment" if layout.kernels else "kernel"):
+            continue
+        model = _Surgery(layout, to, where).apply()
+        nodes = list(model.graph.node)
+        if len(nodes) > len(segment.model.graph.node) and nodes not in seen:
+            seen.append(nodes)
+            yield Variant(where.name, model)
+
+
+def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
+    """Whether an engine says that one of these kernels computes or writes in a format."""
+    return any(k.precision in names or k.output_precision in names for k in kernels)
+
+
+def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
+    """The segment at a later opset: relabelled, then converted; check each by running it.
+
+    Between opsets most operators only gained types, so that a new label is usually enough and a
+    tenth of the converter's price.
+    """
+    relabelled = onnx.ModelProto()
+    relabelled.CopyFrom(model)
+    for entry in relabelled.opset_import:
+        if entry.domain in _DEFAULT_DOMAIN:
+            entry.version = opset
+    yield relabelled
+    from onnx import version_converter
+
+    try:
+        yield version_converter.convert_version(model, opset)
+    except Exception:  # the converter raises whatever its C++ threw; there is no common base
+        return
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the default ONNX operator set that a model uses."""
+    return next((o.version for o in model.opset_import if o.domain in _DEFAULT_DOMAIN), 1)
+
+
+@dataclass(slots=True)
+class _Group:
+    """One kernel: what the engine says about its edges."""
+
+    kernel: Kernel | None
+    nodes: list[int] = field(default_factory=list)
+
+
+class _Layout:
+    """What surgery must know of a segment, whatever the format."""
+
+    def __init__(self, segment: SegmentGraph) -> None:
+        self.model = segment.model
+        self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
+        self.outputs = {o.name for o in segment.model.graph.output}
+        self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
+            t.name: tuple(t.dims) for t in segment.model.graph.initializer
+        }
+        self.derived = set[int]()  # nodes computed from constants alone
+        for index, node in enumerate(self.nodes):
+            if all(n in self.constants for n in node.input if n) and not _subgraphs(node):
+                self.derived.add(index)
+                self.constants.update((o, _constant_shape(node)) for o in node.output)
+        self.floats = _float_tensors(segment.model)
+        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
+        self.readers: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in node.input:
+                self.readers.setdefault(name, []).append(index)
+        self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
+        self.reduced = any(k.precision not in ("", "f32") for k in self.kernels)
+
+    def groups(self, scope: Scope) -> list[_Group]:
+        """The group of every node, by node index."""
+        if scope == "segment":
+            return [_Group(None, list(range(len(self.nodes))))] * len(self.nodes)
+        if scope == "operator":
+            return [_Group(None, [i]) for i in range(len(self.nodes))]
+        owner: dict[str, _Group] = {}
+        for kernel in self.kernels:
+            group = _Group(kernel)
+            owner.update(dict.fromkeys(kernel.nodes, group))  # the last one writes the tensor
+        found = [owner.get(_key(node)) for node in self.nodes]
+        for index in reversed(range(len(self.nodes))):  # engines name the last node they fused
+            if found[index] is None:
+                readers = (i for o in self.nodes[index].output for i in self.readers.get(o, ()))
+                found[index] = next((found[i] for i in readers if found[i] is not None), None)
+        for index, node in enumerate(self.nodes):
+            if found[index] is None:
+                sources = (self.producer.get(name) for name in node.input)
+                found[index] = next((found[i] for i in sources if i is not None), None)
+        result = [group or _Group(None) for group in found]
+        for index, group in enumerate(result):
+            group.nodes.append(index)
+        return result
+
+    def sole_reader(self, tensor: str) -> int | None:
+        """The one node that reads a tensor which nothing else sees."""
+        readers = self.readers.get(tensor, [])
+        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
+
+class _Surgery:
+    """One pass over a segment's nodes that inserts roundings."""
+
+    def __init__(self, layout: _Layout, to: Format, sites: Sites) -> None:
+        self.at = layout
+        self.to = to
+        self.sites = sites
+        self.groups = layout.groups(sites.scope)
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self.rounded: dict[str, str] = {}  # tensor → its rounded copy
+        self.exact = set[str]()  # tensors whose values already fit the format
+        self.raw: dict[str, str] = {}  # tensor → its value before it was written out
+        self.replaced = set[int]()  # nodes folded into another
+        self.constants = dict(layout.constants)
+        self.floats = set(layout.floats)
+        self.mark = _unused_mark(layout.model)
+        self.casts = to.cast is not None and opset(layout.model) >= to.opset
+
+    def apply(self) -> onnx.ModelProto:
+        """The transformed model."""
+        for index, node in enumerate(self.at.nodes):
+            if index in self.at.derived:
+                self.nodes.append(node)
+            elif index not in self.replaced:
+                self._emit(index, node)
+        source = self.at.model
+        model = onnx.ModelProto(ir_version=source.ir_version, opset_import=source.opset_import)
+        model.functions.extend(source.functions)
+        model.graph.name = source.graph.name
+        model.graph.input.extend(source.graph.input)
+        model.graph.output.extend(source.graph.output)
+        model.graph.initializer.extend(source.graph.initializer)
+        model.graph.initializer.extend(self.initializers)
+        model.graph.sparse_initializer.extend(source.graph.sparse_initializer)
+        model.graph.node.extend(self.nodes)
+        return model
+
+    # --- one node ------------------------------------------------------------------------------
+
+    def _emit(self, index: int, node: onnx.NodeProto) -> None:
+        group = self.groups[index]
+        new = onnx.NodeProto()
+        new.CopyFrom(node)
+        if _subgraphs(node) or not self._applies(group):
+            for position, name in enumerate(new.input):
+                if self._inside(name, group):
+                    new.input[position] = self.raw.get(name, name)
+            self.nodes.append(new)
+            return
+        if self.sites.scope == "kernel" and self._reduced(group):
+            if node.op_type in _CONVOLUTIONS:
+                self._fold_scale(new, group)
+            elif node.op_type == "MatMul":
+                self._move_scale(new, group)
+            elif node.op_type == "LayerNormalization":
+                self._split_normalization(new, group)
+                return
+        self._finish(new, group)
+
+    def _finish(self, node: onnx.NodeProto, group: _Group) -> None:
+        for position, name in enumerate(node.input):
+            node.input[position] = self._input(node, position, name, group)
+        self._outputs(node, group)
+
+    def _applies(self, group: _Group) -> bool:
+        return not self.sites.products or any(
+            self.at.nodes[i].op_type in _CONTRACTIONS for i in group.nodes
+        )
+
+    def _input(self, node: onnx.NodeProto, position: int, name: str, group: _Group) -> str:
+        if name not in self.floats:
+            return name
+        operands, _ = _CONTRACTIONS.get(node.op_type, ((), -1))
+        if name in self.constants:
+            return self._round(name) if self._rounds_constant(node, position, name, group) else name
+        if self._inside(name, group):
+            rounds = self.sites.inputs and (position in operands or self._normalized(name, group))
+            name = self.raw.get(name, name)
+            return self._round(name) if rounds else name
+        if not (self.sites.inputs and self._reduced(group)):
+            return name
+        if self.sites.products and position not in operands:
+            return name
+        return self._round(name)
+
+    def _rounds_constant(
+        self, node: onnx.NodeProto, position: int, name: str, group: _Group
+    ) -> bool:
+        if not self._reduced(group):
+            return False
+        operands, bias = _CONTRACTIONS.get(node.op_type, ((), -1))
+        if position in operands:
+            return self.sites.weights
+        if position == bias or self._adds_bias(node, group):
+            if self.sites.bias == "fully-connected":
+                return node.op_type not in _CONVOLUTIONS and self._writes(group)
+            return self.sites.bias == "all"
+        return self.sites.constants and node.op_type not in _STRUCTURAL
+
+    def _adds_bias(self, node: onnx.NodeProto, group: _Group) -> bool:
+        """Whether an Add gives a MatMul of its own kernel its bias."""
+        if node.op_type != "Add":
+            return False
+        sources = (self.at.producer.get(n) for n in node.input if n not in self.constants)
+        return any(
+            i is not None and self.at.nodes[i].op_type == "MatMul" and self._has_weights(i)
+            for i in sources
+        )
+
+    def _has_weights(self, index: int) -> bool:
+        return any(n in self.constants for n in self.at.nodes[index].input)
+
+    def _outputs(self, new: onnx.NodeProto, group: _Group) -> None:
+        self.nodes.append(new)
+        moved = new.op_type in _KEEP and all(
+            n in self.exact for n in new.input if n in self.floats or n in self.exact
+        )
+        for position, name in enumerate(new.output):
+            if name not in self.floats:
+                continue
+            if moved:
+                self.exact.add(name)
+            elif self.sites.outputs and self._writes(group) and self._leaves(name, group):
+                new.output[position] = self.raw[name] = f"{self.mark}{name}/unrounded"
+                self.nodes.extend(self._rounding(self.raw[name], name))
+                self.exact.add(name)
+
+    def _inside(self, name: str, group: _Group) -> bool:
+        source = self.at.producer.get(name)
+        return source is not None and self.groups[source] is group
+
+    def _leaves(self, name: str, group: _Group) -> bool:
+        return name in self.at.outputs or any(
+            self.groups[reader] is not group for reader in self.at.readers.get(name, ())
+        )
+
+    def _reduced(self, group: _Group) -> bool:
+        """Whether a kernel reads this format; all do where the engine states no narrow one."""
+        if self.sites.scope != "kernel" or not self.at.reduced:
+            return True
+        return group.kernel is not None and group.kernel.precision not in ("", "f32")
+
+    def _writes(self, group: _Group) -> bool:
+        if self.sites.scope != "kernel" or not self.at.reduced:
+            return True
+        if group.kernel is None:
+            return False
+        return (group.kernel.output_precision or group.kernel.precision) not in ("", "f32")
+
+    # --- what fusion does to the arithmetic ------------------------------------------------------
+
+    def _fold_scale(self, conv: onnx.NodeProto, group: _Group) -> None:
+        """Constant factors after a convolution are multiplied into its weights beforehand."""
+        chain = self._scale_chain(conv, group)
+        weights = self.constants.get(conv.input[1])
+        if not chain or weights is None or conv.input[1] not in self.floats:
+            return
+        axis = 0
+        if conv.op_type == "ConvTranspose":
+            if any(a.name == "group" and a.i != 1 for a in conv.attribute):
+                return
+            axis = 1
+        bias = conv.input[2] if len(conv.input) > 2 else ""
+        scale = ""
+        for index in chain:
+            node = self.at.nodes[index]
+            factor, shift = self._affine(node)
+            if factor:
+                scale = self._new("Mul", scale, factor) if scale else factor
+                bias = self._new("Mul", bias, factor) if bias else ""
+            if shift:
+                bias = self._new("Add", bias, shift) if bias else shift
+            self.replaced.add(index)
+            conv.output[0] = node.output[0]
+        shape = [1] * len(weights)
+        shape[axis] = -1
+        factor = self._new("Reshape", scale, self._integers(shape))
+        conv.input[1] = self._new("Mul", conv.input[1], factor)
+        if bias:
+            bias = self._new("Expand", bias, self._integers([weights[axis]]))
+            del conv.input[2:]
+            conv.input.append(bias)
+
+    def _scale_chain(self, conv: onnx.NodeProto, group: _Group) -> list[int]:
+        """Indices of the per-channel affine nodes fused behind a convolution, up to a factor."""
+        rank = len(self.constants.get(conv.input[1]) or ())
+        chain: list[int] = []
+        factors = 0
+        tensor = conv.output[0]
+        while (index := self.at.sole_reader(tensor)) is not None and self.groups[index] is group:
+            node = self.at.nodes[index]
+            others = [n for n in node.input if n != tensor]
+            if node.op_type not in ("BatchNormalization", "Mul", "Div", "Add", "Sub") or any(
+                not self._per_channel(n, rank, node.op_type) for n in others
+            ):
+                break
+            if node.input[0] != tensor and node.op_type in ("Div", "Sub"):
+                break
+            chain.append(index)
+            if node.op_type not in ("Add", "Sub"):
+                factors = len(chain)
+            tensor = node.output[0]
+        return chain[:factors]
+
+    def _per_channel(self, name: str, rank: int, op_type: str) -> bool:
+        shape = self.constants.get(name)
+        if shape is None or name not in self.floats:
+            return False
+        if op_type == "BatchNormalization":
+            return True
+        aligned = (1,) * (rank - len(shape)) + shape
+        return len(aligned) == rank and all(d == 1 for i, d in enumerate(aligned) if i != 1)
+
+    def _affine(self, node: onnx.NodeProto) -> tuple[str, str]:
+        """Factor and shift of a per-channel affine node, as 1-d tensors; "" for neither."""
+        if node.op_type == "BatchNormalization":
+            gamma, beta, mean, variance = node.input[1:5]
+            epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+            width = self._new("Sqrt", self._new("Add", variance, self._scalar(epsilon)))
+            factor = self._new("Div", gamma, width)
+            return factor, self._new("Sub", beta, self._new("Mul", mean, factor))
+        constant = next(n for n in node.input if n in self.constants)
+        flat = self._new("Reshape", constant, self._integers([-1]))
+        if node.op_type == "Mul":
+            return flat, ""
+        if node.op_type == "Div":
+            return self._new("Reciprocal", flat), ""
+        return "", flat if node.op_type == "Add" else self._new("Neg", flat)
+
+    def _move_scale(self, product: onnx.NodeProto, group: _Group) -> None:
+        """Fused attention multiplies its scale into the keys before rounding them."""
+        if any(n in self.constants for n in product.input) or not any(
+            self.at.nodes[i].op_type == "Softmax" for i in group.nodes
+        ):
+            return
+        index = self.at.sole_reader(product.output[0])
+        if index is None or self.groups[index] is not group:
+            return
+        node = self.at.nodes[index]
+        other = [n for n in node.input if n != product.output[0]]
+        if (
+            node.op_type not in ("Mul", "Div")
+            or len(other) != 1
+            or (self.constants.get(other[0]) not in ((), (1,)))
+        ):
+            return
+        keys = product.input[1]
+        entered = self._round(keys) if not self._inside(keys, group) else self.raw.get(keys, keys)
+        product.input[1] = self._new(node.op_type, entered, other[0], constant=False)
+        product.output[0] = node.output[0]
+        self.replaced.add(index)
+
+    def _split_normalization(self, node: onnx.NodeProto, group: _Group) -> None:
+        """The normalised value is rounded before gamma and beta are applied to it."""
+        gamma = node.input[1]
+        shape = self.constants.get(gamma)
+        output = node.output[0]
+        if shape is None or len([o for o in node.output if o]) > 1:
+            self._finish(node, group)
+            return
+        ones = f"{self.mark}{output}/ones"
+        self._initializer(ones, TensorProto.FLOAT, shape, [1.0] * math.prod(shape))
+        beta = list(node.input[2:])
+        node.input[1] = ones
+        del node.input[2:]
+        node.output[0] = f"{self.mark}{output}/normalized"
+        node.input[0] = self._input(node, 0, node.input[0], group)
+        self.nodes.append(node)
+        value = self._round(node.output[0])
+        if not beta:
+            self._outputs(helper.make_node("Mul", [value, gamma], [output]), group)
+            return
+        scaled = f"{self.mark}{output}/scaled"
+        self.nodes.append(helper.make_node("Mul", [value, gamma], [scaled]))
+        self._outputs(helper.make_node("Add", [scaled, beta[0]], [output]), group)
+
+    def _normalized(self, name: str, group: _Group) -> bool:
+        """Whether a value inside a kernel is (x − mean) / deviation of a spelt-out LayerNorm."""
+        if self.sites.scope != "kernel" or group.kernel is None:
+            return False
+        node = self.at.nodes[self.at.producer[name]]
+        if node.op_type != "Div" or node.input[1] not in self.at.producer:
+            return False
+        return self.at.nodes[self.at.producer[node.input[1]]].op_type == "Sqrt"
+
+    def _new(self, op_type: str, *inputs: str, constant: bool = True) -> str:
+        """Emit an FP32 node of the surgery's own and return its output."""
+        output = f"{self.mark}{inputs[0]}/{op_type}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, inputs, [output]))
+        self.floats.add(output)
+        if constant:
+            self.constants[output] = None
+        return output
+
+    def _integers(self, values: Sequence[int]) -> str:
+        name = f"{self.mark}int64 {list(values)}"
+        return self._initializer(name, TensorProto.INT64, (len(values),), values)
+
+    def _scalar(self, value: float) -> str:
+        return self._initializer(f"{self.mark}float {value!r}", TensorProto.FLOAT, (), [value])
+
+    def _initializer(
+        self, name: str, kind: int, shape: Sequence[int], values: Sequence[float]
+    ) -> str:
+        if all(t.name != name for t in self.initializers):
+            self.initializers.append(helper.make_tensor(name, kind, shape, values))
+        return name
+
+    # --- rounding ------------------------------------------------------------------------------
+
+    def _round(self, name: str) -> str:
+        if name in self.exact:
+            return name
+        if name not in self.rounded:
+            target = self.rounded[name] = f"{self.mark}{name}/{self.to.name}"
+            self.nodes.extend(self._rounding(name, target))
+            self.exact.add(target)
+        return self.rounded[name]
+
+    def _rounding(self, source: str, target: str) -> list[onnx.NodeProto]:
+        if self.casts:
+            narrow = f"{self.mark}{target}/narrow"
+            return [
+                helper.make_node("Cast", [source], [narrow], to=self.to.cast),
+                helper.make_node("Cast", [narrow], [target], to=TensorProto.FLOAT),
+            ]
+        return self._split(source, target)
+
+    def _split(self, source: str, target: str) -> list[onnx.NodeProto]:
+        """Veltkamp's splitting: rounds to nearest with FP32 arithmetic alone.
+
+        Exact below 2¹²⁸⁻ˢ and except for ties, which a tensor that was not rounded before
+        almost never has (Dekker 1971, "A floating-point technique for extending the available
+        precision"; Boldo 2006).
+        """
+        shift = 24 - self.to.bits
+        factor = self._scalar(float(2**shift + 1))
+        scaled, rest = f"{self.mark}{target}/scaled", f"{self.mark}{target}/rest"
+        return [
+            helper.make_node("Mul", [source, factor], [scaled]),
+            helper.make_node("Sub", [scaled, source], [rest]),
+            helper.make_node("Sub", [scaled, rest], [target]),
+        ]
+
+
+def _key(node: onnx.NodeProto) -> str:
+    return next((o for o in node.output if o), "")
+
+
+def _unused_mark(model: onnx.ModelProto) -> str:
+    """A prefix that no tensor of the model has, so that surgery can be repeated on its result."""
+    names = {n for node in model.graph.node for n in node.output}
+    names.update(t.name for t in model.graph.initializer)
+    mark = "~"
+    while any(name.startswith(mark) for name in names):
+        mark += "~"
+    return mark
+
+
+def _subgraphs(node: onnx.NodeProto) -> bool:
+    return any(a.HasField("g") or a.graphs for a in node.attribute)
+
+
+def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:
+    """Shape of a Constant node's value; None for other nodes and where it is not stated."""
+    if node.op_type != "Constant":
+        return None
+    attribute = node.attribute[0]
+    if attribute.HasField("t"):
+        return tuple(attribute.t.dims)
+    return () if attribute.name == "value_float" else None
+
+
+def _float_tensors(model: onnx.ModelProto) -> set[str]:
+    """Names of the segment's float32 tensors.
+
+    Weights become inputs for the inference, so that ONNX does not copy them.
+    """
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    for t in model.graph.initializer:
+        light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
+    light.graph.output.extend(model.graph.output)
+    graph = onnx.shape_inference.infer_shapes(light).graph
+    return {
+        v.name
+        for v in (*graph.input, *graph.value_info, *graph.output)
+        if v.type.tensor_type.elem_type == TensorProto.FLOAT
+    }

@@ -1,0 +1,497 @@
+"""What the model is fed: samples recorded by the user, or seeded random ones."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from auditor.errors import UsageError
+from auditor.model import Model, Shape, TensorSpec, resolve_shapes, shown, suggestion
+from auditor.records import StimulusInfo
+
+if TYPE_CHECKING:
+    import onnx
+
+    from auditor.ports import Array, Arrays
+
+_DEFAULT_RECORDED = 4
+_DEFAULT_SYNTHETIC = 1
+_MASK = re.compile(r"attention|attn|pad", re.IGNORECASE)
+# Operators whose output is their first input's numbers, in another shape or type.
+_TRANSPARENT = frozenset(
+    {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand"}
+)
+
+
+class Stimulus:
+    """A fixed number of samples, each made or read when asked for.
+
+    Attributes:
+        info: where they come from and every choice made on the user's behalf.
+    """
+
+    def __init__(self, info: StimulusInfo, sample: Callable[[int], Arrays]) -> None:
+        """``sample(i)`` gives the arrays of sample ``i``, by graph input."""
+        self.info = info
+        self._sample = sample
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.info.samples
+
+    def sample(self, index: int) -> Arrays:
+        """Sample ``index``: one array per graph input, of its type and of ``info.shapes``."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._sample(index)
+
+
+def load(
+    model: Model,
+    data: Path | None,
+    seed: int,
+    samples: int | None,
+    shapes: Mapping[str, Shape],
+) -> Stimulus:
+    """Recorded samples from ``data``, or synthetic ones where it is None.
+
+    Args:
+        model: the model to feed.
+        data: ``.npz`` or ``.safetensors`` with one array per graph input, or ``.npy`` for a
+            model with one input. An array with the input's rank is one sample, or several
+            where the input's first dimension is fixed at 1; with one dimension more it is
+            samples stacked on axis 0.
+        seed: of the synthetic samples.
+        samples: how many to use; None for every recorded sample up to 4, or one synthetic.
+        shapes: shapes chosen by the user, by input; may name only some inputs.
+
+    Raises:
+        UsageError: the data or the shapes don't fit the model.
+    """
+    if data is None:
+        return _synthetic(model, seed, samples or _DEFAULT_SYNTHETIC, shapes)
+    return _recorded(model, data, samples, shapes)
+
+
+# --- recorded --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One array of a data file; ``read(i)`` gets ``array[i]``, ``read(None)`` all of it."""
+
+    shape: Shape
+    dtype: np.dtype[np.generic]
+    read: Callable[[int | None], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """The samples of one graph input.
+
+    Attributes:
+        count: number of samples; ``shape`` is that of each.
+        stacked: whether axis 0 of the stored array counts samples.
+    """
+
+    spec: TensorSpec
+    stored: _Stored
+    count: int
+    shape: Shape
+    stacked: bool
+
+    def sample(self, index: int) -> Array:
+        """Sample ``index`` in the type of the graph input, contiguous and in memory."""
+        array = self.stored.read(index if self.stacked else None).reshape(self.shape)
+        if array.dtype == self.spec.dtype:
+            return np.ascontiguousarray(array)
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused by name
+            cast = array.astype(self.spec.dtype)
+        if array.dtype.kind in "iu" and not np.array_equal(cast, array):
+            raise UsageError(
+                f"input `{self.spec.name}` has values that do not fit {self.spec.dtype}",
+                f"Save it as {self.spec.dtype}, or export the model with {array.dtype} inputs.",
+            )
+        return cast
+
+
+def _recorded(
+    model: Model, data: Path, samples: int | None, shapes: Mapping[str, Shape]
+) -> Stimulus:
+    stored = _open(model, data)
+    _check_keys(model, data, stored)
+    notes: list[str] = []
+    columns = [_column(spec, stored[spec.name], shapes.get(spec.name)) for spec in model.inputs]
+    for column in columns:
+        notes += _check_type(column)
+    available = _common_count(columns)
+    resolved, _ = resolve_shapes(model, shapes, {c.spec.name: c.shape for c in columns})
+    if samples is None:
+        used = min(available, _DEFAULT_RECORDED)
+        if used < available:
+            notes.append(
+                f"the first {used} of {available} recorded samples are used; "
+                f"--samples {available} uses them all"
+            )
+    elif samples <= available:
+        used = samples
+    else:
+        raise UsageError(
+            f"--samples asks for {samples} samples, but {data} holds {available}",
+            f"Use --samples {available} or fewer, or record more.",
+        )
+
+    def sample(index: int) -> Arrays:
+        return {column.spec.name: column.sample(index) for column in columns}
+
+    for index in range(used):
+        _check_finite(index, sample(index), columns)
+    info = StimulusInfo("recorded", used, None, str(data), resolved, tuple(notes))
+    return Stimulus(info, sample)
+
+
+def _check_keys(model: Model, data: Path, stored: Mapping[str, _Stored]) -> None:
+    wanted = [spec.name for spec in model.inputs]
+    unknown = [name for name in stored if name not in wanted]
+    missing = [name for name in wanted if name not in stored]
+    inputs = "The inputs are " + ", ".join(str(spec) for spec in model.inputs) + "."
+    if unknown:
+        raise UsageError(
+            f"{data} has `{unknown[0]}`, which is not an input of the model",
+            suggestion(unknown[0], missing) + inputs,
+        )
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        raise UsageError(f"{data} has no array for input {names}", inputs)
+
+
+def _column(spec: TensorSpec, stored: _Stored, given: Shape | None) -> _Column:
+    declared = given if given is not None else spec.shape
+    shape = stored.shape
+    if 0 in shape:
+        raise UsageError(
+            f"the data for input `{spec.name}` are empty ({shown(shape)})",
+            "Record at least one sample.",
+        )
+    if len(shape) == len(declared):
+        if declared and declared[0] == 1 and shape[0] > 1:
+            return _Column(spec, stored, shape[0], (1, *shape[1:]), stacked=True)
+        return _Column(spec, stored, 1, shape, stacked=False)
+    if len(shape) == len(declared) + 1:
+        return _Column(spec, stored, shape[0], shape[1:], stacked=True)
+    raise UsageError(
+        f"the data for input {spec} have shape {shown(shape)}",
+        f"Give one sample with {len(declared)} dimensions, or several stacked on a new axis 0.",
+    )
+
+
+def _check_type(column: _Column) -> tuple[str, ...]:
+    """A note where the stored type is cast to the input's.
+
+    Raises:
+        UsageError: the two hold different kinds of number, or the cast would lose precision
+            (but for float64, numpy's default, which is what people save by accident).
+    """
+    have, want = column.stored.dtype, column.spec.dtype
+    if have == want:
+        return ()
+    name = column.spec.name
+    integers = have.kind in "iu" and want.kind in "iu"  # sample() checks that the values fit
+    floats = have.kind == want.kind == "f" and (
+        np.can_cast(have, want, "safe") or (have == np.float64 and want == np.float32)
+    )
+    if not (integers or floats):
+        raise UsageError(
+            f"the data for input `{name}` are {have}, but the model takes {want}",
+            f"Convert them as your application does, then save them as {want}.",
+        )
+    return (f"input `{name}`: recorded as {have}, fed as {want}",)
+
+
+def _common_count(columns: list[_Column]) -> int:
+    first = columns[0]
+    for column in columns:
+        if column.count != first.count:
+            raise UsageError(
+                f"input `{first.spec.name}` has {first.count} samples, but "
+                f"`{column.spec.name}` has {column.count}",
+                "Record the same number of samples of every input.",
+            )
+    return first.count
+
+
+def _check_finite(index: int, arrays: Arrays, columns: list[_Column]) -> None:
+    for column in columns:
+        array = arrays[column.spec.name]
+        if not _is_float(array.dtype):
+            continue
+        bad = int(np.count_nonzero(~np.isfinite(array)))
+        if bad:
+            raise UsageError(
+                f"input `{column.spec.name}` of sample {index} has {bad} values that are NaN or "
+                "infinite",
+                "Fix the recording: nothing can be measured on such inputs.",
+            )
+
+
+# --- data files --------------------------------------------------------------------------------
+
+
+def _open(model: Model, data: Path) -> dict[str, _Stored]:
+    if not data.exists():
+        raise UsageError(f"{data} does not exist", "Check the path given to --data.")
+    if not data.is_file():
+        raise UsageError(f"{data} is not a file", "Give a .npz, .npy or .safetensors file.")
+    if data.stat().st_size == 0:
+        raise UsageError(f"{data} is empty", "Record the inputs again.")
+    readers = {".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors}
+    reader = readers.get(data.suffix.lower())
+    if reader is None:
+        raise UsageError(
+            f"{data} is not a .npz, .npy or .safetensors file",
+            "Save the inputs with numpy.savez or safetensors, keyed by input name.",
+        )
+    try:
+        stored = reader(data)
+    except PermissionError as error:
+        raise UsageError(f"{data} cannot be read", "Check its permissions.") from error
+    if not stored:
+        raise UsageError(f"{data} holds no array", "Record the inputs again.")
+    if reader is not _read_npy:
+        return stored
+    if len(model.inputs) != 1:
+        names = ", ".join(f"`{spec.name}`" for spec in model.inputs)
+        raise UsageError(
+            f"{data} is one array, but the model has {len(model.inputs)} inputs",
+            f"Save a .npz with one array for each of {names}.",
+        )
+    return {model.inputs[0].name: stored[""]}
+
+
+def _read_npy(data: Path) -> dict[str, _Stored]:
+    with _reading(data), data.open("rb") as stream:
+        shape, fortran, dtype = _npy_header(data, stream)
+        return {"": _mapped(_map(data, dtype, stream.tell(), shape, fortran))}
+
+
+def _read_npz(data: Path) -> dict[str, _Stored]:
+    stored: dict[str, _Stored] = {}
+    with _reading(data), zipfile.ZipFile(data) as archive:
+        for member in archive.infolist():
+            name = member.filename.removesuffix(".npy")
+            with archive.open(member) as stream:
+                shape, fortran, dtype = _npy_header(data, stream, name)
+                header = stream.tell()
+            if member.file_size < header + dtype.itemsize * math.prod(shape):
+                _end_of_file()
+            if member.compress_type == zipfile.ZIP_STORED:
+                start = _member_start(data, member) + header
+                stored[name] = _mapped(_map(data, dtype, start, shape, fortran))
+            else:
+                stored[name] = _compressed(data, member, header, shape, fortran, dtype)
+    return stored
+
+
+def _read_safetensors(data: Path) -> dict[str, _Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    with _reading(data, SafetensorError):
+        file: Any = safe_open(str(data), "numpy")
+        return {name: _slice(file, name) for name in file.keys()}  # noqa: SIM118
+
+
+# What zipfile, zlib and numpy raise on damaged, encrypted or foreign files.
+_DAMAGED: tuple[type[Exception], ...] = (
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@contextmanager
+def _reading(data: Path, *extra: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (*_DAMAGED, *extra) as error:
+        raise UsageError(
+            f"{data} is not a valid {data.suffix} file: {error}",
+            "It was cut off or is another format: record the inputs again.",
+        ) from error
+
+
+def _npy_header(
+    data: Path, stream: Any, name: str | None = None
+) -> tuple[Shape, bool, np.dtype[Any]]:
+    """Shape, column-major flag and type of an array in NumPy's format (NEP 1)."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        what = f"array `{name}` of {data}" if name else str(data)
+        raise UsageError(
+            f"{what} holds pickled Python objects, which can run any code when read: refused",
+            "Save plain numeric arrays, for example numpy.stack(list_of_arrays).",
+        )
+    return shape, fortran, dtype
+
+
+def _map(data: Path, dtype: np.dtype[Any], offset: int, shape: Shape, fortran: bool) -> Array:
+    if 0 in shape:  # nothing to map
+        return np.empty(shape, dtype)
+    array: Array = np.memmap(data, dtype, "r", offset, shape, "F" if fortran else "C")
+    return array
+
+
+def _mapped(array: Array) -> _Stored:
+    def read(index: int | None) -> Array:
+        return np.array(array if index is None else array[index])
+
+    return _Stored(array.shape, array.dtype, read)
+
+
+def _member_start(data: Path, member: zipfile.ZipInfo) -> int:
+    """Offset of a member's bytes: after its local header (APPNOTE.TXT, section 4.3.7)."""
+    with data.open("rb") as stream:
+        stream.seek(member.header_offset + 26)
+        name, extra = np.frombuffer(stream.read(4), "<u2")
+    return member.header_offset + 30 + int(name) + int(extra)
+
+
+def _compressed(
+    data: Path,
+    member: zipfile.ZipInfo,
+    header: int,
+    shape: Shape,
+    fortran: bool,
+    dtype: np.dtype[Any],
+) -> _Stored:
+    """An array that can only be read front to back, one sample in memory at a time."""
+    size = dtype.itemsize * math.prod(shape)
+
+    def read(index: int | None) -> Array:
+        whole = index is None or fortran
+        step = size if whole else size // shape[0]
+        with _reading(data), zipfile.ZipFile(data) as archive, archive.open(member) as stream:
+            skip = header + (0 if whole or index is None else index * step)
+            while skip > 0:  # not seek(), which holds 16 MiB
+                skip -= len(stream.read(min(skip, 1 << 20)) or _end_of_file())
+            flat = np.frombuffer(stream.read(step), dtype)
+        if not whole:
+            return flat.reshape(shape[1:])
+        array = flat.reshape(shape, order="F" if fortran else "C")
+        return array if index is None else array[index]
+
+    return _Stored(shape, dtype, read)
+
+
+def _end_of_file() -> NoReturn:
+    raise EOFError("it ends before its last value")
+
+
+def _slice(file: Any, name: str) -> _Stored:
+    part = file.get_slice(name)
+    shape = tuple(part.get_shape())
+    first = part[:0] if shape else file.get_tensor(name)
+
+    def read(index: int | None) -> Array:
+        array: Array = file.get_tensor(name) if index is None else part[index : index + 1][0]
+        return array
+
+    return _Stored(shape, first.dtype, read)
+
+
+# --- synthetic -----------------------------------------------------------------------------------
+
+
+def _synthetic(model: Model, seed: int, samples: int, shapes: Mapping[str, Shape]) -> Stimulus:
+    resolved, notes = resolve_shapes(model, shapes, {})
+    limits = {spec.name: _index_limit(model.proto.graph, spec.name) for spec in model.inputs}
+
+    def sample(index: int) -> Arrays:
+        return {
+            spec.name: _draw(
+                np.random.default_rng([seed, index, position]),
+                spec,
+                resolved[spec.name],
+                limits[spec.name],
+            )
+            for position, spec in enumerate(model.inputs)
+        }
+
+    drawn = tuple(_drawn_from(spec, limits[spec.name]) for spec in model.inputs)
+    info = StimulusInfo(
+        "synthetic", samples, seed, "seeded random numbers", resolved, notes + drawn
+    )
+    return Stimulus(info, sample)
+
+
+def _draw(rng: np.random.Generator, spec: TensorSpec, shape: Shape, limit: int | None) -> Array:
+    if _is_mask(spec):
+        return np.ones(shape, spec.dtype)
+    if _is_float(spec.dtype) or spec.dtype.kind == "c":
+        return rng.standard_normal(shape).astype(spec.dtype)
+    low, high = _integer_range(spec, limit)
+    return rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+
+
+def _drawn_from(spec: TensorSpec, limit: int | None) -> str:
+    if _is_mask(spec):
+        return f"input `{spec.name}`: all ones, as a mask that hides nothing"
+    if _is_float(spec.dtype) or spec.dtype.kind == "c":
+        return f"input `{spec.name}`: standard normal"
+    low, high = _integer_range(spec, limit)
+    return f"input `{spec.name}`: uniform integers {low} to {high}"
+
+
+def _integer_range(spec: TensorSpec, limit: int | None) -> tuple[int, int]:
+    """Smallest and largest value: pixels for 8 bits, indices where used as such, else 0 or 1."""
+    if limit is not None:
+        return 0, limit - 1
+    pixels = {"uint8": (0, 255), "int8": (-128, 127)}
+    return pixels.get(spec.dtype.name, (0, 1))
+
+
+def _is_mask(spec: TensorSpec) -> bool:
+    named = "mask" in spec.name.lower()
+    return named and (not _is_float(spec.dtype) or bool(_MASK.search(spec.name)))
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether it is a floating type, those of ``ml_dtypes`` (kind V to numpy) included."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+def _index_limit(graph: onnx.GraphProto, name: str) -> int | None:
+    """How many rows the tables have that the input's numbers index through Gather.
+
+    The smallest such number; None where nothing looks the input up in a stored table.
+    """
+    tables = {t.name: tuple(t.dims) for t in graph.initializer}
+    followed = {name}
+    limits: list[int] = []
+    for node in graph.node:  # sorted topologically (ONNX IR specification)
+        if node.op_type in _TRANSPARENT and node.input[0] in followed:
+            followed.add(node.output[0])
+        elif node.op_type in ("Cast", "Identity", "DequantizeLinear") and node.input[0] in tables:
+            tables[node.output[0]] = tables[node.input[0]]
+        elif node.op_type == "Gather" and node.input[1] in followed and node.input[0] in tables:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            limits.append(tables[node.input[0]][axis])
+        elif node.op_type == "Constant":
+            value = next((a.t for a in node.attribute if a.name == "value"), None)
+            if value is not None:
+                tables[node.output[0]] = tuple(value.dims)
+    return min(limits, default=None)

@@ -1,0 +1,1171 @@
+"""OpenVINO: default properties are what people ship; probes are accepted only with proof.
+
+Observing a tensor means compiling the model again with one more ``Result``. That is only
+harmless where the engine still makes the same program, so every instrumented program is
+compared with the plain one, kernel by kernel and output bit by output bit. A tensor that the
+engine overwrites in place (the second operand of a fused Convolution + Add) cannot be observed
+that way: the one kernel that makes it is compiled by itself, fed with the bits that the real
+program fed it, and believed only if it is the same kernel and the tensor, fed to a kernel that
+reads it, gives the very bits that the real program computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from auditor.errors import BackendError, UsageError
+from auditor.ports import Array, Arrays, Capture
+from auditor.records import (
+    Availability,
+    BuildRequest,
+    Device,
+    Kernel,
+    Probe,
+    Provenance,
+    Skipped,
+)
+
+_DEFAULT_DEVICE = "CPU"
+_PRECISION = "INFERENCE_PRECISION_HINT"
+_REPORTED = (_PRECISION, "EXECUTION_MODE_HINT", "PERFORMANCE_HINT", "NUM_STREAMS")
+
+# Layer types of the executed graph that compute nothing.
+_PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
+_MOVEMENT = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+# What a DequantizeLinear becomes; a probe on an 8-bit tensor goes to the end of this chain.
+_DEQUANTIZE = frozenset({"Convert", "Subtract", "Multiply"})
+# Operations that each begin a kernel of their own, and the layer types of such kernels.
+_HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
+_HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_LOSSY = frozenset({"Reduce", "Pooling"})
+_FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
+
+_RETRIES = 3  # compilations that drop what a lost kernel depends on, before bisecting
+_BISECTIONS = 12  # compilations at most when bisecting
+_CONES = 8  # compilations at most of whole ancestor cones,
+_REFUSALS = 2  # and at most so many that prove nothing
+
+# Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
+# repeated or contain the commas that separate ``originalLayersNames``.
+_TOKEN = re.compile(r"#(\d+)#")
+_DIGITS = re.compile(r"\d+")
+
+_Port = tuple[int, int]  # operation's number, output index
+
+
+# --- the executed program ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Executed:
+    """One node of the executed graph.
+
+    Attributes:
+        original: names of the operations fused into it, as the engine states them.
+        operations: numbers of the model's operations fused into it.
+        parents: the executed nodes it reads.
+        varying: whether it depends on the inputs.
+        ends_unnamed: whether its last operation is none of the model's.
+    """
+
+    name: str
+    type: str
+    original: str
+    primitive: str
+    precision: str
+    outputs: tuple[str, ...]
+    operations: tuple[int, ...]
+    parents: tuple[str, ...]
+    varying: bool
+    ends_unnamed: bool = False
+
+    def named(self, index: int) -> bool:
+        """Whether the operation at ``index`` of those fused has a name the model gave it."""
+        return _TOKEN.match(self.original.rstrip(",").split(",")[index]) is not None
+
+    @property
+    def passive(self) -> bool:
+        """Whether it computes nothing; conversions that the engine inserted count as reorders."""
+        return self.type in _PASSIVE or (self.type == "Convert" and not self.operations)
+
+    @property
+    def end(self) -> str:
+        """What it computes: its last operation, or the engine's name for it."""
+        if self.operations:
+            return f"#{max(self.operations)}#" + "'" * self.ends_unnamed
+        # The digits of names the engine makes up differ between compilations.
+        return _DIGITS.sub("", self.original)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for the same kernel in two programs."""
+        return (self.type, self.end, self.primitive, self.precision, *self.outputs)
+
+
+class _Program:
+    """The executed graph of a compiled model, as the engine states it."""
+
+    def __init__(self, compiled: Any, source: _Source) -> None:
+        self.nodes: dict[str, _Executed] = {}
+        self._by_friendly_name: dict[str, str] = {}
+        for op in compiled.get_runtime_model().get_ordered_ops():
+            info = {key: value.astype(str) for key, value in op.get_rt_info().items()}
+            parents = tuple(i.get_source_output().get_node().get_name() for i in op.inputs())
+            kind = info.get("layerType", op.get_type_name())
+            node = _Executed(
+                name=op.get_friendly_name(),
+                type=kind,
+                original=info.get("originalLayersNames", ""),
+                primitive=info.get("primitiveType", ""),
+                precision=info.get("runtimePrecision", "").lower(),
+                outputs=tuple(info.get("outputPrecisions", "").lower().split(",")),
+                operations=tuple(
+                    int(i) for i in _TOKEN.findall(info.get("originalLayersNames", ""))
+                ),
+                parents=parents,
+                varying=kind == "Input" or any(self.nodes[p].varying for p in parents),
+            )
+            self.nodes[op.get_name()] = node
+            self._by_friendly_name[node.name] = op.get_name()
+        self._attribute(source)
+
+    def kernels(self) -> list[_Executed]:
+        """What computes something from the inputs, in topological order."""
+        return [n for n in self.nodes.values() if n.varying and not n.passive]
+
+    def reach(self, results: Iterable[str]) -> list[_Executed]:
+        """The kernels that these Results (by friendly name) depend on."""
+        todo = [self._by_friendly_name[name] for name in results]
+        seen = set(todo)
+        while todo:
+            fresh = set(self.nodes[todo.pop()].parents) - seen
+            seen |= fresh
+            todo += fresh
+        return [n for name, n in self.nodes.items() if name in seen and n.varying and not n.passive]
+
+    def fingerprint(self, results: Iterable[str]) -> Counter[tuple[Any, ...]]:
+        """What these Results depend on: every kernel, with the kernels it reads."""
+        return Counter(
+            (kernel.key, tuple(sorted(p.end for p in self._sources(kernel, frozenset()))))
+            for kernel in self.reach(results)
+        )
+
+    def reads(self, candidate: _Candidate, results: Iterable[str]) -> bool:
+        """Whether a probe shows what a kernel on the way to ``results`` wrote.
+
+        It does not when the engine computes the probe's tensor for the probe alone.
+        """
+        useful = {kernel.name for kernel in self.reach(results)}
+        todo = [self._by_friendly_name[candidate.probe]]
+        while todo:
+            for node in (self.nodes[name] for name in self.nodes[todo.pop()].parents):
+                if candidate.maker in node.operations and node.name in useful:
+                    return True
+                if node.varying and set(node.operations) <= {*candidate.path, candidate.maker}:
+                    todo.append(self._by_friendly_name[node.name])
+        return False
+
+    def _attribute(self, source: _Source) -> None:
+        """Give kernels the operations whose names the engine lost when it fused them.
+
+        OpenVINO names some fused operations anew (``HSwish_17``), so that part of the model
+        appears in no kernel. Such operations lie between those of known kernels: a nameless
+        beginning of a Convolution is the operation that starts it, a nameless end is what
+        follows up to the next kernel.
+        """
+        owned = {i for n in self.nodes.values() for i in n.operations}
+        for key, node in self.nodes.items():
+            if node.type in _HEAVY_LAYERS and node.operations and not node.named(0):
+                found = source.start(node.operations, owned)
+                owned |= found
+                self.nodes[key] = replace(node, operations=(*node.operations, *sorted(found)))
+        for key, node in self.nodes.items():
+            if node.varying and not node.passive and not node.named(-1):
+                base = node.operations or tuple(
+                    max(p.operations) for p in self.parents(node) if p.operations
+                )
+                found = source.following(base, owned)
+                if all(source.type(n) in _MOVEMENT for n in found):
+                    found = set()
+                owned |= found
+                self.nodes[key] = replace(
+                    node, operations=(*node.operations, *sorted(found)), ends_unnamed=not found
+                )
+
+    def parents(self, node: _Executed) -> Iterator[_Executed]:
+        """The nearest kernels that feed it, those that only move data and what is before."""
+        return self._sources(node, _MOVEMENT)
+
+    def _sources(self, node: _Executed, through: Collection[str]) -> Iterator[_Executed]:
+        todo = list(node.parents)
+        while todo:
+            parent = self.nodes[todo.pop()]
+            if parent.passive or parent.type in through:
+                todo += parent.parents
+            if parent.varying and not parent.passive:
+                yield parent
+
+
+# --- the model, read once ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A tensor of the executed program that a probe could observe.
+
+    Attributes:
+        port: where its value is in the model.
+        precision: element type in which the program holds it.
+        maker: operation by which its kernel is found.
+        path: operations between the kernel's output and ``port``.
+        dequantised: whether the program holds it in 8 bits and the probe as floats.
+    """
+
+    tensor: str
+    port: _Port
+    precision: str
+    maker: int
+    path: tuple[int, ...]
+    dequantised: bool
+
+    @property
+    def probe(self) -> str:
+        """Friendly name of the Result that observes it."""
+        return "probe {}.{}".format(*self.port)
+
+
+class _Source:
+    """The model as read, its operations numbered, and what each is called in ONNX."""
+
+    def __init__(self, model: Any, nodes: Mapping[str, str]) -> None:
+        """Number ``model``'s operations.
+
+        Args:
+            model: an ``openvino.Model``; its friendly names are replaced.
+            nodes: ONNX tensor name → key of the node that makes it, in graph order.
+        """
+        self.model = model
+        self._rank = {tensor: i for i, tensor in enumerate(nodes)}
+        self.results = [result.get_friendly_name() for result in model.get_results()]
+        self.names: list[str] = []
+        self.tensors: dict[_Port, str] = {}
+        self._ops: list[Any] = []
+        for number, op in enumerate(model.get_ordered_ops()):
+            self._ops.append(op)
+            self.names.append(op.get_friendly_name())
+            for port in op.outputs():
+                known = [n for n in port.get_names() if n in self._rank]
+                if known:
+                    self.tensors[number, port.get_index()] = min(known, key=self._rank.__getitem__)
+            if op.get_type_name() not in ("Parameter", "Result"):
+                op.set_friendly_name(f"#{number}#")
+        self._number = {op.get_name(): i for i, op in enumerate(self._ops)}
+        self._nodes = nodes
+
+    @cached_property
+    def keys(self) -> list[tuple[str, ...]]:
+        """Per operation, keys of the ONNX nodes it belongs to.
+
+        An operation whose outputs have no ONNX name is a step on the way to the first one
+        downstream that has.
+        """
+        keys: list[tuple[str, ...]] = [()] * len(self._ops)
+        for number in range(len(self._ops) - 1, -1, -1):
+            named = [
+                self._nodes[name]
+                for port in self._ops[number].outputs()
+                for name in sorted(port.get_names() & self._rank.keys(), key=self._rank.__getitem__)
+            ]
+            later = [keys[n] for port in self._ops[number].outputs() for n in self._readers(port)]
+            keys[number] = tuple(dict.fromkeys(named)) or next((k for k in later if k), ())
+        return keys
+
+    @cached_property
+    def _varying(self) -> set[int]:
+        """Operations whose values depend on the inputs' values."""
+        varying = set[int]()
+        for number in range(len(self._ops)):
+            kind = self.type(number)
+            if kind == "Parameter" or (
+                kind != "ShapeOf" and any(port[0] in varying for port in self.inputs(number))
+            ):
+                varying.add(number)
+        return varying
+
+    def start(self, group: Collection[int], owned: Collection[int]) -> set[int]:
+        """The unowned operations before ``group`` back to the one that starts a kernel."""
+        found = set[int]()
+        todo = list(group)
+        while todo:
+            before = {port[0] for port in self.inputs(todo.pop())} & self._varying
+            fresh = {
+                n
+                for n in before - set(owned) - found - set(group)
+                if self.type(n) != "Parameter" and self._read_by(n) <= found | set(group)
+            }
+            found |= fresh
+            todo += [n for n in fresh if self.type(n) not in _HEAVY]
+        return found if any(self.type(n) in _HEAVY for n in found) else set()
+
+    def following(self, base: Collection[int], owned: Collection[int]) -> set[int]:
+        """The unowned operations computed from ``base`` alone, up to the next kernel's start."""
+        found = set[int]()
+        todo = list(base)
+        while todo:
+            for n in self._read_by(todo.pop()) - set(owned) - found:
+                needs = {port[0] for port in self.inputs(n)} & self._varying
+                if self.type(n) not in _HEAVY | {"Result"} and needs <= found | set(base):
+                    found.add(n)
+                    todo.append(n)
+        return found
+
+    def _read_by(self, number: int) -> set[int]:
+        """The operations that read an operation's values."""
+        readers = {n for p in self._ops[number].outputs() for n in self._readers(p)}
+        return {n for n in readers if self.type(n) != "ShapeOf"}
+
+    def clone(self) -> tuple[Any, dict[int, Any]]:
+        """A copy to change, and its operations by number."""
+        copy = self.model.clone()
+        numbered = {}
+        for op in copy.get_ops():
+            if match := _TOKEN.fullmatch(op.get_friendly_name()):
+                numbered[int(match[1])] = op
+        return copy, numbered
+
+    def inputs(self, number: int) -> list[_Port]:
+        """The ports that an operation reads."""
+        sources = (i.get_source_output() for i in self._ops[number].inputs())
+        return [(self._number[s.get_node().get_name()], s.get_index()) for s in sources]
+
+    def shape(self, port: _Port) -> Any:
+        """A port's shape as the model declares it (openvino.PartialShape)."""
+        return self._ops[port[0]].output(port[1]).get_partial_shape()
+
+    def type(self, number: int) -> str:
+        """An operation's type."""
+        name: str = self._ops[number].get_type_name()
+        return name
+
+    def element_type(self, port: _Port) -> str:
+        """A port's element type as the model declares it."""
+        name: str = self._ops[port[0]].output(port[1]).get_element_type().get_type_name()
+        return name
+
+    def display(self, name: str) -> str:
+        """An engine's name with the model's own names put back."""
+        return _TOKEN.sub(lambda m: self.names[int(m[1])], name)
+
+    def outputs(self, kernel: _Executed) -> list[tuple[_Port, str]]:
+        """Ports of the model where a kernel's outputs are, with the precisions it writes.
+
+        Numbers are topological, so the last operation of a fusion group is where it ends.
+        """
+        if not kernel.operations:
+            return []
+        last = max(kernel.operations)
+        count = len(self._ops[last].outputs())
+        precisions = (kernel.outputs + kernel.outputs[-1:] * count)[:count]
+        return [((last, i), precision) for i, precision in enumerate(precisions)]
+
+    def read(self, port: _Port) -> bool:
+        """Whether anything reads a port."""
+        return bool(self._ops[port[0]].output(port[1]).get_target_inputs())
+
+    def observable(self, port: _Port) -> tuple[_Port, tuple[int, ...]] | None:
+        """The port whose value shows what is computed at ``port``, under an ONNX name.
+
+        Seen through data movement; for an 8-bit tensor, its dequantised value. With it, the
+        operations in between.
+        """
+        quantized = self.element_type(port) in ("u8", "i8")
+        steps = _MOVEMENT | _DEQUANTIZE if quantized else _MOVEMENT
+        path: list[int] = []
+        while port not in self.tensors or (quantized and self.element_type(port) not in _FLOATS):
+            readers = self._readers(self._ops[port[0]].output(port[1]))
+            following = [n for n in readers if self.type(n) in steps]
+            if not following:
+                return None
+            path.append(following[0])
+            port = (following[0], 0)
+        return port, tuple(path)
+
+    def operands(self, kernel: _Executed) -> Iterator[_Port]:
+        """Ports added in place by a fused Add: where its other operand comes from."""
+        inside = set(kernel.operations)
+        for number in kernel.operations:
+            if self.type(number) != "Add" or number == min(kernel.operations):
+                continue
+            for port in self.inputs(number):
+                origin = port
+                while self.type(origin[0]) in _MOVEMENT:
+                    origin = self.inputs(origin[0])[0]
+                if origin[0] not in inside:
+                    yield origin
+
+    def _readers(self, port: Any) -> list[int]:
+        return sorted(self._number[i.get_node().get_name()] for i in port.get_target_inputs())
+
+
+def _candidates(
+    source: _Source, program: _Program, outputs: Collection[str], reduced: bool
+) -> tuple[list[_Candidate], list[_Candidate], list[Skipped], list[str]]:
+    """The tensors that survive in ``program``.
+
+    Returns:
+        Those to observe, the final outputs, those that cannot be observed, and the kernels
+        whose output is no tensor of the ONNX graph.
+    """
+    found: dict[str, _Candidate] = {}
+    finals: dict[str, _Candidate] = {}
+    skipped: dict[str, Skipped] = {}
+    foreign: list[str] = []
+    for kernel in program.kernels():
+        if kernel.type in _MOVEMENT:
+            continue
+        if kernel.ends_unnamed or not kernel.operations:
+            foreign.append(source.display(kernel.name))
+            continue
+        for made, precision in source.outputs(kernel):
+            if not source.read(made):
+                continue
+            seen = source.observable(made)
+            if seen is None:
+                foreign.append(source.display(kernel.name))
+                continue
+            port, path = seen
+            tensor, element = source.tensors[port], source.element_type(port)
+            final = tensor in outputs
+            if reduced and not final and element not in _FLOATS:
+                reason = f"{element} tensor in a program that computes in less than f32"
+                skipped[tensor] = Skipped(tensor, reason)
+                continue
+            dequantised = bool(path) and source.element_type(made) != element
+            held = element if dequantised else precision
+            candidate = _Candidate(tensor, port, held, made[0], path, dequantised)
+            (finals if final else found).setdefault(tensor, candidate)
+    return list(found.values()), list(finals.values()), list(skipped.values()), foreign
+
+
+# --- running -------------------------------------------------------------------------------
+
+
+class _Session:
+    """A compiled model and its one inference request."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.inputs = tuple(compiled.inputs)
+        self._types = tuple(o.get_element_type().get_type_name() for o in compiled.outputs)
+        self._request = compiled.create_infer_request()
+
+    def infer(self, feeds: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
+        """The outputs at the indices ``wanted``, copied; bfloat16 widened to float32.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        try:
+            for index, (port, value) in enumerate(zip(self.inputs, feeds, strict=True)):
+                self._request.set_input_tensor(index, _tensor(value, port))
+            self._request.infer()
+            return [
+                _decoded(self._request.get_output_tensor(index).data, self._types[index])
+                for index in wanted
+            ]
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO failed to run: {_reason(error)}", stage="run") from error
+
+
+def _tensor(value: Array, port: Any) -> Any:
+    import openvino as ov
+
+    contiguous = np.ascontiguousarray(value).reshape(value.shape)  # 0-d stays 0-d
+    if port.get_element_type() == ov.Type.bf16:
+        # OpenVINO's numpy view of bfloat16 is float16 by name: hand over the bits.
+        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(value.shape))
+        if value.dtype.itemsize != 2:
+            raise BackendError(
+                f"the bfloat16 input needs 16-bit values, not {value.dtype}", stage="run"
+            )
+        tensor.data[...] = contiguous.view(np.float16)
+        return tensor
+    return ov.Tensor(contiguous)
+
+
+def _decoded(data: Array, kind: str) -> Array:
+    """A copy of an output tensor's data; ``kind`` bf16 arrives as float16 with bfloat16's bits."""
+    if kind == "bf16":
+        widened: Array = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return widened
+    return np.array(data)
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class _CutOut:
+    """Kernels compiled apart from the rest.
+
+    Attributes:
+        feeds: tensor fed to each parameter, in order.
+        targets: what each result shows, in order.
+    """
+
+    session: _Session
+    program: _Program
+    feeds: tuple[str, ...]
+    targets: tuple[_Candidate, ...]
+
+    def run(self, known: Mapping[str, Array], wanted: Collection[_Candidate]) -> Arrays:
+        """Values of the targets ``wanted``, by tensor name.
+
+        Targets may read one another's values: repeated until these are settled, which takes as
+        many rounds as the longest chain of them.
+        """
+        chained = [c for c in self.targets if c.tensor in self.feeds and c.tensor not in known]
+        values: Arrays = {}
+        for _ in chained:
+            fresh = self._infer({**known, **values}, chained)
+            settled = values and all(_same_bits(fresh[n], values[n]) for n in fresh)
+            values = fresh
+            if settled:
+                break
+        return self._infer({**known, **values}, wanted)
+
+    def _infer(self, known: Mapping[str, Array], wanted: Collection[_Candidate]) -> Arrays:
+        feeds = [
+            known[name] if name in known else _zeros(port)
+            for name, port in zip(self.feeds, self.session.inputs, strict=True)
+        ]
+        indices = [i for i, c in enumerate(self.targets) if c in wanted]
+        values = self.session.infer(feeds, indices)
+        return {self.targets[i].tensor: _float(v) for i, v in zip(indices, values, strict=True)}
+
+
+def _zeros(port: Any) -> Array:
+    return np.zeros(
+        tuple(port.get_partial_shape().get_min_shape()), port.get_element_type().to_dtype()
+    )
+
+
+def _float(value: Array) -> Array:
+    return value.astype(np.float32) if value.dtype == np.float16 else value
+
+
+# --- build and instrumentation -------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Instrumented:
+    """The program with probes; see ``auditor.ports.Instrumented``."""
+
+    probes: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    program_unchanged: bool
+    compilations: int
+    _build: _Build
+    rebuilt: bool
+    _trial: _Trial
+    _cuts: tuple[tuple[_CutOut, tuple[_Candidate, ...]], ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """Run the instrumented program, then the kernels compiled apart on what it captured.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        outputs, tensors = self._build.capture(self._trial.session, self._trial.probes, feeds)
+        for cut, accepted in self._cuts:
+            tensors |= cut.run({**feeds, **outputs, **tensors}, accepted)
+        return Capture(outputs, {p.tensor: tensors[p.tensor] for p in self.probes})
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """A compilation of the whole model with probes.
+
+    Attributes:
+        suspects: makers of the tensors whose probes may have changed the program.
+        proved: whether it is the plain program and gave the same outputs, bit by bit.
+        aside: probes whose tensor is computed for the probe alone.
+    """
+
+    session: _Session
+    probes: tuple[_Candidate, ...] = ()
+    suspects: frozenset[int] = frozenset()
+    proved: bool = False
+    aside: frozenset[_Candidate] = frozenset()
+
+
+@dataclass(slots=True)
+class _Build:
+    """A compiled model; see ``auditor.ports.Build``."""
+
+    provenance: Provenance
+    _compile: Callable[[Any], Any]
+    _source: _Source
+    _session: _Session
+    _program: _Program
+    _inputs: tuple[str, ...]
+    _outputs: tuple[tuple[str, int], ...]  # ONNX name, index among the engine's results
+    _candidates: tuple[_Candidate, ...]
+    _finals: tuple[_Candidate, ...]
+    _skipped: tuple[Skipped, ...]
+    blocked: str | None = None
+    _compilations: int = 0
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        """Run the plain program.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        return self.capture(self._session, (), feeds)[0]
+
+    def capture(
+        self, session: _Session, probes: Sequence[_Candidate], feeds: Mapping[str, Array]
+    ) -> tuple[Arrays, Arrays]:
+        """Final outputs, and the values of ``probes``, the results that follow them."""
+        results = len(self._source.results)
+        values = session.infer([feeds[n] for n in self._inputs], range(results + len(probes)))
+        return (
+            {name: values[index] for name, index in self._outputs},
+            {c.tensor: _float(v) for c, v in zip(probes, values[results:], strict=True)},
+        )
+
+    def instrument(self, feeds: Mapping[str, Array]) -> _Instrumented:
+        """Observe all that can be observed with proof; ``feeds`` is used for the proofs.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        self._compilations = 0
+        trial = self._observe(feeds)
+        outputs, tensors = self.capture(trial.session, trial.probes, feeds)
+        observed = [c for c in trial.probes if c not in trial.aside]
+        missing = [c for c in self._candidates if c not in trial.probes]
+        known = {**feeds, **outputs, **{c.tensor: tensors[c.tensor] for c in observed}}
+        cuts = self._apart(missing, observed, known) if observed else ()
+        found = [c for _, accepted in cuts for c in accepted]
+        reasons = {c: "the engine would compute it for the probe alone" for c in trial.aside}
+        reasons |= {
+            c: "observing it would change the program, and its kernel could not be run apart"
+            for c in missing
+            if c not in found
+        }
+        return _Instrumented(
+            probes=(
+                *(Probe(c.tensor) for c in observed),
+                *(Probe(c.tensor, "cone-proved") for c in found),
+            ),
+            skipped=(*self._skipped, *(Skipped(c.tensor, why) for c, why in reasons.items())),
+            program_unchanged=trial.proved,
+            compilations=self._compilations,
+            rebuilt=trial.session is not self._session,
+            _build=self,
+            _trial=trial,
+            _cuts=cuts,
+        )
+
+    # --- probes in the whole program ---
+
+    def _observe(self, feeds: Mapping[str, Array]) -> _Trial:
+        """Compile with as many probes as leave the program unchanged."""
+        plain = self.run(feeds)
+        overwritten = {p for k in self._program.kernels() for p in self._source.operands(k)}
+        kept = [c for c in self._candidates if (c.maker, 0) not in overwritten]
+        for _ in range(_RETRIES):
+            trial = self._try(kept, plain, feeds)
+            if trial.proved:
+                return trial
+            fewer = [c for c in kept if c.maker not in trial.suspects]
+            if len(fewer) == len(kept):
+                break
+            kept = fewer
+        return self._bisect(kept, plain, feeds)
+
+    def _suspects(self, changed: _Program, probes: Sequence[_Candidate]) -> frozenset[int]:
+        """Which kernels' outputs to leave alone for the program to stay as it is.
+
+        A kernel that ``changed`` still has in another form was fused with what it reads; one
+        that it no longer has was fused with what reads it.
+        """
+        probed = {c.maker for c in probes}
+        same = {kernel.key for kernel in changed.kernels()}
+        ends = {kernel.end for kernel in changed.kernels() if kernel.type not in _MOVEMENT}
+        suspects = set[int]()
+        for kernel in self._program.kernels():
+            if kernel.key not in same:
+                read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
+                own = {max(kernel.operations)} if kernel.operations else set()
+                suspects |= (read & probed or own) if kernel.end in ends else own
+        return frozenset(suspects)
+
+    def _bisect(
+        self, kept: Sequence[_Candidate], plain: Arrays, feeds: Mapping[str, Array]
+    ) -> _Trial:
+        """Add probes by halves, keeping those that change nothing, within a few compilations."""
+        best = self._try((), plain, feeds)
+        todo = [kept] if kept else []
+        for _ in range(_BISECTIONS):
+            if not todo:
+                break
+            part = todo.pop()
+            trial = self._try((*best.probes, *part), plain, feeds)
+            if trial.proved:
+                best = trial
+            elif len(part) > 1:
+                half = len(part) // 2
+                todo += [part[half:], part[:half]]
+        return best
+
+    def _try(
+        self, probes: Sequence[_Candidate], plain: Arrays, feeds: Mapping[str, Array]
+    ) -> _Trial:
+        """Compile with ``probes``, and compare with the plain program and its outputs."""
+        if not probes:
+            return _Trial(self._session, proved=True)
+        model, ops = self._source.clone()
+        model.add_results([_result(ops[c.port[0]].output(c.port[1]), c) for c in probes])
+        session, program = self._compiled(model)
+        results = self._source.results
+        expected, made = (p.fingerprint(results) for p in (self._program, program))
+        if made != expected:
+            return _Trial(session, tuple(probes), self._suspects(program, probes))
+        outputs, _ = self.capture(session, probes, feeds)
+        return _Trial(
+            session,
+            tuple(probes),
+            proved=all(_same_bits(outputs[name], plain[name]) for name in plain),
+            aside=frozenset(c for c in probes if not program.reads(c, results)),
+        )
+
+    # --- probes on kernels compiled apart ---
+
+    def _apart(
+        self,
+        missing: Sequence[_Candidate],
+        observed: Sequence[_Candidate],
+        known: Mapping[str, Array],
+    ) -> tuple[tuple[_CutOut, tuple[_Candidate, ...]], ...]:
+        """Make ``missing`` outside the whole program: each kernel alone, else with its cone.
+
+        Returns:
+            What was compiled, each with the candidates it proved to make.
+        """
+        # A kernel apart does not write 8 bits: nothing after it asks for them.
+        missing = [c for c in missing if not c.dequantised]
+        if not missing:
+            return ()
+        cut, found = self._alone(missing, observed, known)
+        made = [(cut, found)] if found else []
+        refused = 0
+        for candidate in [c for c in missing if c not in found][:_CONES]:
+            if (cone := self._cone(candidate, observed, known)) is not None:
+                made.append((cone, (candidate,)))
+            elif (refused := refused + 1) == _REFUSALS:
+                break
+        return tuple(made)
+
+    def _alone(
+        self,
+        missing: Sequence[_Candidate],
+        observed: Sequence[_Candidate],
+        known: Mapping[str, Array],
+    ) -> tuple[_CutOut, tuple[_Candidate, ...]]:
+        """Compile the kernels that make ``missing``, each fed with captured values.
+
+        A tensor is accepted when its kernel is the plain program's, and what reads it makes
+        from it the very bits that the whole program made (or another tensor accepted so).
+        """
+        stops = {c.port: c.tensor for c in (*missing, *observed)}
+        stops |= {port: name for port, name in self._source.tensors.items() if name in known}
+        plain = {kernel.key for kernel in self._program.kernels()}
+        cut = self._cut_out(missing, stops)
+        faithful = [c for c in missing if all(k.key in plain for k in cut.program.reach([c.probe]))]
+        values = cut.run(known, faithful)
+        readers = {c: self._readers(c) for c in faithful}
+        # One reader each is proof enough; one that sums over its input is the worst, because
+        # its own rounding depends on the layout it is given.
+        lossy = {
+            max(k.operations) for k in self._program.kernels() if k.operations and k.type in _LOSSY
+        }
+        witnesses = []
+        for makers in readers.values():
+            able = [c for c in (*observed, *self._finals) if c.maker in makers]
+            witnesses += sorted(able, key=lambda c: (c.maker in lossy, c.port))[:1]
+        unique = tuple(dict.fromkeys(witnesses))
+        proved = {c.maker for c in self._witnessed(unique, stops, {**known, **values})}
+        for candidate in sorted(faithful, key=lambda c: c.port, reverse=True):
+            if readers[candidate] & proved:
+                proved.add(candidate.maker)
+        return cut, tuple(c for c in faithful if c.maker in proved)
+
+    def _witnessed(
+        self,
+        witnesses: Sequence[_Candidate],
+        stops: Mapping[_Port, str],
+        known: Mapping[str, Array],
+    ) -> list[_Candidate]:
+        """Those whose operations, compiled alone, give the captured bits."""
+        if not witnesses:
+            return []
+        cut = self._cut_out(witnesses, stops)
+        values = cut.run(known, witnesses)
+        return [c for c in witnesses if _same_bits(values[c.tensor], known[c.tensor])]
+
+    def _cone(
+        self, candidate: _Candidate, observed: Sequence[_Candidate], known: Mapping[str, Array]
+    ) -> _CutOut | None:
+        """Compile the whole ancestor cone of ``candidate`` without what follows it.
+
+        Accepted when its kernels are the plain program's and every upstream probe in it gives
+        the captured bits.
+        """
+        maker = next(k for k in self._program.kernels() if candidate.maker in k.operations)
+        upstream = {max(k.operations) for k in self._program.reach([maker.name]) if k.operations}
+        checks = [c for c in observed if c.maker in upstream]
+        cut = self._cut_out((*checks, candidate), {})
+        cone = self._program.fingerprint([maker.name])
+        if cut.program.fingerprint([candidate.probe]) != cone:
+            return None
+        values = cut.run(known, checks)
+        same = all(_same_bits(values[c.tensor], known[c.tensor]) for c in checks)
+        return cut if same else None
+
+    def _readers(self, candidate: _Candidate) -> set[int]:
+        """Makers (see ``_Candidate``) of the kernels that read ``candidate``."""
+        return {
+            max(kernel.operations)
+            for kernel in self._program.kernels()
+            if kernel.operations
+            and any(candidate.maker in p.operations for p in self._program.parents(kernel))
+        }
+
+    def _cut_out(self, targets: Sequence[_Candidate], stops: Mapping[_Port, str]) -> _CutOut:
+        """Compile what makes ``targets`` from the tensors ``stops`` and the model's inputs."""
+        import openvino as ov
+        from openvino import opset13 as opset
+
+        _, ops = self._source.clone()
+        names: list[str] = []
+        parameters: list[Any] = []
+        seen: set[int] = set()
+        for target in targets:
+            # A second reader of a parameter would keep the engine from overwriting it in place:
+            # each target has its own.
+            values: dict[_Port, Any] = {}
+            todo = [target.port[0]]
+            while todo:
+                number = todo.pop()
+                if number in seen:
+                    continue
+                seen.add(number)
+                for index, port in enumerate(self._source.inputs(number)):
+                    entry = self._source.type(port[0]) == "Parameter"
+                    if not entry and port not in stops:
+                        todo.append(port[0])
+                        continue
+                    if port not in values:
+                        element = self._source.element_type(port)
+                        held = element if entry or element not in _FLOATS else "f32"
+                        made = opset.parameter(self._source.shape(port), _ov_type(held))
+                        names.append(self._source.tensors[port] if entry else stops[port])
+                        parameters.append(made)
+                        if held != element:
+                            made = opset.convert(made, _ov_type(element))
+                        values[port] = made.output(0)
+                    ops[number].input(index).replace_source_output(values[port])
+        results = [_result(ops[c.port[0]].output(c.port[1]), c) for c in targets]
+        session, program = self._compiled(ov.Model(results, parameters, "apart"))
+        return _CutOut(session, program, tuple(names), tuple(targets))
+
+    def _compiled(self, model: Any) -> tuple[_Session, _Program]:
+        self._compilations += 1
+        try:
+            compiled = self._compile(model)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed to compile the model with probes: {_reason(error)}",
+                stage="instrument",
+            ) from error
+        return _Session(compiled), _Program(compiled, self._source)
+
+
+def _result(port: Any, candidate: _Candidate) -> Any:
+    """A Result in the precision that the program holds: another would change the program."""
+    from openvino import opset13 as opset
+
+    element = port.get_element_type().get_type_name()
+    if candidate.precision in _FLOATS and candidate.precision != element:
+        port = opset.convert(port, _ov_type(candidate.precision)).output(0)
+    result = opset.result(port)
+    result.set_friendly_name(candidate.probe)
+    return result
+
+
+def _ov_type(name: str) -> Any:
+    import openvino as ov
+
+    return getattr(ov.Type, name if name != "bool" else "boolean")
+
+
+# --- the backend -----------------------------------------------------------------------------
+
+
+class OpenVINO:
+    """Intel's OpenVINO runtime on any device its Core lists."""
+
+    title = "OpenVINO"
+
+    def availability(self) -> Availability:
+        """Whether the package is installed, and the devices it finds."""
+        try:
+            ov = _import()
+            core = ov.Core()
+            ids = sorted(core.available_devices, key=lambda d: d != _DEFAULT_DEVICE)
+            devices = tuple(
+                Device("" if d == _DEFAULT_DEVICE else d, core.get_property(d, "FULL_DEVICE_NAME"))
+                for d in ids
+            )
+        except (ImportError, OSError, RuntimeError) as error:
+            return Availability(
+                False,
+                self.title,
+                reason=f"openvino cannot be imported: {_reason(error)}",
+                remedy="Install it: pip install 'sysnoise-auditor[ov]'.",
+            )
+        return Availability(True, self.title, _version(ov), devices)
+
+    def build(self, request: BuildRequest) -> _Build:
+        """Compile with OpenVINO's default properties and the options asked for.
+
+        Raises:
+            BackendError: an operator that OpenVINO does not have, or a model it refuses.
+            UsageError: a device or property that is not there.
+        """
+        ov = _import()
+        core = ov.Core()
+        device = _device(core, request.device)
+        properties: dict[str, Any] = dict(_checked(core, device, request.options))
+        if request.threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = request.threads
+        with ThreadPoolExecutor(1) as pool:
+            # Reading the names overlaps with OpenVINO's own work.
+            reading = pool.submit(_onnx_names, request.model_path)
+            model = _read(core, request)
+            inputs, outputs, nodes = reading.result()
+        notes = list(_notes_on_types(model))
+        source = _Source(model, nodes)
+
+        def compile_model(changed: Any) -> Any:
+            return core.compile_model(changed, device, properties)
+
+        try:
+            compiled = compile_model(model.clone())
+        except RuntimeError as error:
+            raise _compile_error(error, request.options) from error
+        effective = {
+            name: _text(compiled.get_property(name))
+            for name in _REPORTED
+            if name in compiled.get_property("SUPPORTED_PROPERTIES")
+        }
+        precision = effective.get(_PRECISION, "f32")
+        session, program = _Session(compiled), _Program(compiled, source)
+        if request.dynamic:
+            shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
+            notes.insert(0, f"The model was compiled at these static shapes: {shapes}.")
+        if precision != "f32" and _PRECISION not in request.options:
+            notes.insert(
+                0,
+                f"OpenVINO computes in {precision} by default on this device although the model "
+                f"is f32; --option ov.{_PRECISION}=f32 keeps f32.",
+            )
+        candidates, finals, skipped, foreign = _candidates(
+            source, program, outputs, reduced=precision != "f32"
+        )
+        if foreign:
+            notes.append(
+                f"{len(foreign)} of the compiled program's tensors are no tensor of the ONNX graph "
+                f"and are audited together with what reads them: {', '.join(foreign)}."
+            )
+        return _Build(
+            provenance=Provenance(
+                engine=self.title,
+                version=_version(ov),
+                device=core.get_property(device, "FULL_DEVICE_NAME"),
+                options=effective | {k: _text(v) for k, v in properties.items()},
+                kernels=tuple(_kernel(k, source) for k in program.kernels()),
+                notes=tuple(notes),
+            ),
+            _compile=compile_model,
+            _source=source,
+            _session=session,
+            _program=program,
+            _inputs=tuple(_name(port, inputs) for port in session.inputs),
+            _outputs=_outputs(model, outputs),
+            _candidates=tuple(candidates),
+            _finals=tuple(finals),
+            _skipped=tuple(skipped),
+        )
+
+
+def _import() -> Any:
+    """Import openvino without its model converter, which nothing here uses.
+
+    The converter brings openvino_telemetry with it and takes a third of the import's time;
+    openvino's own ``__init__`` goes on without it.
+    """
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    converter = "openvino.tools.ovc"
+    sys.modules[converter] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        del sys.modules[converter]
+    return openvino
+
+
+def _version(ov: Any) -> str:
+    version: str = ov.get_version().split("-")[0]
+    return version
+
+
+def _device(core: Any, asked: str | None) -> str:
+    devices = list(core.available_devices)
+    device = asked or _DEFAULT_DEVICE
+    if device not in devices:
+        raise UsageError(
+            f"OpenVINO has no device {device!r} here", f"Devices here: {', '.join(devices)}."
+        )
+    return device
+
+
+def _checked(core: Any, device: str, options: Mapping[str, str]) -> Mapping[str, str]:
+    access = core.get_property(device, "SUPPORTED_PROPERTIES")
+    known = sorted(name for name, mode in access.items() if mode == "RW")
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name.upper(), known, 3, 0.4) or known
+            raise UsageError(
+                f"OpenVINO's {device} device has no property {name!r} that can be set",
+                f"Closest: {', '.join(close)}.",
+            )
+    return options
+
+
+def _onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str]]:
+    """Input names, output names, and for each tensor the key of the node that makes it."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    inputs = [i.name for i in graph.input]
+    nodes = {name: name for name in inputs}
+    for node in graph.node:
+        names = [name for name in node.output if name]
+        nodes |= dict.fromkeys(names, names[0]) if names else {}
+    return inputs, [o.name for o in graph.output], nodes
+
+
+def _read(core: Any, request: BuildRequest) -> Any:
+    try:
+        model = core.read_model(request.model_path)
+        if request.dynamic:
+            names = {name for port in model.inputs for name in port.get_names()}
+            model.reshape({n: list(s) for n, s in request.shapes.items() if n in names})
+    except RuntimeError as error:
+        if match := re.search(r"No conversion rule found for operations?: (.+)", str(error)):
+            raise BackendError(
+                f"OpenVINO has no conversion for {match[1].strip()}",
+                "Export the model without it, or rewrite it with standard operators.",
+            ) from error
+        raise BackendError(f"OpenVINO cannot read the model: {_reason(error)}") from error
+    return model
+
+
+def _compile_error(error: RuntimeError, options: Mapping[str, str]) -> Exception:
+    reason = _reason(error)
+    if wrong := [n for n, v in options.items() if n in reason or f" {v}" in reason]:
+        return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
+    return BackendError(
+        f"OpenVINO cannot compile the model: {reason}",
+        "Export the operator it names differently, or give another opset version.",
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What an OpenVINO exception says, without the source lines it passed through."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [x for x in lines if x and not x.startswith(("Exception from", "Check '"))]
+    return " ".join(kept)[:1000] or type(error).__name__
+
+
+def _name(port: Any, names: Sequence[str]) -> str:
+    """The ONNX name of a graph input or output."""
+    known = port.get_names()
+    return next((name for name in names if name in known), port.get_any_name())
+
+
+def _outputs(model: Any, names: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Which of the engine's results each ONNX output is, by name and else by position."""
+    ports = [port.get_names() for port in model.outputs]
+    return tuple(
+        (name, next((i for i, known in enumerate(ports) if name in known), position))
+        for position, name in enumerate(names)
+    )
+
+
+def _notes_on_types(model: Any) -> Iterator[str]:
+    used = {
+        port.get_element_type().get_type_name()
+        for op in model.get_ops()
+        if op.get_type_name() != "Constant" and not op.get_type_name().startswith("ShapeOf")
+        for port in op.outputs()
+        if port.get_names()
+    }
+    if used & {"i64", "u64"}:
+        yield (
+            "64-bit integers are computed in 32 bits by OpenVINO's CPU device; values beyond "
+            "2^31 do not survive."
+        )
+    if "f64" in used:
+        yield "Double-precision tensors are computed in f32 by OpenVINO's CPU device."
+
+
+def _kernel(executed: _Executed, source: _Source) -> Kernel:
+    keys = dict.fromkeys(key for i in sorted(executed.operations) for key in source.keys[i])
+    ports = [port for port, _ in source.outputs(executed)]
+    return Kernel(
+        name=source.display(executed.name),
+        type=executed.type,
+        nodes=tuple(keys),
+        outputs=tuple(source.tensors[p] for p in ports if p in source.tensors),
+        primitive=executed.primitive,
+        precision=executed.precision,
+        output_precision=",".join(dict.fromkeys(executed.outputs)),
+    )
+
+
+def _text(value: Any) -> str:
+    """A property's value as it would be given on the command line."""
+    if hasattr(value, "get_type_name"):
+        return str(value.get_type_name())
+    return str(getattr(value, "name", value))
+
+
+BACKEND = OpenVINO()

@@ -1,0 +1,1034 @@
+"""NVIDIA TensorRT, and TensorRT for RTX where that is what is installed: one Python API.
+
+Without a GPU it parses and builds, and the final engine is read from the builder's own
+description of it; with one it also runs, and observes the tensors that survive fusion through
+TensorRT's debug listener.
+
+Source: TensorRT documentation, "Python API" (``Builder``, ``OnnxParser``, ``IDebugListener``,
+``INetworkDefinition.mark_unfused_tensors_as_debug_tensors``) and "Engine Inspector".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from auditor.errors import BackendError, UsageError
+from auditor.ports import Array, Arrays, Capture
+from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import onnx
+
+    from auditor.ports import Build, Instrumented
+    from auditor.records import BuildRequest
+
+# The engine's spellings of a type ("Datatype: Float", "Format/Datatype: ... FP32 format"); one
+# that contains another comes first.
+_PRECISIONS = (
+    *(("BFloat16", "bf16"), ("BF16", "bf16"), ("Half", "f16"), ("FP16", "f16")),
+    *(("FP8", "f8"), ("FP4", "f4"), ("Float", "f32"), ("FP32", "f32")),
+    *(("UInt8", "u8"), ("UINT8", "u8"), ("Int8", "i8"), ("INT8", "i8"), ("Int4", "i4")),
+    *(("INT4", "i4"), ("Int32", "i32"), ("INT32", "i32"), ("Int64", "i64"), ("INT64", "i64")),
+    ("Bool", "bool"),
+)
+_NARROW_FIRST = ("f4", "f8", "f16", "bf16", "f32")
+# Operators whose FP32 products TensorRT may compute in TF32 (BuilderFlag.TF32).
+_PRODUCTS = frozenset(
+    ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
+)
+# Stands for a kernel that TensorRT for RTX picks on the user's GPU, when the engine is loaded.
+_LATE_TACTIC = "__myelin_CASK_STUB"
+_ON_OFF = {"on": True, "off": False}
+
+
+# --- the program, as the builder describes it --------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTensor:
+    """A tensor of the engine: its internal name, its shape and its precision (``f32``)."""
+
+    name: str
+    shape: tuple[int, ...]
+    precision: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayer:
+    """One layer of a built engine; ``origins`` are names of ONNX nodes, as in its metadata."""
+
+    name: str
+    type: str
+    inputs: tuple[EngineTensor, ...]
+    constants: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
+    tactic: str
+    origins: tuple[str, ...]
+
+
+_LAYER = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), "
+    r"Inputs: \[(?P<inputs>| ?\{.*?\})\], "
+    r"(?:Constants: \[(?P<constants>| ?\{.*?\})\], )?"
+    r"Outputs: \[(?P<outputs>| ?\{.*?\})\](?P<rest>.*)"
+)
+_TENSOR = re.compile(
+    r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?"
+    r"Dimensions: \[(?P<shape>[-\d,]*)\](?:.*?Datatype: (?P<type>[^,}]*))?.*?\}"
+)
+_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*(?:\[|\x1e|$))")
+
+
+def parse_layers(text: str) -> tuple[EngineLayer, ...]:
+    """Read the one-line-per-layer description that ends a VERBOSE build.
+
+    Synchronisation between streams and jumps produce nothing and are left out.
+
+    Args:
+        text: the log message that starts with ``Layers:``, at ``ProfilingVerbosity.DETAILED``;
+            ``EngineInspector`` returns the same (``LayerInformationFormat.ONELINE``).
+    """
+    found = (_LAYER.match(line) for line in text.splitlines())
+    layers = tuple(
+        EngineLayer(
+            match["name"],
+            match["type"],
+            _tensors(match["inputs"]),
+            _tensors(match["constants"] or ""),
+            _tensors(match["outputs"]),
+            _after("TacticName", match["rest"]),
+            tuple(_ORIGIN.findall(match["rest"])),
+        )
+        for match in found
+        if match
+    )
+    return tuple(layer for layer in layers if layer.outputs)
+
+
+def _tensors(text: str) -> tuple[EngineTensor, ...]:
+    return tuple(
+        EngineTensor(
+            match["name"],
+            tuple(int(size) for size in match["shape"].split(",") if size),
+            _precision(match["type"] or ""),
+        )
+        for match in _TENSOR.finditer(text)
+    )
+
+
+def _after(label: str, text: str) -> str:
+    match = re.search(rf"{label}: ([^,]*)", text)
+    return match[1].strip() if match else ""
+
+
+def _precision(type_text: str) -> str:
+    """``f32`` for ``Float`` or ``... FP32 format``; "" for a spelling not met before."""
+    return next((name for part, name in _PRECISIONS if part in type_text), "")
+
+
+# --- from engine layers back to ONNX -----------------------------------------------------------
+
+
+class Graph:
+    """What mapping engine layers back to ONNX needs to know of a model's main graph.
+
+    Attributes:
+        operators: operator of every node by its key, in graph order.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        """Index ``graph``; its weights are not needed."""
+        self.operators: dict[str, str] = {}
+        self._produces: dict[str, tuple[str, ...]] = {}
+        self._consumers: dict[str, set[str]] = {}
+        self._outputs = {output.name for output in graph.output}
+        for node in graph.node:
+            key = _key(node)
+            self.operators[key] = node.op_type
+            self._produces[key] = tuple(filter(None, node.output))
+            for tensor in _reads(node):
+                self._consumers.setdefault(tensor, set()).add(key)
+
+    def resolve(self, origin: str) -> str | None:
+        """Key of the main graph's node that a name in the engine's metadata stands for.
+
+        Nodes inside an If, a Loop or a function are written ``NAME | GRAPH | KEY (If)``.
+        """
+        outer = origin.rsplit(" | ", 1)[-1].rsplit(" (", 1)[0]
+        return next((name for name in (origin, outer) if name in self.operators), None)
+
+    def nodes(self, layer: EngineLayer) -> tuple[str, ...]:
+        """Keys of the nodes fused into a layer, in graph order."""
+        keys = {self.resolve(origin) for origin in layer.origins}
+        return tuple(key for key in self.operators if key in keys)
+
+    def boundaries(self, layers: Sequence[EngineLayer]) -> list[tuple[str, ...]]:
+        """The ONNX tensors that each layer hands to others, or to the caller.
+
+        A node spread over several layers is finished by the last of them.
+        """
+        fused = [self.nodes(layer) for layer in layers]
+        last = {key: index for index, keys in enumerate(fused) for key in keys}
+        return [
+            tuple(
+                tensor
+                for key in keys
+                if last[key] == index
+                for tensor in self._produces[key]
+                if tensor in self._outputs or self._consumers.get(tensor, set()) - set(keys)
+            )
+            for index, keys in enumerate(fused)
+        ]
+
+    def kernels(self, layers: Sequence[EngineLayer], tf32: bool) -> tuple[Kernel, ...]:
+        """The layers as records; ``tf32`` is whether the build allowed it."""
+        return tuple(
+            Kernel(
+                name=layer.name,
+                type=layer.type,
+                nodes=(nodes := self.nodes(layer)),
+                outputs=outputs,
+                primitive="" if layer.tactic == _LATE_TACTIC else layer.tactic,
+                precision=self._computes_in(layer, nodes, tf32),
+                output_precision=layer.outputs[0].precision,
+            )
+            for layer, outputs in zip(layers, self.boundaries(layers), strict=True)
+        )
+
+    def _computes_in(self, layer: EngineLayer, nodes: Iterable[str], tf32: bool) -> str:
+        if "tf32" in layer.tactic:
+            return "tf32"
+        seen = [tensor.precision for tensor in (*layer.inputs, *layer.constants)]
+        narrowest = next((name for name in _NARROW_FIRST if name in seen), next(iter(seen), ""))
+        products = any(self.operators[key] in _PRODUCTS for key in nodes)
+        # With TF32 allowed, FP32 tensors say nothing of the product unless the tactic does.
+        if narrowest == "f32" and products and tf32 and "f32" not in layer.tactic:
+            return ""
+        return narrowest
+
+
+def attribute(
+    layers: Sequence[EngineLayer],
+    boundaries: Sequence[tuple[str, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[dict[str, str], tuple[Skipped, ...]]:
+    """Find which ONNX tensor each engine tensor holds.
+
+    The engine names its tensors freely, so an ONNX tensor is paired with the one output of its
+    layer that has as many elements; where that is not unique nothing is claimed.
+
+    Args:
+        layers: the engine's layers.
+        boundaries: the ONNX tensors that each layer hands on.
+        shapes: shape of each ONNX tensor; −1 where it is only known at run time.
+
+    Returns:
+        ONNX name by engine name, and the boundary tensors left out, with the reason.
+    """
+    written = Counter(tensor.name for layer in layers for tensor in layer.outputs)
+    names: dict[str, str] = {}
+    skipped = []
+    for layer, tensors in zip(layers, boundaries, strict=True):
+        claims = {
+            tensor: [out for out in layer.outputs if _holds(out, shapes.get(tensor))]
+            for tensor in tensors
+        }
+        rivals = Counter(out.name for outs in claims.values() for out in outs)
+        for tensor, outs in claims.items():
+            if len(outs) != 1 or rivals[outs[0].name] > 1:
+                skipped.append(Skipped(tensor, f"no tensor of its own in layer {layer.name}"))
+            elif written[outs[0].name] > 1:
+                skipped.append(Skipped(tensor, f"part of the shared tensor {outs[0].name}"))
+            else:
+                names[outs[0].name] = tensor
+    return names, tuple(skipped)
+
+
+def _holds(tensor: EngineTensor, shape: tuple[int, ...] | None) -> bool:
+    known = shape is not None and min((*shape, *tensor.shape), default=0) >= 0
+    return not known or np.prod(tensor.shape) == np.prod(shape or ())
+
+
+def _key(node: onnx.NodeProto) -> str:
+    key: str = next(filter(None, node.output))
+    return key
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Tensors a node reads, those captured by its subgraphs included."""
+    names = set(filter(None, node.input))
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            names.update(*(_reads(inner) for inner in graph.node))
+            names.update(output.name for output in graph.output)
+    return names
+
+
+# --- the engine's module, its log, and CUDA ----------------------------------------------------
+
+
+@cache
+def _engine() -> Any:
+    """NVIDIA's ``tensorrt`` where it is installed, else ``tensorrt_rtx``."""
+    try:
+        return importlib.import_module("tensorrt")
+    except ImportError:
+        return importlib.import_module("tensorrt_rtx")
+
+
+def _engine_name() -> str:
+    return "TensorRT" if _engine().__name__ == "tensorrt" else "TensorRT for RTX"
+
+
+@cache
+def _logger() -> Any:
+    """The process's logger: TensorRT keeps the first it is given and ignores later ones."""
+    trt = _engine()
+
+    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
+        """Keeps the engine's description, and what went wrong."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.reset()
+
+        def reset(self) -> None:
+            self.layers = ""
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif message.startswith("Layers:"):
+                self.layers = message
+
+    return Log()
+
+
+def _driver() -> ctypes.CDLL:
+    """The CUDA driver, initialised.
+
+    Raises:
+        OSError: there is none, or it has no device.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    if code := driver.cuInit(0):
+        raise OSError(f"cuInit returned {code}, {_cuda_error(driver, code)}")
+    return driver
+
+
+def _cuda_error(driver: ctypes.CDLL, code: int) -> str:
+    name = ctypes.c_char_p()
+    driver.cuGetErrorName(code, ctypes.byref(name))
+    return (name.value or b"an unknown error").decode()
+
+
+def _gpus() -> tuple[tuple[str, ...], str]:
+    """Names of the CUDA devices, and why there are none."""
+    try:
+        driver = _driver()
+    except OSError as error:
+        return (), str(error)
+    count = ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    names = []
+    for index in range(count.value):
+        device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, len(name), device)
+        names.append(name.value.decode())
+    return tuple(names), "" if names else "the driver lists none"
+
+
+class _Cuda:
+    """The CUDA driver calls that a run needs, on one device and one stream of its own.
+
+    Source: CUDA Driver API, "Primary Context", "Memory Management" and "Stream Management". The
+    primary context is the one the runtime API, and so TensorRT, works in.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._driver = _driver()
+        device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), index)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        # A blocking stream: it waits for uploads, which go through the default stream.
+        self._call("cuStreamCreate", ctypes.byref(stream), 0)
+        self.stream = stream.value or 0
+
+    def allocate(self, size: int) -> int:
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def upload(self, address: int, array: Array) -> None:
+        source = ctypes.c_void_p(array.ctypes.data)
+        size = ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, size)
+
+    def download(self, array: Array, address: int) -> None:
+        target = ctypes.c_void_p(array.ctypes.data)
+        size = ctypes.c_size_t(array.nbytes)
+        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), size)
+
+    def wait(self, stream: int) -> None:
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        if code := getattr(self._driver, function)(*arguments):
+            raise BackendError(f"{function} failed: {_cuda_error(self._driver, code)}", stage="run")
+
+
+def storage_dtype(type_name: str) -> np.dtype[Any] | None:
+    """The numpy dtype of an element in memory, or None where elements share bytes (4 bits).
+
+    Args:
+        type_name: member of TensorRT's ``DataType`` (``FLOAT``, ``BF16`` …).
+    """
+    import ml_dtypes
+
+    return {
+        "FLOAT": np.dtype(np.float32),
+        "HALF": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "FP8": np.dtype(ml_dtypes.float8_e4m3fn),
+        "E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "INT8": np.dtype(np.int8),
+        "UINT8": np.dtype(np.uint8),
+        "INT32": np.dtype(np.int32),
+        "INT64": np.dtype(np.int64),
+        "BOOL": np.dtype(np.bool_),
+    }.get(type_name)
+
+
+def widened(array: Array) -> Array:
+    """Types that numpy does not have (bfloat16, float8) as float32, exactly; others as is."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
+# --- options -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """Builder flags to set or clear, by name, and the compute capability to build for."""
+
+    flags: dict[str, bool]
+    capability: str | None
+
+
+def _options(given: Mapping[str, str]) -> _Options:
+    """Read the user's options.
+
+    Raises:
+        UsageError: this TensorRT has no such option, or not with that value.
+    """
+    trt = _engine()
+    known = set(_members(trt.BuilderFlag))
+    capabilities = [n for n in _members(getattr(trt, "ComputeCapability", None)) if n != "NONE"]
+    flags = {}
+    capability = None
+    for name, value in given.items():
+        member = name.upper().replace("-", "_")
+        if member == "COMPUTE_CAPABILITY" and capabilities:
+            capability = value.upper()
+            if capability not in capabilities:
+                raise UsageError(
+                    f"{_engine_name()} does not build for compute capability `{value}`",
+                    f"It builds for: {', '.join(capabilities)}.",
+                )
+        elif member in known:
+            if value.lower() not in _ON_OFF:
+                raise UsageError(f"trt.{name} is `on` or `off`, not `{value}`")
+            flags[member] = _ON_OFF[value.lower()]
+        else:
+            valid = [flag.lower().replace("_", "-") for flag in sorted(known)]
+            valid += ["compute-capability"] if capabilities else []
+            raise UsageError(
+                f"{_engine_name()} has no option `{name}`", f"Options: {', '.join(valid)}."
+            )
+    return _Options(flags, capability)
+
+
+def _members(enum: Any) -> tuple[str, ...]:
+    return tuple(sorted(enum.__members__)) if enum else ()
+
+
+# --- building ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """One compilation: the serialised engine, its description, and the network it came from.
+
+    Attributes:
+        types: TensorRT's type of every network input and output.
+        shapes: shape of every tensor of the parsed network; −1 where dynamic.
+        profiled: shape of the inputs that were specialised.
+    """
+
+    plan: Any
+    layers: str
+    tf32: bool
+    strongly_typed: bool
+    types: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    profiled: dict[str, tuple[int, ...]]
+
+    @property
+    def program(self) -> str:
+        """The layers' text alone, what two builds of the same program share."""
+        return self.layers.split("\n\n")[0]
+
+
+class _Compiler:
+    """Compiles one request, plainly or with its unfused tensors marked for observation."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        import onnx
+
+        self._request = request
+        self._options = _options(request.options)
+        self.model = onnx.load(request.model_path, load_external_data=False)
+        self.graph = Graph(self.model.graph)
+        # Node names may be empty or repeated; the engine refers to nodes by name alone.
+        for node in self.model.graph.node:
+            node.name = _key(node)
+        self.split_symbols = _split_symbols(self.model.graph, request.shapes)
+        self._timings = b""
+
+    def compile(self, *, observed: bool) -> _Compiled:
+        """Compile; ``observed`` marks the tensors that survive fusion as debug tensors.
+
+        Raises:
+            BackendError: TensorRT refused the model.
+        """
+        trt, log, request = _engine(), _logger(), self._request
+        log.reset()
+        builder = trt.Builder(log)
+        if builder is None:
+            raise BackendError("TensorRT did not start", stage="build", log=tuple(log.errors))
+        if request.threads:
+            builder.max_threads = request.threads
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, log)
+        # The path tells where external weights lie; the file itself is not read again.
+        if not parser.parse(self.model.SerializeToString(), str(request.model_path.resolve())):
+            raise self._refused(parser)
+        if observed and not network.mark_unfused_tensors_as_debug_tensors():
+            raise BackendError("TensorRT cannot observe this network", stage="instrument")
+        config = self._configure(trt, builder.create_builder_config())
+        inputs = [network.get_input(i) for i in range(network.num_inputs)]
+        profiled = self._specialise(builder, config, inputs)
+        timings = self._share_timings(trt, config)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise self._not_built(network, log.errors)
+        if timings is not None:
+            self._timings = bytes(timings.serialize())
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        return _Compiled(
+            plan=plan,
+            layers=log.layers,
+            tf32=config.get_flag(trt.BuilderFlag.TF32),
+            strongly_typed=network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
+            types={tensor.name: tensor.dtype.name for tensor in (*inputs, *outputs)},
+            shapes=_network_shapes(network),
+            profiled=profiled,
+        )
+
+    def _configure(self, trt: Any, config: Any) -> Any:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        for name, on in self._options.flags.items():
+            flag = getattr(trt.BuilderFlag, name)
+            (config.set_flag if on else config.clear_flag)(flag)
+        if self._options.capability:
+            config.num_compute_capabilities = 1
+            wanted = getattr(trt.ComputeCapability, self._options.capability)
+            if not config.set_compute_capability(wanted, 0):
+                raise UsageError(f"TensorRT cannot build for compute capability {wanted.name} here")
+        return config
+
+    def _specialise(
+        self, builder: Any, config: Any, inputs: Sequence[Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """Fix every dynamic input at the request's shape, by an optimisation profile."""
+        for tensor in inputs:
+            if tensor.is_shape_tensor:
+                raise BackendError(
+                    f"input `{tensor.name}` sets shapes: TensorRT needs its values at build time",
+                    "Export the model with those values as constants.",
+                )
+        dynamic = [tensor.name for tensor in inputs if -1 in tuple(tensor.shape)]
+        if dynamic:
+            profile = builder.create_optimization_profile()
+            for name in dynamic:
+                shape = self._request.shapes[name]
+                profile.set_shape(name, shape, shape, shape)
+            config.add_optimization_profile(profile)
+        return {name: self._request.shapes[name] for name in dynamic}
+
+    def _share_timings(self, trt: Any, config: Any) -> Any:
+        """Make later builds choose the tactics of the first; RTX times nothing."""
+        if trt.__name__ != "tensorrt":
+            return None
+        timings = config.create_timing_cache(self._timings)
+        config.set_timing_cache(timings, ignore_mismatch=False)
+        return timings
+
+    def _refused(self, parser: Any) -> BackendError:
+        """Every node that the parser cannot convert, with its reason."""
+        reasons: dict[str, str] = {}
+        for error in (parser.get_error(i) for i in range(parser.num_errors)):
+            key = self.graph.resolve(error.node_name())
+            subject = self._label(key) if key else error.node_operator()
+            reasons.setdefault(subject, _reason(error.desc()) or "unsupported operator")
+        problems = [f"{subject}: {reason}" for subject, reason in reasons.items()]
+        return _unsupported(bool(problems), problems or ["this model: no reason given"], ())
+
+    def _not_built(self, network: Any, errors: Sequence[str]) -> BackendError:
+        """The nodes behind the layers that the builder's errors mention."""
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        named = [layer for layer in layers if _mentions(errors, layer.name)]
+        origins = [name for layer in named for name in _ORIGIN.findall(layer.metadata)]
+        keys = dict.fromkeys(filter(None, map(self.graph.resolve, origins)))
+        reason = _reason(errors[0]) if errors else "no reason given"
+        nodes = ", ".join(map(self._label, keys)) or "this model"
+        return _unsupported(bool(keys), [f"{nodes}: {reason}"], tuple(errors))
+
+    def _label(self, key: str) -> str:
+        return f"{self.graph.operators[key]} `{key}`"
+
+
+def _split_symbols(
+    graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """Drop the names of symbolic dimensions that stand for several sizes, and return them.
+
+    Some exporters write every unknown dimension as ``?``; TensorRT takes one name for one size.
+    """
+    named = [
+        (dimension, size)
+        for value in graph.input
+        for dimension, size in zip(
+            value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False
+        )
+        if dimension.dim_param
+    ]
+    sizes: dict[str, set[int]] = {}
+    for dimension, size in named:
+        sizes.setdefault(dimension.dim_param, set()).add(size)
+    split = tuple(name for name, found in sizes.items() if len(found) > 1)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in split:
+                dimension.ClearField("dim_param")
+    return split
+
+
+def _unsupported(nodes: bool, problems: Sequence[str], log: tuple[str, ...]) -> BackendError:
+    """``nodes`` is whether the problems name any."""
+    hint = "Replace these operators in the export, or leave them to code after the network."
+    return BackendError(
+        f"{_engine_name()} {_engine().__version__} cannot build {'; '.join(problems)}",
+        hint if nodes else "",
+        stage="build",
+        log=log,
+    )
+
+
+def _network_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
+            try:
+                shapes[tensor.name] = tuple(tensor.shape)
+            except ValueError:  # the rank itself is unknown
+                continue
+    return shapes
+
+
+def _reason(text: str) -> str:
+    """The part of an error of TensorRT that says why; "" when it says nothing."""
+    quoted = re.search(r'"(.+?)"', text)
+    cuda = re.search(r"\((cudaError \d+: [^)]*)\)", text)
+    coded = re.search(r"Error Code \d+: [^(]*\((.*?)(?: ?\bIn \w+ at |$)", text, re.MULTILINE)
+    found = quoted or (None if coded and coded[1] else cuda) or coded
+    plain = "" if text == "false" else text.splitlines()[0] if text else ""
+    return (found[1] if found else plain)[:300].rstrip(". ")
+
+
+def _mentions(errors: Sequence[str], name: str) -> bool:
+    whole = re.compile(rf"(?<![\w.]){re.escape(name)}(?![\w.])")
+    return any(whole.search(error) for error in errors)
+
+
+def _notes(compiler: _Compiler, compiled: _Compiled, kernels: Sequence[Kernel]) -> tuple[str, ...]:
+    """Compile-time facts that a deployment engineer must know, as sentences."""
+    import onnx
+
+    elements = {"FLOAT16": "HALF", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8"}
+    graph = compiler.model.graph
+    declared = {
+        value.name: onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+        for value in (*graph.input, *graph.output)
+        if value.name in compiled.types
+    }
+    notes = [
+        f"`{name}` is {kind} in the model and {compiled.types[name]} in the engine: its values "
+        "are converted without a warning."
+        for name, kind in declared.items()
+        if elements.get(kind, kind) != compiled.types[name]
+    ]
+    doubles = [
+        tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.DOUBLE
+    ]
+    if doubles:
+        notes.append(
+            f"{len(doubles)} DOUBLE constants (`{doubles[0]}` first) are computed with in FLOAT."
+        )
+    if not kernels:
+        notes.append("The engine did not describe its layers: no kernel or precision is known.")
+    wide = [name for name, kind in compiled.types.items() if kind == "INT64"]
+    if wide:
+        notes.append(f"The engine keeps INT64 at {', '.join(wide)}: bind 8-byte integers.")
+    if compiled.strongly_typed:
+        notes.append(
+            "Strongly typed: the engine computes in the model's types, no precision flag applies."
+        )
+    products = sum(k.precision in ("", "tf32") and bool(k.nodes) for k in kernels)
+    if compiled.tf32 and products:
+        notes.append(
+            f"TF32 is allowed (TensorRT's default): {products} kernels may round the factors of "
+            "FP32 products to 10 mantissa bits; `--option trt.tf32=off` forbids it."
+        )
+    notes += [
+        f"The symbol `{name}` names dimensions of different sizes, which TensorRT refuses: each "
+        "was made independent for this build, do the same before you ship."
+        for name in compiler.split_symbols
+    ]
+    if compiled.profiled:
+        shapes = ", ".join(f"{n}:{'x'.join(map(str, s))}" for n, s in compiled.profiled.items())
+        notes.append(f"Dynamic dimensions are specialised by an optimisation profile at {shapes}.")
+    late = sum(layer.tactic == _LATE_TACTIC for layer in parse_layers(compiled.layers))
+    if late:
+        notes.append(f"The implementation of {late} kernels is chosen on the GPU, at load time.")
+    placed = {key for kernel in kernels for key in kernel.nodes}
+    folded = [
+        k for k, op in compiler.graph.operators.items() if k not in placed and op != "Constant"
+    ]
+    if folded:
+        notes.append(
+            f"{len(folded)} of {len(compiler.graph.operators)} nodes are in no kernel: folded, or "
+            f"done by a layout (`{folded[0]}` first)."
+        )
+    return tuple(notes)
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+class _Runner:
+    """A loaded engine with its execution context.
+
+    Source: TensorRT Python API, ``ICudaEngine`` and ``IExecutionContext``.
+    """
+
+    def __init__(self, plan: Any, cuda: _Cuda, observer: Any = None) -> None:
+        trt, log = _engine(), _logger()
+        log.reset()
+        self._cuda = cuda
+        self._runtime = trt.Runtime(log)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._context = self._engine and self._engine.create_execution_context()
+        if not self._context:
+            why = _reason(log.errors[0]) if log.errors else "no reason given"
+            raise BackendError(f"the engine does not load on this GPU: {why}", stage="run")
+        if observer is not None:
+            self._context.set_debug_listener(observer)
+            self._context.unfused_tensors_debug_state = True
+            self._context.set_all_tensors_debug_state(True)
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        self._inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
+        self._outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        """Copy the inputs in, execute, copy every output out."""
+        context, cuda = self._context, self._cuda
+        device: dict[str, int] = {}
+        try:
+            # Kept until the stream is done: the engine may read small inputs from host memory.
+            inputs = {
+                name: np.array(feeds[name], self._dtype(name), order="C") for name in self._inputs
+            }
+            for name, array in inputs.items():
+                context.set_input_shape(name, array.shape)
+                if address := self._place(name, array, device):
+                    cuda.upload(address, array)
+            if unknown := context.infer_shapes():
+                raise BackendError(f"the shapes of {', '.join(unknown)} are unknown", stage="run")
+            outputs = {
+                name: np.empty(self._shape(name), self._dtype(name)) for name in self._outputs
+            }
+            for name, array in outputs.items():
+                self._place(name, array, device)
+            log = _logger()
+            log.reset()
+            if not context.execute_async_v3(cuda.stream):
+                raise BackendError("TensorRT did not run", stage="run", log=tuple(log.errors))
+            cuda.wait(cuda.stream)
+            for name, array in outputs.items():
+                if name in device:
+                    cuda.download(array, device[name])
+        finally:
+            for address in device.values():
+                cuda.free(address)
+        return {name: widened(array) for name, array in outputs.items()}
+
+    def _place(self, name: str, array: Array, device: dict[str, int]) -> int | None:
+        """Bind a tensor to memory where the engine wants it; its address if on the device."""
+        if self._engine.get_tensor_location(name) == _engine().TensorLocation.HOST:
+            self._context.set_tensor_address(name, array.ctypes.data)
+            return None
+        device[name] = self._cuda.allocate(array.nbytes)
+        self._context.set_tensor_address(name, device[name])
+        return device[name]
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        kind = self._engine.get_tensor_dtype(name).name
+        dtype = storage_dtype(kind)
+        if dtype is None:
+            raise BackendError(f"`{name}` is {kind}, which has no numpy form", stage="run")
+        return dtype
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(self._context.get_tensor_shape(name))
+        if -1 in shape:
+            raise BackendError(f"the shape of output `{name}` depends on data", stage="run")
+        return shape
+
+
+def _observer(cuda: _Cuda, names: Iterable[str]) -> Any:
+    """A debug listener that copies the tensors of these engine names to ``received``.
+
+    A debug tensor is read as dense and row-major, as NVIDIA's own listeners do (trtexec and
+    Polygraphy); its address holds only during the call.
+    """
+    trt = _engine()
+    wanted = frozenset(names)
+
+    class Observer(trt.IDebugListener):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.received: Arrays = {}
+            self.failed: dict[str, str] = {}
+
+        def process_debug_tensor(
+            self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int
+        ) -> bool:
+            if name not in wanted:
+                return True
+            dtype = storage_dtype(type.name)
+            if dtype is None:
+                self.failed[name] = f"{type.name} has no numpy form"
+                return True
+            array = np.empty(tuple(shape), dtype)
+            address = _address(addr)
+            try:
+                cuda.wait(stream)
+                if location == trt.TensorLocation.HOST:
+                    ctypes.memmove(array.ctypes.data, address, array.nbytes)
+                else:
+                    cuda.download(array, address)
+            except BackendError as error:  # nothing may cross TensorRT's frames
+                self.failed[name] = error.message
+                return False
+            self.received[name] = widened(array)
+            return True
+
+    return Observer()
+
+
+def _address(capsule: Any) -> int:
+    """The pointer in the unnamed capsule that stands for a ``void*`` in Python."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    pointer.restype = ctypes.c_void_p
+    address: int = pointer(capsule, None)
+    return address
+
+
+@dataclass(frozen=True, slots=True)
+class _Instrumented:
+    """A second build of the same program whose surviving tensors are observed."""
+
+    probes: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    program_unchanged: bool
+    observed: _Observed
+    rebuilt: bool = True
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        return self.observed.run(feeds)
+
+
+class _Observed:
+    """An engine whose debug tensors are collected, by ONNX name."""
+
+    def __init__(
+        self,
+        compiled: _Compiled,
+        cuda: _Cuda,
+        names: Mapping[str, str],
+        feeds: Mapping[str, Array],
+    ) -> None:
+        """``names`` are the ONNX names by engine name; ``feeds`` show what TensorRT emits."""
+        self._shapes = compiled.shapes
+        self._names = names
+        self._observer = _observer(cuda, names)
+        self._runner = _Runner(compiled.plan, cuda, self._observer)
+        seen = self.run(feeds).tensors
+        self.probes = tuple(Probe(tensor, inferred=True) for tensor in seen)
+        self.missed = tuple(
+            Skipped(tensor, self._observer.failed.get(name, "TensorRT did not emit it"))
+            for name, tensor in names.items()
+            if tensor not in seen
+        )
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """Run once with the listener."""
+        self._observer.received = {}
+        outputs = self._runner.run(feeds)
+        received = self._observer.received
+        tensors = {
+            tensor: received[name] for name, tensor in self._names.items() if name in received
+        }
+        return Capture(outputs, {t: self._reshaped(t, array) for t, array in tensors.items()})
+
+    def _reshaped(self, tensor: str, array: Array) -> Array:
+        """The engine drops and merges axes; ONNX's shape where it is known."""
+        shape = self._shapes.get(tensor, array.shape)
+        return array.reshape(shape) if np.prod(shape) == array.size else array
+
+
+def _index(device: str | None, gpus: Sequence[str]) -> int:
+    """Which GPU a device id stands for; the first by default.
+
+    Raises:
+        UsageError: there is no such GPU.
+    """
+    ids = [str(index) for index in range(len(gpus))]
+    if device and device not in ids:
+        listed = f"GPUs: {', '.join(map(' '.join, zip(ids, gpus, strict=True)))}." if gpus else ""
+        raise UsageError(f"there is no CUDA device `{device}`", listed)
+    return int(device or 0)
+
+
+class _Build:
+    """A compiled model, loaded where a CUDA device allows."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        gpus, why = _gpus()
+        index = _index(request.device, gpus)
+        # TensorRT builds for, and loads on, the device that is current.
+        cuda = _Cuda(index) if gpus else None
+        self._compiler = _Compiler(request)
+        self._compiled = self._compiler.compile(observed=False)
+        self._layers = parse_layers(self._compiled.layers)
+        kernels = self._compiler.graph.kernels(self._layers, self._compiled.tf32)
+        self._provenance = Provenance(
+            engine=_engine_name(),
+            version=_engine().__version__,
+            device=gpus[index] if gpus else "no CUDA device",
+            options={"tf32": "on" if self._compiled.tf32 else "off"} | request.options,
+            kernels=kernels,
+            notes=_notes(self._compiler, self._compiled, kernels),
+        )
+        self._blocked = None if gpus else f"no CUDA device ({why})"
+        self._loaded: tuple[_Runner, _Cuda] | None = None
+        if cuda is not None:
+            try:
+                self._loaded = _Runner(self._compiled.plan, cuda), cuda
+            except BackendError as error:
+                self._blocked = error.message
+
+    @property
+    def provenance(self) -> Provenance:
+        return self._provenance
+
+    @property
+    def blocked(self) -> str | None:
+        return self._blocked
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        return self._runnable()[0].run(feeds)
+
+    def instrument(self, feeds: Mapping[str, Array]) -> Instrumented:
+        """Compile again with the surviving tensors observable, and see which ones arrive."""
+        cuda = self._runnable()[1]
+        marked = self._compiler.compile(observed=True)
+        boundaries = self._compiler.graph.boundaries(self._layers)
+        names, skipped = attribute(self._layers, boundaries, self._compiled.shapes)
+        observed = _Observed(marked, cuda, names, feeds)
+        # No description, no proof.
+        unchanged = bool(self._layers) and marked.program == self._compiled.program
+        return _Instrumented(observed.probes, skipped + observed.missed, unchanged, observed)
+
+    def _runnable(self) -> tuple[_Runner, _Cuda]:
+        if self._loaded is None:
+            raise BackendError(
+                f"built, not run: {self._blocked}",
+                "Run it on a machine with an NVIDIA GPU and its driver.",
+                stage="run",
+            )
+        return self._loaded
+
+
+# --- the backend -------------------------------------------------------------------------------
+
+
+class TensorRT:
+    """The adapter."""
+
+    title = "NVIDIA TensorRT"
+
+    def availability(self) -> Availability:
+        """Available wherever it imports: with no GPU it builds, and says that it will not run."""
+        try:
+            version = _engine().__version__
+        except (ImportError, OSError) as error:
+            return Availability(
+                False, self.title, reason=str(error), remedy="pip install 'sysnoise-auditor[trt]'"
+            )
+        gpus, why = _gpus()
+        devices = tuple(Device(str(i) if i else "", name) for i, name in enumerate(gpus))
+        blocked = None if gpus else f"no CUDA device ({why}): models are built, not run"
+        remedy = None if gpus else "Run it on a machine with an NVIDIA GPU and its driver."
+        return Availability(True, _engine_name(), version, devices, blocked, remedy)
+
+    def build(self, request: BuildRequest) -> Build:
+        """Parse and build, and load the engine where a CUDA device allows."""
+        try:
+            _engine()
+        except (ImportError, OSError) as error:
+            hint = "pip install 'sysnoise-auditor[trt]'"
+            raise BackendError(f"TensorRT is not here: {error}", hint, stage="start") from error
+        return _Build(request)
+
+
+BACKEND = TensorRT()

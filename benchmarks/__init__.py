@@ -1,0 +1,1 @@
+"""Real models and measurements; not part of the installed distribution."""

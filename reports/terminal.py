@@ -1,0 +1,1147 @@
+"""The report for people, in a terminal; the only user of Rich.
+
+Every name in a report comes from a model file or an engine and is untrusted. Records are made
+harmless as a whole before anything is drawn (``_visible``), and text is never parsed as markup.
+Rich is imported when something is drawn, so that ``audit --help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+
+from auditor.errors import UsageError
+from auditor.records import SEVERITIES
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from auditor.ports import Noise
+    from auditor.records import (
+        AuditReport,
+        Availability,
+        BackendReport,
+        Distance,
+        FidelityProof,
+        Finding,
+        Gap,
+        Provenance,
+        Segment,
+        Skipped,
+        Status,
+        TensorStats,
+    )
+
+DEFAULT_WIDTH = 100
+TOP = 10  # offenders shown; the JSON report has all of them
+
+_NARROWEST = 40
+_MEDIUM = 110  # from here an offender's figures, cause and segment share one line
+_WIDE = 180  # from here everything about an offender or a backend's output is one line
+_MOST_OUTPUTS = 4
+_MOST_MATCHES = 4
+_MOST_NAMES = 3
+_REASON = 600  # characters of an engine's message shown; the JSON report has all of it
+
+_NARROWEST_NAME = 8
+_TAG = 15
+
+_NONE = "-"
+_COLORS: dict[str, str] = {
+    "critical": "bold red",
+    "high": "red",
+    "medium": "yellow",
+    "low": "cyan",
+    "info": "dim",
+    "pass": "bold reverse green",
+    "fail": "bold reverse red",
+    "incomplete": "bold reverse yellow",
+}
+
+T = TypeVar("T")
+
+
+# --- the interface -------------------------------------------------------------------------------
+
+
+class _Terminal:
+    """Report format ``terminal``."""
+
+    @property
+    def name(self) -> str:
+        """The name in ``--format``."""
+        return "terminal"
+
+    def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
+        """The whole report: verdict, backends, offenders, agreement, gaps."""
+        report = _visible(report)
+        page = _Page(width, color)
+        _draw_verdict(page, report)
+        _draw_backends(page, report)
+        _draw_findings(page, report)
+        _draw_agreement(page, report)
+        _draw_gaps(page, report)
+        _draw_footer(page, report)
+        return page.text()
+
+
+RENDERER = _Terminal()
+
+
+def render_segment(report: AuditReport, name: str, width: int | None, color: bool) -> str:
+    """Everything about the segments that ``name`` means, on every backend that has them.
+
+    Args:
+        report: the audit.
+        name: a segment id, node label, node key, tensor or operator.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+
+    Raises:
+        UsageError: nothing in the report has that name.
+    """
+    report = _visible(report)
+    found = _find(report, _visible(name))
+    page = _Page(width, color)
+    crowd = Counter(backend.id for backend, _ in found)
+    if max(crowd.values()) > _MOST_MATCHES:
+        _draw_matches(page, _visible(name), found)
+    else:
+        for backend, segment in found:
+            _draw_segment(page, report, backend, segment)
+    return page.text()
+
+
+def render_backends(
+    rows: Sequence[tuple[str, Availability]], width: int | None, color: bool
+) -> str:
+    """What ``audit backends`` lists: id, engine, version and devices, or how to get it."""
+    page = _Page(width, color)
+    columns = (_Column("backend"), _Column("engine"), _Column("version"), _Column("devices"))
+    table: list[_Row] = []
+    for id, answer in _visible(tuple(rows)):
+        if not answer.available:
+            details = [_detail("reason", _Span(answer.reason or "not available", "yellow"))]
+            if answer.remedy:
+                details.append(_detail("remedy", _Span(answer.remedy)))
+            cells = (_Span(id, "bold"), _Span(answer.engine), _Span("not available", "yellow"))
+            table.append(_Row(cells, tuple(details)))
+            continue
+        devices = [_Span(f"{id}:{d.id}  {d.name}" if d.id else d.name) for d in answer.devices] or [
+            _Span(_NONE)
+        ]
+        head = (_Span(id, "bold"), _Span(answer.engine), _Span(answer.version or _NONE))
+        table.append(_Row((*head, devices[0])))
+        table += [_Row((_Span(""), _Span(""), _Span(""), device)) for device in devices[1:]]
+    page.rule("Backends on this machine")
+    page.grid(columns, table)
+    return page.text()
+
+
+def render_noises(rows: Sequence[Noise], width: int | None, color: bool) -> str:
+    """What ``audit noises`` lists: each cause that can be replayed, and where it comes from."""
+    page = _Page(width, color)
+    page.rule("Causes that can be replayed")
+    for noise in rows:
+        page.say(_Span(noise.id, "bold"), _Span(f"  {noise.stage}, {noise.type}", "dim"))
+        page.say(_Span(noise.title), indent=2)
+        page.say(_Span(noise.cause, "dim"), indent=2)
+        page.say(_Span(f"Source: {noise.source}", "dim"), indent=2)
+    return page.text()
+
+
+def print_error(message: str, hint: str) -> None:
+    """Say on standard error what is wrong and what to do about it; ``hint`` may be empty."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    for label, style, text in (("error: ", "bold red", message), ("hint: ", "bold cyan", hint)):
+        if text:
+            first, *rest = text.splitlines()
+            lines = [_visible(first), *(f"  {_visible(line)}" for line in rest if line.strip())]
+            console.print(Text.assemble((label, style), "\n".join(lines)), soft_wrap=True)
+
+
+class LiveProgress:
+    """One line per backend on standard error: what it is doing, and for how long.
+
+    Silent where standard error is not a terminal. Safe to call from several threads.
+    """
+
+    def __init__(self) -> None:
+        """Show nothing until the first update."""
+        self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._display: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, who: str, stage: str) -> None:
+        """``who`` (a backend id or ``reference``) has entered ``stage``."""
+        if not self._shown:
+            return
+        display = self._display or self._start()
+        task = self._tasks.get(who)
+        if task is None:
+            self._tasks[who] = display.add_task(_visible(stage), who=_visible(who))
+        else:
+            display.reset(task, description=_visible(stage))
+
+    def close(self) -> None:
+        """Remove the display and restore the terminal; later updates show nothing."""
+        self._shown = False
+        if self._display is not None:
+            self._display.stop()
+
+    def _start(self) -> Progress:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._display = Progress(
+            SpinnerColumn("line"),
+            TextColumn("{task.fields[who]}", style="bold", markup=False),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._display.start()
+        return self._display
+
+
+# --- making names harmless -----------------------------------------------------------------------
+
+
+def _visible(value: T) -> T:
+    """The same value with every unprintable character of its strings as a visible escape.
+
+    Escapes, line breaks, direction overrides and lone surrogates can rewrite a terminal or make
+    one name look like another.
+    """
+    if isinstance(value, str):
+        return value if value.isprintable() else cast(T, "".join(map(_escape, value)))
+    if isinstance(value, tuple):
+        return cast(T, tuple(_visible(item) for item in value))
+    if isinstance(value, dict):
+        return cast(T, {_visible(k): _visible(v) for k, v in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: _visible(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    return value
+
+
+def _escape(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def _error(value: float | None) -> str:
+    """A relative error with two significant digits: ``1.2e-2``."""
+    if value is None or math.isnan(value):
+        return _NONE
+    if math.isinf(value):
+        return "n/a"
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _plain(value: float) -> str:
+    """Any number with three significant digits."""
+    if math.isnan(value):
+        return _NONE
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    digits, e, exponent = f"{value:.3g}".partition("e")
+    return f"{digits}e{int(exponent)}" if e else digits
+
+
+def _percent(share: float | None) -> str:
+    """A share in per cent; never rounded up to 100% or down to 0%."""
+    if share is None or math.isnan(share):
+        return _NONE
+    value = 100 * share
+    size = abs(value)
+    if math.isinf(value) or size >= 1e5:
+        return f"{_plain(value)}%"
+    if size == 0 or size >= 100:
+        return f"{value:.0f}%"
+    if size < 0.01:
+        return "<0.01%" if value > 0 else ">-0.01%"
+    if size >= 99.95:
+        return f"{math.trunc(value * 100) / 100:.2f}%"
+    return f"{value:.2f}%" if size < 0.995 else f"{value:.1f}%"
+
+
+def _score(explained: float) -> str:
+    """Share explained as a score: 1 reproduces the error; never rounded up to 1."""
+    if not math.isfinite(explained) or abs(explained) >= 10:
+        return _plain(explained)
+    return f"{math.floor(explained * 1e4) / 1e4:.4f}"
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else _plain(value)
+
+
+def _cosine(value: float) -> str:
+    return _NONE if math.isnan(value) else f"{value:.6f}"
+
+
+def _range(pair: tuple[float, float]) -> str:
+    return f"{_plain(pair[0])} to {_plain(pair[1])}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _dims(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """A piece of a line in one style."""
+
+    text: str
+    style: str = ""
+
+
+class _Column(NamedTuple):
+    """A column of a grid; of several that do not fit, the highest ``drop`` goes first."""
+
+    title: str
+    right: bool = False
+    drop: int = 0
+
+
+class _Row(NamedTuple):
+    """A line of a grid, and what is said beneath it.
+
+    Fewer cells than columns: the last one takes the rest of the line.
+    """
+
+    cells: tuple[_Span, ...]
+    details: tuple[tuple[_Span, ...], ...] = ()
+
+
+class _Page:
+    """Lines of text of a given width."""
+
+    def __init__(self, width: int | None, color: bool) -> None:
+        from rich.console import Console
+
+        self.width = max(width or DEFAULT_WIDTH, _NARROWEST)
+        self._file = io.StringIO()
+        self._console = Console(
+            file=self._file,
+            width=self.width,
+            force_terminal=color,
+            color_system="standard" if color else None,
+            no_color=not color,
+            legacy_windows=False,
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+
+    def text(self) -> str:
+        """Everything drawn so far."""
+        return self._file.getvalue()
+
+    def rule(self, title: str) -> None:
+        """A section's heading."""
+        if self._file.tell():
+            self.blank()
+        line = "─" * max(0, self.width - _cells(title) - 4)
+        self._put(_Span("── ", "dim"), _Span(title, "bold"), _Span(f" {line}", "dim"))
+
+    def say(
+        self, *spans: _Span, indent: int = 0, label: _Span | None = None, begin: int = 0
+    ) -> None:
+        """A paragraph beside its label.
+
+        Args:
+            spans: the text; its lines begin one below the other.
+            indent: columns before the label.
+            label: what stands before the first line.
+            begin: the column at which the text begins if the label leaves it free.
+        """
+        from rich.text import Text
+
+        label = label or _Span("")
+        end = indent + _cells(label.text)
+        gap = _Span(" " * max(begin - end, 0))
+        begin = max(begin, end)
+        text = Text.assemble(*spans)
+        for number, line in enumerate(text.wrap(self._console, max(self.width - begin, 10))):
+            line.rstrip()
+            before = (_Span(" " * begin),) if number else (_Span(" " * indent), label, gap)
+            self._console.print(Text.assemble(*before, line), soft_wrap=True)
+
+    def blank(self) -> None:
+        """An empty line."""
+        self._put()
+
+    def grid(self, columns: Sequence[_Column], rows: Sequence[_Row], indent: int = 0) -> None:
+        """Aligned cells; drops columns that do not fit, then shortens names."""
+        widths = _widths(columns, rows)
+
+        def excess() -> int:
+            return _total(widths) + indent - self.width
+
+        while excess() > 0 and any(columns[i].drop for i in widths):
+            del widths[max(widths, key=lambda i: columns[i].drop)]
+        while excess() > 0:
+            longest = max(widths, key=lambda i: 0 if columns[i].right else widths[i])
+            if widths[longest] <= _NARROWEST_NAME:
+                break
+            widths[longest] -= 1
+        if any(column.title for column in columns):
+            titles = tuple(_Span(column.title, "dim") for column in columns)
+            self._row(titles, columns, widths, indent)
+        for row in rows:
+            self._row(row.cells, columns, widths, indent)
+            for label, *spans in row.details:
+                self.say(*spans, indent=indent + 2, label=label)
+
+    def fits(self, columns: Sequence[_Column], rows: Sequence[_Row]) -> bool:
+        """Whether a grid has room for all of its cells in full."""
+        return _total(_widths(columns, rows)) <= self.width
+
+    def _row(
+        self,
+        cells: tuple[_Span, ...],
+        columns: Sequence[_Column],
+        widths: Mapping[int, int],
+        indent: int,
+    ) -> None:
+        spans = [_Span(" " * indent)]
+        used = indent
+        for i, width in widths.items():
+            if i >= len(cells):
+                break
+            rest = i + 1 == len(cells) < len(columns)
+            text = _elide(cells[i].text, self.width - used if rest else width)
+            blank = _Span(" " * (width - _cells(text)))
+            cell = _Span(text, cells[i].style)
+            spans += (blank, cell) if columns[i].right and not rest else (cell, blank)
+            spans.append(_Span("  "))
+            used += width + 2
+        self._put(*spans)
+
+    def _put(self, *spans: _Span) -> None:
+        from rich.text import Text
+
+        line = Text.assemble(*spans)
+        line.rstrip()
+        self._console.print(line, soft_wrap=True)
+
+
+def _cells(text: str) -> int:
+    """Columns that a text takes: wide characters take two."""
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def _widths(columns: Sequence[_Column], rows: Sequence[_Row]) -> dict[int, int]:
+    """Width that each column needs; a last cell that takes the rest of its line needs none."""
+    widths = {i: _cells(column.title) for i, column in enumerate(columns)}
+    for row in rows:
+        aligned = row.cells if len(row.cells) == len(columns) else row.cells[:-1]
+        for i, cell in enumerate(aligned):
+            widths[i] = max(widths[i], _cells(cell.text))
+    return widths
+
+
+def _total(widths: Mapping[int, int]) -> int:
+    return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def _elide(text: str, room: int) -> str:
+    """A text no wider than ``room``, its middle left out: names differ at their ends."""
+    from rich.cells import set_cell_size
+
+    if _cells(text) <= room:
+        return text
+    head = max(room - 1, 0) * 2 // 5
+    tail = max(room - 1 - head, 0)
+    start = set_cell_size(text, head).rstrip()
+    end = set_cell_size(text[::-1], tail)[::-1].lstrip()
+    return f"{start}…{end}"
+
+
+def _detail(name: str, *spans: _Span, style: str = "dim") -> tuple[_Span, ...]:
+    return (_Span(f"{name:<9}", style), *spans)
+
+
+def _folder(labels: Sequence[str]) -> str:
+    """The folder that all of these node names begin with: ``model/blocks_1/``."""
+    folders = [label.split("/")[:-1] for label in labels]
+    shared = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared += 1
+    return "/".join([*folders[0][:shared], ""]) if shared else ""
+
+
+def _name_nodes(labels: Sequence[str], room: int, root: str = "") -> str:
+    """Node names joined; what they share is said once, what does not fit is counted.
+
+    Args:
+        labels: the nodes.
+        room: columns there are.
+        root: a folder that every name nearby begins with, shortened to ``…/``.
+    """
+    if not labels:
+        return _NONE
+    folder = _folder(labels)
+    first = labels[0].removeprefix(root) if root else labels[0]
+    first = f"…/{first}" if root else first
+    return _join([first, *(label.removeprefix(folder) for label in labels[1:])], " + ", room)
+
+
+def _join(words: Sequence[str], between: str, room: int) -> str:
+    """As many words as fit, and how many more there are; the first is always there."""
+    text = between.join(words)
+    for left in range(1, len(words)):
+        if _cells(text) <= room:
+            break
+        text = between.join(words[:-left]) + f" + {left} more"
+    if _cells(text) <= room:
+        return text
+    more = f" + {len(words) - 1} more" if len(words) > 1 else ""
+    return _elide(words[0], room - _cells(more)) + more
+
+
+# --- the sections of the report ------------------------------------------------------------------
+
+
+def _draw_verdict(page: _Page, report: AuditReport) -> None:
+    model, stimulus, reference = report.model, report.stimulus, report.reference
+    page.say(
+        _Span(f" {report.verdict.upper()} ", _COLORS[report.verdict]),
+        _Span(f"  {os.path.basename(model.path)}", "bold"),
+        _Span(f"  exit code {report.exit_code}", "dim"),
+    )
+    page.say(_Span(_headline(report)), label=_tag("verdict", 11))
+    producer = f", from {model.producer}" if model.producer else ""
+    page.say(
+        _Span(
+            f"{model.path}, sha256 {model.sha256[:12]}, opset {model.opset}, "
+            f"{_count(model.nodes, 'node')}, {model.parameters:,} parameters{producer}",
+            "dim",
+        ),
+        label=_tag("model", 11),
+    )
+    if model.candidate:
+        page.say(_Span(f"{model.candidate}, compiled by the backends"), label=_tag("candidate", 11))
+    shapes = ", ".join(f"{name} {_dims(shape)}" for name, shape in stimulus.shapes.items())
+    seed = f", seed {stimulus.seed}" if stimulus.seed is not None else ""
+    source = f" from {stimulus.source}" if stimulus.source else ""
+    page.say(
+        _Span(
+            f"{_count(stimulus.samples, stimulus.kind + ' sample')}{source}{seed}: {shapes}",
+            "yellow" if stimulus.kind == "synthetic" else "dim",
+        ),
+        label=_tag("inputs", 11),
+    )
+    for note in stimulus.notes:
+        page.say(_Span(note, "yellow"), label=_tag("", 11))
+    page.say(
+        _Span(f"{reference.engine} {reference.version}, {reference.precision}", "dim"),
+        label=_tag("reference", 11),
+    )
+
+
+def _headline(report: AuditReport) -> str:
+    """The verdict's reason in one sentence."""
+    worst = max(
+        ((o.distance.relative_l2, b.id) for b in report.backends for o in b.outputs), default=None
+    )
+    if worst is None:
+        return "no backend could be compared with the reference"
+    error, who = worst
+    if math.isinf(error):
+        said = f"an output of {who} cannot be compared with the reference's"
+    elif error == 0:
+        said = "every backend's outputs equal the reference's"
+    else:
+        said = f"largest divergence of an output: {_error(error)} relative L2 on {who}"
+    counts = Counter(finding.severity for finding in report.findings)
+    parts = [f"{counts[s]} {s}" for s in reversed(SEVERITIES) if counts[s]]
+    found = _count(len(report.findings), "finding") + (f" ({', '.join(parts)})" if parts else "")
+    without = [b.id for b in report.backends if b.status != "audited"]
+    missing = f"; no comparison with {', '.join(without)}" if without else ""
+    return f"{said}; {found}{missing}"
+
+
+_FIGURES = (
+    _Column("backend"),
+    _Column("output"),
+    _Column("rel. L2", right=True),
+    _Column("max abs", right=True),
+    _Column("SQNR dB", right=True),
+    _Column("cosine", right=True, drop=2),
+    _Column("top-1", right=True, drop=1),
+    _Column("causes"),
+    _Column("proof"),
+)
+
+
+def _draw_backends(page: _Page, report: AuditReport) -> None:
+    page.rule("Backends: final divergence from the reference")
+    for columns in (_FIGURES, _FIGURES[:-1], _FIGURES[:-2]):
+        beside = len(columns) - len(_FIGURES) + 2
+        rows = [row for backend in report.backends for row in _backend_rows(backend, beside)]
+        if page.fits(columns, rows):
+            break
+    page.grid(columns, rows)
+    told = [(backend, tuple(_backend_facts(backend))) for backend in report.backends]
+    if any(facts for _, facts in told):
+        page.blank()
+    for backend, facts in told:
+        for number, fact in enumerate(facts):
+            page.say(fact, label=_Span("" if number else backend.id, "bold"), begin=9)
+
+
+def _backend_rows(backend: BackendReport, beside: int) -> list[_Row]:
+    """One line per output, worst first; causes and proof in the columns beside, or beneath."""
+    who = _Span(backend.id, "bold")
+    if backend.gap is not None or not backend.outputs:
+        reason = backend.gap.reason if backend.gap else "no output was compared"
+        style = "yellow" if backend.status == "built" else "red"
+        return [_Row((who, _Span(_elide(reason, _REASON), style)))]
+    proof = _Span("not proved: nothing was captured", "yellow")
+    if backend.fidelity:
+        good = _proved(backend.fidelity)
+        proof = _Span(_proof(backend.fidelity), "green" if good else "yellow")
+    said = (_Span(_causes(backend)), proof)
+    rows: list[_Row] = []
+    worst = sorted(backend.outputs, key=lambda o: -o.distance.relative_l2)
+    for output in worst[:_MOST_OUTPUTS]:
+        first = _Span("") if rows else who
+        d = output.distance
+        if math.isinf(d.relative_l2):
+            why = d.mismatch or "values cannot be compared"
+            rows.append(_Row((first, _Span(f"{output.name}: {why}", "red"))))
+            continue
+        cells = (
+            first,
+            _Span(output.name),
+            _Span(_error(d.relative_l2), "bold"),
+            _Span(_plain(d.max_abs)),
+            _Span(_decibels(d.sqnr_db)),
+            _Span(_cosine(d.cosine)),
+            _Span(_percent(output.top1_agreement)),
+        )
+        rows.append(_Row(cells + (((_Span(""),) * beside) if rows else said[:beside])))
+    if len(worst) > _MOST_OUTPUTS:
+        more = f"and {len(worst) - _MOST_OUTPUTS} more outputs, closer than these"
+        rows.append(_Row((_Span(""), _Span(more, "dim"))))
+    beneath = tuple((_Span(" " * 7), span) for span in said[beside:])
+    rows[-1] = _Row(rows[-1].cells, beneath)
+    return rows
+
+
+def _backend_facts(backend: BackendReport) -> Iterable[_Span]:
+    """What ran, and what the reader must know about it."""
+    if backend.provenance:
+        yield _Span(_ran(backend.provenance, backend.status), "dim")
+    if backend.input_control is not None:
+        times = _plain(backend.input_control)
+        yield _Span(f"control: the reference amplifies noise on its input {times} times", "dim")
+    for note in backend.provenance.notes if backend.provenance else ():
+        yield _Span(f"note: {note}")
+    for warning in backend.warnings:
+        yield _Span(f"warning: {warning}", "yellow")
+
+
+def _causes(backend: BackendReport) -> str:
+    """Where the final divergence comes from."""
+    parts = [
+        f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {_percent(c.share)}"
+        for c in sorted(backend.categories, key=lambda c: -c.share)
+    ]
+    if backend.unexplained_share or not parts:
+        parts.append(f"unexplained {_percent(backend.unexplained_share)}")
+    if all(o.distance.relative_l2 == 0 for o in backend.outputs):
+        return "nothing to explain"
+    return ", ".join(parts)
+
+
+def _proved(proof: FidelityProof) -> bool:
+    return proof.outputs_bitwise_equal and proof.program_unchanged and not proof.perturbing
+
+
+def _proof(proof: FidelityProof) -> str:
+    """Whether observing changed the program, in words."""
+    seen = proof.output_proved + proof.cone_proved
+    outputs = "outputs bitwise equal" if proof.outputs_bitwise_equal else "outputs differ"
+    program = "program unchanged" if proof.program_unchanged else "program changed"
+    facts = [f"{seen}/{proof.candidates} tensors", outputs, program]
+    if proof.cone_proved:
+        facts[0] += f" ({proof.cone_proved} by cone)"
+    if proof.perturbing:
+        facts.insert(1, f"{proof.perturbing} perturbing")
+    if proof.run_to_run > 0:
+        facts.append(f"run-to-run noise {_error(proof.run_to_run)}")
+    if proof.rebuild:
+        facts.append(f"rebuild noise {_error(proof.rebuild)}")
+    return f"{'proved' if _proved(proof) else 'not proved'}: {', '.join(facts)}"
+
+
+def _ran(made: Provenance, status: Status) -> str:
+    """Engine, device, and the precisions that the engine says it computes in."""
+    counts = Counter(k.precision for k in made.kernels if k.precision)
+    kinds = ", ".join(f"{number} {precision}" for precision, number in counts.most_common())
+    said = "built by " if status == "built" else ""
+    said += f"{made.engine} {made.version}{f' on {made.device}' if made.device else ''}"
+    if made.kernels:
+        said += f", {_count(len(made.kernels), 'kernel')}{f' ({kinds})' if kinds else ''}"
+    return said + "".join(f", {key}={value}" for key, value in made.options.items())
+
+
+def _draw_findings(page: _Page, report: AuditReport) -> None:
+    page.rule("Ranked offenders")
+    if not report.findings:
+        page.say(_Span("No segment introduced an error above its floor."))
+        return
+    page.say(
+        _Span(
+            "impact: part of the final divergence that this error alone makes; share: its part "
+            "in the exact book-keeping, which sums to 100%; introduced: relative L2 made here; "
+            "explained, bits: how much of it, and how many elements exactly, replaying the cause "
+            "reproduces",
+            "dim",
+        )
+    )
+    columns = [
+        _Column("#", right=True),
+        _Column("severity"),
+        _Column("backend"),
+        _Column("impact", right=True),
+        _Column("share", right=True, drop=2),
+        _Column("introduced", right=True),
+        _Column("explained", right=True, drop=1),
+        _Column("bits", right=True, drop=3),
+    ]
+    if page.width >= _MEDIUM:
+        columns += [_Column("confidence"), _Column("segment"), _Column("cause")]
+    if page.width >= _WIDE:
+        columns += [_Column("ONNX nodes"), _Column("operators"), _Column("kernel")]
+    shown, more = report.findings[:TOP], report.findings[TOP:]
+    root = _folder([label for finding in shown for label in finding.nodes])
+    page.grid(columns, [_finding_row(page, finding, root) for finding in shown])
+    page.blank()
+    if more:
+        page.say(
+            _Span(f"and {len(more)} more", "bold"),
+            _Span(f", {more[0].severity} at most: the JSON report has them all (-o report.json)"),
+        )
+    page.say(
+        _Span("One in full: "),
+        _Span(f"audit show report.json --layer {shown[0].segment}", "bold"),
+    )
+    remedies = Counter(
+        (f.backend, f.noise or "unexplained", f.remedy) for f in report.findings if f.remedy
+    )
+    for (who, noise, remedy), number in remedies.items():
+        page.say(
+            _Span(f"{who}, {noise} ({_count(number, 'finding')}): ", "bold"),
+            _Span(remedy),
+            label=_Span("remedy   ", "green"),
+        )
+
+
+def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
+    cause = _Span(finding.noise or "unexplained", "" if finding.noise else "yellow")
+    cells = (
+        _Span(str(finding.rank), "bold"),
+        _Span(finding.severity, _COLORS[finding.severity]),
+        _Span(finding.backend),
+        _Span(_percent(finding.leave_one_in), "bold"),
+        _Span(_percent(finding.impact_share)),
+        _Span(_error(finding.introduced)),
+        _Span(_percent(finding.explained)),
+        _Span(_percent(finding.bit_identical)),
+    )
+    beside = (_Span(finding.confidence), _Span(finding.segment), cause)
+    kernel = finding.kernel or "kernel not stated"
+    if page.width >= _WIDE:
+        names = _Span(_name_nodes(finding.nodes, page.width * 3 // 10, root))
+        operators = _Span(_join(finding.op_types, ", ", page.width // 8))
+        return _Row((*cells, *beside, names, operators, _Span(_elide(kernel, page.width // 4))))
+    room = page.width - 4
+    if page.width >= _MEDIUM:
+        ran = f"  {_elide(kernel, room // 3)}"
+        operators = _Span(f"  {_join(finding.op_types, ', ', room // 3)}", "dim")
+        names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text) - _cells(ran), root))
+        return _Row((*cells, *beside), ((_Span("  "), names, operators, _Span(ran, "dim")),))
+    operators = _Span(f" ({_join(finding.op_types, ', ', room // 3)})", "dim")
+    names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text), root))
+    start = f"{finding.segment}: "
+    told = f", {finding.confidence} confidence; "
+    left = room - _cells(start + cause.text + told)
+    ran = _elide(kernel, left if left >= _NARROWEST_NAME else room)
+    return _Row(
+        cells,
+        (
+            (_Span("  "), names, operators),
+            (_Span("  "), _Span(start), cause, _Span(told), _Span(ran, "dim")),
+        ),
+    )
+
+
+def _draw_agreement(page: _Page, report: AuditReport) -> None:
+    if not report.agreement:
+        return
+    page.rule("Agreement: relative L2 between final outputs")
+    names = list(dict.fromkeys(n for pair in report.agreement for n in (pair.a, pair.b)))
+    between = {frozenset((p.a, p.b)): p.relative_l2 for p in report.agreement}
+    if 10 * (len(names) + 1) <= page.width:
+        columns = [_Column(""), *(_Column(name, right=True) for name in names[1:])]
+        rows = []
+        for i, a in enumerate(names[:-1]):
+            cells = [_Span(a, "bold" if a == report.outlier else "")]
+            for j, b in enumerate(names[1:], 1):
+                text = _error(between.get(frozenset((a, b)))) if j > i else ""
+                cells.append(_Span(text, "bold" if report.outlier in (a, b) else ""))
+            rows.append(_Row(tuple(cells)))
+        page.grid(columns, rows)
+    else:
+        pairs = sorted(report.agreement, key=lambda p: -p.relative_l2)
+        columns = [_Column(""), _Column(""), _Column("", right=True)]
+        page.grid(
+            columns,
+            [_Row((_Span(p.a), _Span(p.b), _Span(_error(p.relative_l2)))) for p in pairs],
+        )
+    page.say(_outlier(report, names))
+
+
+def _outlier(report: AuditReport, names: Sequence[str]) -> _Span:
+    if report.outlier is None:
+        few = len(names) < 3
+        why = "two participants cannot outvote each other" if few else "nobody stands apart"
+        return _Span(f"No outlier: {why}.", "dim")
+    others = [p.relative_l2 for p in report.agreement if report.outlier not in (p.a, p.b)]
+    return _Span(
+        f"Outlier: {report.outlier}; the others agree within {_error(max(others, default=0.0))}.",
+        "yellow",
+    )
+
+
+def _draw_gaps(page: _Page, report: AuditReport) -> None:
+    skipped = [(b.id, b.fidelity) for b in report.backends if b.fidelity and b.fidelity.skipped]
+    page.rule("Not audited")
+    if not report.gaps and not skipped:
+        page.say(_Span("No gaps: everything asked for was compared.", "dim"))
+    for gap in report.gaps:
+        _draw_gap(page, gap)
+    for who, proof in skipped:
+        for reason, tensors in _by_reason(proof.skipped).items():
+            names = ", ".join(_elide(t, page.width // 2) for t in tensors[:_MOST_NAMES])
+            more = f" and {len(tensors) - _MOST_NAMES} more" if len(tensors) > _MOST_NAMES else ""
+            page.say(
+                _Span(f"{len(tensors)} of {proof.candidates} tensors not observed"),
+                _Span(f" ({names}{more}): {reason}"),
+                label=_Span(f"{who}  ", "bold"),
+                begin=9,
+            )
+
+
+def _draw_gap(page: _Page, gap: Gap) -> None:
+    page.say(
+        _Span(f"{gap.stage}: ", "dim"),
+        _Span(_elide(gap.reason, _REASON), "yellow"),
+        label=_Span(f"{_elide(gap.subject, page.width // 3)}  ", "bold"),
+        begin=9,
+    )
+    if gap.remedy:
+        page.say(_Span(gap.remedy), indent=9, label=_Span("remedy: ", "green"))
+    for line in gap.log[-3:]:
+        said = _Span(_elide(line, 2 * page.width), "dim")
+        page.say(said, indent=9, label=_Span("log: ", "dim"))
+
+
+def _by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for skip in skipped:
+        found.setdefault(skip.reason, []).append(skip.tensor)
+    return found
+
+
+def _draw_footer(page: _Page, report: AuditReport) -> None:
+    stages = ", ".join(f"{n} {s:.1f}" for n, s in report.timing.items() if n != "total")
+    total = report.timing.get("total", sum(report.timing.values()))
+    page.blank()
+    page.say(_Span(f"audit {report.tool_version}: {total:.1f} s ({stages})", "dim"))
+
+
+# --- one segment ---------------------------------------------------------------------------------
+
+
+def _find(report: AuditReport, name: str) -> list[tuple[BackendReport, Segment]]:
+    """Segments meant by ``name``: by the first kind of name that fits any.
+
+    A name shortened in the report (``model/blo…/Conv2D``) means all that it could stand for.
+    """
+    segments = [(b, s) for b in report.backends for s in b.segments]
+    if not segments:
+        raise UsageError("the report has no segments: no backend was audited", "Its gaps say why.")
+    head, dots, tail = name.partition("…")
+    kinds: tuple[Callable[[Segment], tuple[str, ...]], ...] = (
+        lambda s: (s.id,),
+        lambda s: (*s.nodes, *s.node_keys),
+        lambda s: s.outputs,
+        lambda s: s.inputs,
+        lambda s: s.op_types,
+    )
+    for names_of in kinds:
+        for same in (
+            lambda known: known == name,
+            lambda known: known.lower() == name.lower(),
+            lambda known: bool(dots) and known.startswith(head) and known.endswith(tail),
+        ):
+            if found := [(b, s) for b, s in segments if any(map(same, names_of(s)))]:
+                return found
+    known = {n for _, s in segments for names_of in kinds for n in names_of(s)}
+    inside = sorted((n for n in known if name and name.lower() in n.lower()), key=len)
+    close = list(dict.fromkeys(inside[:3] + difflib.get_close_matches(name, known, 3, 0.5)))[:3]
+    raise UsageError(
+        f"no segment, node, tensor or operator is called `{name}`",
+        f"Did you mean {' or '.join(f'`{n}`' for n in close)}?"
+        if close
+        else "Take a name from the report, such as a segment's id.",
+    )
+
+
+def _draw_matches(page: _Page, name: str, found: Sequence[tuple[BackendReport, Segment]]) -> None:
+    page.rule(f"{len(found)} segments match {name}")
+    columns = (
+        _Column("backend"),
+        _Column("segment"),
+        _Column("accumulated", right=True, drop=1),
+        _Column("introduced", right=True),
+        _Column("impact", right=True),
+        _Column("cause", drop=2),
+        _Column("ONNX nodes"),
+    )
+    order = sorted(found, key=lambda match: -match[1].introduced)
+    root = _folder([label for _, segment in found for label in segment.nodes])
+    rows = [
+        _Row(
+            (
+                _Span(backend.id),
+                _Span(segment.id, "bold"),
+                _Span(_error(segment.accumulated)),
+                _Span(_error(segment.introduced)),
+                _Span(_percent(segment.leave_one_in)),
+                _Span(_cause(segment)),
+                _Span(_name_nodes(segment.nodes, page.width // 2, root)),
+            )
+        )
+        for backend, segment in order
+    ]
+    page.grid(columns, rows)
+    page.say(_Span("Give a segment's id or a node's name to see one in full.", "dim"))
+
+
+def _cause(segment: Segment) -> str:
+    if segment.unmeasured:
+        return "not measured"
+    return segment.noise or ("unexplained" if segment.introduced > segment.floor else _NONE)
+
+
+def _draw_segment(
+    page: _Page, report: AuditReport, backend: BackendReport, segment: Segment
+) -> None:
+    finding = next(
+        (f for f in report.findings if f.backend == backend.id and segment.id in f.segments), None
+    )
+    page.rule(f"{backend.id}, segment {segment.id}")
+    nodes = [
+        _Row((_Span(op, "bold"), _Span(label), _Span("" if key.startswith(label) else key, "dim")))
+        for label, key, op in zip(segment.nodes, segment.node_keys, segment.op_types, strict=False)
+    ]
+    page.grid((_Column(""), _Column(""), _Column("")), nodes)
+    page.blank()
+    ranked = _Span("not an offender")
+    if finding:
+        ranked = _Span(
+            f"offender {finding.rank}, {finding.severity}, {finding.confidence} confidence",
+            _COLORS[finding.severity],
+        )
+    page.say(ranked, label=_tag("rank"))
+    page.say(*_spans_of_kernels(backend, segment), label=_tag("ran"))
+    page.say(_Span(segment.fidelity), label=_tag("captured"))
+    _draw_errors(page, segment)
+    _draw_cause(page, segment)
+    if finding and finding.remedy:
+        page.say(_Span(finding.remedy), label=_tag("remedy"))
+    for tensor in segment.tensors:
+        page.blank()
+        _draw_tensor(page, tensor)
+
+
+def _tag(name: str, width: int = _TAG) -> _Span:
+    return _Span(f"{name:<{width}}", "dim")
+
+
+def _spans_of_kernels(backend: BackendReport, segment: Segment) -> list[_Span]:
+    keys = set(segment.node_keys)
+    kernels = backend.provenance.kernels if backend.provenance else ()
+    spans: list[_Span] = []
+    for kernel in (k for k in kernels if keys & set(k.nodes)):
+        facts = [kernel.type, kernel.primitive]
+        if kernel.precision:
+            facts.append(f"computes {kernel.precision}")
+        if kernel.output_precision:
+            facts.append(f"writes {kernel.output_precision}")
+        spans.append(_Span("\n" if spans else ""))
+        spans += (_Span(", ".join(f for f in facts if f)), _Span(f"  {kernel.name}", "dim"))
+    if spans:
+        return spans
+    stated = ", ".join(part for part in (segment.kernel, segment.precision) if part)
+    return [_Span(stated or "the engine does not say")]
+
+
+def _draw_errors(page: _Page, segment: Segment) -> None:
+    if segment.unmeasured:
+        page.say(_Span(segment.unmeasured, "yellow"), label=_tag("not measured"))
+    ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
+    above = "below its floor" if ratio <= 1 else f"{_plain(ratio)} times its floor"
+    page.say(
+        _Span(f"introduced {_error(segment.introduced)}", "bold"),
+        _Span(f" ({above} {_error(segment.floor)})"),
+        _Span(
+            f", inherited {_error(segment.inherited)}, accumulated {_error(segment.accumulated)}"
+        ),
+        label=_tag("relative L2"),
+    )
+    if segment.amplification is not None:
+        page.say(
+            _Span(f"accumulated error leaves {_plain(segment.amplification)} times as it entered"),
+            label=_tag("amplification"),
+        )
+    impact = "not measured"
+    if segment.leave_one_in is not None:
+        impact = f"its error alone makes {_percent(segment.leave_one_in)} of the final divergence"
+    if segment.impact_share is not None:
+        impact += f"; share in the exact book-keeping {_percent(segment.impact_share)}"
+    page.say(_Span(impact), label=_tag("impact"))
+    if place := segment.concentration:
+        page.say(
+            _Span(
+                f"{_percent(place.share)} of the squared error is at index {place.index} of axis "
+                f"{place.axis} (size {place.axis_size})",
+                "yellow",
+            ),
+            label=_tag("concentrated"),
+        )
+
+
+def _draw_cause(page: _Page, segment: Segment) -> None:
+    spans = [_Span(_cause(segment), "bold")]
+    if segment.explained is not None:
+        spans.append(
+            _Span(
+                f" explains {_percent(segment.explained)} of the introduced error; left over "
+                f"{_error(segment.residual)}"
+            )
+        )
+    spans.append(_Span(f"; {_percent(segment.bit_identical)} of elements bit-identical"))
+    page.say(*spans, label=_tag("cause"))
+    if not segment.hypotheses:
+        return
+    page.say(
+        _Span("scores: 1 reproduces the error, 0 or less does not", "dim"), label=_tag("tried")
+    )
+    columns = (
+        _Column("score", right=True),
+        _Column("", drop=1),
+        _Column("bits", right=True),
+        _Column("cause"),
+        _Column("form"),
+    )
+    rows = [
+        _Row(
+            (
+                _Span(_score(h.explained), "bold" if h.noise == segment.noise else ""),
+                _Span(_bar(h.explained, 10), "green"),
+                _Span(_percent(h.bit_identical)),
+                _Span(h.noise),
+                _Span(h.variant, "dim"),
+            )
+        )
+        for h in sorted(segment.hypotheses, key=lambda h: -h.explained)
+    ]
+    page.grid(columns, rows, indent=2)
+
+
+def _draw_tensor(page: _Page, tensor: TensorStats) -> None:
+    kind = f"  {tensor.dtype} {_dims(tensor.shape)}"
+    name = _elide(tensor.name, max(page.width - _TAG - _cells(kind), _NARROWEST_NAME))
+    page.say(_Span(name, "bold"), _Span(kind), label=_tag(tensor.role))
+    page.say(_Span(_far(tensor.distance)), label=_tag(""))
+    ranges = f"{_range(tensor.reference_range)} in the reference, {_range(tensor.backend_range)}"
+    page.say(_Span(f"values {ranges} here", "dim"), label=_tag(""))
+    if tensor.role == "output" and any(tensor.histogram) and tensor.distance.relative_l2:
+        _draw_histogram(page, tensor)
+
+
+def _far(distance: Distance) -> str:
+    if distance.relative_l2 == 0:
+        return "equal to the reference"
+    if math.isinf(distance.relative_l2):
+        return f"not comparable: {distance.mismatch or 'values are not finite'}"
+    return (
+        f"relative L2 {_error(distance.relative_l2)}, max abs {_plain(distance.max_abs)}, "
+        f"SQNR {_decibels(distance.sqnr_db)} dB, cosine {_cosine(distance.cosine)}"
+    )
+
+
+def _draw_histogram(page: _Page, tensor: TensorStats) -> None:
+    """Elements by the size of their error, one bar per bin."""
+    counts, edges = tensor.histogram, tensor.histogram_edges
+    filled = [i for i, count in enumerate(counts) if count]
+    total = sum(counts)
+    page.say(
+        _Span("elements by |difference| over the reference's root mean square", "dim"),
+        label=_tag("errors"),
+    )
+    rows = []
+    for i in range(filled[0], filled[-1] + 1):
+        low, high = _error(10 ** edges[i]), _error(10 ** edges[i + 1])
+        bin_ = f"below {high}" if i == 0 else f"{low} to {high}"
+        bin_ = f"above {low}" if i == len(counts) - 1 else bin_
+        share = counts[i] / total
+        longest = max(counts) / total
+        bar = _bar(share / longest, min(50, page.width - 40))
+        rows.append(_Row((_Span(bin_), _Span(_percent(share)), _Span(bar or " ", "cyan"))))
+    page.grid((_Column("", right=True), _Column("", right=True), _Column("")), rows, indent=2)
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar of eighths of a character; anything above zero shows."""
+    if not share > 0:
+        return ""
+    eighths = max(1, round(min(share, 1.0) * width * 8))
+    return "█" * (eighths // 8) + ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"][eighths % 8]

@@ -1,0 +1,457 @@
+"""The ONNX Runtime backend: nothing it observes may change what is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import backends.ort as ort_backend
+from auditor.errors import BackendError, UsageError
+from auditor.records import BuildRequest
+from backends.ort import BACKEND
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from auditor.ports import Arrays, Build
+
+ort = pytest.importorskip("onnxruntime")
+
+LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
+X = {"x": np.random.default_rng(1).standard_normal((2, 3, 16, 16)).astype(np.float32)}
+
+
+def build(path: Path, workdir: Path, *, device: str | None = None, **options: str) -> Build:
+    return BACKEND.build(BuildRequest(path, {}, False, device, 2, options, workdir))
+
+
+def info(name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def weight(rng: np.random.Generator, name: str, *shape: int) -> onnx.TensorProto:
+    scale = np.sqrt(2 / np.prod(shape[1:]))
+    return numpy_helper.from_array((rng.standard_normal(shape) * scale).astype(np.float32), name)
+
+
+def conv(x: str, y: str, w: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node("Conv", [x, w, f"{w}_b"], [y], **attributes)
+
+
+def save(path: Path, graph: onnx.GraphProto, **options: object) -> Path:
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    onnx.save(model, path, **options)
+    return path
+
+
+def small_net(path: Path, *, height: int | str = 16, **options: object) -> Path:
+    """A CNN whose 24 channels are padded when blocked, with a residual Add, SiLU and a head."""
+    rng = np.random.default_rng(0)
+    node = helper.make_node
+    nodes = [
+        conv("x", "c1", "w1", pads=[1] * 4, kernel_shape=[3, 3]),
+        node("Relu", ["c1"], ["r1"]),
+        conv("r1", "c2", "w2", pads=[1] * 4, kernel_shape=[3, 3], group=24),
+        node("Clip", ["c2", "low", "high"], ["r2"]),
+        conv("r2", "c3", "w3", kernel_shape=[1, 1]),
+        node("Add", ["c3", "r1"], ["a3"]),
+        node("MaxPool", ["a3"], ["p3"], kernel_shape=[2, 2], strides=[2, 2]),
+        conv("p3", "c4", "w4", kernel_shape=[1, 1]),
+        node("Sigmoid", ["c4"], ["s4"]),
+        node("Mul", ["c4", "s4"], ["m4"]),
+        node("GlobalAveragePool", ["m4"], ["g"]),
+        node("Flatten", ["g"], ["f"]),
+        node("Gemm", ["f", "w5", "w5_b"], ["y"]),
+    ]
+    shapes = {
+        "w1": (24, 3, 3, 3),
+        "w2": (24, 1, 3, 3),
+        "w3": (24, 24, 1, 1),
+        "w4": (32, 24, 1, 1),
+        "w5": (32, 10),
+    }
+    weights = [weight(rng, name, *shape) for name, shape in shapes.items()]
+    biases = [weight(rng, f"{name}_b", shape[0]) for name, shape in shapes.items() if name != "w5"]
+    limits = [
+        numpy_helper.from_array(np.float32(0), "low"),
+        numpy_helper.from_array(np.float32(6), "high"),
+    ]
+    initializers = [*weights, *biases, weight(rng, "w5_b", 10), *limits]
+    inputs = [info("x", "N", 3, height, height)]
+    graph = helper.make_graph(nodes, "net", inputs, [info("y", "N", 10)], initializers)
+    return save(path, graph, **options)
+
+
+def quantised_net(tmp_path: Path, *, signed: bool, reduce_range: bool) -> Path:
+    """``small_net`` in QDQ form."""
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="needs its dependencies")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.batches = iter([X, {"x": -X["x"]}])
+
+        def get_next(self) -> Arrays | None:
+            return next(self.batches, None)
+
+    path = tmp_path / "qdq.onnx"
+    kind = quantization.QuantType
+    quantization.quantize_static(
+        small_net(tmp_path / "float.onnx"),
+        path,
+        Reader(),
+        per_channel=True,
+        reduce_range=reduce_range,
+        weight_type=kind.QInt8,
+        activation_type=kind.QInt8 if signed else kind.QUInt8,
+    )
+    return path
+
+
+def marked(path: Path, only: Iterable[str] | None = None) -> onnx.ModelProto:
+    """The model with every tensor as an output: what other tools compile to observe it."""
+    model = onnx.load(path)
+    declared = {o.name for o in model.graph.output}
+    for node in model.graph.node:
+        model.graph.output.extend(
+            onnx.ValueInfoProto(name=name)
+            for name in node.output
+            if name not in declared and (only is None or name in only)
+        )
+    return model
+
+
+def run_at(model: onnx.ModelProto | Path, level: str, feeds: Arrays, dump: Path | None) -> Arrays:
+    """All outputs of a plain session on ``model``."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def reference(path: Path, feeds: Arrays, only: Iterable[str] | None = None) -> Arrays:
+    return run_at(marked(path, only), "ORT_DISABLE_ALL", feeds, None)
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    difference = a.astype(np.float64) - b.astype(np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(b.astype(np.float64)))
+
+
+def needs_nchwc(built: Build) -> None:
+    if not any("nchwc" in k.primitive for k in built.provenance.kernels):
+        pytest.skip("this CPU has no NCHWc kernels in ONNX Runtime")
+
+
+def test_is_available_with_version_and_processor() -> None:
+    available = BACKEND.availability()
+    assert available.available
+    assert available.version == ort.__version__
+    assert available.devices[0].name
+
+
+@pytest.mark.parametrize(
+    ("name", "input_name", "probes"),
+    [("light_squeezenet", "data_0", 39), ("light_resnet50", "gpu_0/data_0", 58)],
+)
+def test_light_models_are_observed_whole_and_unchanged(
+    tmp_path: Path, name: str, input_name: str, probes: int
+) -> None:
+    path = LIGHT / f"{name}.onnx"
+    feeds = {input_name: np.random.default_rng(0).random((1, 3, 224, 224), np.float32)}
+    built = build(path, tmp_path)
+    needs_nchwc(built)
+    observed = built.instrument(feeds)
+    capture = observed.run(feeds)
+    plain = built.run(feeds)
+    # The session that writes its graph runs the very program a user runs.
+    shipped = run_at(path, "ORT_ENABLE_ALL", feeds, None)
+    assert plain.keys() == capture.outputs.keys() == shipped.keys()
+    for output, value in plain.items():
+        assert value.tobytes() == capture.outputs[output].tobytes() == shipped[output].tobytes()
+    assert observed.program_unchanged
+    assert (len(observed.probes), observed.skipped) == (probes, ())
+    truth = reference(path, feeds, capture.tensors)
+    assert max(relative(v, truth[n]) for n, v in capture.tensors.items()) < 1e-4
+
+
+def test_blocked_tensors_come_back_in_onnx_layout(tmp_path: Path) -> None:
+    path = small_net(tmp_path / "net.onnx")
+    built = build(path, tmp_path)
+    needs_nchwc(built)
+    observed = built.instrument(X)
+    tensors = observed.run(X).tensors
+    assert set(tensors) == {"r1", "r2", "a3", "p3", "c4", "m4", "g", "f", "y"}
+    truth = reference(path, X)
+    for name, value in tensors.items():  # 24 channels in blocks of 16 leave padding to remove
+        assert value.flags.c_contiguous
+        assert relative(value, truth[name]) < 1e-5, name
+    inferred = {p.tensor for p in observed.probes if p.inferred}
+    assert inferred == {"r1", "r2", "a3", "p3", "c4", "m4"}
+
+
+def test_each_node_belongs_to_one_kernel(tmp_path: Path) -> None:
+    built = build(small_net(tmp_path / "net.onnx"), tmp_path)
+    needs_nchwc(built)
+    groups = [k.nodes for k in built.provenance.kernels if k.nodes]
+    assert groups == [
+        ("c1", "r1"),
+        ("c2", "r2"),
+        ("c3", "a3"),
+        ("p3",),
+        ("c4",),
+        ("s4", "m4"),
+        ("g",),
+        ("f",),
+        ("y",),
+    ]
+    first = built.provenance.kernels[0]
+    assert (first.primitive, first.precision) == ("com.microsoft.nchwc.Conv", "f32")
+
+
+def test_blocked_sum_of_dynamic_size_is_named(tmp_path: Path) -> None:
+    """With unknown H and W the optimiser adds two blocked tensors as reshaped ones."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        conv("x", "a", "w1", pads=[1] * 4),
+        conv("x", "b", "w2", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["ra"]),
+        helper.make_node("Relu", ["b"], ["rb"]),
+        helper.make_node("Add", ["ra", "rb"], ["sum"]),
+        conv("sum", "y", "w3", kernel_shape=[1, 1]),
+    ]
+    shapes = {"w1": (24, 3, 3, 3), "w2": (24, 3, 3, 3), "w3": (16, 24, 1, 1)}
+    weights = [weight(rng, n, *s) for n, s in shapes.items()]
+    weights += [weight(rng, f"{n}_b", s[0]) for n, s in shapes.items()]
+    size = ["N", 3, "H", "W"]
+    graph = helper.make_graph(
+        nodes, "sum", [info("x", *size)], [info("y", "N", 16, "H", "W")], weights
+    )
+    path = save(tmp_path / "sum.onnx", graph)
+    built = build(path, tmp_path)
+    needs_nchwc(built)
+    observed = built.instrument(X)
+    tensors = observed.run(X).tensors
+    assert set(tensors) == {"ra", "rb", "sum", "y"}
+    assert observed.skipped == ()
+    truth = reference(path, X)
+    assert max(relative(v, truth[n]) for n, v in tensors.items()) < 1e-5
+
+
+def test_marking_a_qdq_model_measures_another_program_and_capturing_does_not(
+    tmp_path: Path,
+) -> None:
+    path = quantised_net(tmp_path, signed=False, reduce_range=False)
+    shipped = run_at(path, "ORT_ENABLE_ALL", X, tmp_path / "shipped.onnx")
+    naive = run_at(marked(path), "ORT_ENABLE_ALL", X, tmp_path / "naive.onnx")
+    operators = [
+        sorted(n.op_type for n in onnx.load(tmp_path / name).graph.node)
+        for name in ("shipped.onnx", "naive.onnx")
+    ]
+    assert "QLinearConv" in operators[0]
+    assert "QLinearConv" not in operators[1], "marking every tensor should undo the fusions"
+
+    built = build(path, tmp_path)
+    observed = built.instrument(X)
+    captured = observed.run(X).outputs["y"]
+    assert observed.program_unchanged
+    assert sorted(k.type for k in built.provenance.kernels) == operators[0]
+    assert captured.tobytes() == shipped["y"].tobytes()
+    truth = reference(path, X)["y"]
+    assert relative(captured, truth) == relative(shipped["y"], truth)
+    # With 8-bit weights the integer kernels of many CPUs saturate: what is shipped is off by
+    # per cents, which the marked program hides.
+    assert relative(naive["y"], truth) <= relative(shipped["y"], truth)
+
+
+def test_a_changed_program_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: loading the graph with QDQ handling on splits DequantizeLinear nodes."""
+    session = ort_backend._Options.session
+
+    def careless(self: object, model: Path, dump: Path, level: str, extra: object, **kw: str):  # type: ignore[no-untyped-def]
+        kept = extra if kw["stage"] == "build" else {}
+        return session(self, model, dump, level, kept, **kw)  # type: ignore[arg-type]
+
+    path = quantised_net(tmp_path, signed=True, reduce_range=True)
+    assert build(path, tmp_path).instrument(X).program_unchanged
+    monkeypatch.setattr(ort_backend._Options, "session", careless)
+    assert not build(path, tmp_path).instrument(X).program_unchanged
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_int8_tensors_are_named_in_any_layout(tmp_path: Path, signed: bool) -> None:
+    """7-bit weights keep the integer kernels from saturating, so values must agree closely."""
+    path = quantised_net(tmp_path, signed=signed, reduce_range=True)
+    built = build(path, tmp_path)
+    observed = built.instrument(X)
+    tensors = observed.run(X).tensors
+    truth = reference(path, X)
+    quantised = {n for n in tensors if n.endswith("_QuantizeLinear_Output")}
+    expected = {f"{n}_QuantizeLinear_Output" for n in ("x", "r1", "r2", "c3", "a3", "p3", "m4")}
+    assert quantised >= expected
+    assert observed.skipped == ()
+    for name in quantised:
+        assert tensors[name].dtype == truth[name].dtype == (np.int8 if signed else np.uint8)
+        assert tensors[name].shape == truth[name].shape
+        steps = np.abs(tensors[name].astype(int) - truth[name].astype(int))
+        assert np.mean(steps) < 0.5, name
+
+
+def test_branches_may_repeat_names(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = [weight(rng, "w", 16, 16, 3, 3), weight(rng, "w_b", 16)]
+    local = [weight(rng, "v", 16, 16, 3, 3), weight(rng, "v_b", 16)]
+
+    def branch(name: str, w: str) -> onnx.GraphProto:
+        nodes = [conv("h", f"{name}_c", w, pads=[1] * 4)]
+        nodes.append(helper.make_node("Relu", [f"{name}_c"], [f"{name}_y"]))
+        nodes.append(conv(f"{name}_y", f"{name}_z", w, pads=[1] * 4))
+        out = [info(f"{name}_z", 2, 16, 16, 16)]
+        return helper.make_graph(nodes, name, [], out, local if w == "v" else [])
+
+    nodes = [
+        conv("x", "c", "w1", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["h"]),
+        helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+        helper.make_node("Cast", ["top"], ["flag"], to=TensorProto.BOOL),
+        helper.make_node(
+            "If", ["flag"], ["y"], then_branch=branch("then", "w"), else_branch=branch("else", "v")
+        ),
+    ]
+    weights += [weight(rng, "w1", 16, 3, 3, 3), weight(rng, "w1_b", 16)]
+    graph = helper.make_graph(
+        nodes, "if", [info("x", 2, 3, 16, 16)], [info("y", 2, 16, 16, 16)], weights
+    )
+    path = save(tmp_path / "if.onnx", graph)
+    built = build(path, tmp_path)
+    observed = built.instrument(X)
+    for feeds in (X, {"x": np.zeros_like(X["x"])}):  # both branches
+        capture = observed.run(feeds)
+        assert capture.outputs["y"].tobytes() == built.run(feeds)["y"].tobytes()
+        truth = reference(path, feeds)
+        assert capture.tensors["flag"].shape == ()
+        for name in ("h", "y", "top"):
+            np.testing.assert_allclose(capture.tensors[name], truth[name], rtol=1e-3, atol=1e-4)
+    assert observed.program_unchanged
+
+
+def test_dynamic_batch_and_size(tmp_path: Path) -> None:
+    path = small_net(tmp_path / "net.onnx", height="H")
+    built = build(path, tmp_path)
+    observed = built.instrument(X)
+    for batch, size in ((1, 16), (3, 24)):
+        feeds = {"x": np.random.default_rng(2).random((batch, 3, size, size), np.float32)}
+        capture = observed.run(feeds)
+        truth = reference(path, feeds)
+        assert capture.outputs["y"].tobytes() == built.run(feeds)["y"].tobytes()
+        assert max(relative(v, truth[n]) for n, v in capture.tensors.items()) < 1e-5
+
+
+def test_weights_in_external_data_and_raw_configuration(tmp_path: Path) -> None:
+    path = small_net(
+        tmp_path / "net.onnx", save_as_external_data=True, location="net.bin", size_threshold=0
+    )
+    built = build(path, tmp_path, **{"Level": "Extended", "session.disable_prepacking": "1"})
+    observed = built.instrument(X)
+    capture = observed.run(X)
+    assert observed.program_unchanged
+    assert not any(p.inferred for p in observed.probes)
+    assert capture.outputs["y"].tobytes() == built.run(X)["y"].tobytes()
+    assert built.provenance.options == {
+        "level": "extended",
+        "intra_op_num_threads": "2",
+        "session.disable_prepacking": "1",
+    }
+
+
+def test_half_precision_says_that_it_computes_in_float(tmp_path: Path) -> None:
+    path = small_net(tmp_path / "net.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, path)
+    feeds = {"x": X["x"].astype(np.float16)}
+    built = build(path, tmp_path)
+    observed = built.instrument(feeds)
+    capture = observed.run(feeds)
+    assert observed.program_unchanged
+    assert capture.outputs["y"].tobytes() == built.run(feeds)["y"].tobytes()
+    assert {"r1", "a3", "y"} <= set(capture.tensors)
+    if any(k.precision == "f32" for k in built.provenance.kernels):
+        assert any("float32" in note for note in built.provenance.notes)
+    truth = reference(path, feeds)
+    assert max(relative(v, truth[n]) for n, v in capture.tensors.items()) < 1e-2
+
+
+def test_constants_and_other_types_are_no_probes(tmp_path: Path) -> None:
+    node = helper.make_node
+    nodes = [
+        node("Constant", [], ["two"], value_float=2.0),
+        node("Mul", ["two", "k"], ["folded"]),
+        node("Add", ["x", "folded"], ["y"]),
+        node("Cast", ["y"], ["text"], to=TensorProto.STRING),
+        node("Cast", ["text"], ["z"], to=TensorProto.FLOAT),
+    ]
+    k = numpy_helper.from_array(np.float32(3), "k")
+    graph = helper.make_graph(nodes, "types", [info("x", 4)], [info("y", 4), info("z", 4)], [k])
+    path = save(tmp_path / "types.onnx", graph)
+    feeds = {"x": np.arange(4, dtype=np.float32)}
+    for level in ("all", "disable"):
+        observed = build(path, tmp_path, level=level).instrument(feeds)
+        assert {p.tensor for p in observed.probes} == {"y", "z"}
+        assert [s.tensor for s in observed.skipped] == ["text"]
+        assert "string" in observed.skipped[0].reason
+        assert set(observed.run(feeds).tensors) == {"y", "z"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"INFERENCE_PRECISION_HINT": "f32"}, "INFERENCE_PRECISION_HINT"),
+        ({"level": "maximum"}, "maximum"),
+        ({"session.optimized_model_external_initializers_file_name": "x"}, "file_name"),
+    ],
+)
+def test_unknown_options_are_refused(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        build(LIGHT / "light_squeezenet.onnx", tmp_path, **options)
+    assert "extended" in error.value.hint
+
+
+def test_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="CUDA"):
+        build(LIGHT / "light_squeezenet.onnx", tmp_path, device="CUDA")
+
+
+def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Warp", ["x"], ["y"], domain="com.example")]
+    graph = helper.make_graph(nodes, "bad", [info("x", 1)], [info("y", 1)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.example", 1)]
+    path = tmp_path / "bad.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    with pytest.raises(BackendError, match=r"operator com\.example[:.]Warp") as error:
+        build(path, tmp_path)
+    assert error.value.stage == "build"
+    assert error.value.hint
+
+
+def test_a_failing_run_is_a_backend_error(tmp_path: Path) -> None:
+    built = build(small_net(tmp_path / "net.onnx"), tmp_path)
+    with pytest.raises(BackendError) as error:
+        built.run({"x": np.zeros((1, 4, 16, 16), np.float32)})
+    assert error.value.stage == "run"

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import attribution, replay
+from auditor.attribution import Explanation
+from auditor.noises import bf16, fp16, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.records import Kernel
+
+NOISES = (bf16.NOISE, fp16.NOISE, tf32.NOISE)
+
+MakeSegment = Callable[..., SegmentGraph]
+Explain = Callable[..., Explanation]
+
+
+@pytest.fixture
+def make_segment() -> MakeSegment:
+    """Builds a segment from nodes, as the auditor cuts them: typed inputs without shapes."""
+
+    def make(
+        nodes: Sequence[onnx.NodeProto],
+        constants: Arrays,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        kernels: Sequence[Kernel] = (),
+        opset: int = 17,
+        kind: int = TensorProto.FLOAT,
+    ) -> SegmentGraph:
+        graph = helper.make_graph(
+            nodes,
+            "s0",
+            [helper.make_tensor_value_info(n, kind, None) for n in inputs],
+            [onnx.ValueInfoProto(name=n) for n in outputs],
+            [numpy_helper.from_array(v, n) for n, v in constants.items()],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+        )
+        return SegmentGraph(model, tuple(kernels))
+
+    return make
+
+
+@pytest.fixture
+def run() -> Callable[[onnx.ModelProto, Arrays], Arrays]:
+    """Runs a model as the auditor does."""
+
+    def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
+        names = [o.name for o in model.graph.output]
+        return dict(zip(names, replay.session(model, 1).run(names, feeds), strict=True))
+
+    return run
+
+
+@pytest.fixture
+def explain(run: Callable[[onnx.ModelProto, Arrays], Arrays]) -> Explain:
+    """Explains what a backend is said to have observed, testing rivals too."""
+
+    def explain(
+        segment: SegmentGraph, inputs: Arrays, observed: Arrays, **options: Any
+    ) -> Explanation:
+        options.setdefault("thorough", True)
+        replayed = run(segment.model, inputs)
+        return attribution.explain(segment, inputs, observed, replayed, NOISES, **options)
+
+    return explain
+
+
+@pytest.fixture
+def generator() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def conv() -> Callable[[Array, Array], Array]:
+    """A convolution without padding, summed in double: no code shared with the surgery."""
+
+    def conv(x: Array, w: Array) -> Array:
+        size = w.shape[2:]
+        windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), size, (2, 3))
+        return np.einsum("nchwij,ocij->nohw", windows, w.astype(np.float64)).astype(np.float32)
+
+    return conv

@@ -1,0 +1,214 @@
+"""Planted bfloat16, computed with numpy and ml_dtypes: no code is shared with the surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.attribution import Explanation
+from auditor.noises import bf16
+from auditor.ports import Array
+from auditor.records import Kernel
+
+ID = "precision.bf16"
+
+
+def r(values: Array) -> Array:
+    return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def kernel(kind: str, nodes: tuple[str, ...], output: str, precision: str = "bf16") -> Kernel:
+    return Kernel(kind, kind, nodes, (output,), "", precision, precision)
+
+
+def check(found: Explanation, identical: float = 0.99) -> None:
+    """bf16 is named with a near-perfect score, and every other cause is far off."""
+    assert found.noise == ID
+    assert found.explained > 0.999
+    assert found.bit_identical >= identical
+    assert found.residual < 0.04
+    wrong = [h for h in found.hypotheses if h.noise != ID]
+    assert all(h.explained <= 0.5 for h in wrong), wrong
+
+
+def test_convolution_with_folded_batch_norm(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((1, 6, 9, 9)))
+    w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
+    b, gamma, beta, mean = generator.standard_normal((4, 8)).astype(np.float32)
+    variance = generator.uniform(0.5, 2, 8).astype(np.float32)
+    segment = make_segment(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+            helper.make_node("BatchNormalization", ["c", "g", "be", "m", "v"], ["n"]),
+            helper.make_node("Relu", ["n"], ["y"]),
+        ],
+        {"w": w, "b": b, "g": gamma, "be": beta, "m": mean, "v": variance},
+        ["x"],
+        ["y"],
+        # Engines name the nodes they fused, not always the convolution itself.
+        [kernel("Convolution", ("n", "y"), "y")],
+    )
+    scale = gamma / np.sqrt(variance + np.float32(1e-5))
+    folded, shift = w * scale[:, None, None, None], (b - mean) * scale + beta
+    planted = r(np.maximum(conv(x, r(folded)) + shift[:, None, None], 0))
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+    unfolded = conv(x, r(w)) * scale[:, None, None] + shift[:, None, None]
+    assert explain(segment, {"x": x}, {"y": r(np.maximum(unfolded, 0))}).explained < 0.99
+
+
+@pytest.mark.parametrize("narrow_bias", [True, False])
+def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
+    make_segment: Any, explain: Any, generator: np.random.Generator, narrow_bias: bool
+) -> None:
+    x = r(generator.standard_normal((5, 64)))
+    w = generator.standard_normal((64, 32)).astype(np.float32) / 8
+    b = generator.standard_normal(32).astype(np.float32) * 3
+    stated = Kernel("fc", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16" if narrow_bias else "f32")
+    segment = make_segment(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
+        {"w": w, "b": b},
+        ["x"],
+        ["y"],
+        [stated],
+    )
+    product = (x.astype(np.float64) @ r(w)).astype(np.float32)
+    planted = r(product + r(b)) if narrow_bias else product + b
+    found = explain(segment, {"x": x}, {"y": planted}, thorough=False)
+    assert (found.noise, found.variant) == (ID, bf16.SITES[0].name)
+    assert found.explained > 0.999
+    assert len(found.hypotheses) == 1
+
+
+def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.Generator) -> None:
+    q, k, v = (r(generator.standard_normal((2, 7, 8)) * 2) for _ in range(3))
+    mask = np.zeros((1, 1, 7), np.float32)
+    mask[..., 5:] = np.finfo(np.float32).min
+    root = np.float32(np.sqrt(8))
+    segment = make_segment(
+        [
+            helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+            helper.make_node("MatMul", ["q", "kt"], ["s"]),
+            helper.make_node("Div", ["s", "root"], ["scaled"]),
+            helper.make_node("Add", ["scaled", "mask"], ["masked"]),
+            helper.make_node("Softmax", ["masked"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["y"]),
+        ],
+        {"root": np.array(root)},
+        ["q", "k", "v", "mask"],
+        ["y"],
+        [kernel("Subgraph", ("scaled", "masked", "p", "y"), "y")],
+    )
+    scores = q.astype(np.float64) @ r(k / root).transpose(0, 2, 1) + r(mask)
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = r(powers / powers.sum(-1, keepdims=True))
+    planted = r(weights.astype(np.float64) @ v)
+    feeds = {"q": q, "k": k, "v": v, "mask": mask}
+    check(explain(segment, feeds, {"y": planted}))
+
+
+def test_layer_norm_rounds_before_gamma_and_beta(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((4, 96)) * 3)
+    gamma, beta = generator.standard_normal((2, 96)).astype(np.float32)
+    segment = make_segment(
+        [helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"])],
+        {"g": gamma, "b": beta},
+        ["x"],
+        ["y"],
+        [kernel("MVN", ("y",), ""), kernel("Subgraph", ("y",), "y")],
+    )
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normalized = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    check(explain(segment, {"x": x}, {"y": r(r(normalized) * gamma + beta)}))
+
+
+def test_elementwise_kernel_rounds_at_its_edges_only(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x, z = generator.standard_normal((2, 4, 50)).astype(np.float32)
+    segment = make_segment(
+        [
+            helper.make_node("Mul", ["x", "factor"], ["a"]),
+            helper.make_node("Add", ["a", "z"], ["b"]),
+            helper.make_node("Mul", ["b", "b"], ["y"]),
+        ],
+        {"factor": np.array(0.7, np.float32)},
+        ["x", "z"],
+        ["y"],
+        [kernel("Subgraph", ("a", "b", "y"), "y")],
+    )
+    planted = r((r(x) * np.float32(0.7) + r(z)) ** 2)
+    check(explain(segment, {"x": x, "z": z}, {"y": planted}))
+
+
+def test_two_kernels_in_one_segment_round_in_between(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((1, 8, 8, 8)))
+    first = generator.standard_normal((16, 8, 3, 3)).astype(np.float32) / 8
+    second = generator.standard_normal((8, 16, 1, 1)).astype(np.float32) / 4
+    segment = make_segment(
+        [
+            helper.make_node("Conv", ["x", "w1"], ["a"]),
+            helper.make_node("Relu", ["a"], ["h"]),
+            helper.make_node("Conv", ["h", "w2"], ["y"]),
+        ],
+        {"w1": first, "w2": second},
+        ["x"],
+        ["y"],
+        [kernel("Convolution", ("a", "h"), "h"), kernel("Convolution", ("y",), "y")],
+    )
+    hidden = np.maximum(conv(x, r(first)), 0)
+    check(explain(segment, {"x": x}, {"y": r(conv(r(hidden), r(second)))}))
+    assert explain(segment, {"x": x}, {"y": conv(hidden, r(second))}).bit_identical < 0.9
+
+
+def test_a_kernel_that_stays_in_float32_is_not_rounded(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((4, 32)))
+    w = generator.standard_normal((32, 16)).astype(np.float32) / 4
+    segment = make_segment(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Exp", ["h"], ["y"])],
+        {"w": w},
+        ["x"],
+        ["y"],
+        [kernel("FullyConnected", ("h",), "h"), kernel("Eltwise", ("y",), "y", "f32")],
+    )
+    planted = np.exp(r((x.astype(np.float64) @ r(w)).astype(np.float32)).astype(np.float64))
+    found = explain(segment, {"x": x}, {"y": planted.astype(np.float32)})
+    assert found.noise == ID and found.explained > 0.999999
+
+
+@pytest.mark.parametrize("opset", [11, 12, 17])
+def test_without_kernels_and_on_old_opsets(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], opset: int
+) -> None:
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Softmax", ["c"], ["y"], axis=1),
+    ]
+    segment = make_segment(nodes, {"w": w}, ["x"], ["y"], opset=opset)
+    logits = r(conv(r(x), r(w))).astype(np.float64)
+    axes = 1 if opset >= 13 else (1, 2, 3)
+    powers = np.exp(logits - logits.max(axes, keepdims=True))
+    check(explain(segment, {"x": x}, {"y": r(powers / powers.sum(axes, keepdims=True))}))
+
+
+def test_stated_by_the_kernels_alone() -> None:
+    assert bf16.NOISE.stated_by((kernel("Convolution", ("a",), "a"),))
+    assert not bf16.NOISE.stated_by((kernel("Convolution", ("a",), "a", "f32"),))
+    assert not bf16.NOISE.stated_by(())

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from auditor.noises import fp32_rounding
+
+
+def test_jitter_moves_each_value_by_at_most_one_unit() -> None:
+    x = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    moved = fp32_rounding.jitter(x, np.random.default_rng(1))
+    assert moved.dtype == np.float32
+    step = np.abs(moved - x) / np.spacing(np.abs(x))
+    assert 0.4 < np.mean(step > 0) < 1 and step.max() <= 3
+
+
+def test_jitter_leaves_integers_and_non_finite_values() -> None:
+    generator = np.random.default_rng(0)
+    ids = np.arange(5)
+    assert fp32_rounding.jitter(ids, generator) is ids
+    odd = np.array([np.inf, -np.inf, np.nan, 0], np.float32)
+    np.testing.assert_array_equal(fp32_rounding.jitter(odd, generator), odd)
+
+
+@pytest.mark.parametrize(
+    ("moved", "half", "expected"),
+    [(0.0, False, 3e-6), (1e-6, False, 2e-5), (0.0, True, 2e-3), (1e-3, True, 2e-2)],
+)
+def test_floor(moved: float, half: bool, expected: float) -> None:
+    assert fp32_rounding.floor(moved, half=half) == pytest.approx(expected)
+
+
+def test_has_nothing_to_replay() -> None:
+    assert fp32_rounding.NOISE.id == "implementation.fp32_rounding"
+    assert not fp32_rounding.NOISE.stated_by(())

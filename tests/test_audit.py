@@ -1,0 +1,212 @@
+"""Whole audits on real backends: clean models stay silent, planted faults are found."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import discovery
+from auditor.audit import AuditOptions, BackendSpec, audit
+
+CHANNELS = 8
+
+
+class Quiet:
+    """A progress display that shows nothing."""
+
+    def update(self, who, stage):
+        pass
+
+    def close(self):
+        pass
+
+
+def _cnn():
+    """A residual CNN with He-initialised weights, pooling and a classifier."""
+    rng = np.random.default_rng(7)
+    nodes, weights = [], []
+
+    def conv(name, read, into, size=3):
+        scale = np.sqrt(2 / (into * size * size))
+        kernel = (rng.standard_normal((CHANNELS, into, size, size)) * scale).astype(np.float32)
+        bias = rng.standard_normal(CHANNELS).astype(np.float32) / 10
+        weights.extend([(f"{name}.w", kernel), (f"{name}.b", bias)])
+        nodes.append(
+            helper.make_node(
+                "Conv", [read, f"{name}.w", f"{name}.b"], [f"{name}.out"], name, pads=[size // 2] * 4
+            )
+        )
+        return f"{name}.out"
+
+    def op(kind, read, name, **attributes):
+        nodes.append(helper.make_node(kind, read, [name], f"{kind}_{name}", **attributes))
+        return name
+
+    stem = op("Relu", [conv("stem", "x", 3)], "r0")
+    pooled = op("MaxPool", [stem], "p0", kernel_shape=[2, 2], strides=[2, 2])
+    body = op("Relu", [conv("body1", pooled, CHANNELS)], "r1")
+    body = conv("body2", body, CHANNELS)
+    joined = op("Relu", [op("Add", [body, pooled], "a0")], "r2")
+    mean = op("GlobalAveragePool", [joined], "g0")
+    flat = op("Flatten", [mean], "f0")
+    weights.append(("fc.w", rng.standard_normal((CHANNELS, 10)).astype(np.float32)))
+    weights.append(("fc.b", rng.standard_normal(10).astype(np.float32)))
+    nodes.append(helper.make_node("Gemm", [flat, "fc.w", "fc.b"], ["y"], "fc"))
+    graph = helper.make_graph(
+        nodes,
+        "cnn",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 32, 32])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10])],
+        [numpy_helper.from_array(v, n) for n, v in weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    return model
+
+
+def _changed(model, weight, change):
+    other = copy.deepcopy(model)
+    tensor = next(t for t in other.graph.initializer if t.name == weight)
+    tensor.CopyFrom(
+        numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), weight)
+    )
+    return other
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(model, *backends, candidate=None, **more):
+        path = tmp_path / "model.onnx"
+        onnx.save(model, path)
+        other = None
+        if candidate is not None:
+            other = tmp_path / "candidate.onnx"
+            onnx.save(candidate, other)
+        options = AuditOptions(
+            backends=tuple(BackendSpec(*b.split(":")) for b in backends), candidate=other, **more
+        )
+        return audit(path, options, noises=discovery.noises(), progress=Quiet())
+
+    return run
+
+
+OV_F32 = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
+
+
+def test_a_clean_model_is_silent(run):
+    report = run(_cnn(), "ort", "ov", "tvm", options=OV_F32)
+    assert (report.verdict, report.exit_code) == ("pass", 0)
+    assert report.findings == ()
+    assert report.gaps == ()
+    for backend in report.backends:
+        assert backend.status == "audited"
+        assert backend.fidelity.outputs_bitwise_equal
+        assert backend.fidelity.program_unchanged
+        assert all(s.introduced <= s.floor for s in backend.segments)
+        assert {s.noise for s in backend.segments} == {"implementation.fp32_rounding"}
+
+
+@pytest.mark.parametrize("backend", ["ort", "ov", "tvm"])
+@pytest.mark.parametrize(
+    ("weight", "change"),
+    [
+        ("stem.w", lambda w: w * 1.01),
+        ("body1.w", lambda w: w[::-1]),
+        ("body2.b", lambda b: b + 0.05),
+        ("fc.w", lambda w: w * 1.01),
+    ],
+)
+def test_a_defect_is_ranked_first_and_given_no_false_cause(run, backend, weight, change):
+    model = _cnn()
+    report = run(model, backend, candidate=_changed(model, weight, change), options=OV_F32)
+    first = report.findings[0]
+    assert weight.split(".")[0] in first.nodes
+    assert first.noise is None
+    assert all(f.segment == first.segment for f in report.findings[1:])
+    assert report.backends[0].unexplained_share > 0.99
+    assert report.exit_code == 1
+
+
+def test_shares_are_exact(run):
+    model = _cnn()
+    report = run(model, "ort", candidate=_changed(model, "body1.w", lambda w: w * 1.05))
+    (backend,) = report.backends
+    assert sum(share for _, share in backend.booked) == pytest.approx(1, abs=1e-4)
+    categories = sum(c.share for c in backend.categories)
+    assert categories + backend.unexplained_share == pytest.approx(1, abs=1e-6)
+    assert report.findings[0].leave_one_in == pytest.approx(1, abs=0.05)
+
+
+def test_half_precision_arithmetic_is_named(run):
+    """The candidate computes one layer in float16: the cause is measured, not stated."""
+    model = _cnn()
+    other = copy.deepcopy(model)
+    index, node = next((i, n) for i, n in enumerate(other.graph.node) if n.name == "body1")
+    casts = []
+    for i, name in enumerate(node.input):
+        casts.append(helper.make_node("Cast", [name], [f"{name}.h"], to=TensorProto.FLOAT16))
+        node.input[i] = f"{name}.h"
+    back = helper.make_node("Cast", ["body1.h"], [node.output[0]], to=TensorProto.FLOAT)
+    node.output[0] = "body1.h"
+    nodes = list(other.graph.node)
+    nodes[index : index + 1] = [*casts, node, back]
+    del other.graph.node[:]
+    other.graph.node.extend(nodes)
+    report = run(model, "ort", candidate=other)
+    first = report.findings[0]
+    assert "body1" in first.nodes
+    assert first.noise == "precision.fp16"
+    assert first.explained > 0.99
+
+
+def test_several_samples_are_averaged(run, tmp_path):
+    data = tmp_path / "x.npz"
+    np.savez(data, x=np.random.default_rng(0).standard_normal((3, 1, 3, 32, 32)).astype("f"))
+    model = _cnn()
+    report = run(model, "ort", candidate=_changed(model, "fc.w", lambda w: w * 1.01), data=data)
+    assert report.stimulus.samples == 3
+    assert report.findings[0].nodes[-1] == "fc"
+
+
+def test_a_missing_operator_is_a_gap_and_the_others_go_on(run):
+    """TVM has no converter for LSTM."""
+    rng = np.random.default_rng(0)
+    weights = [("w", (1, 16, 4)), ("r", (1, 16, 4))]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["x"], ["a"]),
+            helper.make_node("LSTM", ["a", "w", "r"], ["y"], "lstm", hidden_size=4),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 1, 1, 4])],
+        [numpy_helper.from_array(rng.standard_normal(s).astype("f"), n) for n, s in weights],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    report = run(model, "ort", "tvm")
+    ort, tvm = report.backends
+    assert ort.status == "audited"
+    assert tvm.status == "gap"
+    assert "LSTM" in tvm.gap.reason
+    assert (report.verdict, report.exit_code) == ("incomplete", 3)
+
+
+def test_tensorrt_is_built_and_says_that_it_did_not_run(run):
+    report = run(_cnn(), "trt")
+    (backend,) = report.backends
+    if backend.status == "audited":
+        assert backend.fidelity.program_unchanged
+        return
+    assert backend.status == "built", backend.gap
+    assert "no CUDA device" in backend.gap.reason
+    assert backend.provenance.kernels
+    assert report.exit_code == 3
+
+
+def test_the_model_is_not_touched(run, tmp_path):
+    run(_cnn(), "ort")
+    assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["model.onnx"]

@@ -1,0 +1,347 @@
+"""The command line end to end, in a process of its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+import auditor
+from auditor import cli, discovery
+from auditor.errors import UsageError
+
+ROOT = Path(auditor.__file__).parent.parent
+Audit = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    return kept | {"PYTHONPATH": path} | extra
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Audit:
+    """Runs ``audit`` with the given arguments in the test's folder."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "auditor", *arguments],
+            cwd=tmp_path,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+def network(weight: NDArray[np.float32]) -> bytes:
+    """Two products with a tanh between them; 8 inputs, 4 outputs."""
+    rng = np.random.default_rng(1)
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w1"], ["a"], name="first"),
+            helper.make_node("Tanh", ["a"], ["b"], name="bend"),
+            helper.make_node("MatMul", ["b", "w2"], ["y"], name="second"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [
+            numpy_helper.from_array(weight, "w1"),
+            numpy_helper.from_array(rng.standard_normal((16, 4), np.float32), "w2"),
+        ],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(proto.SerializeToString())
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    weight = np.random.default_rng(0).standard_normal((8, 16), np.float32)
+    (tmp_path / "m.onnx").write_bytes(network(weight))
+    (tmp_path / "wrong.onnx").write_bytes(network(weight * np.float32(1.5)))
+    return "m.onnx"
+
+
+# --- help and version ------------------------------------------------------------------------
+
+
+def test_help_answers_at_once_and_explains_everything(audit: Audit) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = audit("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 0
+    # Processor time, for other tests may be running: 0.12 s, and 0.3 s is promised.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    for word in (
+        *("Usage: audit MODEL", "--backends", "--candidate", "--data", "--seed", "--samples"),
+        *("--shape", "--format", "--output", "--timeout", "--threads", "--option", "--fail-on"),
+        *("Exit codes", "incomplete", "noises", "show"),
+    ):
+        assert word in result.stdout
+    assert "..." not in result.stdout, "a sentence was cut off"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from auditor.cli import app\n"
+        "app(['--help'], standalone_mode=False)\n"
+        "heavy = {'numpy', 'onnx', 'onnxruntime', 'rich', 'pydantic', 'openvino', 'tvm'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert result.stderr.strip() == "[]"
+
+
+def test_version(audit: Audit) -> None:
+    result = audit("--version")
+    assert (result.returncode, result.stdout) == (0, f"audit {auditor.__version__}\n")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        result = subprocess.run(
+            [sys.executable, "-m", "auditor", "--version"],
+            env=environment(),
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- the main job ----------------------------------------------------------------------------
+
+
+def test_audit_on_onnx_runtime(audit: Audit, model: str) -> None:
+    result = audit(model, "--backends", "ort")
+    assert result.returncode == 0, result.stderr
+    assert "ort" in result.stdout
+    assert "synthetic" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr, "no colour and no progress off a terminal"
+
+
+def test_options_may_come_first_and_the_verb_may_be_written(audit: Audit, model: str) -> None:
+    first = audit("--seed", "3", "--backends", "ort", "--format", "json", model)
+    written = audit("audit", model, "--seed", "3", "--backends", "ort", "--format", "json")
+    assert first.returncode == written.returncode == 0, first.stderr + written.stderr
+    one, other = json.loads(first.stdout), json.loads(written.stdout)
+    assert one["stimulus"]["seed"] == 3
+    assert one["stimulus"] == other["stimulus"]
+    assert one["backends"][0]["outputs"] == other["backends"][0]["outputs"]
+
+
+def test_recorded_data_and_shape(audit: Audit, model: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.ones((3, 2, 8), np.float32))
+    result = audit(model, "--backends", "ort", "--data", "d.npz", "--format", "json")
+    assert result.returncode == 0, result.stderr
+    stimulus = json.loads(result.stdout)["stimulus"]
+    assert (stimulus["kind"], stimulus["samples"]) == ("recorded", 3)
+    shaped = audit(model, "--backends", "ort", "--shape", "x:5x8", "--format", "json")
+    assert json.loads(shaped.stdout)["stimulus"]["shapes"] == {"x": [5, 8]}
+
+
+def test_a_wrong_candidate_fails_the_audit(audit: Audit, model: str, tmp_path: Path) -> None:
+    result = audit(model, "--candidate", "wrong.onnx", "--backends", "ort", "-o", "report.json")
+    assert result.returncode == 1, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["verdict"], report["exit_code"]) == ("fail", 1)
+    assert "first" in report["findings"][0]["nodes"]
+
+
+def test_a_requested_backend_without_comparison_is_incomplete(audit: Audit, model: str) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT, which cannot run without a GPU")
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("a GPU is here: TensorRT can run")
+    result = audit(model, "--backends", "ort,trt", "--format", "json")
+    assert result.returncode == 3, result.stderr
+    report = json.loads(result.stdout)
+    assert report["verdict"] == "incomplete"
+    assert [b["status"] for b in report["backends"]] == ["audited", "built"]
+    assert report["gaps"]
+
+
+# --- where the report goes -------------------------------------------------------------------
+
+
+def test_output_by_suffix_is_written_beside_the_terminal_report(
+    audit: Audit, model: str, tmp_path: Path
+) -> None:
+    result = audit(model, "--backends", "ort", "-o", "report.json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "pass"
+    assert result.stdout.strip()
+    assert not result.stdout.startswith("{")
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"m.onnx", "wrong.onnx", "report.json"}
+
+
+def test_output_with_a_format_is_all_there_is(audit: Audit, model: str, tmp_path: Path) -> None:
+    (tmp_path / "report.txt").write_text("old")
+    result = audit(model, "--backends", "ort", "--format", "json", "-o", "report.txt")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert json.loads((tmp_path / "report.txt").read_text())["exit_code"] == 0
+    assert (tmp_path / "report.txt").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_show(audit: Audit, model: str) -> None:
+    printed = audit(model, "--backends", "ort", "-o", "report.json")
+    assert printed.returncode == 0, printed.stderr
+    shown = audit("show", "report.json")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == printed.stdout
+    layer = audit("show", "report.json", "--layer", "y")
+    assert layer.returncode == 0, layer.stderr
+    assert "second" in layer.stdout
+    assert json.loads(audit("show", "report.json", "--format", "json").stdout)["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none.json",), "none.json"),
+        (("m.onnx",), "m.onnx"),
+        (("cut.json",), "cut.json"),
+        (("report.json", "--layer", "nonesuch"), "nonesuch"),
+        (("report.json", "--layer", "y", "--format", "json"), "--layer"),
+        (("report.json", "-o", "report.json"), "overwrite"),
+    ],
+)
+def test_show_refuses(
+    audit: Audit, model: str, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    audit(model, "--backends", "ort", "--format", "json", "-o", "report.json")
+    (tmp_path / "cut.json").write_text((tmp_path / "report.json").read_text()[:200])
+    result = audit("show", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# --- lists -----------------------------------------------------------------------------------
+
+
+def test_backends(audit: Audit) -> None:
+    result = audit("backends")
+    assert result.returncode == 0, result.stderr
+    for id in discovery.backend_ids():
+        assert id in result.stdout
+    assert "ONNX Runtime" in result.stdout
+
+
+def test_noises(audit: Audit) -> None:
+    result = audit("noises", COLUMNS="160")
+    assert result.returncode == 0, result.stderr
+    for noise in discovery.noises():
+        assert noise.id in result.stdout
+
+
+# --- discovery -------------------------------------------------------------------------------
+
+
+def test_every_module_exports_its_constant() -> None:
+    for id in discovery.backend_ids():
+        assert discovery.backend(id).title
+    assert {"terminal", "json"} <= set(discovery.renderers())
+    noises = discovery.noises()
+    assert len({noise.id for noise in noises}) == len(noises) > 0
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(UsageError, match="no backend `orrt`") as caught:
+        discovery.backend("orrt")
+    assert caught.value.hint.startswith("Did you mean `ort`? Backends: ")
+
+
+def test_listing_backends_imports_no_engine() -> None:
+    code = (
+        "import sys\n"
+        "from auditor import discovery\n"
+        "for id in discovery.backend_ids(): discovery.backend(id)\n"
+        "engines = {'onnxruntime', 'openvino', 'tvm', 'tensorrt', 'tensorrt_rtx', 'torch'}\n"
+        "print(sorted(engines & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("package", ["backends", "reports"])
+def test_a_shadowed_package_is_named(tmp_path: Path, package: str) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "m.onnx").touch()
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "auditor", "m.onnx"],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    message = " ".join(result.stderr.split())
+    assert result.returncode == 2, message
+    assert f"the package `{package}` of the auditor is shadowed by" in message
+    assert "Traceback" not in message
+
+
+# --- our own bugs ----------------------------------------------------------------------------
+
+
+def test_our_own_bug_is_exit_4_with_the_traceback_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(**_: object) -> NoReturn:
+        raise ZeroDivisionError("what never happens")
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli._run() == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "ZeroDivisionError: what never happens" in captured.err
+    assert "Traceback" not in captured.err
+    (file,) = tmp_path.glob("audit-error-*.txt")
+    assert "in broken" in file.read_text()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "report.json"
+    target.write_text("old")
+
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UsageError, match="No space left"):
+        cli._write(target, "new")
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]

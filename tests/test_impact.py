@@ -1,0 +1,154 @@
+"""Decomposition and impact on models where the right answer is known."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import divergence, impact, metrics
+from auditor.divergence import Local, Meter
+from auditor.impact import Chain
+from auditor.replay import Replayer, ReplayError, difference
+from auditor.segments import Graph
+
+WIDTH = 16
+LAYERS = 4
+
+
+def _network(scaled=None, factor=1.01):
+    """An MLP; ``scaled`` names a layer whose weight is multiplied by ``factor``."""
+    rng = np.random.default_rng(0)
+    nodes, weights = [], []
+    read = "x"
+    for i in range(LAYERS):
+        weight = rng.standard_normal((WIDTH, WIDTH)).astype(np.float32) / 4
+        if i == scaled:
+            weight = weight * np.float32(factor)
+        weights.append(numpy_helper.from_array(weight, f"w{i}"))
+        out = "y" if i == LAYERS - 1 else f"h{i}"
+        nodes += [
+            helper.make_node("MatMul", [read, f"w{i}"], [f"m{i}"]),
+            helper.make_node("Sigmoid", [f"m{i}"], [out]),
+        ]
+        read = out
+    graph = helper.make_graph(
+        nodes,
+        "mlp",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, WIDTH])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, WIDTH])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+@pytest.fixture
+def chain():
+    def make(faulty, captured_names=("h0", "h1", "h2", "y")):
+        graph = Graph(_network())
+        replayer = Replayer(graph, 1)
+        cuts = graph.cut(captured_names)
+        feeds = {"x": np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)}
+        base = replayer.walk(cuts, feeds)
+        other = Graph(faulty)
+        captured = Replayer(other, 1).walk(other.cut(captured_names), feeds)
+        return Chain(replayer, cuts, feeds, base, captured, ("y",))
+
+    return make
+
+
+def _replay(made) -> dict[str, Local]:
+    return {c.id: divergence.replay(made.replayer, c, made.captured) for c in made.cuts}
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_scaled_weight_is_introduced_where_it_is(chain, layer):
+    made = chain(_network(scaled=layer))
+    locals_ = _replay(made)
+    introduced = []
+    for cut in made.cuts:
+        meter = Meter(cut)
+        meter.add(locals_[cut.id], made.captured, made.base)
+        introduced.append(meter.relative(meter.introduced))
+    assert int(np.argmax(introduced)) == layer
+    assert introduced[layer] > 1e-3
+    assert max(e for i, e in enumerate(introduced) if i != layer) < 1e-6
+
+
+def test_errors_decompose(chain):
+    """accumulated ≤ introduced + inherited, with equality of the vectors themselves."""
+    made = chain(_network(scaled=1))
+    locals_ = _replay(made)
+    for cut in made.cuts:
+        for name in cut.outputs:
+            whole = made.captured[name] - made.base[name]
+            inherited = locals_[cut.id].replayed[name] - made.base[name]
+            np.testing.assert_allclose(whole, locals_[cut.id].error[name] + inherited, atol=1e-6)
+
+
+def test_leave_one_in_of_the_only_fault_is_the_whole_divergence(chain):
+    made = chain(_network(scaled=1, factor=1.2))
+    locals_ = _replay(made)
+    whole = metrics.relative_l2(made.captured, made.base, ("y",))
+    effects = [impact.leave_one_in(made, cut, locals_[cut.id]) for cut in made.cuts]
+    # Not exactly equal: the frozen error is that of the backend's inputs, here the very same.
+    assert effects[1] == pytest.approx(whole, rel=1e-3)
+    assert max(effects[0], effects[2], effects[3]) < 1e-3 * whole
+
+
+def test_telescoping_shares_sum_to_one_and_name_the_fault(chain):
+    made = chain(_network(scaled=2, factor=1.1))
+    shares = impact.telescope(made, [(cut,) for cut in made.cuts])
+    assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+    assert shares[2] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_groups_of_segments_are_booked_together(chain):
+    made = chain(_network(scaled=2, factor=1.1))
+    first, second = impact.telescope(made, [made.cuts[:2], made.cuts[2:]])
+    assert first == pytest.approx(0.0, abs=1e-4)
+    assert second == pytest.approx(1.0, abs=1e-4)
+
+
+def test_categories_and_the_unexplained_rest_and_rounding_sum_to_one(chain):
+    made = chain(_network(scaled=2, factor=1.1))
+    guilty = made.cuts[2].id
+    flagged = {guilty: _replay(made)[guilty]}
+    half = {n: e * np.float32(0.5) for n, e in flagged[guilty].error.items()}
+    books = impact.by_category(made, flagged, {"half.of-it": {guilty: half}})
+    assert books.named["half.of-it"] == pytest.approx(0.5, abs=0.02)
+    assert books.unexplained == pytest.approx(0.5, abs=0.02)
+    assert books.rounding == pytest.approx(0.0, abs=1e-3)
+
+
+def test_without_a_flagged_segment_everything_is_rounding(chain):
+    books = impact.by_category(chain(_network(scaled=2)), {}, {})
+    assert (books.named, books.unexplained, books.rounding) == ({}, 0.0, 1.0)
+
+
+def test_a_clean_backend_has_nothing_to_book(chain):
+    made = chain(_network())
+    shares = impact.telescope(made, [(cut,) for cut in made.cuts])
+    assert np.isnan(shares).all()
+
+
+def test_the_input_control_measures_the_models_own_amplification(chain):
+    made = chain(_network())
+    gain = impact.input_control(made, made.base)
+    assert gain is not None
+    assert 0 < gain < 10
+
+
+def test_a_wrong_shape_is_a_failure_not_a_crash(chain):
+    made = chain(_network())
+    broken = made.captured | {"h1": made.captured["h1"][:, :-1]}
+    before, after = made.cuts[1], made.cuts[2]
+    with pytest.raises(ReplayError, match="s2"):
+        divergence.replay(made.replayer, after, broken)
+    local = divergence.replay(made.replayer, before, broken)
+    assert local.error["h1"].shape == broken["h1"].shape
+    chain_of = Chain(made.replayer, made.cuts, made.feeds, made.base, broken, ("y",))
+    assert impact.leave_one_in(chain_of, before, local) == np.inf
+
+
+def test_difference_of_equal_tensors_is_zero():
+    values = {"a": np.asarray([1, 2], np.int64), "b": np.ones(2, np.float16)}
+    assert all(not v.any() for v in difference(values, values).values())

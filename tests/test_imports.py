@@ -1,0 +1,93 @@
+"""Every module imports with no engine installed, and starting up imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("cuda", "openvino", "tensorrt", "tensorrt_rtx", "torch", "tvm")
+
+# Runs before anything else: an import of a blocked package fails as if it were not installed.
+BLOCKER = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def modules() -> list[str]:
+    found = []
+    for package in ("auditor", "backends", "reports"):
+        found.append(package)
+        found += [
+            m.name for m in pkgutil.walk_packages([str(ROOT / package)], prefix=f"{package}.")
+        ]
+    return [name for name in found if not name.endswith("__main__")]
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_module_imports_without_engines() -> None:
+    names = modules()
+    assert {"auditor.records", "auditor.cli", "backends.ort", "reports.terminal"} <= set(names)
+    code = BLOCKER.format(blocked=ENGINES) + (
+        "import importlib\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
+    )
+    done = run(code, *names)
+    assert done.returncode == 0, done.stderr
+
+
+def test_backends_explain_a_missing_engine() -> None:
+    code = BLOCKER.format(blocked=ENGINES) + (
+        "import importlib, json\n"
+        "answers = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    answer = importlib.import_module(f'backends.{name}').BACKEND.availability()\n"
+        "    answers[name] = [answer.available, answer.reason, answer.remedy]\n"
+        "print(json.dumps(answers))\n"
+    )
+    done = run(code, "ov", "tvm", "trt")
+    assert done.returncode == 0, done.stderr
+    for name, (available, reason, remedy) in json.loads(done.stdout).items():
+        assert not available, name
+        assert reason and remedy, f"{name} does not say why it is missing and how to get it"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "--help"]])
+def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import json, sys\n"
+        "sys.argv[0] = 'audit'\n"
+        "from auditor.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as stop:\n"
+        "    code = stop.code\n"
+        "print(json.dumps([code, sorted({m.partition('.')[0] for m in sys.modules})]), "
+        "file=sys.stderr)\n"
+    )
+    done = run(code, *arguments)
+    assert done.returncode == 0, done.stderr
+    status, loaded = json.loads(done.stderr.splitlines()[-1])
+    assert status == 0
+    assert "typer" in loaded
+    heavy = {"numpy", "onnx", "onnxruntime", "rich", "safetensors", *ENGINES}
+    assert not heavy & set(loaded)

@@ -1,0 +1,67 @@
+"""Reversing sums changes bits and nothing else."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor.reorder import reordered
+from auditor.replay import session
+
+RNG = np.random.default_rng(0)
+CASES = {
+    "Conv": ([2, 32, 9, 9], {"w": (16, 32, 3, 3), "b": (16,)}, {}),
+    "ConvTranspose": ([2, 32, 5, 5], {"w": (32, 8, 3, 3)}, {}),
+    "MatMul": ([4, 300], {"w": (300, 20)}, {}),
+    "Gemm": ([300, 4], {"w": (20, 300), "b": (20,)}, {"transA": 1, "transB": 1}),
+    "GlobalAveragePool": ([1, 4, 60, 70], {}, {}),
+    "ReduceMean": ([4, 7, 500], {}, {"axes": [-1]}),
+    "ReduceMean over space": ([4, 7, 30, 40], {}, {"axes": [2, 3]}),
+    "Softmax": ([4, 300], {}, {"axis": -1}),
+    "LayerNormalization": ([4, 300], {"s": (300,), "b": (300,)}, {}),
+    "InstanceNormalization": ([2, 3, 20, 30], {"s": (3,), "b": (3,)}, {}),
+}
+
+
+def _model(op, shape, weights, attributes):
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", *weights], ["y"], **attributes)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(RNG.standard_normal(s).astype(np.float32), n)
+            for n, s in weights.items()
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    return model
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_the_meaning_stays(op):
+    shape, weights, attributes = CASES[op]
+    model = _model(op.partition(" ")[0], shape, weights, attributes)
+    other = reordered(model)
+    assert other is not None
+    x = RNG.standard_normal(shape).astype(np.float32)
+    plain = session(model, 1).run(None, {"x": x})[0]
+    moved = session(other, 1).run(None, {"x": x})[0]
+    assert moved.shape == plain.shape
+    np.testing.assert_allclose(moved, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_a_long_sum_moves_more_than_its_inputs_last_bits():
+    model = _model("GlobalAveragePool", [1, 1, 512, 512], {}, {})
+    x = (1000 + RNG.standard_normal((1, 1, 512, 512))).astype(np.float32)
+    other = reordered(model)
+    exact = x.astype(np.float64).mean()
+    plain = session(model, 1).run(None, {"x": x})[0].item()
+    moved = session(other, 1).run(None, {"x": x})[0].item()
+    assert abs(plain - exact) <= 20 * abs(moved - plain) + 1e-6 * exact
+
+
+def test_nothing_to_reverse():
+    assert reordered(_model("Relu", [3], {}, {})) is None
+    depthwise = _model("Conv", [1, 8, 5, 5], {"w": (8, 1, 3, 3)}, {"group": 8})
+    assert reordered(depthwise) is None
