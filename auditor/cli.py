@@ -96,6 +96,8 @@ def _run() -> int:
         return _fail(message, "`audit --help` explains every option.", 2)
     except AuditError as error:
         return _fail(error.message, error.hint, 2)
+    except MemoryError:
+        return _fail("not enough memory", "Give smaller inputs with --shape or --data.", 2)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 
 from auditor.errors import UsageError
 from auditor.records import ModelInfo
@@ -224,7 +223,7 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
         hint = "It is a Git LFS pointer: fetch the model itself with `git lfs pull`."
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
-    except DecodeError as error:
+    except Exception as error:  # DecodeError of protobuf, which comes without types
         raise UsageError(f"{path} is not an ONNX model, or is truncated", hint) from error
     if not proto.HasField("graph") or not proto.graph.node:
         raise UsageError(f"{path} holds no ONNX graph", hint)

@@ -9,6 +9,7 @@ exact order in use), shows it: mathematically nothing has changed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -99,7 +100,7 @@ class _Surgery:
             total = self._node("Div", [total, number])
         self._node("Reshape", [total, shape], output)
 
-    def _node(self, op: str, inputs: list[str], output: str = "", **attributes: int) -> str:
+    def _node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         output = output or self._fresh()
         self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
         return output

@@ -85,6 +85,8 @@ class Sites:
         constants: every other constant operand.
         outputs: values that a kernel writes.
         products: only kernels made of sums of products round at all.
+        sums: every product and every running sum of a sum of products, in order of input
+            channel, then kernel row, then kernel column.
     """
 
     name: str
@@ -95,18 +97,22 @@ class Sites:
     constants: bool = False
     outputs: bool = False
     products: bool = False
+    sums: bool = False
 
 
 def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Iterator[Variant]:
     """The segment rounded at each of ``sites`` in turn, without repeating equal graphs.
 
     Sites that speak of the engine's kernels are left out where the engine names none, those
-    that take the whole segment for one kernel where it does.
+    that take the whole segment for one kernel where it does. Narrow running sums cost much to
+    replay and are tested only where the engine does not report another precision.
     """
     layout = _Layout(segment)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
         if where.scope == ("segment" if layout.kernels else "kernel"):
+            continue
+        if where.sums and layout.reports and not stated(layout.kernels, to.stated):
             continue
         model = _Surgery(layout, to, where).apply()
         nodes = list(model.graph.node)
@@ -168,13 +174,16 @@ class _Layout:
             if all(n in self.constants for n in node.input if n) and not _subgraphs(node):
                 self.derived.add(index)
                 self.constants.update((o, _constant_shape(node)) for o in node.output)
-        self.floats = _float_tensors(segment.model)
+        types = _types(segment.model)
+        self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
+        self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
         self.readers: dict[str, list[int]] = {}
         for index, node in enumerate(self.nodes):
             for name in node.input:
                 self.readers.setdefault(name, []).append(index)
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
+        self.reports = any(k.precision for k in self.kernels)
         self.reduced = any(k.precision not in ("", "f32") for k in self.kernels)
 
     def groups(self, scope: Scope) -> list[_Group]:
@@ -268,8 +277,12 @@ class _Surgery:
         self._finish(new, group)
 
     def _finish(self, node: onnx.NodeProto, group: _Group) -> None:
+        shape = self.constants.get(node.input[1]) if node.op_type == "Conv" else None
+        half = bool(node.input) and node.input[0] in self.at.halves
         for position, name in enumerate(node.input):
             node.input[position] = self._input(node, position, name, group)
+        if self.sites.sums and self.casts and opset(self.at.model) >= _SCAN_OPSET:
+            self._sum_narrowly(node, shape, half)
         self._outputs(node, group)
 
     def _applies(self, group: _Group) -> bool:
@@ -493,10 +506,74 @@ class _Surgery:
             return False
         return self.at.nodes[self.at.producer[node.input[1]]].op_type == "Sqrt"
 
-    def _new(self, op_type: str, *inputs: str, constant: bool = True) -> str:
+    def _sum_narrowly(
+        self, node: onnx.NodeProto, shape: tuple[int, ...] | None, half: bool
+    ) -> None:
+        """Replace a sum of products by a loop that rounds each product and each running sum."""
+        if half and self.to.cast != TensorProto.FLOAT16:
+            return
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type == "Conv" and shape is not None:
+            reduced = self._convolve
+        elif node.op_type == "MatMul" or (
+            node.op_type == "Gemm" and options.get("alpha", 1) == options.get("beta", 1) == 1
+        ):
+            reduced = self._multiply
+        else:
+            return
+        inputs = [self._new("Cast", n, to=TensorProto.FLOAT) if half else n for n in node.input]
+        total, across = reduced(inputs[0], inputs[1], shape or (), options)
+        bias = inputs[2] if len(inputs) > 2 else ""
+        if bias:
+            total = self._new("Add", total, self._new("Reshape", bias, across) if across else bias)
+        final = helper.make_node("Identity", [total], list(node.output))
+        if half:
+            final = helper.make_node("Cast", [total], list(node.output), to=TensorProto.FLOAT16)
+        node.CopyFrom(final)
+
+    def _multiply(
+        self, a: str, b: str, _: tuple[int, ...], options: dict[str, Any]
+    ) -> tuple[str, str]:
+        a = self._new("Transpose", a) if options.get("transA") else a
+        b = self._new("Transpose", b) if options.get("transB") else b
+        return self._scan(a, b, self._new("MatMul", a, b)), ""
+
+    def _convolve(
+        self, x: str, w: str, shape: tuple[int, ...], options: dict[str, Any]
+    ) -> tuple[str, str]:
+        """A convolution as a product of its weights with the patches that they see."""
+        groups = options.get("group", 1)
+        filters, channels, *size = shape
+        taps = math.prod(size)
+        columns = [groups, channels * taps]
+        one_hot = [float(i == t) for _ in range(groups * channels) for t in range(taps) for i in range(taps)]
+        picker = self._initializer(
+            f"{self.mark}{w}/taps", TensorProto.FLOAT, (math.prod(columns), 1, *size), one_hot
+        )
+        patches = self._new("Conv", x, picker, **{**options, "group": groups * channels})
+        like = self._new("Conv", x, w, **options)
+        total = self._scan(
+            self._new("Reshape", w, self._integers([1, groups, filters // groups, columns[1]])),
+            self._new("Reshape", patches, self._integers([0, *columns, -1])),
+            self._new("Reshape", like, self._integers([0, groups, filters // groups, -1])),
+        )
+        across = self._integers([-1, *(1 for _ in size)])
+        return self._new("Reshape", total, self._new("Shape", like)), across
+
+    def _scan(self, a: str, b: str, like: str) -> str:
+        """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""
+        body = _Body(self)
+        product = body.node("Mul", body.node("Unsqueeze", "a", "last"), body.node("Unsqueeze", "b", "second"))
+        body.round(body.node("Add", "sum", body.round(product)), "total")
+        zeros = self._new("ConstantOfShape", self._new("Shape", like))
+        return self._new(
+            "Scan", zeros, a, b, body=body.graph(), num_scan_inputs=2, scan_input_axes=[-1, -2]
+        )
+
+    def _new(self, op_type: str, *inputs: str, constant: bool = False, **attributes: Any) -> str:
         """Emit an FP32 node of the surgery's own and return its output."""
         output = f"{self.mark}{inputs[0]}/{op_type}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, inputs, [output]))
+        self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         self.floats.add(output)
         if constant:
             self.constants[output] = None
@@ -581,8 +658,8 @@ def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:
     return () if attribute.name == "value_float" else None
 
 
-def _float_tensors(model: onnx.ModelProto) -> set[str]:
-    """Names of the segment's float32 tensors.
+def _types(model: onnx.ModelProto) -> dict[str, int]:
+    """ONNX element type of the segment's tensors.
 
     Weights become inputs for the inference, so that ONNX does not copy them.
     """
@@ -594,8 +671,5 @@ def _float_tensors(model: onnx.ModelProto) -> set[str]:
         light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
     light.graph.output.extend(model.graph.output)
     graph = onnx.shape_inference.infer_shapes(light).graph
-    return {
-        v.name
-        for v in (*graph.input, *graph.value_info, *graph.output)
-        if v.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {v.name: v.type.tensor_type.elem_type for v in values}

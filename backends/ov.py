@@ -363,6 +363,10 @@ class _Source:
         name: str = self._ops[port[0]].output(port[1]).get_element_type().get_type_name()
         return name
 
+    def types(self) -> set[str]:
+        """Element types of the tensors that depend on the inputs."""
+        return {self.element_type(port) for port in self.tensors if port[0] in self._varying}
+
     def display(self, name: str) -> str:
         """An engine's name with the model's own names put back."""
         return _TOKEN.sub(lambda m: self.names[int(m[1])], name)
@@ -673,7 +677,7 @@ class _Build:
                 *(Probe(c.tensor, "cone-proved") for c in found),
             ),
             skipped=(*self._skipped, *(Skipped(c.tensor, why) for c, why in reasons.items())),
-            program_unchanged=trial.proved,
+            program_unchanged=bool(trial.probes) or not self._candidates,
             compilations=self._compilations,
             rebuilt=trial.session is not self._session,
             _build=self,
@@ -969,8 +973,8 @@ class OpenVINO:
             reading = pool.submit(_onnx_names, request.model_path)
             model = _read(core, request)
             inputs, outputs, nodes = reading.result()
-        notes = list(_notes_on_types(model))
         source = _Source(model, nodes)
+        notes = list(_narrowed(source)) if device == _DEFAULT_DEVICE else []
 
         def compile_model(changed: Any) -> Any:
             return core.compile_model(changed, device, properties)
@@ -1130,20 +1134,15 @@ def _outputs(model: Any, names: Sequence[str]) -> tuple[tuple[str, int], ...]:
     )
 
 
-def _notes_on_types(model: Any) -> Iterator[str]:
-    used = {
-        port.get_element_type().get_type_name()
-        for op in model.get_ops()
-        if op.get_type_name() != "Constant" and not op.get_type_name().startswith("ShapeOf")
-        for port in op.outputs()
-        if port.get_names()
-    }
-    if used & {"i64", "u64"}:
+def _narrowed(source: _Source) -> Iterator[str]:
+    """What OpenVINO's CPU device computes in fewer bits than the model says."""
+    types = source.types()
+    if types & {"i64", "u64"}:
         yield (
             "64-bit integers are computed in 32 bits by OpenVINO's CPU device; values beyond "
             "2^31 do not survive."
         )
-    if "f64" in used:
+    if "f64" in types:
         yield "Double-precision tensors are computed in f32 by OpenVINO's CPU device."
 
 

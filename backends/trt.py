@@ -664,7 +664,7 @@ def _network_shapes(network: Any) -> dict[str, tuple[int, ...]]:
 
 def _reason(text: str) -> str:
     """The part of an error of TensorRT that says why; "" when it says nothing."""
-    quoted = re.search(r'"(.+?)"', text)
+    quoted = re.search(r'"([^"]* [^"]*)"', text) if '&& "' in text else None
     cuda = re.search(r"\((cudaError \d+: [^)]*)\)", text)
     coded = re.search(r"Error Code \d+: [^(]*\((.*?)(?: ?\bIn \w+ at |$)", text, re.MULTILINE)
     found = quoted or (None if coded and coded[1] else cuda) or coded

@@ -60,7 +60,7 @@ _EXECUTED = "RewriteDataflowReshape"  # the last pass before calls are taken apa
 
 _DESTINATION_PASSING = frozenset({"relax.call_tir", "relax.call_dps_packed"})
 _RESHAPE = "vm.builtin.reshape"
-_PRECISIONS = {
+_DTYPES = {
     "float64": "f64",
     "float32": "f32",
     "float16": "f16",
@@ -71,6 +71,7 @@ _PRECISIONS = {
     "int64": "i64",
     "bool": "bool",
 }
+_FLOATS = ("bf16", "f16", "f32", "f64")  # from the narrowest mantissa to the widest
 
 
 # --- options --------------------------------------------------------------------------------
@@ -156,11 +157,7 @@ def _import(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> _I
     from tvm import relax
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
 
-    if missing := _unsupported(model.graph):
-        raise BackendError(
-            f"TVM has no converter for {', '.join(missing)}.",
-            "Export the model without these operators, or leave TVM out of --backends.",
-        )
+    _require_converters(model.graph)
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
     importer = ONNXGraphImporter({name: list(shape) for name, shape in shapes.items()}, "float32")
     printed = io.StringIO()
@@ -184,8 +181,12 @@ def _import(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> _I
     )
 
 
-def _unsupported(graph: onnx.GraphProto) -> list[str]:
-    """The operators of a graph and its subgraphs that the importer cannot convert."""
+def _require_converters(graph: onnx.GraphProto) -> None:
+    """Refuse a graph if the importer cannot convert some operator, naming all of them.
+
+    Raises:
+        BackendError: with the operators of the graph and its subgraphs that have no converter.
+    """
     from tvm.relax.frontend.onnx import onnx_frontend
 
     known = onnx_frontend._get_convert_map().keys() | _BUILT_IN
@@ -195,7 +196,11 @@ def _unsupported(graph: onnx.GraphProto) -> list[str]:
             found.add(f"{node.domain}::{node.op_type}")
         elif node.op_type not in known:
             found.add(node.op_type)
-    return sorted(found)
+    if found:
+        raise BackendError(
+            f"TVM has no converter for {', '.join(sorted(found))}.",
+            "Export the model without these operators, or leave TVM out of --backends.",
+        )
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -243,7 +248,7 @@ def _fold(request: BuildRequest) -> onnx.ModelProto:
     return onnx.load(str(folded))
 
 
-def _load(request: BuildRequest) -> tuple[_Imported, tuple[str, ...]]:
+def _load(request: BuildRequest, original: onnx.GraphProto) -> tuple[_Imported, tuple[str, ...]]:
     """Import the model directly where TVM can, folded otherwise; with notes for the user."""
     import onnx
 
@@ -253,13 +258,18 @@ def _load(request: BuildRequest) -> tuple[_Imported, tuple[str, ...]]:
             return _import(onnx.load(str(request.model_path)), request.shapes), ()
         except BackendError as error:
             reason = f"the model cannot be imported as it stands ({error.message.rstrip('.')})"
-    imported = _import(_fold(request), request.shapes)
+    try:
+        folded = _fold(request)
+    except BackendError:
+        _require_converters(original)  # says more than ONNX Runtime's refusal, where it applies
+        raise
+    imported = _import(folded, request.shapes)
     shapes = ", ".join(
         f"{name}:{'x'.join(map(str, shape))}" for name, shape in request.shapes.items()
     )
     note = (
-        f"The model was folded by ONNX Runtime's basic optimisation for the fixed input shapes "
-        f"{shapes} before TVM compiled it, because {reason}."
+        "Before TVM compiled the model, ONNX Runtime's basic optimisation folded it for the "
+        f"fixed input shapes {shapes}, because {reason}."
     )
     return imported, (note,)
 
@@ -309,13 +319,14 @@ def _each_function_built_once() -> Iterator[None]:
     and so the program, stay the same.
     """
     import tvm
-    from tvm_ffi import StructuralKey
+    import tvm_ffi
 
+    structural_key: Any = tvm_ffi.StructuralKey  # its stub misstates the constructor
     build = tvm.get_global_func("tirx.build")
     built: dict[Any, Any] = {}
 
     def build_once(function: Any, target: Any) -> Any:
-        key = StructuralKey(function)
+        key = structural_key(function)
         if key not in built:
             built[key] = build(function, target)
         return built[key]
@@ -334,16 +345,20 @@ class _Values:
     """Numbers the values of Relax programs: the same computation gets the same number.
 
     Two programs numbered by one instance can be compared, because ``FuseOps`` moves calls into
-    new functions but leaves what they call, their arguments and the constants as they are. The
-    number of a tuple is the Python tuple of its elements' numbers.
+    new functions but leaves what they call, their arguments and the constants as they are. A
+    computation that a program repeats is numbered once per time. The number of a tuple is the
+    Python tuple of its elements' numbers.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
         self._arguments: dict[int, tuple[Any, ...]] = {}
+        self._dtypes: dict[int, str] = {}
+        self._times: Counter[Hashable] = Counter()
 
     def program(self, module: Any) -> dict[Any, _Computed]:
         """Number what each variable bound in ``main`` holds."""
+        self._times.clear()
         main = module["main"]
         environment: dict[Any, Any] = {
             parameter: self._number(("input", i)) for i, parameter in enumerate(main.params)
@@ -359,6 +374,10 @@ class _Values:
     def arguments(self, number: int) -> Iterable[int]:
         """The numbers that a call's result was computed from; none if it is not a call's."""
         return _flat(self._arguments.get(number, ()))
+
+    def dtypes(self, numbers: Iterable[int]) -> set[str]:
+        """The element types of those of the numbers that are tensors computed by calls."""
+        return {self._dtypes[number] for number in numbers if number in self._dtypes}
 
     def is_call(self, number: int) -> bool:
         """Whether a number stands for a call's result."""
@@ -396,12 +415,16 @@ class _Values:
             for binding in _bindings(function):
                 local[binding.var] = self._evaluate(binding.value, local, module, parts)
             return self._evaluate(function.body.body, local, module, parts)
-        key = (str(_callee(expression)), arguments, str(expression.attrs))
-        fields = _fields(expression.ty)
-        numbers = tuple(self._number((key, i)) for i in range(len(fields)))
-        self._arguments.update(dict.fromkeys(numbers, arguments))
+        call = (_callee(expression), arguments, str(expression.attrs))
+        self._times[call] += 1
+        numbers = []
+        for index, ty in enumerate(_fields(expression.ty)):
+            number = self._number((call, self._times[call], index))
+            self._arguments[number] = arguments
+            self._dtypes[number] = _dtype(ty)
+            numbers.append(number)
         parts.extend(numbers)
-        return numbers if isinstance(expression.ty, relax.TupleType) else numbers[0]
+        return tuple(numbers) if isinstance(expression.ty, relax.TupleType) else numbers[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,6 +449,12 @@ def _fields(ty: Any) -> tuple[Any, ...]:
     from tvm import relax
 
     return tuple(ty.fields) if isinstance(ty, relax.TupleType) else (ty,)
+
+
+def _dtype(ty: Any) -> str:
+    """A tensor type's element type as Kernel records write it; "" for other types."""
+    dtype = str(getattr(ty, "dtype", ""))
+    return _DTYPES.get(dtype, dtype)
 
 
 def _flat(value: Any) -> Iterator[int]:
@@ -524,7 +553,8 @@ class _Plan:
 
 def _plan(
     executed: Any,
-    computed: Mapping[Any, _Computed],
+    fused: Any,
+    values: _Values,
     names: _Names,
     absorbed: Mapping[str, tuple[str, ...]],
 ) -> _Plan:
@@ -534,6 +564,7 @@ def _plan(
     steps: list[_Step] = []
     kernels: list[Kernel] = []
     skipped: list[Skipped] = []
+    computed = values.program(fused)
     order = {key: position for position, key in enumerate(absorbed)}
     calls: Counter[str] = Counter()
     for binding in _bindings(executed["main"]):
@@ -561,8 +592,10 @@ def _plan(
                 type=symbol.rpartition(".")[2],
                 nodes=tuple(sorted({n for k in keys for n in absorbed[k]}, key=order.__getitem__)),
                 outputs=tuple(tensor for tensor in tensors if tensor is not None),
-                precision=_precision(operands[0].ty) if operands else "",
-                output_precision=_precision(results[0]),
+                precision=_precision(
+                    values.dtypes(made.parts), _dtype(operands[0].ty) if operands else ""
+                ),
+                output_precision=_dtype(results[0]),
             )
         )
     return _Plan(tuple(steps), tuple(kernels), tuple(skipped))
@@ -589,9 +622,9 @@ def _symbol(function: Any) -> str:
     return str(getattr(function, "name_hint", None) or function.global_symbol)
 
 
-def _precision(ty: Any) -> str:
-    dtype = str(getattr(ty, "dtype", ""))
-    return _PRECISIONS.get(dtype, dtype)
+def _precision(dtypes: set[str], operand: str) -> str:
+    """The narrowest float among the values a kernel computes; else what its data is."""
+    return next((dtype for dtype in _FLOATS if dtype in dtypes), operand)
 
 
 # --- the port ---------------------------------------------------------------------------------
@@ -739,12 +772,12 @@ class _Tvm:
         original = onnx.load(str(request.model_path), load_external_data=False).graph
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            imported, notes = _load(request)
+            imported, notes = _load(request, original)
             executable, snapshots = _compile(imported.module, options)
         values = _Values()
         names = _name(imported, snapshots[_UNFUSED], values, original)
-        computed = values.program(snapshots[_FUSED])
-        plan = _plan(snapshots[_EXECUTED], computed, names, _absorbed(original, imported.graph))
+        absorbed = _absorbed(original, imported.graph)
+        plan = _plan(snapshots[_EXECUTED], snapshots[_FUSED], values, names, absorbed)
         provenance = Provenance(
             engine=_ENGINE,
             version=str(tvm.__version__),

@@ -71,7 +71,9 @@ def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
     x = r(generator.standard_normal((5, 64)))
     w = generator.standard_normal((64, 32)).astype(np.float32) / 8
     b = generator.standard_normal(32).astype(np.float32) * 3
-    stated = Kernel("fc", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16" if narrow_bias else "f32")
+    stated = Kernel(
+        "fc", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16" if narrow_bias else "f32"
+    )
     segment = make_segment(
         [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
         {"w": w, "b": b},

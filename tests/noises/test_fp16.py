@@ -20,7 +20,9 @@ def r(values: Array) -> Array:
         return values.astype(np.float16).astype(np.float32)
 
 
-def conv_segment(make_segment: Any, generator: np.random.Generator, kernels: tuple[Kernel, ...]) -> Any:
+def conv_segment(
+    make_segment: Any, generator: np.random.Generator, kernels: tuple[Kernel, ...]
+) -> Any:
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
     nodes = [

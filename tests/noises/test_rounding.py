@@ -64,7 +64,11 @@ def test_fp16_has_the_bits_of_numpy(opset: int, bits: Array) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(arrays(np.float32, 16, elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)))
+@given(
+    arrays(
+        np.float32, 16, elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+    )
+)
 @pytest.mark.parametrize(("to", "opset"), [(tf32.FORMAT, 17), (bf16.FORMAT, 11)])
 def test_splitting_rounds_to_nearest(to: Format, opset: int, values: Array) -> None:
     values = np.where(np.abs(values) < 2.0**-100, np.float32(0), values)

@@ -262,7 +262,7 @@ def report() -> AuditReport:
     )
 
 
-# --- arbitrary reports -----------------------------------------------------------------------------
+# --- arbitrary reports ---------------------------------------------------------------------------
 
 # What an unkind model or engine may put into a name.
 _UNKIND = (

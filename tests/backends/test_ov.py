@@ -1,0 +1,394 @@
+"""The OpenVINO backend: a probe is accepted only if the program stays as it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import backends.ov as ov_backend
+from auditor.errors import BackendError, UsageError
+from auditor.records import BuildRequest
+from backends.ov import BACKEND
+
+if TYPE_CHECKING:
+    from auditor.ports import Array, Arrays, Build
+
+openvino = pytest.importorskip("openvino")
+
+X = {"x": np.random.default_rng(1).standard_normal((1, 3, 32, 32)).astype(np.float32)}
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+def build(
+    path: Path,
+    *,
+    device: str | None = None,
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    options: dict[str, str] | None = None,
+) -> Build:
+    return BACKEND.build(
+        BuildRequest(path, shapes or {}, shapes is not None, device, 2, options or {}, path.parent)
+    )
+
+
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    weights: tuple[onnx.TensorProto, ...] = (),
+    domains: tuple[str, ...] = (),
+) -> Path:
+    graph = helper.make_graph(nodes, "g", inputs, outputs, list(weights))
+    opsets = [helper.make_opsetid("", 17), *(helper.make_opsetid(d, 1) for d in domains)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def info(name: str, *shape: int | str, dtype: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+@pytest.fixture
+def residual(tmp_path: Path) -> Path:
+    """A He-initialised CNN with two residual blocks; node names are empty, repeated, odd."""
+    return residual_net(tmp_path / "residual.onnx", height=32)
+
+
+def residual_net(path: Path, *, height: int | str) -> Path:
+    rng = np.random.default_rng(0)
+    weights: list[onnx.TensorProto] = []
+
+    def conv(x: str, y: str, cin: int, cout: int, k: int, name: str = "") -> onnx.NodeProto:
+        w = rng.standard_normal((cout, cin, k, k)) * np.sqrt(2 / (cin * k * k))
+        b = rng.standard_normal(cout) * 0.1
+        weights.append(numpy_helper.from_array(w.astype(np.float32), f"{y}_w"))
+        weights.append(numpy_helper.from_array(b.astype(np.float32), f"{y}_b"))
+        pads = [k // 2] * 4
+        return helper.make_node("Conv", [x, f"{y}_w", f"{y}_b"], [y], pads=pads, name=name)
+
+    nodes = [
+        conv("x", "c1", 3, 32, 3, name="same"),
+        helper.make_node("Relu", ["c1"], ["r1"], name="with, comma"),
+        conv("r1", "c2", 32, 64, 3, name="same"),
+        helper.make_node("Relu", ["c2"], ["r2"]),
+        conv("r2", "c3", 64, 32, 1),
+        helper.make_node("Add", ["c3", "r1"], ["a1"], name="same"),
+        conv("a1", "c4", 32, 64, 3, name="#3#"),
+        helper.make_node("Relu", ["c4"], ["r4"]),
+        conv("r4", "c5", 64, 32, 1),
+        helper.make_node("Add", ["c5", "a1"], ["a2"]),
+        helper.make_node("Relu", ["a2"], ["r5"]),
+        helper.make_node("GlobalAveragePool", ["r5"], ["y"]),
+    ]
+    return save(
+        path, nodes, [info("x", 1, 3, height, 32)], [info("y", 1, 32, 1, 1)], tuple(weights)
+    )
+
+
+def reference(path: Path, names: tuple[str, ...], feeds: Arrays) -> Arrays:
+    """The same graph without optimisation."""
+    import onnxruntime as ort
+
+    model = onnx.load(path)
+    del model.graph.output[:]
+    for node in model.graph.node:
+        node.ClearField("name")  # ONNX Runtime refuses repeated names
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    return dict(zip(names, session.run(list(names), feeds), strict=True))
+
+
+def rounded_to_bf16(x: Array) -> Array:
+    """Nearest bfloat16, ties to even, as float32."""
+    bits = x.view(np.uint32).astype(np.uint64)
+    kept: Array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
+    return kept.view(np.float32)
+
+
+def precision_of(built: Build) -> str:
+    return built.provenance.options["INFERENCE_PRECISION_HINT"]
+
+
+# --- promise 1: observing changes nothing --------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, F32], ids=["default", "f32"])
+def test_every_tensor_between_kernels_is_captured_with_proof(
+    residual: Path, options: dict[str, str]
+) -> None:
+    built = build(residual, options=options)
+    plain = built.run(X)
+    made = built.instrument(X)
+    capture = made.run(X)
+
+    assert made.program_unchanged and made.rebuilt
+    assert capture.outputs["y"].tobytes() == plain["y"].tobytes()
+    kernels = {name for kernel in built.provenance.kernels for name in kernel.outputs}
+    assert {p.tensor for p in made.probes} == kernels - {"y"} == capture.tensors.keys()
+    assert not made.skipped
+    expected = reference(residual, tuple(capture.tensors), X)
+    tolerance = 1e-5 if precision_of(built) == "f32" else 3e-2
+    for name, value in capture.tensors.items():
+        assert value.dtype == np.float32 and value.flags.c_contiguous
+        error = np.linalg.norm(value - expected[name]) / np.linalg.norm(expected[name])
+        assert error < tolerance, name
+
+
+def test_operand_of_a_fused_addition_is_proved_apart(residual: Path) -> None:
+    built = build(residual, options=F32)
+    fused = [k for k in built.provenance.kernels if {"c3", "a1"} <= set(k.nodes)]
+    if not fused:
+        pytest.skip("OpenVINO does not fuse Convolution + Add on this CPU")
+    probes = {p.tensor: p.fidelity for p in built.instrument(X).probes}
+    assert probes["r1"] == probes["a1"] == "cone-proved"
+    assert probes["r2"] == probes["r4"] == "output-proved"
+
+
+def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
+    built = build(residual)
+    made = built.instrument(X)
+    other = {"x": -2 * X["x"]}
+    capture = made.run(other)
+    assert capture.outputs["y"].tobytes() == built.run(other)["y"].tobytes()
+    again = built.instrument(other).run(other)
+    assert {n: v.tobytes() for n, v in capture.tensors.items()} == {
+        n: v.tobytes() for n, v in again.tensors.items()
+    }
+
+
+def test_a_probe_that_changes_the_program_is_refused(
+    residual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: nobody foresees that the operands of additions must be left alone."""
+    built = build(residual, options=F32)
+    foreseen = built.instrument(X)
+    if all(p.fidelity == "output-proved" for p in foreseen.probes):
+        pytest.skip("OpenVINO does not fuse Convolution + Add on this CPU")
+    monkeypatch.setattr(ov_backend._Source, "operands", lambda self, kernel: iter(()))
+    made = built.instrument(X)
+    assert made.program_unchanged
+    assert {p.tensor for p in made.probes} == {p.tensor for p in foreseen.probes}
+    assert {p.tensor: p.fidelity for p in made.probes}["a1"] == "cone-proved"
+
+
+def test_nothing_is_claimed_when_outputs_differ(
+    residual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: no comparison of outputs ever holds."""
+    built = build(residual)
+    monkeypatch.setattr(ov_backend, "_same_bits", lambda a, b: False)
+    made = built.instrument(X)
+    assert made.probes == () and not made.program_unchanged
+    assert {s.tensor for s in made.skipped} >= {"r1", "r2", "a1"}
+    assert made.run(X).outputs["y"].tobytes() == built.run(X)["y"].tobytes()
+
+
+def test_a_wrong_tensor_made_apart_is_refused(
+    residual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: kernels run apart write values that are off by one bit."""
+    run = ov_backend._CutOut.run
+
+    def off(self: Any, *args: Any) -> Arrays:
+        return {n: np.nextafter(v, np.float32(9)) for n, v in run(self, *args).items()}
+
+    monkeypatch.setattr(ov_backend._CutOut, "run", off)
+    made = build(residual, options=F32).instrument(X)
+    # r1's whole cone is one kernel with no probe upstream: its unchanged program is its proof.
+    assert {p.tensor for p in made.probes if p.fidelity == "cone-proved"} <= {"r1"}
+    assert "a1" in {s.tensor for s in made.skipped}
+
+
+def test_the_model_compiled_is_the_one_that_ships(residual: Path) -> None:
+    """Numbering the operations changes neither kernels nor bits."""
+    built = build(residual)
+    core = openvino.Core()
+    shipped = core.compile_model(core.read_model(residual), "CPU", {"INFERENCE_NUM_THREADS": 2})
+    assert shipped(X)["y"].tobytes() == built.run(X)["y"].tobytes()
+    info = [op.get_rt_info() for op in shipped.get_runtime_model().get_ordered_ops()]
+    primitives = {i["primitiveType"].astype(str) for i in info}
+    assert {k.primitive for k in built.provenance.kernels} <= primitives
+
+
+# --- values and names ------------------------------------------------------------------------
+
+
+def test_bfloat16_is_widened_exactly(tmp_path: Path) -> None:
+    kind = TensorProto.BFLOAT16
+    node = helper.make_node("Flatten", ["x"], ["y"])
+    path = save(
+        tmp_path / "m.onnx", [node], [info("x", 1, 256, 255, dtype=kind)], [info("y", 1, 65280)]
+    )
+    model = onnx.load(path)
+    model.graph.output[0].type.tensor_type.elem_type = kind
+    onnx.save(model, path)
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    finite = bits[(bits & 0x7F80) != 0x7F80].reshape(1, 256, 255)
+    y = build(path).run({"x": finite})["y"]
+    assert y.dtype == np.float32
+    assert y.tobytes() == (finite.astype(np.uint32) << 16).tobytes()
+
+
+def test_default_precision_is_captured_as_the_program_holds_it(residual: Path) -> None:
+    built = build(residual)
+    if precision_of(built) != "bf16":
+        pytest.skip(f"OpenVINO computes in {precision_of(built)} by default on this CPU")
+    assert any("bf16 by default" in note for note in built.provenance.notes)
+    held = {k.outputs[0]: k.output_precision for k in built.provenance.kernels if k.outputs}
+    tensors = built.instrument(X).run(X).tensors
+    assert tensors
+    for name, value in tensors.items():
+        if held[name] == "bf16":
+            assert value.tobytes() == rounded_to_bf16(value).tobytes(), name
+
+
+def test_kernels_name_the_onnx_nodes_fused_into_them(residual: Path) -> None:
+    built = build(residual, options=F32)
+    kernels = built.provenance.kernels
+    assert [n for k in kernels for n in k.nodes] == [
+        n.output[0] for n in onnx.load(residual).graph.node
+    ]
+    assert {k.precision for k in kernels} == {"f32"}
+    assert all(k.primitive and k.type not in ("Const", "Reorder") for k in kernels)
+
+
+def test_hardswish_is_one_kernel_with_its_convolution(tmp_path: Path) -> None:
+    """OpenVINO renames both parts of the fused operation, so names alone do not tell."""
+    rng = np.random.default_rng(0)
+    weights = tuple(
+        numpy_helper.from_array((rng.standard_normal((16, c, 3, 3)) / 6).astype(np.float32), n)
+        for c, n in ((3, "w"), (16, "v"))
+    )
+    six, three = (
+        numpy_helper.from_array(np.array(v, np.float32), n) for v, n in ((6, "six"), (3, "three"))
+    )
+    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Add", ["c", "three"], ["p"]),
+        helper.make_node("Clip", ["p", "zero", "six"], ["q"]),
+        helper.make_node("Mul", ["c", "q"], ["r"]),
+        helper.make_node("Div", ["r", "six"], ["h"]),
+        helper.make_node("Conv", ["h", "v"], ["y"]),
+    ]
+    path = save(
+        tmp_path / "m.onnx",
+        nodes,
+        [info("x", 1, 3, 32, 32)],
+        [info("y", 1, 16, 28, 28)],
+        (*weights, zero, six, three),
+    )
+    built = build(path, options=F32)
+    assert built.provenance.kernels[0].nodes == ("c", "p", "q", "r", "h")
+    made = built.instrument(X)
+    assert [p.tensor for p in made.probes] == ["h"] and made.program_unchanged
+
+
+def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Identity", ["x"], ["same"]),
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Identity", ["r"], ["alias"]),
+        helper.make_node("Neg", ["alias"], ["n"]),
+    ]
+    names = ("same", "n", "alias", "r")
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 4)], [info(n, 1, 4) for n in names])
+    x = np.array([[-1, 2, -3, 4]], np.float32)
+    built = build(path)
+    relu = np.maximum(x, 0)
+    expected = {"same": x, "n": -relu, "alias": relu, "r": relu}
+    for outputs in (built.run({"x": x}), built.instrument({"x": x}).run({"x": x}).outputs):
+        assert outputs.keys() == expected.keys()
+        assert all(np.array_equal(outputs[n], expected[n]) for n in expected)
+
+
+def test_a_single_node_has_nothing_to_observe(tmp_path: Path) -> None:
+    node = helper.make_node("Relu", ["x"], ["y"])
+    path = save(tmp_path / "m.onnx", [node], [info("x", 1, 4)], [info("y", 1, 4)])
+    made = build(path).instrument({"x": np.ones((1, 4), np.float32)})
+    assert made.probes == made.skipped == () and made.program_unchanged and not made.rebuilt
+
+
+def test_integers_keep_their_type_and_their_narrowing_is_said(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["i", "i"], ["d"]), helper.make_node("Mul", ["d", "i"], ["y"])]
+    ints = TensorProto.INT64
+    path = save(tmp_path / "m.onnx", nodes, [info("i", 3, dtype=ints)], [info("y", 3, dtype=ints)])
+    i = np.array([1, -2, 3], np.int64)
+    built = build(path)
+    capture = built.instrument({"i": i}).run({"i": i})
+    assert capture.outputs["y"].dtype == np.int64
+    assert capture.outputs["y"].tolist() == [2, 8, 18]
+    assert any("64-bit integers are computed in 32 bits" in n for n in built.provenance.notes)
+
+
+def test_dynamic_shapes_are_fixed_and_said(tmp_path: Path) -> None:
+    path = residual_net(tmp_path / "m.onnx", height="h")
+    built = build(path, shapes={"x": (1, 3, 32, 32)})
+    assert "The model was compiled at these static shapes: x: 1x3x32x32." in built.provenance.notes
+    assert built.instrument(X).program_unchanged
+
+
+# --- what goes wrong -------------------------------------------------------------------------
+
+
+def test_unknown_property_names_the_closest(residual: Path) -> None:
+    with pytest.raises(UsageError, match="INFERENCE_PRECISION") as caught:
+        build(residual, options={"INFERENCE_PRECISION": "f32"})
+    assert "INFERENCE_PRECISION_HINT" in caught.value.hint
+
+
+def test_impossible_value_of_a_property(residual: Path) -> None:
+    with pytest.raises(UsageError, match="INFERENCE_PRECISION_HINT"):
+        build(residual, options={"INFERENCE_PRECISION_HINT": "f99"})
+
+
+def test_unknown_device_lists_those_there_are(residual: Path) -> None:
+    with pytest.raises(UsageError, match="NPU9") as caught:
+        build(residual, device="NPU9")
+    assert "CPU" in caught.value.hint
+
+
+def test_unsupported_operator_is_named(tmp_path: Path) -> None:
+    node = helper.make_node("Foo", ["x"], ["y"], domain="my.dom")
+    path = save(
+        tmp_path / "m.onnx", [node], [info("x", 1, 4)], [info("y", 1, 4)], domains=("my.dom",)
+    )
+    with pytest.raises(BackendError, match=r"my\.dom\.Foo") as caught:
+        build(path)
+    assert caught.value.stage == "build" and caught.value.hint
+
+
+def test_failure_while_running_is_told(residual: Path) -> None:
+    with pytest.raises(BackendError) as caught:
+        build(residual).run({"x": np.zeros((1, 3, 8, 8), np.float32)})
+    assert caught.value.stage == "run"
+
+
+def test_available_without_telemetry() -> None:
+    code = (
+        "import sys; from backends.ov import BACKEND; a = BACKEND.availability();"
+        "assert a.available and a.devices[0].id == '', a;"
+        "assert 'openvino_telemetry' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(ov_backend.__file__).parents[1]
+    )
+
+
+def test_efficientnet(efficientnet: Path) -> None:
+    with np.load(efficientnet.with_suffix(".npz")) as data:
+        feeds = {name: data[name][0] for name in data.files}
+    built = build(efficientnet)
+    made = built.instrument(feeds)
+    assert made.program_unchanged
+    assert len(made.probes) + 1 >= 50, made.skipped

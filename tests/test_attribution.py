@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import attribution, replay
+from auditor.errors import NoiseError
+from auditor.noises import bf16, fp16, fp32_rounding, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.records import Kernel
+
+NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)
+
+
+def segment(
+    nodes: Sequence[onnx.NodeProto],
+    constants: Arrays,
+    kernels: Sequence[Kernel] = (),
+    kind: int = TensorProto.FLOAT,
+    opset: int = 17,
+) -> SegmentGraph:
+    graph = helper.make_graph(
+        nodes,
+        "s0",
+        [helper.make_tensor_value_info("x", kind, None)],
+        [onnx.ValueInfoProto(name=nodes[-1].output[0])],
+        [numpy_helper.from_array(v, n) for n, v in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return SegmentGraph(model, tuple(kernels))
+
+
+def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
+    names = [o.name for o in model.graph.output]
+    return dict(zip(names, replay.session(model, 1).run(names, feeds), strict=True))
+
+
+def explain(
+    of: SegmentGraph, x: Array, observed: Arrays, **options: Any
+) -> attribution.Explanation:
+    noises = options.pop("noises", NOISES)
+    replayed = run(of.model, {"x": x})
+    return attribution.explain(of, {"x": x}, observed, replayed, noises, **options)
+
+
+def r(values: Array) -> Array:
+    return values.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+@pytest.fixture
+def dense() -> tuple[SegmentGraph, Array, Array]:
+    generator = np.random.default_rng(5)
+    x = generator.standard_normal((8, 96)).astype(np.float32)
+    w = generator.standard_normal((96, 64)).astype(np.float32) / 10
+    return segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}), x, w
+
+
+def test_exact_replay_leaves_nothing_to_explain(dense: Any) -> None:
+    of, x, _ = dense
+    found = explain(of, x, run(of.model, {"x": x}))
+    assert (found.noise, found.hypotheses, found.bit_identical) == (None, (), 1.0)
+
+
+@pytest.mark.parametrize("precision", ["", "f32", "bf16"])
+def test_a_scaled_weight_stays_unexplained(dense: Any, precision: str) -> None:
+    of, x, w = dense
+    kernels = (Kernel("k", "FullyConnected", ("y",), ("y",), "", precision, precision),)
+    of = SegmentGraph(of.model, kernels)
+    exact = r if precision == "bf16" else np.asarray
+    planted = exact((exact(x).astype(np.float64) @ exact(w * np.float32(1.01))).astype(np.float32))
+    found = explain(of, x, {"y": planted}, thorough=True)
+    assert found.noise is None and found.residual == 1.0 and found.explained == 0.0
+    assert all(h.explained < 0.5 for h in found.hypotheses)
+    assert {h.noise for h in found.hypotheses} == {
+        "precision.bf16",
+        "precision.fp16",
+        "precision.tf32",
+    }
+    np.testing.assert_array_equal(found.outputs["y"], run(of.model, {"x": x})["y"])
+
+
+def test_what_the_engine_says_is_no_substitute_for_an_experiment(dense: Any) -> None:
+    of, x, w = dense
+    says_fp16 = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f16", "f16"),)
+    planted = r((r(x).astype(np.float64) @ r(w)).astype(np.float32))
+    found = explain(SegmentGraph(of.model, says_fp16), x, {"y": planted})
+    assert found.noise == "precision.bf16" and found.explained > 0.999
+
+
+def test_the_first_hypothesis_is_enough_where_it_is_right(dense: Any) -> None:
+    of, x, w = dense
+    says = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16"),)
+    planted = {"y": r((r(x).astype(np.float64) @ r(w)).astype(np.float32))}
+    of = SegmentGraph(of.model, says)
+    assert len(explain(of, x, planted).hypotheses) == 1
+    rivals = {h.noise for h in explain(of, x, planted, thorough=True).hypotheses}
+    assert rivals == {"precision.bf16", "precision.fp16", "precision.tf32"}
+
+
+def test_winners_are_tried_first_on_segments_with_the_same_operators(dense: Any) -> None:
+    of, x, w = dense
+    planted = {"y": (r(x).astype(np.float64) @ r(w)).astype(np.float32)}
+    prior: attribution.Prior = {}
+    first = explain(of, x, planted, prior=prior)
+    second = explain(of, x, planted, prior=prior)
+    assert first.variant == second.variant and first.explained == second.explained > 0.999
+    assert len(first.hypotheses) > len(second.hypotheses) == 1
+
+
+def test_two_causes_together(dense: Any) -> None:
+    """Weights stored in fp16, then everything else in bf16: neither alone is enough."""
+    x, w = dense[1], dense[2] * np.float32(2.0**-14)  # fp16 stores these as subnormals
+    of = segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w})
+    stored = w.astype(np.float16).astype(np.float32)
+    planted = r((r(x).astype(np.float64) @ r(stored)).astype(np.float32))
+    found = explain(of, x, {"y": planted})
+    assert found.noise is not None and found.explained > 0.99
+    assert found.variant is not None and ", and precision." in found.variant
+    single = [h for h in found.hypotheses if ", and " not in h.variant]
+    assert all(h.explained < attribution.NAMED for h in single)
+
+
+def test_non_finite_values_must_match_in_place() -> None:
+    of = segment([helper.make_node("Exp", ["x"], ["y"])], {})
+    x = np.linspace(-4, 11.5, 200, dtype=np.float32)[None]
+    with np.errstate(over="ignore"):
+        half = np.exp(x.astype(np.float16).astype(np.float64)).astype(np.float16)
+    assert np.isinf(half).any()
+    found = explain(of, x, {"y": half.astype(np.float32)})
+    assert found.noise == "precision.fp16" and found.explained > 0.99
+    moved = np.roll(half.astype(np.float32), -20)
+    assert explain(of, x, {"y": moved}).noise is None
+    assert all(np.isfinite(h.explained) for h in found.hypotheses)
+
+
+def test_a_tensor_of_another_shape_is_unexplained_not_an_error(dense: Any) -> None:
+    of, x, _ = dense
+    found = explain(of, x, {"y": np.zeros((8, 63), np.float32)})
+    assert found.noise is None and found.hypotheses == ()
+
+
+def test_float16_models_are_replayed_too() -> None:
+    x = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float16)
+    of = segment([helper.make_node("Exp", ["x"], ["y"])], {}, kind=TensorProto.FLOAT16)
+    found = explain(of, x, {"y": np.exp(x.astype(np.float32) * 1.01).astype(np.float16)})
+    assert found.noise is None and found.residual == 1.0
+
+
+def test_a_noise_that_cannot_be_replayed_is_reported(dense: Any) -> None:
+    class Broken:
+        id = "precision.broken"
+
+        def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+            return False
+
+        def variants(self, of: SegmentGraph) -> Any:
+            raise NoiseError("this segment has no such operator")
+
+    of, x, w = dense
+    planted = {"y": run(of.model, {"x": x})["y"] * np.float32(1.1)}
+    found = explain(of, x, planted, noises=(Broken(), tf32.NOISE))
+    assert any("no such operator" in f for f in found.failures)
+    assert {h.noise for h in found.hypotheses} == {"precision.tf32"}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_pytorch_in_low_precision(half: bool) -> None:
+    """A real runtime: PyTorch's own bf16 and fp16 kernels, layer by layer."""
+    torch = pytest.importorskip("torch", reason="needs the [torch] extra")
+    functional = torch.nn.functional
+    kind = torch.float16 if half else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, generator=generator)
+
+    x, w, b, u, g, s = (
+        random(1, 8, 12, 12),
+        random(16, 8, 3, 3),
+        random(16),
+        random(10, 10),
+        random(10),
+        random(10),
+    )
+    low = [t.to(kind) for t in (x, w, b, u, g, s)]
+    cases = [
+        (
+            [helper.make_node("Conv", ["x", "w", "b"], ["y"])],
+            functional.conv2d(low[0], low[1], low[2]),
+        ),
+        (
+            [helper.make_node("LayerNormalization", ["x", "g", "s"], ["y"])],
+            functional.layer_norm(low[0][..., :10], (10,), low[4], low[5]),
+        ),
+        (
+            [helper.make_node("MatMul", ["x", "u"], ["h"]), helper.make_node("Tanh", ["h"], ["y"])],
+            torch.tanh(low[0][..., :10] @ low[3]),
+        ),
+    ]
+    constants = {"w": w, "b": b, "u": u, "g": g, "s": s}
+    for nodes, observed in cases:
+        used = {n: constants[n].numpy() for node in nodes for n in node.input if n in constants}
+        feed = x if nodes[0].op_type == "Conv" else x[..., :10]
+        values = observed.float().numpy()
+        found = explain(
+            segment(nodes, used), np.ascontiguousarray(feed), {"y": values}, thorough=True
+        )
+        assert found.noise == ("precision.fp16" if half else "precision.bf16"), nodes[0].op_type
+        assert found.explained > 0.99 and found.bit_identical > 0.98
+        wrong = [h for h in found.hypotheses if h.noise != found.noise]
+        assert all(h.explained < attribution.NAMED for h in wrong)
+
+
+def openvino_conv(tmp_path: Path, options: dict[str, str], compress: bool) -> Any:
+    """A small convolution run by OpenVINO: the segment, its input, the output, the precision."""
+    openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
+    generator = np.random.default_rng(2)
+    x = r(generator.standard_normal((1, 16, 20, 20)))
+    w = generator.standard_normal((32, 16, 3, 3)).astype(np.float32)
+    b = generator.standard_normal(32).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="c"),
+        helper.make_node("Relu", ["c"], ["y"], name="y"),
+    ]
+    of = segment(nodes, {"w": w, "b": b})
+    of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
+    core = openvino.Core()
+    model = core.read_model(of.model.SerializeToString())
+    if compress:
+        openvino.save_model(model, tmp_path / "m.xml", compress_to_fp16=True)
+        model = core.read_model(tmp_path / "m.xml")
+    compiled = core.compile_model(model, "CPU", options)
+    (conv,) = (
+        info
+        for op in compiled.get_runtime_model().get_ops()
+        if (info := op.get_rt_info())["layerType"].astype(str) == "Convolution"
+    )
+    precision = conv["runtimePrecision"].astype(str)
+    output = conv["outputPrecisions"].astype(str)
+    kernel = Kernel("c", "Convolution", ("c", "y"), ("y",), "", precision, output)
+    observed = {"y": next(iter(compiled({"x": x}).values()))}
+    return SegmentGraph(of.model, (kernel,)), x, observed, precision
+
+
+def test_openvino_model_saved_in_half_precision(tmp_path: Path) -> None:
+    """``save_model`` compresses weights to fp16 unless told not to."""
+    of, x, observed, _ = openvino_conv(tmp_path, {"INFERENCE_PRECISION_HINT": "f32"}, True)
+    found = explain(of, x, observed, thorough=True)
+    assert found.noise == "precision.fp16" and found.explained > 0.999
+
+
+@pytest.mark.parametrize(("hint", "id_"), [("bf16", "precision.bf16"), ("f16", "precision.fp16")])
+def test_openvino_in_low_precision(tmp_path: Path, hint: str, id_: str) -> None:
+    of, x, observed, precision = openvino_conv(tmp_path, {"INFERENCE_PRECISION_HINT": hint}, False)
+    if precision != hint:
+        pytest.skip(f"this processor has no {hint}: OpenVINO runs {precision}")
+    found = explain(of, x, observed, thorough=True)
+    assert found.noise == id_ and found.explained > 0.99
+    assert all(h.explained <= 0.5 for h in found.hypotheses if h.noise != id_)
