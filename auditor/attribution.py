@@ -176,14 +176,14 @@ def explain(
         noises,
         key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
     )
-    for rank, noise in enumerate(ordered):
-        settled = bench.best is not None and bench.best.hypothesis.explained >= NAMED
-        if settled and not thorough:
+    for noise in ordered:
+        if bench.done and not thorough:
             break
+        settled = bench.best is not None and bench.best.hypothesis.explained >= NAMED
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
         for variant in _variants(bench, noise, segment, expected):
             bench.test(noise.id, variant)
-            if bench.done or (settled and rank > 0):
+            if bench.done or settled:
                 break
     if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < NAMED:
         _combine(bench, ordered)
@@ -250,19 +250,27 @@ def _combine(bench: _Bench, noises: Sequence[Noise]) -> None:
 
 
 def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
-    """The best hypothesis, when it explains enough and clearly more than every other noise."""
+    """The best hypothesis, when it explains enough and clearly more than every other noise.
+
+    Two causes can fit alike: what the engine says of itself decides, two that give the very same
+    bits are one for this purpose, and otherwise none is named.
+    """
     best = bench.best
     if best is None or best.hypothesis.explained < NAMED:
         return None
-    says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
     rivals = [
         t
         for t in bench.tested
         if t.hypothesis.noise != best.hypothesis.noise
         and t.hypothesis.explained >= NAMED
-        and 1 - t.hypothesis.explained < CLEARLY * (1 - best.hypothesis.explained)
+        and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
-    return max((best, *rivals), key=lambda t: (t.hypothesis.noise in says, *_merit(t)))
+    says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
+    spoken = [t for t in (best, *rivals) if t.hypothesis.noise in says]
+    if spoken:
+        return max(spoken, key=_merit)
+    same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
+    return best if same else None
 
 
 def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:

@@ -477,4 +477,5 @@ def _screen() -> tuple[int | None, bool]:
         width: int | None = shutil.get_terminal_size().columns
     else:
         width = None
-    return width, terminal and "NO_COLOR" not in os.environ
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return width, terminal and not plain

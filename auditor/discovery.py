@@ -6,9 +6,10 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from auditor.errors import UsageError
 
@@ -40,13 +41,31 @@ def renderers() -> dict[str, Renderer]:
     return {renderer.name: renderer for renderer in found}
 
 
-def noises() -> tuple[Noise, ...]:
-    """All noises, ordered by id."""
-    found: list[Noise] = [
-        importlib.import_module(f"auditor.noises.{module}").NOISE
-        for module in _modules("auditor.noises")
-    ]
-    return tuple(sorted(found, key=lambda noise: noise.id))
+class _Noises(Sequence["Noise"]):
+    """All noises, imported when first looked at: they need onnx, which takes 0.3 s to import."""
+
+    @cached_property
+    def _found(self) -> tuple[Noise, ...]:
+        found: list[Noise] = [
+            importlib.import_module(f"auditor.noises.{module}").NOISE
+            for module in _modules("auditor.noises")
+        ]
+        return tuple(sorted(found, key=lambda noise: noise.id))
+
+    @overload
+    def __getitem__(self, index: int) -> Noise: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Noise]: ...
+    def __getitem__(self, index: int | slice) -> Noise | Sequence[Noise]:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def noises() -> Sequence[Noise]:
+    """All noises, ordered by id; their modules are imported when the sequence is first used."""
+    return _Noises()
 
 
 def require(name: str, known: Iterable[str], what: str, whats: str) -> None:

@@ -150,7 +150,7 @@ def resolve_shapes(
     """Fix every dimension of every input.
 
     A dimension is what the model declares, else what ``given`` says, else what ``recorded``
-    has, else a default; a symbol has one value in the whole model.
+    has, else a default; defaults give a symbol one value in the whole model.
 
     Args:
         model: the model whose inputs are to be fed.
@@ -158,10 +158,10 @@ def resolve_shapes(
         recorded: shapes of one recorded sample, by input.
 
     Returns:
-        The shape of every input, and a sentence per default chosen.
+        The shape of every input, and a sentence per default chosen or oddity met.
 
     Raises:
-        UsageError: an unknown input, or a shape that contradicts the model or another one.
+        UsageError: an unknown input, or a shape that contradicts the model or the recorded one.
     """
     names = [spec.name for spec in model.inputs]
     for name in given:
@@ -172,18 +172,18 @@ def resolve_shapes(
             )
     symbols: dict[str, int] = {}
     known: dict[str, Shape] = {}
+    notes: list[str] = []
     for origin, shapes in (("--shape", given), ("the data", recorded)):
         for spec in model.inputs:
             if spec.name in shapes:
                 shape = tuple(shapes[spec.name])
-                _bind(spec, shape, symbols, origin)
+                _bind(spec, shape, symbols, origin, notes)
                 if known.setdefault(spec.name, shape) != shape:
                     raise UsageError(
                         f"input `{spec.name}` is {shown(known[spec.name])} in --shape but "
                         f"{shown(shape)} in the data",
                         "Drop --shape: recorded data already fix the shape.",
                     )
-    notes: list[str] = []
     resolved = {
         spec.name: known.get(spec.name) or _default_shape(spec, symbols, notes)
         for spec in model.inputs
@@ -420,10 +420,10 @@ def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    # Some exporters write 0 or -1 for "not known".
+    # For "not known" some exporters write 0 or -1, or the name "?" (paddle2onnx) everywhere.
     if dimension.HasField("dim_value") and dimension.dim_value > 0:
         return int(dimension.dim_value)
-    return str(dimension.dim_param) or None
+    return None if dimension.dim_param in ("", "?", "-1", "None") else str(dimension.dim_param)
 
 
 def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[str, ...]:
@@ -450,7 +450,9 @@ def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
 # --- shapes ------------------------------------------------------------------------------------
 
 
-def _bind(spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str) -> None:
+def _bind(
+    spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str, notes: list[str]
+) -> None:
     """Check a shape against the declaration and note what it makes each symbol."""
     declared = spec.shape
     if len(shape) != len(declared):
@@ -466,10 +468,10 @@ def _bind(spec: TensorSpec, shape: Shape, symbols: dict[str, int], origin: str) 
                 "Only symbolic dimensions can be chosen.",
             )
         if isinstance(wanted, str) and symbols.setdefault(wanted, got) != got:
-            raise UsageError(
-                f"{origin} makes dimension `{wanted}` of input `{spec.name}` {got}, but another "
-                f"input has it at {symbols[wanted]}",
-                "One symbol has one value in the whole model.",
+            # Engines do not mind, and some exporters give unrelated dimensions one name.
+            notes.append(
+                f"input `{spec.name}`: dimension `{wanted}` is {got} here and "
+                f"{symbols[wanted]} elsewhere, though one name should mean one size"
             )
 
 

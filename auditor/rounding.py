@@ -10,9 +10,9 @@ matrix units accumulate in FP32 (Intel SDM, TDPBF16PS; NVIDIA PTX ISA, mma).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 from onnx import TensorProto, helper
@@ -43,6 +43,10 @@ _MOVES = {
 _KEEP = _MOVES | {"Relu", "MaxPool"}
 # Operators whose constant inputs describe a shape, a table or a limit rather than a factor.
 _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
+# How engines write the formats in which a kernel's tensors can be narrower than float32.
+_NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
+# Unsqueeze takes its axes as an input from here on.
+_SCAN_OPSET = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
@@ -184,7 +188,7 @@ class _Layout:
                 self.readers.setdefault(name, []).append(index)
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
         self.reports = any(k.precision for k in self.kernels)
-        self.reduced = any(k.precision not in ("", "f32") for k in self.kernels)
+        self.reduced = any(k.precision in _NARROW for k in self.kernels)
 
     def groups(self, scope: Scope) -> list[_Group]:
         """The group of every node, by node index."""
@@ -361,14 +365,14 @@ class _Surgery:
         """Whether a kernel reads this format; all do where the engine states no narrow one."""
         if self.sites.scope != "kernel" or not self.at.reduced:
             return True
-        return group.kernel is not None and group.kernel.precision not in ("", "f32")
+        return group.kernel is not None and group.kernel.precision in _NARROW
 
     def _writes(self, group: _Group) -> bool:
         if self.sites.scope != "kernel" or not self.at.reduced:
             return True
         if group.kernel is None:
             return False
-        return (group.kernel.output_precision or group.kernel.precision) not in ("", "f32")
+        return (group.kernel.output_precision or group.kernel.precision) in _NARROW
 
     # --- what fusion does to the arithmetic ------------------------------------------------------
 
@@ -469,7 +473,7 @@ class _Surgery:
             return
         keys = product.input[1]
         entered = self._round(keys) if not self._inside(keys, group) else self.raw.get(keys, keys)
-        product.input[1] = self._new(node.op_type, entered, other[0], constant=False)
+        product.input[1] = self._new(node.op_type, entered, other[0])
         product.output[0] = node.output[0]
         self.replaced.add(index)
 
@@ -513,6 +517,7 @@ class _Surgery:
         if half and self.to.cast != TensorProto.FLOAT16:
             return
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        reduced: Callable[..., tuple[str, str]]
         if node.op_type == "Conv" and shape is not None:
             reduced = self._convolve
         elif node.op_type == "MatMul" or (
@@ -532,11 +537,21 @@ class _Surgery:
         node.CopyFrom(final)
 
     def _multiply(
-        self, a: str, b: str, _: tuple[int, ...], options: dict[str, Any]
+        self, a: str, b: str, shape: tuple[int, ...], options: dict[str, Any]
     ) -> tuple[str, str]:
+        """A matrix product with its leading axes made one."""
         a = self._new("Transpose", a) if options.get("transA") else a
         b = self._new("Transpose", b) if options.get("transB") else b
-        return self._scan(a, b, self._new("MatMul", a, b)), ""
+        like = self._new("MatMul", a, b)
+        matrices = [self._matrices(tensor) for tensor in (a, b, like)]
+        total = self._scan(*matrices, rank=3)
+        return self._new("Reshape", total, self._new("Shape", like)), ""
+
+    def _matrices(self, tensor: str) -> str:
+        matrix = self._new("Gather", self._new("Shape", tensor), self._integers([-2, -1]))
+        return self._new(
+            "Reshape", tensor, self._new("Concat", self._integers([-1]), matrix, axis=0)
+        )
 
     def _convolve(
         self, x: str, w: str, shape: tuple[int, ...], options: dict[str, Any]
@@ -546,7 +561,12 @@ class _Surgery:
         filters, channels, *size = shape
         taps = math.prod(size)
         columns = [groups, channels * taps]
-        one_hot = [float(i == t) for _ in range(groups * channels) for t in range(taps) for i in range(taps)]
+        one_hot = [
+            float(i == t)
+            for _ in range(groups * channels)
+            for t in range(taps)
+            for i in range(taps)
+        ]
         picker = self._initializer(
             f"{self.mark}{w}/taps", TensorProto.FLOAT, (math.prod(columns), 1, *size), one_hot
         )
@@ -556,26 +576,46 @@ class _Surgery:
             self._new("Reshape", w, self._integers([1, groups, filters // groups, columns[1]])),
             self._new("Reshape", patches, self._integers([0, *columns, -1])),
             self._new("Reshape", like, self._integers([0, groups, filters // groups, -1])),
+            rank=4,
         )
         across = self._integers([-1, *(1 for _ in size)])
         return self._new("Reshape", total, self._new("Shape", like)), across
 
-    def _scan(self, a: str, b: str, like: str) -> str:
+    def _scan(self, a: str, b: str, like: str, *, rank: int) -> str:
         """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""
-        body = _Body(self)
-        product = body.node("Mul", body.node("Unsqueeze", "a", "last"), body.node("Unsqueeze", "b", "second"))
-        body.round(body.node("Add", "sum", body.round(product)), "total")
         zeros = self._new("ConstantOfShape", self._new("Shape", like))
         return self._new(
-            "Scan", zeros, a, b, body=body.graph(), num_scan_inputs=2, scan_input_axes=[-1, -2]
+            "Scan", zeros, a, b, body=self._step(rank), num_scan_inputs=2, scan_input_axes=[-1, -2]
         )
 
-    def _new(self, op_type: str, *inputs: str, constant: bool = False, **attributes: Any) -> str:
+    def _step(self, rank: int) -> onnx.GraphProto:
+        """One step of the loop: sum ← round(sum + round(a ⊗ b))."""
+        nodes = [
+            helper.make_node("Unsqueeze", ["a", "last"], ["a1"]),
+            helper.make_node("Unsqueeze", ["b", "second"], ["b1"]),
+            helper.make_node("Mul", ["a1", "b1"], ["exact"]),
+            *self._rounding("exact", "product"),
+            helper.make_node("Add", ["sum", "product"], ["wide"]),
+            *self._rounding("wide", "total"),
+        ]
+
+        def value(name: str, dims: int) -> onnx.ValueInfoProto:
+            shape = [f"{name}{i}" for i in range(dims)]
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+        axes = [
+            helper.make_tensor(name, TensorProto.INT64, (1,), (axis,))
+            for name, axis in (("last", -1), ("second", -2))
+        ]
+        inputs = [value("sum", rank), value("a", rank - 1), value("b", rank - 1)]
+        return helper.make_graph(nodes, "step", inputs, [value("total", rank)], axes)
+
+    def _new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Emit an FP32 node of the surgery's own and return its output."""
         output = f"{self.mark}{inputs[0]}/{op_type}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
         self.floats.add(output)
-        if constant:
+        if all(name in self.constants for name in inputs):
             self.constants[output] = None
         return output
 
@@ -591,6 +631,7 @@ class _Surgery:
     ) -> str:
         if all(t.name != name for t in self.initializers):
             self.initializers.append(helper.make_tensor(name, kind, shape, values))
+            self.constants[name] = tuple(shape)
         return name
 
     # --- rounding ------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ def _recorded(
     for column in columns:
         notes += _check_type(column)
     available = _common_count(columns)
-    resolved, _ = resolve_shapes(model, shapes, {c.spec.name: c.shape for c in columns})
+    resolved, oddities = resolve_shapes(model, shapes, {c.spec.name: c.shape for c in columns})
+    notes += oddities
     if samples is None:
         used = min(available, _DEFAULT_RECORDED)
         if used < available:

@@ -161,12 +161,17 @@ class _Program:
             for kernel in self.reach(results)
         )
 
-    def reads(self, candidate: _Candidate, results: Iterable[str]) -> bool:
-        """Whether a probe shows what a kernel on the way to ``results`` wrote.
+    def aside(
+        self, candidates: Iterable[_Candidate], results: Iterable[str]
+    ) -> frozenset[_Candidate]:
+        """The probes that show nothing a kernel on the way to ``results`` wrote.
 
-        It does not when the engine computes the probe's tensor for the probe alone.
+        The engine computes the tensors of these for the probe alone.
         """
         useful = {kernel.name for kernel in self.reach(results)}
+        return frozenset(c for c in candidates if not self._reads(c, useful))
+
+    def _reads(self, candidate: _Candidate, useful: Collection[str]) -> bool:
         todo = [self._by_friendly_name[candidate.probe]]
         while todo:
             for node in (self.nodes[name] for name in self.nodes[todo.pop()].parents):
@@ -226,6 +231,7 @@ class _Candidate:
 
     Attributes:
         port: where its value is in the model.
+        element: element type that the model declares.
         precision: element type in which the program holds it.
         maker: operation by which its kernel is found.
         path: operations between the kernel's output and ``port``.
@@ -234,6 +240,7 @@ class _Candidate:
 
     tensor: str
     port: _Port
+    element: str
     precision: str
     maker: int
     path: tuple[int, ...]
@@ -290,6 +297,20 @@ class _Source:
             later = [keys[n] for port in self._ops[number].outputs() for n in self._readers(port)]
             keys[number] = tuple(dict.fromkeys(named)) or next((k for k in later if k), ())
         return keys
+
+    def needs(self, port: _Port, stops: Collection[_Port]) -> set[_Port]:
+        """The ports among ``stops`` that the operation at ``port`` is computed from."""
+        found = set[_Port]()
+        seen = {port[0]}
+        todo = [port[0]]
+        while todo:
+            for source in self.inputs(todo.pop()):
+                if source in stops:
+                    found.add(source)
+                elif source[0] not in seen:
+                    seen.add(source[0])
+                    todo.append(source[0])
+        return found
 
     @cached_property
     def _varying(self) -> set[int]:
@@ -457,7 +478,7 @@ def _candidates(
                 continue
             dequantised = bool(path) and source.element_type(made) != element
             held = element if dequantised else precision
-            candidate = _Candidate(tensor, port, held, made[0], path, dequantised)
+            candidate = _Candidate(tensor, port, element, held, made[0], path, dequantised)
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 
@@ -535,67 +556,34 @@ class _CutOut:
     targets: tuple[_Candidate, ...]
 
     def run(self, known: Mapping[str, Array], wanted: Collection[_Candidate]) -> Arrays:
-        """Values of the targets ``wanted``, by tensor name.
-
-        Targets may read one another's values: repeated until these are settled, which takes as
-        many rounds as the longest chain of them.
-        """
-        chained = [c for c in self.targets if c.tensor in self.feeds and c.tensor not in known]
-        values: Arrays = {}
-        for _ in chained:
-            fresh = self._infer({**known, **values}, chained)
-            settled = values and all(_same_bits(fresh[n], values[n]) for n in fresh)
-            values = fresh
-            if settled:
-                break
-        return self._infer({**known, **values}, wanted)
-
-    def _infer(self, known: Mapping[str, Array], wanted: Collection[_Candidate]) -> Arrays:
+        """Values of the targets ``wanted``, by tensor name."""
         feeds = [
-            known[name] if name in known else _zeros(port)
+            _held(known[name], port)
             for name, port in zip(self.feeds, self.session.inputs, strict=True)
         ]
         indices = [i for i, c in enumerate(self.targets) if c in wanted]
+        shown = [self.targets[i] for i in indices]
         values = self.session.infer(feeds, indices)
-        return {self.targets[i].tensor: _float(v) for i, v in zip(indices, values, strict=True)}
+        return {c.tensor: _shown(v, c) for c, v in zip(shown, values, strict=True)}
 
 
-def _zeros(port: Any) -> Array:
-    return np.zeros(
-        tuple(port.get_partial_shape().get_min_shape()), port.get_element_type().to_dtype()
-    )
+_Cut = tuple[_CutOut, tuple[_Candidate, ...]]  # and the targets to take from it
 
 
-def _float(value: Array) -> Array:
-    return value.astype(np.float32) if value.dtype == np.float16 else value
+def _held(value: Array, port: Any) -> Array:
+    """A known value in the type that a parameter takes; bfloat16 stays the bits it is."""
+    if port.get_element_type().get_type_name() == "bf16":
+        return value
+    return value.astype(port.get_element_type().to_dtype(), copy=False)
+
+
+def _shown(value: Array, candidate: _Candidate) -> Array:
+    """A probe's value in the model's own type; bfloat16 has none in numpy and stays float32."""
+    own = {"f16": np.float16, "f32": np.float32, "bf16": np.float32, "f64": np.float64}
+    return value.astype(own.get(candidate.element, value.dtype), copy=False)
 
 
 # --- build and instrumentation -------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Instrumented:
-    """The program with probes; see ``auditor.ports.Instrumented``."""
-
-    probes: tuple[Probe, ...]
-    skipped: tuple[Skipped, ...]
-    program_unchanged: bool
-    compilations: int
-    _build: _Build
-    rebuilt: bool
-    _trial: _Trial
-    _cuts: tuple[tuple[_CutOut, tuple[_Candidate, ...]], ...]
-
-    def run(self, feeds: Mapping[str, Array]) -> Capture:
-        """Run the instrumented program, then the kernels compiled apart on what it captured.
-
-        Raises:
-            BackendError: the engine failed.
-        """
-        outputs, tensors = self._build.capture(self._trial.session, self._trial.probes, feeds)
-        for cut, accepted in self._cuts:
-            tensors |= cut.run({**feeds, **outputs, **tensors}, accepted)
-        return Capture(outputs, {p.tensor: tensors[p.tensor] for p in self.probes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -613,6 +601,35 @@ class _Trial:
     suspects: frozenset[int] = frozenset()
     proved: bool = False
     aside: frozenset[_Candidate] = frozenset()
+
+
+@dataclass(slots=True)
+class _Instrumented:
+    """The program with probes; see ``auditor.ports.Instrumented``.
+
+    Attributes:
+        compilations: how many it took.
+    """
+
+    probes: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    program_unchanged: bool
+    compilations: int
+    _build: _Build
+    rebuilt: bool
+    _trial: _Trial
+    _cuts: tuple[_Cut, ...]
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """Run the instrumented program, then the kernels compiled apart on what it captured.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        outputs, tensors = self._build.capture(self._trial.session, self._trial.probes, feeds)
+        for cut, wanted in self._cuts:
+            tensors |= cut.run({**feeds, **outputs, **tensors}, wanted)
+        return Capture(outputs, {p.tensor: tensors[p.tensor] for p in self.probes})
 
 
 @dataclass(slots=True)
@@ -648,7 +665,7 @@ class _Build:
         values = session.infer([feeds[n] for n in self._inputs], range(results + len(probes)))
         return (
             {name: values[index] for name, index in self._outputs},
-            {c.tensor: _float(v) for c, v in zip(probes, values[results:], strict=True)},
+            {c.tensor: _shown(v, c) for c, v in zip(probes, values[results:], strict=True)},
         )
 
     def instrument(self, feeds: Mapping[str, Array]) -> _Instrumented:
@@ -663,8 +680,7 @@ class _Build:
         observed = [c for c in trial.probes if c not in trial.aside]
         missing = [c for c in self._candidates if c not in trial.probes]
         known = {**feeds, **outputs, **{c.tensor: tensors[c.tensor] for c in observed}}
-        cuts = self._apart(missing, observed, known) if observed else ()
-        found = [c for _, accepted in cuts for c in accepted]
+        cuts, found = self._apart(missing, observed, known) if observed else ([], set())
         reasons = {c: "the engine would compute it for the probe alone" for c in trial.aside}
         reasons |= {
             c: "observing it would change the program, and its kernel could not be run apart"
@@ -674,7 +690,7 @@ class _Build:
         return _Instrumented(
             probes=(
                 *(Probe(c.tensor) for c in observed),
-                *(Probe(c.tensor, "cone-proved") for c in found),
+                *(Probe(c.tensor, "cone-proved") for c in missing if c in found),
             ),
             skipped=(*self._skipped, *(Skipped(c.tensor, why) for c, why in reasons.items())),
             program_unchanged=bool(trial.probes) or not self._candidates,
@@ -682,7 +698,7 @@ class _Build:
             rebuilt=trial.session is not self._session,
             _build=self,
             _trial=trial,
-            _cuts=cuts,
+            _cuts=tuple(cuts),
         )
 
     # --- probes in the whole program ---
@@ -755,7 +771,7 @@ class _Build:
             session,
             tuple(probes),
             proved=all(_same_bits(outputs[name], plain[name]) for name in plain),
-            aside=frozenset(c for c in probes if not program.reads(c, results)),
+            aside=program.aside(probes, results),
         )
 
     # --- probes on kernels compiled apart ---
@@ -765,32 +781,32 @@ class _Build:
         missing: Sequence[_Candidate],
         observed: Sequence[_Candidate],
         known: Mapping[str, Array],
-    ) -> tuple[tuple[_CutOut, tuple[_Candidate, ...]], ...]:
+    ) -> tuple[list[_Cut], set[_Candidate]]:
         """Make ``missing`` outside the whole program: each kernel alone, else with its cone.
 
         Returns:
-            What was compiled, each with the candidates it proved to make.
+            What to run, in order, and the candidates whose values it is proved to give.
         """
         # A kernel apart does not write 8 bits: nothing after it asks for them.
         missing = [c for c in missing if not c.dequantised]
         if not missing:
-            return ()
-        cut, found = self._alone(missing, observed, known)
-        made = [(cut, found)] if found else []
+            return [], set()
+        cuts, found = self._alone(missing, observed, known)
         refused = 0
         for candidate in [c for c in missing if c not in found][:_CONES]:
             if (cone := self._cone(candidate, observed, known)) is not None:
-                made.append((cone, (candidate,)))
+                cuts.append((cone, (candidate,)))
+                found.add(candidate)
             elif (refused := refused + 1) == _REFUSALS:
                 break
-        return tuple(made)
+        return cuts, found
 
     def _alone(
         self,
         missing: Sequence[_Candidate],
         observed: Sequence[_Candidate],
         known: Mapping[str, Array],
-    ) -> tuple[_CutOut, tuple[_Candidate, ...]]:
+    ) -> tuple[list[_Cut], set[_Candidate]]:
         """Compile the kernels that make ``missing``, each fed with captured values.
 
         A tensor is accepted when its kernel is the plain program's, and what reads it makes
@@ -799,9 +815,16 @@ class _Build:
         stops = {c.port: c.tensor for c in (*missing, *observed)}
         stops |= {port: name for port, name in self._source.tensors.items() if name in known}
         plain = {kernel.key for kernel in self._program.kernels()}
-        cut = self._cut_out(missing, stops)
-        faithful = [c for c in missing if all(k.key in plain for k in cut.program.reach([c.probe]))]
-        values = cut.run(known, faithful)
+        cuts: list[_Cut] = []
+        values: Arrays = {}
+        faithful: list[_Candidate] = []
+        for level in self._levels(missing, stops):
+            cut = self._cut_out(level, stops)
+            values |= cut.run({**known, **values}, level)
+            cuts.append((cut, tuple(level)))
+            faithful += [
+                c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
+            ]
         readers = {c: self._readers(c) for c in faithful}
         # One reader each is proof enough; one that sums over its input is the worst, because
         # its own rounding depends on the layout it is given.
@@ -814,10 +837,21 @@ class _Build:
             witnesses += sorted(able, key=lambda c: (c.maker in lossy, c.port))[:1]
         unique = tuple(dict.fromkeys(witnesses))
         proved = {c.maker for c in self._witnessed(unique, stops, {**known, **values})}
-        for candidate in sorted(faithful, key=lambda c: c.port, reverse=True):
+        for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
             if readers[candidate] & proved:
                 proved.add(candidate.maker)
-        return cut, tuple(c for c in faithful if c.maker in proved)
+        return cuts, {c for c in readers if c.maker in proved}
+
+    def _levels(
+        self, missing: Sequence[_Candidate], stops: Mapping[_Port, str]
+    ) -> Iterator[list[_Candidate]]:
+        """``missing`` in groups, each of which reads tensors of earlier groups only."""
+        waiting = {c: self._source.needs(c.port, stops) for c in missing}
+        while waiting:
+            ports = {c.port for c in waiting}
+            level = [c for c, needs in waiting.items() if not needs & ports]
+            yield level
+            waiting = {c: needs for c, needs in waiting.items() if c not in level}
 
     def _witnessed(
         self,

@@ -304,6 +304,7 @@ def _logger() -> Any:
 
         def reset(self) -> None:
             self.layers = ""
+            self.parsing = ""  # the node being parsed, "KEY [Operator]"
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -311,6 +312,8 @@ def _logger() -> Any:
                 self.errors.append(message)
             elif message.startswith("Layers:"):
                 self.layers = message
+            elif message.startswith("Parsing node: "):
+                self.parsing = message.removeprefix("Parsing node: ")
 
     return Log()
 
@@ -528,7 +531,7 @@ class _Compiler:
         parser = trt.OnnxParser(network, log)
         # The path tells where external weights lie; the file itself is not read again.
         if not parser.parse(self.model.SerializeToString(), str(request.model_path.resolve())):
-            raise self._refused(parser)
+            raise self._refused(parser, log.parsing)
         if observed and not network.mark_unfused_tensors_as_debug_tensors():
             raise BackendError("TensorRT cannot observe this network", stage="instrument")
         config = self._configure(trt, builder.create_builder_config())
@@ -590,12 +593,15 @@ class _Compiler:
         config.set_timing_cache(timings, ignore_mismatch=False)
         return timings
 
-    def _refused(self, parser: Any) -> BackendError:
-        """Every node that the parser cannot convert, with its reason."""
+    def _refused(self, parser: Any, last: str) -> BackendError:
+        """Every node that the parser cannot convert, with its reason.
+
+        An error may name no node: then it is the ``last`` one that the parser turned to.
+        """
         reasons: dict[str, str] = {}
         for error in (parser.get_error(i) for i in range(parser.num_errors)):
-            key = self.graph.resolve(error.node_name())
-            subject = self._label(key) if key else error.node_operator()
+            key = self.graph.resolve(error.node_name() or last.rsplit(" [", 1)[0])
+            subject = self._label(key) if key else error.node_operator() or "this model"
             reasons.setdefault(subject, _reason(error.desc()) or "unsupported operator")
         problems = [f"{subject}: {reason}" for subject, reason in reasons.items()]
         return _unsupported(bool(problems), problems or ["this model: no reason given"], ())

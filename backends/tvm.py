@@ -724,7 +724,7 @@ class _Build:
         return _Instrumented(self._program, self._plan)
 
 
-class _Tvm:
+class TVM:
     """TVM's Relax compiler for the host CPU, with LLVM."""
 
     title = _ENGINE
@@ -789,4 +789,4 @@ class _Tvm:
         return _Build(_Program(executable, imported.inputs, imported.outputs), plan, provenance)
 
 
-BACKEND = _Tvm()
+BACKEND = TVM()

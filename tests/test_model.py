@@ -269,8 +269,18 @@ class TestShapes:
         shapes, notes = models.resolve_shapes(model, {"b": (7, 5)}, {})
         assert shapes == {"a": (1, 7), "b": (7, 5)}
         assert notes == ("input `a`: dimension `n` set to 1",)
-        with pytest.raises(UsageError, match="`t`"):
-            models.resolve_shapes(model, {"a": (1, 3), "b": (7, 5)}, {})
+        shapes, notes = models.resolve_shapes(model, {"a": (1, 3), "b": (7, 5)}, {})
+        assert shapes == {"a": (1, 3), "b": (7, 5)}
+        assert notes == (
+            "input `b`: dimension `t` is 7 here and 3 elsewhere, though one name should mean "
+            "one size",
+        )
+
+    def test_placeholders_are_no_names(self, tmp_path: Path) -> None:
+        model = self.load(tmp_path, declared("x", "?", 3, "?", -1), declared("y", 0, "None"))
+        assert [spec.shape for spec in model.inputs] == [(None, 3, None, None), (None, None)]
+        recorded = {"x": (1, 3, 48, 192), "y": (2, 5)}
+        assert models.resolve_shapes(model, {}, recorded) == (recorded, ())
 
     def test_recorded_shapes_win_over_defaults_but_not_over_given_ones(
         self, tmp_path: Path

@@ -31,6 +31,15 @@ SITES = (
         outputs=True,
     ),
     Sites(
+        "operands, constants and results of each kernel in bf16, FP32 accumulation",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="all",
+        constants=True,
+        outputs=True,
+    ),
+    Sites(
         "operands, constants and result of every operator in bf16, FP32 accumulation",
         "operator",
         inputs=True,

@@ -52,6 +52,16 @@ SITES = (
         outputs=True,
     ),
     Sites("weights in fp16", "operator", weights=True, products=True),
+    Sites(
+        "operands, constants, running sums and result of every operator in fp16",
+        "operator",
+        inputs=True,
+        weights=True,
+        bias="all",
+        constants=True,
+        outputs=True,
+        sums=True,
+    ),
 )
 
 

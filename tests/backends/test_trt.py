@@ -297,6 +297,23 @@ def test_every_node_that_does_not_parse_is_named_with_its_reason(tmp_path):
         assert named in raised.value.message
 
 
+@needs_engine
+def test_a_node_that_the_parsers_error_leaves_out_is_named_too(tmp_path):
+    made = model(
+        [
+            helper.make_node("Relu", ["x"], ["r"]),
+            helper.make_node("ScatterElements", ["r", "at", "u"], ["s"], reduction="max"),
+            helper.make_node("Tanh", ["s"], ["t"]),
+        ],
+        [value("x", [4]), value("u", [2])],
+        [value("t", [4])],
+        at=np.array([0, 1]),
+    )
+    made.opset_import[0].version = 18
+    with pytest.raises(BackendError, match="ScatterElements `s`: Unsupported reduction"):
+        BACKEND.build(request(tmp_path, made))
+
+
 # --- options -----------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from onnx import helper
+import pytest
+from onnx import TensorProto, helper
 
 from auditor.noises import fp16
 from auditor.ports import Array
@@ -63,6 +64,53 @@ def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical == 1.0
     saturated = np.where(np.isinf(planted), np.float32(65504), planted)
     assert explain(segment, {"x": x}, {"y": saturated}).noise is None
+
+
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm", "Conv", "grouped Conv"])
+@pytest.mark.parametrize("typed", [np.float16, np.float32])
+def test_running_sums(
+    make_segment: Any, explain: Any, generator: np.random.Generator, kind: str, typed: Any
+) -> None:
+    """Every product and every partial sum is rounded, in order, as TVM does in float16."""
+    element = TensorProto.FLOAT16 if typed is np.float16 else TensorProto.FLOAT
+    b = r(generator.standard_normal(12))
+    if kind in ("MatMul", "Gemm"):
+        x, w = r(generator.standard_normal((9, 64))), r(generator.standard_normal((64, 12)) / 8)
+        total = np.zeros((9, 12), np.float32)
+        for k in range(64):
+            total = r(total + r(x[:, k, None] * w[None, k]))
+        planted = r(total + b) if kind == "Gemm" else total
+        node = helper.make_node(kind, ["x", "w", "b"] if kind == "Gemm" else ["x", "w"], ["y"])
+    else:
+        groups = 4 if kind == "grouped Conv" else 1
+        x = r(generator.standard_normal((2, 8, 7, 7)))
+        w = r(generator.standard_normal((12, 8 // groups, 3, 3)) / 6)
+        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        total = np.zeros((2, 12, 4, 4), np.float32)
+        for o in range(12):
+            first = o // (12 // groups) * (8 // groups)
+            for c, i, j in np.ndindex(w.shape[1:]):
+                seen = padded[:, first + c, i : i + 7 : 2, j : j + 7 : 2]
+                total[:, o] = r(total[:, o] + r(seen * w[o, c, i, j]))
+        planted = r(total + b[:, None, None])
+        node = helper.make_node(
+            "Conv", ["x", "w", "b"], ["y"], strides=[2, 2], pads=[1, 1, 1, 1], group=groups
+        )
+    constants = {"w": w.astype(typed), "b": b.astype(typed)}
+    segment = make_segment([node], constants, ["x"], ["y"], kind=element)
+    found = explain(segment, {"x": x.astype(typed)}, {"y": planted.astype(typed)})
+    assert found.noise == ID and "running sums" in found.variant
+    assert found.explained > 0.999 and found.bit_identical > 0.999
+
+
+def test_running_sums_are_not_tried_where_the_engine_reports_float32(make_segment: Any) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    stated = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f32", "f32"),)
+    constants = {"w": np.eye(3, dtype=np.float32)}
+    spoken = make_segment([node], constants, ["x"], ["y"], stated)
+    silent = make_segment([node], constants, ["x"], ["y"])
+    assert not any("sums" in v.name for v in fp16.NOISE.variants(spoken))
+    assert any("sums" in v.name for v in fp16.NOISE.variants(silent))
 
 
 def test_remedies_name_the_switch() -> None:
