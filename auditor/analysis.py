@@ -91,6 +91,7 @@ class Analysis:
         self._concentrated: dict[str, Concentration | None] = {}
         self._all_kernels: tuple[Kernel, ...] | None = None
         self._warnings: list[str] = []
+        self._gaps: dict[Gap, None] = {}  # in order, each once
 
     # --- measuring ---------------------------------------------------------------------------
 
@@ -108,7 +109,9 @@ class Analysis:
         self._run_to_run = max(self._run_to_run, trace.run_to_run)
         self._rebuild = max(self._rebuild, trace.difference)
         for name, value in expected.items():
-            if name in captured:
+            if name not in captured:
+                self._gap("run", f"output `{name}` is missing from the compiled program")
+            else:
                 self._outputs.setdefault(name, Moments()).add(captured[name], value)
                 if (agreement := _top1(captured[name], value)) is not None:
                     self._top1.setdefault(name, []).append(agreement)
@@ -224,6 +227,8 @@ class Analysis:
                 thorough=cut.id in top,
             )
             self._explained[cut.id] = explanation
+            for failure in explanation.failures:
+                self._gap("explain", failure)
             if explanation.noise is not None:
                 part = difference(explanation.outputs, local.replayed)
                 parts.setdefault(explanation.noise, {})[cut.id] = part
@@ -314,17 +319,21 @@ class Analysis:
         return tuple(
             CategoryShare(noise, self.noises[noise].stage, share)
             for noise, share in sorted(shares.items(), key=lambda item: -item[1])
-            if share != 0
+            if share != 0 and math.isfinite(share)
         )
 
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""
-        gaps = [self.tracer.gap] if self.tracer.gap else []
-        return gaps + [
-            Gap(f"{self.tracer.id} {meter.cut.id}", "compare", meter.unmeasured)
+        own = [self.tracer.gap] if self.tracer.gap else []
+        unmeasured = [
+            Gap(self.tracer.id, "compare", meter.unmeasured)
             for meter in self._meters.values()
             if meter.unmeasured
         ]
+        return own + unmeasured + list(self._gaps)
+
+    def _gap(self, stage: str, reason: str) -> None:
+        self._gaps.setdefault(Gap(self.tracer.id, stage, reason))
 
     def _proof(self) -> FidelityProof:
         proved = self._equal and self.tracer.program_unchanged

@@ -308,6 +308,8 @@ def _square_error(observed: Array, value: Array, scale: float) -> float:
     b, r = metrics.to_float(observed), metrics.to_float(value)
     with np.errstate(over="ignore", invalid="ignore"):
         error = b - r
+        if not error.any():
+            return 0.0
         squares = metrics.square_sum(error)
     if math.isfinite(squares):
         return squares / scale

@@ -70,6 +70,8 @@ class Meter:
         """Error against the *reference's* norm, as root mean square over the outputs."""
         total = 0.0
         for name, moments in of.items():
+            if not math.isfinite(moments.error):
+                return math.inf
             if moments.error > 0:
                 scale = self.accumulated[name].reference or moments.observed or moments.reference
                 total += moments.error / scale if scale > 0 else math.inf

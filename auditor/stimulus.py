@@ -113,7 +113,7 @@ class _Column:
         """Sample ``index`` in the type of the graph input, contiguous and in memory."""
         array = self.stored.read(index if self.stacked else None).reshape(self.shape)
         if array.dtype == self.spec.dtype:
-            return np.ascontiguousarray(array)
+            return np.asarray(array, order="C")
         with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused by name
             cast = array.astype(self.spec.dtype)
         if array.dtype.kind in "iu" and not np.array_equal(cast, array):

@@ -55,7 +55,9 @@ def save(path: Path, tensors: Arrays) -> list[str]:
     """
     from safetensors.numpy import save_file
 
-    save_file({str(i): np.ascontiguousarray(v) for i, v in enumerate(tensors.values())}, str(path))
+    # Not np.ascontiguousarray: that would turn a scalar into a vector.
+    arrays = (np.asarray(value, order="C") for value in tensors.values())
+    save_file({str(i): array for i, array in enumerate(arrays)}, str(path))
     return list(tensors)
 
 

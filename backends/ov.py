@@ -201,8 +201,9 @@ class _Program:
                     max(p.operations) for p in self.parents(node) if p.operations
                 )
                 found = source.following(base, owned)
-                if all(source.type(n) in _MOVEMENT for n in found):
-                    found = set()
+                ends = [n for n in found if not source.read_by(n) <= found]
+                if len(ends) != 1 or all(source.type(n) in _MOVEMENT for n in found):
+                    found = set()  # a tensor that the model does not have, or several
                 owned |= found
                 self.nodes[key] = replace(
                     node, operations=(*node.operations, *sorted(found)), ends_unnamed=not found
@@ -333,7 +334,7 @@ class _Source:
             fresh = {
                 n
                 for n in before - set(owned) - found - set(group)
-                if self.type(n) != "Parameter" and self._read_by(n) <= found | set(group)
+                if self.type(n) != "Parameter" and self.read_by(n) <= found | set(group)
             }
             found |= fresh
             todo += [n for n in fresh if self.type(n) not in _HEAVY]
@@ -344,14 +345,14 @@ class _Source:
         found = set[int]()
         todo = list(base)
         while todo:
-            for n in self._read_by(todo.pop()) - set(owned) - found:
+            for n in self.read_by(todo.pop()) - set(owned) - found:
                 needs = {port[0] for port in self.inputs(n)} & self._varying
                 if self.type(n) not in _HEAVY | {"Result"} and needs <= found | set(base):
                     found.add(n)
                     todo.append(n)
         return found
 
-    def _read_by(self, number: int) -> set[int]:
+    def read_by(self, number: int) -> set[int]:
         """The operations that read an operation's values."""
         readers = {n for p in self._ops[number].outputs() for n in self._readers(p)}
         return {n for n in readers if self.type(n) != "ShapeOf"}
@@ -1033,6 +1034,9 @@ class OpenVINO:
                 f"OpenVINO computes in {precision} by default on this device although the model "
                 f"is f32; --option ov.{_PRECISION}=f32 keeps f32.",
             )
+        asked = request.options.get(_PRECISION, precision)
+        if asked not in (precision, "undefined"):
+            notes.insert(0, f"{asked} was asked for; this device computes in {precision} instead.")
         candidates, finals, skipped, foreign = _candidates(
             source, program, outputs, reduced=precision != "f32"
         )
@@ -1046,7 +1050,7 @@ class OpenVINO:
                 engine=self.title,
                 version=_version(ov),
                 device=core.get_property(device, "FULL_DEVICE_NAME"),
-                options=effective | {k: _text(v) for k, v in properties.items()},
+                options={k: _text(v) for k, v in properties.items()} | effective,
                 kernels=tuple(_kernel(k, source) for k in program.kernels()),
                 notes=tuple(notes),
             ),

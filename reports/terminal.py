@@ -22,6 +22,7 @@ from auditor.records import SEVERITIES
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+    from rich.text import Text
 
     from auditor.ports import Noise
     from auditor.records import (
@@ -368,7 +369,8 @@ class _Page:
         """A section's heading."""
         if self._file.tell():
             self.blank()
-        line = "─" * max(0, self.width - _cells(title) - 4)
+        title = _elide(title, self.width - 8)
+        line = "─" * (self.width - _cells(title) - 4)
         self._put(_Span("── ", "dim"), _Span(title, "bold"), _Span(f" {line}", "dim"))
 
     def say(
@@ -385,14 +387,14 @@ class _Page:
         from rich.text import Text
 
         label = label or _Span("")
+        label = _Span(_elide(label.text, self.width // 3), label.style)
         end = indent + _cells(label.text)
         gap = _Span(" " * max(begin - end, 0))
         begin = max(begin, end)
         text = Text.assemble(*spans)
         for number, line in enumerate(text.wrap(self._console, max(self.width - begin, 10))):
-            line.rstrip()
             before = (_Span(" " * begin),) if number else (_Span(" " * indent), label, gap)
-            self._console.print(Text.assemble(*before, line), soft_wrap=True)
+            self._print(Text.assemble(*before, line))
 
     def blank(self) -> None:
         """An empty line."""
@@ -448,7 +450,9 @@ class _Page:
     def _put(self, *spans: _Span) -> None:
         from rich.text import Text
 
-        line = Text.assemble(*spans)
+        self._print(Text.assemble(*spans))
+
+    def _print(self, line: Text) -> None:
         line.rstrip()
         self._console.print(line, soft_wrap=True)
 
@@ -816,23 +820,19 @@ def _draw_agreement(page: _Page, report: AuditReport) -> None:
     page.rule("Agreement: relative L2 between final outputs")
     names = list(dict.fromkeys(n for pair in report.agreement for n in (pair.a, pair.b)))
     between = {frozenset((p.a, p.b)): p.relative_l2 for p in report.agreement}
-    if 10 * (len(names) + 1) <= page.width:
-        columns = [_Column(""), *(_Column(name, right=True) for name in names[1:])]
-        rows = []
-        for i, a in enumerate(names[:-1]):
-            cells = [_Span(a, "bold" if a == report.outlier else "")]
-            for j, b in enumerate(names[1:], 1):
-                text = _error(between.get(frozenset((a, b)))) if j > i else ""
-                cells.append(_Span(text, "bold" if report.outlier in (a, b) else ""))
-            rows.append(_Row(tuple(cells)))
-        page.grid(columns, rows)
-    else:
-        pairs = sorted(report.agreement, key=lambda p: -p.relative_l2)
+    columns = [_Column(""), *(_Column(name, right=True) for name in names[1:])]
+    rows = []
+    for i, a in enumerate(names[:-1]):
+        cells = [_Span(a, "bold" if a == report.outlier else "")]
+        for j, b in enumerate(names[1:], 1):
+            text = _error(between.get(frozenset((a, b)))) if j > i else ""
+            cells.append(_Span(text, "bold" if report.outlier in (a, b) else ""))
+        rows.append(_Row(tuple(cells)))
+    if not page.fits(columns, rows):
         columns = [_Column(""), _Column(""), _Column("", right=True)]
-        page.grid(
-            columns,
-            [_Row((_Span(p.a), _Span(p.b), _Span(_error(p.relative_l2)))) for p in pairs],
-        )
+        pairs = sorted(report.agreement, key=lambda p: -p.relative_l2)
+        rows = [_Row((_Span(p.a), _Span(p.b), _Span(_error(p.relative_l2)))) for p in pairs]
+    page.grid(columns, rows)
     page.say(_outlier(report, names))
 
 

@@ -352,6 +352,13 @@ def test_impossible_value_of_a_property(residual: Path) -> None:
         build(residual, options={"INFERENCE_PRECISION_HINT": "f99"})
 
 
+def test_a_precision_the_device_lacks_is_said(residual: Path) -> None:
+    built = build(residual, options={"INFERENCE_PRECISION_HINT": "bf16"})
+    if precision_of(built) == "bf16":
+        pytest.skip("this CPU computes in bf16")
+    assert "bf16 was asked for; this device computes in f32 instead." in built.provenance.notes
+
+
 def test_unknown_device_lists_those_there_are(residual: Path) -> None:
     with pytest.raises(UsageError, match="NPU9") as caught:
         build(residual, device="NPU9")

@@ -210,7 +210,7 @@ def test_a_dynamic_model_is_folded_and_says_so(tmp_path: Path, external: bool) -
 def test_a_model_that_tvm_cannot_import_directly_is_folded(tmp_path: Path) -> None:
     """TVM wants Pad's pads as a constant; the torch exporter writes a little graph instead."""
     nodes = [
-        node("ConstantOfShape", ["two"], ["none"]),
+        node("ConstantOfShape", ["two"], ["none"], value=numpy_helper.from_array(np.array([0]))),
         node("Concat", ["ones", "none"], ["row"], axis=0),
         node("Reshape", ["row", "square"], ["table"]),
         node("Slice", ["table", "last", "first", "axis", "last"], ["reversed"]),
