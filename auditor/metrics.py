@@ -210,6 +210,8 @@ def _dot(a: Array, b: Array) -> float:
             quick = float(np.vdot(a, b))
         if _SAFE_SQUARE[0] < abs(quick) < _SAFE_SQUARE[1]:
             return quick
+        if quick == 0.0 and not (a.any() and b.any()):
+            return 0.0
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         return float(np.vdot(a.astype(np.float64), b.astype(np.float64)))
 
