@@ -18,6 +18,7 @@ from auditor.records import (
     BackendReport,
     CategoryShare,
     Concentration,
+    Distance,
     Fidelity,
     FidelityProof,
     Gap,
@@ -243,8 +244,14 @@ class Analysis:
         ]
         if flagged:
             self._control = impact.input_control(chain, chain.base)
-        for name in (*chain.feeds, *(n for cut in self._cuts for n in cut.outputs)):
-            self._tensors[name] = _stats(name, chain.captured[name], chain.base[name])
+        same = Moments().distance()
+        for name, value in chain.feeds.items():
+            self._tensors[name] = _stats(name, value, value, same)
+        for meter in self._meters.values():
+            for name, moments in meter.accumulated.items():
+                self._tensors[name] = _stats(
+                    name, chain.captured[name], chain.base[name], moments.distance()
+                )
         finals = set(chain.outputs)
         for cut in self._cuts:
             if cut.id in top or finals & set(cut.outputs):
@@ -484,7 +491,7 @@ def _cosine(a: Array, b: Array) -> float:
     return metrics.distance(a, b).cosine
 
 
-def _stats(name: str, observed: Array, reference: Array) -> TensorStats:
+def _stats(name: str, observed: Array, reference: Array, distance: Distance) -> TensorStats:
     return TensorStats(
         name=name,
         dtype=str(reference.dtype),
@@ -492,7 +499,7 @@ def _stats(name: str, observed: Array, reference: Array) -> TensorStats:
         role="output",
         reference_range=metrics.value_range(reference),
         backend_range=metrics.value_range(observed),
-        distance=metrics.distance(observed, reference),
+        distance=distance,
         histogram=metrics.histogram(observed, reference),
         histogram_edges=metrics.HISTOGRAM_EDGES,
     )

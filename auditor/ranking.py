@@ -28,6 +28,46 @@ _SEVERITY_FROM: tuple[tuple[float, Severity], ...] = (
     (1e-4, "low"),
 )
 
+# What a person looks for first in a segment, and what last.
+_CONTRACTIONS = frozenset(
+    [
+        "Conv",
+        "ConvTranspose",
+        "ConvInteger",
+        "QLinearConv",
+        "Gemm",
+        "MatMul",
+        "MatMulInteger",
+        "QLinearMatMul",
+        "Einsum",
+        "Attention",
+        "LSTM",
+        "GRU",
+        "RNN",
+    ]
+)
+_PLUMBING = frozenset(
+    [
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Cast",
+        "Identity",
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Shape",
+        "Concat",
+        "Split",
+        "Slice",
+        "Gather",
+        "Expand",
+        "Pad",
+        "Constant",
+    ]
+)
+
 
 def severity(effect: float) -> Severity:
     """Severity of a relative L2 change of the final outputs."""
@@ -130,13 +170,15 @@ def _finding(
     effect = effects.get((backend.id, lead.id))
     noise = noises.get(lead.noise or "")
     shares = [s.impact_share for s in group if s.impact_share is not None]
+    named = [pair for s in group for pair in zip(s.nodes, s.op_types, strict=True)]
+    named.sort(key=lambda pair: (pair[1] in _PLUMBING) - (pair[1] in _CONTRACTIONS))
     return Finding(
         rank=0,
         backend=backend.id,
         segment=lead.id,
         segments=tuple(s.id for s in group),
-        nodes=tuple(dict.fromkeys(n for s in group for n in s.nodes)),
-        op_types=tuple(dict.fromkeys(o for s in group for o in s.op_types)),
+        nodes=tuple(dict.fromkeys(node for node, _ in named)),
+        op_types=tuple(dict.fromkeys(op for _, op in named)),
         kernel=lead.kernel,
         noise=lead.noise,
         stage=noise.stage if noise else "inference",

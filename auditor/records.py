@@ -252,8 +252,9 @@ class TensorStats:
     """Value ranges and the error histogram of one boundary tensor.
 
     Attributes:
-        histogram: counts of |b − r| / rms(r) per decade; ``histogram_edges`` are the decades'
-            exponents (log10), one more than counts; the first bin also holds exact zeros.
+        histogram: counts of |b − r| / rms(r) on the first sample, in bins a factor of 8 wide;
+            ``histogram_edges`` are their edges (log10), one more than counts; the first bin also
+            holds everything smaller, the last everything larger.
     """
 
     name: str
@@ -384,6 +385,7 @@ class Finding:
 
     Attributes:
         segments: ids of the segments merged into it (they share nodes).
+        nodes: labels, those a person looks for first before plumbing (casts, reshapes …).
         effect: relative L2 this segment's error alone causes in the final outputs.
         severity: from ``effect``. confidence: from the evidence. The two are independent.
         evidence: the experiments behind it, as sentences, strongest first.

@@ -8,12 +8,12 @@ from auditor import ranking
 from auditor.records import Agreement, BackendReport, Distance, Gap, OutputDistance, Segment
 
 
-def _segment(id, *, introduced, floor=3e-6, nodes=("n",), noise=None, **more):
+def _segment(id, *, introduced, floor=3e-6, nodes=("n",), ops=None, noise=None, **more):
     return Segment(
         id=id,
         nodes=nodes,
         node_keys=nodes,
-        op_types=("Conv",),
+        op_types=ops or ("Conv",) * len(nodes),
         inputs=("x",),
         outputs=("y",),
         kernel="",
@@ -69,6 +69,15 @@ def test_overlapping_segments_with_the_same_cause_are_one_finding():
     found = ranking.findings([backend], {}, {})
     assert [f.segments for f in found] == [("s0", "s1"), ("s2",)]
     assert found[0].segment == "s1"
+
+
+def test_a_finding_leads_with_the_node_a_person_looks_for():
+    nodes, ops = ("dq", "act", "conv"), ("DequantizeLinear", "Relu", "Conv")
+    (found,) = ranking.findings(
+        [_backend(_segment("s0", introduced=1, nodes=nodes, ops=ops))], {}, {}
+    )
+    assert found.nodes == ("conv", "act", "dq")
+    assert found.op_types == ("Conv", "Relu", "DequantizeLinear")
 
 
 @pytest.mark.parametrize(
