@@ -15,7 +15,6 @@ from auditor.records import AuditReport, BuildRequest, Severity
 from auditor.worker import Worker, workers
 
 if TYPE_CHECKING:
-    from auditor.analysis import Analysis
     from auditor.model import Model
     from auditor.ports import Arrays, Noise, Progress
     from auditor.stimulus import Stimulus
@@ -44,6 +43,7 @@ class AuditOptions:
             the audit incomplete.
         candidate: another export that the backends compile while the model stays the reference.
         shapes: input shapes from ``--shape``.
+        nonfinite: accept recorded inputs with NaN and infinities.
         timeout: seconds that one step of one backend may take.
         threads: threads of every engine and of the reference; None for the engines' defaults.
         options: engine options by backend id.
@@ -57,6 +57,7 @@ class AuditOptions:
     seed: int = 0
     samples: int | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    nonfinite: bool = False
     timeout: float = 600.0
     threads: int | None = None
     options: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -117,7 +118,14 @@ def _run(
 
     model = models.load(model_path)
     compiled = models.load(options.candidate) if options.candidate else model
-    stimulus = stimuli.load(model, options.data, options.seed, options.samples, options.shapes)
+    stimulus = stimuli.load(
+        model,
+        options.data,
+        options.seed,
+        options.samples,
+        options.shapes,
+        nonfinite=options.nonfinite,
+    )
     rename = _correspondence(model, compiled)
     clock.lap("load")
 
@@ -159,7 +167,7 @@ def _run(
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
-    requested = [t.id for t in tracers if options.requested or t.provenance is not None]
+    requested = [t.id for t in tracers] if options.requested else []
     decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
     pairs = agreements.pairs()
     clock.lap("report")

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from auditor.audit import BackendSpec
-    from auditor.ports import Renderer
+    from auditor.ports import Progress, Renderer
     from auditor.records import AuditReport
 
 _MAIN = "audit"  # the verb meant when none is given
@@ -67,6 +68,44 @@ class _MainVerb(TyperCommand):
         ctx.parent.command.format_commands(ctx.parent, formatter)
 
 
+class _Stop:
+    """Ends the program on a signal by unwinding it, so that nothing is left behind.
+
+    The exception is not enough: an extension module that is being imported may swallow it or
+    replace it by its own. So the signal is remembered and looked for again at later steps.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None  # exit code, once a signal has come
+
+    def handle(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Signal handler; Python runs it in the main thread."""
+        self.code = 128 + number
+        raise SystemExit(self.code)
+
+    def check(self) -> None:
+        """Unwind if a signal has come before."""
+        if self.code is not None and threading.current_thread() is threading.main_thread():
+            raise SystemExit(self.code)
+
+
+class _StoppableProgress:
+    """A progress display, each update of which is also a chance to stop."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+
+    def update(self, who: str, stage: str) -> None:
+        """Show it, unless the program was asked to stop."""
+        _stop.check()
+        self._display.update(who, stage)
+
+    def close(self) -> None:
+        """Remove the display and restore the terminal."""
+        self._display.close()
+
+
+_stop = _Stop()
 app = typer.Typer(
     cls=_Verbs,
     add_completion=False,
@@ -79,9 +118,9 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Entry point of the ``audit`` command."""
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(stop) is not signal.SIG_IGN:
-            signal.signal(stop, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop.handle)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_UNENCODABLE)
@@ -98,18 +137,12 @@ def _run() -> int:
         return _fail(error.message, error.hint, 2)
     except MemoryError:
         return _fail("not enough memory", "Give smaller inputs with --shape or --data.", 2)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except Exception as error:
         return _internal_error(error)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Unwind as for Ctrl-C, so that no child process and no half-written file stays behind."""
-    raise SystemExit(128 + number)
-
-
 def _fail(message: str, hint: str, code: int) -> int:
+    _stop.check()  # the error may be what an extension module made of the signal
     try:
         from reports.terminal import print_error
 
@@ -123,6 +156,7 @@ def _internal_error(error: Exception) -> int:
     import tempfile
     import traceback
 
+    _stop.check()
     with tempfile.NamedTemporaryFile(
         "w", prefix="audit-error-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
@@ -168,6 +202,13 @@ def _audit(
             "stacked on the first axis; seeded random inputs when not given.",
         ),
     ] = None,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite",
+            help="Accept NaN and infinities in --data, to audit how backends handle them.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the random inputs.")] = 0,
     samples: Annotated[
         int | None,
@@ -253,12 +294,13 @@ def _audit(
         seed=seed,
         samples=samples,
         shapes=shapes,
+        nonfinite=allow_nonfinite,
         timeout=timeout,
         threads=threads,
         options=options,
         fail_on=fail_on,
     )
-    progress = LiveProgress()
+    progress = _StoppableProgress(LiveProgress())
     try:
         report = audit(model, asked, noises=discovery.noises(), progress=progress)
     finally:
@@ -395,6 +437,7 @@ class _Destination:
         Raises:
             UsageError: the file cannot be written after all.
         """
+        _stop.check()
         if self.written and self.path:
             _write(self.path, self.written.render(report, width=None, color=False))
         if self.shown:

@@ -11,7 +11,7 @@ h(in_b), the reference segment run on the backend's own inputs::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np

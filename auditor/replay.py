@@ -210,7 +210,8 @@ def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
         elif value.dtype.kind != "f":
             result[name] = np.where(delta != 0, observed[name].astype(value.dtype), value)
         else:
-            total = (value + delta).astype(value.dtype, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):
+                total = (value + delta).astype(value.dtype, copy=False)
             finite = np.isfinite(delta)
             result[name] = total if finite.all() else np.where(finite, total, observed[name])
     return result

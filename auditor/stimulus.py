@@ -61,6 +61,8 @@ def load(
     seed: int,
     samples: int | None,
     shapes: Mapping[str, Shape],
+    *,
+    nonfinite: bool = False,
 ) -> Stimulus:
     """Recorded samples from ``data``, or synthetic ones where it is None.
 
@@ -73,13 +75,14 @@ def load(
         seed: of the synthetic samples.
         samples: how many to use; None for every recorded sample up to 4, or one synthetic.
         shapes: shapes chosen by the user, by input; may name only some inputs.
+        nonfinite: accept recorded NaN and infinities.
 
     Raises:
         UsageError: the data or the shapes don't fit the model.
     """
     if data is None:
         return _synthetic(model, seed, samples or _DEFAULT_SYNTHETIC, shapes)
-    return _recorded(model, data, samples, shapes)
+    return _recorded(model, data, samples, shapes, nonfinite)
 
 
 # --- recorded --------------------------------------------------------------------------------
@@ -125,7 +128,11 @@ class _Column:
 
 
 def _recorded(
-    model: Model, data: Path, samples: int | None, shapes: Mapping[str, Shape]
+    model: Model,
+    data: Path,
+    samples: int | None,
+    shapes: Mapping[str, Shape],
+    nonfinite: bool,
 ) -> Stimulus:
     stored = _open(model, data)
     _check_keys(model, data, stored)
@@ -154,7 +161,7 @@ def _recorded(
     def sample(index: int) -> Arrays:
         return {column.spec.name: column.sample(index) for column in columns}
 
-    for index in range(used):
+    for index in range(0 if nonfinite else used):
         _check_finite(index, sample(index), columns)
     info = StimulusInfo("recorded", used, None, str(data), resolved, tuple(notes))
     return Stimulus(info, sample)
@@ -240,7 +247,7 @@ def _check_finite(index: int, arrays: Arrays, columns: list[_Column]) -> None:
             raise UsageError(
                 f"input `{column.spec.name}` of sample {index} has {bad} values that are NaN or "
                 "infinite",
-                "Fix the recording: nothing can be measured on such inputs.",
+                "Fix the recording, or use --allow-nonfinite to audit how such values are handled.",
             )
 
 

@@ -268,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, path in zip(names, zoo.obtain(names), strict=True):
         results[name] = compare(path, arguments.backends, arguments.repeats, arguments.further)
         show(name, results[name])
+        sys.stdout.flush()  # one model may take minutes
     if arguments.output:
         text = json.dumps({"machine": facts, "models": results}, indent=2)
         arguments.output.write_text(text + "\n")

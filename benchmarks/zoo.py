@@ -39,9 +39,15 @@ PHOTOS = (
     "motorcycle_left.png",
     "motorcycle_right.png",
 )
-# Photographs with writing on them: a printed page, handwriting, a name tag and a mission patch.
-TEXT_PHOTOS = ("page.png", "text.png", "astronaut.png", "motorcycle_left.png")
-# (left, upper, right, lower) in pixels: the lines of page.png, as a detector would cut them.
+# Photographs with writing on them, (left, upper, right, lower) in pixels: a printed page as a whole
+# and two of its corners, and a mission patch; all nearly of the shape 480x256.
+WRITING = (
+    ("page.png", (0, 0, 384, 191)),
+    ("page.png", (0, 0, 240, 128)),
+    ("page.png", (144, 63, 384, 191)),
+    ("astronaut.png", (130, 340, 210, 383)),
+)
+# The lines of page.png, as a detector would cut them.
 PAGE_LINES = ((0, 6, 300, 36), (0, 46, 384, 66), (0, 63, 384, 84), (0, 80, 384, 101))
 FACE = (165, 60, 290, 205)  # in astronaut.png
 SENTENCES = (
@@ -169,7 +175,7 @@ def _pp_ocr_model(path: Path, file: str) -> None:
 
 def _ppocr_det(path: Path, _: Path) -> Samples:
     _pp_ocr_model(path, "ch_PP-OCRv4_det_infer.onnx")
-    return {"x": np.stack([_pp_ocr(photo(name), 640, 480) for name in TEXT_PHOTOS])}
+    return {"x": np.stack([_pp_ocr(photo(name).crop(box), 480, 256) for name, box in WRITING])}
 
 
 def _ppocr_rec(path: Path, _: Path) -> Samples:

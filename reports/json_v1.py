@@ -319,12 +319,20 @@ def _load_distance(data: object, path: str) -> Distance:
 
 
 _DISTANCE = _Codec(_PLAIN_DISTANCE.dump, _load_distance)
+
+
+def _load_edge(data: object, path: str) -> float:
+    if data is None:
+        raise _MalformedError(path, "a number")
+    return _SHARE.load(data, path)
+
+
 _OUTPUT = _record(
     OutputDistance,
     {"name": _TEXT, "distance": _DISTANCE, "top1_agreement": _MEASURED},
     "distance",
 )
-_TENSOR = _record(
+_PLAIN_TENSOR = _record(
     TensorStats,
     {
         "name": _TEXT,
@@ -335,10 +343,20 @@ _TENSOR = _record(
         "backend_range": _pair(_SHARE),
         "distance": _DISTANCE,
         "histogram": _INTS,
-        "histogram_edges": _many(_SHARE),
+        "histogram_edges": _many(_Codec(_SHARE.dump, _load_edge)),
     },
     "distance",
 )
+
+
+def _load_tensor(data: object, path: str) -> TensorStats:
+    found: TensorStats = _PLAIN_TENSOR.load(data, path)
+    if found.histogram and len(found.histogram_edges) != len(found.histogram) + 1:
+        raise _MalformedError(f"{path}.histogram_edges", "one more than the counts")
+    return found
+
+
+_TENSOR = _Codec(_PLAIN_TENSOR.dump, _load_tensor)
 _HYPOTHESIS = _record(
     Hypothesis,
     {

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
@@ -180,25 +181,27 @@ class LiveProgress:
     def __init__(self) -> None:
         """Show nothing until the first update."""
         self._shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._lock = threading.Lock()
         self._display: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, who: str, stage: str) -> None:
         """``who`` (a backend id or ``reference``) has entered ``stage``."""
-        if not self._shown:
-            return
-        display = self._display or self._start()
-        task = self._tasks.get(who)
-        if task is None:
-            self._tasks[who] = display.add_task(_visible(stage), who=_visible(who))
-        else:
-            display.reset(task, description=_visible(stage))
+        with self._lock:
+            if not self._shown:
+                return
+            display = self._display or self._start()
+            if who in self._tasks:
+                display.reset(self._tasks[who], description=_visible(stage))
+            else:
+                self._tasks[who] = display.add_task(_visible(stage), who=_visible(who))
 
     def close(self) -> None:
         """Remove the display and restore the terminal; later updates show nothing."""
-        self._shown = False
-        if self._display is not None:
-            self._display.stop()
+        with self._lock:
+            self._shown = False
+            if self._display is not None:
+                self._display.stop()
 
     def _start(self) -> Progress:
         from rich.console import Console
@@ -1084,7 +1087,7 @@ def _draw_cause(page: _Page, segment: Segment) -> None:
     rows = [
         _Row(
             (
-                _Span(_score(h.explained), "bold" if h.noise == segment.noise else ""),
+                _Span(_score(h.explained), "bold" if h.explained == segment.explained else ""),
                 _Span(_bar(h.explained, 10), "green"),
                 _Span(_percent(h.bit_identical)),
                 _Span(h.noise),
@@ -1129,7 +1132,7 @@ def _draw_histogram(page: _Page, tensor: TensorStats) -> None:
     )
     rows = []
     for i in range(filled[0], filled[-1] + 1):
-        low, high = _error(10 ** edges[i]), _error(10 ** edges[i + 1])
+        low, high = _power(edges[i]), _power(edges[i + 1])
         bin_ = f"below {high}" if i == 0 else f"{low} to {high}"
         bin_ = f"above {low}" if i == len(counts) - 1 else bin_
         share = counts[i] / total
@@ -1137,6 +1140,12 @@ def _draw_histogram(page: _Page, tensor: TensorStats) -> None:
         bar = _bar(share / longest, min(50, page.width - 40))
         rows.append(_Row((_Span(bin_), _Span(_percent(share)), _Span(bar or " ", "cyan"))))
     page.grid((_Column("", right=True), _Column("", right=True), _Column("")), rows, indent=2)
+
+
+def _power(exponent: float) -> str:
+    """Ten to that power, which itself may be too large for a float."""
+    whole = math.floor(exponent)
+    return f"{10 ** (exponent - whole):.1f}e{whole}"
 
 
 def _bar(share: float, width: int) -> str:

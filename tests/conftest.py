@@ -50,7 +50,7 @@ def minilm(zoo_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def ppocr_det(zoo_model: Callable[[str], Path]) -> Path:
-    """PP-OCRv4 text detection: dynamic shapes, four photographs of 480x640."""
+    """PP-OCRv4 text detection: dynamic shapes, four photographs of writing, 256x480."""
     return zoo_model("ppocr_det")
 
 

@@ -36,7 +36,11 @@ def _cnn():
         weights.extend([(f"{name}.w", kernel), (f"{name}.b", bias)])
         nodes.append(
             helper.make_node(
-                "Conv", [read, f"{name}.w", f"{name}.b"], [f"{name}.out"], name, pads=[size // 2] * 4
+                "Conv",
+                [read, f"{name}.w", f"{name}.b"],
+                [f"{name}.out"],
+                name,
+                pads=[size // 2] * 4,
             )
         )
         return f"{name}.out"
@@ -169,6 +173,27 @@ def test_several_samples_are_averaged(run, tmp_path):
     report = run(model, "ort", candidate=_changed(model, "fc.w", lambda w: w * 1.01), data=data)
     assert report.stimulus.samples == 3
     assert report.findings[0].nodes[-1] == "fc"
+
+
+def test_nan_handling_is_audited_on_request(run, tmp_path):
+    """A backend that turns NaN into a number is found; the reference passes NaN on."""
+    graph = helper.make_graph(
+        [helper.make_node("Exp", ["x"], ["a"], "exp"), helper.make_node("Neg", ["a"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    data = tmp_path / "x.npz"
+    np.savez(data, x=np.asarray([0, 1, np.nan, np.inf], np.float32))
+    clean = run(model, "ort", data=data, nonfinite=True)
+    assert (clean.verdict, clean.findings) == ("pass", ())
+    laundered = copy.deepcopy(model)
+    laundered.graph.node[1].op_type = "Sign"
+    found = run(model, "ort", candidate=laundered, data=data, nonfinite=True)
+    assert found.findings[0].severity == "critical"
+    assert found.exit_code == 1
 
 
 def test_a_missing_operator_is_a_gap_and_the_others_go_on(run):

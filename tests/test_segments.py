@@ -120,7 +120,9 @@ def test_a_walk_reruns_only_what_changed(residual, monkeypatch):
     ran = []
     original = replayer.run
     monkeypatch.setattr(replayer, "run", lambda cut, v: ran.append(cut.id) or original(cut, v))
-    patched = replayer.walk(cuts, feeds, base, {"s2": lambda o, _: {n: v + 1 for n, v in o.items()}})
+    patched = replayer.walk(
+        cuts, feeds, base, {"s2": lambda o, _: {n: v + 1 for n, v in o.items()}}
+    )
     assert ran == ["s3", "s4"]
     np.testing.assert_allclose(patched["d"], base["d"] + 1, rtol=1e-6)
 

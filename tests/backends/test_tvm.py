@@ -280,6 +280,21 @@ def test_repeated_computations_keep_their_own_names(tmp_path: Path) -> None:
     assert {"a", "b", "y"} <= capture.tensors.keys()
 
 
+def test_a_sequence_is_no_tensor(tmp_path: Path) -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("SplitToSequence", ["r", "size"], ["sequence"], axis=1),
+        node("SequenceAt", ["sequence", "one"], ["part"]),
+        node("Sigmoid", ["part"], ["y"]),
+    ]
+    constants = {"size": np.array(4), "one": np.array(1)}
+    path = save(tmp_path / "sequence.onnx", nodes, {"x": (4, 8)}, ["y"], constants)
+    built = build(path, ROWS)
+    capture = assert_true_captures(path, built, ROWS)
+    assert "y" in capture.tensors
+    assert "sequence" not in capture.tensors
+
+
 def test_kernels_after_a_branch_are_a_named_gap(tmp_path: Path) -> None:
     def branch(op: str) -> onnx.GraphProto:
         out = helper.make_tensor_value_info(op, TensorProto.FLOAT, (4, 8))

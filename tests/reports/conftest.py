@@ -312,7 +312,13 @@ def _values(hint: Any, field: str) -> st.SearchStrategy[Any]:
 
 def _records(kind: type[Any]) -> st.SearchStrategy[Any]:
     hints = get_type_hints(kind)
-    return st.builds(kind, **{f.name: _values(hints[f.name], f.name) for f in fields(kind)})
+    made = st.builds(kind, **{f.name: _values(hints[f.name], f.name) for f in fields(kind)})
+    return made.map(_with_edges) if kind is TensorStats else made
+
+
+def _with_edges(tensor: TensorStats) -> TensorStats:
+    """A histogram has one edge more than counts."""
+    return replace(tensor, histogram_edges=(-500.5, *map(float, range(len(tensor.histogram)))))
 
 
 def _distances() -> st.SearchStrategy[Distance]:

@@ -80,7 +80,7 @@ def _remove(data: Any, path: str) -> None:
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # shrinking whole reports takes minutes
@@ -209,6 +209,10 @@ def test_unknown_keys_are_ignored_and_keys_with_defaults_may_be_absent(
                 reference_range=[1, 2, 3]
             ),
             "reference_range: expected two numbers",
+        ),
+        (
+            lambda d: d["backends"][1]["segments"][0]["tensors"][0]["histogram"].append(1),
+            "histogram_edges: expected one more than the counts",
         ),
         (lambda d: d["timing"].update(load=10**400), "timing.load: expected a finite number"),
     ],

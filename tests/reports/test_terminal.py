@@ -116,7 +116,7 @@ def test_color_does_not_depend_on_the_environment(
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # shrinking whole reports takes minutes
