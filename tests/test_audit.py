@@ -134,6 +134,27 @@ def test_a_defect_is_ranked_first_and_given_no_false_cause(run, backend, weight,
     assert report.exit_code == 1
 
 
+@pytest.mark.parametrize("pooled_output", [False, True])
+def test_a_wrong_shape_is_found_where_it_starts(run, pooled_output):
+    """The candidate's pooling rounds up: one row and column more from there on."""
+    model = _cnn()
+    if pooled_output:  # a final output of the wrong shape, too
+        model.graph.output.append(helper.make_tensor_value_info("p0", TensorProto.FLOAT, None))
+        model.graph.output[1].type.tensor_type.shape.Clear()
+    for node in model.graph.node:
+        if node.op_type == "MaxPool":
+            node.attribute.append(helper.make_attribute("pads", [0, 0, 0, 0]))
+            node.attribute[0].ints[:] = [3, 3]
+    rounding = copy.deepcopy(model)
+    pool = next(n for n in rounding.graph.node if n.op_type == "MaxPool")
+    pool.attribute.append(helper.make_attribute("ceil_mode", 1))
+    report = run(model, "ort", candidate=rounding)
+    first = report.findings[0]
+    assert "MaxPool" in first.op_types
+    assert first.severity == "critical"
+    assert report.exit_code == 1
+
+
 def test_shares_are_exact(run):
     model = _cnn()
     report = run(model, "ort", candidate=_changed(model, "body1.w", lambda w: w * 1.05))
