@@ -1,6 +1,8 @@
 """Whole audits on real backends: clean models stay silent, planted faults are found."""
 
 import copy
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.worker import Worker
 
 CHANNELS = 8
 
@@ -251,6 +254,41 @@ def test_tensorrt_is_built_and_says_that_it_did_not_run(run):
     assert "no CUDA device" in backend.gap.reason
     assert backend.provenance.kernels
     assert report.exit_code == 3
+
+
+@pytest.mark.parametrize("stage", ["start", "build", "run", "instrument", "capture"])
+def test_a_backend_that_dies_is_a_gap_with_its_stage(run, monkeypatch, stage):
+    original = Worker.call
+
+    def dying(worker, do, **arguments):
+        if worker.backend == "ov" and do == ("availability" if stage == "start" else stage):
+            os.kill(worker._process.pid, signal.SIGSEGV)
+        return original(worker, do, **arguments)
+
+    monkeypatch.setattr(Worker, "call", dying)
+    report = run(_cnn(), "ort", "ov")
+    ort, ov = report.backends
+    assert ort.status == "audited"
+    assert ov.status == "gap"
+    assert ov.gap.stage == stage
+    assert "SIGSEGV" in ov.gap.reason
+    assert ov.gap in report.gaps
+    assert report.exit_code == 3
+
+
+def test_a_backend_that_hangs_is_a_gap(run, monkeypatch):
+    original = Worker.call
+
+    def hanging(worker, do, **arguments):
+        if worker.backend == "ov" and do == "build":
+            os.kill(worker._process.pid, signal.SIGSTOP)
+            arguments["timeout"] = 1
+        return original(worker, do, **arguments)
+
+    monkeypatch.setattr(Worker, "call", hanging)
+    report = run(_cnn(), "ort", "ov")
+    assert "did not answer within 1 s" in report.backends[1].gap.reason
+    assert report.backends[0].status == "audited"
 
 
 def test_the_model_is_not_touched(run, tmp_path):
