@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from auditor import weights
 from auditor.errors import UsageError
+from auditor.ports import Arrays
 from auditor.records import ModelInfo
 
 # What ONNX itself defines, and the domain of the contributed operators that ONNX Runtime, our
@@ -21,7 +23,6 @@ from auditor.records import ModelInfo
 _KNOWN_DOMAINS = frozenset(
     {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
 )
-_EMBED_BELOW = 1 << 30  # bytes of external data that are read into the model
 _PROTOBUF_LIMIT = (1 << 31) - 1
 
 _BATCH, _CHANNELS, _IMAGE_SIDE, _SEQUENCE = 1, 3, 224, 16
@@ -56,14 +57,16 @@ class Model:
 
     Attributes:
         path: the file as the user gave it; backends compile this file.
-        proto: the model for analysis: weights included unless more than 1 GiB of them lies in
-            external files, model-local functions inlined.
+        proto: the model for analysis: model-local functions inlined, and large weights replaced
+            by stubs (``auditor.weights``).
+        weights: the large weights by name.
         inputs: what must be fed: the graph inputs that are not initialisers.
         outputs: names of the graph outputs.
     """
 
     path: Path
     proto: onnx.ModelProto
+    weights: Arrays
     info: ModelInfo
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
@@ -97,28 +100,38 @@ def load(path: Path) -> Model:
             folder, uses operators nobody here knows, or cannot be fed.
     """
     data = _read(path)
+    digest = hashlib.sha256(data)
     proto = _parse(path, data)
+    del data  # as large as the weights
     files = _external_files(path, proto)
+    for file in files:
+        _hash(file, digest)
     _check_names(path, proto.graph)
     _check_domains(path, proto)
-    _check(path, proto, data, external=bool(files))
+    _check(path)
     inputs = _inputs(path, proto.graph)
     outputs = _outputs(path, proto.graph)
     info = ModelInfo(
         path=str(path),
-        sha256=_sha256(data, files),
+        sha256=digest.hexdigest(),
         opset=opset(proto),
         nodes=len(proto.graph.node),
         parameters=sum(_size(tensor) for tensor in _tensors(proto)),
         producer=f"{proto.producer_name} {proto.producer_version}".strip(),
     )
-    if files and sum(file.stat().st_size for file in files) <= _EMBED_BELOW:
-        _embed(path, proto)
     if proto.functions:
         import onnx.inliner
 
         proto = onnx.inliner.inline_local_functions(proto)
-    return Model(path, proto, info, inputs, outputs)
+    try:
+        proto, arrays = weights.detach(proto, path.parent)
+        _embed(path, proto)
+    except ValueError as error:
+        raise UsageError(
+            f"weights of {path} cannot be read: {error}",
+            "A data file is not the one this model was exported with: copy or export it again.",
+        ) from error
+    return Model(path, proto, arrays, info, inputs, outputs)
 
 
 def key(node: onnx.NodeProto) -> str:
@@ -267,13 +280,10 @@ def _size(tensor: onnx.TensorProto) -> int:
     return size
 
 
-def _sha256(data: bytes, files: tuple[Path, ...]) -> str:
-    digest = hashlib.sha256(data)
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def _hash(file: Path, digest: hashlib._Hash) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
 
 
 # --- external data -----------------------------------------------------------------------------
@@ -320,26 +330,24 @@ def _inside(folder: Path, location: str) -> bool:
 
 
 def _embed(path: Path, proto: onnx.ModelProto) -> None:
+    """Read what is still external: constants inside nodes and subgraphs, and odd types."""
     from onnx.external_data_helper import load_external_data_for_tensor
 
     for tensor in _tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and not weights.is_detached(tensor):
             try:
                 load_external_data_for_tensor(tensor, str(path.parent))
             except (ValueError, OSError, onnx.checker.ValidationError) as error:
-                raise UsageError(
-                    f"external data of tensor `{tensor.name}` cannot be read: {_first(error)}",
-                    "The data file is not the one this model was exported with: copy it again.",
-                ) from error
+                raise ValueError(f"tensor `{tensor.name}`: {_first(error)}") from error
 
 
 # --- checks ------------------------------------------------------------------------------------
 
 
-def _check(path: Path, proto: onnx.ModelProto, data: bytes, *, external: bool) -> None:
-    """ONNX's own checker; external data are only judged when it is given the path."""
+def _check(path: Path) -> None:
+    """ONNX's own checker; given the path, it also judges external data."""
     try:
-        onnx.checker.check_model(str(path) if external else data)
+        onnx.checker.check_model(str(path))
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"{path} is not a valid ONNX model: {_first(error)}",

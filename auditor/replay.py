@@ -29,10 +29,18 @@ class ReplayError(AuditError):
     """The reference could not run a segment on the given tensors (a wrong shape, mostly)."""
 
 
-def session(model: onnx.ModelProto | str, threads: int) -> Any:
+def session(
+    model: onnx.ModelProto, threads: int, weights: Mapping[str, Array] | None = None
+) -> Any:
     """An ONNX Runtime CPU session that runs the model as written, without optimisation.
 
-    Spinning threads are off: hundreds of short sessions would otherwise fight for the cores.
+    Spinning threads are off: hundreds of short sessions would otherwise fight for the cores. So
+    are arenas: each session would keep one as large as its tensors.
+
+    Args:
+        model: the model.
+        threads: intra-op threads.
+        weights: arrays of the model's detached initialisers; they must outlive the session.
     """
     import onnxruntime as ort
 
@@ -40,10 +48,16 @@ def session(model: onnx.ModelProto | str, threads: int) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    source = model if isinstance(model, str) else model.SerializeToString()
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    shared = [t.name for t in model.graph.initializer if weights and t.name in weights]
+    if weights and shared:
+        values = [ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in shared]
+        options.add_external_initializers(shared, values)
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 class Reference:
@@ -61,10 +75,10 @@ class Reference:
             UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
         """
         self.graph = Graph(model.proto)
-        self.replayer = Replayer(self.graph, threads)
+        self.replayer = Replayer(self.graph, threads, model.weights)
         self.labels = model.labels
         try:
-            self._session = session(str(model.path), threads)
+            self._session = session(model.proto, threads, model.weights)
         except Exception as error:  # ORT raises a family of classes that share no base
             raise UsageError(
                 f"the reference cannot load the model: {_first_line(error)}",
@@ -103,16 +117,25 @@ class Reference:
 class Replayer:
     """The reference's segments, ready to run; sessions are made at first use and shared."""
 
-    def __init__(self, graph: Graph, threads: int) -> None:
-        """Args: graph: the reference's graph. threads: intra-op threads of each session."""
+    def __init__(
+        self, graph: Graph, threads: int, weights: Mapping[str, Array] | None = None
+    ) -> None:
+        """Make no session yet.
+
+        Args:
+            graph: the reference's graph.
+            threads: intra-op threads of each session.
+            weights: the graph's detached weights, shared by all sessions.
+        """
         self.graph = graph
         self.threads = threads
+        self.weights = weights or {}
         self.types: dict[str, int] = {}
         self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
 
     def model(self, cut: Cut) -> onnx.ModelProto:
         """A segment as a stand-alone model; its inputs must have been seen in a run before."""
-        return self.graph.extract(cut, self.types)
+        return self.graph.extract(cut, self.types, self.weights)
 
     def run(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
         """Run one segment on ``values`` (at least its inputs) and return its outputs.
@@ -190,7 +213,8 @@ class Replayer:
         if (made := self._sessions.get(key)) is None:
             for name, value in feeds.items():
                 self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
-            made = self._sessions[key] = session(self.model(cut), self.threads)
+            model = self.graph.extract(cut, self.types, {})
+            made = self._sessions[key] = session(model, self.threads, self.weights)
         return made
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
+
+from auditor.ports import Array
+from auditor.weights import attach
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +96,17 @@ class Graph:
                 pending.append(source)
         return tuple(sorted(nodes)), tuple(sorted(constants)), tuple(inputs)
 
-    def extract(self, cut: Cut, types: dict[str, int]) -> onnx.ModelProto:
+    def extract(
+        self, cut: Cut, types: Mapping[str, int], weights: Mapping[str, Array]
+    ) -> onnx.ModelProto:
         """A segment as a stand-alone model with the same tensor names.
 
         Args:
             cut: the segment.
             types: ONNX element type of each of its inputs; their shapes are left open, so that
                 a backend's wrongly shaped tensor can be fed too.
+            weights: detached weights to put inside (``auditor.weights``); the stubs of others
+                stay.
         """
         model = onnx.ModelProto(
             ir_version=self.proto.ir_version, opset_import=self.proto.opset_import
@@ -111,7 +118,9 @@ class Graph:
         for index in sorted((*cut.nodes, *cut.constants)):
             graph.node.append(self.nodes[index])
             needed.update(dict.fromkeys(self.reads[index]))
-        graph.initializer.extend(self.initializers[n] for n in needed if n in self.initializers)
+        graph.initializer.extend(
+            attach(self.initializers[n], weights) for n in needed if n in self.initializers
+        )
         graph.sparse_initializer.extend(self.sparse[n] for n in needed if n in self.sparse)
         for name in cut.inputs:
             graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))

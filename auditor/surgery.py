@@ -1,0 +1,180 @@
+"""Copies of a segment in which some nodes compute something else: what noises are made of.
+
+What a node computes instead is written as an ONNX function body in ONNX's text syntax, for
+example ``(x) => (y) { y = Identity(x) }``, in the operator set of the segment. ``$T`` stands
+for the element type of the tensor that the first input or output has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+DOMAIN = "auditor"
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
+_STANDARD = ("", "ai.onnx")
+
+
+def find(model: onnx.ModelProto, op_types: Iterable[str]) -> Iterator[tuple[int, onnx.NodeProto]]:
+    """Position and node of every standard operator of these types, in graph order."""
+    for index, node in enumerate(model.graph.node):
+        if node.op_type in op_types and node.domain in _STANDARD:
+            yield index, node
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name, strings decoded."""
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {n: v.decode() if isinstance(v, bytes) else v for n, v in given.items()}
+
+
+def options(node: onnx.NodeProto, **changed: Any) -> str:
+    """A node's attributes in ONNX's text syntax, some of them changed or, if None, left out."""
+    values = {k: v for k, v in (attributes(node) | changed).items() if v is not None}
+    written = (f"{k} = {f'"{v}"' if isinstance(v, str) else v}" for k, v in values.items())
+    return f"<{', '.join(written)}>" if values else ""
+
+
+def reduction(op_type: str, of: str, axes: list[int], version: int, *, keepdims: int = 1) -> str:
+    """A reduction over given axes in ONNX's text syntax, at any operator set from 7 on."""
+    if version >= (13 if op_type == "ReduceSum" else 18):
+        listed = f"Constant <value = int64[{len(axes)}] {{{', '.join(map(str, axes))}}}> ()"
+        return f"{op_type} <keepdims = {keepdims}> ({of}, {listed})"
+    return f"{op_type} <axes = {axes}, keepdims = {keepdims}> ({of})"
+
+
+def opset(model: onnx.ModelProto) -> int:
+    """Version of the default ONNX operator set that a model uses."""
+    return next((o.version for o in model.opset_import if o.domain in _STANDARD), 1)
+
+
+def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Initialisers and Constant nodes of at most 64 elements, by name."""
+    found = {t.name: t for t in model.graph.initializer if np.prod(t.dims) <= 64}
+    values = {name: numpy_helper.to_array(t) for name, t in found.items()}
+    for _, node in find(model, ("Constant",)):
+        for name, value in attributes(node).items():
+            if name == "value" and np.prod(value.dims) <= 64:
+                values[node.output[0]] = numpy_helper.to_array(value)
+            elif name in ("value_float", "value_floats"):
+                values[node.output[0]] = np.asarray(value, np.float32)
+            elif name in ("value_int", "value_ints"):
+                values[node.output[0]] = np.asarray(value, np.int64)
+    return values
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """ONNX element type of every tensor whose type can be inferred.
+
+    Weights become inputs for the inference, so that ONNX does not copy them.
+    """
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.functions.extend(model.functions)
+    light.graph.node.extend(model.graph.node)
+    light.graph.input.extend(model.graph.input)
+    for t in model.graph.initializer:
+        light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
+    light.graph.output.extend(model.graph.output)
+    graph = onnx.shape_inference.infer_shapes(light).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {v.name: v.type.tensor_type.elem_type for v in values}
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy to change."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def substituted(model: onnx.ModelProto, bodies: Mapping[int, str]) -> onnx.ModelProto:
+    """A copy in which the nodes at these positions run other function bodies.
+
+    The bodies take the nodes' inputs and give their outputs, in order; attributes are gone.
+    """
+    surgery = _Surgery(model)
+    for index, body in bodies.items():
+        node = surgery.model.graph.node[index]
+        surgery.call(node, body, surgery.types.get(node.input[0] if node.input else "", 0))
+    return surgery.model
+
+
+def read_through(
+    model: onnx.ModelProto, body: str, reads: Iterable[tuple[int, int]]
+) -> onnx.ModelProto:
+    """A copy in which (node, input position) pairs that are floating point pass a function."""
+    surgery = _Surgery(model)
+    for index, position in reads:
+        name = model.graph.node[index].input[position]
+        if surgery.types.get(name) in FLOATS:
+            target = surgery.model.graph.node[index]
+            target.input[position] = surgery.inserted(name, body, before=index)
+    return surgery.finished()
+
+
+def written_through(model: onnx.ModelProto, body: str, positions: Iterable[int]) -> onnx.ModelProto:
+    """A copy in which the floating-point first outputs of these nodes pass a function."""
+    surgery = _Surgery(model)
+    for index in positions:
+        node = surgery.model.graph.node[index]
+        if surgery.types.get(node.output[0]) in FLOATS:
+            surgery.after(node, body, index)
+    return surgery.finished()
+
+
+class _Surgery:
+    """A copy of a model, and the functions called in it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = copied(model)
+        self.types = types(model)
+        self._names: dict[str, str] = {}  # function names by their text
+        self._before: dict[int, list[onnx.NodeProto]] = {}
+        self._after: dict[int, list[onnx.NodeProto]] = {}
+        self._copies: dict[tuple[str, str], str] = {}
+        self._mark = f"{DOMAIN}{len(model.functions)}/"
+        if all(o.domain != DOMAIN for o in model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+    def call(self, node: onnx.NodeProto, body: str, kind: int) -> None:
+        """Turn a node into a call of a function."""
+        text = body.replace("$T", str(kind))
+        if text not in self._names:
+            name = f"{node.op_type}{len(self.model.functions)}"
+            header = f'<domain: "{DOMAIN}", opset_import: ["": {opset(self.model)}]> {name} '
+            self.model.functions.append(onnx.parser.parse_function(header + text))
+            self._names[text] = name
+        node.op_type, node.domain = self._names[text], DOMAIN
+        del node.attribute[:]
+
+    def inserted(self, name: str, body: str, before: int) -> str:
+        """The name of a tensor passed through a function in front of a node."""
+        if (name, body) not in self._copies:
+            target = self._copies[name, body] = f"{self._mark}{name}"
+            node = helper.make_node("Through", [name], [target])
+            self.call(node, body, self.types[name])
+            self._before.setdefault(before, []).append(node)
+        return self._copies[name, body]
+
+    def after(self, node: onnx.NodeProto, body: str, index: int) -> None:
+        """Pass a node's first output through a function."""
+        target = node.output[0]
+        node.output[0] = f"{self._mark}{target}"
+        new = helper.make_node("Through", [node.output[0]], [target])
+        self.call(new, body, self.types[target])
+        self._after[index] = [new]
+
+    def finished(self) -> onnx.ModelProto:
+        """The model with what was inserted in its place."""
+        nodes = list(self.model.graph.node)
+        del self.model.graph.node[:]
+        for index, node in enumerate(nodes):
+            self.model.graph.node.extend(self._before.get(index, ()))
+            self.model.graph.node.append(node)
+            self.model.graph.node.extend(self._after.get(index, ()))
+        return self.model
