@@ -9,9 +9,8 @@ is busy for all of them:
 - *audit ort* and *polygraphy*: the one comparison that both make, every layer of optimised
   ONNX Runtime against unoptimised, on the same input.
 
-Every figure is a whole process from start to exit. Memory is the largest sum of resident memory
-over a process and its children, sampled every 10 ms (pages that processes share count once each,
-which is to the audit's disadvantage).
+Every figure is a whole process from start to exit. Memory is the largest proportional set size of a
+process and its children (Linux: a page that several share counts once), sampled every 20 ms.
 """
 
 from __future__ import annotations
@@ -69,12 +68,12 @@ class FailedError(RuntimeError):
 
 
 def tree_memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and its descendants now."""
+    """Proportional set size, in bytes, of a process and its descendants now."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for member in [process, *process.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += member.memory_info().rss
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                total += member.memory_full_info().pss
     return total
 
 
@@ -102,7 +101,7 @@ def measure(work: Work) -> tuple[float, float, float]:
                 if done:
                     break
                 peak = max(peak, tree_memory(watched) / MIB)
-                time.sleep(0.01)
+                time.sleep(0.02)
             wall += time.perf_counter() - start
             child.returncode = os.waitstatus_to_exitcode(status)
             cpu += usage.ru_utime + usage.ru_stime
