@@ -20,6 +20,7 @@ from auditor import metrics
 from auditor.metrics import Moments
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
+from auditor.reorder import longest_sum
 from auditor.replay import Replayer, ReplayError, difference
 from auditor.segments import Cut
 
@@ -127,11 +128,19 @@ def floor(
     scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
     generator = np.random.default_rng(0)
     jittered = {n: fp32_rounding.jitter(v, generator) for n, v in local.inputs.items()}
-    jitter = _movement(lambda: replayer.run(cut, jittered), local.replayed, scale)
-    reorder = _movement(lambda: replayer.run_reordered(cut, local.inputs), local.replayed, scale)
+    scaled = {n: fp32_rounding.scaled(v) for n, v in local.inputs.items()}
+    jitter = max(
+        _movement(lambda: replayer.run(cut, jittered), local.replayed, scale),
+        _movement(lambda: replayer.run(cut, scaled), local.replayed, scale),
+    )
+    reorder = _movement(
+        lambda: replayer.run_reordered(cut, local.inputs, local.replayed), local.replayed, scale
+    )
     repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
-    return max(fp32_rounding.floor(jitter, reorder, half=half), 2 * repeat)
+    nodes = [replayer.graph.nodes[i] for i in cut.nodes]
+    terms = longest_sum(nodes, replayer.graph.initializers)
+    return max(fp32_rounding.floor(jitter, reorder, terms, half=half), 2 * repeat)
 
 
 def _movement(run: Callable[[], Arrays], replayed: Arrays, scale: dict[str, float]) -> float:

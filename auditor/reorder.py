@@ -8,7 +8,8 @@ exact order in use), shows it: mathematically nothing has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,16 @@ _SUMMED: dict[str, tuple[tuple[int, int], ...]] = {
 _SPATIAL = 1 << 30  # stands for all axes behind the channels
 # Reversed outputs of these are the outputs of reversed inputs, along their own axis.
 _EQUIVARIANT = {"InstanceNormalization": (0,), "LayerNormalization": (0, 1, 2), "Softmax": (0,)}
+OPSET = 13  # what the surgery below is written for
 
 
 def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """A copy of a segment with its sums in another order, or None when it has none.
+    """A copy of a segment (of opset 13 or later) with its sums in another order, None without any.
 
     Conv and ConvTranspose (over channels), Gemm, MatMul, LayerNormalization,
     InstanceNormalization and Softmax run backwards; GlobalAveragePool, and ReduceMean and
     ReduceSum over one axis or all spatial ones, add one value after another.
     """
-    if next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0) < 11:
-        return None  # CumSum is younger
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
@@ -51,6 +51,33 @@ def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
             continue
         changed = True
     return result if changed else None
+
+
+def longest_sum(nodes: Iterable[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]) -> int:
+    """Number of terms in the longest sum that contractions with ``weights`` add up.
+
+    Args:
+        nodes: the nodes of a segment.
+        weights: initialisers by name; only their dimensions are read.
+    """
+    return max((_terms(node, weights) for node in nodes), default=1)
+
+
+def _terms(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> int:
+    weight = weights.get(node.input[1]) if len(node.input) > 1 else None
+    if weight is None or len(weight.dims) < 2:
+        return 1
+    dims = list(weight.dims)
+    if node.op_type == "Conv":  # M × C/group × kernel
+        return math.prod(dims[1:])
+    if node.op_type == "ConvTranspose":  # C × M/group × kernel
+        return math.prod((dims[0], *dims[2:]))
+    if node.op_type == "MatMul":
+        return dims[-2]
+    if node.op_type == "Gemm":
+        flipped = any(a.name == "transB" and a.i for a in node.attribute)
+        return dims[1] if flipped else dims[0]
+    return 1
 
 
 class _Surgery:

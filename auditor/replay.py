@@ -14,8 +14,10 @@ import numpy as np
 import onnx
 
 from auditor.errors import AuditError, UsageError
+from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
 from auditor.records import ReferenceInfo
+from auditor.rounding import opset, upgraded
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -151,25 +153,39 @@ class Replayer:
                 f"segment {cut.id} cannot be replayed: {_first_line(error)}"
             ) from error
 
-    def run_reordered(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
-        """Run one segment with its sums added up in reverse order, if it has any.
+    def run_reordered(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
+        """Run one segment with its sums added up in another order, if it has any.
+
+        Args:
+            cut: the segment.
+            values: its inputs.
+            replayed: what it computes from them as written, to check a change of opset by.
 
         Raises:
             ReplayError: ONNX Runtime refused the reordered segment.
         """
-        from auditor.reorder import reordered
+        from auditor.reorder import OPSET, reordered
 
-        model = reordered(self.model(cut))
-        if model is None:
-            return self.run(cut, values)
+        model = self.model(cut)
+        candidates = [model] if opset(model) >= OPSET else upgraded(model, OPSET)
         feeds = {name: values[name] for name in cut.inputs}
+
+        def run(variant: onnx.ModelProto) -> Arrays:
+            results = session(variant, self.threads).run(None, feeds)
+            return dict(zip(cut.outputs, results, strict=True))
+
         try:
-            results = session(model, self.threads).run(None, feeds)
+            for candidate in candidates:
+                changed = reordered(candidate)
+                if changed is None:
+                    return replayed
+                if candidate is model or bitwise_equal(run(candidate), replayed):
+                    return run(changed)
         except Exception as error:  # ORT raises a family of classes that share no base
             raise ReplayError(
                 f"segment {cut.id} cannot be reordered: {_first_line(error)}"
             ) from error
-        return dict(zip(cut.outputs, results, strict=True))
+        return replayed
 
     def walk(
         self,

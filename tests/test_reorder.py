@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.reorder import reordered
+from auditor.reorder import longest_sum, reordered
 from auditor.replay import session
 
 RNG = np.random.default_rng(0)
@@ -65,3 +65,21 @@ def test_nothing_to_reverse():
     assert reordered(_model("Relu", [3], {}, {})) is None
     depthwise = _model("Conv", [1, 8, 5, 5], {"w": (8, 1, 3, 3)}, {"group": 8})
     assert reordered(depthwise) is None
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "attributes", "terms"),
+    [
+        ("Conv", (16, 32, 3, 3), {}, 288),
+        ("Conv", (16, 1, 3, 3), {"group": 16}, 9),
+        ("ConvTranspose", (32, 8, 3, 3), {}, 288),
+        ("MatMul", (2, 300, 20), {}, 300),
+        ("Gemm", (20, 300), {"transB": 1}, 300),
+        ("Gemm", (300, 20), {}, 300),
+        ("Relu", (5, 5), {}, 1),
+    ],
+)
+def test_the_length_of_a_sum(op, shape, attributes, terms):
+    node = helper.make_node(op, ["x", "w"], ["y"], **attributes)
+    weights = {"w": numpy_helper.from_array(np.zeros(shape, np.float32), "w")}
+    assert longest_sum([node], weights) == terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,6 +18,10 @@ SMALLEST = 3e-6
 # … and REORDER_FACTOR times what summing in reverse order does. Against FP64, a backend was at most
 # 3.03 times as far off as the reference.
 REORDER_FACTOR = 5.0
+# … and what a sum of n terms is expected to lose: λ√n·u with λ = 2 and u = 2⁻²⁴ (Higham and Mary,
+# A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41, 2019). It
+# matters where equal terms make rounding errors add up instead of cancelling.
+SUM_FACTOR = 2 * 2.0**-24
 # The same for segments that hand over float16: four times the unit roundoff of 2⁻¹¹. Chosen, not
 # measured.
 SMALLEST_HALF = 2e-3
@@ -36,16 +41,33 @@ def jitter(values: Array, generator: np.random.Generator) -> Array:
         return (values * (1 + noise)).astype(values.dtype, copy=False)
 
 
-def floor(jittered: float, reordered: float = 0.0, *, half: bool = False) -> float:
+def scaled(values: Array) -> Array:
+    """``values`` × (1 + ε): the last bit of every element moved the same way.
+
+    Independent jitter averages out over a long sum. Rounding a folded constant does not: one
+    rounded batch normalisation scale moves all products alike, and where the shift then cancels
+    most of the sum, that is what remains.
+    """
+    if values.dtype.kind != "f":
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved: Array = values * (1 + np.finfo(values.dtype).eps)
+    return moved.astype(values.dtype, copy=False)
+
+
+def floor(jittered: float, reordered: float = 0.0, terms: int = 1, *, half: bool = False) -> float:
     """Introduced error (relative L2) that rounding explains.
 
     Args:
-        jittered: relative L2 by which the outputs move when the inputs do (``jitter``).
+        jittered: relative L2 by which the outputs move when the inputs do (the larger of
+            ``jitter`` and ``scaled``).
         reordered: relative L2 by which they move when every sum is added up in reverse order.
+        terms: number of terms of the longest sum.
         half: whether the outputs are float16.
     """
     smallest = SMALLEST_HALF if half else SMALLEST
-    return max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, smallest)
+    expected = SUM_FACTOR * math.sqrt(terms)
+    return max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, expected, smallest)
 
 
 class Fp32Rounding:
