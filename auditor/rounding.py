@@ -83,6 +83,7 @@ class Sites:
         scope: what one kernel is: the engine's own fusion groups, each operator by itself, or
             the whole segment.
         inputs: values that a kernel reads, and operands of sums of products inside it.
+        elementwise: kernels without sums of products, too, round the values that they read.
         weights: constant operands of sums of products.
         bias: constants added to sums of products: none of them, those of fully connected layers
             whose output is rounded, or all.
@@ -96,6 +97,7 @@ class Sites:
     name: str
     scope: Scope
     inputs: bool = False
+    elementwise: bool = True
     weights: bool = False
     bias: Literal["none", "fully-connected", "all"] = "none"
     constants: bool = False
@@ -238,13 +240,17 @@ class _Surgery:
         self.floats = set(layout.floats)
         self.mark = _unused_mark(layout.model)
         self.casts = to.cast is not None and opset(layout.model) >= to.opset
+        self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
+        self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
+        if sites.scope == "kernel":
+            self._move_scales()
 
     def apply(self) -> onnx.ModelProto:
         """The transformed model."""
+        # Constants first: a factor moved to an earlier kernel is needed before its own place.
+        self.nodes += [self.at.nodes[index] for index in sorted(self.at.derived)]
         for index, node in enumerate(self.at.nodes):
-            if index in self.at.derived:
-                self.nodes.append(node)
-            elif index not in self.replaced:
+            if index not in self.at.derived and index not in self.replaced:
                 self._emit(index, node)
         source = self.at.model
         model = onnx.ModelProto(ir_version=source.ir_version, opset_import=source.opset_import)
@@ -273,6 +279,9 @@ class _Surgery:
         if self.sites.scope == "kernel" and self._reduced(group):
             if node.op_type in _CONVOLUTIONS:
                 self._fold_scale(new, group)
+            elif index in self.unscaled:
+                new.output[0] = self.at.nodes[self.unscaled[index]].output[0]
+                self.replaced.add(self.unscaled[index])
             elif node.op_type == "MatMul":
                 self._move_scale(new, group)
             elif node.op_type == "LayerNormalization":
@@ -290,9 +299,11 @@ class _Surgery:
         self._outputs(node, group)
 
     def _applies(self, group: _Group) -> bool:
-        return not self.sites.products or any(
-            self.at.nodes[i].op_type in _CONTRACTIONS for i in group.nodes
-        )
+        return not self.sites.products or self._multiplies(group)
+
+    def _multiplies(self, group: _Group) -> bool:
+        """Whether a kernel is made of sums of products."""
+        return any(self.at.nodes[i].op_type in _CONTRACTIONS for i in group.nodes)
 
     def _input(self, node: onnx.NodeProto, position: int, name: str, group: _Group) -> str:
         if name not in self.floats:
@@ -306,7 +317,9 @@ class _Surgery:
             return self._round(name) if rounds else name
         if not (self.sites.inputs and self._reduced(group)):
             return name
-        if self.sites.products and position not in operands:
+        if position not in operands and (
+            self.sites.products or not (self.sites.elementwise or self._multiplies(group))
+        ):
             return name
         return self._round(name)
 
@@ -349,7 +362,11 @@ class _Surgery:
                 self.exact.add(name)
             elif self.sites.outputs and self._writes(group) and self._leaves(name, group):
                 new.output[position] = self.raw[name] = f"{self.mark}{name}/unrounded"
-                self.nodes.extend(self._rounding(self.raw[name], name))
+                written = self.raw[name]
+                if name in self.scaled:
+                    operator, factor = self.scaled[name]
+                    written = self._new(operator, written, factor)
+                self.nodes.extend(self._rounding(written, name))
                 self.exact.add(name)
 
     def _inside(self, name: str, group: _Group) -> bool:
@@ -456,26 +473,71 @@ class _Surgery:
 
     def _move_scale(self, product: onnx.NodeProto, group: _Group) -> None:
         """Fused attention multiplies its scale into the keys before rounding them."""
-        if any(n in self.constants for n in product.input) or not any(
-            self.at.nodes[i].op_type == "Softmax" for i in group.nodes
-        ):
-            return
-        index = self.at.sole_reader(product.output[0])
-        if index is None or self.groups[index] is not group:
-            return
-        node = self.at.nodes[index]
-        other = [n for n in node.input if n != product.output[0]]
-        if (
-            node.op_type not in ("Mul", "Div")
-            or len(other) != 1
-            or (self.constants.get(other[0]) not in ((), (1,)))
-        ):
+        index = self._scale_of(product, group)
+        if index is None or not self._has_softmax(group):
             return
         keys = product.input[1]
         entered = self._round(keys) if not self._inside(keys, group) else self.raw.get(keys, keys)
-        product.input[1] = self._new(node.op_type, entered, other[0])
-        product.output[0] = node.output[0]
+        operator, factor = self._scaling(index, product.output[0])
+        product.input[1] = self._new(operator, entered, factor)
+        product.output[0] = self.at.nodes[index].output[0]
         self.replaced.add(index)
+
+    def _move_scales(self) -> None:
+        """Unfused attention's scale is applied by the kernel that projects the keys.
+
+        OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
+        of the product no longer has it.
+        """
+        for index, product in enumerate(self.at.nodes):
+            if product.op_type != "MatMul" or index in self.at.derived:
+                continue
+            group = self.groups[index]
+            scale = self._scale_of(product, group)
+            if scale is None or self._has_softmax(group):
+                continue
+            keys = product.input[1]
+            while (
+                self.at.sole_reader(keys) is not None
+                and (source := self.at.producer.get(keys)) is not None
+                and self.at.nodes[source].op_type in _MOVES
+            ):
+                keys = self.at.nodes[source].input[0]
+            source = self.at.producer.get(keys)
+            if source is None or self.at.sole_reader(keys) is None:
+                continue
+            projection = self.groups[source]
+            if (
+                projection is not group
+                and self._writes(projection)
+                and any(
+                    self.at.nodes[i].op_type == "MatMul" and self._has_weights(i)
+                    for i in projection.nodes
+                )
+            ):
+                self.scaled[keys] = self._scaling(scale, product.output[0])
+                self.unscaled[index] = scale
+
+    def _scale_of(self, product: onnx.NodeProto, group: _Group) -> int | None:
+        """The node that multiplies a product of two activations by one constant, if fused."""
+        index = self.at.sole_reader(product.output[0])
+        if (
+            index is None
+            or self.groups[index] is not group
+            or any(n in self.constants for n in product.input)
+        ):
+            return None
+        node = self.at.nodes[index]
+        other = [n for n in node.input if n != product.output[0]]
+        single = len(other) == 1 and self.constants.get(other[0]) in ((), (1,))
+        return index if single and node.op_type in ("Mul", "Div") else None
+
+    def _scaling(self, index: int, product: str) -> tuple[str, str]:
+        node = self.at.nodes[index]
+        return node.op_type, next(n for n in node.input if n != product)
+
+    def _has_softmax(self, group: _Group) -> bool:
+        return any(self.at.nodes[i].op_type == "Softmax" for i in group.nodes)
 
     def _split_normalization(self, node: onnx.NodeProto, group: _Group) -> None:
         """The normalised value is rounded before gamma and beta are applied to it."""

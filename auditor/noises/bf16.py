@@ -23,6 +23,15 @@ SITES = (
         outputs=True,
     ),
     Sites(
+        "operands of products and results of each kernel in bf16, elementwise kernels read FP32",
+        "kernel",
+        inputs=True,
+        elementwise=False,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+    ),
+    Sites(
         "operands, bias and results of each kernel in bf16, FP32 accumulation",
         "kernel",
         inputs=True,
