@@ -67,7 +67,7 @@ def _terms(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> int
     weight = weights.get(node.input[1]) if len(node.input) > 1 else None
     if weight is None or len(weight.dims) < 2:
         return 1
-    dims = list(weight.dims)
+    dims: list[int] = list(weight.dims)
     if node.op_type == "Conv":  # M × C/group × kernel
         return math.prod(dims[1:])
     if node.op_type == "ConvTranspose":  # C × M/group × kernel
