@@ -7,6 +7,11 @@ backend did, and no other cause does nearly as well::
 
 with each output divided by its norm. What an engine says about itself decides the order of the
 experiments and breaks ties; it never replaces one.
+
+Where out_b has another *shape* than h(in_b) there is no difference to take: the plain replay
+reproduces nothing of that output, so its error is the whole tensor and a cause that gives the
+observed shape explains 1 − ‖out_b − h_n(in_b)‖² / ‖out_b‖². A cause that gives a wrong shape where
+the plain replay's is right is infinitely far off.
 """
 
 from __future__ import annotations
@@ -26,6 +31,9 @@ from auditor.records import Hypothesis
 # A cause is named from this share on: right causes were measured at 0.999 and more, the best
 # wrong one at 0.38 (docs/method.md).
 NAMED = 0.9
+# … and from this one where the shape differs: most of a tensor's own norm is explained by any
+# replay that is roughly right, a smooth image moved by a pixel for instance.
+NAMED_RESHAPED = 0.999
 # From here on nothing is left to look for.
 ENOUGH = 0.995
 # A second cause is looked for beside one that explains at least this much but is not named.
@@ -34,6 +42,9 @@ PARTIAL = 0.2
 COMBINED = 2
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
 CLEARLY = 2.0
+# From this part of a type's largest number on, a value stands for infinity: what a maximum over
+# nothing gives, which is the lowest number of bfloat16 where that was the kernel's type.
+EXTREME = 0.99
 # bfloat16 exists in ONNX graphs from this opset on.
 OPSET = 13
 
@@ -86,12 +97,22 @@ class _Bench:
     tested: list[_Tested] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _scales: dict[str, float] = field(default_factory=dict)
+    _weights: dict[str, float] = field(default_factory=dict)  # of one non-finite element
+    _reshaped: set[str] = field(default_factory=set)
     _error: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in self.replayed.items():
-            finite = np.where(np.isfinite(value), value, 0) if _is_float(value) else value
-            self._scales[name] = metrics.square_sum(metrics.to_float(finite)) or 1.0
+            observed = self.observed[name]
+            if observed.shape != value.shape:
+                self._reshaped.add(name)
+            self._scales[name] = _scale(observed if name in self._reshaped else value)
+            odd = (
+                np.count_nonzero(~(abs(observed) < _limit(observed)))
+                if name in self._reshaped
+                else 0
+            )
+            self._weights[name] = 1 / odd if odd else 1.0
         self._error = self._distance(self.replayed)
 
     @property
@@ -102,43 +123,61 @@ class _Bench:
     @property
     def done(self) -> bool:
         """Whether some hypothesis explains all there is to explain."""
-        return any(t.hypothesis.explained >= ENOUGH for t in self.tested)
+        enough = max(ENOUGH, self.named)
+        return any(t.hypothesis.explained >= enough for t in self.tested)
 
     @property
     def explainable(self) -> bool:
-        """Whether there is a finite error between tensors of the same shapes."""
+        """Whether there is an error; an empty tensor of a wrong shape has none to explain."""
         return 0 < self._error < math.inf
 
-    def test(self, noise: str, variant: Variant) -> _Tested | None:
-        """Replay one variant; None where the engine refused it."""
+    @property
+    def named(self) -> float:
+        """The share from which on a cause is named here."""
+        return NAMED_RESHAPED if self._reshaped else NAMED
+
+    def test(self, noise: str, variant: Variant) -> None:
+        """Replay one variant, unless the engine refuses the model.
+
+        One that loads but fails on these inputs is refuted, since the backend did run: the
+        shapes it gives do not fit the rest of the segment.
+        """
         try:
             session = replay.session(variant.model, self.threads)
-            outputs = dict(
-                zip(self.observed, session.run(list(self.observed), self.inputs), strict=True)
-            )
         except Exception as error:  # ORT raises a family of classes that share no base
             reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             self.failures.append(f"{noise} ({variant.name}) cannot be replayed: {reason}")
-            return None
+            return
+        try:
+            values = session.run(list(self.observed), self.inputs)
+        except Exception:  # as above
+            hypothesis = Hypothesis(noise, variant.name, -math.inf, 0.0)
+            self.tested.append(_Tested(hypothesis, self.replayed, variant))
+            return
+        outputs = dict(zip(self.observed, values, strict=True))
         explained = 1 - self._distance(outputs) / self._error
         same = sum(metrics.bit_identical(self.observed[n], v) for n, v in outputs.items())
         hypothesis = Hypothesis(noise, variant.name, explained, same / len(outputs))
-        tested = _Tested(hypothesis, outputs, variant)
-        self.tested.append(tested)
-        return tested
+        self.tested.append(_Tested(hypothesis, outputs, variant))
 
     def _distance(self, outputs: Arrays) -> float:
         """Σ over outputs of ‖out_b − outputs‖² / ‖h‖².
 
         An element that is NaN or infinite on one side only counts as an error as large as the
-        whole tensor.
+        whole tensor. Where the plain replay has another shape than the backend, ‖out_b‖ stands
+        for ‖h‖, whatever has a wrong shape counts as zeros, and all non-finite elements together
+        count as much as all others.
         """
         total = 0.0
         for name, value in outputs.items():
             observed = self.observed[name]
-            if observed.shape != value.shape:
+            if observed.shape == value.shape:
+                nearest = value
+            elif name in self._reshaped:
+                nearest = np.zeros_like(observed)
+            else:
                 return math.inf
-            total += _square_error(observed, value, self._scales[name])
+            total += _square_error(observed, nearest, self._scales[name], self._weights[name])
         return total
 
 
@@ -179,13 +218,13 @@ def explain(
     for noise in ordered:
         if bench.done and not thorough:
             break
-        settled = bench.best is not None and bench.best.hypothesis.explained >= NAMED
+        settled = bench.best is not None and bench.best.hypothesis.explained >= bench.named
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
         for variant in _variants(bench, noise, segment, expected):
             bench.test(noise.id, variant)
             if bench.done or settled:
                 break
-    if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < NAMED:
+    if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
         _combine(bench, ordered)
     winner = _winner(bench, noises)
     if winner is not None:
@@ -256,13 +295,13 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     bits are one for this purpose, and otherwise none is named.
     """
     best = bench.best
-    if best is None or best.hypothesis.explained < NAMED:
+    if best is None or best.hypothesis.explained < bench.named:
         return None
     rivals = [
         t
         for t in bench.tested
         if t.hypothesis.noise != best.hypothesis.noise
-        and t.hypothesis.explained >= NAMED
+        and t.hypothesis.explained >= bench.named
         and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
     says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
@@ -304,20 +343,33 @@ def _merit(tested: _Tested) -> tuple[float, float]:
     return tested.hypothesis.explained, tested.hypothesis.bit_identical
 
 
-def _square_error(observed: Array, value: Array, scale: float) -> float:
+def _square_error(observed: Array, value: Array, scale: float, weight: float) -> float:
     b, r = metrics.to_float(observed), metrics.to_float(value)
+    limit = _limit(observed)
     with np.errstate(over="ignore", invalid="ignore"):
         error = b - r
         if not error.any():
             return 0.0
         squares = metrics.square_sum(error)
-    if math.isfinite(squares):
+    if squares < limit:  # so no element is extreme, or it is the same in both
         return squares / scale
-    agree = (b == r) | (np.isnan(b) & np.isnan(r))
-    odd = ~np.isfinite(error)
-    finite = metrics.square_sum(np.where(odd, 0, error))
-    return finite / scale + float(np.count_nonzero(odd & ~agree))
+    ordinary = (abs(b) < limit) & (abs(r) < limit)
+    extreme = np.isfinite(error) & (np.minimum(abs(b), abs(r)) >= limit)
+    # Two finite stand-ins for one infinity agree, whatever type's lowest number they are.
+    agree = (b == r) | (np.isnan(b) & np.isnan(r)) | extreme
+    squares = metrics.square_sum(np.where(ordinary, error, 0))
+    return squares / scale + weight * float(np.count_nonzero(~ordinary & ~agree))
 
 
-def _is_float(values: Array) -> bool:
-    return values.dtype.kind == "f"
+def _scale(values: Array) -> float:
+    """‖values‖² of what is finite and no stand-in for infinity, or else 1."""
+    wide, limit = metrics.to_float(values), _limit(values)
+    squares = metrics.square_sum(wide)
+    if not squares < limit:
+        squares = metrics.square_sum(np.where(abs(wide) < limit, wide, 0))
+    return squares or 1.0
+
+
+def _limit(values: Array) -> float:
+    """From where on a number of this type stands for infinity."""
+    return EXTREME * float(np.finfo(values.dtype).max) if values.dtype.kind == "f" else math.inf

@@ -7,6 +7,7 @@ for the element type of the tensor that the first input or output has.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,34 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+# Operators that take a tensor of any shape and give one of the same shape.
+UNARY = frozenset(
+    {
+        *(
+            "Abs",
+            "Cast",
+            "Ceil",
+            "Celu",
+            "Clip",
+            "Elu",
+            "Erf",
+            "Exp",
+            "Floor",
+            "Gelu",
+            "HardSigmoid",
+        ),
+        *("HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not"),
+        *("Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt"),
+        *("Tanh", "ThresholdedRelu"),
+    }
+)
+# Operators that broadcast.
+BINARY = frozenset(
+    {
+        *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+        *("Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"),
+    }
+)
 DOMAIN = "auditor"
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 _STANDARD = ("", "ai.onnx")
@@ -27,25 +56,60 @@ def find(model: onnx.ModelProto, op_types: Iterable[str]) -> Iterator[tuple[int,
             yield index, node
 
 
+def takes_any_shape(
+    model: onnx.ModelProto, node: onnx.NodeProto, *, broadcast: bool = False
+) -> bool:
+    """Whether the segment still runs when a node's outputs get other shapes.
+
+    Args:
+        model: the segment.
+        node: one of its nodes.
+        broadcast: whether the other shapes can be broadcast to the old ones.
+    """
+    names = set(node.output)
+    for reader in model.graph.node:
+        if names.isdisjoint(reader.input) or (broadcast and reader.op_type in BINARY):
+            continue
+        if reader.op_type not in UNARY:
+            return False
+        names.update(reader.output)
+    return True
+
+
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """A node's attributes by name, strings decoded."""
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return {n: v.decode() if isinstance(v, bytes) else v for n, v in given.items()}
 
 
+def set_attributes(node: onnx.NodeProto, **values: Any) -> None:
+    """Set a node's attributes, or remove those that are None."""
+    kept = [a for a in node.attribute if a.name not in values]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.extend(
+        helper.make_attribute(name, value) for name, value in values.items() if value is not None
+    )
+
+
 def options(node: onnx.NodeProto, **changed: Any) -> str:
     """A node's attributes in ONNX's text syntax, some of them changed or, if None, left out."""
     values = {k: v for k, v in (attributes(node) | changed).items() if v is not None}
-    written = (f"{k} = {f'"{v}"' if isinstance(v, str) else v}" for k, v in values.items())
+    written = (f"{k} = {json.dumps(v)}" for k, v in values.items())
     return f"<{', '.join(written)}>" if values else ""
 
 
-def reduction(op_type: str, of: str, axes: list[int], version: int, *, keepdims: int = 1) -> str:
+def reduction(
+    target: str, op_type: str, of: str, axes: list[int], version: int, *, keepdims: int = 1
+) -> str:
     """A reduction over given axes in ONNX's text syntax, at any operator set from 7 on."""
     if version >= (13 if op_type == "ReduceSum" else 18):
-        listed = f"Constant <value = int64[{len(axes)}] {{{', '.join(map(str, axes))}}}> ()"
-        return f"{op_type} <keepdims = {keepdims}> ({of}, {listed})"
-    return f"{op_type} <axes = {axes}, keepdims = {keepdims}> ({of})"
+        listed = f"int64[{len(axes)}] {{{', '.join(map(str, axes))}}}"
+        return (
+            f"{target}_axes = Constant <value = {listed}> () "
+            f"{target} = {op_type} <keepdims = {keepdims}> ({of}, {target}_axes)"
+        )
+    return f"{target} = {op_type} <axes = {axes}, keepdims = {keepdims}> ({of})"
 
 
 def opset(model: onnx.ModelProto) -> int:
@@ -104,26 +168,23 @@ def substituted(model: onnx.ModelProto, bodies: Mapping[int, str]) -> onnx.Model
     return surgery.model
 
 
-def read_through(
-    model: onnx.ModelProto, body: str, reads: Iterable[tuple[int, int]]
+def passing(
+    model: onnx.ModelProto,
+    reads: Mapping[tuple[int, int], str],
+    writes: Mapping[int, str] | None = None,
 ) -> onnx.ModelProto:
-    """A copy in which (node, input position) pairs that are floating point pass a function."""
-    surgery = _Surgery(model)
-    for index, position in reads:
-        name = model.graph.node[index].input[position]
-        if surgery.types.get(name) in FLOATS:
-            target = surgery.model.graph.node[index]
-            target.input[position] = surgery.inserted(name, body, before=index)
-    return surgery.finished()
+    """A copy in which floating-point tensors pass functions on their way.
 
-
-def written_through(model: onnx.ModelProto, body: str, positions: Iterable[int]) -> onnx.ModelProto:
-    """A copy in which the floating-point first outputs of these nodes pass a function."""
+    Args:
+        model: the segment.
+        reads: function body by position of a node and of its input.
+        writes: function body by position of a node, for its first output.
+    """
     surgery = _Surgery(model)
-    for index in positions:
-        node = surgery.model.graph.node[index]
-        if surgery.types.get(node.output[0]) in FLOATS:
-            surgery.after(node, body, index)
+    for (index, position), body in reads.items():
+        surgery.before(index, position, body)
+    for index, body in (writes or {}).items():
+        surgery.after(index, body)
     return surgery.finished()
 
 
@@ -152,18 +213,25 @@ class _Surgery:
         node.op_type, node.domain = self._names[text], DOMAIN
         del node.attribute[:]
 
-    def inserted(self, name: str, body: str, before: int) -> str:
-        """The name of a tensor passed through a function in front of a node."""
+    def before(self, index: int, position: int, body: str) -> None:
+        """Pass what a node reads through a function."""
+        node = self.model.graph.node[index]
+        name = node.input[position]
+        if self.types.get(name) not in FLOATS:
+            return
         if (name, body) not in self._copies:
-            target = self._copies[name, body] = f"{self._mark}{name}"
-            node = helper.make_node("Through", [name], [target])
-            self.call(node, body, self.types[name])
-            self._before.setdefault(before, []).append(node)
-        return self._copies[name, body]
+            target = self._copies[name, body] = f"{self._mark}{name}/{len(self._copies)}"
+            new = helper.make_node("Through", [name], [target])
+            self.call(new, body, self.types[name])
+            self._before.setdefault(index, []).append(new)
+        node.input[position] = self._copies[name, body]
 
-    def after(self, node: onnx.NodeProto, body: str, index: int) -> None:
+    def after(self, index: int, body: str) -> None:
         """Pass a node's first output through a function."""
+        node = self.model.graph.node[index]
         target = node.output[0]
+        if self.types.get(target) not in FLOATS:
+            return
         node.output[0] = f"{self._mark}{target}"
         new = helper.make_node("Through", [node.output[0]], [target])
         self.call(new, body, self.types[target])

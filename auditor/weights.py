@@ -20,9 +20,11 @@ from auditor.ports import Array, Arrays
 # Smaller constants stay in the graph: shapes and axes must be visible to shape inference.
 _SMALL = 1024  # bytes
 _DETACHED = "detached"  # a location that is never opened: ONNX Runtime is handed the array
-_PLAIN = frozenset(
-    onnx.TensorProto.DataType.Value(name)
-    for name in "FLOAT DOUBLE FLOAT16 INT8 INT16 INT32 INT64 UINT8 UINT16 UINT32 UINT64".split()
+_T = onnx.TensorProto
+_PLAIN = frozenset(  # types that numpy has too
+    (_T.FLOAT, _T.DOUBLE, _T.FLOAT16)
+    + (_T.INT8, _T.INT16, _T.INT32, _T.INT64)
+    + (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64)
 )
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +313,122 @@ def test_openvino_in_low_precision(tmp_path: Path, hint: str, id_: str) -> None:
     found = explain(of, x, observed, thorough=True)
     assert found.noise == id_ and found.explained > 0.99
     assert all(h.explained <= 0.5 for h in found.hypotheses if h.noise != id_)
+
+
+class Replaced:
+    """A noise that replays one given node in place of the segment."""
+
+    def __init__(self, node: onnx.NodeProto, constants: Arrays, id_: str = "test.replaced") -> None:
+        self.id = id_
+        self.variant = attribution.Variant("replaced", segment([node], constants).model)
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        return False
+
+    def variants(self, of: SegmentGraph) -> Any:
+        yield self.variant
+
+
+@pytest.fixture
+def cropped(dense: Any) -> Callable[[float], Replaced]:
+    """The segment with one column less, computed with an error of this relative size."""
+
+    def make(error: float) -> Replaced:
+        w = dense[2][:, :-1].copy()
+        w[:, ::2] *= np.float32(1 + error)
+        return Replaced(helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": w})
+
+    return make
+
+
+def test_another_shape_is_explained_by_what_gives_it(dense: Any, cropped: Any) -> None:
+    of, x, w = dense
+    planted = (x.astype(np.float64) @ w[:, :-1]).astype(np.float32)
+    found = explain(of, x, {"y": planted}, noises=(*NOISES, cropped(0.01)), thorough=True)
+    assert found.noise == "test.replaced" and found.outputs["y"].shape == planted.shape
+    error = np.where(np.arange(63) % 2 == 0, planted * 0.01, 0)
+    expected = 1 - np.sum(error**2) / np.sum(planted.astype(np.float64) ** 2)
+    assert found.explained == pytest.approx(expected, abs=1e-6)
+    assert found.residual == pytest.approx(np.sqrt(1 - expected), rel=1e-2)
+    # What keeps the wrong shape explains nothing of it.
+    assert {h.explained for h in found.hypotheses if h.noise != found.noise} == {0.0}
+
+
+def test_another_shape_is_named_only_when_nearly_all_of_it_is_right(
+    dense: Any, cropped: Any
+) -> None:
+    of, x, w = dense
+    planted = (x.astype(np.float64) @ w[:, :-1]).astype(np.float32)
+    found = explain(of, x, {"y": planted}, noises=(cropped(0.2),))
+    assert found.noise is None and found.hypotheses[0].explained > attribution.NAMED
+    np.testing.assert_array_equal(found.outputs["y"], run(of.model, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("factor", [1.01, 1e-4, -3.0])
+def test_a_wrong_shape_never_explains_a_right_one(dense: Any, cropped: Any, factor: float) -> None:
+    of, x, w = dense
+    planted = ((x.astype(np.float64) @ w) * factor).astype(np.float32)
+    found = explain(of, x, {"y": planted}, noises=(cropped(0.0),))
+    assert found.noise is None
+    assert [h.explained for h in found.hypotheses] == [-np.inf]
+
+
+def test_a_replay_whose_shapes_do_not_fit_is_refuted(dense: Any) -> None:
+    """It loads, and fails when run: the backend did run, so it did something else."""
+    of, x, w = dense
+    planted = {"y": x @ (w * np.float32(1.01))}
+    unfit = Replaced(helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": w[:-1]})
+    found = explain(of, x, planted, noises=(unfit,))
+    assert found.noise is None and found.failures == ()
+    assert [h.explained for h in found.hypotheses] == [-np.inf]
+
+
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("right", [True, False])
+def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool) -> None:
+    """A maximum over nothing is its type's lowest number: no other value counts beside it."""
+    of, x, w = dense
+    nothing = np.full((8, 16), np.finfo(np.float32).min)
+    columns = np.concatenate([nothing, x @ w], axis=1)
+    constants = {"n": nothing}
+    node = helper.make_node("Concat", ["n", "p"], ["y"], axis=1)
+    product = helper.make_node("MatMul", ["x", "w"], ["p"])
+    noise = Replaced(product, {"w": w})
+    noise.variant = attribution.Variant(
+        "kept", segment([product, node], {"w": w, **constants}).model
+    )
+    observed = columns.copy()
+    observed[:, :16] = float(ml_dtypes.finfo(kind).min)
+    if not right:
+        observed[:, 16:] = np.roll(observed[:, 16:], 1, axis=0)
+    found = explain(of, x, {"y": observed}, noises=(noise,))
+    assert (found.noise == "test.replaced") == right
+    assert (found.explained > 0.999999) == right
+
+
+def test_one_output_of_another_shape(dense: Any) -> None:
+    _, x, w = dense
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("ReduceMax", ["y"], ["m"], axes=[1], keepdims=1),
+    ]
+    of = segment(nodes, {"w": w})
+    of.model.graph.output.insert(0, onnx.ValueInfoProto(name="y"))
+    flat = SegmentGraph(onnx.ModelProto(), ())
+    flat.model.CopyFrom(of.model)
+    flat.model.graph.node[1].attribute[1].i = 0
+    assert flat.model.graph.node[1].attribute[1].name == "keepdims"
+
+    class Flat(Replaced):
+        def variants(self, of: SegmentGraph) -> Any:
+            yield attribution.Variant("no axis kept", flat.model)
+
+    y = x.astype(np.float64) @ w
+    noise = Flat(nodes[0], {"w": w})
+    for factor, name in ((1.0, "test.replaced"), (1.1, None)):
+        observed = {
+            "y": (y * factor).astype(np.float32),
+            "m": y.max(1).astype(np.float32),
+        }
+        found = explain(of, x, observed, noises=(noise,))
+        assert found.noise == name

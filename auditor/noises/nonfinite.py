@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+
+import onnx
 
 from auditor import surgery
 from auditor.ports import SegmentGraph, Variant
 from auditor.records import Kernel, Stage
 
-# Operators made of comparisons, with what a NaN must be to lose each of them.
+# Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
 _LOSES = {
-    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax", "TopK", "Hardmax"), "-inf"),
+    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax", "MaxPool"), "-inf"),
     **dict.fromkeys(("Sigmoid", "HardSigmoid", "Tanh", "Erf", "Exp", "Softplus"), "-inf"),
-    **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu"), "-inf"),
+    **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu", "HardSwish"), "-inf"),
     **dict.fromkeys(("Min", "ReduceMin", "ArgMin"), "inf"),
 }
 _OPPOSITE = {"-inf": "inf", "inf": "-inf"}
-_ZEROED = ("Sign", "Round", "Floor", "Ceil", "Abs", "Neg", "ThresholdedRelu", "Sum", "ReduceSum")
-# Operators of which the reference itself drops a NaN, as its kernels happen to compare.
-_DROPPING = ("ReduceMax", "ReduceMin", "ThresholdedRelu")
+_ZEROED = ("Sign", "Round", "Floor", "Ceil", "Cast", "ReduceSum", "ReduceMean", "CumSum")
+# Operators in which the reference itself drops a NaN, as its kernels happen to compare.
+_DROPPING = ("ReduceMax", "ReduceMin", "MaxPool", "ThresholdedRelu")
+_MASKED = ("Relu", "ThresholdedRelu", "Where")
 _RANKED = ("ArgMax", "ArgMin")
-# Results that are infinite or undefined for infinite or extreme operands.
+# Operators whose results are infinite or undefined for extreme operands.
 _EXTREME = (
     *("Cast", "Exp", "Div", "Reciprocal", "Log", "Pow", "Sqrt", "Softmax", "LogSoftmax"),
-    *("Gelu", "HardSwish", "Softsign", "Mish", "Swish", "ReduceMax", "ReduceMin", "ReduceSum"),
-    *("ReduceLogSumExp", "Erf", "Tanh", "Sigmoid", "Mul", "Sub"),
+    *("Gelu", "HardSwish", "Softsign", "Mish", "Swish", "Erf", "ReduceLogSumExp"),
+    *("ReduceMax", "ReduceMin"),
 )
-_LARGEST = {1: "3.4028234663852886e+38", 10: "65504", 11: "1.7976931348623157e+308"}
+# First operator sets with IsInf and CumSum.
+_ISINF, _CUMSUM = 10, 11
+
+_READ_AS = (
+    "(x) => (y) {{ nan = IsNaN(x) c = Constant <value = float {{{value}}}> () "
+    "k = Cast <to = $T> (c) y = Where(nan, k, x) }}"
+)
+_FINITE = """(x) => (y) {
+    infinite = IsInf(x) s = Sign(x) c = Constant <value = float {3.4028234663852886e+38}> ()
+    k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
 class NonFinite:
@@ -65,30 +77,82 @@ class NonFinite:
         model = segment.model
         losing = {i: _LOSES[n.op_type] for i, n in surgery.find(model, _LOSES)}
         if losing:
-            yield Variant("NaN loses every comparison", _replaced(model, losing))
+            yield Variant("NaN loses every comparison", _read_as(model, losing))
             winning = {i: _OPPOSITE[value] for i, value in losing.items()}
-            yield Variant("NaN wins every comparison", _replaced(model, winning))
+            yield Variant("NaN wins every comparison", _read_as(model, winning))
         if zeroed := {i: "0" for i, _ in surgery.find(model, _ZEROED)}:
-            yield Variant("NaN is read as zero", _replaced(model, zeroed))
-        if propagating := dict(_propagating(model)):
-            yield Variant("NaN is passed on", surgery.substituted(model, propagating))
-        if masked := dict(_masked(model)):
-            yield Variant(
-                "a choice is computed as a product with a mask", surgery.substituted(model, masked)
-            )
-        if surgery.opset(model) >= _CUMSUM and (later := dict(_later(model))):
-            yield Variant("the value after a NaN is taken", surgery.substituted(model, later))
-        extreme = [i for i, _ in surgery.find(model, _EXTREME)]
+            yield Variant("NaN is read as zero", _read_as(model, zeroed))
+        for name, op_types, body in (
+            ("NaN is passed on", _DROPPING, _passed_on),
+            ("a choice is a product with a mask", _MASKED, _masked),
+            ("a comparison with NaN takes the later value", _RANKED, _later),
+        ):
+            bodies = {i: body(n) for i, n in surgery.find(model, op_types) if len(n.output) == 1}
+            if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
+                yield Variant(name, surgery.substituted(model, bodies))
+        extreme = dict(surgery.find(model, _EXTREME))
         if extreme and surgery.opset(model) >= _ISINF:
-            reads = [(i, p) for i in extreme for p in _operands(model, i)]
+            reads = {(i, p): _FINITE for i, n in extreme.items() for p in range(len(n.input))}
             yield Variant(
                 "infinite operands become the largest finite number",
-                surgery.read_through(model, _FINITE, reads),
+                surgery.passing(model, reads),
             )
             yield Variant(
                 "infinite results become the largest finite number",
-                surgery.written_through(model, _FINITE, extreme),
+                surgery.passing(model, {}, dict.fromkeys(extreme, _FINITE)),
             )
+
+
+def _read_as(model: onnx.ModelProto, values: Mapping[int, str]) -> onnx.ModelProto:
+    """The segment with NaN operands of these nodes replaced, and other operands kept."""
+    reads = {
+        (index, position): _READ_AS.format(value=value)
+        for index, value in values.items()
+        for position in range(_operands(model.graph.node[index]))
+    }
+    return surgery.passing(model, reads)
+
+
+def _operands(node: onnx.NodeProto) -> int:
+    return len(node.input) if node.op_type in ("Max", "Min") else 1
+
+
+def _passed_on(node: onnx.NodeProto) -> str:
+    """An operator with the result NaN wherever it saw one."""
+    same = f"{node.op_type} {surgery.options(node)}"
+    if node.op_type == "ThresholdedRelu":
+        return f"(x) => (y) {{ r = {same} (x) nan = IsNaN(x) y = Where(nan, x, r) }}"
+    largest = "MaxPool" if node.op_type == "MaxPool" else "ReduceMax"
+    axes = ", axes" if len(node.input) > 1 else ""
+    return f"""(x{axes}) => (y) {{
+        r = {same} (x{axes}) isnan = IsNaN(x) ones = Cast <to = 1> (isnan)
+        any = {largest} {surgery.options(node)} (ones{axes}) seen = Cast <to = 9> (any)
+        c = Constant <value = float {{nan}}> () nan = Cast <to = $T> (c)
+        y = Where(seen, nan, r) }}"""
+
+
+def _masked(node: onnx.NodeProto) -> str:
+    """A choice as multiplication by 0 or 1."""
+    if node.op_type == "Where":
+        return """(c, a, b) => (y) {
+            m = Cast <to = $T> (c) n = Not(c) o = Cast <to = $T> (n)
+            p = Mul(m, a) q = Mul(o, b) y = Add(p, q) }"""
+    alpha = surgery.attributes(node).get("alpha", 1.0) if node.op_type != "Relu" else 0.0
+    return f"""(x) => (y) {{
+        c = Constant <value = float {{{alpha!r}}}> () k = Cast <to = $T> (c)
+        b = Greater(x, k) m = Cast <to = $T> (b) y = Mul(x, m) }}"""
+
+
+def _later(node: onnx.NodeProto) -> str:
+    """ArgMax or ArgMin by ``best > new ? best : new``: nothing before the last NaN counts."""
+    axis = surgery.attributes(node).get("axis", 0)
+    worst, last = ("-inf", "-3.4e38") if node.op_type == "ArgMax" else ("inf", "3.4e38")
+    return f"""(x) => (y) {{
+        isnan = IsNaN(x) ones = Cast <to = 1> (isnan) axis = Constant <value = int64 {{{axis}}}> ()
+        after = CumSum <exclusive = 1, reverse = 1> (ones, axis) passed = Cast <to = 9> (after)
+        w = Constant <value = float {{{worst}}}> () l = Constant <value = float {{{last}}}> ()
+        wide = Cast <to = 1> (x) some = Where(isnan, l, wide) seen = Where(passed, w, some)
+        y = {node.op_type} {surgery.options(node)} (seen) }}"""
 
 
 NOISE = NonFinite()

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution, replay
+from auditor import attribution, discovery, replay
 from auditor.attribution import Explanation
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
@@ -88,3 +88,15 @@ def conv() -> Callable[[Array, Array], Array]:
         return np.einsum("nchwij,ocij->nohw", windows, w.astype(np.float64)).astype(np.float32)
 
     return conv
+
+
+@pytest.fixture
+def diagnose(run: Callable[[onnx.ModelProto, Arrays], Arrays]) -> Explain:
+    """Explains what a backend is said to have observed, with the whole catalogue."""
+
+    def diagnose(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Explanation:
+        replayed = run(segment.model, inputs)
+        catalogue = tuple(discovery.noises())
+        return attribution.explain(segment, inputs, observed, replayed, catalogue, thorough=True)
+
+    return diagnose

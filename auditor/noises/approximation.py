@@ -1,0 +1,207 @@
+"""A function replaced by a cheaper one: GELU by tanh, sigmoid by straight lines, a fast exp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import onnx
+
+from auditor import surgery
+from auditor.ports import Array, SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+# GELU's Φ(x) = (1 + erf(x/√2)) / 2 is approximated as (1 + tanh(√(2/π)(x + 0.044715 x³))) / 2 or
+# as σ(1.702 x); both follow from what takes the place of erf.
+_ROOT = math.sqrt(2 / math.pi)
+_CUBIC = 0.044715
+_SOFTMAX = 13  # along a single axis from here on
+
+
+class Approximation:
+    """``implementation.approximation``."""
+
+    id = "implementation.approximation"
+    stage: Stage = "inference"
+    type = "operator implementation"
+    title = "A function is replaced by a cheaper approximation of it"
+    cause = (
+        "Exponentials and error functions are expensive, so kernels and converters put the tanh "
+        "form of GELU, piecewise linear sigmoids or a fast exponential in their place."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), sec. 3.3 (precision of the exponential); Hendrycks "
+        "and Gimpel, GELU (2016); Howard et al., MobileNetV3 (2019), sec. 5.2; Schraudolph, "
+        "Neural Computation 11(4) (1999); ONNX operators Gelu, HardSwish"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to get the function that the model asks for, or ask for the one there is."""
+        switches = {
+            "ov": "train or export with the form that OpenVINO runs (Gelu with approximate set), "
+            "or keep the subgraph from being matched as GELU",
+            "tvm": "leave the FastMathTransform pass and the fast-math target option out",
+            "ort": "disable GeluApproximation (session option "
+            "optimization.enable_gelu_approximation=0)",
+        }
+        return switches.get(
+            backend, "switch fast-math off, or export the model with the function that is run"
+        )
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """No engine reports how its functions are computed."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with functions replaced by what is known to stand in for them."""
+        model = segment.model
+        version = surgery.opset(model)
+        for name, op_types, body in _FORMS:
+            found = dict(surgery.find(model, op_types))
+            if bodies := {i: text for i, n in found.items() if (text := body(n, version))}:
+                yield Variant(name, surgery.substituted(model, bodies))
+        if any(True for _ in surgery.find(model, ("Tanh",))) and (exact := _exact_gelu(model)):
+            yield Variant("GELU by erf instead of tanh", exact)
+
+
+def _gelu(node: onnx.NodeProto, version: int) -> str:
+    """GELU, or the erf inside a written-out one, with the tanh form; Gelu's tanh with erf."""
+    if node.op_type == "Erf":  # of x/√2
+        return f"""(z) => (y) {{
+            {_number("a", _ROOT * math.sqrt(2))} {_number("b", _ROOT * _CUBIC * 2 * math.sqrt(2))}
+            s = Mul(z, z) q = Mul(s, b) r = Add(q, a) u = Mul(z, r) y = Tanh(u) }}"""
+    other = "none" if surgery.attributes(node).get("approximate", "none") == "tanh" else "tanh"
+    return f'(x) => (y) {{ y = Gelu <approximate = "{other}"> (x) }}'
+
+
+def _quick_gelu(node: onnx.NodeProto, version: int) -> str:
+    """GELU as x·σ(1.702 x)."""
+    if node.op_type == "Erf":
+        return f"""(z) => (y) {{
+            {_number("a", 1.702 * math.sqrt(2))} {_number("one", 1)} {_number("two", 2)}
+            u = Mul(z, a) s = Sigmoid(u) t = Mul(s, two) y = Sub(t, one) }}"""
+    return f"(x) => (y) {{ {_number('a', 1.702)} u = Mul(x, a) s = Sigmoid(u) y = Mul(x, s) }}"
+
+
+def _lines(node: onnx.NodeProto, version: int) -> str:
+    """Straight lines: σ(x) ≈ clip(x/6 + ½), tanh(x) ≈ clip(x, −1, 1)."""
+    if node.op_type == "Sigmoid":
+        return f"(x) => (y) {{ y = HardSigmoid <alpha = {1 / 6}, beta = 0.5> (x) }}"
+    return f"""(x) => (y) {{ {_number("one", 1)}
+        h = HardSigmoid <alpha = 0.5, beta = 0.5> (x) d = Add(h, h) y = Sub(d, one) }}"""
+
+
+def _other_slope(node: onnx.NodeProto, version: int) -> str | None:
+    """The other slope of the hard sigmoid: 1/5 (ONNX, Keras) and 1/6 (PyTorch, MobileNetV3)."""
+    if node.op_type == "HardSwish":
+        return "(x) => (y) { h = HardSigmoid <alpha = 0.2, beta = 0.5> (x) y = Mul(x, h) }"
+    if node.op_type == "Sigmoid":
+        return "(x) => (y) { y = HardSigmoid <alpha = 0.2, beta = 0.5> (x) }"
+    if not math.isclose(surgery.attributes(node).get("alpha", 0.2), 0.2, rel_tol=1e-6):
+        return None  # the default in its place is an attribute ignored
+    return f"(x) => (y) {{ y = HardSigmoid {surgery.options(node, alpha=1 / 6)} (x) }}"
+
+
+def _smooth(node: onnx.NodeProto, version: int) -> str:
+    """The function that straight lines stand for."""
+    if node.op_type == "HardSwish":
+        return "(x) => (y) { s = Sigmoid(x) y = Mul(x, s) }"
+    return "(x) => (y) { y = Sigmoid(x) }"
+
+
+def _fraction(node: onnx.NodeProto, version: int) -> str:
+    """tanh(u) ≈ u(27 + u²)/(27 + 9u²), its continued fraction, up to where that is 1."""
+    tanh = f"""{_number("n", 27)} {_number("nine", 9)} {_number("three", 3)} {_number("less", -3)}
+        v = Max(u, less) w = Min(v, three) s = Mul(w, w) top = Add(s, n) m = Mul(s, nine)
+        low = Add(m, n) f = Div(top, low) t = Mul(w, f)"""
+    if node.op_type == "Tanh":
+        return f"(u) => (t) {{ {tanh} }}"
+    return f"""(x) => (y) {{ {_number("half", 0.5)} u = Mul(x, half) {tanh}
+        h = Mul(t, half) y = Add(h, half) }}"""
+
+
+def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
+    """2ᵗ as 2^⌊t⌋(1 + t − ⌊t⌋), which is what writing t into a float's exponent bits gives."""
+    axis = surgery.attributes(node).get("axis", -1)
+    power = f"""{_number("e", math.log2(math.e))} {_number("one", 1)} {_number("two", 2)}
+        t = Mul(d, e) whole = Floor(t) part = Sub(t, whole) line = Add(part, one)
+        scale = Pow(two, whole) p = Mul(line, scale)"""
+    if node.op_type == "Exp":
+        return f"(d) => (p) {{ {power} }}"
+    if node.op_type == "Sigmoid":
+        return f"(x) => (y) {{ d = Neg(x) {power} q = Add(p, one) y = Div(one, q) }}"
+    if version < _SOFTMAX:
+        return None  # along several axes
+    return f"""(x) => (y) {{
+        {surgery.reduction("top", "ReduceMax", "x", [axis], version)} d = Sub(x, top) {power}
+        {surgery.reduction("sum", "ReduceSum", "p", [axis], version)} y = Div(p, sum) }}"""
+
+
+def _exact_gelu(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The segment with tanh(√(2/π)(x + 0.044715 x³)) turned into erf(x/√2), where written out."""
+    producers = {o: n for n in model.graph.node for o in n.output}
+    constants = surgery.constants(model)
+    result = surgery.copied(model)
+    changed = False
+    for index, node in surgery.find(model, ("Tanh",)):
+        source = _gelu_argument(node.input[0], producers, constants)
+        if source is not None:
+            result.graph.node[index].input[0] = source
+            changed = True
+    if not changed:
+        return None
+    found = surgery.find(result, ("Tanh",))
+    before = model.graph.node
+    return surgery.substituted(
+        result,
+        {i: _ERF for i, n in found if n.input[0] != before[i].input[0]},
+    )
+
+
+def _gelu_argument(
+    name: str, producers: dict[str, onnx.NodeProto], constants: dict[str, Array]
+) -> str | None:
+    """x, where ``name`` is √(2/π)(x + 0.044715 x³)."""
+    sum_ = _other_factor(name, _ROOT, producers, constants)
+    node = producers.get(sum_ or "")
+    if node is None or node.op_type != "Add":
+        return None
+    for x, rest in (tuple(node.input), tuple(reversed(node.input))):
+        if _other_factor(rest, _CUBIC, producers, constants) is not None:
+            return str(x)
+    return None
+
+
+def _other_factor(
+    name: str, value: float, producers: dict[str, onnx.NodeProto], constants: dict[str, Array]
+) -> str | None:
+    """The other factor of a product with a constant."""
+    node = producers.get(name)
+    if node is None or node.op_type != "Mul":
+        return None
+    for position, factor in enumerate(node.input):
+        number = constants.get(factor)
+        if number is not None and number.size == 1 and np.isclose(float(number), value, 1e-3):
+            return str(node.input[1 - position])
+    return None
+
+
+def _number(name: str, value: float) -> str:
+    return (
+        f"{name}_c = Constant <value = float {{{value!r}}}> () {name} = Cast <to = $T> ({name}_c)"
+    )
+
+
+_ERF = f"(x) => (y) {{ {_number('r', math.sqrt(0.5))} z = Mul(x, r) y = Erf(z) }}"
+_FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | None]], ...] = (
+    ("GELU by tanh instead of erf, or the reverse", ("Gelu", "Erf"), _gelu),
+    ("GELU by a sigmoid", ("Gelu", "Erf"), _quick_gelu),
+    ("sigmoid and tanh as straight lines", ("Sigmoid", "Tanh"), _lines),
+    ("hard sigmoid with the other slope", ("HardSigmoid", "HardSwish", "Sigmoid"), _other_slope),
+    ("a smooth sigmoid instead of a hard one", ("HardSigmoid", "HardSwish"), _smooth),
+    ("tanh as a fraction", ("Sigmoid", "Tanh"), _fraction),
+    ("exponential by the bits of its exponent", ("Exp", "Sigmoid", "Softmax"), _fast_exp),
+)
+
+NOISE = Approximation()

@@ -1,0 +1,171 @@
+"""An attribute or optional input that has no effect, as if the model had not set it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+# Attributes that other noises vary, or that do not change the result by themselves.
+_ATTRIBUTES_ELSEWHERE = frozenset(
+    {
+        *("approximate", "auto_pad", "axes", "ceil_mode", "count_include_pad", "direction"),
+        *("epsilon", "group", "hidden_size", "keepdims", "kernel_shape", "layout", "momentum"),
+        *("noop_with_empty_axes", "pads", "round_mode", "saturate", "select_last_index"),
+        *("stash_type", "storage_order", "to", "training_mode"),
+    }
+)
+_OPERATORS_ELSEWHERE = frozenset(
+    {
+        *("Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Dropout", "Hardmax", "If"),
+        *("LogSoftmax", "Loop", "Pad", "QLinearConv", "QuantizeLinear", "Resize", "Scan", "Shape"),
+        *("Slice", "Softmax", "Split", "Squeeze", "Unsqueeze", "Upsample"),
+    }
+)
+# Attributes on which the shape of the result depends.
+_SHAPING = frozenset(
+    {
+        *("axis", "dilations", "num_outputs", "output_height", "output_padding", "output_shape"),
+        *("output_width", "perm", "strides"),
+    }
+)
+# How many are tried per segment, for each costs a replay.
+_MOST = 8
+# Limits of these are lost where they are computed; a constant one is only met by ties.
+_TIED = ("NonMaxSuppression",)
+_INPUT = "input"  # marks what is not an attribute
+_OPTIONAL = ("LayerNormalization",)
+_SLOPE = """(x, slope) => (y) {
+    shape = Shape(x) rank = Shape(shape) count = Shape(slope)
+    one = Constant <value = int64[1] {1}> () two = Constant <value = int64[1] {2}> ()
+    axes = Sub(rank, two) ones = ConstantOfShape <value = int64[1] {1}> (axes)
+    first = Concat <axis = 0> (count, ones) last = Concat <axis = 0> (ones, count)
+    channels = Gather(shape, one) same = Equal(channels, count) across = Where(same, first, last)
+    s = Reshape(slope, across) y = PRelu(x, s) }"""
+
+_Change = Callable[[onnx.NodeProto], None]
+
+
+class AttributeIgnored:
+    """``implementation.attribute_ignored``."""
+
+    id = "implementation.attribute_ignored"
+    stage: Stage = "inference"
+    type = "operator implementation"
+    title = "An attribute or optional input is ignored"
+    cause = (
+        "An importer that does not know an attribute or an optional input of an operator often "
+        "drops it without a word, and the operator runs with its default."
+    )
+    source = (
+        "ONNX operator schemas (defaults of attributes, optional inputs); for instance "
+        "openvino#33371 and tvm#18598 (PRelu slope), ConvTranspose output_shape, LSTM peepholes"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to do without what is ignored."""
+        return (
+            "write what the attribute does with operators that the backend honours (explicit "
+            "padding, an Expand of the slope, a Mul by the factor), and report it to the backend"
+        )
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """An engine does not know what it does not know."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with each attribute at its default and each optional input left out."""
+        model = segment.model
+        if slopes := {i: _SLOPE for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)}:
+            yield Variant(
+                "PRelu: slope along the channels, not the last axis",
+                surgery.substituted(model, slopes),
+            )
+        changes: dict[str, list[tuple[int, _Change]]] = {}
+        constants = surgery.constants(model)
+        for index, node in enumerate(model.graph.node):
+            for name, change in _changes(model, node, constants):
+                changes.setdefault(name, []).append((index, change))
+        # Attributes first: biases, the commonest optional inputs, are rarely lost.
+        for name in sorted(changes, key=lambda n: _INPUT in n)[:_MOST]:
+            changed = surgery.copied(model)
+            for index, change in changes[name]:
+                change(changed.graph.node[index])
+            yield Variant(name, changed)
+        if unset := _without_outputs(model):
+            yield Variant("optional outputs are not computed", unset)
+
+
+def _changes(
+    model: onnx.ModelProto, node: onnx.NodeProto, constants: Container[str]
+) -> Iterator[tuple[str, _Change]]:
+    """What can be ignored of a node: its name for the user, and what removes it."""
+    if node.op_type in _OPERATORS_ELSEWHERE or node.domain not in ("", "ai.onnx"):
+        return
+    try:
+        schema = onnx.defs.get_schema(node.op_type, surgery.opset(model), "")
+    except onnx.defs.SchemaError:
+        return
+    for name, value in surgery.attributes(node).items():
+        known = schema.attributes.get(name)
+        if known is None or known.required or name in _ATTRIBUTES_ELSEWHERE:
+            continue
+        if name in _SHAPING and not surgery.takes_any_shape(model, node):
+            continue
+        if value != _default(known):
+            yield f"{node.op_type}: {name} ignored", partial(_unset, name=name)
+    if node.op_type.startswith("Reduce"):
+        return  # their axes
+    for position, name in enumerate(node.input):
+        formal = schema.inputs[min(position, len(schema.inputs) - 1)]
+        optional = formal.option == onnx.defs.OpSchema.FormalParameterOption.Optional
+        if name and optional and not (node.op_type in _TIED and name in constants):
+            yield f"{node.op_type}: {_INPUT} {formal.name} ignored", partial(_drop, at=position)
+
+
+def _default(known: onnx.defs.OpSchema.Attribute) -> Any:
+    """An attribute's default; None where it has none, or one that is derived."""
+    if not known.default_value.type:
+        return None
+    value = helper.get_attribute_value(known.default_value)
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _unset(node: onnx.NodeProto, name: str) -> None:
+    surgery.set_attributes(node, **{name: None})
+
+
+def _drop(node: onnx.NodeProto, at: int) -> None:
+    node.input[at] = ""
+    while node.input and not node.input[-1]:
+        del node.input[-1]
+
+
+def _flat(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether a slope is a vector, which ONNX puts along the last axis."""
+    return any(t.name == node.input[1] and len(t.dims) == 1 for t in model.graph.initializer)
+
+
+def _without_outputs(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The segment with zero in place of optional outputs that nothing in it reads."""
+    read = {name for node in model.graph.node for name in node.input}
+    changed = surgery.copied(model)
+    missing = []
+    for index, node in surgery.find(model, _OPTIONAL):
+        missing += [name for name in node.output[1:] if name and name not in read]
+        for position, name in enumerate(node.output):
+            if name in missing:
+                changed.graph.node[index].output[position] = ""
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, (), (0.0,))
+    changed.graph.node.extend(helper.make_node("Constant", [], [n], value=zero) for n in missing)
+    return changed if missing else None
+
+
+NOISE = AttributeIgnored()

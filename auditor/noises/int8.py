@@ -1,0 +1,169 @@
+"""A float model quantised to 8 bits by its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from auditor import rounding, surgery
+from auditor.ports import Array, SegmentGraph, Variant
+from auditor.quantised import Editor, Layout
+from auditor.records import Kernel, Stage
+
+_STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
+# Operators with weights.
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_QUANTISED = (
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
+    *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"),
+)
+# DynamicQuantizeLinear exists from here on.
+_OPSET = 11
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    """What is rounded to 256 values, and how those are laid out.
+
+    Attributes:
+        name: said to the user.
+        per_channel: one scale for each output channel of a weight, or one for all.
+        weights: symmetric around 0 with 255 values, or spanning minimum to maximum with 256.
+        inputs: the same for what products read; None leaves it alone.
+        outputs: the same for what they write.
+    """
+
+    name: str
+    per_channel: bool
+    weights: Literal["symmetric", "asymmetric"]
+    inputs: Literal["symmetric", "asymmetric"] | None = None
+    outputs: Literal["symmetric", "asymmetric"] | None = None
+
+
+SCHEMES = (
+    _Scheme("weights per channel", True, "symmetric"),
+    _Scheme("weights per tensor", False, "symmetric"),
+    _Scheme("weights per channel, with zero points", True, "asymmetric"),
+    _Scheme("weights per tensor, inputs by their range", False, "symmetric", "asymmetric"),
+    _Scheme("weights per channel, inputs by their range", True, "symmetric", "asymmetric"),
+    _Scheme("weights per channel, inputs by their largest", True, "symmetric", "symmetric"),
+    _Scheme("weights per tensor with zero point, inputs by range", False, *("asymmetric",) * 2),
+    _Scheme(
+        "weights per channel, inputs and outputs by range", True, "symmetric", *("asymmetric",) * 2
+    ),
+)
+
+
+class Int8:
+    """``precision.int8``."""
+
+    id = "precision.int8"
+    stage: Stage = "inference"
+    type = "data precision"
+    title = "Weights, or weights and activations, are quantised to 8 bits"
+    cause = (
+        "Deployments quantise after training to save memory and time: values are rounded to 256 "
+        "steps of one scale, and nothing in training compensates."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and eq. 9 and 10; ONNX "
+        "operator DynamicQuantizeLinear; NNCF documentation, weight compression"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to keep precision."""
+        switches = {
+            "ort": "leave the listed layers out of quantisation (nodes_to_exclude), or quantise "
+            "weights per channel",
+            "ov": "leave the listed layers out (NNCF: ignored_scope), and set "
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE to 0",
+            "trt": "build without INT8 for the listed layers",
+        }
+        return switches.get(backend, "leave the listed layers out of quantisation")
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """Whether the engine reports 8-bit kernels."""
+        return rounding.stated(kernels, _STATED)
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """A float segment with its products quantised by each of ``SCHEMES``.
+
+        Scales come from the values themselves: those of a calibration on other data cannot be
+        known here.
+        """
+        model = segment.model
+        if surgery.opset(model) < _OPSET or any(True for _ in surgery.find(model, _QUANTISED)):
+            return
+        layout = Layout(model)
+        weighted = {}
+        for index, node in surgery.find(model, _WEIGHTED):
+            weights = layout.constant(node.input[1])
+            if weights is not None and weights.dtype == np.float32 and weights.ndim > 1:
+                weighted[index] = weights
+        if not weighted:
+            return
+        for scheme in SCHEMES:
+            yield Variant(scheme.name, _quantised(layout, weighted, scheme))
+
+
+def _quantised(layout: Layout, weighted: dict[int, Array], scheme: _Scheme) -> onnx.ModelProto:
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        if index not in weighted:
+            editor.copy(node)
+            continue
+        axis = _channel(node, weighted[index]) if scheme.per_channel else None
+        x, *others = node.input
+        if scheme.inputs:
+            x = _activation(editor, x, scheme.inputs)
+        weights = editor.constant(_weights(weighted[index], axis, scheme.weights))
+        inputs = (x, weights, *others[1:])
+        if scheme.outputs is None:
+            editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
+        else:
+            plain = editor.add(node.op_type, *inputs, **surgery.attributes(node))
+            editor.add("Identity", _activation(editor, plain, scheme.outputs), to=node.output[0])
+    return editor.model
+
+
+def _channel(node: onnx.NodeProto, weights: Array) -> int:
+    """Axis of a weight along which its outputs lie."""
+    if node.op_type == "MatMul" or (
+        node.op_type == "Gemm" and not surgery.attributes(node).get("transB", 0)
+    ):
+        return weights.ndim - 1
+    return 1 if node.op_type == "ConvTranspose" else 0
+
+
+def _weights(values: Array, axis: int | None, layout: str) -> Array:
+    """Weights rounded to 8 bits (eq. 9 and 10 of the paper)."""
+    axes = tuple(i for i in range(values.ndim) if i != axis)
+    if layout == "symmetric":
+        scale = np.abs(values).max(axis=axes, keepdims=True) / np.float32(127)
+        scale[scale == 0] = 1
+        return np.asarray(np.rint(values / scale) * scale, np.float32)
+    low = np.minimum(values.min(axis=axes, keepdims=True), 0)
+    high = np.maximum(values.max(axis=axes, keepdims=True), 0)
+    scale = (high - low) / np.float32(255)
+    scale[scale == 0] = 1
+    zero = np.rint(-low / scale)
+    integers = np.clip(np.rint(values / scale) + zero, 0, 255)
+    return np.asarray((integers - zero) * scale, np.float32)
+
+
+def _activation(editor: Editor, name: str, layout: str) -> str:
+    """An activation rounded to 8 bits with a scale from its own range."""
+    if layout == "asymmetric":
+        integers, scale, zero = editor.split("DynamicQuantizeLinear", name, outputs=3)
+        return editor.add("DequantizeLinear", integers, scale, zero)
+    most = editor.add("ReduceMax", editor.add("Abs", name), keepdims=0)
+    tiny = editor.constant(np.finfo(np.float32).tiny)
+    scale = editor.add("Max", editor.add("Div", most, editor.constant(127.0)), tiny)
+    return editor.add("Mul", editor.add("Round", editor.add("Div", name, scale)), scale)
+
+
+NOISE = Int8()

@@ -1,0 +1,256 @@
+"""Quantised arithmetic fused into integers, or rounded to 8 bits in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from auditor import surgery
+from auditor.ports import Array, SegmentGraph, Variant
+from auditor.quantised import Editor, Grid, Layout, Product, Roundings
+from auditor.records import Kernel, Stage
+
+# Round and Clip with limits as inputs exist from here on.
+_OPSET = 11
+_ACTIVATIONS = ("Relu", "Clip")
+# How a QuantizeLinear rounds, as function bodies with the zero point in `fz`.
+_ROUNDINGS = {
+    "values are multiplied by the reciprocal of the scale": (
+        "i = Reciprocal(s) q = Mul(x, i) r = Round(q) t = Add(r, fz)"
+    ),
+    "the zero point is added before rounding": "q = Div(x, s) a = Add(q, fz) t = Round(a)",
+    "ties are rounded away from zero": (
+        "q = Div(x, s) sign = Sign(q) m = Abs(q) half = Constant <value = float {0.5}> () "
+        "p = Add(m, half) f = Floor(p) r = Mul(sign, f) t = Add(r, fz)"
+    ),
+}
+# DynamicQuantizeLinear with its factors in another order.
+_RANGE_LAST = """(x) => (y, s, z) {
+    keep = Constant <value = float {255.0}> () zero = Constant <value = float {0.0}> ()
+    most = ReduceMax <keepdims = 0> (x) least = ReduceMin <keepdims = 0> (x)
+    high = Max(most, zero) low = Min(least, zero) span = Sub(high, low) s = Div(span, keep)
+    down = Neg(low) offset = Div(down, s) near = Round(offset) held = Clip(near, zero, keep)
+    z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
+    t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
+
+# A stored bias and a real one are the same when they differ by less than this, in integer units.
+_SAME_BIAS = 1e-2
+
+
+class Int8Requantisation:
+    """``precision.int8_requantisation``."""
+
+    id = "precision.int8_requantisation"
+    stage: Stage = "inference"
+    type = "data precision"
+    title = "Quantised layers round to 8 bits at other places or in another way"
+    cause = (
+        "Engines fuse dequantise–operator–quantise groups into integer kernels: they add up "
+        "integers, rescale once with a rounded factor, and may drop a rounding between two "
+        "operators; values near a tie move by one step."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
+        "DequantizeLinear, QLinearConv and DynamicQuantizeLinear; ONNX Runtime documentation, "
+        "Quantize ONNX models, QDQ format; ONNX Runtime issues 24711 and 25259"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to have the same roundings on both sides."""
+        switches = {
+            "ort": "validate accuracy with the optimised session, or set the session option "
+            "session.disable_quant_qdq=1 to keep the listed layers in float; give biases the "
+            "scale of the products (input scale × weight scale)",
+            "ov": "validate accuracy on OpenVINO, or quantise with NNCF, which places roundings "
+            "where OpenVINO fuses them",
+        }
+        return switches.get(
+            backend, "validate accuracy on this backend, or leave the listed layers in float"
+        )
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """An engine that states 8-bit kernels does not state how they round."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with integer arithmetic, fewer roundings, or other roundings."""
+        model = segment.model
+        if surgery.opset(model) < _OPSET:
+            return
+        if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
+            name = "the range divides last: x · 255 / (max − min)"
+            yield Variant(name, surgery.substituted(model, dynamic))
+        layout = Layout(model)
+        grids = {
+            i: grid
+            for i, n in surgery.find(model, ("QuantizeLinear",))
+            if layout.constant(n.input[0]) is None and (grid := layout.parameters(n)) is not None
+        }
+        if not grids:
+            return
+        sums = layout.into_sums(segment.kernels)
+        if sums:
+            yield Variant(
+                "values that enter a sum are limited, not rounded", _unrounded(layout, sums)
+            )
+        if groups := _groups(layout, grids):
+            name = "sums of integers, {} bias, one rescaling in float32"
+            yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
+            if any(_bias_differs(group.product) for group in groups.values()):
+                yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
+        every = layout.roundings()
+        inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
+        if inner and inner.keys() != sums.keys():
+            name = "values between operators are limited, not rounded"
+            yield Variant(name, _unrounded(layout, inner))
+        if every and every.keys() != inner.keys():
+            yield Variant("values are limited, not rounded", _unrounded(layout, every))
+        for name, body in _ROUNDINGS.items():
+            bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
+            yield Variant(name, surgery.substituted(model, bodies))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A product, the activation behind it, and the QuantizeLinear that takes both."""
+
+    product: Product
+    activation: onnx.NodeProto | None
+    limits: tuple[float, float]
+    nodes: tuple[int, ...]
+    grid: Grid
+
+
+def _groups(layout: Layout, quantised: dict[int, Grid]) -> dict[int, _Group]:
+    """Fusible groups by the position of their QuantizeLinear."""
+    found: dict[int, _Group] = {}
+    for product in layout.products():
+        nodes, limits = [product.index], (-np.inf, np.inf)
+        activation = None
+        last = layout.reader(product.node.output[0])
+        if last is not None and layout.nodes[last].op_type in _ACTIVATIONS:
+            activation = layout.nodes[last]
+            bounds = _limits(layout, activation)
+            if bounds is None:
+                continue
+            limits = bounds
+            nodes.append(last)
+            last = layout.reader(activation.output[0])
+        if last in quantised and last is not None:
+            found[last] = _Group(product, activation, limits, (*nodes, last), quantised[last])
+    return found
+
+
+def _limits(layout: Layout, node: onnx.NodeProto) -> tuple[float, float] | None:
+    """Smallest and largest value that a Relu or Clip passes on."""
+    if node.op_type == "Relu":
+        return 0.0, np.inf
+    given = [-np.inf, np.inf]
+    for position, name in enumerate(node.input[1:]):
+        if name:
+            value = layout.constant(name)
+            if value is None:
+                return None
+            given[position] = float(value)
+    return given[0], given[1]
+
+
+def _bias_differs(product: Product) -> bool:
+    if product.bias is None:
+        return False
+    integers = _real_bias(product)
+    stored = np.rint(integers) if product.stored_bias is None else product.stored_bias
+    return bool(np.abs(integers - stored).max() > _SAME_BIAS)
+
+
+def _real_bias(product: Product) -> Array:
+    """The bias in units of the products' scale, unrounded."""
+    assert product.bias is not None
+    scale = product.grid.scale * product.weight_grid.scale
+    return np.asarray(product.bias / scale, np.float32)
+
+
+def _integers(layout: Layout, groups: dict[int, _Group], *, real_bias: bool) -> onnx.ModelProto:
+    """The segment with every group in integer arithmetic.
+
+    Sums of integers below 2²⁴ are exact in float32, in which they are replayed.
+    """
+    editor = Editor(layout.model)
+    fused = {i for group in groups.values() for i in group.nodes}
+    for index, node in enumerate(layout.nodes):
+        if index in groups:
+            _emit(editor, groups[index], node.output[0], real_bias=real_bias)
+        elif index not in fused:
+            editor.copy(node)
+    return editor.model
+
+
+def _emit(editor: Editor, group: _Group, target: str, *, real_bias: bool) -> None:
+    product = group.product
+    node = product.node
+    convolution = node.op_type == "Conv"
+    x = editor.add("Div", node.input[0], editor.constant(product.grid.scale))
+    weights = product.weights.astype(np.float32) - product.weight_grid.zero.astype(np.float32)[0]  # type: ignore[union-attr]
+    options = surgery.attributes(node) if convolution else {}
+    total = editor.add(
+        "Conv" if convolution else "MatMul",
+        editor.add("Round", x),
+        editor.constant(weights),
+        **options,
+    )
+    across = (-1, *(1,) * (product.weights.ndim - 2)) if convolution else (-1,)
+    if product.bias is not None:
+        bias = _real_bias(product)
+        if not real_bias:
+            bias = np.rint(bias) if product.stored_bias is None else product.stored_bias
+        total = editor.add("Add", total, editor.constant(bias.reshape(across)))
+    factor = (product.grid.scale * product.weight_grid.scale).astype(np.float32) / group.grid.scale
+    value = editor.add("Mul", total, editor.constant(factor.reshape(across)))
+    low, high = (limit / float(group.grid.scale) for limit in group.limits)
+    if group.activation is not None:
+        value = editor.add("Clip", value, editor.constant(low), editor.constant(high))
+    kind = np.int8 if group.grid.signed else np.uint8
+    limits = np.iinfo(kind)
+    assert group.grid.zero is not None
+    value = editor.add("Round", value)
+    value = editor.add("Add", value, editor.constant(group.grid.zero))
+    value = editor.add("Clip", value, editor.constant(limits.min), editor.constant(limits.max))
+    onnx_kind = TensorProto.INT8 if group.grid.signed else TensorProto.UINT8
+    editor.cast(value, target, onnx_kind)
+
+
+def _unrounded(layout: Layout, chosen: Roundings) -> onnx.ModelProto:
+    """The segment without these roundings; what leaves the range of 8 bits is clipped."""
+    through = {r: (i, grid) for i, (grid, readers) in chosen.items() for r in readers}
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        if index in through:
+            source, grid = through[index]
+            limits = (editor.constant(limit) for limit in grid.limits())
+            editor.add("Clip", layout.nodes[source].input[0], *limits, to=node.output[0])
+        elif index not in chosen:
+            editor.copy(node)
+    return editor.model
+
+
+def _rounding(body: str, node: onnx.NodeProto, grid: Grid) -> str:
+    """A QuantizeLinear as a function body that rounds differently."""
+    low, high, kind = (-128, 127, 3) if grid.signed else (0, 255, 2)
+    zero = (
+        "fz = Cast <to = 1> (z)"
+        if len(node.input) > 2
+        else "fz = Constant <value = float {0.0}> ()"
+    )
+    inputs = "x, s, z" if len(node.input) > 2 else "x, s"
+    return (
+        f"({inputs}) => (y) {{ {zero} {body} lo = Constant <value = float {{{low}}}> () "
+        f"hi = Constant <value = float {{{high}}}> () c = Clip(t, lo, hi) "
+        f"y = Cast <to = {kind}> (c) }}"
+    )
+
+
+NOISE = Int8Requantisation()

@@ -1,0 +1,164 @@
+"""Integer results beyond their type's range: wrapped around, or clipped to the nearest limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+from onnx import TensorProto
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+# Range of each integer type that int64 can hold.
+_LIMITS: dict[int, tuple[int, int]] = {
+    TensorProto.UINT8: (0, 2**8 - 1),
+    TensorProto.INT8: (-(2**7), 2**7 - 1),
+    TensorProto.UINT16: (0, 2**16 - 1),
+    TensorProto.INT16: (-(2**15), 2**15 - 1),
+    TensorProto.UINT32: (0, 2**32 - 1),
+    TensorProto.INT32: (-(2**31), 2**31 - 1),
+}
+_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs")
+_REAL = frozenset((TensorProto.FLOAT, TensorProto.DOUBLE))
+_INTEGERS = frozenset((TensorProto.INT64, *_LIMITS))
+# Min and Max know integers from here on.
+_OPSET = 12
+
+
+class IntegerOverflow:
+    """``precision.integer_overflow``."""
+
+    id = "precision.integer_overflow"
+    stage: Stage = "inference"
+    type = "data precision"
+    title = "Integers that leave their type's range saturate instead of wrapping, or the reverse"
+    cause = (
+        "Integer arithmetic wraps around in most languages, vector units offer saturating forms, "
+        "and engines that compute in a wider type clip on the way back; ONNX leaves overflow "
+        "open."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; ONNX operators Cast (out "
+        "of range) and QuantizeLinear (saturation); Intel SDM vol. 2, PADDUSB and PACKUSWB"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to stay in range."""
+        wide = "cast the listed layers' inputs to int32 and compute there"
+        switches = {
+            "ov": f"{wide}: OpenVINO's CPU kernels for 8- and 16-bit types saturate",
+        }
+        return switches.get(backend, wide)
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """Engines name the type, not what happens at its ends."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with integer arithmetic and casts that clip, or wrap."""
+        model = segment.model
+        if surgery.opset(model) < _OPSET:
+            return
+        operators = list(surgery.find(model, (*_ARITHMETIC, "Cast", "QuantizeLinear")))
+        if not operators:
+            return
+        types = surgery.types(model)
+
+        def target(node: onnx.NodeProto) -> int:
+            return types.get(node.output[0], TensorProto.UNDEFINED)
+
+        arithmetic = {
+            i: _clipped(n, target(n))
+            for i, n in operators
+            if n.op_type in _ARITHMETIC and target(n) in _LIMITS
+        }
+        casts = {
+            i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
+            for i, n in operators
+            if n.op_type == "Cast" and target(n) in _LIMITS
+        }
+        clipped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=True))}
+        wrapped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=False))}
+        quantised = {
+            i: _wrapping(n, target(n))
+            for i, n in operators
+            if n.op_type == "QuantizeLinear" and target(n) in _LIMITS
+        }
+        for name, bodies in (
+            ("arithmetic saturates", arithmetic),
+            ("casts saturate", clipped),
+            (
+                "arithmetic and casts saturate",
+                arithmetic | clipped if arithmetic and clipped else {},
+            ),
+            ("casts wrap around", wrapped),
+            ("quantised values wrap around", quantised),
+        ):
+            if bodies:
+                yield Variant(name, surgery.substituted(model, bodies))
+
+
+def _clipped(node: onnx.NodeProto, kind: int) -> str:
+    """An operator computed in int64, whose result is clipped."""
+    names = ["a", "b"][: len(node.input)]
+    wide = " ".join(f"w{n} = Cast <to = 7> ({n})" for n in names)
+    operands = ", ".join(f"w{n}" for n in names)
+    return (
+        f"({', '.join(names)}) => (y) {{ {wide} r = {node.op_type}({operands}) "
+        f"{_between('r', kind)} y = Cast <to = {kind}> (m) }}"
+    )
+
+
+def _cast(source: int, kind: int, *, clip: bool) -> str | None:
+    """A Cast by way of int64, whose range real numbers are kept in; None where it is the same."""
+    if source in _REAL:
+        whole = (
+            "most = Constant <value = float {9e18}> () least = Neg(most) k = Cast <to = $T> (most) "
+            "l = Cast <to = $T> (least) c = Max(x, l) d = Min(c, k) r = Cast <to = 7> (d)"
+        )
+    elif clip and source in _INTEGERS and source != kind:
+        whole = "r = Cast <to = 7> (x)"
+    else:
+        return None
+    last = (
+        f"{_between('r', kind)} y = Cast <to = {kind}> (m)"
+        if clip
+        else f"y = Cast <to = {kind}> (r)"
+    )
+    return f"(x) => (y) {{ {whole} {last} }}"
+
+
+def _between(name: str, kind: int) -> str:
+    """The text of ``m``, an int64 tensor clipped to a type's range."""
+    low, high = _LIMITS[kind]
+    return (
+        f"lo = Constant <value = int64 {{{low}}}> () hi = Constant <value = int64 {{{high}}}> () "
+        f"n = Max({name}, lo) m = Min(n, hi)"
+    )
+
+
+def _around(name: str, kind: int) -> str:
+    """The text of ``m``, an int64 tensor wrapped around into a type's range.
+
+    A Cast would not do: ONNX Runtime merges it with the one before.
+    """
+    low, high = _LIMITS[kind]
+    return (
+        f"lo = Constant <value = int64 {{{low}}}> () "
+        f"all = Constant <value = int64 {{{high - low + 1}}}> () "
+        f"up = Sub({name}, lo) mod = Mod(up, all) m = Add(mod, lo)"
+    )
+
+
+def _wrapping(node: onnx.NodeProto, kind: int) -> str:
+    """A QuantizeLinear without saturation."""
+    zero = "w = Cast <to = 7> (z) t = Add(i, w)" if len(node.input) > 2 else "t = Identity(i)"
+    return (
+        f"({', '.join(('x', 's', 'z')[: len(node.input)])}) => (y) {{ q = Div(x, s) r = Round(q) "
+        f"i = Cast <to = 7> (r) {zero} {_around('t', kind)} y = Cast <to = {kind}> (m) }}"
+    )
+
+
+NOISE = IntegerOverflow()

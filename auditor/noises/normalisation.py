@@ -1,0 +1,224 @@
+"""Normalisation with another epsilon, another variance, or a variance computed another way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import onnx
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+_LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
+_ALL = (*_LAYERS, "RMSNormalization", "BatchNormalization")
+_PER_CHANNEL = 21  # GroupNormalization scales channels from here on, groups before
+# Epsilons in use: PyTorch and ONNX, Keras, older BERT, TensorFlow's batch normalisation.
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3)
+# A constant added in front of a square root counts as an epsilon up to here.
+_LARGEST = 1e-2
+_ROOTS = ("Sqrt", "Pow")
+
+
+class Normalisation:
+    """``implementation.normalisation``."""
+
+    id = "implementation.normalisation"
+    stage: Stage = "inference"
+    type = "operator implementation"
+    title = "Normalisation with another epsilon or another variance"
+    cause = (
+        "Frameworks disagree on epsilon and where it goes, on dividing by n or n − 1, and on "
+        "E[x²] − E[x]², which loses its digits where the mean is large, against two passes."
+    )
+    source = (
+        "ONNX operators LayerNormalization, InstanceNormalization, BatchNormalization (epsilon); "
+        "Chan, Golub, LeVeque, Algorithms for computing the sample variance (1983); SysNoise "
+        "(Wang et al., MLSys 2023), sec. 3.2, operator implementation"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to say exactly which normalisation is meant."""
+        return (
+            "export the normalisation with its own operator and the epsilon it was trained with; "
+            "where the mean is large against the deviation, subtract a constant before it"
+        )
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """No engine reports how it computes a variance."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with its normalisations computed the other ways."""
+        model = segment.model
+        found = {i: n for i, n in surgery.find(model, _ALL) if len(n.output) == 1}
+        written = dict(_written_out(model))
+        version = surgery.opset(model)
+        layers = {i: n for i, n in found.items() if n.op_type in _LAYERS}
+        batches = {i: n for i, n in found.items() if n.op_type == "BatchNormalization"}
+        if layers:
+            for name, variance in _VARIANCES.items():
+                bodies = {i: _layer(n, version, variance=variance) for i, n in layers.items()}
+                yield Variant(name, surgery.substituted(model, bodies))
+        unbiased = {i: _layer(n, version, unbiased=True) for i, n in layers.items()}
+        unbiased |= _unbiased(model, written)
+        if unbiased:
+            yield Variant("variance divided by n − 1", surgery.substituted(model, unbiased))
+        for epsilon in _EPSILONS:
+            if (changed := _with_epsilon(model, found, written, epsilon)) is not None:
+                yield Variant(f"epsilon {epsilon:g}", changed)
+        outside = {i: _layer(n, version, outside=True) for i, n in layers.items()}
+        outside |= {i: _batch_outside(n) for i, n in batches.items()}
+        if outside:
+            yield Variant(
+                "epsilon added to the deviation, not to the variance",
+                surgery.substituted(model, outside),
+            )
+        if batches:
+            bodies = {i: _batch_statistics(n, version) for i, n in batches.items()}
+            yield Variant(
+                "mean and variance of the batch instead of the stored ones",
+                surgery.substituted(model, bodies),
+            )
+
+
+def _epsilon(node: onnx.NodeProto) -> float:
+    return float(surgery.attributes(node).get("epsilon", 1e-5))
+
+
+def _layer(
+    node: onnx.NodeProto,
+    version: int,
+    *,
+    variance: str = "two passes",
+    unbiased: bool = False,
+    outside: bool = False,
+) -> str:
+    """A layer, instance or group normalisation in float32, written out."""
+    given = surgery.attributes(node)
+    pairs = "lead = Constant <value = int64[3] {0, 0, -1}> () planes = Reshape(wide, lead)"
+    column = "column = Constant <value = int64[2] {-1, 1}> ()"
+    if node.op_type == "LayerNormalization":
+        rows = f"rows = Flatten <axis = {given.get('axis', -1)}> (wide) inner = Identity(shape)"
+        affine = "s = Identity(scale) b = Identity(bias)"
+    elif node.op_type == "InstanceNormalization":
+        rows = f"{pairs} rows = Flatten <axis = 2> (planes) inner = Shape(planes)"
+        affine = f"{column} s = Reshape(scale, column) b = Reshape(bias, column)"
+    else:
+        inner = "planes" if version >= _PER_CHANNEL else "grouped"
+        rows = f"""{pairs}
+            split = Constant <value = int64[3] {{0, {given["num_groups"]}, -1}}> ()
+            grouped = Reshape(wide, split) rows = Flatten <axis = 2> (grouped)
+            inner = Shape({inner})"""
+        affine = f"{column} s = Reshape(scale, column) b = Reshape(bias, column)"
+    bias = len(node.input) > 2 and node.input[2]
+    shift = "moved = Add(scaled, b)" if bias else "moved = Identity(scaled)"
+    if not bias:
+        affine = "s = Identity(scale)"
+    root = (
+        "deviation = Sqrt(variance) root = Add(deviation, e)"
+        if outside
+        else "safe = Add(variance, e) root = Sqrt(safe)"
+    )
+    return f"""({", ".join(["x", "scale", "bias"][: len(node.input)])}) => (y) {{
+        wide = Cast <to = 1> (x) shape = Shape(x) {rows}
+        e = Constant <value = float {{{_epsilon(node)!r}}}> ()
+        {surgery.reduction("mean", "ReduceMean", "rows", [1], version)}
+        d = Sub(rows, mean)
+        {_variance(variance, version)} {_BESSEL if unbiased else "variance = Identity(biased)"}
+        {root} q = Div(d, root) n = Reshape(q, inner)
+        typed = Cast <to = $T> (n) {affine} scaled = Mul(typed, s) {shift}
+        y = Reshape(moved, shape) }}"""
+
+
+def _variance(how: str, version: int) -> str:
+    if how == "two passes":
+        mean = surgery.reduction("biased", "ReduceMean", "squares", [1], version)
+        return f"squares = Mul(d, d) {mean}"
+    mean = surgery.reduction("second", "ReduceMean", "squares", [1], version)
+    return f"squares = Mul(rows, rows) {mean} first = Mul(mean, mean) biased = Sub(second, first)"
+
+
+def _batch_outside(node: onnx.NodeProto) -> str:
+    options = surgery.options(node, epsilon=0.0)
+    return f"""(x, s, b, mean, var) => (y) {{
+        e = Constant <value = float {{{_epsilon(node)!r}}}> () k = Cast <to = $T> (e)
+        r = Sqrt(var) q = Add(r, k) v = Mul(q, q)
+        y = BatchNormalization {options} (x, s, b, mean, v) }}"""
+
+
+def _batch_statistics(node: onnx.NodeProto, version: int) -> str:
+    flat = surgery.reduction("m", "ReduceMean", "planes", [0, 2], version, keepdims=0)
+    return f"""(x, s, b, mean, var) => (y) {{
+        lead = Constant <value = int64[3] {{0, 0, -1}}> () planes = Reshape(x, lead) {flat}
+        {surgery.reduction("kept", "ReduceMean", "planes", [0, 2], version)}
+        d = Sub(planes, kept) squares = Mul(d, d)
+        {surgery.reduction("v", "ReduceMean", "squares", [0, 2], version, keepdims=0)}
+        y = BatchNormalization {surgery.options(node)} (x, s, b, m, v) }}"""
+
+
+def _written_out(model: onnx.ModelProto) -> Iterator[tuple[tuple[int, int], float]]:
+    """Epsilons of normalisations written out in smaller operators, by node and input position."""
+    sums = dict(surgery.find(model, ("Add",)))
+    rooted = {n.input[0] for _, n in surgery.find(model, _ROOTS)}
+    if not sums or not rooted:
+        return
+    constants = surgery.constants(model)
+    for index, node in sums.items():
+        for position, name in enumerate(node.input):
+            value = constants.get(name)
+            if node.output[0] not in rooted or value is None or value.size != 1:
+                continue
+            if 0 < float(value.reshape(())) <= _LARGEST:
+                yield (index, position), float(value.reshape(()))
+
+
+def _unbiased(model: onnx.ModelProto, written: Mapping[tuple[int, int], float]) -> dict[int, str]:
+    """Means of squares that become variances, divided by n − 1."""
+    variances = {model.graph.node[i].input[1 - position] for i, position in written}
+    bodies = {}
+    for index, node in surgery.find(model, ("ReduceMean",)):
+        if node.output[0] in variances:
+            axes = ", axes" if len(node.input) > 1 else ""
+            bodies[index] = f"""(x{axes}) => (y) {{
+                m = ReduceMean {surgery.options(node)} (x{axes})
+                all = Size(x) means = Size(m) count = Div(all, means) n = Cast <to = $T> (count)
+                first = Constant <value = float {{1}}> () one = Cast <to = $T> (first)
+                rest = Sub(n, one) ratio = Div(n, rest) y = Mul(m, ratio) }}"""
+    return bodies
+
+
+def _with_epsilon(
+    model: onnx.ModelProto,
+    found: Mapping[int, onnx.NodeProto],
+    written: Mapping[tuple[int, int], float],
+    epsilon: float,
+) -> onnx.ModelProto | None:
+    """The segment with one epsilon everywhere; None where that is its own already."""
+    replaced = (
+        f"(x) => (y) {{ c = Constant <value = float {{{epsilon!r}}}> () y = Cast <to = $T> (c) }}"
+    )
+    reads = {
+        at: replaced
+        for at, value in written.items()
+        if not math.isclose(value, epsilon, rel_tol=1e-3)
+    }
+    others = [i for i, n in found.items() if not math.isclose(_epsilon(n), epsilon, rel_tol=1e-3)]
+    if not reads and not others:
+        return None
+    changed = surgery.copied(model)
+    for index in others:
+        surgery.set_attributes(changed.graph.node[index], epsilon=epsilon)
+    return surgery.passing(changed, reads) if reads else changed
+
+
+_VARIANCES = {
+    "variance in two passes": "two passes",
+    "variance as E[x²] − E[x]²": "one pass",
+}
+_BESSEL = """whole = Shape(rows) at = Constant <value = int64 {1}> () count = Gather(whole, at)
+        size = Cast <to = 1> (count) one = Constant <value = float {1}> () rest = Sub(size, one)
+        ratio = Div(size, rest) variance = Mul(biased, ratio)"""
+
+NOISE = Normalisation()

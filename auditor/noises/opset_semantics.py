@@ -1,0 +1,237 @@
+"""An operator computed by another version of its definition than the model's operator set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import onnx
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+_SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
+_REDUCTIONS = (
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"),
+    *("ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "ArgMax", "ArgMin"),
+)
+_PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dimensions
+_ALONG = "softmax along its axis alone, as from opset 13"
+_LAST = "softmax along the last axis, opset 13's default"
+_HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
+
+
+class OpsetSemantics:
+    """``implementation.opset_semantics``."""
+
+    id = "implementation.opset_semantics"
+    stage: Stage = "inference"
+    type = "operator implementation"
+    title = "An operator follows another version or reading of its definition"
+    cause = (
+        "Operators change their meaning between operator sets (softmax axis, axes as attribute or "
+        "as input), and importers that know one version apply it to all."
+    )
+    source = (
+        "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
+        "Squeeze-11 and -13, RoiAlign-10 and -16"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to leave no room for two readings."""
+        return (
+            "export at an operator set where the listed operator is unambiguous: 13 or later for "
+            "softmaxes, 18 or later for reductions, and write axis, axes and keepdims explicitly"
+        )
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """No engine says which version of an operator it read."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with operators read as other versions define them."""
+        yield from _softmaxes(segment.model)
+        yield from _reductions(segment.model)
+        yield from _shapes(segment.model)
+        yield from _regions(segment.model)
+
+
+def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
+    found = dict(surgery.find(model, _SOFTMAXES))
+    if not found:
+        return
+    version = surgery.opset(model)
+    if version < _PER_AXIS:
+        axes = {i: surgery.attributes(n).get("axis", 1) for i, n in found.items()}
+        bodies = {i: _along(n, axes[i], version) for i, n in found.items()}
+        yield Variant(_ALONG, surgery.substituted(model, bodies))
+        if 1 in axes.values():
+            bodies = {i: _along(n, -1, version) for i, n in found.items() if axes[i] == 1}
+            yield Variant(
+                _LAST,
+                surgery.substituted(model, bodies),
+            )
+        return
+    flattens = {o: n for _, n in surgery.find(model, ("Flatten",)) for o in n.output}
+    reshaped = {n.input[0] for _, n in surgery.find(model, ("Reshape",))}
+    # What a version converter makes of an older softmax: Flatten, Softmax, Reshape.
+    converted = {
+        i: flattens[n.input[0]]
+        for i, n in found.items()
+        if n.input[0] in flattens and n.output[0] in reshaped
+    }
+    axes = {i: surgery.attributes(n).get("axis", 1) for i, n in converted.items()}
+    if converted:
+        yield Variant(_ALONG, _rejoined(model, converted, axes))
+    if last := {i: -1 for i, axis in axes.items() if axis == 1}:
+        yield Variant(_LAST, _rejoined(model, converted, last))
+    bodies = {
+        i: _flattened(n, axis)
+        for i, n in found.items()
+        if (axis := surgery.attributes(n).get("axis", -1)) != -1
+    }
+    if bodies:
+        yield Variant(
+            "softmax over its axis and all behind, as before opset 13",
+            surgery.substituted(model, bodies),
+        )
+    if bodies := {i: _flattened(n, 1) for i, n in found.items() if not n.attribute}:
+        yield Variant(
+            "softmax over all axes from 1, opset 12's default", surgery.substituted(model, bodies)
+        )
+
+
+def _rejoined(
+    model: onnx.ModelProto, flattens: Mapping[int, onnx.NodeProto], axes: Mapping[int, int]
+) -> onnx.ModelProto:
+    """The segment with softmaxes of flattened tensors along one axis of the tensors themselves."""
+    changed = surgery.copied(model)
+    for index, axis in axes.items():
+        node = changed.graph.node[index]
+        node.input[0] = flattens[index].input[0]
+        surgery.set_attributes(node, axis=axis)
+    return changed
+
+
+def _along(node: onnx.NodeProto, axis: int, version: int) -> str:
+    """A softmax along one axis, out of older operators."""
+    if node.op_type == "Hardmax":
+        return f"""(x) => (y) {{
+            largest = ArgMax <axis = {axis}, keepdims = 0> (x) shape = Shape(x)
+            at = Constant <value = int64 {{{axis}}}> () axes = Size(shape) zero = Sub(at, at)
+            below = Less(at, zero) wrapped = Add(at, axes) which = Where(below, wrapped, at)
+            depth = Gather(shape, which) pair = Constant <value = float[2] {{0, 1}}> ()
+            hot = OneHot <axis = {axis}> (largest, depth, pair) y = Cast <to = $T> (hot) }}"""
+    last = "l = Log(sum) y = Sub(d, l)" if node.op_type == "LogSoftmax" else "y = Div(e, sum)"
+    return f"""(x) => (y) {{
+        {surgery.reduction("top", "ReduceMax", "x", [axis], version)}
+        d = Sub(x, top) e = Exp(d)
+        {surgery.reduction("sum", "ReduceSum", "e", [axis], version)}
+        {last} }}"""
+
+
+def _flattened(node: onnx.NodeProto, axis: int) -> str:
+    """A softmax over a matrix, everything from its axis on in one row."""
+    return f"""(x) => (y) {{
+        shape = Shape(x) rows = Flatten <axis = {axis}> (x)
+        soft = {node.op_type} <axis = -1> (rows) y = Reshape(soft, shape) }}"""
+
+
+def _reductions(model: onnx.ModelProto) -> Iterable[Variant]:
+    found = list(surgery.find(model, _REDUCTIONS))
+    if not found:
+        return
+    changes: tuple[tuple[str, Callable[[onnx.NodeProto], bool], bool], ...] = (
+        ("axes ignored: reduced over all of them", _without_axes, True),
+        ("keepdims at its default", _with_dims, False),
+        ("noop_with_empty_axes ignored", _with_work, True),
+    )
+    for name, change, broadcast in changes:
+        changed = surgery.copied(model)
+        tolerated = [
+            index for index, n in found if surgery.takes_any_shape(model, n, broadcast=broadcast)
+        ]
+        if [index for index in tolerated if change(changed.graph.node[index])]:
+            yield Variant(name, changed)
+
+
+def _without_axes(node: onnx.NodeProto) -> bool:
+    given = surgery.attributes(node)
+    if not (given.get("axes") or (len(node.input) > 1 and node.input[1])):
+        return False
+    del node.input[1:]
+    surgery.set_attributes(node, axes=None, noop_with_empty_axes=None)
+    return True
+
+
+def _with_dims(node: onnx.NodeProto) -> bool:
+    changed = bool(surgery.attributes(node).get("keepdims", 1) == 0)
+    surgery.set_attributes(node, keepdims=None)
+    return changed
+
+
+def _with_work(node: onnx.NodeProto) -> bool:
+    changed = bool(surgery.attributes(node).get("noop_with_empty_axes", 0) == 1)
+    surgery.set_attributes(node, noop_with_empty_axes=None)
+    return changed
+
+
+def _shapes(model: onnx.ModelProto) -> Iterable[Variant]:
+    """Squeeze without its axes."""
+    squeezed = surgery.copied(model)
+    changed = False
+    for index, node in surgery.find(model, ("Squeeze",)):
+        given = len(node.input) > 1 or "axes" in surgery.attributes(node)
+        if given and surgery.takes_any_shape(model, node):
+            del squeezed.graph.node[index].input[1:]
+            surgery.set_attributes(squeezed.graph.node[index], axes=None)
+            changed = True
+    if changed:
+        yield Variant("axes of Squeeze ignored: every dimension of one removed", squeezed)
+
+
+def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
+    found = dict(surgery.find(model, ("RoiAlign",)))
+    if bodies := {i: body for i, n in found.items() if (body := _largest_sample(n))}:
+        yield Variant(
+            "RoiAlign: the largest interpolated sample, not corner value",
+            surgery.substituted(model, bodies),
+        )
+    bodies = {}
+    for index, node in found.items():
+        given = surgery.attributes(node)
+        if surgery.opset(model) < _HALF_PIXEL:
+            half = 0.5 / given.get("spatial_scale", 1.0)
+            bodies[index] = f"""(x, rois, batch) => (y) {{
+                half = Constant <value = float {{{half!r}}}> () k = Cast <to = $T> (half)
+                moved = Sub(rois, k)
+                y = RoiAlign {surgery.options(node)} (x, moved, batch) }}"""
+        elif given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel":
+            older = surgery.options(node, coordinate_transformation_mode="output_half_pixel")
+            bodies[index] = f"(x, rois, batch) => (y) {{ y = RoiAlign {older} (x, rois, batch) }}"
+    if bodies:
+        yield Variant(
+            "RoiAlign: coordinates of the other operator sets", surgery.substituted(model, bodies)
+        )
+
+
+def _largest_sample(node: onnx.NodeProto) -> str | None:
+    """The maximum of interpolated values; ONNX Runtime takes that of weighted corner values."""
+    given = surgery.attributes(node)
+    ratio = given.get("sampling_ratio", 0)
+    if given.get("mode", "avg") != "max" or ratio < 1:
+        return None
+    finer = surgery.options(
+        node,
+        mode="avg",
+        sampling_ratio=1,
+        output_height=given.get("output_height", 1) * ratio,
+        output_width=given.get("output_width", 1) * ratio,
+    )
+    window = [ratio, ratio]
+    return f"""(x, rois, batch) => (y) {{
+        samples = RoiAlign {finer} (x, rois, batch)
+        y = MaxPool <kernel_shape = {window}, strides = {window}> (samples) }}"""
+
+
+NOISE = OpsetSemantics()

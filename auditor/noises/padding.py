@@ -1,0 +1,214 @@
+"""Padding convention: how much goes to which end, and what a padded cell counts as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+_CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
+_POOLS = ("MaxPool", "AveragePool", "LpPool")
+_AMOUNTS = 11  # Pad takes its amounts as an input from this opset on
+_SAME = {"SAME_UPPER": "SAME_LOWER", "SAME_LOWER": "SAME_UPPER"}
+
+# Attributes to set (None removes) on a node with these attributes; None changes nothing.
+Attributes = dict[str, Any]
+
+
+def _swapped(given: Attributes) -> Attributes | None:
+    """What was padded at the end is padded at the beginning."""
+    if given.get("auto_pad") in _SAME:
+        return {"auto_pad": _SAME[given["auto_pad"]]}
+    begin, end = _halves(given)
+    return {"pads": end + begin} if begin != end else None
+
+
+def _same(auto_pad: str) -> Callable[[Attributes], Attributes | None]:
+    """Explicit padding replaced by as much as makes output size × stride the input size."""
+
+    def change(given: Attributes) -> Attributes | None:
+        begin, end = _halves(given)
+        strided = any(stride > 1 for stride in given.get("strides", ()))
+        if "output_shape" in given:
+            return {"auto_pad": auto_pad} if given.get("auto_pad") not in _SAME else None
+        if not any(begin + end) or not (strided or begin != end):
+            return None
+        return {"auto_pad": auto_pad, "pads": None}
+
+    return change
+
+
+def _ignored(given: Attributes) -> Attributes | None:
+    """No padding at all."""
+    if given.get("auto_pad") in _SAME or any(given.get("pads", ())):
+        return {"auto_pad": None, "pads": None}
+    return None
+
+
+def _symmetric(given: Attributes) -> Attributes | None:
+    """The padding of the beginning at both ends."""
+    begin, end = _halves(given)
+    return {"pads": begin + begin} if begin != end else None
+
+
+def _axis_by_axis(given: Attributes) -> Attributes | None:
+    """``pads`` read as beginning and end of the first axis, then of the next."""
+    pads = list(given.get("pads", ()))
+    other = pads[::2] + pads[1::2]
+    return {"pads": other} if other != pads else None
+
+
+def _counted(given: Attributes) -> Attributes | None:
+    """An average divides by the padded cells too, or no longer does."""
+    if given.get("auto_pad") in _SAME or any(given.get("pads", ())):
+        return {"count_include_pad": 1 - given.get("count_include_pad", 0)}
+    return None
+
+
+_ANY = (*_CONVOLUTIONS, *_POOLS)
+# Forms, most likely first, with the operators that have them.
+_FORMS: tuple[tuple[str, tuple[str, ...], Callable[[Attributes], Attributes | None]], ...] = (
+    ("beginning and end are swapped", _ANY, _swapped),
+    ("padded as auto_pad=SAME_UPPER", _ANY, _same("SAME_UPPER")),
+    ("padded as auto_pad=SAME_LOWER", _ANY, _same("SAME_LOWER")),
+    ("count_include_pad is the other way", ("AveragePool",), _counted),
+    ("padding is ignored", _ANY, _ignored),
+    ("the padding of the beginning is put at both ends", _ANY, _symmetric),
+    ("pads are read axis by axis", _ANY, _axis_by_axis),
+)
+
+
+def _halves(given: Attributes) -> tuple[list[int], list[int]]:
+    """Padding of every axis at its beginning, and at its end."""
+    pads = list(given.get("pads", ()))
+    return pads[: len(pads) // 2], pads[len(pads) // 2 :]
+
+
+def _zeroed(node: onnx.NodeProto) -> str | None:
+    """A maximum over windows in which padded cells are 0, as a function body.
+
+    A window holds padded cells where the average of ones, padded with zeros, is below 1.
+    """
+    given = surgery.attributes(node)
+    padded = given.get("auto_pad") in _SAME or any(given.get("pads", ()))
+    if not padded or len(node.output) > 1 or any(d > 1 for d in given.get("dilations", ())):
+        return None
+    average = surgery.options(node, dilations=None, storage_order=None, count_include_pad=1)
+    return (
+        f"(x) => (y) {{ plain = MaxPool {surgery.options(node)} (x) size = Shape (x) "
+        "one = Constant <value = float {1}> () ones = Expand (one, size) "
+        f"inside = AveragePool {average} (ones) "
+        "most = Constant <value = float {0.9999}> () edge = Less (inside, most) "
+        "nought = Constant <value = float {0}> () zero = Cast <to = $T> (nought) "
+        "clipped = Max (plain, zero) y = Where (edge, clipped, plain) }"
+    )
+
+
+def _rounded_down(node: onnx.NodeProto) -> str | None:
+    """A maximum with SAME padding for ⌊input / stride⌋ windows instead of ⌈input / stride⌉.
+
+    As a function body; less padding than none cuts cells off.
+    """
+    given = surgery.attributes(node)
+    if given.get("auto_pad") not in _SAME or len(node.output) > 1:
+        return None
+    kernel = given["kernel_shape"]
+    strides = given.get("strides", [1] * len(kernel))
+    dilations = given.get("dilations", [1] * len(kernel))
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+    begin, end = ("more", "less") if given["auto_pad"] == "SAME_LOWER" else ("less", "more")
+    return (
+        "(x) => (y) { shape = Shape (x) "
+        f"{_integers('first', [2])} {_integers('last', [2 + len(kernel)])} "
+        f"size = Slice (shape, first, last) {_integers('stride', strides)} "
+        f"{_integers('one', [1])} {_integers('reach', reach)} count = Div (size, stride) "
+        "steps = Sub (count, one) between = Mul (steps, stride) covered = Add (between, reach) "
+        # Integer division truncates, and this half is rounded down below zero too.
+        f"total = Sub (covered, size) {_integers('large', [1 << 20])} "
+        f"{_integers('half', [1 << 19])} positive = Add (total, large) "
+        "double = Div (positive, first) less = Sub (double, half) more = Sub (total, less) "
+        f"{_integers('none', [0, 0])} "
+        f"amounts = Concat <axis = 0> (none, {begin}, none, {end}) "
+        "lowest = Constant <value = float {-3.4028234663852886e38}> () "
+        "nothing = Cast <to = $T> (lowest) padded = Pad (x, amounts, nothing) "
+        f"y = MaxPool {surgery.options(node, auto_pad=None, ceil_mode=None)} (padded) }}"
+    )
+
+
+def _integers(name: str, values: list[int]) -> str:
+    listed = ", ".join(map(str, values))
+    return f"{name} = Constant <value = int64[{len(values)}] {{{listed}}}> ()"
+
+
+def _bodies(
+    model: onnx.ModelProto, name: str, form: Callable[[onnx.NodeProto], str | None]
+) -> Iterable[Variant]:
+    """One variant with every MaxPool that the form applies to; none where it applies to none."""
+    pools = ((i, form(node)) for i, node in surgery.find(model, ("MaxPool",)))
+    if bodies := {i: body for i, body in pools if body is not None}:
+        yield Variant(name, surgery.substituted(model, bodies))
+
+
+def _set(model: onnx.ModelProto, changes: dict[int, Attributes]) -> onnx.ModelProto:
+    result = surgery.copied(model)
+    for index, values in changes.items():
+        surgery.set_attributes(result.graph.node[index], **values)
+    return result
+
+
+class Padding:
+    """``inference.padding``."""
+
+    id = "inference.padding"
+    stage: Stage = "inference"
+    type = "operator implementation"
+    title = "A convolution or pooling is padded at the other end, or its padding counts otherwise"
+    cause = (
+        "SAME padding that is odd goes to the end in TensorFlow and to the beginning elsewhere; "
+        "converters drop auto_pad, make asymmetric padding symmetric, or count padded cells in a "
+        "maximum or an average."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), sec. 3.2, operator implementation; ONNX operators "
+        "Conv-11, ConvTranspose-11, MaxPool-12 and AveragePool-19 (auto_pad, pads, "
+        "count_include_pad)"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to get the same padding everywhere."""
+        common = (
+            "export explicit pads instead of auto_pad, and asymmetric ones as a Pad before the "
+            "listed layers"
+        )
+        switches = {
+            "tvm": f"{common}: TVM's importer rounds the size of a SAME_LOWER MaxPool down",
+        }
+        return switches.get(backend, common)
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """No engine says in its kernels how it padded."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with its convolutions and poolings padded in each of the other ways."""
+        model = segment.model
+        if surgery.opset(model) >= _AMOUNTS:
+            yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
+        nodes = [(i, n, surgery.attributes(n)) for i, n in surgery.find(model, _ANY)]
+        for name, operators, form in _FORMS:
+            changes = {
+                i: values
+                for i, node, given in nodes
+                if node.op_type in operators and (values := form(given)) is not None
+            }
+            if changes:
+                yield Variant(name, _set(model, changes))
+        yield from _bodies(model, "padded cells are 0 in a maximum", _zeroed)
+
+
+NOISE = Padding()

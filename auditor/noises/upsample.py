@@ -1,0 +1,240 @@
+"""Up-sampling: the interpolation, where a pixel's centre is, and which of two scales is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from auditor import surgery
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+# Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
+# pixel's corner; such nodes become a Resize of opset 13.
+_RESIZE, _MODERN = 11, 13
+_SCALES_INPUT = 9  # Upsample's scales are an attribute before
+_ANTIALIAS = 18
+_DEFAULTS = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "half_pixel",
+    "nearest_mode": "round_prefer_floor",
+    "cubic_coeff_a": -0.75,
+    "exclude_outside": 0,
+    "antialias": 0,
+    "keep_aspect_ratio_policy": "stretch",
+}
+_CENTRE, _ROUNDING = "coordinate_transformation_mode", "nearest_mode"
+_OLD = {_CENTRE: "asymmetric", _ROUNDING: "floor"}
+_CENTRES = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+_ROUNDINGS = ("floor", "round_prefer_floor", "round_prefer_ceil", "ceil")
+# What frameworks call nearest: PyTorch and OpenCV, PyTorch's nearest-exact and ONNX, TensorFlow.
+_NEAREST = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "floor"))
+_PLAIN = {"antialias": 0, "exclude_outside": 0}  # all that mode nearest may be
+_COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
+_CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A Resize done another way.
+
+    Attributes:
+        settings: attributes that differ.
+        whole: its scales are the rounded output size over the input size.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+
+def _changes(given: Mapping[str, Any], version: int, *, fractional: bool) -> Iterator[_Change]:
+    """What an engine may do instead of the given settings, most likely first.
+
+    Args:
+        given: every attribute, defaults included.
+        version: the operator set.
+        fractional: whether the output size may be a rounded one.
+    """
+    ignored: dict[str, Any] = {}
+    seen = [dict(given)]
+    for name in ("keep_aspect_ratio_policy", "antialias", "exclude_outside"):
+        if given[name] != _DEFAULTS[name]:
+            ignored[name] = _DEFAULTS[name]
+            seen.append({**given, name: _DEFAULTS[name]})
+            yield _Change(f"{name} is ignored", {name: _DEFAULTS[name]})
+    if fractional:
+        yield _Change("scales are taken from the rounded output size", whole=True)
+        if ignored:
+            names = " and ".join(ignored)
+            yield _Change(
+                f"{names} ignored, and scales are taken from the rounded output size",
+                ignored,
+                whole=True,
+            )
+    for settings in _interpolations(given, version):
+        changed = {**given, **settings}
+        if changed not in seen:
+            seen.append(changed)
+            yield _Change(_described(changed, settings), settings)
+
+
+def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str, Any]]:
+    mode, centre = given["mode"], given[_CENTRE]
+    if mode == "nearest":
+        for other in dict.fromkeys(("half_pixel", centre, "align_corners")):
+            yield {"mode": "linear", _CENTRE: other}
+        for other, rounding in _NEAREST:
+            yield {_CENTRE: other, _ROUNDING: rounding}
+        yield from ({_ROUNDING: rounding} for rounding in _ROUNDINGS)
+        yield {_CENTRE: "align_corners", _ROUNDING: "round_prefer_ceil"}
+        yield {"mode": "cubic", _CENTRE: "half_pixel"}
+        return
+    if mode == "cubic":
+        for excluded in (given["exclude_outside"], 1 - given["exclude_outside"]):
+            for a in dict.fromkeys((given["cubic_coeff_a"], *_COEFFICIENTS)):
+                yield {"cubic_coeff_a": a, "exclude_outside": excluded}
+    for other, rounding in _NEAREST[:2]:
+        yield {"mode": "nearest", _CENTRE: other, _ROUNDING: rounding, **_PLAIN}
+    yield {"mode": "linear", "exclude_outside": 0} if mode == "cubic" else {"mode": "cubic"}
+    yield from ({_CENTRE: other} for other in _CENTRES)
+    if version >= _ANTIALIAS:
+        yield {"antialias": 1}
+
+
+def _described(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
+    words = [settings["mode"], settings[_CENTRE]]
+    if settings["mode"] == "nearest":
+        words.append(settings[_ROUNDING])
+    if settings["mode"] == "cubic":
+        words.append(f"coefficient {settings['cubic_coeff_a']:g}")
+    words += [n for n in ("exclude_outside", "antialias") if settings[n] and n in changed]
+    return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A Resize or Upsample of the segment, with what may be done there instead."""
+
+    index: int
+    changes: dict[str, _Change]
+
+
+def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
+    version, known = surgery.opset(model), surgery.constants(model)
+    for index, node in surgery.find(model, ("Resize", "Upsample")):
+        old = version < _RESIZE
+        if old and version < _SCALES_INPUT and node.op_type == "Upsample":
+            continue
+        given = {**_DEFAULTS, **(_OLD if old else {}), **surgery.attributes(node)}
+        if given[_CENTRE] == "tf_crop_and_resize":
+            continue
+        scales = known.get(_scales(node))
+        fractional = bool(_scales(node)) and (scales is None or bool((scales % 1).any()))
+        changes = {
+            change.name: change
+            for change in _changes(given, version, fractional=fractional)
+            if change.settings.get("mode") != "cubic"
+            or scales is None
+            or scales.size <= _CUBIC_RANK
+        }
+        yield _Site(index, changes)
+
+
+def _scales(node: onnx.NodeProto) -> str:
+    """Name of the scales, or nothing where the output size is given."""
+    position = 1 if len(node.input) == 2 else 2
+    sized = len(node.input) == 4 and node.input[3]
+    return "" if sized or len(node.input) <= position else node.input[position]
+
+
+def _changed(model: onnx.ModelProto, changes: Mapping[int, _Change]) -> onnx.ModelProto:
+    """A copy in which the nodes at these positions resize in another way."""
+    result = surgery.copied(model)
+    if surgery.opset(model) < _RESIZE:
+        for entry in result.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = _MODERN
+    nodes = list(result.graph.node)
+    del result.graph.node[:]
+    for index, node in enumerate(nodes):
+        if surgery.opset(model) < _RESIZE and node.op_type in ("Resize", "Upsample"):
+            node.op_type = "Resize"
+            node.input.insert(1, "")
+            surgery.set_attributes(node, **_OLD)
+        if (change := changes.get(index)) is not None:
+            if change.whole:
+                result.graph.node.extend(_measured(node))
+            surgery.set_attributes(
+                node, **{k: None if v == _DEFAULTS[k] else v for k, v in change.settings.items()}
+            )
+        result.graph.node.append(node)
+    return result
+
+
+def _measured(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """What finds out a node's output size, which the node is then given instead of scales."""
+    plain = onnx.NodeProto()
+    plain.CopyFrom(node)
+    target = node.output[0]
+    plain.output[0], size = f"{target}/plain", f"{target}/size"
+    yield plain
+    axes = surgery.attributes(node).get("axes")
+    if axes is None:
+        yield helper.make_node("Shape", [plain.output[0]], [size])
+    else:
+        yield helper.make_node("Shape", [plain.output[0]], [f"{size}/all"])
+        yield helper.make_node("Constant", [], [f"{size}/axes"], value_ints=axes)
+        yield helper.make_node("Gather", [f"{size}/all", f"{size}/axes"], [size])
+    node.input[2] = ""
+    node.input[3:] = [size]
+
+
+class Upsample:
+    """``inference.upsample``."""
+
+    id = "inference.upsample"
+    stage: Stage = "inference"
+    type = "upsample"
+    title = "A Resize interpolates, places its pixels or takes its scale another way"
+    cause = (
+        "Nearest, linear and cubic each exist with several pixel centres, roundings and "
+        "coefficients; engines support some of them, ignore others, and where scale × size is no "
+        "whole number some take the ratio of the sizes for the scale."
+    )
+    source = (
+        "SysNoise (Wang et al., MLSys 2023), Table 1, upsample; ONNX operator Resize-19; TVM "
+        "issues 19500 and 19570 (scales taken from sizes); OpenVINO operation Interpolate-11"
+    )
+
+    def remedy(self, backend: str) -> str:
+        """How to get the same interpolation everywhere."""
+        common = (
+            "resize by whole factors, mode nearest with asymmetric coordinates and floor or mode "
+            "linear with half_pixel, without antialias, exclude_outside and "
+            "keep_aspect_ratio_policy"
+        )
+        switches = {
+            "tvm": f"give Resize sizes instead of scales, and {common}: TVM derives its scale "
+            "from the sizes and ignores those three",
+            "ov": f"{common}: OpenVINO's ONNX frontend ignores those three",
+        }
+        return switches.get(backend, common)
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """No engine says in its kernels how it interpolates."""
+        return False
+
+    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
+        """The segment with every Resize done in each of the other ways."""
+        sites = list(_sites(segment.model))
+        for name in dict.fromkeys(name for site in sites for name in site.changes):
+            changes = {s.index: s.changes[name] for s in sites if name in s.changes}
+            yield Variant(name, _changed(segment.model, changes))
+
+
+NOISE = Upsample()

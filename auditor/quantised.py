@@ -1,0 +1,319 @@
+"""Finds the quantised sums of products in a segment, and edits copies of it.
+
+Quantised models say ``DequantizeLinear → Conv → QuantizeLinear`` and mean integer arithmetic
+(ONNX operators QuantizeLinear and DequantizeLinear, "QDQ format"). Here such a group is read
+back: integer weights, scales, zero points, bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from auditor import surgery
+from auditor.ports import Array
+from auditor.records import Kernel
+
+# Operators between a DequantizeLinear and its reader that leave every value on its grid.
+_MOVES = frozenset(
+    ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose")
+) | {"Unsqueeze", "Gather", "Expand", "DepthToSpace", "SpaceToDepth"}
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values a quantised tensor can have: scale × (integer − zero point).
+
+    Attributes:
+        scale: one float32 value, or one per channel.
+        zero: zero points of the same shape; None where the segment does not hold them.
+        signed: whether the integers are int8 rather than uint8.
+    """
+
+    scale: Array
+    zero: Array | None
+    signed: bool
+
+    def limits(self) -> tuple[Array, Array]:
+        """Smallest and largest real value, where the zero point is known."""
+        assert self.zero is not None
+        integers = np.iinfo(np.int8 if self.signed else np.uint8)
+        zero = self.zero.astype(np.float32)
+        return self.scale * (integers.min - zero), self.scale * (integers.max - zero)
+
+
+# By the position of a QuantizeLinear: its grid, and the positions of the DequantizeLinear nodes
+# that alone read it.
+Roundings = dict[int, tuple[Grid, list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One Conv, MatMul or Gemm of a quantised tensor and quantised constant weights.
+
+    Attributes:
+        index: position of its node.
+        node: the node; its first input is the dequantised tensor.
+        grid: what that tensor's values are; its scale is one number.
+        weights: integers, [outputs, inputs / group, *kernel] for Conv, else [inputs, outputs].
+        weight_grid: their grid; one scale, or one per output.
+        bias: real value of the bias, one per output; None where there is none.
+        stored_bias: its int32 form where the model holds one.
+    """
+
+    index: int
+    node: onnx.NodeProto
+    grid: Grid
+    weights: Array
+    weight_grid: Grid
+    bias: Array | None
+    stored_bias: Array | None
+
+
+class Layout:
+    """A segment's constants, producers and readers."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.outputs = {o.name for o in model.graph.output}
+        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
+        self.readers: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in node.input:
+                self.readers.setdefault(name, []).append(index)
+        self._tensors = {t.name: t for t in model.graph.initializer}
+        self._annotated = {a.tensor_name: a for a in model.graph.quantization_annotation}
+
+    def constant(self, name: str) -> Array | None:
+        """Value of an initialiser or Constant."""
+        if name in self._tensors:
+            return numpy_helper.to_array(self._tensors[name])
+        node = self.source(name)
+        if node is None or node.op_type != "Constant":
+            return None
+        given = surgery.attributes(node)
+        if "value" in given:
+            return numpy_helper.to_array(given["value"])
+        value = next(iter(given.values()))
+        return np.asarray(value, np.float32 if isinstance(value, float) else None)
+
+    def source(self, name: str) -> onnx.NodeProto | None:
+        """The node that computes a tensor."""
+        return self.nodes[self.producer[name]] if name in self.producer else None
+
+    def reader(self, name: str) -> int | None:
+        """The one node that reads a tensor which nothing else sees."""
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid on which a real-valued tensor lies, where one number describes it.
+
+        It is read off the DequantizeLinear before it, or off ONNX's quantisation annotation of
+        a segment input (ONNX IR specification, TensorAnnotation).
+        """
+        node = self.source(name)
+        while node is not None and node.op_type in _MOVES:
+            name = node.input[0]
+            node = self.source(name)
+        if node is not None:
+            return self.parameters(node) if node.op_type == "DequantizeLinear" else None
+        if name in self._annotated:
+            given = {p.key: p.value for p in self._annotated[name].quant_parameter_tensor_names}
+            return self._grid(given.get("SCALE_TENSOR", ""), given.get("ZERO_POINT_TENSOR", ""))
+        return None
+
+    def parameters(self, node: onnx.NodeProto) -> Grid | None:
+        """Grid of a QuantizeLinear or DequantizeLinear with one constant 8-bit parameter pair."""
+        return self._grid(node.input[1], node.input[2] if len(node.input) > 2 else "")
+
+    def products(self) -> list[Product]:
+        """Every sum of products of quantised values in the segment."""
+        found = (self._product(i, n) for i, n in surgery.find(self.model, _PRODUCTS))
+        return [product for product in found if product is not None]
+
+    def roundings(self) -> Roundings:
+        """Quantise–dequantise pairs of computed tensors with one scale."""
+        found: Roundings = {}
+        for index, node in surgery.find(self.model, ("QuantizeLinear",)):
+            grid = None if self.constant(node.input[0]) is not None else self.parameters(node)
+            readers = self.readers.get(node.output[0], [])
+            read = readers and all(self.nodes[r].op_type == "DequantizeLinear" for r in readers)
+            if grid is not None and read and node.output[0] not in self.outputs:
+                found[index] = grid, readers
+        return found
+
+    def into_sums(self, kernels: Sequence[Kernel]) -> Roundings:
+        """Those roundings between an operator and the sum that an engine fuses it with.
+
+        Where the engine names no kernels, it is taken to fuse a sum with the last of its
+        operands.
+        """
+        fused = [frozenset(k.nodes) for k in kernels if len(k.nodes) > 1]
+        found: Roundings = {}
+        last: dict[int, int] = {}  # by the position of a sum: its last operand
+        for index, (grid, dequantised) in self.roundings().items():
+            for sum_ in (r for d in dequantised for r in self.readers.get(self._first(d), [])):
+                if self.nodes[sum_].op_type not in ("Add", "Sub"):
+                    continue
+                both = {self._first(index), self._first(sum_)}
+                if any(both <= nodes for nodes in fused):
+                    found[index] = grid, dequantised
+                last[sum_] = index
+        if fused:
+            return found
+        everything = self.roundings()
+        return {index: everything[index] for index in last.values()}
+
+    def final(self, nodes: Sequence[int]) -> bool:
+        """Whether one of these nodes computes an output of the segment."""
+        return any(self._first(i) in self.outputs for i in nodes)
+
+    def _first(self, index: int) -> str:
+        return str(self.nodes[index].output[0])
+
+    def _grid(self, scale_name: str, zero_name: str) -> Grid | None:
+        scale = self.constant(scale_name)
+        zero = self.constant(zero_name) if zero_name else np.zeros(1, np.uint8)
+        if scale is None or zero is None or scale.size != 1 or zero.size != 1:
+            return None
+        if scale.dtype != np.float32 or zero.dtype not in (np.uint8, np.int8):
+            return None
+        return Grid(scale.reshape(()), zero.reshape(()), zero.dtype == np.int8)
+
+    def _product(self, index: int, node: onnx.NodeProto) -> Product | None:
+        options = surgery.attributes(node)
+        if node.op_type == "Gemm" and (
+            options.get("transA", 0) or options.get("alpha", 1) * options.get("beta", 1) != 1
+        ):
+            return None
+        found = self._weights(node.input[1])
+        if found is None:
+            return None
+        weights, scale, zero, axis = found
+        if node.op_type == "Gemm" and options.get("transB", 0):
+            weights, axis = weights.T, 1 - axis
+        across = 0 if node.op_type == "Conv" else 1
+        if node.op_type != "Conv" and weights.ndim != 2:
+            return None
+        if (scale.size > 1 and axis % weights.ndim != across) or np.unique(zero).size > 1:
+            return None
+        bias = stored = None
+        bias_scale: Array | None = None
+        if len(node.input) > 2 and node.input[2]:
+            bias = self.constant(node.input[2])
+            if bias is None:
+                stored, bias_scale = self._stored_bias(node.input[2])
+                if stored is None or bias_scale is None:
+                    return None
+                bias = (stored * bias_scale).astype(np.float32)
+        grid = self.grid(node.input[0])
+        if grid is None and bias_scale is not None:
+            # Quantisers give the bias the scale of the products.
+            ratio = np.unique((bias_scale / scale).astype(np.float32))
+            if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
+                grid = Grid(np.asarray(np.median(ratio), np.float32), None, False)
+        if grid is None:
+            return None
+        weight_grid = Grid(scale, zero, weights.dtype == np.int8)
+        return Product(index, node, grid, weights, weight_grid, bias, stored)
+
+    def _weights(self, name: str) -> tuple[Array, Array, Array, int] | None:
+        """Integers, scale, zero point and channel axis of dequantised constant weights."""
+        node = self.source(name)
+        if node is not None and node.op_type == "Transpose":
+            found = self._weights(node.input[0])
+            if found is None or found[0].ndim != 2:
+                return None
+            return found[0].T, found[1], found[2], 1 - found[3]
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        axis = surgery.attributes(node).get("axis", 1)
+        scale = self.constant(node.input[1])
+        zero = self.constant(node.input[2]) if len(node.input) > 2 else None
+        values = self.constant(node.input[0])
+        if scale is None or scale.ndim > 1 or surgery.attributes(node).get("block_size", 0):
+            return None
+        if values is None:
+            values = self._quantised(node.input[0], scale, zero, axis)
+        if values is None or values.dtype not in (np.uint8, np.int8):
+            return None
+        zero = np.zeros(1, values.dtype) if zero is None else zero
+        return values, scale.reshape(-1), zero.reshape(-1), axis % values.ndim
+
+    def _quantised(self, name: str, scale: Array, zero: Array | None, axis: int) -> Array | None:
+        """Integers of float weights that the model itself quantises."""
+        node = self.source(name)
+        if node is None or node.op_type != "QuantizeLinear" or zero is None:
+            return None
+        values = self.constant(node.input[0])
+        if values is None or zero.dtype not in (np.uint8, np.int8):
+            return None
+        shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)]
+        if scale.size == 1:
+            shape = [1] * values.ndim
+        limits = np.iinfo(zero.dtype)
+        integers = np.rint(values / scale.reshape(shape)) + zero.reshape(shape).astype(np.float32)
+        return np.asarray(np.clip(integers, limits.min, limits.max), zero.dtype)
+
+    def _stored_bias(self, name: str) -> tuple[Array | None, Array | None]:
+        node = self.source(name)
+        if node is None or node.op_type != "DequantizeLinear":
+            return None, None
+        return self.constant(node.input[0]), self.constant(node.input[1])
+
+
+class Editor:
+    """Builds a copy of a segment whose nodes differ: add them in order, then ``finished``."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = surgery.copied(model)
+        del self.model.graph.node[:]
+        names = {o for n in model.graph.node for o in n.output}
+        names.update(t.name for t in model.graph.initializer)
+        self._mark = "~"
+        while any(name.startswith(self._mark) for name in names):
+            self._mark += "~"
+        self._count = 0
+
+    def copy(self, node: onnx.NodeProto) -> None:
+        """Add a node of the segment as it is."""
+        self.model.graph.node.append(node)
+
+    def add(self, op_type: str, *inputs: str, to: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return the output's name, ``to`` where given."""
+        name = to or self._fresh()
+        self.model.graph.node.append(helper.make_node(op_type, inputs, [name], **attributes))
+        return name
+
+    def split(self, op_type: str, *inputs: str, outputs: int) -> list[str]:
+        """Add a node with several outputs and return their names."""
+        names = [self._fresh() for _ in range(outputs)]
+        self.model.graph.node.append(helper.make_node(op_type, inputs, names))
+        return names
+
+    def cast(self, value: str, target: str, kind: int) -> None:
+        """Add a Cast that gives ``target``."""
+        self.model.graph.node.append(helper.make_node("Cast", [value], [target], to=kind))
+
+    def constant(self, value: Any, kind: Any = np.float32) -> str:
+        """Add an initialiser of a numpy type and return its name."""
+        name = self._fresh()
+        array = np.ascontiguousarray(value, kind).reshape(np.shape(value))
+        self.model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def scan(self, body: onnx.GraphProto, state: str, *inputs: str) -> str:
+        """Add a Scan that folds ``inputs`` along their first axis into one state."""
+        return self.add("Scan", state, *inputs, body=body, num_scan_inputs=len(inputs))
+
+    def _fresh(self) -> str:
+        self._count += 1
+        return f"{self._mark}{self._count}"

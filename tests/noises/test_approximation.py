@@ -1,0 +1,141 @@
+"""Functions replaced by cheaper ones, computed with numpy and PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.noises import approximation
+from auditor.ports import Array
+
+ID = "implementation.approximation"
+erf = np.vectorize(math.erf)
+
+
+def tanh_gelu(x: Array) -> Array:
+    wide = x.astype(np.float64)
+    inner = 0.7978845608028654 * (wide + 0.044715 * wide**3)
+    return np.asarray(0.5 * wide * (1 + np.tanh(inner)), np.float32)
+
+
+def erf_gelu(x: Array) -> Array:
+    return np.asarray(0.5 * x * (1 + erf(x.astype(np.float64) / math.sqrt(2))), np.float32)
+
+
+def sigmoid(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x.astype(np.float64))), np.float32)
+
+
+def hard(x: Array, slope: float) -> Array:
+    return np.asarray(np.clip(x * np.float32(slope) + np.float32(0.5), 0, 1))
+
+
+def schraudolph(x: Array) -> Array:
+    """exp by writing into the exponent bits of a float32 (Schraudolph 1999, without his c)."""
+    bits = np.floor((x.astype(np.float64) * math.log2(math.e) + 127) * 2**23)
+    return bits.astype(np.int64).astype(np.uint32).view(np.float32).reshape(x.shape)
+
+
+def written_erf(make_segment: Any) -> Any:
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["z"]),
+        helper.make_node("Erf", ["z"], ["e"]),
+        helper.make_node("Add", ["e", "one"], ["s"]),
+        helper.make_node("Mul", ["x", "s"], ["p"]),
+        helper.make_node("Mul", ["p", "half"], ["y"]),
+    ]
+    values = {"root": math.sqrt(2), "one": 1.0, "half": 0.5}
+    constants = {k: np.array(v, np.float32) for k, v in values.items()}
+    return make_segment(nodes, constants, ["x"], ["y"])
+
+
+def written_tanh(make_segment: Any) -> Any:
+    nodes = [
+        helper.make_node("Pow", ["x", "three"], ["c"]),
+        helper.make_node("Mul", ["c", "small"], ["d"]),
+        helper.make_node("Add", ["x", "d"], ["i"]),
+        helper.make_node("Mul", ["i", "root"], ["u"]),
+        helper.make_node("Tanh", ["u"], ["t"]),
+        helper.make_node("Add", ["t", "one"], ["s"]),
+        helper.make_node("Mul", ["x", "half"], ["h"]),
+        helper.make_node("Mul", ["h", "s"], ["y"]),
+    ]
+    values = {"three": 3, "small": 0.044715, "root": math.sqrt(2 / math.pi), "one": 1, "half": 0.5}
+    constants = {k: np.array(v, np.float32) for k, v in values.items()}
+    return make_segment(nodes, constants, ["x"], ["y"])
+
+
+def single(make_segment: Any, op_type: str, version: int = 20, **attributes: Any) -> Any:
+    node = helper.make_node(op_type, ["x"], ["y"], **attributes)
+    return make_segment([node], {}, ["x"], ["y"], opset=version)
+
+
+@pytest.fixture
+def x(generator: np.random.Generator) -> Array:
+    return np.asarray(generator.standard_normal((8, 64)) * 2, np.float32)
+
+
+def test_gelu_in_every_form(make_segment: Any, diagnose: Any, x: Array) -> None:
+    quick = (x * sigmoid(np.float32(1.702) * x)).astype(np.float32)
+    for segment, planted in (
+        (written_erf(make_segment), tanh_gelu(x)),
+        (written_erf(make_segment), quick),
+        (written_tanh(make_segment), erf_gelu(x)),
+        (single(make_segment, "Gelu"), tanh_gelu(x)),
+        (single(make_segment, "Gelu"), quick),
+        (single(make_segment, "Gelu", approximate="tanh"), erf_gelu(x)),
+    ):
+        found = diagnose(segment, {"x": x}, {"y": planted})
+        assert found.noise == ID and found.explained > 0.999
+
+
+def test_pytorch_gelu(make_segment: Any, diagnose: Any, x: Array) -> None:
+    torch = pytest.importorskip("torch", reason="needs the [torch] extra")
+    observed = torch.nn.functional.gelu(torch.from_numpy(x), approximate="tanh").numpy()
+    assert diagnose(written_erf(make_segment), {"x": x}, {"y": observed}).noise == ID
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "planted"),
+    [
+        ("Sigmoid", {}, lambda x: hard(x, 1 / 6)),
+        ("Sigmoid", {}, lambda x: hard(x, 0.2)),
+        ("Tanh", {}, lambda x: np.clip(x, -1, 1)),
+        ("HardSigmoid", {}, lambda x: hard(x, 1 / 6)),
+        ("HardSigmoid", {"alpha": 1 / 6}, sigmoid),
+        ("HardSwish", {}, lambda x: x * hard(x, 0.2)),
+        ("HardSwish", {}, lambda x: x * sigmoid(x)),
+        ("Tanh", {}, lambda x: np.clip(x, -3, 3) * (27 + np.clip(x, -3, 3) ** 2)
+         / (27 + 9 * np.clip(x, -3, 3) ** 2)),
+        ("Exp", {}, schraudolph),
+        ("Softmax", {}, lambda x: schraudolph(x - x.max(-1, keepdims=True))
+         / schraudolph(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)),
+    ],
+)  # fmt: skip
+def test_other_functions(
+    make_segment: Any, diagnose: Any, x: Array, op_type: str, attributes: Any, planted: Any
+) -> None:
+    segment = single(make_segment, op_type, **attributes)
+    found = diagnose(segment, {"x": x}, {"y": np.asarray(planted(x), np.float32)})
+    assert found.noise == ID and found.explained > 0.99
+
+
+def test_wrong_functions_are_no_approximation(make_segment: Any, diagnose: Any, x: Array) -> None:
+    for op_type, planted in (
+        ("Sigmoid", sigmoid(x * np.float32(1.05))),
+        ("Tanh", np.tanh(x) * np.float32(0.99)),
+        ("Gelu", np.roll(erf_gelu(x), 1, axis=-1)),
+    ):
+        found = diagnose(single(make_segment, op_type), {"x": x}, {"y": planted})
+        assert found.noise is None
+
+
+def test_a_tanh_that_is_no_gelu_is_not_rewritten(make_segment: Any) -> None:
+    names = [v.name for v in approximation.NOISE.variants(single(make_segment, "Tanh"))]
+    assert names and not any("GELU" in name for name in names)
+    assert list(approximation.NOISE.variants(single(make_segment, "Relu"))) == []
+    assert "FastMath" in approximation.NOISE.remedy("tvm")

@@ -1,0 +1,86 @@
+"""Double models computed in float32 by numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from auditor import attribution
+from auditor.noises import bf16, double_as_float, fp16, integer_overflow, narrowed_integers, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+
+ID = "precision.double_as_float"
+NOISES = (bf16.NOISE, double_as_float.NOISE, fp16.NOISE, integer_overflow.NOISE)
+NOISES += (narrowed_integers.NOISE, tf32.NOISE)  # type: ignore[assignment]
+
+
+def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+def cancelling(make_segment: Any, kind: int) -> SegmentGraph:
+    """(x · k + c) − c, which loses digits to c."""
+    nodes = [
+        helper.make_node("Mul", ["x", "k"], ["a"]),
+        helper.make_node("Add", ["a", "c"], ["b"]),
+        helper.make_node("Sub", ["b", "c"], ["y"]),
+    ]
+    constants = {"k": np.array([0.1]), "c": np.array([1e5])}
+    made: SegmentGraph = make_segment(nodes, constants, ["x"], ["y"], kind=kind)
+    return made
+
+
+def test_arithmetic(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    x = generator.standard_normal((4, 64))
+    single = x.astype(np.float32) * np.float32(0.1) + np.float32(1e5) - np.float32(1e5)
+    segment = cancelling(make_segment, TensorProto.DOUBLE)
+    found = explain(run, segment, {"x": x}, single.astype(np.float64))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_conversions_inside(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    x = generator.standard_normal((4, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["d"], to=TensorProto.DOUBLE),
+        helper.make_node("Constant", [], ["c"], value=helper.make_tensor("c", 11, [1], [3e6])),
+        helper.make_node("Add", ["d", "c"], ["e"]),
+        helper.make_node("Sub", ["e", "c"], ["f"]),
+        helper.make_node("Cast", ["f"], ["y"], to=TensorProto.FLOAT),
+    ]
+    segment = make_segment(nodes, {}, ["x"], ["y"])
+    found = explain(run, segment, {"x": x}, (x + np.float32(3e6)) - np.float32(3e6))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_branches_are_narrowed_too(make_segment: Any, run: Any) -> None:
+    branch = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["k"], value=helper.make_tensor("k", 11, [1], [0.1])),
+            helper.make_node("Mul", ["x", "k"], ["r"]),
+        ],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.DOUBLE, None)],
+    )
+    node = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
+    segment = make_segment([node], {"yes": np.array(True)}, ["x"], ["y"], kind=TensorProto.DOUBLE)
+    x = np.linspace(1, 2, 40)
+    planted = (x.astype(np.float32) * np.float32(0.1)).astype(np.float64)
+    found = explain(run, segment, {"x": x}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    x = generator.standard_normal((4, 64))
+    segment = cancelling(make_segment, TensorProto.DOUBLE)
+    for wrong in (x * 0.1001, np.roll(x, 1, axis=1) * 0.1, x * 0.1 + 1e-3):
+        assert explain(run, segment, {"x": x}, wrong).noise is None
+
+
+def test_float_segments_are_left_alone(make_segment: Any) -> None:
+    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    assert not list(double_as_float.NOISE.variants(segment))

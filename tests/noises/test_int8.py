@@ -1,0 +1,104 @@
+"""Models quantised by ONNX Runtime's quantiser, and by numpy with integer arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from auditor import attribution
+from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+
+ID = "precision.int8"
+NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
+NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
+
+
+def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+@pytest.fixture
+def dense(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+    x = generator.standard_normal((16, 96)).astype(np.float32)
+    w = (generator.standard_normal((96, 32)) * generator.uniform(0.2, 2, 32)).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    return segment, {"x": x, "w": w}
+
+
+def stepped(w: Array, scale: Array) -> Array:
+    """Weights as stored int8 times a double scale."""
+    stored = np.floor(w.astype(np.float64) / scale + 0.5).astype(np.int8)
+    return stored.astype(np.float64) * scale
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_stored_weights(dense: tuple[SegmentGraph, Arrays], run: Any, per_channel: bool) -> None:
+    segment, t = dense
+    largest = np.abs(t["w"]).max(axis=0 if per_channel else None)
+    planted = (t["x"] @ stepped(t["w"], largest.astype(np.float64) / 127)).astype(np.float32)
+    found = explain(run, segment, {"x": t["x"]}, planted)
+    assert found.noise == ID and found.explained > 0.99
+    assert found.variant == f"weights per {'channel' if per_channel else 'tensor'}"
+
+
+def test_convolution_channels(make_segment: Any, run: Any, conv: Any) -> None:
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal((1, 4, 10, 10)).astype(np.float32)
+    w = (generator.standard_normal((8, 4, 3, 3)) * np.arange(1, 9)[:, None, None, None]).astype("f")
+    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    largest = np.abs(w).max(axis=(1, 2, 3), keepdims=True)
+    planted = conv(x, stepped(w, largest.astype(np.float64) / 127).astype(np.float32))
+    found = explain(run, segment, {"x": x}, planted)
+    assert found.noise == ID and found.explained > 0.99
+
+
+def test_dynamic_quantisation(dense: tuple[SegmentGraph, Arrays], run: Any, tmp_path: Path) -> None:
+    """ONNX Runtime's quantize_dynamic, with uint8 weights so that nothing saturates."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    segment, t = dense
+    model = onnx.ModelProto()
+    model.CopyFrom(segment.model)
+    for value, shape in ((model.graph.input[0], (16, 96)), (model.graph.output[0], (16, 32))):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    onnx.save(model, tmp_path / "float.onnx")
+    quantization.quantize_dynamic(
+        tmp_path / "float.onnx",
+        tmp_path / "int8.onnx",
+        weight_type=quantization.QuantType.QUInt8,
+    )
+    session = ort.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    found = explain(run, segment, {"x": t["x"]}, session.run(None, {"x": t["x"]})[0])
+    assert found.noise == ID and found.explained > 0.99
+
+
+@pytest.mark.parametrize("defect", ["scaled", "swapped", "coarse"])
+def test_defects_are_not_named(dense: tuple[SegmentGraph, Arrays], run: Any, defect: str) -> None:
+    segment, t = dense
+    wrong = t["w"].astype(np.float64)
+    if defect == "scaled":
+        wrong[:, 3] *= 1.01
+    elif defect == "swapped":
+        wrong[:, [0, 1]] = wrong[:, [1, 0]]
+    else:
+        wrong = np.round(wrong * 50) / 50  # a grid, but not that of 8 bits
+    found = explain(run, segment, {"x": t["x"]}, (t["x"] @ wrong).astype(np.float32))
+    assert found.noise is None
+
+
+def test_quantised_segments_are_left_to_others(make_segment: Any) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
+        helper.make_node("MatMul", ["d", "w"], ["y"]),
+    ]
+    constants = {"s": np.asarray(0.1, np.float32), "w": np.ones((4, 4), np.float32)}
+    assert not list(int8.NOISE.variants(make_segment(nodes, constants, ["x"], ["y"])))

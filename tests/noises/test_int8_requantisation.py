@@ -1,0 +1,194 @@
+"""Integer kernels and other roundings, by numpy and by ONNX Runtime's own integer operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import attribution
+from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.records import Kernel
+
+ID = "precision.int8_requantisation"
+NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
+NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
+
+
+def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+def scalars(**values: tuple[float, int]) -> Arrays:
+    """Scale ``NAMEs`` and uint8 zero point ``NAMEz`` of each name."""
+    scales = {f"{n}s": np.asarray(s, np.float32) for n, (s, _) in values.items()}
+    return scales | {f"{n}z": np.asarray(z, np.uint8) for n, (_, z) in values.items()}
+
+
+def q(x: str, grid: str, to: str) -> onnx.NodeProto:
+    return helper.make_node("QuantizeLinear", [x, f"{grid}s", f"{grid}z"], [to])
+
+
+def dq(x: str, grid: str, to: str) -> onnx.NodeProto:
+    return helper.make_node("DequantizeLinear", [x, f"{grid}s", f"{grid}z"], [to])
+
+
+@pytest.fixture
+def conv(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+    """A quantised convolution full of near ties, with weights that cannot saturate."""
+    t = scalars(x=(0.1, 30), y=(0.01, 128)) | {
+        "w": generator.integers(-3, 4, (8, 4, 3, 3)).astype(np.int8),
+        "ws": np.full(8, 0.05, np.float32),
+        "wz": np.zeros(8, np.int8),
+        "b": generator.integers(-40, 40, 8).astype(np.int32),
+        "bs": np.full(8, np.float32(0.1) * np.float32(0.05)),
+        "bz": np.zeros(8, np.int32),
+    }
+    return convolution(make_segment, t), t | {
+        "x": generator.integers(20, 41, (1, 4, 12, 12), np.uint8)
+    }
+
+
+def convolution(make_segment: Any, constants: Arrays) -> SegmentGraph:
+    nodes = [
+        dq("x", "x", "xd"),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
+        helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["bd"], axis=0),
+        helper.make_node("Conv", ["xd", "wd", "bd"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        q("r", "y", "y"),
+    ]
+    made: SegmentGraph = make_segment(nodes, constants, ["x"], ["y"], kind=TensorProto.UINT8)
+    return made
+
+
+def qlinear(t: Arrays, bias: Array) -> Array:
+    """The same in ONNX Runtime's QLinearConv, whose integer result Relu's limit then clips."""
+    names = ("x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b")
+    node = helper.make_node("QLinearConv", names, ["y"], pads=[1, 1, 1, 1])
+    constants = [numpy_helper.from_array(t[n], n) for n in names[1:-1]]
+    constants.append(numpy_helper.from_array(bias, "b"))
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, t["x"].shape)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: Array = np.maximum(session.run(None, {"x": t["x"]})[0], t["yz"])
+    return result
+
+
+def test_an_integer_convolution(conv: tuple[SegmentGraph, Arrays], run: Any) -> None:
+    segment, t = conv
+    found = explain(run, segment, {"x": t["x"]}, qlinear(t, t["b"]))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    assert found.variant.startswith("sums of integers, stored bias")
+
+
+def test_a_bias_of_another_scale_is_taken_as_it_is_stored(
+    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any
+) -> None:
+    _, t = conv
+    t = t | {"bs": np.full(8, 0.02, np.float32)}
+    segment = convolution(make_segment, {n: v for n, v in t.items() if n != "x"})
+    found = explain(run, segment, {"x": t["x"]}, qlinear(t, t["b"]))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_pairs_with_other_scales_are_merged(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    nodes = [dq("x", "a", "d"), q("d", "b", "e"), dq("e", "b", "f"), q("f", "a", "g")]
+    nodes.append(dq("g", "a", "y"))
+    segment = make_segment(
+        nodes, scalars(a=(0.05, 128), b=(0.11, 100)), ["x"], ["y"], kind=TensorProto.UINT8
+    )
+    x = generator.integers(0, 256, (4, 64), np.uint8)
+    found = explain(run, segment, {"x": x}, (x.astype(np.float32) - 128) * np.float32(0.05))
+    assert found.noise == ID and found.explained > 0.999999
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_sums_without_rounding(
+    make_segment: Any, run: Any, generator: np.random.Generator, kernels: bool
+) -> None:
+    """A convolution fused with the sum behind it keeps its value unrounded."""
+    w = generator.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    nodes = [q("x", "x", "xq"), dq("xq", "x", "xd"), helper.make_node("Conv", ["xd", "w"], ["c"])]
+    nodes += [q("c", "c", "cq"), dq("cq", "c", "cd"), helper.make_node("Add", ["xd", "cd"], ["s"])]
+    nodes += [q("s", "s", "sq"), dq("sq", "s", "y")]
+    grids = {"x": (0.03, 128), "c": (0.06, 120), "s": (0.02, 128)}
+    fused = (Kernel("k", "Convolution", ("c", "cq", "s", "sq"), ("s",), "", "i8", "u8"),)
+    segment = make_segment(
+        nodes, scalars(**grids) | {"w": w}, ["x"], ["y"], fused if kernels else ()
+    )
+    x = generator.standard_normal((1, 4, 16, 16)).astype(np.float32)
+    steps = np.clip(np.round(x.astype(np.float64) / 0.03), -128, 127) * 0.03
+    total = steps + np.einsum("ocij,nchw->nohw", w.astype(np.float64), steps)
+    planted = np.clip(np.round(total / 0.02), -128, 127) * 0.02
+    found = explain(run, segment, {"x": x}, planted.astype(np.float32))
+    assert found.noise == ID and found.explained > 0.99
+    assert found.variant == "values that enter a sum are limited, not rounded"
+
+
+def reciprocal(x: Array) -> Array:
+    return np.round(x * (np.float32(1) / np.float32(0.07))) + 101
+
+
+def zero_first(x: Array) -> Array:
+    return np.round(x / np.float32(0.07) + np.float32(101))
+
+
+def away(x: Array) -> Array:
+    values = x / np.float32(0.07)
+    return np.trunc(values + np.copysign(np.float32(0.5), values)) + 101
+
+
+@pytest.mark.parametrize("rule", [reciprocal, zero_first, away])
+def test_roundings(make_segment: Any, run: Any, generator: np.random.Generator, rule: Any) -> None:
+    ties = (generator.integers(-100, 150, 4000) + 0.5).astype(np.float32) * np.float32(0.07)
+    segment = make_segment([q("x", "g", "y")], scalars(g=(0.07, 101)), ["x"], ["y"])
+    planted = np.clip(rule(ties[None]), 0, 255).astype(np.uint8)
+    found = explain(run, segment, {"x": ties[None]}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_dynamic_ranges(make_segment: Any, run: Any) -> None:
+    x = np.array([[0, 2, -3, -2.5, 1.34, 0.5]], np.float32)
+    node = helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])
+    segment = make_segment([node], {}, ["x"], ["y"])
+    planted = np.round(x * 255 / np.float32(5)) + 153  # 5 = 2 − (−3), 153 = 3 · 255 / 5
+    found = explain(run, segment, {"x": x}, planted.astype(np.uint8))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+@pytest.mark.parametrize("defect", ["scaled", "swapped", "bias"])
+def test_defects_are_not_named(
+    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any, defect: str
+) -> None:
+    segment, t = conv
+    wrong = {n: v.copy() for n, v in t.items() if n != "x"}
+    if defect == "scaled":
+        wrong["ws"][3] *= np.float32(1.02)
+    elif defect == "swapped":
+        wrong["w"][[0, 1]] = wrong["w"][[1, 0]]
+    else:
+        wrong["b"][5] += 20
+    planted = run(convolution(make_segment, wrong).model, {"x": t["x"]})["y"]
+    assert explain(run, segment, {"x": t["x"]}, planted).noise is None
+
+
+def test_float_segments_are_left_alone(make_segment: Any) -> None:
+    nodes: Sequence[onnx.NodeProto] = [helper.make_node("Exp", ["x"], ["y"])]
+    assert not list(int8_requantisation.NOISE.variants(make_segment(nodes, {}, ["x"], ["y"])))

@@ -1,0 +1,194 @@
+"""Products that saturate as VPMADDUBSW does, in numpy and on this machine's own kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import attribution
+from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
+from auditor.ports import Array, Arrays, SegmentGraph
+
+ID = "precision.int8_saturation"
+NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
+NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
+XS, WS, YS = np.float32(0.02), np.float32(0.01), np.float32(0.75)
+XZ, YZ = 7, 121
+
+
+def maddubs(a: Array, w: Array) -> Array:
+    """Dot products as VPMADDUBSW and VPMADDWD make them: [..., K] uint8 by [K, N] int8."""
+    total = np.zeros((*a.shape[:-1], w.shape[1]), np.int64)
+    for k in range(0, len(w), 2):
+        pair = sum(
+            np.multiply.outer(a[..., i].astype(np.int32), w[i].astype(np.int32))
+            for i in range(k, min(k + 2, len(w)))
+        )
+        total += np.minimum(np.maximum(pair, -32768), 32767)
+    return total
+
+
+def quantised(total: Array, bias: Array) -> Array:
+    """Requantised in double."""
+    real = (total + bias) * (float(XS) * float(WS) / float(YS))
+    return np.clip(np.round(real) + YZ, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def dense(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+    x = generator.integers(0, 256, (32, 37), np.uint8)
+    w = generator.integers(-127, 128, (37, 24)).astype(np.int8)
+    return dequantised(make_segment, "MatMul", w), {"x": x, "w": w}
+
+
+def dequantised(
+    make_segment: Any, op_type: str, w: Array, bias: Array | None = None, **attributes: Any
+) -> SegmentGraph:
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
+        helper.make_node(op_type, ["xd", "wd"], ["p"], **attributes),
+        helper.make_node("QuantizeLinear", ["p", "ys", "yz"], ["y"]),
+    ]
+    constants: Arrays = {"xs": XS, "xz": np.uint8(XZ), "ws": WS, "wz": np.int8(0), "w": w}  # type: ignore[dict-item]
+    constants |= {"ys": YS, "yz": np.uint8(YZ)}  # type: ignore[dict-item]
+    if bias is not None:
+        constants |= {"b": bias, "bs": XS * WS, "bz": np.int32(0)}  # type: ignore[dict-item]
+        nodes.insert(0, helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["bd"]))
+        nodes[3].input.append("bd")
+    made: SegmentGraph = make_segment(nodes, constants, ["x"], ["y"], kind=TensorProto.UINT8)
+    return made
+
+
+def explain(run: Any, segment: SegmentGraph, x: Array, observed: Array) -> Any:
+    replayed = run(segment.model, {"x": x})
+    return attribution.explain(segment, {"x": x}, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+def test_matrix_products(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+    segment, t = dense
+    w = t["w"].astype(np.int64)
+    planted = quantised(maddubs(t["x"], t["w"]) - XZ * w.sum(axis=0), np.zeros(24))
+    found = explain(run, segment, t["x"], planted)
+    assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
+
+
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("apart", [False, True])
+def test_convolutions(
+    make_segment: Any, run: Any, generator: np.random.Generator, apart: bool, group: int
+) -> None:
+    """Pairs go along position, then channel; or channels are padded to pairs at each position."""
+    x = generator.integers(0, 256, (2, 3 * group, 9, 8), np.uint8)
+    w = generator.integers(-127, 128, (4 * group, 3, 3, 3)).astype(np.int8)
+    bias = generator.integers(-9000, 9000, 4 * group).astype(np.int32)
+    options = {"pads": [1, 0, 1, 2], "strides": [2, 1], "group": group}
+    segment = dequantised(make_segment, "Conv", w, bias, **options)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 2)), constant_values=XZ)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2]
+    parts = []
+    for g in range(group):
+        a = windows[:, 3 * g : 3 * g + 3].transpose(0, 2, 3, 4, 5, 1)  # n, h, w, i, j, c
+        v = w[4 * g : 4 * g + 4].transpose(2, 3, 1, 0)  # i, j, c, o
+        if apart:
+            a = np.pad(a, [(0, 0)] * 5 + [(0, 1)])
+            v = np.pad(v, [(0, 0)] * 2 + [(0, 1), (0, 0)])
+        parts.append(maddubs(a.reshape(*a.shape[:3], -1), v.reshape(-1, 4)))
+    total = np.concatenate(parts, axis=3) - XZ * w.astype(np.int64).sum(axis=(1, 2, 3))
+    planted = quantised(total, bias).transpose(0, 3, 1, 2)
+    found = explain(run, segment, x, planted)
+    assert found.noise == ID and found.explained > 0.999
+    assert found.variant is not None and ("each kernel position" in found.variant) == apart
+
+
+def test_this_processor(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+    """ONNX Runtime's own kernels, where the processor saturates."""
+    segment, t = dense
+    model = onnx.ModelProto()
+    model.CopyFrom(segment.model)
+    model.graph.input[0].CopyFrom(
+        helper.make_tensor_value_info("x", TensorProto.UINT8, t["x"].shape)
+    )
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.UINT8, (32, 24)))
+    fused = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    observed = fused.run(None, {"x": t["x"]})[0]
+    if np.abs(observed.astype(int) - run(segment.model, {"x": t["x"]})["y"]).max() <= 1:
+        pytest.skip("this processor adds 8-bit products without saturation")
+    found = explain(run, segment, t["x"], observed)
+    assert found.noise == ID and found.explained > 0.999
+
+
+def test_annotated_inputs(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    """A dequantised input's grid is read off its quantisation annotation."""
+    q = generator.integers(0, 256, (16, 32), np.uint8)
+    w = generator.integers(-127, 128, (32, 8)).astype(np.int8)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
+        helper.make_node("MatMul", ["x", "wd"], ["y"]),
+    ]
+    constants = {"ws": WS, "wz": np.int8(0), "w": w, "xs": XS, "xz": np.uint8(XZ)}
+    segment = make_segment(nodes, constants, ["x"], ["y"])
+    x = (q.astype(np.float32) - np.float32(XZ)) * XS
+    planted = (maddubs(q, w) - XZ * w.astype(np.int64).sum(axis=0)) * (float(XS) * float(WS))
+    assert explain(run, segment, x, planted.astype(np.float32)).noise is None
+    annotation = segment.model.graph.quantization_annotation.add(tensor_name="x")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="xs")
+    annotation.quant_parameter_tensor_names.add(key="ZERO_POINT_TENSOR", value="xz")
+    found = explain(run, segment, x, planted.astype(np.float32))
+    assert found.noise == ID and found.explained > 0.999
+
+
+@pytest.mark.parametrize("defect", ["scaled", "swapped", "bias"])
+def test_defects_are_not_named(
+    make_segment: Any, run: Any, generator: np.random.Generator, defect: str
+) -> None:
+    x = generator.integers(0, 256, (1, 4, 8, 8), np.uint8)
+    w = generator.integers(-127, 128, (6, 4, 3, 3)).astype(np.int8)
+    bias = generator.integers(-9000, 9000, 6).astype(np.int32)
+    segment = dequantised(make_segment, "Conv", w, bias)
+    wrong = w.copy()
+    if defect == "scaled":
+        wrong[2] //= 2
+    elif defect == "swapped":
+        wrong[[0, 1]] = wrong[[1, 0]]
+    shifted = bias + (3000 if defect == "bias" else 0) * (np.arange(6) == 3)
+    planted = run(
+        dequantised(make_segment, "Conv", wrong, shifted.astype(np.int32)).model, {"x": x}
+    )
+    assert explain(run, segment, x, planted["y"]).noise is None
+
+
+def test_seven_bit_weights_cannot_saturate(make_segment: Any) -> None:
+    w = np.full((32, 8), 64, np.int8)
+    assert list(int8_saturation.NOISE.variants(dequantised(make_segment, "MatMul", w))) == []
+    assert list(int8_saturation.NOISE.variants(dequantised(make_segment, "MatMul", w * 2 - 1)))
+
+
+def test_exact_integers_are_another_cause(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+    """Weights that could saturate, and a backend that does not: only roundings differ."""
+    segment, t = dense
+    x = t["x"] // 4
+    ties = quantised((x.astype(np.int64) - XZ) @ t["w"].astype(np.int64), np.zeros(24))
+    flipped = ties.copy()
+    flipped.flat[5] += 1
+    assert explain(run, segment, x, flipped).noise != ID
+
+
+def test_the_reference_saturates_in_integer_models(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    x = generator.integers(128, 256, (8, 64), np.uint8)
+    w = generator.integers(60, 128, (64, 16)).astype(np.int8)
+    nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
+    segment = make_segment(nodes, {"w": w}, ["x"], ["y"], kind=TensorProto.UINT8)
+    exact = (x.astype(np.int64) @ w.astype(np.int64)).astype(np.int32)
+    if np.array_equal(run(segment.model, {"x": x})["y"], exact):
+        pytest.skip("this processor adds 8-bit products without saturation")
+    found = explain(run, segment, x, exact)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    assert numpy_helper.to_array(segment.model.graph.initializer[0]).dtype == np.int8

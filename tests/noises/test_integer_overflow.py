@@ -1,0 +1,80 @@
+"""Overflow by numpy: its integers wrap, and clipping is done in Python integers or float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from auditor import attribution
+from auditor.noises import bf16, double_as_float, integer_overflow, narrowed_integers
+from auditor.ports import Array, Arrays, SegmentGraph
+
+ID = "precision.integer_overflow"
+NOISES = (bf16.NOISE, double_as_float.NOISE, integer_overflow.NOISE, narrowed_integers.NOISE)
+KINDS = {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "int32": TensorProto.INT32}
+OPERATIONS = {"Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b}
+
+
+def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+def saturated(values: Any, kind: str) -> Array:
+    limits = np.iinfo(kind)
+    exact = [max(limits.min, min(limits.max, int(v))) for v in np.asarray(values).ravel()]
+    return np.array(exact, kind).reshape(np.shape(values))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("op_type", OPERATIONS)
+def test_saturating_arithmetic(
+    make_segment: Any, run: Any, generator: np.random.Generator, op_type: str, kind: str
+) -> None:
+    limits = np.iinfo(kind)
+    a, b = generator.integers(limits.min, limits.max, (2, 4, 40), kind, endpoint=True)
+    node = helper.make_node(op_type, ["a", "b"], ["y"])
+    segment = make_segment([node], {}, ["a", "b"], ["y"], kind=KINDS[kind])
+    exact = OPERATIONS[op_type](a.astype(object), b.astype(object))
+    found = explain(run, segment, {"a": a, "b": b}, saturated(exact, kind))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_saturating_casts(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    x = generator.integers(-1000, 1000, (4, 40)).astype(np.int32)
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT8)
+    segment = make_segment([node], {}, ["x"], ["y"], kind=TensorProto.INT32)
+    found = explain(run, segment, {"x": x}, saturated(x, "int8"))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_quantised_values_that_wrap(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((4, 64)).astype(np.float32) * 4
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+    constants = {"s": np.asarray(0.03, np.float32), "z": np.asarray(3, np.int8)}
+    segment = make_segment([node], constants, ["x"], ["y"])
+    wrapped = (np.round(x / np.float32(0.03)).astype(np.int64) + 3).astype(np.int8)
+    found = explain(run, segment, {"x": x}, wrapped)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_another_operand_is_another_cause(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    a, b = generator.integers(0, 256, (2, 4, 40), np.uint8)
+    segment = make_segment(
+        [helper.make_node("Add", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"], kind=TensorProto.UINT8
+    )
+    for wrong in (a + np.roll(b, 1), a + b + np.uint8(1), a - b):
+        assert explain(run, segment, {"a": a, "b": b}, wrong).noise is None
+
+
+def test_float_segments_are_left_alone(make_segment: Any) -> None:
+    segment = make_segment([helper.make_node("Add", ["x", "x"], ["y"])], {}, ["x"], ["y"])
+    assert not list(integer_overflow.NOISE.variants(segment))

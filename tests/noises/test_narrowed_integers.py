@@ -1,0 +1,115 @@
+"""Narrow integers by numpy's views of the bytes and by its own casts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from auditor import attribution
+from auditor.noises import bf16, double_as_float, integer_overflow, narrowed_integers
+from auditor.ports import Array, Arrays, SegmentGraph
+
+ID = "precision.narrowed_integers"
+NOISES = (bf16.NOISE, double_as_float.NOISE, integer_overflow.NOISE, narrowed_integers.NOISE)
+
+
+def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+
+
+def low_half(values: Array) -> Array:
+    """The lower 32 bits, as a little-endian machine stores them."""
+    return np.ascontiguousarray(values, "<i8").view("<i4")[..., ::2]
+
+
+@pytest.fixture
+def numbers(generator: np.random.Generator) -> Arrays:
+    a = generator.integers(-(2**40), 2**40, (4, 50))
+    return {"a": a, "b": generator.integers(1, 2**34, (4, 50))}
+
+
+def binary(make_segment: Any, op_type: str) -> SegmentGraph:
+    made: SegmentGraph = make_segment(
+        [helper.make_node(op_type, ["a", "b"], ["y"])],
+        {},
+        ["a", "b"],
+        ["y"],
+        kind=TensorProto.INT64,
+    )
+    return made
+
+
+@pytest.mark.parametrize("op_type", ["Add", "Sub", "Mul"])
+def test_wrapping(make_segment: Any, run: Any, numbers: Arrays, op_type: str) -> None:
+    a, b = low_half(numbers["a"]), low_half(numbers["b"])
+    with np.errstate(over="ignore"):
+        planted = {"Add": np.add, "Sub": np.subtract, "Mul": np.multiply}[op_type](a, b)
+    found = explain(run, binary(make_segment, op_type), numbers, planted.astype(np.int64))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_clipping(make_segment: Any, run: Any, numbers: Arrays) -> None:
+    near = {n: v % 2**33 for n, v in numbers.items()}
+    largest = np.maximum(*(np.minimum(near[n], 2**31 - 1) for n in "ab"))
+    found = explain(run, binary(make_segment, "Max"), near, largest)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_division_in_float(make_segment: Any, run: Any, numbers: Arrays) -> None:
+    a, b = (low_half(numbers[n]).astype(np.float32) for n in "ab")
+    planted = np.trunc(a / b).astype(np.int64)
+    found = explain(run, binary(make_segment, "Div"), numbers, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_a_divisor_that_narrows_to_zero_ends_no_process(make_segment: Any, run: Any) -> None:
+    feeds = {"a": np.array([7, 2**40]), "b": np.array([2**32, 2**32])}
+    found = explain(run, binary(make_segment, "Div"), feeds, np.array([5, 5]))
+    assert found.hypotheses
+
+
+@pytest.mark.parametrize("most", [-(2**31), 2**31 - 1])
+def test_casts_that_do_not_fit(make_segment: Any, run: Any, most: int) -> None:
+    """What is too large becomes x86's indefinite integer, or the largest one."""
+    x = np.array([[3e9, -3e9, 7.7, -1.5, 2.5e9, -2.5e9]], np.float32)
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT64)
+    segment = make_segment([node], {}, ["x"], ["y"])
+    planted = np.array([[most, -(2**31), 7, -1, most, -(2**31)]])
+    found = explain(run, segment, {"x": x}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_integers_in_float32(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    feeds = {n: generator.integers(2**26, 2**30, (4, 50)).astype(np.int32) for n in "ab"}
+    segment = make_segment(
+        [helper.make_node("Sub", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"], kind=TensorProto.INT32
+    )
+    a, b = (feeds[n].astype(np.float32) for n in "ab")
+    found = explain(run, segment, feeds, (a - b).astype(np.int32))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    """Numbers that fit: whatever is wrong with them, it is not their width."""
+    feeds = {n: generator.integers(1, 2**15, (4, 50)) for n in "ab"}
+    for op_type, wrong in (
+        ("Add", feeds["a"] - feeds["b"]),
+        ("Mul", feeds["a"] * np.roll(feeds["b"], 1)),
+        ("Div", -(-feeds["a"] // feeds["b"])),
+    ):
+        assert explain(run, binary(make_segment, op_type), feeds, wrong).noise is None
+
+
+def test_shapes_are_left_alone(make_segment: Any) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Mul", ["s", "two"], ["t"]),
+        helper.make_node("Expand", ["x", "t"], ["y"]),
+    ]
+    segment = make_segment(nodes, {"two": np.array([2, 2])}, ["x"], ["y"])
+    assert not list(narrowed_integers.NOISE.variants(segment))

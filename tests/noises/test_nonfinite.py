@@ -1,0 +1,142 @@
+"""NaN and infinity laundered, with numpy's comparisons and by real runtimes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from auditor.noises import nonfinite
+from auditor.ports import Array
+
+ID = "implementation.nonfinite"
+NAN, INF = np.nan, np.inf
+
+
+def wrapped(make_segment: Any, op_type: str, **attributes: Any) -> Any:
+    return make_segment(
+        [helper.make_node(op_type, ["x"], ["y"], **attributes)], {}, ["x"], ["y"], opset=18
+    )
+
+
+def floats(*values: float) -> Array:
+    return np.array([values], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "x", "planted"),
+    [
+        ("Relu", (NAN, -1, 5), (0, 0, 5)),
+        ("Exp", (NAN, 0, -2), (INF, 1, np.exp(-2))),
+        ("HardSigmoid", (NAN, 1, -9), (1, 0.7, 0)),
+        ("Tanh", (NAN, 0.5, 2), (-1, np.tanh(0.5), np.tanh(2))),
+        ("Sign", (NAN, 3, -2), (0, 1, -1)),
+        ("ThresholdedRelu", (-INF, 0.5, 2), (NAN, 0, 2)),
+        ("ThresholdedRelu", (NAN, 0.5, 2), (NAN, 0, 2)),
+        ("Relu", (-INF, 3, -2), (NAN, 3, 0)),
+        ("Softsign", (-INF, 3, 1), (-1, 0.75, 0.5)),
+        ("HardSwish", (-INF, 4, 3), (0, 4, 3)),
+    ],
+)
+def test_elementwise(make_segment: Any, diagnose: Any, op_type: str, x: Any, planted: Any) -> None:
+    segment = wrapped(make_segment, op_type)
+    found = diagnose(segment, {"x": floats(*x)}, {"y": floats(*planted)})
+    assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.3
+
+
+def test_limits_and_maxima(make_segment: Any, diagnose: Any) -> None:
+    x = floats(NAN, -2, 9)
+    nodes = [
+        helper.make_node("Clip", ["x", "low", "high"], ["c"]),
+        helper.make_node("Max", ["x", "low"], ["m"]),
+    ]
+    limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
+    segment = make_segment(nodes, limits, ["x"], ["c", "m"])
+    observed = {"c": floats(0, 0, 6), "m": floats(0, 0, 9)}
+    found = diagnose(segment, {"x": x}, observed)
+    assert found.noise == ID and found.bit_identical == 1.0
+
+
+def test_propagation_where_the_reference_drops_a_nan(make_segment: Any, diagnose: Any) -> None:
+    x = floats(3, NAN, 2)
+    segment = wrapped(make_segment, "ReduceMax", keepdims=0)
+    assert diagnose(segment, {"x": x}, {"y": np.max(x)}).noise == ID
+
+
+def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: Any) -> None:
+    """``best > new ? best : new`` in a loop, as a scalar kernel does it."""
+    x = np.array([[2, NAN, 1, 0.5], [1, 3, 0, NAN], [5, NAN, 1, 4]], np.float32)
+    planted = []
+    for row in x:
+        best = 0
+        for i in range(1, len(row)):
+            best = best if row[best] > row[i] else i
+        planted.append(best)
+    segment = wrapped(make_segment, "ArgMax", axis=1, keepdims=0)
+    found = diagnose(segment, {"x": x}, {"y": np.array(planted)})
+    assert found.noise == ID and "later" in (found.variant or "")
+
+
+def test_masked_attention_row(make_segment: Any, diagnose: Any) -> None:
+    """A row of −∞ has no softmax; with the lowest finite number instead it is uniform."""
+    x = np.array([[0, 1, -INF, -INF], [-INF] * 4], np.float32)
+    e = np.exp(np.array([0.0, 1.0]))
+    planted = np.array([[*(e / e.sum()), 0, 0], [0.25] * 4], np.float32)
+    found = diagnose(wrapped(make_segment, "Softmax", axis=-1), {"x": x}, {"y": planted})
+    assert found.noise == ID and "operands" in (found.variant or "")
+
+
+def test_infinity_saturates_in_a_conversion(make_segment: Any, diagnose: Any) -> None:
+    segment = wrapped(make_segment, "Cast", to=TensorProto.DOUBLE)
+    planted = np.array([[3.4028234663852886e38, -3.4028234663852886e38, 2.0]])
+    assert diagnose(segment, {"x": floats(INF, -INF, 2)}, {"y": planted}).noise == ID
+
+
+def test_a_lost_nan_in_the_wrong_place_is_unexplained(make_segment: Any, diagnose: Any) -> None:
+    x = floats(NAN, -1, 5, 7)
+    segment = wrapped(make_segment, "Relu")
+    assert diagnose(segment, {"x": x}, {"y": floats(NAN, NAN, 5, 7)}).noise is None
+    assert diagnose(segment, {"x": x}, {"y": floats(4, 0, 5, 7)}).noise is None
+
+
+def test_finite_values_are_never_explained(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((4, 8)).astype(np.float32)
+    for op_type in ("Relu", "Tanh", "Softmax", "ReduceMax"):
+        segment = wrapped(make_segment, op_type)
+        observed = {
+            "Relu": np.maximum(x, 0),
+            "Tanh": np.tanh(x),
+            "Softmax": np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+            "ReduceMax": x.max(keepdims=True),
+        }[op_type]
+        found = diagnose(segment, {"x": x}, {"y": observed * np.float32(1.02)})
+        assert found.noise is None
+
+
+@pytest.mark.parametrize("op_type", ["Relu", "HardSigmoid", "ThresholdedRelu"])
+def test_tvm(make_segment: Any, diagnose: Any, op_type: str) -> None:
+    tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    x = floats(-INF if op_type == "ThresholdedRelu" else NAN, 0.5, 2)
+    segment = wrapped(make_segment, op_type)
+    shaped = type(segment.model)()
+    shaped.CopyFrom(segment.model)
+    del shaped.graph.input[:], shaped.graph.output[:]
+    for name, into in (("x", shaped.graph.input), ("y", shaped.graph.output)):
+        into.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, x.shape))
+    machine = relax.VirtualMachine(tvm.compile(from_onnx(shaped), "llvm"), tvm.cpu())
+    observed = machine["main"](tvm.runtime.tensor(x)).numpy()
+    found = diagnose(segment, {"x": x}, {"y": observed})
+    assert found.noise == ID and found.bit_identical == 1.0
+
+
+def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
+    segment = make_segment([helper.make_node("MatMul", ["x", "x"], ["y"])], {}, ["x"], ["y"])
+    assert list(nonfinite.NOISE.variants(segment)) == []
+    assert "STRICT_NANS" in nonfinite.NOISE.remedy("trt")

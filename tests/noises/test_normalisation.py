@@ -1,0 +1,144 @@
+"""Normalisations computed otherwise, with numpy in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.noises import normalisation
+from auditor.ports import Array
+
+ID = "implementation.normalisation"
+
+
+def normalised(
+    x: Array, axes: Any, epsilon: float, *, ddof: int = 0, outside: bool = False
+) -> Array:
+    wide = x.astype(np.float64)
+    deviation = wide.std(axes, ddof=ddof, keepdims=True)
+    root = deviation + epsilon if outside else np.sqrt(deviation**2 + epsilon)
+    return np.asarray((wide - wide.mean(axes, keepdims=True)) / root)
+
+
+KINDS = ["LayerNormalization", "InstanceNormalization", "GroupNormalization", "written out"]
+
+
+def planted_and_segment(
+    make_segment: Any, generator: np.random.Generator, kind: str, **how: Any
+) -> tuple[Any, Array, Array]:
+    x = generator.standard_normal((2, 6, 5, 4)).astype(np.float32)
+    x *= np.exp(generator.standard_normal((2, 6, 5, 1)) - 4).astype(np.float32)
+    epsilon = how.pop("epsilon", 1e-5)
+    if kind == "LayerNormalization":
+        n = normalised(x, -1, epsilon, **how)
+        g, b = (generator.standard_normal(4).astype(np.float32) for _ in range(2))
+        node = helper.make_node(kind, ["x", "g", "b"], ["y"], epsilon=1e-5)
+        segment = make_segment([node], {"g": g, "b": b}, ["x"], ["y"])
+        return segment, x, (n * g + b).astype(np.float32)
+    if kind == "written out":
+        nodes = [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[-1]),
+            helper.make_node("Sub", ["x", "m"], ["d"]),
+            helper.make_node("Pow", ["d", "two"], ["p"]),
+            helper.make_node("ReduceMean", ["p"], ["v"], axes=[-1]),
+            helper.make_node("Add", ["v", "e"], ["s"]),
+            helper.make_node("Sqrt", ["s"], ["r"]),
+            helper.make_node("Div", ["d", "r"], ["y"]),
+        ]
+        constants = {"two": np.array(2, np.float32), "e": np.array(1e-5, np.float32)}
+        segment = make_segment(nodes, constants, ["x"], ["y"])
+        return segment, x, normalised(x, -1, epsilon, **how).astype(np.float32)
+    groups = 6 if kind == "InstanceNormalization" else 3
+    n = normalised(x.reshape(2, groups, -1), -1, epsilon, **how).reshape(x.shape)
+    g, b = (generator.standard_normal(6).astype(np.float32) for _ in range(2))
+    given: Any = {} if groups == 6 else {"num_groups": 3}
+    node = helper.make_node(kind, ["x", "g", "b"], ["y"], epsilon=1e-5, **given)
+    segment = make_segment([node], {"g": g, "b": b}, ["x"], ["y"], opset=21)
+    column = (slice(None), None, None)
+    return segment, x, (n * g[column] + b[column]).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-6, 1e-12])
+def test_another_epsilon(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str, epsilon: float
+) -> None:
+    segment, x, planted = planted_and_segment(make_segment, generator, kind, epsilon=epsilon)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and found.explained > 0.99
+    assert f"{epsilon:g}" in (found.variant or "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variance_divided_by_one_less(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str
+) -> None:
+    segment, x, planted = planted_and_segment(make_segment, generator, kind, ddof=1)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and "n − 1" in (found.variant or "")
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_epsilon_beside_the_root(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str
+) -> None:
+    segment, x, planted = planted_and_segment(make_segment, generator, kind, outside=True)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and found.explained > 0.99
+
+
+def test_moments_in_one_pass_lose_a_large_mean(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    """Exact binary values, so that only E[x²] − E[x]² itself rounds."""
+    x = (4096 + generator.integers(-8, 9, (16, 64)) / 8).astype(np.float32)
+    node = helper.make_node("InstanceNormalization", ["x", "g", "b"], ["y"])
+    constants = {"g": np.ones(16, np.float32), "b": np.zeros(16, np.float32)}
+    segment = make_segment([node], constants, ["x"], ["y"])
+    x = x.reshape(1, 16, 8, 8)
+    wide = x.astype(np.float64)
+    mean = wide.mean((2, 3), keepdims=True).astype(np.float32)
+    second = np.square(x).mean((2, 3), keepdims=True, dtype=np.float64).astype(np.float32)
+    variance = np.maximum(second - mean * mean, 0)
+    planted = ((x - mean) / np.sqrt(variance + np.float32(1e-5))).astype(np.float32)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and "E[x²]" in (found.variant or "")
+
+
+@pytest.mark.parametrize("how", ["statistics", "epsilon", "outside"])
+def test_batch_normalisation(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, how: str
+) -> None:
+    x = generator.standard_normal((2, 5, 6, 6)).astype(np.float32) * np.float32(0.1)
+    g, b, m = (generator.standard_normal(5).astype(np.float32) for _ in range(3))
+    v = np.exp(generator.standard_normal(5) - 5).astype(np.float32)
+    node = helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y"])
+    segment = make_segment([node], {"g": g, "b": b, "m": m, "v": v}, ["x"], ["y"])
+    column = (slice(None), None, None)
+    if how == "statistics":
+        n = normalised(x, (0, 2, 3), 1e-5)
+    elif how == "epsilon":
+        n = (x.astype(np.float64) - m[column]) / np.sqrt(v[column] + 1e-3)
+    else:
+        n = (x.astype(np.float64) - m[column]) / (np.sqrt(v[column]) + 1e-5)
+    found = diagnose(segment, {"x": x}, {"y": (n * g[column] + b[column]).astype(np.float32)})
+    assert found.noise == ID and found.explained > 0.99
+
+
+def test_scaled_or_swapped_parameters_are_unexplained(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    segment, x, planted = planted_and_segment(make_segment, generator, "LayerNormalization")
+    assert diagnose(segment, {"x": x}, {"y": planted * np.float32(1.01)}).noise is None
+    assert diagnose(segment, {"x": x}, {"y": planted + np.float32(0.1)}).noise is None
+    assert diagnose(segment, {"x": x}, {"y": planted[..., [1, 0, 2, 3]]}).noise is None
+
+
+def test_segments_without_normalisation_are_not_touched(make_segment: Any) -> None:
+    nodes = [helper.make_node("Add", ["x", "c"], ["y"])]
+    segment = make_segment(nodes, {"c": np.array(1e-5, np.float32)}, ["x"], ["y"])
+    assert list(normalisation.NOISE.variants(segment)) == []
+    assert "epsilon" in normalisation.NOISE.remedy("ov")

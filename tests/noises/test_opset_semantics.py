@@ -1,0 +1,137 @@
+"""Operators read as another version defines them, computed with numpy and by real runtimes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from auditor.noises import opset_semantics
+from auditor.ports import Array
+
+ID = "implementation.opset_semantics"
+
+
+def soft(x: Array, axis: Any, log: bool = False) -> Array:
+    wide = np.exp(x.astype(np.float64))
+    result = wide / wide.sum(axis, keepdims=True)
+    return np.asarray(np.log(result) if log else result, np.float32)
+
+
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
+@pytest.mark.parametrize(("version", "axis", "planted"), [(11, 1, 1), (12, None, -1), (12, 2, 2)])
+def test_older_softmax_along_one_axis(
+    make_segment: Any,
+    diagnose: Any,
+    generator: np.random.Generator,
+    kind: str,
+    version: int,
+    axis: int | None,
+    planted: int,
+) -> None:
+    x = generator.standard_normal((2, 3, 4, 5)).astype(np.float32)
+    given: Any = {} if axis is None else {"axis": axis}
+    node = helper.make_node(kind, ["x"], ["y"], **given)
+    segment = make_segment([node], {}, ["x"], ["y"], opset=version)
+    found = diagnose(segment, {"x": x}, {"y": soft(x, planted, kind == "LogSoftmax")})
+    assert found.noise == ID and found.explained > 0.999999
+
+
+def test_newer_softmax_read_as_an_older_one(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((2, 3, 4)).astype(np.float32)
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)
+    segment = make_segment([node], {}, ["x"], ["y"])
+    found = diagnose(segment, {"x": x}, {"y": soft(x, (1, 2))})
+    assert found.noise == ID and "before opset 13" in (found.variant or "")
+    assert diagnose(segment, {"x": x}, {"y": soft(x * np.float32(1.1), 1)}).noise is None
+
+
+@pytest.mark.parametrize("version", [13, 18])
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reduction_without_its_axes(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, version: int, keepdims: int
+) -> None:
+    x = generator.standard_normal((2, 3, 4)).astype(np.float32)
+    constants = {"axes": np.array([1])} if version == 18 else {}
+    given: Any = {} if version == 18 else {"axes": [1]}
+    node = helper.make_node("ReduceL1", ["x", *constants], ["y"], keepdims=keepdims, **given)
+    segment = make_segment([node], constants, ["x"], ["y"], opset=version)
+    total = np.abs(x).sum(dtype=np.float64).astype(np.float32)
+    observed = np.full((1,) * 3 if keepdims else (), total)
+    found = diagnose(segment, {"x": x}, {"y": observed})
+    assert found.noise == ID and "axes ignored" in (found.variant or "")
+    assert diagnose(segment, {"x": x}, {"y": observed * np.float32(1.1)}).noise is None
+
+
+def test_dimensions_kept_or_not_squeezed_by_their_axes(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((1, 3, 1, 4)).astype(np.float32)
+    node = helper.make_node("ReduceMax", ["x"], ["y"], axes=[3], keepdims=0)
+    segment = make_segment([node], {}, ["x"], ["y"])
+    found = diagnose(segment, {"x": x}, {"y": x.max(3, keepdims=True)})
+    assert found.noise == ID and "keepdims" in (found.variant or "")
+    node = helper.make_node("Squeeze", ["x", "axes"], ["y"])
+    segment = make_segment([node], {"axes": np.array([2])}, ["x"], ["y"])
+    assert diagnose(segment, {"x": x}, {"y": x[0, :, 0]}).noise == ID
+
+
+def bilinear(image: Array, y: float, x: float) -> float:
+    y, x = max(y, 0.0), max(x, 0.0)
+    y0, x0 = min(int(y), image.shape[0] - 1), min(int(x), image.shape[1] - 1)
+    y1, x1 = min(y0 + 1, image.shape[0] - 1), min(x0 + 1, image.shape[1] - 1)
+    v, u = (y - y0 if y1 > y0 else 0.0), (x - x0 if x1 > x0 else 0.0)
+    top = image[y0, x0] * (1 - u) + image[y0, x1] * u
+    return float(top * (1 - v) + (image[y1, x0] * (1 - u) + image[y1, x1] * u) * v)
+
+
+def test_region_maximum_over_interpolated_samples(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
+    roi = np.array([[1, 2, 7, 8]], np.float32)
+    node = helper.make_node(
+        "RoiAlign", ["x", "roi", "batch"], ["y"],
+        mode="max", output_height=3, output_width=3, sampling_ratio=2,
+    )  # fmt: skip
+    segment = make_segment([node], {"roi": roi, "batch": np.array([0])}, ["x"], ["y"])
+    planted = np.empty((1, 1, 3, 3), np.float32)
+    for i, j in np.ndindex(3, 3):
+        points = [(2 * i + 0.5 + a, 2 * j + 0.5 + b) for a in (0, 1) for b in (0, 1)]
+        planted[0, 0, i, j] = max(bilinear(x[0, 0], 1.5 + p, 0.5 + q) for p, q in points)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and "RoiAlign" in (found.variant or "")
+
+
+def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: Any) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
+    x = np.random.default_rng(3).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    for node, version in (
+        (helper.make_node("Softmax", ["x"], ["y"], axis=1), 12),
+        (helper.make_node("ReduceLogSumExp", ["x"], ["y"], axes=[1]), 13),
+    ):
+        segment = make_segment([node], {}, ["x"], ["y"], opset=version)
+        shaped = type(segment.model)()
+        shaped.CopyFrom(segment.model)
+        del shaped.graph.input[:], shaped.graph.output[:]
+        info = helper.make_tensor_value_info
+        shaped.graph.input.append(info("x", TensorProto.FLOAT, x.shape))
+        shaped.graph.output.append(info("y", TensorProto.FLOAT, None))
+        core = openvino.Core()
+        model = core.read_model(shaped.SerializeToString())
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        observed = next(iter(compiled({"x": x}).values()))
+        found = diagnose(segment, {"x": x}, {"y": observed})
+        if found.bit_identical > 0.9 and found.noise is None:
+            pytest.skip("this OpenVINO reads the operator as ONNX defines it")
+        assert found.noise == ID and found.explained > 0.9999
+
+
+def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
+    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    assert list(opset_semantics.NOISE.variants(segment)) == []
+    assert "13" in opset_semantics.NOISE.remedy("ov")

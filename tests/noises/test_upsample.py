@@ -1,0 +1,249 @@
+"""Planted resizes: one dense matrix per axis in numpy, PyTorch's rules, and TVM's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.noises import upsample
+from auditor.ports import Array
+
+ID = "inference.upsample"
+Place = Callable[[int, float, int, int], float]  # (i, in / out, in size, out size) → where it reads
+
+CENTRES: dict[str, Place] = {
+    "half_pixel": lambda i, step, n, m: (2 * i + 1) * step / 2 - 0.5,
+    "asymmetric": lambda i, step, n, m: i * step,
+    "align_corners": lambda i, step, n, m: i * (n - 1) / (m - 1),
+}
+ROUNDINGS: dict[str, Callable[[float], float]] = {
+    "floor": np.floor,
+    "ceil": np.ceil,
+    "round_prefer_floor": lambda v: -np.floor(-v + 0.5),
+    "round_prefer_ceil": lambda v: np.floor(v + 0.5),
+}
+
+
+def nearest(n: int, m: int, step: float, centre: str, rounding: str) -> Array:
+    matrix = np.zeros((m, n))
+    for i in range(m):
+        at = ROUNDINGS[rounding](round(CENTRES[centre](i, step, n, m), 6))
+        matrix[i, int(np.clip(at, 0, n - 1))] = 1
+    return matrix
+
+
+def linear(n: int, m: int, step: float, centre: str) -> Array:
+    matrix = np.zeros((m, n))
+    for i in range(m):
+        at = min(max(CENTRES[centre](i, step, n, m), 0.0), n - 1.0)
+        matrix[i] = np.maximum(0, 1 - abs(np.arange(n) - at))
+    return matrix
+
+
+def cubic(n: int, m: int, step: float, centre: str, a: float, *, inside: bool = False) -> Array:
+    matrix = np.zeros((m, n))
+    for i in range(m):
+        at = CENTRES[centre](i, step, n, m)
+        for tap in range(int(np.floor(at)) - 1, int(np.floor(at)) + 3):
+            d = abs(at - tap)
+            near = 1 - (a + 3) * d**2 + (a + 2) * d**3
+            far = a * (d**3 - 5 * d**2 + 8 * d - 4)
+            if not inside or 0 <= tap < n:
+                matrix[i, min(max(tap, 0), n - 1)] += near if d <= 1 else far if d < 2 else 0
+        matrix[i] /= matrix[i].sum()
+    return matrix
+
+
+def apply(x: Array, rows: Array, columns: Array) -> Array:
+    return np.einsum("nchw,ih,jw->ncij", x.astype(np.float64), rows, columns).astype(np.float32)
+
+
+def resize(
+    make_segment: Any,
+    scales: tuple[float, float] | None = None,
+    sizes: tuple[int, ...] | None = None,
+    opset: int = 18,
+    **attributes: Any,
+) -> Any:
+    inputs = ["x", "", "scales"] if sizes is None else ["x", "", "", "sizes"]
+    constants: dict[str, Array] = (
+        {"scales": np.array([1, 1, *(scales or ())], np.float32)}
+        if sizes is None
+        else {"sizes": np.array(sizes, np.int64)}
+    )
+    node = helper.make_node("Resize", inputs, ["y"], **attributes)
+    return make_segment([node], constants, ["x"], ["y"], opset=opset)
+
+
+@pytest.fixture
+def x(generator: np.random.Generator) -> Array:
+    return generator.standard_normal((1, 3, 6, 7)).astype(np.float32)
+
+
+def check(found: Any, variant: str | None = None) -> None:
+    assert found.noise == ID and found.explained > 0.9999
+    assert variant is None or found.variant == variant
+    assert not [f for f in found.failures if ID in f]
+
+
+@pytest.mark.parametrize("centre", ["half_pixel", "align_corners"])
+def test_nearest_became_linear(make_segment: Any, diagnose: Any, x: Array, centre: str) -> None:
+    segment = resize(
+        make_segment,
+        (2, 2),
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+    planted = apply(x, linear(6, 12, 0.5, centre), linear(7, 14, 0.5, centre))
+    check(diagnose(segment, {"x": x}, {"y": planted}), f"linear, {centre}")
+
+
+def test_linear_became_nearest(make_segment: Any, diagnose: Any, x: Array) -> None:
+    segment = resize(make_segment, (3, 2), mode="linear")
+    planted = x.repeat(3, 2).repeat(2, 3)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    check(found)
+    assert found.bit_identical == 1.0
+
+
+@pytest.mark.parametrize("other", ["asymmetric", "align_corners"])
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_other_pixel_centre(
+    make_segment: Any, diagnose: Any, x: Array, kind: str, other: str
+) -> None:
+    segment = resize(make_segment, (2, 2), mode=kind, opset=13)
+    matrices = [
+        linear(n, 2 * n, 0.5, other) if kind == "linear" else cubic(n, 2 * n, 0.5, other, -0.75)
+        for n in (6, 7)
+    ]
+    check(diagnose(segment, {"x": x}, {"y": apply(x, *matrices)}))
+
+
+@pytest.mark.parametrize("given", ["floor", "round_prefer_ceil"])
+@pytest.mark.parametrize("other", ["ceil", "round_prefer_floor"])
+def test_other_rounding_of_nearest(
+    make_segment: Any, diagnose: Any, x: Array, given: str, other: str
+) -> None:
+    sizes = (1, 3, 9, 14)
+    segment = resize(
+        make_segment,
+        sizes=sizes,
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode=given,
+    )
+    rows = nearest(6, 9, 6 / 9, "asymmetric", other)
+    planted = apply(x, rows, nearest(7, 14, 0.5, "asymmetric", other))
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    check(found)
+    assert found.bit_identical == 1.0
+
+
+@pytest.mark.parametrize("kind", ["nearest", "linear", "cubic"])
+def test_scale_taken_from_the_sizes(make_segment: Any, diagnose: Any, x: Array, kind: str) -> None:
+    segment = resize(make_segment, (1.7, 0.6), mode=kind)
+    matrices = []
+    for n, m in ((6, 10), (7, 4)):
+        if kind == "nearest":
+            matrices.append(nearest(n, m, n / m, "half_pixel", "round_prefer_floor"))
+        elif kind == "linear":
+            matrices.append(linear(n, m, n / m, "half_pixel"))
+        else:
+            matrices.append(cubic(n, m, n / m, "half_pixel", -0.75))
+    found = diagnose(segment, {"x": x}, {"y": apply(x, *matrices)})
+    check(found, "scales are taken from the rounded output size")
+
+
+@pytest.mark.parametrize(("a", "inside"), [(-0.5, False), (-0.75, True), (-0.5, True)])
+def test_cubic_coefficient_and_border(
+    make_segment: Any, diagnose: Any, x: Array, a: float, inside: bool
+) -> None:
+    plain = cubic(6, 12, 0.5, "half_pixel", -0.75), cubic(7, 14, 0.5, "half_pixel", -0.75)
+    other = [cubic(n, 2 * n, 0.5, "half_pixel", a, inside=inside) for n in (6, 7)]
+    segment = resize(make_segment, (2, 2), mode="cubic")
+    check(diagnose(segment, {"x": x}, {"y": apply(x, *other)}))
+    set_so = resize(
+        make_segment, (2, 2), mode="cubic", cubic_coeff_a=a, exclude_outside=int(inside)
+    )
+    check(diagnose(set_so, {"x": x}, {"y": apply(x, *plain)}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_antialias_is_ignored(make_segment: Any, diagnose: Any, x: Array, kind: str) -> None:
+    segment = resize(make_segment, (0.5, 0.7), mode=kind, antialias=1)
+    for steps, variant in (
+        ((2, 1 / 0.7), "antialias is ignored"),
+        ((2, 7 / 4), "antialias ignored, and scales are taken from the rounded output size"),
+    ):
+        matrices = [
+            linear(n, m, s, "half_pixel")
+            if kind == "linear"
+            else cubic(n, m, s, "half_pixel", -0.75)
+            for n, m, s in zip((6, 7), (3, 4), steps, strict=True)
+        ]
+        check(diagnose(segment, {"x": x}, {"y": apply(x, *matrices)}), variant)
+
+
+def test_aspect_ratio_is_not_kept(make_segment: Any, diagnose: Any, x: Array) -> None:
+    """The output has another shape than the reference's."""
+    segment = resize(
+        make_segment, sizes=(1, 3, 6, 14), mode="linear", keep_aspect_ratio_policy="not_larger"
+    )
+    planted = apply(x, np.eye(6), linear(7, 14, 0.5, "half_pixel"))
+    check(diagnose(segment, {"x": x}, {"y": planted}), "keep_aspect_ratio_policy is ignored")
+
+
+@pytest.mark.parametrize(("op_type", "opset"), [("Upsample", 9), ("Resize", 10)])
+def test_operators_without_coordinates(
+    make_segment: Any, diagnose: Any, x: Array, op_type: str, opset: int
+) -> None:
+    node = helper.make_node(op_type, ["x", "s"], ["y"], mode="linear")
+    scales = {"s": np.array([1, 1, 2, 2], np.float32)}
+    segment = make_segment([node], scales, ["x"], ["y"], opset=opset)
+    planted = apply(x, *(linear(n, 2 * n, 0.5, "half_pixel") for n in (6, 7)))
+    check(diagnose(segment, {"x": x}, {"y": planted}))
+
+
+def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None:
+    node = helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", axes=[2, 3])
+    scales = {"s": np.array([2.5, 1], np.float32)}
+    segment = make_segment([node], scales, ["x"], ["y"], opset=18)
+    x = x[:, :, :5]
+    planted = apply(x, linear(5, 12, 5 / 12, "half_pixel"), np.eye(7))
+    check(diagnose(segment, {"x": x}, {"y": planted}))
+
+
+def test_tvm_takes_the_scale_from_the_sizes(make_segment: Any, diagnose: Any, x: Array) -> None:
+    tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    segment = resize(make_segment, (1.7, 0.6), mode="linear")
+    module = from_onnx(segment.model, shape_dict={"x": list(x.shape)})
+    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    planted = machine["main"](tvm.runtime.tensor(x)).numpy()
+    check(diagnose(segment, {"x": x}, {"y": planted}))
+
+
+@pytest.mark.parametrize("defect", ["scaled", "swapped", "shifted"])
+@pytest.mark.parametrize("kind", ["nearest", "linear", "cubic"])
+def test_defects_are_not_named(
+    make_segment: Any, diagnose: Any, run: Any, x: Array, kind: str, defect: str
+) -> None:
+    segment = resize(make_segment, (1.5, 2), mode=kind)
+    right = run(segment.model, {"x": x})["y"]
+    planted = {
+        "scaled": right * np.float32(0.98),
+        "swapped": right[:, [1, 0, 2]],
+        "shifted": np.roll(right, 1, 2),
+    }[defect]
+    assert diagnose(segment, {"x": x}, {"y": planted}).noise is None
+
+
+def test_nothing_to_replay_without_a_resize(make_segment: Any) -> None:
+    segment = make_segment([helper.make_node("Relu", ["x"], ["y"])], {}, ["x"], ["y"])
+    assert not list(upsample.NOISE.variants(segment))
