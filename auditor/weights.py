@@ -21,11 +21,10 @@ from auditor.ports import Array, Arrays
 _SMALL = 1024  # bytes
 _DETACHED = "detached"  # a location that is never opened: ONNX Runtime is handed the array
 _T = onnx.TensorProto
-_PLAIN = frozenset(  # types that numpy has too
-    (_T.FLOAT, _T.DOUBLE, _T.FLOAT16)
-    + (_T.INT8, _T.INT16, _T.INT32, _T.INT64)
-    + (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64)
-)
+_FLOATS = (_T.FLOAT, _T.DOUBLE, _T.FLOAT16)
+_SIGNED = (_T.INT8, _T.INT16, _T.INT32, _T.INT64)
+_UNSIGNED = (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64)
+_PLAIN = frozenset((*_FLOATS, *_SIGNED, *_UNSIGNED))  # types that numpy has too
 
 
 def detach(proto: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, Arrays]:
