@@ -23,7 +23,7 @@ from itertools import islice
 
 import numpy as np
 
-from auditor import metrics, replay, rounding
+from auditor import metrics, replay, rounding, surgery
 from auditor.errors import NoiseError
 from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
 from auditor.records import Hypothesis
@@ -235,7 +235,7 @@ def explain(
 def _modern(bench: _Bench) -> SegmentGraph:
     """The segment at an opset that knows bfloat16, if that leaves its outputs' bits alone."""
     segment = bench.segment
-    if rounding.opset(segment.model) >= OPSET:
+    if surgery.opset(segment.model) >= OPSET:
         return segment
     for model in rounding.upgraded(segment.model, OPSET):
         try:

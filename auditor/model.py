@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from auditor import weights
+from auditor import surgery, weights
 from auditor.errors import UsageError
 from auditor.ports import Arrays
 from auditor.records import ModelInfo
@@ -114,7 +114,7 @@ def load(path: Path) -> Model:
     info = ModelInfo(
         path=str(path),
         sha256=digest.hexdigest(),
-        opset=opset(proto),
+        opset=surgery.opset(proto),
         nodes=len(proto.graph.node),
         parameters=sum(_size(tensor) for tensor in _tensors(proto)),
         producer=f"{proto.producer_name} {proto.producer_version}".strip(),
@@ -137,11 +137,6 @@ def load(path: Path) -> Model:
 def key(node: onnx.NodeProto) -> str:
     """The node's identity: the name of its first non-empty output."""
     return next((name for name in node.output if name), "")
-
-
-def opset(proto: onnx.ModelProto) -> int:
-    """Version of ONNX's own operator set that the model imports; 1 when it names none."""
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
 
 
 def shown(shape: tuple[int | str | None, ...]) -> str:

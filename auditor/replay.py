@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from auditor import surgery
 from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
 from auditor.records import ReferenceInfo
-from auditor.rounding import opset, upgraded
+from auditor.rounding import upgraded
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class Replayer:
         from auditor.reorder import OPSET, reordered
 
         model = self.model(cut)
-        candidates = [model] if opset(model) >= OPSET else upgraded(model, OPSET)
+        candidates = [model] if surgery.opset(model) >= OPSET else upgraded(model, OPSET)
         feeds = {name: values[name] for name in cut.inputs}
 
         def run(variant: onnx.ModelProto) -> Arrays:

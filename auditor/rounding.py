@@ -17,6 +17,7 @@ from typing import Any, Literal
 import onnx
 from onnx import TensorProto, helper
 
+from auditor import surgery
 from auditor.ports import SegmentGraph, Variant
 from auditor.records import Kernel
 
@@ -152,11 +153,6 @@ def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
         return
 
 
-def opset(model: onnx.ModelProto) -> int:
-    """Version of the default ONNX operator set that a model uses."""
-    return next((o.version for o in model.opset_import if o.domain in _DEFAULT_DOMAIN), 1)
-
-
 @dataclass(slots=True)
 class _Group:
     """One kernel: what the engine says about its edges."""
@@ -180,7 +176,7 @@ class _Layout:
             if all(n in self.constants for n in node.input if n) and not _subgraphs(node):
                 self.derived.add(index)
                 self.constants.update((o, _constant_shape(node)) for o in node.output)
-        types = _types(segment.model)
+        types = surgery.types(segment.model)
         self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
         self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
@@ -239,7 +235,7 @@ class _Surgery:
         self.constants = dict(layout.constants)
         self.floats = set(layout.floats)
         self.mark = _unused_mark(layout.model)
-        self.casts = to.cast is not None and opset(layout.model) >= to.opset
+        self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
         self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
         self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
         if sites.scope == "kernel":
@@ -294,7 +290,7 @@ class _Surgery:
         half = bool(node.input) and node.input[0] in self.at.halves
         for position, name in enumerate(node.input):
             node.input[position] = self._input(node, position, name, group)
-        if self.sites.sums and self.casts and opset(self.at.model) >= _SCAN_OPSET:
+        if self.sites.sums and self.casts and surgery.opset(self.at.model) >= _SCAN_OPSET:
             self._sum_narrowly(node, shape, half)
         self._outputs(node, group)
 
@@ -759,20 +755,3 @@ def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:
     if attribute.HasField("t"):
         return tuple(attribute.t.dims)
     return () if attribute.name == "value_float" else None
-
-
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    """ONNX element type of the segment's tensors.
-
-    Weights become inputs for the inference, so that ONNX does not copy them.
-    """
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.functions.extend(model.functions)
-    light.graph.node.extend(model.graph.node)
-    light.graph.input.extend(model.graph.input)
-    for t in model.graph.initializer:
-        light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
-    light.graph.output.extend(model.graph.output)
-    graph = onnx.shape_inference.infer_shapes(light).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {v.name: v.type.tensor_type.elem_type for v in values}
