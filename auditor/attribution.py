@@ -34,6 +34,8 @@ NAMED = 0.9
 # … and from this one where the shape differs: most of a tensor's own norm is explained by any
 # replay that is roughly right, a smooth image moved by a pixel for instance.
 NAMED_RESHAPED = 0.999
+# … and only when it reproduces this fraction of the elements of integer and boolean outputs.
+EXACT = 0.9
 # From here on nothing is left to look for.
 ENOUGH = 0.995
 # A second cause is looked for beside one that explains at least this much but is not named.
@@ -165,19 +167,18 @@ class _Bench:
 
         An element that is NaN or infinite on one side only counts as an error as large as the
         whole tensor. Where the plain replay has another shape than the backend, ‖out_b‖ stands
-        for ‖h‖, whatever has a wrong shape counts as zeros, and all non-finite elements together
-        count as much as all others.
+        for ‖h‖, whatever has a wrong shape is an error as large as that, and all non-finite
+        elements together count as much as all others.
         """
         total = 0.0
         for name, value in outputs.items():
             observed = self.observed[name]
             if observed.shape == value.shape:
-                nearest = value
+                total += _square_error(observed, value, self._scales[name], self._weights[name])
             elif name in self._reshaped:
-                nearest = np.zeros_like(observed)
+                total += 1.0
             else:
                 return math.inf
-            total += _square_error(observed, nearest, self._scales[name], self._weights[name])
         return total
 
 
@@ -297,6 +298,9 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     best = bench.best
     if best is None or best.hypothesis.explained < bench.named:
         return None
+    counted = any(value.dtype.kind != "f" for value in bench.observed.values())
+    if counted and best.hypothesis.bit_identical < EXACT:
+        return None  # one huge integer outweighs all others in any norm
     rivals = [
         t
         for t in bench.tested

@@ -10,6 +10,10 @@ import onnx
 from auditor.ports import Array
 from auditor.weights import attach
 
+# Operators that leave dequantised values on their grid.
+_ON_GRID = {"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_QUANTISATION_KEYS = ("SCALE_TENSOR", "ZERO_POINT_TENSOR")
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -124,8 +128,30 @@ class Graph:
         graph.sparse_initializer.extend(self.sparse[n] for n in needed if n in self.sparse)
         for name in cut.inputs:
             graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+            self._annotate(graph, name, weights)
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in cut.outputs)
         return model
+
+    def _annotate(self, graph: onnx.GraphProto, name: str, weights: Mapping[str, Array]) -> None:
+        """Note the scale and zero point of an input that was dequantised before the segment.
+
+        Integer kernels depend on them, and the segment alone does not show them (ONNX IR
+        specification, TensorAnnotation).
+        """
+        source = self.producer.get(name)
+        while source is not None and self.nodes[source].op_type in _ON_GRID:
+            source = self.producer.get(self.nodes[source].input[0])
+        if source is None or self.nodes[source].op_type != "DequantizeLinear":
+            return
+        parameters = self.nodes[source].input[1:]
+        if not all(n in self.initializers for n in parameters):
+            return
+        annotation = graph.quantization_annotation.add(tensor_name=name)
+        present = {t.name for t in graph.initializer}
+        for key, parameter in zip(_QUANTISATION_KEYS, parameters, strict=False):
+            annotation.quant_parameter_tensor_names.add(key=key, value=parameter)
+            if parameter not in present:
+                graph.initializer.append(attach(self.initializers[parameter], weights))
 
 
 def _deterministic(node: onnx.NodeProto) -> bool:

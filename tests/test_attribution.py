@@ -143,7 +143,7 @@ def test_non_finite_values_must_match_in_place() -> None:
 def test_a_tensor_of_another_shape_is_unexplained_not_an_error(dense: Any) -> None:
     of, x, _ = dense
     found = explain(of, x, {"y": np.zeros((8, 63), np.float32)})
-    assert found.noise is None and found.hypotheses == ()
+    assert found.noise is None and all(h.explained <= 0 for h in found.hypotheses)
 
 
 def test_float16_models_are_replayed_too() -> None:

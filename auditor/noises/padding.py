@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import onnx
 
 from auditor import surgery
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records import Kernel, Stage
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")
 _AMOUNTS = 11  # Pad takes its amounts as an input from this opset on
+_VALUE = 2  # position of Pad's input that says what it is filled with
 _SAME = {"SAME_UPPER": "SAME_LOWER", "SAME_LOWER": "SAME_UPPER"}
 
 # Attributes to set (None removes) on a node with these attributes; None changes nothing.
@@ -45,9 +46,10 @@ def _same(auto_pad: str) -> Callable[[Attributes], Attributes | None]:
 
 def _ignored(given: Attributes) -> Attributes | None:
     """No padding at all."""
-    if given.get("auto_pad") in _SAME or any(given.get("pads", ())):
-        return {"auto_pad": None, "pads": None}
-    return None
+    pads = given.get("pads", ())
+    if given.get("auto_pad") in _SAME:
+        return {"auto_pad": None}
+    return {"pads": [0] * len(pads)} if any(pads) else None
 
 
 def _symmetric(given: Attributes) -> Attributes | None:
@@ -70,6 +72,16 @@ def _counted(given: Attributes) -> Attributes | None:
     return None
 
 
+def _mode(mode: str) -> Callable[[Attributes], Attributes | None]:
+    """A Pad filled in another way."""
+    return lambda given: {"mode": mode} if given.get("mode", "constant") != mode else None
+
+
+def _zero(given: Attributes) -> Attributes | None:
+    """A Pad with zeros instead of its own value."""
+    return {"value": None} if given.get("value") else None
+
+
 _ANY = (*_CONVOLUTIONS, *_POOLS)
 # Forms, most likely first, with the operators that have them.
 _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[Attributes], Attributes | None]], ...] = (
@@ -80,6 +92,28 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[Attributes], Attributes | No
     ("padding is ignored", _ANY, _ignored),
     ("the padding of the beginning is put at both ends", _ANY, _symmetric),
     ("pads are read axis by axis", _ANY, _axis_by_axis),
+    ("padded with zeros", ("Pad",), _zero),
+    ("padded with the edge", ("Pad",), _mode("edge")),
+    ("padded by reflection", ("Pad",), _mode("reflect")),
+    ("padded with a constant", ("Pad",), _mode("constant")),
+)
+
+
+_FLAT = "flat = Constant <value = int64[1] {-1}> () other = Reshape (turned, flat)"
+# What a Pad does with its ``amounts``, which exporters often compute: other amounts from them.
+_PADS = (
+    (
+        "beginning and end of a Pad are swapped",
+        "shape = Constant <value = int64[2] {2, -1}> () halves = Reshape (amounts, shape) "
+        "order = Constant <value = int64[2] {1, 0}> () "
+        f"turned = Gather <axis = 0> (halves, order) {_FLAT}",
+    ),
+    ("a Pad is ignored", "other = Sub (amounts, amounts)"),
+    (
+        "amounts of a Pad are read axis by axis",
+        "shape = Constant <value = int64[2] {-1, 2}> () pairs = Reshape (amounts, shape) "
+        f"turned = Transpose <perm = [1, 0]> (pairs) {_FLAT}",
+    ),
 )
 
 
@@ -154,11 +188,31 @@ def _bodies(
         yield Variant(name, surgery.substituted(model, bodies))
 
 
-def _set(model: onnx.ModelProto, changes: dict[int, Attributes]) -> onnx.ModelProto:
+def _given(node: onnx.NodeProto, known: Mapping[str, Array]) -> Attributes:
+    """A node's attributes, and what a Pad is filled with where that is a constant input."""
+    given = surgery.attributes(node)
+    if node.op_type == "Pad" and len(node.input) > _VALUE and node.input[_VALUE] in known:
+        given["value"] = known[node.input[_VALUE]].tolist()
+    return given
+
+
+def _set(model: onnx.ModelProto, changes: Mapping[int, Attributes]) -> onnx.ModelProto:
+    """A copy with other attributes at these positions."""
     result = surgery.copied(model)
     for index, values in changes.items():
-        surgery.set_attributes(result.graph.node[index], **values)
+        node = result.graph.node[index]
+        if "value" in values and len(node.input) > _VALUE:
+            node.input[_VALUE] = ""
+        surgery.set_attributes(node, **values)
     return result
+
+
+def _pad(node: onnx.NodeProto, amounts: str) -> str:
+    """A Pad by other amounts, as a function body."""
+    names = ("x", "amounts", "value", "axes")[: len(node.input)]
+    passed = ", ".join(("x", "other", *names[2:]))
+    call = f"Pad {surgery.options(node)} ({passed})"
+    return f"({', '.join(names)}) => (y) {{ {amounts} y = {call} }}"
 
 
 class Padding:
@@ -167,9 +221,9 @@ class Padding:
     id = "inference.padding"
     stage: Stage = "inference"
     type = "operator implementation"
-    title = "A convolution or pooling is padded at the other end, or its padding counts otherwise"
+    title = "Padding is put at the other end, dropped, or counts as something else"
     cause = (
-        "SAME padding that is odd goes to the end in TensorFlow and to the beginning elsewhere; "
+        "Odd SAME padding goes to the end in TensorFlow and to the beginning elsewhere; "
         "converters drop auto_pad, make asymmetric padding symmetric, or count padded cells in a "
         "maximum or an average."
     )
@@ -197,9 +251,14 @@ class Padding:
     def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
         """The segment with its convolutions and poolings padded in each of the other ways."""
         model = segment.model
-        if surgery.opset(model) >= _AMOUNTS:
+        found = list(surgery.find(model, (*_ANY, "Pad")))
+        if not found:
+            return
+        modern = surgery.opset(model) >= _AMOUNTS
+        if modern:
             yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
-        nodes = [(i, n, surgery.attributes(n)) for i, n in surgery.find(model, _ANY)]
+        known = surgery.constants(model)
+        nodes = [(i, node, _given(node, known)) for i, node in found]
         for name, operators, form in _FORMS:
             changes = {
                 i: values
@@ -208,6 +267,10 @@ class Padding:
             }
             if changes:
                 yield Variant(name, _set(model, changes))
+        pads = [(i, node) for i, node in found if node.op_type == "Pad"]
+        for name, amounts in _PADS if pads and modern else ():
+            bodies = {i: _pad(node, amounts) for i, node in pads}
+            yield Variant(name, surgery.substituted(model, bodies))
         yield from _bodies(model, "padded cells are 0 in a maximum", _zeroed)
 
 

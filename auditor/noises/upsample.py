@@ -125,8 +125,9 @@ class _Site:
 
 
 def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
-    version, known = surgery.opset(model), surgery.constants(model)
-    for index, node in surgery.find(model, ("Resize", "Upsample")):
+    found = list(surgery.find(model, ("Resize", "Upsample")))
+    version, known = surgery.opset(model), surgery.constants(model) if found else {}
+    for index, node in found:
         old = version < _RESIZE
         if old and version < _SCALES_INPUT and node.op_type == "Upsample":
             continue

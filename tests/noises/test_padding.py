@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from auditor.noises import padding
 from auditor.ports import Array
@@ -169,6 +169,44 @@ def test_transposed_convolution(make_segment: Any, diagnose: Any, generator: Any
     planted = {e: whole[..., e : e + 10, e : e + 10].astype(np.float32) for e in (0, 1)}
     found = [diagnose(segment, {"x": x}, {"y": p}) for p in planted.values()]
     assert sorted(f.noise or "" for f in found) == ["", ID]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "fill", "variant"),
+    [
+        (1, 0, {}, "beginning and end of a Pad are swapped"),
+        (0, 0, {}, "a Pad is ignored"),
+        (0, 1, {"mode": "edge"}, "padded with the edge"),
+        (0, 1, {"mode": "reflect"}, "padded by reflection"),
+        (0, 1, {"constant_values": 0}, "padded with zeros"),
+    ],
+)
+@pytest.mark.parametrize("opset", [10, 17])
+def test_padding_in_front_of_a_convolution(
+    make_segment: Any,
+    diagnose: Any,
+    x: Array,
+    w: Array,
+    begin: int,
+    end: int,
+    fill: dict[str, Any],
+    variant: str,
+    opset: int,
+) -> None:
+    """As PyTorch exports TensorFlow's SAME: a Pad, then a convolution without padding."""
+    amounts, constants, nodes = [0, 0, 0, 0, 0, 0, 1, 1], {"w": w}, []
+    if opset == 10:
+        pad = helper.make_node("Pad", ["x"], ["p"], pads=amounts, value=0.5)
+    else:
+        pad = helper.make_node("Pad", ["x", "a", "v"], ["p"])
+        constants |= {"t": np.array(amounts, np.int32), "v": np.array(0.5, np.float32)}
+        nodes = [helper.make_node("Cast", ["t"], ["a"], to=TensorProto.INT64)]
+    nodes += [pad, helper.make_node("Conv", ["p", "w"], ["y"], strides=[2, 2])]
+    segment = make_segment(nodes, constants, ["x"], ["y"], opset=opset)
+    options = fill or {"constant_values": 0.5}
+    wide = np.pad(x, ((0, 0), (0, 0), (begin, end), (begin, end)), **options)
+    planted = convolution(wide, w, 2, (0, 0, 0, 0))
+    check(diagnose(segment, {"x": x}, {"y": planted}), variant)
 
 
 def test_tvm_rounds_the_size_down(make_segment: Any, diagnose: Any, x: Array) -> None:
