@@ -324,8 +324,6 @@ def test_interrupted(folder: Path, library: str, seconds: float, stop: signal.Si
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A test run started in the background inherits an ignored Ctrl-C, and so would the audit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while library not in Path(f"/proc/{process.pid}/maps").read_text():
         assert process.poll() is None, process.communicate()
