@@ -130,7 +130,7 @@ class _Bench:
 
     @property
     def explainable(self) -> bool:
-        """Whether there is an error; an empty tensor of a wrong shape has none to explain."""
+        """Whether there is a finite error."""
         return 0 < self._error < math.inf
 
     @property

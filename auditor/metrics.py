@@ -96,15 +96,15 @@ def projection(part: Arrays, whole: Arrays, reference: Arrays, names: tuple[str,
     """⟨part, whole⟩ / ‖whole‖² over several outputs, each normalised by its reference norm.
 
     ``part`` and ``whole`` are differences in the outputs; with parts that sum to the whole the
-    projections sum to 1. NaN where shapes differ, a value is not finite or the whole is zero.
+    projections sum to 1. A part of another shape than the whole is not yet on the way to it and
+    counts 0. NaN where a value is not finite or the whole is zero.
     """
     above = below = 0.0
     for name in names:
-        if part[name].shape != whole[name].shape:
-            return math.nan
         scale = square_sum(to_float(reference[name])) or 1.0
         w = to_float(whole[name])
-        above += _dot(to_float(part[name]), w) / scale
+        if part[name].shape == w.shape:
+            above += _dot(to_float(part[name]), w) / scale
         below += square_sum(w) / scale
     return (
         above / below if below > 0 and math.isfinite(above) and math.isfinite(below) else math.nan
