@@ -134,7 +134,7 @@ class Replayer:
         self.threads = threads
         self.weights = weights or {}
         self.types: dict[str, int] = {}
-        self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = {}
+        self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], Any] = {}
 
     def model(self, cut: Cut) -> onnx.ModelProto:
         """A segment as a stand-alone model; its inputs must have been seen in a run before."""
@@ -226,7 +226,7 @@ class Replayer:
         return values
 
     def _session(self, cut: Cut, feeds: Arrays) -> Any:
-        key = (cut.nodes, cut.inputs)
+        key = (cut.nodes, cut.inputs, cut.outputs)
         if (made := self._sessions.get(key)) is None:
             for name, value in feeds.items():
                 self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))

@@ -46,9 +46,10 @@ def scaled(values: Array) -> Array:
 
     Independent jitter averages out over a long sum. Rounding a folded constant does not: one
     rounded batch normalisation scale moves all products alike, and where the shift then cancels
-    most of the sum, that is what remains.
+    most of the sum, that is what remains. Only for float32 and wider: a whole unit of float16 would
+    hide what sums in half precision lose.
     """
-    if values.dtype.kind != "f":
+    if values.dtype.kind != "f" or values.dtype.itemsize < 4:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
         moved: Array = values * (1 + np.finfo(values.dtype).eps)

@@ -33,3 +33,12 @@ def test_floor(moved: float, half: bool, expected: float) -> None:
 def test_has_nothing_to_replay() -> None:
     assert fp32_rounding.NOISE.id == "implementation.fp32_rounding"
     assert not fp32_rounding.NOISE.stated_by(())
+
+
+def test_scaling_moves_float32_by_its_last_bit_and_leaves_float16_alone() -> None:
+    """One unit of float16, twenty times over, would hide sums kept in half precision."""
+    wide = np.linspace(1, 2, 7, dtype=np.float32)
+    moved = fp32_rounding.scaled(wide)
+    assert 0 < np.max(np.abs(moved / wide - 1)) <= 2 * np.finfo(np.float32).eps
+    half = wide.astype(np.float16)
+    np.testing.assert_array_equal(fp32_rounding.scaled(half), half)
