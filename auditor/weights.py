@@ -1,9 +1,9 @@
-"""A model's large constants, held once beside its graph and shared by every session.
+"""A model's large constants, held once beside its graph and handed to every session.
 
 The reference runs as one session for the whole graph and one per segment. With the weights inside
-each model they would be copied three times and serialised twice; here they are arrays that ONNX
-Runtime reads in place (``SessionOptions.add_external_initializers``). Weights in external files
-are mapped into memory, never read as a whole.
+each model they would be serialised and parsed for each; here they are arrays handed over as they
+are (``SessionOptions.add_external_initializers``; ONNX Runtime 1.32 still makes its own copy, once
+for the whole graph and once over all segments). Weights in external files are mapped into memory.
 """
 
 from __future__ import annotations
