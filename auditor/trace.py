@@ -56,6 +56,7 @@ class Tracer:
     gap: Gap | None = None
     built_only: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    _instrumented: bool = False
     _files: int = 0
 
     def start(self) -> bool:
@@ -91,7 +92,7 @@ class Tracer:
 
     def sample(self, feeds: Arrays) -> SampleTrace | None:
         """Run plainly and with probes; None (with ``gap`` set) when the backend fails."""
-        first = not self.probes
+        first = not self._instrumented
         stored = self._store(feeds)
         try:
             plain = self._call("run", feeds=stored, repeats=_REPEATS if first else 1)
@@ -102,6 +103,7 @@ class Tracer:
                 self.skipped = decode(tuple[Skipped, ...], made["skipped"])
                 self.program_unchanged = made["program_unchanged"]
                 self.rebuilt = made["rebuilt"]
+                self._instrumented = True
             answer = self._call("capture", feeds=stored)
             again = None
             if plain["run_to_run"] > 0:

@@ -220,6 +220,30 @@ def test_nan_handling_is_audited_on_request(run, tmp_path):
     assert found.exit_code == 1
 
 
+def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_path, monkeypatch):
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"], "only")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    data = tmp_path / "x.npz"
+    np.savez(data, x=np.random.default_rng(0).standard_normal((3, 1, 4)).astype("f"))
+    asked = []
+    original = Worker.call
+
+    def counting(worker, do, **arguments):
+        asked.append(do)
+        return original(worker, do, **arguments)
+
+    monkeypatch.setattr(Worker, "call", counting)
+    assert run(model, "ov", data=data, options=OV_F32).exit_code == 0
+    assert asked.count("capture") == 3
+    assert asked.count("instrument") == 1
+
+
 def test_a_missing_operator_is_a_gap_and_the_others_go_on(run):
     """TVM has no converter for LSTM."""
     rng = np.random.default_rng(0)
