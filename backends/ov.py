@@ -606,16 +606,11 @@ class _Trial:
 
 @dataclass(slots=True)
 class _Instrumented:
-    """The program with probes; see ``auditor.ports.Instrumented``.
-
-    Attributes:
-        compilations: how many it took.
-    """
+    """The program with probes; see ``auditor.ports.Instrumented``."""
 
     probes: tuple[Probe, ...]
     skipped: tuple[Skipped, ...]
     program_unchanged: bool
-    compilations: int
     _build: _Build
     rebuilt: bool
     _trial: _Trial
@@ -648,7 +643,6 @@ class _Build:
     _finals: tuple[_Candidate, ...]
     _skipped: tuple[Skipped, ...]
     blocked: str | None = None
-    _compilations: int = 0
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Run the plain program.
@@ -675,7 +669,6 @@ class _Build:
         Raises:
             BackendError: the engine failed.
         """
-        self._compilations = 0
         trial = self._observe(feeds)
         outputs, tensors = self.capture(trial.session, trial.probes, feeds)
         observed = [c for c in trial.probes if c not in trial.aside]
@@ -695,7 +688,6 @@ class _Build:
             ),
             skipped=(*self._skipped, *(Skipped(c.tensor, why) for c, why in reasons.items())),
             program_unchanged=bool(trial.probes) or not self._candidates,
-            compilations=self._compilations,
             rebuilt=trial.session is not self._session,
             _build=self,
             _trial=trial,
@@ -934,7 +926,6 @@ class _Build:
         return _CutOut(session, program, tuple(names), tuple(targets))
 
     def _compiled(self, model: Any) -> tuple[_Session, _Program]:
-        self._compilations += 1
         try:
             compiled = self._compile(model)
         except RuntimeError as error:
