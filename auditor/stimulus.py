@@ -185,7 +185,7 @@ def _check_keys(model: Model, data: Path, stored: Mapping[str, _Stored]) -> None
 def _column(spec: TensorSpec, stored: _Stored, given: Shape | None) -> _Column:
     declared = given if given is not None else spec.shape
     shape = stored.shape
-    if 0 in shape:
+    if shape[:1] == (0,):  # a further axis may be empty: a reduction over nothing is a real case
         raise UsageError(
             f"the data for input `{spec.name}` are empty ({shown(shape)})",
             "Record at least one sample.",

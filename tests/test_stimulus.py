@@ -383,3 +383,17 @@ def test_tokens_stay_inside_the_vocabulary(tmp_path: Path, quantised: bool) -> N
     )
     values = stimuli.load(save(tmp_path, graph), None, 0, None, {}).sample(0)["ids"]
     assert (values.min(), values.max()) == (0, 29)
+
+
+def test_an_inner_dimension_may_be_empty_where_the_model_leaves_it_open(
+    load: Callable[..., models.Model], tmp_path: Path
+) -> None:
+    model = load(x=(FLOAT, 2, "boxes", 3))
+    one = stimuli.load(model, npz(tmp_path, {"x": np.zeros((2, 0, 3), np.float32)}), 0, None, {})
+    assert one.sample(0)["x"].shape == (2, 0, 3)
+    stack = npz(tmp_path, {"x": np.zeros((4, 2, 0, 3), np.float32)})
+    assert len(stimuli.load(model, stack, 0, None, {})) == 4
+    with pytest.raises(UsageError, match="are empty"):
+        stimuli.load(model, npz(tmp_path, {"x": np.zeros((0, 2, 0, 3), np.float32)}), 0, None, {})
+    with pytest.raises(UsageError, match="fixed at 3"):
+        stimuli.load(model, npz(tmp_path, {"x": np.zeros((2, 5, 0), np.float32)}), 0, None, {})
