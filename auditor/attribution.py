@@ -17,11 +17,12 @@ the plain replay's is right is infinitely far off.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
+import onnx
 
 from auditor import metrics, replay, rounding, surgery
 from auditor.errors import NoiseError
@@ -55,6 +56,35 @@ Prior = dict[tuple[str, ...], tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
+class Retest:
+    """What replaying one cause on one sample did.
+
+    Attributes:
+        left, error: Σ over outputs of the squared error that the cause and the plain replay
+            leave, each relative to its output's norm: explained = 1 − left / error.
+        needed: the share explained from which on a cause is named here.
+        exact: whether the outputs are counted, so that ``bit_identical`` decides too.
+        outputs: h_n(in_b), by ONNX name.
+    """
+
+    left: float
+    error: float
+    bit_identical: float
+    needed: float
+    exact: bool
+    outputs: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A cause to test again on later samples, and how it did on the first one (no outputs)."""
+
+    noise: str
+    variant: Variant
+    first: Retest
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """What replaying every hypothesis on one segment found.
 
@@ -68,6 +98,8 @@ class Explanation:
         hypotheses: all that was tested, best first.
         outputs: h_n(in_b) of the named cause, or else h(in_b), by ONNX name.
         failures: hypotheses that could not be replayed, as sentences.
+        contenders: the named cause and the best of the others that would have been named without
+            it, for ``retest``; empty when none is named.
     """
 
     noise: str | None
@@ -78,6 +110,7 @@ class Explanation:
     hypotheses: tuple[Hypothesis, ...]
     outputs: Arrays
     failures: tuple[str, ...] = ()
+    contenders: tuple[Contender, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +149,11 @@ class _Bench:
             )
             self._weights[name] = 1 / odd if odd else 1.0
         self._error = self._distance(self.replayed)
+
+    @property
+    def error(self) -> float:
+        """What the plain replay leaves: Σ over outputs of ‖out_b − h‖² / ‖h‖²."""
+        return self._error
 
     @property
     def best(self) -> _Tested | None:
@@ -226,11 +264,57 @@ def explain(
             if bench.done or settled:
                 break
     if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
-        _combine(bench, ordered)
+        _combine(bench, ordered, dict(prior.values()))
     winner = _winner(bench, noises)
     if winner is not None:
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
     return _conclude(bench, winner)
+
+
+def retest(
+    contenders: Sequence[Contender],
+    inputs: Arrays,
+    observed: Arrays,
+    replayed: Arrays,
+    *,
+    threads: int = 1,
+) -> list[Retest]:
+    """Replay the contenders of an earlier explanation on another sample of the same segment.
+
+    The arguments are those of ``explain``. One result per contender; none at all where there is
+    no contender, where this sample has no finite error to explain, or where a contender cannot
+    be replayed any more.
+    """
+    if not contenders:
+        return []
+    segment = SegmentGraph(contenders[0].variant.model, ())
+    bench = _Bench(segment, inputs, observed, replayed, threads)
+    if not bench.explainable:
+        return []
+    for contender in contenders:
+        bench.test(contender.noise, contender.variant)
+    if len(bench.tested) < len(contenders):
+        return []
+    return [_result(bench, tested, tested.outputs) for tested in bench.tested]
+
+
+def measured(
+    model: onnx.ModelProto, inputs: Arrays, observed: Arrays, replayed: Arrays, *, threads: int
+) -> float | None:
+    """Share of a segment's error that running another model on its inputs explains.
+
+    None where there is no finite error or the model cannot be run; the other arguments are those
+    of ``explain``.
+    """
+    bench = _Bench(SegmentGraph(model, ()), inputs, observed, replayed, threads)
+    if bench.explainable:
+        bench.test("", Variant("", model))
+    return bench.tested[0].hypothesis.explained if bench.tested else None
+
+
+def holds(explained: float, bit_identical: float, needed: float, exact: bool) -> bool:
+    """Whether a share explained is enough to name a cause."""
+    return explained >= needed and (not exact or bit_identical >= EXACT)
 
 
 def _modern(bench: _Bench) -> SegmentGraph:
@@ -245,7 +329,7 @@ def _modern(bench: _Bench) -> SegmentGraph:
             continue
         outputs = dict(zip(bench.replayed, values, strict=True))
         if metrics.bitwise_equal(outputs, bench.replayed):
-            return SegmentGraph(model, segment.kernels)
+            return replace(segment, model=model)
     return segment
 
 
@@ -274,17 +358,25 @@ def _variants(
         bench.failures.append(f"{noise.id}: {error.message}")
 
 
-def _combine(bench: _Bench, noises: Sequence[Noise]) -> None:
-    """Test a second cause on top of the best one: the likeliest variants of every other noise."""
+def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test a second cause on top of the best one: the likeliest variants of every other noise.
+
+    ``usual`` are the causes of earlier segments with their variants. They are tried first, since
+    what a build does everywhere it also does beside a fault; of two causes the unusual one is
+    named, as the other is no peculiarity of this segment.
+    """
     first = bench.best
     assert first is not None
-    base = SegmentGraph(first.variant.model, bench.segment.kernels)
-    for noise in noises:
+    base = replace(bench.segment, model=first.variant.model)
+    for noise in sorted(noises, key=lambda n: n.id not in usual):
         if noise.id == first.hypothesis.noise:
             continue
-        for variant in islice(_variants(bench, noise, base, None), COMBINED):
+        peculiar = first.hypothesis.noise in usual and noise.id not in usual
+        named = noise.id if peculiar else first.hypothesis.noise
+        variants = _variants(bench, noise, base, usual.get(noise.id))
+        for variant in islice(variants, COMBINED):
             name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
-            bench.test(first.hypothesis.noise, Variant(name, variant.model))
+            bench.test(named, Variant(name, variant.model))
             if bench.done:
                 return
 
@@ -296,11 +388,10 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     bits are one for this purpose, and otherwise none is named.
     """
     best = bench.best
-    if best is None or best.hypothesis.explained < bench.named:
+    if best is None or not holds(
+        best.hypothesis.explained, best.hypothesis.bit_identical, bench.named, _counted(bench)
+    ):
         return None
-    counted = any(value.dtype.kind != "f" for value in bench.observed.values())
-    if counted and best.hypothesis.bit_identical < EXACT:
-        return None  # one huge integer outweighs all others in any norm
     rivals = [
         t
         for t in bench.tested
@@ -314,6 +405,32 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
         return max(spoken, key=_merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
     return best if same else None
+
+
+def _counted(bench: _Bench) -> bool:
+    """Whether an output is integer or boolean: there one huge value outweighs all in any norm."""
+    return any(value.dtype.kind != "f" for value in bench.observed.values())
+
+
+def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
+    rivals = [
+        t
+        for t in bench.tested
+        if t.hypothesis.noise != winner.hypothesis.noise and t.hypothesis.explained >= bench.named
+    ]
+    close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
+    return tuple(Contender(t.hypothesis.noise, t.variant, _result(bench, t, {})) for t in close)
+
+
+def _result(bench: _Bench, tested: _Tested, outputs: Arrays) -> Retest:
+    return Retest(
+        left=(1 - tested.hypothesis.explained) * bench.error,
+        error=bench.error,
+        bit_identical=tested.hypothesis.bit_identical,
+        needed=bench.named,
+        exact=_counted(bench),
+        outputs=outputs,
+    )
 
 
 def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
@@ -340,6 +457,7 @@ def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
         hypotheses=tuple(tested),
         outputs=winner.outputs,
         failures=tuple(bench.failures),
+        contenders=_contenders(bench, winner),
     )
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor import __version__
-from auditor.records import AuditReport, BuildRequest, Severity
+from auditor.errors import UsageError
+from auditor.records import (
+    AuditReport,
+    BackendReport,
+    BuildRequest,
+    NoiseInfo,
+    OutputKind,
+    Severity,
+)
 from auditor.worker import Worker, workers
 
 if TYPE_CHECKING:
@@ -47,6 +55,7 @@ class AuditOptions:
         timeout: seconds that one step of one backend may take.
         threads: threads of every engine and of the reference; None for the engines' defaults.
         options: engine options by backend id.
+        output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
     """
 
@@ -62,6 +71,7 @@ class AuditOptions:
     threads: int | None = None
     options: dict[str, dict[str, str]] = field(default_factory=dict)
     fail_on: Severity = "medium"
+    output_kinds: dict[str, OutputKind] = field(default_factory=dict)
 
 
 def audit(
@@ -109,8 +119,8 @@ def _run(
     progress.update("reference", "load")
 
     # Imported here: the workers are starting meanwhile.
+    from auditor import artefact, ranking
     from auditor import model as models
-    from auditor import ranking
     from auditor import stimulus as stimuli
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -127,6 +137,7 @@ def _run(
         nonfinite=options.nonfinite,
     )
     rename = _correspondence(model, compiled)
+    constants = artefact.changed(model, compiled, rename) if compiled is not model else {}
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
@@ -138,7 +149,11 @@ def _run(
     }
     progress.update("reference", "run")
     reference = Reference(model, options.threads or os.cpu_count() or 1)
-    analyses = {t.id: Analysis(t, reference, rename, noises) for t in tracers}
+    _check_outputs(options.output_kinds, reference.graph.outputs)
+    analyses = {
+        t.id: Analysis(t, reference, rename, noises, options.output_kinds, len(stimulus), constants)
+        for t in tracers
+    }
     agreements = Agreements()
     for index in range(len(stimulus)):
         feeds = stimulus.sample(index)
@@ -184,7 +199,32 @@ def _run(
         verdict=decision,
         exit_code=exit_code,
         timing=clock.laps,
+        fail_on=options.fail_on,
+        requested=tuple(requested),
+        noises=_named(reports, catalogue),
     )
+
+
+def _named(
+    reports: Sequence[BackendReport], catalogue: Mapping[str, Noise]
+) -> tuple[NoiseInfo, ...]:
+    """What the catalogue says of the causes named, ordered by id."""
+    ids = {s.noise for b in reports for s in b.segments if s.noise}
+    ids |= {c.noise for b in reports for c in b.categories}
+    return tuple(
+        NoiseInfo(n.id, n.stage, n.type, n.title, n.cause, n.source)
+        for id, n in sorted(catalogue.items())
+        if id in ids
+    )
+
+
+def _check_outputs(named: Iterable[str], outputs: Sequence[str]) -> None:
+    for name in named:
+        if name not in outputs:
+            raise UsageError(
+                f"--output-kind names `{name}`, which is no output of the model",
+                f"Its outputs: {', '.join(outputs)}.",
+            )
 
 
 def _begin(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from auditor.audit import BackendSpec
     from auditor.ports import Progress, Renderer
-    from auditor.records import AuditReport
+    from auditor.records import AuditReport, OutputKind
 
 _MAIN = "audit"  # the verb meant when none is given
 _INTERNAL_ERROR = 4
@@ -60,7 +60,8 @@ class _MainVerb(TyperCommand):
         """Show the usage without the implied verb, and the other verbs' after it."""
         program = ctx.parent.command_path
         formatter.write_usage(program, "MODEL [OPTIONS]")
-        formatter.write_usage(program, "backends | noises | show REPORT.json", "      ")
+        for verbs in ("backends | noises | explain ID", "sensitivity MODEL | show REPORT.json"):
+            formatter.write_usage(program, verbs, "      ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """List the options, then the other verbs."""
@@ -229,7 +230,8 @@ def _audit(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Report format, terminal or json; from the suffix of -o when not given.",
+            help="Report format: terminal, json, sarif, junit or markdown; from the suffix of -o "
+            "(.json, .sarif, .xml, .md) when not given.",
         ),
     ] = None,
     output: Annotated[
@@ -266,6 +268,14 @@ def _audit(
         Literal["info", "low", "medium", "high", "critical"],
         typer.Option(help="Lowest severity of a finding that makes the audit fail."),
     ] = "medium",
+    output_kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KIND",
+            help="As what an output is read: scores, boxes, mask, embedding or none; assumed from "
+            "its name and values when not given; repeatable.",
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
@@ -282,6 +292,7 @@ def _audit(
     specs = _specs(backends)
     options = _engine_options(option, specs)
     shapes = dict(_parse_shape(text) for text in shape or ())
+    kinds = dict(_parse_kind(text) for text in output_kind or ())
 
     from auditor.audit import AuditOptions, audit
     from reports.terminal import LiveProgress
@@ -299,6 +310,7 @@ def _audit(
         threads=threads,
         options=options,
         fail_on=fail_on,
+        output_kinds=kinds,
     )
     progress = _StoppableProgress(LiveProgress())
     try:
@@ -332,6 +344,99 @@ def _noises() -> int:
     return 0
 
 
+@app.command("explain", short_help="Explain one cause of divergence in full.")
+def _explain(
+    id: Annotated[str, typer.Argument(metavar="ID", help="A cause that `audit noises` lists.")],
+) -> int:
+    """Explain one cause: what it is, where it applies, the forms tested, and what to do."""
+    from auditor import discovery
+    from reports.terminal import render_noise
+
+    _print(render_noise(discovery.noise(id), *_screen()))
+    return 0
+
+
+@app.command("sensitivity", short_help="Rank what each cause would do to a model's outputs.")
+def _sensitivity(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The exported ONNX model.")],
+    noise: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID,…",
+            help="Simulate these causes only, and show each of their forms; all causes when not "
+            "given.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Recorded inputs (.npz or .safetensors keyed by input name, or .npy), samples "
+            "stacked on the first axis; seeded random inputs when not given.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the random inputs.")] = 0,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many samples to use; the first 4 recorded or 1 random when not given.",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT:1x3x224x224",
+            help="Shape of an input whose dimensions the model leaves open; repeatable.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads; all cores when not given.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds that one run may take.")
+    ] = 60.0,
+) -> int:
+    """Rank what each cause would do to a model's outputs if its deployment had it.
+
+    Puts every form of every cause into the whole reference model, one after another, and compares
+    its outputs with the reference's. Needs no backend and says nothing about any.
+    """
+    from auditor import discovery
+
+    catalogue = discovery.noises()
+    shapes = dict(_parse_shape(text) for text in shape or ())
+    ids = [id.strip() for text in noise or () for id in text.split(",")]
+    chosen = [discovery.noise(id) for id in ids] if ids else catalogue
+
+    from auditor import model as models
+    from auditor import sensitivity
+    from auditor import stimulus as stimuli
+    from reports.terminal import LiveProgress, render_sensitivities
+
+    progress = _StoppableProgress(LiveProgress())
+    try:
+        progress.update("reference", "load")
+        loaded = models.load(model)
+        stimulus = stimuli.load(loaded, data, seed, samples, shapes)
+        rows = list(
+            sensitivity.simulated(
+                loaded,
+                stimulus,
+                chosen,
+                threads=threads or os.cpu_count() or 1,
+                seconds=timeout,
+                progress=progress,
+            )
+        )
+    finally:
+        progress.close()
+    notes = sensitivity.notes(loaded, stimulus.info, chosen, rows)
+    _print(render_sensitivities(rows, notes, *_screen(), every=bool(ids)))
+    return 0
+
+
 @app.command("show", short_help="Show a saved report again, or one layer in full.")
 def _show(
     report: Annotated[
@@ -345,7 +450,11 @@ def _show(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Report format, terminal or json."),
+        typer.Option(
+            metavar="NAME",
+            help="Report format: terminal, json, sarif, junit or markdown; from the suffix of -o "
+            "(.json, .sarif, .xml, .md) when not given.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -419,6 +528,20 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(size) for size in sizes)
 
 
+def _parse_kind(text: str) -> tuple[str, OutputKind]:
+    from typing import cast, get_args
+
+    from auditor.records import OutputKind
+
+    name, _, kind = text.rpartition(":")  # names may contain colons
+    if not name or kind not in get_args(OutputKind):
+        raise UsageError(
+            f"--output-kind `{text}` is not of the form NAME:KIND",
+            f"Give the output's name and one of {', '.join(get_args(OutputKind))}.",
+        )
+    return name, cast(OutputKind, kind)
+
+
 # --- output ------------------------------------------------------------------------------------
 
 
@@ -468,8 +591,10 @@ def _destination(
     _check_writable(output)
     if format is not None:
         return _Destination(None, renderers[format], output)
-    suffix = output.suffix.removeprefix(".")
-    return _Destination(renderers["terminal"], renderers.get(suffix, renderers["terminal"]), output)
+    endings = {suffix: renderer for renderer in renderers.values() for suffix in renderer.suffixes}
+    # The longest one counts: `report.sarif.json` is SARIF.
+    ending = max(filter(output.name.lower().endswith, endings), key=len, default=".txt")
+    return _Destination(renderers["terminal"], endings[ending], output)
 
 
 def _check_writable(output: Path) -> None:

@@ -46,10 +46,7 @@ class _Noises(Sequence["Noise"]):
 
     @cached_property
     def _found(self) -> tuple[Noise, ...]:
-        found: list[Noise] = [
-            importlib.import_module(f"auditor.noises.{module}").NOISE
-            for module in _modules("auditor.noises")
-        ]
+        found = [_load(module) for module in _modules("auditor.noises")]
         return tuple(sorted(found, key=lambda noise: noise.id))
 
     @overload
@@ -66,6 +63,17 @@ class _Noises(Sequence["Noise"]):
 def noises() -> Sequence[Noise]:
     """All noises, ordered by id; their modules are imported when the sequence is first used."""
     return _Noises()
+
+
+def noise(id: str) -> Noise:
+    """The noise with this id.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = {noise.id: noise for noise in noises()}
+    require(id, found, "cause", "Causes")
+    return found[id]
 
 
 def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
@@ -86,6 +94,24 @@ def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
     close = difflib.get_close_matches(name, choices, n=1)
     meant = f"Did you mean `{close[0]}`? " if close else ""
     raise UsageError(f"there is no {what} `{name}`", f"{meant}{whats}: {', '.join(choices)}.")
+
+
+def _load(module: str) -> Noise:
+    """One file of the catalogue.
+
+    An audit without one of its causes could call something unexplained that it can explain, so a
+    file that cannot be imported ends it, and is named.
+
+    Raises:
+        RuntimeError: the file cannot be imported or has no ``NOISE``.
+    """
+    try:
+        found: Noise = importlib.import_module(f"auditor.noises.{module}").NOISE
+    except Exception as error:
+        raise RuntimeError(
+            f"the noise auditor/noises/{module}.py cannot be used: {error}"
+        ) from error
+    return found
 
 
 @cache

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from auditor import metrics
-from auditor.metrics import Moments
+from auditor.metrics import Moments, Steps
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
 from auditor.reorder import longest_sum
@@ -52,6 +52,7 @@ class Meter:
     identical: float = 0.0
     samples: int = 0
     unmeasured: str | None = None
+    steps: Steps = field(default_factory=Steps)  # of integer outputs, against the replay
 
     def add(self, local: Local | None, captured: Arrays, reference: Arrays) -> None:
         """Add one sample; ``local`` is None where the segment could not be replayed."""
@@ -64,6 +65,7 @@ class Meter:
             if local is not None:
                 _moments(self.introduced, name).add(captured[name], local.replayed[name])
                 _moments(self.inherited, name).add(local.replayed[name], reference[name])
+                self.steps.add(captured[name], local.replayed[name])
                 same += metrics.bit_identical(captured[name], local.replayed[name])
         self.identical += same / len(self.cut.outputs)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from auditor import metrics
 from auditor.divergence import Local
+from auditor.metrics import Running
 from auditor.ports import Arrays
 from auditor.replay import Patch, Replayer, ReplayError, add, difference
 from auditor.segments import Cut
@@ -47,17 +48,19 @@ class Chain:
         return {name: values[name] for name in self.outputs}
 
 
-def leave_one_in(chain: Chain, cut: Cut, local: Local) -> float:
-    """Relative L2 of the final outputs when only this segment's introduced error is added.
+def leave_one_in(chain: Chain, cut: Cut, local: Local) -> tuple[float, Arrays]:
+    """What only this segment's introduced error does to the final outputs.
 
-    Infinite when the reference cannot go on from that tensor (a wrong shape).
+    Returns:
+        Their relative L2, and the outputs themselves. Infinity and nothing when the reference
+        cannot go on from that tensor (a wrong shape).
     """
     patch = _frozen(local.error, local.observed)
     try:
         values = chain.final({cut.id: patch})
     except ReplayError:
-        return math.inf
-    return metrics.relative_l2(values, chain.base, chain.outputs)
+        return math.inf, {}
+    return metrics.relative_l2(values, chain.base, chain.outputs), chain.pick(values)
 
 
 def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
@@ -75,9 +78,10 @@ def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
     shares: list[float] = []
     before = chain.base
     try:
-        for group in groups:
+        for number, group in enumerate(groups, 1):
             patches = {cut.id: _replaced(chain.captured) for cut in group}
-            after = chain.final(patches, before)
+            # With every segment replaced the outputs are the backend's: nothing is left to run.
+            after = chain.final(patches, before) if number < len(groups) else chain.captured
             part = difference(chain.pick(after), chain.pick(before))
             shares.append(metrics.projection(part, whole, chain.base, chain.outputs))
             before = after
@@ -136,6 +140,48 @@ def by_category(
     except ReplayError:
         return Books({}, math.nan, math.nan)
     return Books(shares, rest, 1.0 - sum(shares.values()) - rest)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Books and telescoping shares as means over samples.
+
+    Attributes:
+        named, unexplained, rounding: the parts of ``Books``; each sample's sum to 1, and so do
+            their means.
+        groups: the segments booked together, in order, the same on every sample.
+        shares: the mean share of each group.
+    """
+
+    groups: tuple[tuple[Cut, ...], ...]
+
+    named: dict[str, Running] = field(default_factory=dict)
+    unexplained: Running = field(default_factory=Running)
+    rounding: Running = field(default_factory=Running)
+    shares: tuple[Running, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.shares = tuple(Running() for _ in self.groups)
+
+    def book(self, books: Books, sample: int) -> None:
+        """Add one sample's books; those that could not be kept (NaN) do not count."""
+        if not math.isfinite(books.unexplained + books.rounding):
+            return
+        for noise in books.named.keys() - self.named.keys():
+            self.named[noise] = Running()
+            for earlier in range(self.unexplained.count):
+                self.named[noise].add(0.0, earlier)
+        for noise, running in self.named.items():
+            running.add(books.named.get(noise, 0.0), sample)
+        self.unexplained.add(books.unexplained, sample)
+        self.rounding.add(books.rounding, sample)
+
+    def telescope(self, chain: Chain, sample: int) -> None:
+        """Add one sample's shares; those that are not finite do not count."""
+        found = telescope(chain, self.groups)
+        if all(map(math.isfinite, found)):
+            for running, share in zip(self.shares, found, strict=True):
+                running.add(share, sample)
 
 
 def input_control(chain: Chain, clean: Arrays) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from auditor.ports import Array, Arrays
-from auditor.records import Concentration, Distance
+from auditor.records import Concentration, Distance, Spread
 
 # float32 dot products lose nothing that matters here unless squares leave this range.
 _SAFE_SQUARE = (1e-30, 1e37)
@@ -56,6 +56,14 @@ class Moments:
         self.error += square_sum(d)
         self.max_abs = max(self.max_abs, float(d.max()), -float(d.min()))
 
+    def merge(self, other: Moments) -> None:
+        """Add everything that was added to ``other``."""
+        self.reference += other.reference
+        self.cross += other.cross
+        self.error += other.error
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.mismatch = self.mismatch or other.mismatch
+
     def distance(self) -> Distance:
         """The distance over everything added so far."""
         if self.error == 0.0:
@@ -68,6 +76,84 @@ class Moments:
         cosine = (self.reference + self.cross) / norm if norm > 0 else 0.0
         cosine = max(-1.0, min(1.0, cosine))
         return Distance(relative, self.max_abs, -20 * math.log10(relative), cosine, self.mismatch)
+
+
+@dataclass(slots=True)
+class Running:
+    """Mean and spread of a number over samples, in constant memory.
+
+    Welford, "Note on a method for calculating corrected sums of squares and products" (1962).
+    One infinite value makes mean and deviation infinite.
+    """
+
+    count: int = 0
+    _mean: float = 0.0
+    _squares: float = 0.0  # Σ(v − mean)²
+    _low: float = math.inf
+    _high: float = -math.inf
+    _low_at: int = 0
+    _high_at: int = 0
+
+    def add(self, value: float, sample: int) -> None:
+        """Add one sample's value; ``sample`` is its index.
+
+        Raises:
+            ValueError: the value is not a number.
+        """
+        if math.isnan(value):
+            raise ValueError("a mean over samples takes numbers only")
+        self.count += 1
+        if self.count == 1 or value < self._low:
+            self._low, self._low_at = value, sample
+        if self.count == 1 or value > self._high:
+            self._high, self._high_at = value, sample
+        if math.isinf(value) or math.isinf(self._mean):
+            self._mean, self._squares = math.inf, math.inf
+            return
+        before = value - self._mean
+        self._mean += before / self.count
+        self._squares += before * (value - self._mean)
+
+    @property
+    def mean(self) -> float:
+        """The mean; 0 where nothing was added."""
+        return self._mean
+
+    def spread(self) -> Spread | None:
+        """What is known of the number; None where nothing was added."""
+        if self.count == 0:
+            return None
+        return Spread(
+            samples=self.count,
+            mean=self._mean,
+            deviation=math.sqrt(self._squares / self.count),
+            low=self._low,
+            high=self._high,
+            low_at=self._low_at,
+            high_at=self._high_at,
+        )
+
+
+@dataclass(slots=True)
+class Steps:
+    """How many elements of integer tensors are off by exactly one step, over samples."""
+
+    elements: int = 0
+    ones: int = 0
+
+    def add(self, observed: Array, reference: Array) -> None:
+        """Add one sample's tensor; what is no integer, or of another shape, does not count."""
+        if reference.dtype.kind not in "iu" or observed.shape != reference.shape:
+            return
+        self.elements += reference.size
+        if observed.dtype.kind in "iu":
+            low, high = np.minimum(observed, reference), np.maximum(observed, reference)
+            self.ones += int(np.count_nonzero(high - low == 1))  # nothing narrow can overflow
+
+    @property
+    def fraction(self) -> float | None:
+        """Fraction of the elements; None where there are none."""
+        return self.ones / self.elements if self.elements else None
 
 
 def distance(observed: Array, reference: Array) -> Distance:

@@ -7,8 +7,8 @@ and exports it under the constant's name given there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Provenance,
         Skipped,
         Stage,
+        Switch,
     )
 
 # A tensor's type is only known at run time, so arithmetic on it cannot be checked statically.
@@ -103,6 +104,36 @@ class Backend(Protocol):
         """
 
 
+@runtime_checkable
+class Switchable(Protocol):
+    """A build some of whose factors the engine can leave out; a build need not be one."""
+
+    @property
+    def switches(self) -> tuple[Switch, ...]:
+        """The factors that are on in this build, of those that can change its numbers."""
+
+
+Storage = Literal["float16", "bfloat16", "8 bits"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledConstant:
+    """A constant that the compiled file has otherwise than the reference.
+
+    Attributes:
+        values: the compiled file's, in the reference's type and shape.
+        relative_l2: how far they are from the reference's; of integers, the fraction that differ.
+        storage: the narrow format in which these are the reference's values; None when they are
+            not, or when no format is recognised.
+        factor: what the reference's values are multiplied by, where that is all there is to it.
+    """
+
+    values: Array
+    relative_l2: float
+    storage: Storage | None
+    factor: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentGraph:
     """One segment as a stand-alone ONNX model, for noises to transform.
@@ -112,10 +143,12 @@ class SegmentGraph:
             under their ONNX names; constants are initialisers or Constant nodes inside. Treat
             as read-only: copy before changing.
         kernels: what the engine says it ran for these nodes, in execution order; may be empty.
+        compiled: constants that the compiled file has otherwise, by their names here.
     """
 
     model: onnx.ModelProto
     kernels: tuple[Kernel, ...]
+    compiled: Mapping[str, CompiledConstant] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +183,28 @@ class Noise(Protocol):
         """Why deployments differ here, in one or two sentences."""
 
     @property
+    def applies(self) -> str:
+        """The operators, types and operator sets on which it can be replayed, in words."""
+
+    @property
     def source(self) -> str:
         """Where it is documented: paper section, operator specification, vendor page."""
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Names of its variants; words in capitals differ from segment to segment."""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it on a backend of which ``remedies`` says nothing."""
+
+    @property
+    def remedies(self) -> Mapping[str, str]:
+        """What to do about it on particular backends, by their ids."""
+
+    @property
+    def ablations(self) -> Mapping[str, Mapping[str, str]]:
+        """The options that switch it off, by backend id; none where a backend has no switch."""
 
     def remedy(self, backend: str) -> str:
         """What to do about it on this backend, concretely."""
@@ -164,6 +217,13 @@ class Noise(Protocol):
 
         Raises:
             NoiseError: the segment should be replayable but is not.
+        """
+
+    def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
+        """Its forms in a whole model, weights inside; empty when it is no choice of deployments.
+
+        Raises:
+            NoiseError: the model should be simulable but is not.
         """
 
 
@@ -183,6 +243,10 @@ class Renderer(Protocol):
     @property
     def name(self) -> str:
         """The name in ``--format``."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The endings of a file's name that mean this format, such as ``.json``."""
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as text."""

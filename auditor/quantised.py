@@ -299,9 +299,11 @@ class Editor:
         self.model.graph.node.append(helper.make_node(op_type, inputs, names))
         return names
 
-    def cast(self, value: str, target: str, kind: int) -> None:
-        """Add a Cast that gives ``target``."""
-        self.model.graph.node.append(helper.make_node("Cast", [value], [target], to=kind))
+    def cast(self, value: str, kind: int, to: str = "") -> str:
+        """Add a Cast to an ONNX element type and return its output, ``to`` where given."""
+        name = to or self._fresh()
+        self.model.graph.node.append(helper.make_node("Cast", [value], [name], to=kind))
+        return name
 
     def constant(self, value: Any, kind: Any = np.float32) -> str:
         """Add an initialiser of a numpy type and return its name."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from auditor.fingerprint import fingerprint
 from auditor.ports import Noise
 from auditor.records import (
     SEVERITIES,
@@ -17,15 +18,7 @@ from auditor.records import (
     Segment,
     Severity,
     Verdict,
-)
-
-# Relative L2 of the final outputs that one finding causes by itself. 1e-3 is the level at which
-# the runtimes' own conformance suites start to fail a float32 model.
-_SEVERITY_FROM: tuple[tuple[float, Severity], ...] = (
-    (1e-1, "critical"),
-    (1e-2, "high"),
-    (1e-3, "medium"),
-    (1e-4, "low"),
+    severity,
 )
 
 # What a person looks for first in a segment, and what last.
@@ -67,11 +60,6 @@ _PLUMBING = frozenset(
         "Constant",
     ]
 )
-
-
-def severity(effect: float) -> Severity:
-    """Severity of a relative L2 change of the final outputs."""
-    return next((name for limit, name in _SEVERITY_FROM if effect >= limit), "info")
 
 
 def findings(
@@ -193,6 +181,10 @@ def _finding(
         confidence=_confidence(backend, lead, noise),
         evidence=_evidence(backend, lead, noise),
         remedy=noise.remedy(backend.id.partition(":")[0]) if noise else None,
+        fingerprint=fingerprint(backend.id, (k for s in group for k in s.node_keys), lead.noise),
+        leave_one_in_spread=lead.leave_one_in_spread,
+        explained_spread=lead.explained_spread,
+        consequences=lead.consequences,
     )
 
 
@@ -204,6 +196,8 @@ def _confidence(backend: BackendReport, segment: Segment, noise: Noise | None) -
     strong = (segment.explained or 0.0) >= 0.99 and (
         segment.bit_identical >= 0.9 or noise.stated_by(_kernels(backend, segment))
     )
+    if segment.contradicted:  # one step less than on samples that all agree
+        return "medium" if strong and proved else "low"
     return "high" if strong and proved else "medium"
 
 
@@ -214,6 +208,9 @@ def _evidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> 
             f"replaying {tried.noise} ({tried.variant}) explains {tried.explained:.4f} of the "
             f"error, {tried.bit_identical:.1%} of elements bit-identical"
         )
+    lines[1:1] = _over_samples(segment)  # beside the best hypothesis, which they are about
+    lines += segment.constants
+    lines += [f"its error alone: {c.output}: {c.sentence}" for c in segment.consequences]
     ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
     lines.append(
         f"introduced error {segment.introduced:.2e} is {ratio:.3g} times the floor "
@@ -222,6 +219,27 @@ def _evidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> 
     if noise and noise.stated_by(_kernels(backend, segment)):
         lines.append(f"the engine itself states {segment.precision or noise.id} here")
     return tuple(lines)
+
+
+def _over_samples(segment: Segment) -> list[str]:
+    """What the samples after the one on which the cause was looked for say of it."""
+    lines: list[str] = []
+    if segment.explained_on:
+        lines.append(f"first above its floor on sample {segment.explained_on}")
+    shares = segment.explained_spread
+    if shares is None or shares.samples < 2:
+        return lines
+    lines.append(
+        f"over {shares.samples} samples that cause explains {shares.low:.4f} to {shares.high:.4f}"
+    )
+    if segment.contradicted:
+        lines.append(
+            f"it does not fit {segment.contradicted} of these samples, worst sample "
+            f"{shares.low_at} ({shares.low:.4f}): another cause is at work there"
+        )
+    if segment.noise is None:
+        lines.append("over all samples it explains too little to be named")
+    return lines
 
 
 def _kernels(backend: BackendReport, segment: Segment) -> tuple[Kernel, ...]:

@@ -17,8 +17,24 @@ Severity = Literal["info", "low", "medium", "high", "critical"]
 Confidence = Literal["low", "medium", "high"]
 Verdict = Literal["pass", "fail", "incomplete"]
 Stage = Literal["pre-processing", "inference", "post-processing"]
+Conclusion = Literal["confirmed", "contradicted", "partial", "unchanged", "measured", "failed"]
+OutputKind = Literal["scores", "boxes", "mask", "embedding", "none"]
 
 SEVERITIES: tuple[Severity, ...] = ("info", "low", "medium", "high", "critical")
+
+# Relative L2 of the final outputs. 1e-3 is the level at which the runtimes' own conformance suites
+# start to fail a float32 model.
+_SEVERITY_FROM: tuple[tuple[float, Severity], ...] = (
+    (1e-1, "critical"),
+    (1e-2, "high"),
+    (1e-3, "medium"),
+    (1e-4, "low"),
+)
+
+
+def severity(effect: float) -> Severity:
+    """Severity of a relative L2 change of the final outputs."""
+    return next((name for limit, name in _SEVERITY_FROM if effect >= limit), "info")
 
 
 # --- what is asked of a backend, and what it answers -------------------------------------
@@ -107,6 +123,24 @@ class Provenance:
     options: dict[str, str] = field(default_factory=dict)
     kernels: tuple[Kernel, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A factor of a build that its engine can leave out, for a counterfactual.
+
+    Attributes:
+        factor: what is left out, in words ("fusion of quantised operators").
+        options: the engine options, as in ``--option``, that leave it out and nothing else.
+        noises: ids of the causes that the factor can bring; empty when it may bring any.
+        kernels: primitives (``Kernel.primitive``) that exist because of it; empty when it concerns
+            the whole program.
+    """
+
+    factor: str
+    options: dict[str, str]
+    noises: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,16 +243,84 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """One number over several samples; infinite where it was infinite on one of them.
+
+    Attributes:
+        samples: how many samples it rests on.
+        deviation: population standard deviation.
+        low_at, high_at: index of the first sample with the smallest and the largest value.
+    """
+
+    samples: int
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    low_at: int
+    high_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Consequence:
+    """What a change of one output does to what is read off it (``auditor.tasks``).
+
+    Attributes:
+        kind: as what the output is read.
+        samples: how many samples it was measured on.
+        items: rows of scores, boxes, pixels or vectors compared.
+        changed: how many of them read differently: another arg max, no box left with an IoU of
+            0.5, the other side of the mask's threshold; None for embeddings.
+        first_changed: index of the first sample with such a change.
+        margin, margin_after: mean lead of the reference's best class over its next, in the
+            output's own unit, in the reference and after the change.
+        kl: mean Kullback-Leibler divergence of the scores from the reference's, in nats.
+        iou: intersection over union: of the whole mask, or the mean over boxes.
+        cosine: mean cosine similarity of the vectors.
+        lowest: the smallest IoU of a box or of one sample's mask, or cosine of a vector.
+        sentence: the same in words.
+    """
+
+    output: str
+    kind: OutputKind
+    samples: int
+    items: int
+    changed: int | None
+    first_changed: int | None
+    margin: float | None = None
+    margin_after: float | None = None
+    kl: float | None = None
+    iou: float | None = None
+    cosine: float | None = None
+    lowest: float | None = None
+    sentence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class OutputDistance:
     """The final divergence of one model output.
 
-    ``top1_agreement`` is the fraction of rows whose arg max agrees, None where the output
-    does not look like scores.
+    Attributes:
+        top1_agreement: fraction of rows whose arg max agrees, None where the output is not read
+            as scores.
+        kind: as what the output is read; ``kind_stated`` whether the user said so.
+        consequence: what the divergence does to that reading; None for kind ``none``.
+        spread: relative L2 by sample; its ``high_at`` is the worst sample.
+        nonfinite: samples with NaN or infinity on one side only, of which ``first_nonfinite`` is
+            the first.
+        one_step: fraction of an integer output's elements that are off by exactly one.
     """
 
     name: str
     distance: Distance
     top1_agreement: float | None = None
+    kind: OutputKind = "none"
+    kind_stated: bool = False
+    consequence: Consequence | None = None
+    spread: Spread | None = None
+    nonfinite: int = 0
+    first_nonfinite: int | None = None
+    one_step: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +371,24 @@ class TensorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What one form of a cause does to the outputs when the whole model has it.
+
+    Attributes:
+        relative_l2: of all outputs together, a mean over samples; infinite where a shape changes
+            or values become non-finite; None where it could not be run.
+        outputs: the same by output, with what it does to its reading.
+        failure: why it could not be run.
+    """
+
+    noise: str
+    variant: str
+    relative_l2: float | None
+    outputs: tuple[OutputDistance, ...]
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Hypothesis:
     """What replaying one cause on one segment did.
 
@@ -313,6 +433,14 @@ class Segment:
         explained: share of the introduced error that replaying ``noise`` reproduces.
         residual: introduced error left after the named cause, relative L2.
         unmeasured: why introduced could not be measured, or None.
+        leave_one_in_spread, impact_share_spread, explained_spread: the same by sample.
+        explained_on: index of the sample on which the cause was looked for, the first one on
+            which the introduced error was above its floor.
+        contradicted: samples on which the cause found there does not fit.
+        one_step: of integer outputs, the fraction of elements that this segment alone moved by
+            exactly one; None where it has none.
+        consequences: what its error alone does to what is read off the final outputs.
+        constants: where the compiled file's constants differ from the model's here, as sentences.
     """
 
     id: str
@@ -339,15 +467,69 @@ class Segment:
     tensors: tuple[TensorStats, ...] = ()
     concentration: Concentration | None = None
     unmeasured: str | None = None
+    leave_one_in_spread: Spread | None = None
+    impact_share_spread: Spread | None = None
+    explained_spread: Spread | None = None
+    explained_on: int | None = None
+    contradicted: int = 0
+    one_step: float | None = None
+    consequences: tuple[Consequence, ...] = ()
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryShare:
-    """Share of a backend's final divergence that one noise accounts for."""
+    """Share of a backend's final divergence that one noise accounts for, a mean over samples."""
 
     noise: str
     stage: Stage
     share: float
+    spread: Spread | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputChange:
+    """One output's relative L2 to the reference before and after; None where not comparable."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counterfactual:
+    """What building the plain program again without one factor did (``auditor.confirm``).
+
+    Errors are relative L2 of the final outputs to the reference, over ``samples`` samples and, of
+    all outputs together, their root mean square. A number is None where it was not measured or
+    where shapes or non-finite values disagree.
+
+    Attributes:
+        factor, options, noises: of the ``Switch``; ``noises`` are the causes that it speaks to.
+        conclusion: ``confirmed``, ``contradicted`` or ``partial``: what it says of these causes;
+            ``unchanged``: the outputs kept every bit; ``measured``: no cause that it speaks to
+            claims a share large enough to test; ``failed``: see ``failure``.
+        removed: 1 − (after / before)², the share of the squared divergence that went with the
+            factor.
+        claimed: share of the final divergence that these causes account for (``CategoryShare``,
+            summed); None when the factor speaks to no cause in particular.
+        latency_before, latency_after: median wall seconds of one run, both programs timed in turn.
+        failure: why it could not be built or run.
+    """
+
+    factor: str
+    options: dict[str, str]
+    noises: tuple[str, ...]
+    conclusion: Conclusion
+    samples: int = 0
+    before: float | None = None
+    after: float | None = None
+    removed: float | None = None
+    claimed: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    outputs: tuple[OutputChange, ...] = ()
+    failure: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,7 +537,8 @@ class BackendReport:
     """Everything known about one backend after the audit.
 
     Attributes:
-        booked: label and share of each telescoping group, in order; shares sum to 1.
+        booked: label and share of each telescoping group, in order; shares sum to 1. Means over
+            ``booked_samples`` samples; the categories' spreads say on how many those rest.
         additivity: Σ leave_one_in²; far from 1 means contributions do not add. None when not
             measured.
         warnings: sentences the reader must not miss.
@@ -377,6 +560,9 @@ class BackendReport:
     input_control: float | None = None  # amplification of 0.1 % input noise by the reference
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    unexplained_spread: Spread | None = None
+    booked_samples: int = 0
+    counterfactuals: tuple[Counterfactual, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +575,8 @@ class Finding:
         effect: relative L2 this segment's error alone causes in the final outputs.
         severity: from ``effect``. confidence: from the evidence. The two are independent.
         evidence: the experiments behind it, as sentences, strongest first.
+        fingerprint: names it across runs (``auditor.fingerprint``).
+        consequences: what its error alone does to what is read off the final outputs.
     """
 
     rank: int
@@ -410,6 +598,22 @@ class Finding:
     confidence: Confidence
     evidence: tuple[str, ...]
     remedy: str | None
+    fingerprint: str = ""
+    leave_one_in_spread: Spread | None = None
+    explained_spread: Spread | None = None
+    consequences: tuple[Consequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseInfo:
+    """What the catalogue says of a cause that this report names."""
+
+    id: str
+    stage: Stage
+    type: str  # SysNoise type (paper, Table 1)
+    title: str
+    cause: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,6 +633,10 @@ class AuditReport:
         outlier: the participant that stands apart from the others, or None.
         gaps: everything not audited, the backends' own gaps included.
         timing: wall seconds per stage of the audit.
+        fail_on: lowest severity, of a finding or of an output's divergence, that fails the audit.
+        requested: ids of the backends that the user named: without one of them the audit is
+            incomplete.
+        noises: the causes that this report names.
     """
 
     tool_version: str
@@ -443,3 +651,6 @@ class AuditReport:
     verdict: Verdict
     exit_code: int
     timing: dict[str, float]
+    fail_on: Severity = "medium"
+    requested: tuple[str, ...] = ()
+    noises: tuple[NoiseInfo, ...] = ()

@@ -649,6 +649,8 @@ class _Surgery:
     def _step(self, rank: int) -> onnx.GraphProto:
         """One step of the loop: sum ← round(sum + round(a ⊗ b))."""
         nodes = [
+            helper.make_node("Constant", [], ["last"], value_ints=[-1]),
+            helper.make_node("Constant", [], ["second"], value_ints=[-2]),
             helper.make_node("Unsqueeze", ["a", "last"], ["a1"]),
             helper.make_node("Unsqueeze", ["b", "second"], ["b1"]),
             helper.make_node("Mul", ["a1", "b1"], ["exact"]),
@@ -658,15 +660,11 @@ class _Surgery:
         ]
 
         def value(name: str, dims: int) -> onnx.ValueInfoProto:
-            shape = [f"{name}{i}" for i in range(dims)]
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            # No names for the sizes: ONNX Runtime takes equal ones in all loops for equal sizes.
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * dims)
 
-        axes = [
-            helper.make_tensor(name, TensorProto.INT64, (1,), (axis,))
-            for name, axis in (("last", -1), ("second", -2))
-        ]
         inputs = [value("sum", rank), value("a", rank - 1), value("b", rank - 1)]
-        return helper.make_graph(nodes, "step", inputs, [value("total", rank)], axes)
+        return helper.make_graph(nodes, "step", inputs, [value("total", rank)])
 
     def _new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Emit an FP32 node of the surgery's own and return its output."""

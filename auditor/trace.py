@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from auditor.errors import BackendError
 from auditor.ports import Arrays, Progress
-from auditor.records import BuildRequest, Gap, Probe, Provenance, Skipped
+from auditor.records import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
 from auditor.wire import decode, encode, load, save
 from auditor.worker import Worker, availability
 
 _REPEATS = 3  # plain runs of the first sample: enough to see a program that is not repeatable
+# A program without one of its factors may be slow; it gets this many times as long as the plain
+# one took, and some seconds more.
+_PATIENCE = 10.0
+_LEAST_PATIENCE = 30.0
+_ROUNDS = 5  # runs of each program from which a median latency is taken,
+_ROUNDS_SECONDS = 5.0  # and the time after which there are fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class Tracer:
     timeout: float
     progress: Progress
     provenance: Provenance | None = None
+    switches: tuple[Switch, ...] = ()
     probes: tuple[Probe, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     program_unchanged: bool = False
@@ -56,6 +63,7 @@ class Tracer:
     gap: Gap | None = None
     built_only: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    _request: BuildRequest | None = None
     _instrumented: bool = False
     _files: int = 0
 
@@ -80,7 +88,9 @@ class Tracer:
         except BackendError as error:
             self._fail(error)
             return
+        self._request = request
         self.provenance = decode(Provenance, answer["provenance"])
+        self.switches = decode(tuple[Switch, ...], answer["switches"])
         if answer["blocked"]:
             self.built_only = True
             self.gap = Gap(
@@ -123,11 +133,60 @@ class Tracer:
             run_to_run=plain["run_to_run"],
         )
 
-    def _call(self, stage: str, **arguments: Any) -> Any:
+    def ablate(self, switch: Switch) -> None:
+        """Build the plain program once more without one factor, beside the plain one.
+
+        The instrumented program is given up: no sample can be traced after this.
+
+        Raises:
+            BackendError: the engine cannot, crashed, or took far longer than for the plain one.
+            UsageError: it refused the options.
+        """
+        assert self._request is not None
+        request = replace(self._request, options=self._request.options | switch.options)
+        answer = self._patiently("ablate", "build", request=encode(request))
+        if answer["blocked"]:
+            raise BackendError(f"built, not run: {answer['blocked']}", stage="ablate")
+
+    def contrast(self, feeds: Arrays) -> tuple[Arrays, Arrays, bool]:
+        """Outputs of the plain program and of the ablated one; whether they share every bit.
+
+        Raises:
+            BackendError: a run failed, crashed, or took far longer than the plain one did.
+        """
+        stored = self._store(feeds)
+        try:
+            answer = self._patiently("contrast", "run", feeds=stored)
+        finally:
+            Path(stored["path"]).unlink(missing_ok=True)
+        outputs = self._fetch(answer["plain"]), self._fetch(answer["ablated"])
+        return *outputs, answer["bitwise_equal"]
+
+    def race(self, feeds: Arrays) -> tuple[float, float]:
+        """Median seconds of one run of the plain program and of the ablated one, run in turn.
+
+        Raises:
+            BackendError: as for ``contrast``.
+        """
+        stored = self._store(feeds)
+        try:
+            answer = self._patiently(
+                "race", "run", feeds=stored, rounds=_ROUNDS, seconds=_ROUNDS_SECONDS
+            )
+        finally:
+            Path(stored["path"]).unlink(missing_ok=True)
+        plain, ablated = answer
+        return plain, ablated
+
+    def _patiently(self, stage: str, like: str, **arguments: Any) -> Any:
+        patience = _LEAST_PATIENCE + _PATIENCE * self.seconds.get(like, 0.0)
+        return self._call(stage, min(patience, self.timeout), **arguments)
+
+    def _call(self, stage: str, timeout: float | None = None, **arguments: Any) -> Any:
         self.progress.update(self.id, stage)
         begun = time.perf_counter()
         try:
-            return self.worker.call(stage, timeout=self.timeout, **arguments)
+            return self.worker.call(stage, timeout=timeout or self.timeout, **arguments)
         finally:
             elapsed = time.perf_counter() - begun
             self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed

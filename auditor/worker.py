@@ -80,6 +80,11 @@ class Worker:
             error["message"], error["hint"], stage=error["stage"] or do, log=self._log_tail()
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the process and everything it started, within moments."""
         if self._process.stdin:
@@ -203,6 +208,7 @@ class _Session:
         self.backend = discovery.backend(backend)
         self.built: Any = None
         self.instrumented: Any = None
+        self.ablated: Any = None
         self.plain: Any = None
         self.files = 0
 
@@ -212,11 +218,17 @@ class _Session:
         return encode(self.backend.availability())
 
     def build(self, request: Any) -> Any:
+        from auditor.ports import Switchable
         from auditor.records import BuildRequest
         from auditor.wire import decode, encode
 
         self.built = self.backend.build(decode(BuildRequest, request))
-        return {"provenance": encode(self.built.provenance), "blocked": self.built.blocked}
+        switches = self.built.switches if isinstance(self.built, Switchable) else ()
+        return {
+            "provenance": encode(self.built.provenance),
+            "blocked": self.built.blocked,
+            "switches": encode(switches),
+        }
 
     def run(self, feeds: Any, repeats: int) -> Any:
         """Run the plain program ``repeats`` times; the first run's outputs are kept."""
@@ -254,6 +266,48 @@ class _Session:
             "difference": metrics.relative_l2(capture.outputs, self.plain, names),
             "tensors": self._save(capture.tensors),
         }
+
+    def ablate(self, request: Any) -> Any:
+        """Build another program beside the plain one; what was built so before is dropped."""
+        from auditor.records import BuildRequest
+        from auditor.wire import decode
+
+        self.instrumented = self.ablated = None  # never three programs in memory
+        self.ablated = self.backend.build(decode(BuildRequest, request))
+        return {"blocked": self.ablated.blocked}
+
+    def contrast(self, feeds: Any) -> Any:
+        """Run the plain program and the ablated one."""
+        from auditor import metrics
+
+        inputs = self._load(feeds)
+        plain, ablated = self.built.run(inputs), self.ablated.run(inputs)
+        return {
+            "bitwise_equal": metrics.bitwise_equal(ablated, plain),
+            "plain": self._save(plain),
+            "ablated": self._save(ablated),
+        }
+
+    def race(self, feeds: Any, rounds: int, seconds: float) -> Any:
+        """Median wall seconds of one run of the plain program and of the ablated one.
+
+        They run in turn, so that whatever else the machine does slows both alike; no new round
+        begins once ``seconds`` are over.
+        """
+        import statistics
+        import time
+
+        inputs = self._load(feeds)
+        taken: tuple[list[float], list[float]] = ([], [])
+        begun = time.perf_counter()
+        for number in range(rounds):
+            if number and time.perf_counter() - begun > seconds:
+                break
+            for build, times in zip((self.built, self.ablated), taken, strict=True):
+                start = time.perf_counter()
+                build.run(inputs)
+                times.append(time.perf_counter() - start)
+        return [statistics.median(times) for times in taken]
 
     def _save(self, tensors: Any) -> Any:
         from auditor.wire import save

@@ -13,6 +13,7 @@ null in                                means
 ``relative_l2``, ``max_abs``,          infinite: the two cannot be compared value by value
 ``accumulated``, ``introduced``,       (``mismatch`` says why where it is known)
 ``inherited``, ``residual``, ``floor``
+a number of a spread                   infinite
 ``sqnr_db``                            infinite; minus infinite if ``relative_l2`` is null too
 ``cosine``, a value range, a share     undefined (NaN)
 ``explained`` of a hypothesis          minus infinite: the replay is infinitely far off
@@ -37,6 +38,7 @@ from auditor.records import (
     CategoryShare,
     Concentration,
     Confidence,
+    Consequence,
     Distance,
     Fidelity,
     FidelityProof,
@@ -45,12 +47,15 @@ from auditor.records import (
     Hypothesis,
     Kernel,
     ModelInfo,
+    NoiseInfo,
     OutputDistance,
+    OutputKind,
     Provenance,
     ReferenceInfo,
     Segment,
     Severity,
     Skipped,
+    Spread,
     Stage,
     Status,
     StimulusInfo,
@@ -327,9 +332,52 @@ def _load_edge(data: object, path: str) -> float:
     return _SHARE.load(data, path)
 
 
+_SPREAD = _optional(
+    _record(
+        Spread,
+        {
+            "samples": _INT,
+            "mean": _ERROR,
+            "deviation": _ERROR,
+            "low": _ERROR,
+            "high": _ERROR,
+            "low_at": _INT,
+            "high_at": _INT,
+        },
+    )
+)
+_CONSEQUENCE = _record(
+    Consequence,
+    {
+        "output": _TEXT,
+        "kind": _choice(OutputKind),
+        "samples": _INT,
+        "items": _INT,
+        "changed": _optional(_INT),
+        "first_changed": _optional(_INT),
+        "margin": _MEASURED,
+        "margin_after": _MEASURED,
+        "kl": _MEASURED,
+        "iou": _MEASURED,
+        "cosine": _MEASURED,
+        "lowest": _MEASURED,
+        "sentence": _TEXT,
+    },
+)
 _OUTPUT = _record(
     OutputDistance,
-    {"name": _TEXT, "distance": _DISTANCE, "top1_agreement": _MEASURED},
+    {
+        "name": _TEXT,
+        "distance": _DISTANCE,
+        "top1_agreement": _MEASURED,
+        "kind": _choice(OutputKind),
+        "kind_stated": _BOOL,
+        "consequence": _optional(_CONSEQUENCE),
+        "spread": _SPREAD,
+        "nonfinite": _INT,
+        "first_nonfinite": _optional(_INT),
+        "one_step": _MEASURED,
+    },
     "distance",
 )
 _PLAIN_TENSOR = _record(
@@ -396,9 +444,20 @@ _SEGMENT = _record(
         "tensors": _many(_TENSOR),
         "concentration": _optional(_CONCENTRATION),
         "unmeasured": _MAYBE_TEXT,
+        "leave_one_in_spread": _SPREAD,
+        "impact_share_spread": _SPREAD,
+        "explained_spread": _SPREAD,
+        "explained_on": _optional(_INT),
+        "contradicted": _INT,
+        "one_step": _MEASURED,
+        "consequences": _many(_CONSEQUENCE),
+        "constants": _TEXTS,
     },
 )
-_CATEGORY = _record(CategoryShare, {"noise": _TEXT, "stage": _choice(Stage), "share": _SHARE})
+_CATEGORY = _record(
+    CategoryShare,
+    {"noise": _TEXT, "stage": _choice(Stage), "share": _SHARE, "spread": _SPREAD},
+)
 
 
 def _dump_booked(value: tuple[str, float]) -> object:
@@ -432,6 +491,8 @@ _BACKEND = _record(
         "input_control": _MEASURED,
         "warnings": _TEXTS,
         "seconds": _keyed(_ERROR),
+        "unexplained_spread": _SPREAD,
+        "booked_samples": _INT,
     },
 )
 _FINDING = _record(
@@ -456,6 +517,21 @@ _FINDING = _record(
         "confidence": _choice(Confidence),
         "evidence": _TEXTS,
         "remedy": _MAYBE_TEXT,
+        "fingerprint": _TEXT,
+        "leave_one_in_spread": _SPREAD,
+        "explained_spread": _SPREAD,
+        "consequences": _many(_CONSEQUENCE),
+    },
+)
+_NOISE = _record(
+    NoiseInfo,
+    {
+        "id": _TEXT,
+        "stage": _choice(Stage),
+        "type": _TEXT,
+        "title": _TEXT,
+        "cause": _TEXT,
+        "source": _TEXT,
     },
 )
 _AGREEMENT = _record(Agreement, {"a": _TEXT, "b": _TEXT, "relative_l2": _ERROR})
@@ -471,7 +547,11 @@ _BODY: dict[str, _Codec[Any]] = {
     "verdict": _choice(Verdict),
     "exit_code": _INT,
     "timing": _keyed(_ERROR),
+    "fail_on": _choice(Severity),
+    "requested": _TEXTS,
+    "noises": _many(_NOISE),
 }
+_ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 
 
 # --- the interface -------------------------------------------------------------------------------
@@ -508,7 +588,11 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
             "Show it with the version of the auditor that wrote it, or run the audit again.",
         )
     try:
-        values = {key: codec.load(_get(data, key), key) for key, codec in _BODY.items()}
+        values = {
+            key: codec.load(_get(data, key), key)
+            for key, codec in _BODY.items()
+            if key in data or key not in _ADDED
+        }
         tool = _object(_get(data, "tool"), "tool")
         return AuditReport(tool_version=_TEXT.load(tool.get("version"), "tool.version"), **values)
     except _MalformedError as error:
@@ -548,6 +632,11 @@ class _Json:
     def name(self) -> str:
         """The name in ``--format``."""
         return "json"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The endings of a file's name that mean this format."""
+        return (".json",)
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as ASCII JSON text, keys sorted so that two reports can be diffed."""

@@ -1,13 +1,12 @@
 """The report for people, in a terminal; the only user of Rich.
 
 Every name in a report comes from a model file or an engine and is untrusted. Records are made
-harmless as a whole before anything is drawn (``_visible``), and text is never parsed as markup.
-Rich is imported when something is drawn, so that ``audit --help`` does not wait for it.
+harmless as a whole before anything is drawn (``words.visible``), and text is never parsed as
+markup. Rich is imported when something is drawn, so that ``audit --help`` does not wait for it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import io
 import math
@@ -16,10 +15,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from auditor.errors import UsageError
-from auditor.records import SEVERITIES
+from reports import _words as words
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -31,13 +30,10 @@ if TYPE_CHECKING:
         Availability,
         BackendReport,
         Distance,
-        FidelityProof,
         Finding,
         Gap,
-        Provenance,
         Segment,
-        Skipped,
-        Status,
+        Sensitivity,
         TensorStats,
     )
 
@@ -55,7 +51,6 @@ _REASON = 600  # characters of an engine's message shown; the JSON report has al
 _NARROWEST_NAME = 8
 _TAG = 15
 
-_NONE = "-"
 _COLORS: dict[str, str] = {
     "critical": "bold red",
     "high": "red",
@@ -66,8 +61,6 @@ _COLORS: dict[str, str] = {
     "fail": "bold reverse red",
     "incomplete": "bold reverse yellow",
 }
-
-T = TypeVar("T")
 
 
 # --- the interface -------------------------------------------------------------------------------
@@ -81,9 +74,14 @@ class _Terminal:
         """The name in ``--format``."""
         return "terminal"
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The endings of a file's name that mean this format."""
+        return (".txt",)
+
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report: verdict, backends, offenders, agreement, gaps."""
-        report = _visible(report)
+        report = words.visible(report)
         page = _Page(width, color)
         _draw_verdict(page, report)
         _draw_backends(page, report)
@@ -109,12 +107,12 @@ def render_segment(report: AuditReport, name: str, width: int | None, color: boo
     Raises:
         UsageError: nothing in the report has that name.
     """
-    report = _visible(report)
-    found = _find(report, _visible(name))
+    report = words.visible(report)
+    found = _find(report, words.visible(name))
     page = _Page(width, color)
     crowd = Counter(backend.id for backend, _ in found)
     if max(crowd.values()) > _MOST_MATCHES:
-        _draw_matches(page, _visible(name), found)
+        _draw_matches(page, words.visible(name), found)
     else:
         for backend, segment in found:
             _draw_segment(page, report, backend, segment)
@@ -128,7 +126,7 @@ def render_backends(
     page = _Page(width, color)
     columns = (_Column("backend"), _Column("engine"), _Column("version"), _Column("devices"))
     table: list[_Row] = []
-    for id, answer in _visible(tuple(rows)):
+    for id, answer in words.visible(tuple(rows)):
         if not answer.available:
             details = [_detail("reason", _Span(answer.reason or "not available", "yellow"))]
             if answer.remedy:
@@ -137,9 +135,9 @@ def render_backends(
             table.append(_Row(cells, tuple(details)))
             continue
         devices = [_Span(f"{id}:{d.id}  {d.name}" if d.id else d.name) for d in answer.devices] or [
-            _Span(_NONE)
+            _Span(words.NONE)
         ]
-        head = (_Span(id, "bold"), _Span(answer.engine), _Span(answer.version or _NONE))
+        head = (_Span(id, "bold"), _Span(answer.engine), _Span(answer.version or words.NONE))
         table.append(_Row((*head, devices[0])))
         table += [_Row((_Span(""), _Span(""), _Span(""), device)) for device in devices[1:]]
     page.rule("Backends on this machine")
@@ -148,15 +146,111 @@ def render_backends(
 
 
 def render_noises(rows: Sequence[Noise], width: int | None, color: bool) -> str:
-    """What ``audit noises`` lists: each cause that can be replayed, and where it comes from."""
+    """What ``audit noises`` lists: each cause that can be replayed, and where it is looked for."""
     page = _Page(width, color)
     page.rule("Causes that can be replayed")
     for noise in rows:
         page.say(_Span(noise.id, "bold"), _Span(f"  {noise.stage}, {noise.type}", "dim"))
         page.say(_Span(noise.title), indent=2)
-        page.say(_Span(noise.cause, "dim"), indent=2)
-        page.say(_Span(f"Source: {noise.source}", "dim"), indent=2)
+    page.blank()
+    page.say(_Span("`audit explain ID` shows one of them in full.", "dim"))
     return page.text()
+
+
+def render_noise(noise: Noise, width: int | None, color: bool) -> str:
+    """What ``audit explain ID`` shows: one cause in full."""
+    page = _Page(width, color)
+    page.rule(noise.id)
+    page.say(_Span(noise.title, "bold"))
+    page.say(_Span(noise.cause))
+    page.blank()
+    facts = [
+        ("stage", noise.stage),
+        ("type", noise.type),
+        ("applies to", noise.applies),
+        *(("" if i else "forms tested", form) for i, form in enumerate(noise.forms)),
+        ("remedy", noise.advice),
+        *((f"  on {backend}", text) for backend, text in noise.remedies.items()),
+        *(
+            ("" if i else "switched off by", f"--option {backend}.{key}={value}")
+            for i, (backend, key, value) in enumerate(
+                (b, *item) for b, options in noise.ablations.items() for item in options.items()
+            )
+        ),
+        ("source", noise.source),
+    ]
+    begin = 2 + max(_cells(label) for label, _ in facts)
+    for label, text in facts:
+        page.say(_Span(text), label=_Span(label, "dim"), begin=begin)
+    return page.text()
+
+
+def render_sensitivities(
+    rows: Sequence[Sensitivity],
+    notes: Sequence[str],
+    width: int | None,
+    color: bool,
+    *,
+    every: bool,
+) -> str:
+    """What ``audit sensitivity`` shows: causes by what they would do to the outputs, worst first.
+
+    Args:
+        rows: what was simulated.
+        notes: what the reader must know of the simulation, as sentences.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+        every: a line for each form instead of one for each cause.
+    """
+    rows, notes = words.visible((tuple(rows), tuple(notes)))
+    page = _Page(width, color)
+    page.rule("What each cause would do to the outputs, in the whole model")
+    ran: dict[tuple[str, ...], list[Sensitivity]] = {}
+    for row in rows:
+        if row.relative_l2 is not None:
+            ran.setdefault((row.noise, row.variant) if every else (row.noise,), []).append(row)
+    groups = [sorted(g, key=_moved, reverse=True) for g in ran.values()]
+    groups.sort(key=lambda group: _moved(group[0]), reverse=True)
+    columns = (_Column("cause"), _Column("forms", right=True), _Column("mean", right=True))
+    table = [_sensitivity_row(group, every=every) for group in groups]
+    page.grid((*columns, _Column("worst", right=True), _Column("")), table)
+    if not table:
+        page.say(_Span("No cause applies to this model.", "dim"))
+    failed = [row for row in rows if row.failure is not None]
+    if failed or notes:
+        page.rule("Not simulated")
+    for row in failed:
+        page.say(
+            _Span(f"{row.variant}: " if row.variant else ""),
+            _Span(row.failure or "", "dim"),
+            label=_Span(f"{row.noise}  ", "bold"),
+        )
+    for note in notes:
+        page.say(_Span(note, "dim"))
+    return page.text()
+
+
+def _moved(row: Sensitivity) -> float:
+    return -1.0 if row.relative_l2 is None else row.relative_l2
+
+
+def _sensitivity_row(group: Sequence[Sensitivity], *, every: bool) -> _Row:
+    worst = group[0]
+    finite = [_moved(row) for row in group if math.isfinite(_moved(row))]
+    cells = (
+        _Span(worst.noise, "bold"),
+        _Span(str(len(group))),
+        _Span(words.error(sum(finite) / len(finite) if finite else math.inf)),
+        _Span(words.error(worst.relative_l2)),
+    )
+    label = "form" if every else "worst"
+    said = [_detail(label, _Span(worst.variant))]
+    for output in worst.outputs:
+        if math.isinf(output.distance.relative_l2):
+            said.append(_detail(output.name, _Span(words.distance(output))))
+        elif output.consequence is not None and output.distance.relative_l2 > 0:
+            said.append(_detail(output.name, _Span(output.consequence.sentence)))
+    return _Row(cells, tuple(said))
 
 
 def print_error(message: str, hint: str) -> None:
@@ -168,7 +262,10 @@ def print_error(message: str, hint: str) -> None:
     for label, style, text in (("error: ", "bold red", message), ("hint: ", "bold cyan", hint)):
         if text:
             first, *rest = text.splitlines()
-            lines = [_visible(first), *(f"  {_visible(line)}" for line in rest if line.strip())]
+            lines = [
+                words.visible(first),
+                *(f"  {words.visible(line)}" for line in rest if line.strip()),
+            ]
             console.print(Text.assemble((label, style), "\n".join(lines)), soft_wrap=True)
 
 
@@ -192,9 +289,9 @@ class LiveProgress:
                 return
             display = self._display or self._start()
             if who in self._tasks:
-                display.reset(self._tasks[who], description=_visible(stage))
+                display.reset(self._tasks[who], description=words.visible(stage))
             else:
-                self._tasks[who] = display.add_task(_visible(stage), who=_visible(who))
+                self._tasks[who] = display.add_task(words.visible(stage), who=words.visible(who))
 
     def close(self) -> None:
         """Remove the display and restore the terminal; later updates show nothing."""
@@ -220,100 +317,18 @@ class LiveProgress:
         return self._display
 
 
-# --- making names harmless -----------------------------------------------------------------------
-
-
-def _visible(value: T) -> T:
-    """The same value with every unprintable character of its strings as a visible escape.
-
-    Escapes, line breaks, direction overrides and lone surrogates can rewrite a terminal or make
-    one name look like another.
-    """
-    if isinstance(value, str):
-        return value if value.isprintable() else cast(T, "".join(map(_escape, value)))
-    if isinstance(value, tuple):
-        return cast(T, tuple(_visible(item) for item in value))
-    if isinstance(value, dict):
-        return cast(T, {_visible(k): _visible(v) for k, v in value.items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: _visible(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changes)
-    return value
-
-
-def _escape(character: str) -> str:
-    if character.isprintable():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
-
-
 # --- figures -------------------------------------------------------------------------------------
-
-
-def _error(value: float | None) -> str:
-    """A relative error with two significant digits: ``1.2e-2``."""
-    if value is None or math.isnan(value):
-        return _NONE
-    if math.isinf(value):
-        return "n/a"
-    if value == 0:
-        return "0"
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def _plain(value: float) -> str:
-    """Any number with three significant digits."""
-    if math.isnan(value):
-        return _NONE
-    if math.isinf(value):
-        return "∞" if value > 0 else "-∞"
-    digits, e, exponent = f"{value:.3g}".partition("e")
-    return f"{digits}e{int(exponent)}" if e else digits
-
-
-def _percent(share: float | None) -> str:
-    """A share in per cent; never rounded up to 100% or down to 0%."""
-    if share is None or math.isnan(share):
-        return _NONE
-    value = 100 * share
-    size = abs(value)
-    if math.isinf(value) or size >= 1e5:
-        return f"{_plain(value)}%"
-    if size == 0 or size >= 100:
-        return f"{value:.0f}%"
-    if size < 0.01:
-        return "<0.01%" if value > 0 else ">-0.01%"
-    if size >= 99.95:
-        return f"{math.trunc(value * 100) / 100:.2f}%"
-    return f"{value:.2f}%" if size < 0.995 else f"{value:.1f}%"
 
 
 def _score(explained: float) -> str:
     """Share explained as a score: 1 reproduces the error; never rounded up to 1."""
     if not math.isfinite(explained) or abs(explained) >= 10:
-        return _plain(explained)
+        return words.plain(explained)
     return f"{math.floor(explained * 1e4) / 1e4:.4f}"
 
 
-def _decibels(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else _plain(value)
-
-
-def _cosine(value: float) -> str:
-    return _NONE if math.isnan(value) else f"{value:.6f}"
-
-
 def _range(pair: tuple[float, float]) -> str:
-    return f"{_plain(pair[0])} to {_plain(pair[1])}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _dims(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return f"{words.plain(pair[0])} to {words.plain(pair[1])}"
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -518,7 +533,7 @@ def _name_nodes(labels: Sequence[str], room: int, root: str = "") -> str:
         root: a folder that every name nearby begins with, shortened to ``…/``.
     """
     if not labels:
-        return _NONE
+        return words.NONE
     folder = _folder(labels)
     first = labels[0].removeprefix(root) if root else labels[0]
     first = f"…/{first}" if root else first
@@ -548,24 +563,24 @@ def _draw_verdict(page: _Page, report: AuditReport) -> None:
         _Span(f"  {os.path.basename(model.path)}", "bold"),
         _Span(f"  exit code {report.exit_code}", "dim"),
     )
-    page.say(_Span(_headline(report)), label=_tag("verdict", 11))
+    page.say(_Span(words.headline(report)), label=_tag("verdict", 11))
     producer = f", from {model.producer}" if model.producer else ""
     page.say(
         _Span(
             f"{model.path}, sha256 {model.sha256[:12]}, opset {model.opset}, "
-            f"{_count(model.nodes, 'node')}, {model.parameters:,} parameters{producer}",
+            f"{words.count(model.nodes, 'node')}, {model.parameters:,} parameters{producer}",
             "dim",
         ),
         label=_tag("model", 11),
     )
     if model.candidate:
         page.say(_Span(f"{model.candidate}, compiled by the backends"), label=_tag("candidate", 11))
-    shapes = ", ".join(f"{name} {_dims(shape)}" for name, shape in stimulus.shapes.items())
+    shapes = ", ".join(f"{name} {words.dims(shape)}" for name, shape in stimulus.shapes.items())
     seed = f", seed {stimulus.seed}" if stimulus.seed is not None else ""
     source = f" from {stimulus.source}" if stimulus.source else ""
     page.say(
         _Span(
-            f"{_count(stimulus.samples, stimulus.kind + ' sample')}{source}{seed}: {shapes}",
+            f"{words.count(stimulus.samples, stimulus.kind + ' sample')}{source}{seed}: {shapes}",
             "yellow" if stimulus.kind == "synthetic" else "dim",
         ),
         label=_tag("inputs", 11),
@@ -576,28 +591,6 @@ def _draw_verdict(page: _Page, report: AuditReport) -> None:
         _Span(f"{reference.engine} {reference.version}, {reference.precision}", "dim"),
         label=_tag("reference", 11),
     )
-
-
-def _headline(report: AuditReport) -> str:
-    """The verdict's reason in one sentence."""
-    worst = max(
-        ((o.distance.relative_l2, b.id) for b in report.backends for o in b.outputs), default=None
-    )
-    if worst is None:
-        return "no backend could be compared with the reference"
-    error, who = worst
-    if math.isinf(error):
-        said = f"an output of {who} cannot be compared with the reference's"
-    elif error == 0:
-        said = "every backend's outputs equal the reference's"
-    else:
-        said = f"largest divergence of an output: {_error(error)} relative L2 on {who}"
-    counts = Counter(finding.severity for finding in report.findings)
-    parts = [f"{counts[s]} {s}" for s in reversed(SEVERITIES) if counts[s]]
-    found = _count(len(report.findings), "finding") + (f" ({', '.join(parts)})" if parts else "")
-    without = [b.id for b in report.backends if b.status != "audited"]
-    missing = f"; no comparison with {', '.join(without)}" if without else ""
-    return f"{said}; {found}{missing}"
 
 
 _FIGURES = (
@@ -638,9 +631,9 @@ def _backend_rows(backend: BackendReport, beside: int) -> list[_Row]:
         return [_Row((who, _Span(_elide(reason, _REASON), style)))]
     proof = _Span("not proved: nothing was captured", "yellow")
     if backend.fidelity:
-        good = _proved(backend.fidelity)
-        proof = _Span(_proof(backend.fidelity), "green" if good else "yellow")
-    said = (_Span(_causes(backend)), proof)
+        good = words.proved(backend.fidelity)
+        proof = _Span(words.proof(backend.fidelity), "green" if good else "yellow")
+    said = (_Span(words.causes(backend)), proof)
     rows: list[_Row] = []
     worst = sorted(backend.outputs, key=lambda o: -o.distance.relative_l2)
     for output in worst[:_MOST_OUTPUTS]:
@@ -653,11 +646,11 @@ def _backend_rows(backend: BackendReport, beside: int) -> list[_Row]:
         cells = (
             first,
             _Span(output.name),
-            _Span(_error(d.relative_l2), "bold"),
-            _Span(_plain(d.max_abs)),
-            _Span(_decibels(d.sqnr_db)),
-            _Span(_cosine(d.cosine)),
-            _Span(_percent(output.top1_agreement)),
+            _Span(words.error(d.relative_l2), "bold"),
+            _Span(words.plain(d.max_abs)),
+            _Span(words.decibels(d.sqnr_db)),
+            _Span(words.cosine(d.cosine)),
+            _Span(words.percent(output.top1_agreement)),
         )
         rows.append(_Row(cells + (((_Span(""),) * beside) if rows else said[:beside])))
     if len(worst) > _MOST_OUTPUTS:
@@ -671,59 +664,19 @@ def _backend_rows(backend: BackendReport, beside: int) -> list[_Row]:
 def _backend_facts(backend: BackendReport) -> Iterable[_Span]:
     """What ran, and what the reader must know about it."""
     if backend.provenance:
-        yield _Span(_ran(backend.provenance, backend.status), "dim")
+        yield _Span(words.ran(backend.provenance, backend.status), "dim")
     if backend.input_control is not None:
-        times = _plain(backend.input_control)
+        times = words.plain(backend.input_control)
         yield _Span(f"control: the reference amplifies noise on its input {times} times", "dim")
+    for output in sorted(backend.outputs, key=lambda o: -o.distance.relative_l2)[:_MOST_OUTPUTS]:
+        if told := words.told(output):
+            yield _Span(told)
+    if books := words.books(backend):
+        yield _Span(books, "dim")
     for note in backend.provenance.notes if backend.provenance else ():
         yield _Span(f"note: {note}")
     for warning in backend.warnings:
         yield _Span(f"warning: {warning}", "yellow")
-
-
-def _causes(backend: BackendReport) -> str:
-    """Where the final divergence comes from."""
-    parts = [
-        f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {_percent(c.share)}"
-        for c in sorted(backend.categories, key=lambda c: -c.share)
-    ]
-    if backend.unexplained_share or not parts:
-        parts.append(f"unexplained {_percent(backend.unexplained_share)}")
-    if all(o.distance.relative_l2 == 0 for o in backend.outputs):
-        return "nothing to explain"
-    return ", ".join(parts)
-
-
-def _proved(proof: FidelityProof) -> bool:
-    return proof.outputs_bitwise_equal and proof.program_unchanged and not proof.perturbing
-
-
-def _proof(proof: FidelityProof) -> str:
-    """Whether observing changed the program, in words."""
-    seen = proof.output_proved + proof.cone_proved
-    outputs = "outputs bitwise equal" if proof.outputs_bitwise_equal else "outputs differ"
-    program = "program unchanged" if proof.program_unchanged else "program changed"
-    facts = [f"{seen}/{proof.candidates} tensors", outputs, program]
-    if proof.cone_proved:
-        facts[0] += f" ({proof.cone_proved} by cone)"
-    if proof.perturbing:
-        facts.insert(1, f"{proof.perturbing} perturbing")
-    if proof.run_to_run > 0:
-        facts.append(f"run-to-run noise {_error(proof.run_to_run)}")
-    if proof.rebuild:
-        facts.append(f"rebuild noise {_error(proof.rebuild)}")
-    return f"{'proved' if _proved(proof) else 'not proved'}: {', '.join(facts)}"
-
-
-def _ran(made: Provenance, status: Status) -> str:
-    """Engine, device, and the precisions that the engine says it computes in."""
-    counts = Counter(k.precision for k in made.kernels if k.precision)
-    kinds = ", ".join(f"{number} {precision}" for precision, number in counts.most_common())
-    said = "built by " if status == "built" else ""
-    said += f"{made.engine} {made.version}{f' on {made.device}' if made.device else ''}"
-    if made.kernels:
-        said += f", {_count(len(made.kernels), 'kernel')}{f' ({kinds})' if kinds else ''}"
-    return said + "".join(f", {key}={value}" for key, value in made.options.items())
 
 
 def _draw_findings(page: _Page, report: AuditReport) -> None:
@@ -772,7 +725,7 @@ def _draw_findings(page: _Page, report: AuditReport) -> None:
     )
     for (who, noise, remedy), number in remedies.items():
         page.say(
-            _Span(f"{who}, {noise} ({_count(number, 'finding')}): ", "bold"),
+            _Span(f"{who}, {noise} ({words.count(number, 'finding')}): ", "bold"),
             _Span(remedy),
             label=_Span("remedy   ", "green"),
         )
@@ -784,24 +737,34 @@ def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
         _Span(str(finding.rank), "bold"),
         _Span(finding.severity, _COLORS[finding.severity]),
         _Span(finding.backend),
-        _Span(_percent(finding.leave_one_in), "bold"),
-        _Span(_percent(finding.impact_share)),
-        _Span(_error(finding.introduced)),
-        _Span(_percent(finding.explained)),
-        _Span(_percent(finding.bit_identical)),
+        _Span(words.percent(finding.leave_one_in), "bold"),
+        _Span(words.percent(finding.impact_share)),
+        _Span(words.error(finding.introduced)),
+        _Span(words.percent(finding.explained)),
+        _Span(words.percent(finding.bit_identical)),
     )
     beside = (_Span(finding.confidence), _Span(finding.segment), cause)
+    effects = tuple(
+        (_Span("  "), _Span(text, "dim"))
+        for text in (
+            _varied("alone:", words.alone(finding.consequences)),
+            _varied("impact", words.ranged(finding.leave_one_in_spread, words.percent)),
+        )
+        if text
+    )
     kernel = finding.kernel or "kernel not stated"
     if page.width >= _WIDE:
         names = _Span(_name_nodes(finding.nodes, page.width * 3 // 10, root))
         operators = _Span(_join(finding.op_types, ", ", page.width // 8))
-        return _Row((*cells, *beside, names, operators, _Span(_elide(kernel, page.width // 4))))
+        ran = _elide(kernel, page.width // 4)
+        return _Row((*cells, *beside, names, operators, _Span(ran)), effects)
     room = page.width - 4
     if page.width >= _MEDIUM:
         ran = f"  {_elide(kernel, room // 3)}"
         operators = _Span(f"  {_join(finding.op_types, ', ', room // 3)}", "dim")
         names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text) - _cells(ran), root))
-        return _Row((*cells, *beside), ((_Span("  "), names, operators, _Span(ran, "dim")),))
+        named = (_Span("  "), names, operators, _Span(ran, "dim"))
+        return _Row((*cells, *beside), (named, *effects))
     operators = _Span(f" ({_join(finding.op_types, ', ', room // 3)})", "dim")
     names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text), root))
     start = f"{finding.segment}: "
@@ -813,8 +776,13 @@ def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
         (
             (_Span("  "), names, operators),
             (_Span("  "), _Span(start), cause, _Span(told), _Span(ran, "dim")),
+            *effects,
         ),
     )
+
+
+def _varied(what: str, told: str) -> str:
+    return f"{what} {told}" if told else ""
 
 
 def _draw_agreement(page: _Page, report: AuditReport) -> None:
@@ -828,13 +796,13 @@ def _draw_agreement(page: _Page, report: AuditReport) -> None:
     for i, a in enumerate(names[:-1]):
         cells = [_Span(a, "bold" if a == report.outlier else "")]
         for j, b in enumerate(names[1:], 1):
-            text = _error(between.get(frozenset((a, b)))) if j > i else ""
+            text = words.error(between.get(frozenset((a, b)))) if j > i else ""
             cells.append(_Span(text, "bold" if report.outlier in (a, b) else ""))
         rows.append(_Row(tuple(cells)))
     if not page.fits(columns, rows):
         columns = [_Column(""), _Column(""), _Column("", right=True)]
         pairs = sorted(report.agreement, key=lambda p: -p.relative_l2)
-        rows = [_Row((_Span(p.a), _Span(p.b), _Span(_error(p.relative_l2)))) for p in pairs]
+        rows = [_Row((_Span(p.a), _Span(p.b), _Span(words.error(p.relative_l2)))) for p in pairs]
     page.grid(columns, rows)
     page.say(_outlier(report, names))
 
@@ -845,10 +813,8 @@ def _outlier(report: AuditReport, names: Sequence[str]) -> _Span:
         why = "two participants cannot outvote each other" if few else "nobody stands apart"
         return _Span(f"No outlier: {why}.", "dim")
     others = [p.relative_l2 for p in report.agreement if report.outlier not in (p.a, p.b)]
-    return _Span(
-        f"Outlier: {report.outlier}; the others agree within {_error(max(others, default=0.0))}.",
-        "yellow",
-    )
+    within = words.error(max(others, default=0.0))
+    return _Span(f"Outlier: {report.outlier}; the others agree within {within}.", "yellow")
 
 
 def _draw_gaps(page: _Page, report: AuditReport) -> None:
@@ -859,7 +825,7 @@ def _draw_gaps(page: _Page, report: AuditReport) -> None:
     for gap in report.gaps:
         _draw_gap(page, gap)
     for who, proof in skipped:
-        for reason, tensors in _by_reason(proof.skipped).items():
+        for reason, tensors in words.by_reason(proof.skipped).items():
             names = ", ".join(_elide(t, page.width // 2) for t in tensors[:_MOST_NAMES])
             more = f" and {len(tensors) - _MOST_NAMES} more" if len(tensors) > _MOST_NAMES else ""
             page.say(
@@ -882,13 +848,6 @@ def _draw_gap(page: _Page, gap: Gap) -> None:
     for line in gap.log[-3:]:
         said = _Span(_elide(line, 2 * page.width), "dim")
         page.say(said, indent=9, label=_Span("log: ", "dim"))
-
-
-def _by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for skip in skipped:
-        found.setdefault(skip.reason, []).append(skip.tensor)
-    return found
 
 
 def _draw_footer(page: _Page, report: AuditReport) -> None:
@@ -954,9 +913,9 @@ def _draw_matches(page: _Page, name: str, found: Sequence[tuple[BackendReport, S
             (
                 _Span(backend.id),
                 _Span(segment.id, "bold"),
-                _Span(_error(segment.accumulated)),
-                _Span(_error(segment.introduced)),
-                _Span(_percent(segment.leave_one_in)),
+                _Span(words.error(segment.accumulated)),
+                _Span(words.error(segment.introduced)),
+                _Span(words.percent(segment.leave_one_in)),
                 _Span(_cause(segment)),
                 _Span(_name_nodes(segment.nodes, page.width // 2, root)),
             )
@@ -970,7 +929,7 @@ def _draw_matches(page: _Page, name: str, found: Sequence[tuple[BackendReport, S
 def _cause(segment: Segment) -> str:
     if segment.unmeasured:
         return "not measured"
-    return segment.noise or ("unexplained" if segment.introduced > segment.floor else _NONE)
+    return segment.noise or ("unexplained" if segment.introduced > segment.floor else words.NONE)
 
 
 def _draw_segment(
@@ -1030,31 +989,49 @@ def _draw_errors(page: _Page, segment: Segment) -> None:
     if segment.unmeasured:
         page.say(_Span(segment.unmeasured, "yellow"), label=_tag("not measured"))
     ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
-    above = "below its floor" if ratio <= 1 else f"{_plain(ratio)} times its floor"
+    above = "below its floor" if ratio <= 1 else f"{words.plain(ratio)} times its floor"
     page.say(
-        _Span(f"introduced {_error(segment.introduced)}", "bold"),
-        _Span(f" ({above} {_error(segment.floor)})"),
+        _Span(f"introduced {words.error(segment.introduced)}", "bold"),
+        _Span(f" ({above} {words.error(segment.floor)})"),
         _Span(
-            f", inherited {_error(segment.inherited)}, accumulated {_error(segment.accumulated)}"
+            f", inherited {words.error(segment.inherited)}, "
+            f"accumulated {words.error(segment.accumulated)}"
         ),
         label=_tag("relative L2"),
     )
     if segment.amplification is not None:
         page.say(
-            _Span(f"accumulated error leaves {_plain(segment.amplification)} times as it entered"),
+            _Span(
+                f"accumulated error leaves {words.plain(segment.amplification)} times as it entered"
+            ),
             label=_tag("amplification"),
         )
     impact = "not measured"
     if segment.leave_one_in is not None:
-        impact = f"its error alone makes {_percent(segment.leave_one_in)} of the final divergence"
+        impact = (
+            f"its error alone makes {words.percent(segment.leave_one_in)} of the final divergence"
+        )
     if segment.impact_share is not None:
-        impact += f"; share in the exact book-keeping {_percent(segment.impact_share)}"
+        impact += f"; share in the exact book-keeping {words.percent(segment.impact_share)}"
     page.say(_Span(impact), label=_tag("impact"))
+    for what, spread in (
+        ("its error alone", segment.leave_one_in_spread),
+        ("share", segment.impact_share_spread),
+    ):
+        if varied := words.ranged(spread, words.percent):
+            page.say(_Span(f"{what}: {varied}"), label=_tag(""))
+    for consequence in segment.consequences:
+        page.say(_Span(words.alone([consequence])), label=_tag("it alone"))
+    if segment.one_step:
+        page.say(
+            _Span(f"{words.percent(segment.one_step)} of the integers it writes are one step off"),
+            label=_tag("rounding"),
+        )
     if place := segment.concentration:
         page.say(
             _Span(
-                f"{_percent(place.share)} of the squared error is at index {place.index} of axis "
-                f"{place.axis} (size {place.axis_size})",
+                f"{words.percent(place.share)} of the squared error is at index {place.index} of "
+                f"axis {place.axis} (size {place.axis_size})",
                 "yellow",
             ),
             label=_tag("concentrated"),
@@ -1066,12 +1043,18 @@ def _draw_cause(page: _Page, segment: Segment) -> None:
     if segment.explained is not None:
         spans.append(
             _Span(
-                f" explains {_percent(segment.explained)} of the introduced error; left over "
-                f"{_error(segment.residual)}"
+                f" explains {words.percent(segment.explained)} of the introduced error; left over "
+                f"{words.error(segment.residual)}"
             )
         )
-    spans.append(_Span(f"; {_percent(segment.bit_identical)} of elements bit-identical"))
+    spans.append(_Span(f"; {words.percent(segment.bit_identical)} of elements bit-identical"))
     page.say(*spans, label=_tag("cause"))
+    if segment.explained_on:
+        first = f"looked for on sample {segment.explained_on}, the first above the floor"
+        page.say(_Span(first), label=_tag(""))
+    if varied := words.ranged(segment.explained_spread, _score):
+        fits = f", which contradicts it on {segment.contradicted}" if segment.contradicted else ""
+        page.say(_Span(f"score {varied}{fits}"), label=_tag(""))
     if not segment.hypotheses:
         return
     page.say(
@@ -1089,7 +1072,7 @@ def _draw_cause(page: _Page, segment: Segment) -> None:
             (
                 _Span(_score(h.explained), "bold" if h.explained == segment.explained else ""),
                 _Span(_bar(h.explained, 10), "green"),
-                _Span(_percent(h.bit_identical)),
+                _Span(words.percent(h.bit_identical)),
                 _Span(h.noise),
                 _Span(h.variant, "dim"),
             )
@@ -1100,7 +1083,7 @@ def _draw_cause(page: _Page, segment: Segment) -> None:
 
 
 def _draw_tensor(page: _Page, tensor: TensorStats) -> None:
-    kind = f"  {tensor.dtype} {_dims(tensor.shape)}"
+    kind = f"  {tensor.dtype} {words.dims(tensor.shape)}"
     name = _elide(tensor.name, max(page.width - _TAG - _cells(kind), _NARROWEST_NAME))
     page.say(_Span(name, "bold"), _Span(kind), label=_tag(tensor.role))
     page.say(_Span(_far(tensor.distance)), label=_tag(""))
@@ -1116,8 +1099,9 @@ def _far(distance: Distance) -> str:
     if math.isinf(distance.relative_l2):
         return f"not comparable: {distance.mismatch or 'values are not finite'}"
     return (
-        f"relative L2 {_error(distance.relative_l2)}, max abs {_plain(distance.max_abs)}, "
-        f"SQNR {_decibels(distance.sqnr_db)} dB, cosine {_cosine(distance.cosine)}"
+        f"relative L2 {words.error(distance.relative_l2)}, "
+        f"max abs {words.plain(distance.max_abs)}, "
+        f"SQNR {words.decibels(distance.sqnr_db)} dB, cosine {words.cosine(distance.cosine)}"
     )
 
 
@@ -1138,7 +1122,7 @@ def _draw_histogram(page: _Page, tensor: TensorStats) -> None:
         share = counts[i] / total
         longest = max(counts) / total
         bar = _bar(share / longest, min(50, page.width - 40))
-        rows.append(_Row((_Span(bin_), _Span(_percent(share)), _Span(bar or " ", "cyan"))))
+        rows.append(_Row((_Span(bin_), _Span(words.percent(share)), _Span(bar or " ", "cyan"))))
     page.grid((_Column("", right=True), _Column("", right=True), _Column("")), rows, indent=2)
 
 

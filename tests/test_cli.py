@@ -91,7 +91,8 @@ def test_help_answers_at_once_and_explains_everything(audit: Audit) -> None:
     for word in (
         *("Usage: audit MODEL", "--backends", "--candidate", "--data", "--seed", "--samples"),
         *("--shape", "--format", "--output", "--timeout", "--threads", "--option", "--fail-on"),
-        *("Exit codes", "incomplete", "noises", "show"),
+        *("--output-kind",),
+        *("Exit codes", "incomplete", "noises", "explain", "show"),
     ):
         assert word in result.stdout
     assert "..." not in result.stdout, "a sentence was cut off"
@@ -152,6 +153,24 @@ def test_options_may_come_first_and_the_verb_may_be_written(audit: Audit, model:
     assert one["backends"][0]["outputs"] == other["backends"][0]["outputs"]
 
 
+def test_the_kind_of_an_output_can_be_stated(audit: Audit, model: str) -> None:
+    stated = audit(
+        *(model, "--backends", "ort", "--candidate", "wrong.onnx", "--format", "json"),
+        *("--output-kind", "y:scores"),
+    )
+    (output,) = json.loads(stated.stdout)["backends"][0]["outputs"]
+    assert (output["kind"], output["kind_stated"]) == ("scores", True)
+    assert output["consequence"]["items"] == output["consequence"]["samples"]
+    for text, said in (
+        ("y:face", "`y:face` is not of the form NAME:KIND"),
+        ("scores", "`scores` is not of the form NAME:KIND"),
+        ("z:scores", "names `z`, which is no output of the model"),
+    ):
+        wrong = audit(model, "--backends", "ort", "--output-kind", text)
+        assert wrong.returncode == 2
+        assert said in wrong.stderr
+
+
 def test_recorded_data_and_shape(audit: Audit, model: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.ones((3, 2, 8), np.float32))
     result = audit(model, "--backends", "ort", "--data", "d.npz", "--format", "json")
@@ -195,6 +214,29 @@ def test_output_by_suffix_is_written_beside_the_terminal_report(
     assert not result.stdout.startswith("{")
     left = {p.name for p in tmp_path.iterdir()}
     assert left == {"m.onnx", "wrong.onnx", "report.json"}
+
+
+def test_the_suffix_chooses_the_format(audit: Audit, model: str, tmp_path: Path) -> None:
+    starts = {
+        "r.sarif": '{\n  "$schema": "https://json.schemastore.org/sarif-2.1.0.json"',
+        "r.sarif.json": '{\n  "$schema": "https://json.schemastore.org/sarif-2.1.0.json"',
+        "r.json": '{\n  "agreement": [',
+        "r.xml": '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites>',
+        "R.MD": "## ❌ FAIL: `m.onnx`",
+        "r.other": " FAIL   m.onnx  exit code 1",
+    }
+    audit(model, "--candidate", "wrong.onnx", "--backends", "ort", "-o", "saved.json")
+    for name, start in starts.items():
+        result = audit("show", "saved.json", "-o", name)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
+
+
+@pytest.mark.parametrize("format", ["sarif", "junit", "markdown"])
+def test_the_exit_code_does_not_depend_on_the_format(audit: Audit, model: str, format: str) -> None:
+    result = audit(*(model, "--candidate", "wrong.onnx", "--backends", "ort", "--format", format))
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.strip()
 
 
 def test_output_with_a_format_is_all_there_is(audit: Audit, model: str, tmp_path: Path) -> None:
@@ -261,6 +303,33 @@ def test_noises(audit: Audit) -> None:
     assert result.returncode == 0, result.stderr
     for noise in discovery.noises():
         assert noise.id in result.stdout
+
+
+def test_explain(audit: Audit) -> None:
+    result = audit("explain", "precision.int8_saturation", COLUMNS="80")
+    assert result.returncode == 0, result.stderr
+    said = " ".join(result.stdout.split())
+    noise = discovery.noise("precision.int8_saturation")
+    facts = (noise.title, noise.cause, noise.applies, noise.source, noise.advice, *noise.forms)
+    for fact in (*facts, *noise.remedies.values()):
+        assert " ".join(fact.split()) in said
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+def test_sensitivity(audit: Audit, mtcnn: tuple[Path, ...]) -> None:
+    result = audit("sensitivity", str(mtcnn[0]), "--noise", "precision.tf32,precision.int8")
+    assert result.returncode == 0, result.stderr
+    assert "weights in tf32" in result.stdout and "weights per tensor" in result.stdout
+    assert "inputs are random" in result.stdout
+    unknown = audit("sensitivity", str(mtcnn[0]), "--noise", "precision.tf23")
+    assert unknown.returncode == 2 and "Did you mean `precision.tf32`?" in unknown.stderr
+
+
+def test_explain_suggests_what_was_meant(audit: Audit) -> None:
+    result = audit("explain", "precision.bfloat16")
+    assert result.returncode == 2 and not result.stdout
+    assert "no cause `precision.bfloat16`" in result.stderr
+    assert "Did you mean `precision.bf16`?" in result.stderr
 
 
 # --- discovery -------------------------------------------------------------------------------

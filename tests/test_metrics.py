@@ -134,3 +134,49 @@ def test_concentration_finds_the_one_bad_token():
 def test_concentration_is_silent_on_an_even_error():
     reference = np.ones((1, 64, 16), np.float32)
     assert metrics.concentration(reference + np.float32(1e-3), reference) is None
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+def test_a_running_mean_is_the_mean(values):
+    running = metrics.Running()
+    for sample, value in enumerate(values):
+        running.add(value, sample)
+    spread = running.spread()
+    assert spread.samples == len(values)
+    assert spread.mean == pytest.approx(np.mean(values), rel=1e-9, abs=1e-6)
+    assert spread.deviation == pytest.approx(np.std(values), rel=1e-6, abs=1e-5)
+    assert (spread.low, spread.low_at) == (min(values), values.index(min(values)))
+    assert (spread.high, spread.high_at) == (max(values), values.index(max(values)))
+
+
+def test_an_infinite_value_makes_the_mean_infinite_and_keeps_the_smallest():
+    running = metrics.Running()
+    for sample, value in enumerate([1.0, math.inf, 2.0]):
+        running.add(value, sample)
+    spread = running.spread()
+    assert (spread.mean, spread.low, spread.high, spread.high_at) == (math.inf, 1.0, math.inf, 1)
+    assert metrics.Running().spread() is None
+    with pytest.raises(ValueError, match="numbers"):
+        running.add(math.nan, 3)
+
+
+@given(st.lists(floats, min_size=2, max_size=4))
+def test_merged_moments_are_those_of_all_samples(samples):
+    together, merged = metrics.Moments(), metrics.Moments()
+    for values in samples:
+        together.add(values * np.float32(1.5), values)
+        one = metrics.Moments()
+        one.add(values * np.float32(1.5), values)
+        merged.merge(one)
+    assert merged.distance() == together.distance()
+
+
+def test_steps_count_what_is_off_by_exactly_one():
+    steps = metrics.Steps()
+    steps.add(np.asarray([0, 1, 255, 3], np.uint8), np.asarray([1, 1, 0, 5], np.uint8))
+    steps.add(np.asarray([-128, 127], np.int8), np.asarray([127, 126], np.int8))
+    assert steps.fraction == pytest.approx(2 / 6)
+    steps.add(np.ones(9, np.float32), np.zeros(9, np.float32))  # no integers
+    steps.add(np.ones(9, np.int8), np.zeros(8, np.int8))  # another shape
+    assert steps.fraction == pytest.approx(2 / 6)
+    assert metrics.Steps().fraction is None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from auditor import ranking
+from auditor import ranking, records
 from auditor.records import Agreement, BackendReport, Distance, Gap, OutputDistance, Segment
 
 
@@ -85,7 +85,7 @@ def test_a_finding_leads_with_the_node_a_person_looks_for():
     [(0.0, "info"), (2e-4, "low"), (2e-3, "medium"), (0.02, "high"), (math.inf, "critical")],
 )
 def test_severity_follows_the_effect(relative, severity):
-    assert ranking.severity(relative) == severity
+    assert records.severity(relative) == severity
 
 
 def test_exit_codes():

@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto
 
 from auditor import rounding, surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.
@@ -38,70 +38,40 @@ _KEPT = (
 )
 # Scan and Flatten take negative axes from here on.
 _OPSET = 11
+_NAMES = (
+    "every partial sum in float16",
+    "sums in float32, rounded to float16 before the last step",
+    "every intermediate result in float16",
+)
 
 
-class Accumulation:
-    """``implementation.accumulation``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with float16 sums, partial sums or intermediate results."""
+    model = segment.model
+    if surgery.opset(model) < _OPSET:
+        return
+    types = surgery.types(model)
+    stated = rounding.stated(segment.kernels, _HALF)
 
-    id = "implementation.accumulation"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Sums and means are accumulated in float16"
-    cause = (
-        "A float16 tensor says nothing of the type its sums are kept in: some kernels add up in "
-        "float32 and round once, others round every partial sum."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and sec. 3.2, operator "
-        "implementation; IEEE 754-2019, binary16; Higham, Accuracy and Stability of Numerical "
-        "Algorithms, ch. 4"
-    )
+    def narrow(name: str) -> bool:
+        kind = types.get(name)
+        return kind == TensorProto.FLOAT16 or (stated and kind == TensorProto.FLOAT)
 
-    def remedy(self, backend: str) -> str:
-        """How to have the sums in float32."""
-        cast = "cast the listed operators' inputs to float32 and their outputs back in the model"
-        switches = {
-            "ov": f"set INFERENCE_PRECISION_HINT to f32, or {cast}",
-            "tvm": f"{cast}; with ToMixedPrecision set out_dtype to float32",
-        }
-        return switches.get(backend, cast)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Engines report the type of tensors, not of sums."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with float16 sums, partial sums or intermediate results."""
-        model = segment.model
-        if surgery.opset(model) < _OPSET:
-            return
-        types = surgery.types(model)
-        stated = rounding.stated(segment.kernels, _HALF)
-
-        def narrow(name: str) -> bool:
-            kind = types.get(name)
-            return kind == TensorProto.FLOAT16 or (stated and kind == TensorProto.FLOAT)
-
-        summing = {i: n for i, n in surgery.find(model, _SUMS) if narrow(n.input[0])}
-        constants = surgery.constants(model) if summing else {}
-        for name, body in (
-            ("every partial sum in float16", _running),
-            ("sums in float32, rounded to float16 before the last step", _total),
-        ):
-            bodies = {i: b for i, n in summing.items() if (b := body(n, model, constants))}
-            if bodies:
-                yield Variant(name, surgery.substituted(model, bodies))
-        halves = [
-            i
-            for i, n in enumerate(model.graph.node)
-            if types.get(n.output[0]) == TensorProto.FLOAT16
-        ]
-        if len(halves) > 1:
-            kept = f"(x) => (y) {{ {_KEPT.format(source='x', target='y')} }}"
-            yield Variant(
-                "every intermediate result in float16",
-                surgery.passing(model, {}, dict.fromkeys(halves, kept)),
-            )
+    summing = {i: n for i, n in surgery.find(model, _SUMS) if narrow(n.input[0])}
+    constants = surgery.constants(model) if summing else {}
+    for name, body in zip(_NAMES, (_running, _total), strict=False):
+        bodies = {i: b for i, n in summing.items() if (b := body(n, model, constants))}
+        if bodies:
+            yield Variant(name, surgery.substituted(model, bodies))
+    halves = [
+        i for i, n in enumerate(model.graph.node) if types.get(n.output[0]) == TensorProto.FLOAT16
+    ]
+    if len(halves) > 1:
+        kept = f"(x) => (y) {{ {_KEPT.format(source='x', target='y')} }}"
+        yield Variant(
+            _NAMES[-1],
+            surgery.passing(model, {}, dict.fromkeys(halves, kept)),
+        )
 
 
 def _running(
@@ -200,4 +170,30 @@ def _patches(node: onnx.NodeProto, version: int) -> str:
         {inside} {counted}"""
 
 
-NOISE = Accumulation()
+_CAST = "cast the listed operators' inputs to float32 and their outputs back in the model"
+NOISE = Cause(
+    id="implementation.accumulation",
+    type="data precision",
+    title="Sums and means are accumulated in float16",
+    cause=(
+        "A float16 tensor says nothing of the type its sums are kept in: some kernels add up in "
+        "float32 and round once, others round every partial sum."
+    ),
+    applies=(
+        "sums, means and average poolings of float16 tensors, or of float32 ones where the "
+        "engine reports half precision; operator set 11 or later"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and sec. 3.2, operator "
+        "implementation; IEEE 754-2019, binary16; Higham, Accuracy and Stability of Numerical "
+        "Algorithms, ch. 4"
+    ),
+    advice=_CAST,
+    remedies={
+        "ov": f"set INFERENCE_PRECISION_HINT to f32, or {_CAST}",
+        "tvm": f"{_CAST}; with ToMixedPrecision set out_dtype to float32",
+    },
+    ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}, "tvm": {"fast-math": "false"}},
+    forms=_NAMES,
+    variants=_variants,
+)

@@ -9,60 +9,27 @@ import numpy as np
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # GELU's Φ(x) = (1 + erf(x/√2)) / 2 is approximated as (1 + tanh(√(2/π)(x + 0.044715 x³))) / 2 or
 # as σ(1.702 x); both follow from what takes the place of erf.
 _ROOT = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
+_BY_ERF = "GELU by erf instead of tanh"
 _SOFTMAX = 13  # along a single axis from here on
 
 
-class Approximation:
-    """``implementation.approximation``."""
-
-    id = "implementation.approximation"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "A function is replaced by a cheaper approximation of it"
-    cause = (
-        "Exponentials and error functions are expensive, so kernels and converters put the tanh "
-        "form of GELU, piecewise linear sigmoids or a fast exponential in their place."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), sec. 3.3 (precision of the exponential); Hendrycks "
-        "and Gimpel, GELU (2016); Howard et al., MobileNetV3 (2019), sec. 5.2; Schraudolph, "
-        "Neural Computation 11(4) (1999); ONNX operators Gelu, HardSwish"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to get the function that the model asks for, or ask for the one there is."""
-        switches = {
-            "ov": "train or export with the form that OpenVINO runs (Gelu with approximate set), "
-            "or keep the subgraph from being matched as GELU",
-            "tvm": "leave the FastMathTransform pass and the fast-math target option out",
-            "ort": "disable GeluApproximation (session option "
-            "optimization.enable_gelu_approximation=0)",
-        }
-        return switches.get(
-            backend, "switch fast-math off, or export the model with the function that is run"
-        )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine reports how its functions are computed."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with functions replaced by what is known to stand in for them."""
-        model = segment.model
-        version = surgery.opset(model)
-        for name, op_types, body in _FORMS:
-            found = dict(surgery.find(model, op_types))
-            if bodies := {i: text for i, n in found.items() if (text := body(n, version))}:
-                yield Variant(name, surgery.substituted(model, bodies))
-        if any(True for _ in surgery.find(model, ("Tanh",))) and (exact := _exact_gelu(model)):
-            yield Variant("GELU by erf instead of tanh", exact)
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with functions replaced by what is known to stand in for them."""
+    model = segment.model
+    version = surgery.opset(model)
+    for name, op_types, body in _FORMS:
+        found = dict(surgery.find(model, op_types))
+        if bodies := {i: text for i, n in found.items() if (text := body(n, version))}:
+            yield Variant(name, surgery.substituted(model, bodies))
+    if any(True for _ in surgery.find(model, ("Tanh",))) and (exact := _exact_gelu(model)):
+        yield Variant(_BY_ERF, exact)
 
 
 def _gelu(node: onnx.NodeProto, version: int) -> str:
@@ -138,6 +105,15 @@ def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
         {surgery.reduction("sum", "ReduceSum", "p", [axis], version)} y = Div(p, sum) }}"""
 
 
+def _unshifted(node: onnx.NodeProto, version: int) -> str | None:
+    """e^x / Σ e^x, which overflows in float32 from x = 88.7 on; the largest x is not taken off."""
+    axis = surgery.attributes(node).get("axis", -1)
+    if version < _SOFTMAX:
+        return None  # along several axes
+    return f"""(x) => (y) {{ e = Exp(x)
+        {surgery.reduction("sum", "ReduceSum", "e", [axis], version)} y = Div(e, sum) }}"""
+
+
 def _exact_gelu(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """The segment with tanh(√(2/π)(x + 0.044715 x³)) turned into erf(x/√2), where written out."""
     producers = {o: n for n in model.graph.node for o in n.output}
@@ -202,6 +178,39 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | 
     ("a smooth sigmoid instead of a hard one", ("HardSigmoid", "HardSwish"), _smooth),
     ("tanh as a fraction", ("Sigmoid", "Tanh"), _fraction),
     ("exponential by the bits of its exponent", ("Exp", "Sigmoid", "Softmax"), _fast_exp),
+    ("softmax of values that are not shifted by the largest", ("Softmax",), _unshifted),
 )
 
-NOISE = Approximation()
+NOISE = Cause(
+    id="implementation.approximation",
+    type="operator implementation",
+    title="A function is replaced by a cheaper approximation of it",
+    cause=(
+        "Exponentials and error functions are expensive, so kernels and converters put the tanh "
+        "form of GELU, piecewise linear sigmoids or a fast exponential in their place."
+    ),
+    applies=(
+        "Gelu and GELU written out with Erf or Tanh, Sigmoid, Tanh, HardSigmoid, HardSwish, "
+        "Exp, and Softmax from operator set 13 on"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), sec. 3.3 (precision of the exponential); Hendrycks "
+        "and Gimpel, GELU (2016); Howard et al., MobileNetV3 (2019), sec. 5.2; Schraudolph, "
+        "Neural Computation 11(4) (1999); ONNX operators Gelu, HardSwish"
+    ),
+    advice="switch fast-math off, or export the model with the function that is run",
+    remedies={
+        "ov": (
+            "train or export with the form that OpenVINO runs (Gelu with approximate set), or "
+            "keep the subgraph from being matched as GELU"
+        ),
+        "tvm": "leave the FastMathTransform pass and the fast-math target option out",
+        "ort": "disable GeluApproximation: session option optimization.enable_gelu_approximation=0",
+    },
+    ablations={
+        "ort": {"optimization.enable_gelu_approximation": "0"},
+        "tvm": {"fast-math": "false"},
+    },
+    forms=(*(name for name, _, _ in _FORMS), _BY_ERF),
+    variants=_variants,
+)

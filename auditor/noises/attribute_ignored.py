@@ -10,8 +10,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Attributes that other noises vary, or that do not change the result by themselves.
 _ATTRIBUTES_ELSEWHERE = frozenset(
@@ -42,6 +42,8 @@ _MOST = 8
 _TIED = ("NonMaxSuppression",)
 _INPUT = "input"  # marks what is not an attribute
 _OPTIONAL = ("LayerNormalization",)
+_CHANNEL_SLOPE = "PRelu: slope along the channels, not the last axis"
+_NO_OUTPUTS = "optional outputs are not computed"
 _SLOPE = """(x, slope) => (y) {
     shape = Shape(x) rank = Shape(shape) count = Shape(slope)
     one = Constant <value = int64[1] {1}> () two = Constant <value = int64[1] {2}> ()
@@ -53,54 +55,27 @@ _SLOPE = """(x, slope) => (y) {
 _Change = Callable[[onnx.NodeProto], None]
 
 
-class AttributeIgnored:
-    """``implementation.attribute_ignored``."""
-
-    id = "implementation.attribute_ignored"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "An attribute or optional input is ignored"
-    cause = (
-        "An importer that does not know an attribute or an optional input of an operator often "
-        "drops it without a word, and the operator runs with its default."
-    )
-    source = (
-        "ONNX operator schemas (defaults of attributes, optional inputs); for instance "
-        "openvino#33371 and tvm#18598 (PRelu slope), ConvTranspose output_shape, LSTM peepholes"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to do without what is ignored."""
-        return (
-            "write what the attribute does with operators that the backend honours (explicit "
-            "padding, an Expand of the slope, a Mul by the factor), and report it to the backend"
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with each attribute at its default and each optional input left out."""
+    model = segment.model
+    if slopes := {i: _SLOPE for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)}:
+        yield Variant(
+            _CHANNEL_SLOPE,
+            surgery.substituted(model, slopes),
         )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """An engine does not know what it does not know."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with each attribute at its default and each optional input left out."""
-        model = segment.model
-        if slopes := {i: _SLOPE for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)}:
-            yield Variant(
-                "PRelu: slope along the channels, not the last axis",
-                surgery.substituted(model, slopes),
-            )
-        changes: dict[str, list[tuple[int, _Change]]] = {}
-        constants = surgery.constants(model)
-        for index, node in enumerate(model.graph.node):
-            for name, change in _changes(model, node, constants):
-                changes.setdefault(name, []).append((index, change))
-        # Attributes first: biases, the commonest optional inputs, are rarely lost.
-        for name in sorted(changes, key=lambda n: _INPUT in n)[:_MOST]:
-            changed = surgery.copied(model)
-            for index, change in changes[name]:
-                change(changed.graph.node[index])
-            yield Variant(name, changed)
-        if unset := _without_outputs(model):
-            yield Variant("optional outputs are not computed", unset)
+    changes: dict[str, list[tuple[int, _Change]]] = {}
+    constants = surgery.constants(model)
+    for index, node in enumerate(model.graph.node):
+        for name, change in _changes(model, node, constants):
+            changes.setdefault(name, []).append((index, change))
+    # Attributes first: biases, the commonest optional inputs, are rarely lost.
+    for name in sorted(changes, key=lambda n: _INPUT in n)[:_MOST]:
+        changed = surgery.copied(model)
+        for index, change in changes[name]:
+            change(changed.graph.node[index])
+        yield Variant(name, changed)
+    if unset := _without_outputs(model):
+        yield Variant(_NO_OUTPUTS, unset)
 
 
 def _changes(
@@ -168,4 +143,32 @@ def _without_outputs(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return changed if missing else None
 
 
-NOISE = AttributeIgnored()
+NOISE = Cause(
+    id="implementation.attribute_ignored",
+    type="operator implementation",
+    title="An attribute or optional input is ignored",
+    cause=(
+        "An importer that does not know an attribute or an optional input of an operator often "
+        "drops it without a word, and the operator runs with its default."
+    ),
+    applies=(
+        "every standard operator with an attribute that is not at its default, or with an "
+        "optional input or output; at most eight of them in one segment"
+    ),
+    source=(
+        "ONNX operator schemas (defaults of attributes, optional inputs); for instance "
+        "openvino#33371 and tvm#18598 (PRelu slope), ConvTranspose output_shape, LSTM peepholes"
+    ),
+    advice=(
+        "write what the attribute does with operators that the backend honours (explicit "
+        "padding, an Expand of the slope, a Mul by the factor), and report it to the backend"
+    ),
+    forms=(
+        _CHANNEL_SLOPE,
+        "OPERATOR: ATTRIBUTE ignored",
+        f"OPERATOR: {_INPUT} NAME ignored",
+        _NO_OUTPUTS,
+    ),
+    variants=_variants,
+    simulated=False,
+)

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from onnx import TensorProto
 
-from auditor import rounding
+from auditor import artefact, rounding
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 from auditor.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
@@ -49,6 +49,14 @@ SITES = (
         outputs=True,
     ),
     Sites(
+        "operands and results of products in bf16, FP32 accumulation, bias and all else",
+        "operator",
+        inputs=True,
+        weights=True,
+        outputs=True,
+        products=True,
+    ),
+    Sites(
         "operands, constants and result of every operator in bf16, FP32 accumulation",
         "operator",
         inputs=True,
@@ -76,39 +84,42 @@ SITES = (
 )
 
 
-class Bf16:
-    """``precision.bf16``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with bf16 roundings at each of ``SITES``."""
+    yield from artefact.variants(segment, "bfloat16")
+    yield from rounding.variants(segment, FORMAT, SITES)
 
-    id = "precision.bf16"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Values are rounded to bfloat16 (8 significant bits)"
-    cause = (
+
+NOISE = Cause(
+    id="precision.bf16",
+    type="data precision",
+    title="Values are rounded to bfloat16 (8 significant bits)",
+    cause=(
         "Runtimes switch to bfloat16 by themselves where the processor multiplies it faster; "
         "the exported model says float32 and nothing warns."
-    )
-    source = (
+    ),
+    applies=(
+        "float32 tensors: operands, weights, biases, other constants and results, of the "
+        "engine's kernels where it names them"
+    ),
+    source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO documentation, "
         "CPU device, inference precision; Intel SDM vol. 1, ch. 3 (bfloat16)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """The switch that keeps this backend in FP32."""
-        switches = {
-            "ov": "set INFERENCE_PRECISION_HINT to f32 (audit with --option "
-            "ov.INFERENCE_PRECISION_HINT=f32), or keep the listed layers in FP32",
-            "trt": "keep the listed layers' tensors FLOAT in the model: TensorRT is strongly typed",
-            "tvm": "leave ToMixedPrecision out, or exclude the listed operators from it",
-        }
-        return switches.get(backend, "run the listed layers in float32")
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Whether the engine reports bf16 for any of these kernels."""
-        return rounding.stated(kernels, FORMAT.stated)
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with bf16 roundings at each of ``SITES``."""
-        return rounding.variants(segment, FORMAT, SITES)
-
-
-NOISE = Bf16()
+    ),
+    advice="run the listed layers in float32",
+    remedies={
+        "ov": (
+            "set INFERENCE_PRECISION_HINT to f32 (audit with --option "
+            "ov.INFERENCE_PRECISION_HINT=f32), or keep the listed layers in FP32"
+        ),
+        "trt": "keep the listed layers' tensors FLOAT in the model: TensorRT is strongly typed",
+        "tvm": "leave ToMixedPrecision out, or exclude the listed operators from it",
+    },
+    ablations={
+        "ov": {"INFERENCE_PRECISION_HINT": "f32"},
+        "ort": {"mlas.enable_gemm_fastmath_arm64_bfloat16": "0"},
+    },
+    stated=FORMAT.stated,
+    forms=(artefact.form("bfloat16"), *(sites.name for sites in SITES)),
+    variants=_variants,
+)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Poolings, with the opset that gave each of them ``ceil_mode``.
 _POOLS = {"MaxPool": 10, "AveragePool": 10, "LpPool": 18}
@@ -111,52 +111,49 @@ def _bare(node: onnx.NodeProto, ceil_mode: int = 0) -> str:
     return f"{node.op_type} {surgery.options(node, **changed)}"
 
 
-class CeilMode:
-    """``inference.ceil_mode``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with its poolings rounded or counted in each of the other ways."""
+    model, version = segment.model, surgery.opset(segment.model)
+    pools = [
+        (i, node)
+        for i, node in surgery.find(model, _POOLS)
+        if version >= max(_AMOUNTS, _POOLS[node.op_type]) and _applies(node)
+    ]
+    for name, form in _FORMS:
+        if bodies := {i: body for i, node in pools if (body := form(node)) is not None}:
+            yield Variant(name, surgery.substituted(model, bodies))
 
-    id = "inference.ceil_mode"
-    stage: Stage = "inference"
-    type = "ceil mode"
-    title = "A pooling's number of windows is rounded, or its last window counted, another way"
-    cause = (
+
+_EXPLICIT = (
+    "export the listed poolings with ceil_mode=0, and with a Pad in front of them that "
+    "makes the stride divide the input"
+)
+NOISE = Cause(
+    id="inference.ceil_mode",
+    type="ceil mode",
+    title="A pooling's number of windows is rounded, or its last window counted, another way",
+    cause=(
         "Where the stride does not divide the input, engines round the number of windows down or "
         "up, keep or drop a last window that starts in the padding, and divide an average by the "
         "whole kernel or by the cells inside."
-    )
-    source = (
+    ),
+    applies=(
+        "MaxPool and AveragePool from operator set 11 on, LpPool from 18 on, with a stride "
+        "above 1 and explicit padding"
+    ),
+    source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, ceil mode, and eq. 8; ONNX operators "
         "MaxPool-22 and AveragePool-19 (ceil_mode, count_include_pad); OpenVINO operation "
         "MaxPool-14 (rounding_type ceil and ceil_torch); onnxruntime issue 16203"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to get the same windows everywhere."""
-        explicit = (
-            "export the listed poolings with ceil_mode=0, and with a Pad in front of them that "
-            "makes the stride divide the input"
-        )
-        switches = {
-            "ov": f"{explicit}: OpenVINO's rounding type ceil keeps windows that ONNX drops, and "
-            "divides by the whole kernel",
-            "trt": f"{explicit}, or set PaddingMode on the pooling layer to the model's rounding",
-        }
-        return switches.get(backend, explicit)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says in its kernels how it rounded."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with its poolings rounded or counted in each of the other ways."""
-        model, version = segment.model, surgery.opset(segment.model)
-        pools = [
-            (i, node)
-            for i, node in surgery.find(model, _POOLS)
-            if version >= max(_AMOUNTS, _POOLS[node.op_type]) and _applies(node)
-        ]
-        for name, form in _FORMS:
-            if bodies := {i: body for i, node in pools if (body := form(node)) is not None}:
-                yield Variant(name, surgery.substituted(model, bodies))
-
-
-NOISE = CeilMode()
+    ),
+    advice=_EXPLICIT,
+    remedies={
+        "ov": (
+            f"{_EXPLICIT}: OpenVINO's rounding type ceil keeps windows that ONNX drops, and "
+            "divides by the whole kernel"
+        ),
+        "trt": f"{_EXPLICIT}, or set PaddingMode on the pooling layer to the model's rounding",
+    },
+    forms=tuple(name for name, _ in _FORMS),
+    variants=_variants,
+)

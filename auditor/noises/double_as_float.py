@@ -9,46 +9,19 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Attributes that name an element type.
+_NAME = "everything in float32"
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type")
 _SINGLE = frozenset(("f32", "fp32", "float32", "float"))
 
 
-class DoubleAsFloat:
-    """``precision.double_as_float``."""
-
-    id = "precision.double_as_float"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "float64 values are computed in float32"
-    cause = (
-        "Inference engines have few float64 kernels and convert to float32 (24 significant bits "
-        "of 53) inside, while inputs and outputs may keep their type."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; IEEE 754-2019, binary32 "
-        "and binary64; OpenVINO documentation, CPU device, supported data types; TensorRT "
-        "documentation, ONNX parser (DOUBLE is cast to FLOAT)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to need no float64."""
-        return (
-            "export the model in float32 and validate it there, or compute the listed layers "
-            "outside the model"
-        )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Kernels report float32 in float32 models too."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with float32 in place of float64; its inputs and outputs keep their types."""
-        if _holds(segment.model):
-            yield Variant("everything in float32", _narrowed(segment.model))
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with float32 in place of float64; its inputs and outputs keep their types."""
+    if _holds(segment.model):
+        yield Variant(_NAME, _narrowed(segment.model))
 
 
 def _holds(model: onnx.ModelProto) -> bool:
@@ -140,4 +113,24 @@ def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
                 output.name = names.get(output.name, output.name)
 
 
-NOISE = DoubleAsFloat()
+NOISE = Cause(
+    id="precision.double_as_float",
+    type="data precision",
+    title="float64 values are computed in float32",
+    cause=(
+        "Inference engines have few float64 kernels and convert to float32 (24 significant bits "
+        "of 53) inside, while inputs and outputs may keep their type."
+    ),
+    applies="anything of type float64",
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; IEEE 754-2019, binary32 "
+        "and binary64; OpenVINO documentation, CPU device, supported data types; TensorRT "
+        "documentation, ONNX parser (DOUBLE is cast to FLOAT)"
+    ),
+    advice=(
+        "export the model in float32 and validate it there, or compute the listed layers "
+        "outside the model"
+    ),
+    forms=(_NAME,),
+    variants=_variants,
+)

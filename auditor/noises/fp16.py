@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from onnx import TensorProto
 
-from auditor import rounding
+from auditor import artefact, rounding
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 from auditor.rounding import Format, Sites
 
 FORMAT = Format(
@@ -32,6 +32,14 @@ SITES = (
         weights=True,
         bias="fully-connected",
         outputs=True,
+    ),
+    Sites(
+        "operands and results of products in fp16, FP32 accumulation, bias and all else",
+        "operator",
+        inputs=True,
+        weights=True,
+        outputs=True,
+        products=True,
     ),
     Sites(
         "operands, constants and result of every operator in fp16, FP32 accumulation",
@@ -65,40 +73,37 @@ SITES = (
 )
 
 
-class Fp16:
-    """``precision.fp16``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with fp16 roundings at each of ``SITES``; overflow becomes infinite."""
+    yield from artefact.variants(segment, "float16")
+    yield from rounding.variants(segment, FORMAT, SITES)
 
-    id = "precision.fp16"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Values are rounded to half precision (11 significant bits, at most 65504)"
-    cause = (
+
+NOISE = Cause(
+    id="precision.fp16",
+    type="data precision",
+    title="Values are rounded to half precision (11 significant bits, at most 65504)",
+    cause=(
         "Deployments store or compute in half precision to halve memory and double speed; some "
         "converters do so by default."
-    )
-    source = (
+    ),
+    applies=(
+        "float32 tensors: operands, weights, biases, other constants, running sums and "
+        "results, of the engine's kernels where it names them"
+    ),
+    source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; IEEE 754-2019, binary16; "
         "OpenVINO documentation, save_model (compress_to_fp16)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """The switch that keeps this backend in FP32."""
-        switches = {
-            "ov": "set INFERENCE_PRECISION_HINT to f32, and save models with "
-            "compress_to_fp16=False",
-            "trt": "keep the listed layers' tensors FLOAT in the model: TensorRT is strongly typed",
-            "tvm": "leave ToMixedPrecision out, or exclude the listed operators from it",
-            "ort": "exclude the listed operators from the float16 conversion (op_block_list)",
-        }
-        return switches.get(backend, "run the listed layers in float32")
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Whether the engine reports half precision for any of these kernels."""
-        return rounding.stated(kernels, FORMAT.stated)
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with fp16 roundings at each of ``SITES``; overflow becomes infinite."""
-        return rounding.variants(segment, FORMAT, SITES)
-
-
-NOISE = Fp16()
+    ),
+    advice="run the listed layers in float32",
+    remedies={
+        "ov": "set INFERENCE_PRECISION_HINT to f32, and save models with compress_to_fp16=False",
+        "trt": "keep the listed layers' tensors FLOAT in the model: TensorRT is strongly typed",
+        "tvm": "leave ToMixedPrecision out, or exclude the listed operators from it",
+        "ort": "exclude the listed operators from the float16 conversion (op_block_list)",
+    },
+    ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
+    stated=FORMAT.stated,
+    forms=(artefact.form("float16"), *(sites.name for sites in SITES)),
+    variants=_variants,
+)

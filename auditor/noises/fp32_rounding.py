@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # A segment is above rounding when its introduced error exceeds JITTER_FACTOR times what moving
 # its inputs by their last bit does, and SMALLEST. Measured on 7 models: none of 1,210 clean
@@ -71,33 +71,28 @@ def floor(jittered: float, reordered: float = 0.0, terms: int = 1, *, half: bool
     return max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, expected, smallest)
 
 
-class Fp32Rounding:
-    """``implementation.fp32_rounding``: named by the floor test, so there is nothing to replay."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """None: the floor test has already compared this cause with the error."""
+    return ()
 
-    id = "implementation.fp32_rounding"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "The same FP32 arithmetic in another order"
-    cause = (
+
+NOISE = Cause(
+    id="implementation.fp32_rounding",
+    type="operator implementation",
+    title="The same FP32 arithmetic in another order",
+    cause=(
         "Kernels sum in another order, fuse multiply and add, or approximate exponentials; each "
         "result is as right as the other to about seven digits."
-    )
-    source = (
+    ),
+    applies=(
+        "every segment: it is named where the introduced error is at or below the segment's "
+        "floor, and nothing is replayed"
+    ),
+    source=(
         "SysNoise (Wang et al., MLSys 2023), sec. 3.2, operator implementation; Parker, Monte "
         "Carlo Arithmetic, UCLA CSD-970002 (1997)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """Nothing to repair."""
-        return "none needed: the difference is at the level of FP32 rounding"
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Whether every kernel computes in float32."""
-        return bool(kernels) and all(k.precision in ("f32", "fp32", "float32") for k in kernels)
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """None: the floor test has already compared this cause with the error."""
-        return ()
-
-
-NOISE = Fp32Rounding()
+    ),
+    advice="none needed: the difference is at the level of FP32 rounding",
+    stated=frozenset({"f32", "fp32", "float32"}),
+    variants=_variants,
+)

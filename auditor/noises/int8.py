@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from auditor import rounding, surgery
+from auditor import artefact, surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.quantised import Editor, Layout
-from auditor.records import Kernel, Stage
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
 # Operators with weights.
@@ -58,56 +58,26 @@ SCHEMES = (
 )
 
 
-class Int8:
-    """``precision.int8``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """A float segment with its products quantised by each of ``SCHEMES``.
 
-    id = "precision.int8"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Weights, or weights and activations, are quantised to 8 bits"
-    cause = (
-        "Deployments quantise after training to save memory and time: values are rounded to 256 "
-        "steps of one scale, and nothing in training compensates."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and eq. 9 and 10; ONNX "
-        "operator DynamicQuantizeLinear; NNCF documentation, weight compression"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to keep precision."""
-        switches = {
-            "ort": "leave the listed layers out of quantisation (nodes_to_exclude), or quantise "
-            "weights per channel",
-            "ov": "leave the listed layers out (NNCF: ignored_scope), and set "
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE to 0",
-            "trt": "build without INT8 for the listed layers",
-        }
-        return switches.get(backend, "leave the listed layers out of quantisation")
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Whether the engine reports 8-bit kernels."""
-        return rounding.stated(kernels, _STATED)
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """A float segment with its products quantised by each of ``SCHEMES``.
-
-        Scales come from the values themselves: those of a calibration on other data cannot be
-        known here.
-        """
-        model = segment.model
-        if surgery.opset(model) < _OPSET or any(True for _ in surgery.find(model, _QUANTISED)):
-            return
-        layout = Layout(model)
-        weighted = {}
-        for index, node in surgery.find(model, _WEIGHTED):
-            weights = layout.constant(node.input[1])
-            if weights is not None and weights.dtype == np.float32 and weights.ndim > 1:
-                weighted[index] = weights
-        if not weighted:
-            return
-        for scheme in SCHEMES:
-            yield Variant(scheme.name, _quantised(layout, weighted, scheme))
+    Scales come from the values themselves: those of a calibration on other data cannot be
+    known here.
+    """
+    yield from artefact.variants(segment, "8 bits")
+    model = segment.model
+    if surgery.opset(model) < _OPSET or any(True for _ in surgery.find(model, _QUANTISED)):
+        return
+    layout = Layout(model)
+    weighted = {}
+    for index, node in surgery.find(model, _WEIGHTED):
+        weights = layout.constant(node.input[1])
+        if weights is not None and weights.dtype == np.float32 and weights.ndim > 1:
+            weighted[index] = weights
+    if not weighted:
+        return
+    for scheme in SCHEMES:
+        yield Variant(scheme.name, _quantised(layout, weighted, scheme))
 
 
 def _quantised(layout: Layout, weighted: dict[int, Array], scheme: _Scheme) -> onnx.ModelProto:
@@ -166,4 +136,36 @@ def _activation(editor: Editor, name: str, layout: str) -> str:
     return editor.add("Mul", editor.add("Round", editor.add("Div", name, scale)), scale)
 
 
-NOISE = Int8()
+NOISE = Cause(
+    id="precision.int8",
+    type="data precision",
+    title="Weights, or weights and activations, are quantised to 8 bits",
+    cause=(
+        "Deployments quantise after training to save memory and time: values are rounded to 256 "
+        "steps of one scale, and nothing in training compensates."
+    ),
+    applies=(
+        "Conv, ConvTranspose, Gemm and MatMul with constant float32 weights, in segments "
+        "without quantised operators; operator set 11 or later"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and eq. 9 and 10; ONNX "
+        "operator DynamicQuantizeLinear; NNCF documentation, weight compression"
+    ),
+    advice="leave the listed layers out of quantisation",
+    remedies={
+        "ort": (
+            "leave the listed layers out of quantisation (nodes_to_exclude), or quantise weights "
+            "per channel"
+        ),
+        "ov": (
+            "leave the listed layers out (NNCF: ignored_scope), and set "
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE to 0"
+        ),
+        "trt": "build without INT8 for the listed layers",
+    },
+    ablations={"ov": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}},
+    stated=_STATED,
+    forms=(artefact.form("8 bits"), *(scheme.name for scheme in SCHEMES)),
+    variants=_variants,
+)

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.quantised import Editor, Grid, Layout, Product, Roundings
-from auditor.records import Kernel, Stage
 
 # Round and Clip with limits as inputs exist from here on.
 _OPSET = 11
@@ -41,77 +41,40 @@ _RANGE_LAST = """(x) => (y, s, z) {
 _SAME_BIAS = 1e-2
 
 
-class Int8Requantisation:
-    """``precision.int8_requantisation``."""
-
-    id = "precision.int8_requantisation"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Quantised layers round to 8 bits at other places or in another way"
-    cause = (
-        "Engines fuse dequantise–operator–quantise groups into integer kernels: they add up "
-        "integers, rescale once with a rounded factor, and may drop a rounding between two "
-        "operators; values near a tie move by one step."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
-        "DequantizeLinear, QLinearConv and DynamicQuantizeLinear; ONNX Runtime documentation, "
-        "Quantize ONNX models, QDQ format; ONNX Runtime issues 24711 and 25259"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to have the same roundings on both sides."""
-        switches = {
-            "ort": "validate accuracy with the optimised session, or set the session option "
-            "session.disable_quant_qdq=1 to keep the listed layers in float; give biases the "
-            "scale of the products (input scale × weight scale)",
-            "ov": "validate accuracy on OpenVINO, or quantise with NNCF, which places roundings "
-            "where OpenVINO fuses them",
-        }
-        return switches.get(
-            backend, "validate accuracy on this backend, or leave the listed layers in float"
-        )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """An engine that states 8-bit kernels does not state how they round."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with integer arithmetic, fewer roundings, or other roundings."""
-        model = segment.model
-        if surgery.opset(model) < _OPSET:
-            return
-        if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
-            name = "the range divides last: x · 255 / (max − min)"
-            yield Variant(name, surgery.substituted(model, dynamic))
-        layout = Layout(model)
-        grids = {
-            i: grid
-            for i, n in surgery.find(model, ("QuantizeLinear",))
-            if layout.constant(n.input[0]) is None and (grid := layout.parameters(n)) is not None
-        }
-        if not grids:
-            return
-        sums = layout.into_sums(segment.kernels)
-        if sums:
-            yield Variant(
-                "values that enter a sum are limited, not rounded", _unrounded(layout, sums)
-            )
-        if groups := _groups(layout, grids):
-            name = "sums of integers, {} bias, one rescaling in float32"
-            yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
-            if any(_bias_differs(group.product) for group in groups.values()):
-                yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
-        every = layout.roundings()
-        inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
-        if inner and inner.keys() != sums.keys():
-            name = "values between operators are limited, not rounded"
-            yield Variant(name, _unrounded(layout, inner))
-        if every and every.keys() != inner.keys():
-            yield Variant("values are limited, not rounded", _unrounded(layout, every))
-        for name, body in _ROUNDINGS.items():
-            bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
-            yield Variant(name, surgery.substituted(model, bodies))
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with integer arithmetic, fewer roundings, or other roundings."""
+    model = segment.model
+    if surgery.opset(model) < _OPSET:
+        return
+    if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
+        name = "the range divides last: x · 255 / (max − min)"
+        yield Variant(name, surgery.substituted(model, dynamic))
+    layout = Layout(model)
+    grids = {
+        i: grid
+        for i, n in surgery.find(model, ("QuantizeLinear",))
+        if layout.constant(n.input[0]) is None and (grid := layout.parameters(n)) is not None
+    }
+    if not grids:
+        return
+    sums = layout.into_sums(segment.kernels)
+    if sums:
+        yield Variant("values that enter a sum are limited, not rounded", _unrounded(layout, sums))
+    if groups := _groups(layout, grids):
+        name = "sums of integers, {} bias, one rescaling in float32"
+        yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
+        if any(_bias_differs(group.product) for group in groups.values()):
+            yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
+    every = layout.roundings()
+    inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
+    if inner and inner.keys() != sums.keys():
+        name = "values between operators are limited, not rounded"
+        yield Variant(name, _unrounded(layout, inner))
+    if every and every.keys() != inner.keys():
+        yield Variant("values are limited, not rounded", _unrounded(layout, every))
+    for name, body in _ROUNDINGS.items():
+        bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
+        yield Variant(name, surgery.substituted(model, bodies))
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +183,7 @@ def _emit(editor: Editor, group: _Group, target: str, *, real_bias: bool) -> Non
     value = editor.add("Add", value, editor.constant(group.grid.zero))
     value = editor.add("Clip", value, editor.constant(limits.min), editor.constant(limits.max))
     onnx_kind = TensorProto.INT8 if group.grid.signed else TensorProto.UINT8
-    editor.cast(value, target, onnx_kind)
+    editor.cast(value, onnx_kind, target)
 
 
 def _unrounded(layout: Layout, chosen: Roundings) -> onnx.ModelProto:
@@ -253,4 +216,45 @@ def _rounding(body: str, node: onnx.NodeProto, grid: Grid) -> str:
     )
 
 
-NOISE = Int8Requantisation()
+NOISE = Cause(
+    id="precision.int8_requantisation",
+    type="data precision",
+    title="Quantised layers round to 8 bits at other places or in another way",
+    cause=(
+        "Engines fuse dequantise–operator–quantise groups into integer kernels: they add up "
+        "integers, rescale once with a rounded factor, and may drop a rounding between two "
+        "operators; values near a tie move by one step."
+    ),
+    applies=(
+        "QuantizeLinear with constant parameters, the products and activations fused with it,"
+        " and DynamicQuantizeLinear; operator set 11 or later"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
+        "DequantizeLinear, QLinearConv and DynamicQuantizeLinear; ONNX Runtime documentation, "
+        "Quantize ONNX models, QDQ format; ONNX Runtime issues 24711 and 25259"
+    ),
+    advice="validate accuracy on this backend, or leave the listed layers in float",
+    remedies={
+        "ort": (
+            "validate accuracy with the optimised session, or set the session option "
+            "session.disable_quant_qdq=1 to keep the listed layers in float; give biases the "
+            "scale of the products (input scale × weight scale)"
+        ),
+        "ov": (
+            "validate accuracy on OpenVINO, or quantise with NNCF, which places roundings where "
+            "OpenVINO fuses them"
+        ),
+    },
+    ablations={"ort": {"session.disable_quant_qdq": "1"}},
+    forms=(
+        "the range divides last: x · 255 / (max − min)",
+        "values that enter a sum are limited, not rounded",
+        "sums of integers, stored bias, one rescaling in float32",
+        "sums of integers, real bias, one rescaling in float32",
+        "values between operators are limited, not rounded",
+        "values are limited, not rounded",
+        *_ROUNDINGS,
+    ),
+    variants=_variants,
+)

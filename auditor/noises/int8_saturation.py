@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.quantised import Editor, Layout, Product
-from auditor.records import Kernel, Stage
 
 # Operators of the integer format, with the position of their int8 weights and zero point.
 _INTEGER = {"ConvInteger": (1, 3), "MatMulInteger": (1, 3), "QLinearConv": (3, 5)} | {
@@ -27,58 +27,25 @@ _OPSET = 13
 _Losses = dict[int, tuple[Product, tuple[Array, Array]]]
 
 
-class Int8Saturation:
-    """``precision.int8_saturation``."""
-
-    id = "precision.int8_saturation"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Pairs of uint8 × int8 products saturate at 16 bits"
-    cause = (
-        "x86 processors without VNNI multiply 8-bit integers with VPMADDUBSW, which adds two "
-        "products in 16 bits and clips the sum at ±2¹⁵; processors with VNNI, and the model, do "
-        "not."
-    )
-    source = (
-        "Intel SDM vol. 2, PMADDUBSW; ONNX Runtime documentation, Quantize ONNX models, "
-        "reduce_range (U8S8 on AVX2 and AVX512); oneDNN developer guide, Nuances of int8 "
-        "computations; SysNoise (Wang et al., MLSys 2023), Table 1, data precision"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to keep the sums of products in range."""
-        quantise = "quantise weights to 7 bits (reduce_range=True)"
-        switches = {
-            "ort": f"{quantise} or to uint8, or set the session option "
-            "session.x64quantprecision=1, or deploy on a processor with VNNI",
-            "ov": f"{quantise} (NNCF: overflow_fix=OverflowFix.ENABLE), or deploy on a processor "
-            "with VNNI",
-        }
-        return switches.get(backend, f"{quantise}, or deploy on a processor with VNNI")
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Engines name the kernel, not what it does when a sum leaves 16 bits."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment's quantised products with what saturation would take away from them."""
-        model = segment.model
-        if surgery.opset(model) >= _OPSET:
-            layout = Layout(model)
-            products = [p for p in layout.products() if _can_saturate(p)]
-            padded = any(_channels(p) % 2 and p.weights[0, 0].size > 1 for p in products)
-            for apart, name in (
-                (False, "pairs along kernel position, then channel"),
-                (True, "pairs of channels at each kernel position"),
-            ):
-                losses = {
-                    p.index: (p, pairs)
-                    for p in products
-                    if (pairs := _pairs(p, apart=apart)) is not None
-                }
-                if losses and (padded or not apart):
-                    yield Variant(name, _saturated(layout, losses))
-        yield from _exact(model)
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment's quantised products with what saturation would take away from them."""
+    model = segment.model
+    if surgery.opset(model) >= _OPSET:
+        layout = Layout(model)
+        products = [p for p in layout.products() if _can_saturate(p)]
+        padded = any(_channels(p) % 2 and p.weights[0, 0].size > 1 for p in products)
+        for apart, name in (
+            (False, "pairs along kernel position, then channel"),
+            (True, "pairs of channels at each kernel position"),
+        ):
+            losses = {
+                p.index: (p, pairs)
+                for p in products
+                if (pairs := _pairs(p, apart=apart)) is not None
+            }
+            if losses and (padded or not apart):
+                yield Variant(name, _saturated(layout, losses))
+    yield from _exact(model)
 
 
 def _can_saturate(product: Product) -> bool:
@@ -294,4 +261,42 @@ def _exact(model: onnx.ModelProto) -> Iterator[Variant]:
     yield Variant("in the reference, not in this backend", editor.model)
 
 
-NOISE = Int8Saturation()
+_QUANTISE = "quantise weights to 7 bits (reduce_range=True)"
+NOISE = Cause(
+    id="precision.int8_saturation",
+    type="data precision",
+    title="Pairs of uint8 × int8 products saturate at 16 bits",
+    cause=(
+        "x86 processors without VNNI multiply 8-bit integers with VPMADDUBSW, which adds two "
+        "products in 16 bits and clips the sum at ±2¹⁵; processors with VNNI, and the model, do "
+        "not."
+    ),
+    applies=(
+        "quantised Conv and MatMul with int8 weights large enough for a pair to leave 16 "
+        "bits, from operator set 13 on; ConvInteger, MatMulInteger, QLinearConv and "
+        "QLinearMatMul"
+    ),
+    source=(
+        "Intel SDM vol. 2, PMADDUBSW; ONNX Runtime documentation, Quantize ONNX models, "
+        "reduce_range (U8S8 on AVX2 and AVX512); oneDNN developer guide, Nuances of int8 "
+        "computations; SysNoise (Wang et al., MLSys 2023), Table 1, data precision"
+    ),
+    advice=f"{_QUANTISE}, or deploy on a processor with VNNI",
+    remedies={
+        "ort": (
+            f"{_QUANTISE} or to uint8, or set the session option session.x64quantprecision=1, or "
+            "deploy on a processor with VNNI"
+        ),
+        "ov": (
+            f"{_QUANTISE} (NNCF: overflow_fix=OverflowFix.ENABLE), or deploy on a processor with "
+            "VNNI"
+        ),
+    },
+    ablations={"ort": {"session.x64quantprecision": "1"}},
+    forms=(
+        "pairs along kernel position, then channel",
+        "pairs of channels at each kernel position",
+        "in the reference, not in this backend",
+    ),
+    variants=_variants,
+)

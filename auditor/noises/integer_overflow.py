@@ -8,8 +8,8 @@ import onnx
 from onnx import TensorProto
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Range of each integer type that int64 can hold.
 _LIMITS: dict[int, tuple[int, int]] = {
@@ -27,77 +27,48 @@ _INTEGERS = frozenset((TensorProto.INT64, *_LIMITS))
 _OPSET = 12
 
 
-class IntegerOverflow:
-    """``precision.integer_overflow``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with integer arithmetic and casts that clip, or wrap."""
+    model = segment.model
+    if surgery.opset(model) < _OPSET:
+        return
+    operators = list(surgery.find(model, (*_ARITHMETIC, "Cast", "QuantizeLinear")))
+    if not operators:
+        return
+    types = surgery.types(model)
 
-    id = "precision.integer_overflow"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "Integers that leave their type's range saturate instead of wrapping, or the reverse"
-    cause = (
-        "Integer arithmetic wraps around in most languages, vector units offer saturating forms, "
-        "and engines that compute in a wider type clip on the way back; ONNX leaves overflow "
-        "open."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; ONNX operators Cast (out "
-        "of range) and QuantizeLinear (saturation); Intel SDM vol. 2, PADDUSB and PACKUSWB"
-    )
+    def target(node: onnx.NodeProto) -> int:
+        return types.get(node.output[0], TensorProto.UNDEFINED)
 
-    def remedy(self, backend: str) -> str:
-        """How to stay in range."""
-        wide = "cast the listed layers' inputs to int32 and compute there"
-        switches = {
-            "ov": f"{wide}: OpenVINO's CPU kernels for 8- and 16-bit types saturate",
-        }
-        return switches.get(backend, wide)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Engines name the type, not what happens at its ends."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with integer arithmetic and casts that clip, or wrap."""
-        model = segment.model
-        if surgery.opset(model) < _OPSET:
-            return
-        operators = list(surgery.find(model, (*_ARITHMETIC, "Cast", "QuantizeLinear")))
-        if not operators:
-            return
-        types = surgery.types(model)
-
-        def target(node: onnx.NodeProto) -> int:
-            return types.get(node.output[0], TensorProto.UNDEFINED)
-
-        arithmetic = {
-            i: _clipped(n, target(n))
-            for i, n in operators
-            if n.op_type in _ARITHMETIC and target(n) in _LIMITS
-        }
-        casts = {
-            i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
-            for i, n in operators
-            if n.op_type == "Cast" and target(n) in _LIMITS
-        }
-        clipped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=True))}
-        wrapped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=False))}
-        quantised = {
-            i: _wrapping(n, target(n))
-            for i, n in operators
-            if n.op_type == "QuantizeLinear" and target(n) in _LIMITS
-        }
-        for name, bodies in (
-            ("arithmetic saturates", arithmetic),
-            ("casts saturate", clipped),
-            (
-                "arithmetic and casts saturate",
-                arithmetic | clipped if arithmetic and clipped else {},
-            ),
-            ("casts wrap around", wrapped),
-            ("quantised values wrap around", quantised),
-        ):
-            if bodies:
-                yield Variant(name, surgery.substituted(model, bodies))
+    arithmetic = {
+        i: _clipped(n, target(n))
+        for i, n in operators
+        if n.op_type in _ARITHMETIC and target(n) in _LIMITS
+    }
+    casts = {
+        i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
+        for i, n in operators
+        if n.op_type == "Cast" and target(n) in _LIMITS
+    }
+    clipped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=True))}
+    wrapped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=False))}
+    quantised = {
+        i: _wrapping(n, target(n))
+        for i, n in operators
+        if n.op_type == "QuantizeLinear" and target(n) in _LIMITS
+    }
+    for name, bodies in (
+        ("arithmetic saturates", arithmetic),
+        ("casts saturate", clipped),
+        (
+            "arithmetic and casts saturate",
+            arithmetic | clipped if arithmetic and clipped else {},
+        ),
+        ("casts wrap around", wrapped),
+        ("quantised values wrap around", quantised),
+    ):
+        if bodies:
+            yield Variant(name, surgery.substituted(model, bodies))
 
 
 def _clipped(node: onnx.NodeProto, kind: int) -> str:
@@ -161,4 +132,34 @@ def _wrapping(node: onnx.NodeProto, kind: int) -> str:
     )
 
 
-NOISE = IntegerOverflow()
+_WIDE = "cast the listed layers' inputs to int32 and compute there"
+NOISE = Cause(
+    id="precision.integer_overflow",
+    type="data precision",
+    title="Integers that leave their type's range saturate instead of wrapping, or the reverse",
+    cause=(
+        "Integer arithmetic wraps around in most languages, vector units offer saturating forms, "
+        "and engines that compute in a wider type clip on the way back; ONNX leaves overflow "
+        "open."
+    ),
+    applies=(
+        "Add, Sub, Mul, Neg and Abs of integers of up to 32 bits, Cast to them, and "
+        "QuantizeLinear; operator set 12 or later"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; ONNX operators Cast (out "
+        "of range) and QuantizeLinear (saturation); Intel SDM vol. 2, PADDUSB and PACKUSWB"
+    ),
+    advice=_WIDE,
+    remedies={
+        "ov": f"{_WIDE}: OpenVINO's CPU kernels for 8- and 16-bit types saturate",
+    },
+    forms=(
+        "arithmetic saturates",
+        "casts saturate",
+        "arithmetic and casts saturate",
+        "casts wrap around",
+        "quantised values wrap around",
+    ),
+    variants=_variants,
+)

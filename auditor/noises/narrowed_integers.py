@@ -9,8 +9,8 @@ import onnx
 from onnx import TensorProto
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _LONG = frozenset((TensorProto.INT64, TensorProto.UINT64))
 _INTEGERS = _LONG | {TensorProto.INT32, TensorProto.UINT32}
@@ -58,72 +58,40 @@ _CLIP: dict[int, str] = {
 }
 
 
-class NarrowedIntegers:
-    """``precision.narrowed_integers``."""
-
-    id = "precision.narrowed_integers"
-    stage: Stage = "inference"
-    type = "data precision"
-    title = "64-bit integers are computed with 32 bits"
-    cause = (
-        "Many engines have no 64-bit integer kernels and convert to int32, or to float32 for "
-        "division, without a warning; numbers from 2³¹ (or 2²⁴) on are lost."
-    )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO issues 35896 and "
-        "37766; TensorRT documentation, INT64 support; Intel SDM vol. 2, CVTTPS2DQ (the "
-        "indefinite integer)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to keep large integers right."""
-        small = "keep integers below 2³¹ (hash, rescale or split them before the model)"
-        switches = {
-            "ov": f"{small}: OpenVINO's CPU plugin turns i64 into i32",
-            "trt": f"{small}, or use an engine version with INT64 support",
-        }
-        return switches.get(backend, small)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """Engines report int32 for shapes and indices too, where it does no harm."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with its 64-bit arithmetic and casts narrowed."""
-        model = segment.model
-        if surgery.opset(model) < _OPSET:
-            return
-        operators = dict(surgery.find(model, _NUMBERS))
-        if not operators:
-            return
-        types = surgery.types(model)
-        large = _large(model, types)
-        exposed = {
-            i: n
-            for i, n in operators.items()
-            if any(t in large for t in (*n.input[: _NUMBERS[n.op_type]], *n.output))
-        }
-        long = {i: n for i, n in exposed.items() if _touches(n, types, _LONG)}
-        casts = {
-            i: n for i, n in long.items() if n.op_type == "Cast" and types.get(n.input[0]) in _REAL
-        }
-        floats = {
-            i: n
-            for i, n in exposed.items()
-            if n.op_type in _IN_FLOAT and _touches(n, types, _INTEGERS)
-        }
-        wrap, divide = _through(_WRAP), _through(_WRAP, real_division=True)
-        divides = long if any(n.op_type == "Div" for n in long.values()) else {}
-        for name, nodes, body in (
-            ("real numbers beyond 32 bits become -2³¹", casts, _indefinite),
-            ("converted to 32 bits by wrapping around, divided in float32", divides, divide),
-            ("converted to 32 bits by wrapping around", long, wrap),
-            ("converted to 32 bits by clipping", long, _through(_CLIP)),
-            ("computed in float32", floats, _in_float),
-        ):
-            if nodes:
-                bodies = {i: body(n, types) for i, n in nodes.items()}
-                yield Variant(name, surgery.substituted(model, bodies))
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with its 64-bit arithmetic and casts narrowed."""
+    model = segment.model
+    if surgery.opset(model) < _OPSET:
+        return
+    operators = dict(surgery.find(model, _NUMBERS))
+    if not operators:
+        return
+    types = surgery.types(model)
+    large = _large(model, types)
+    exposed = {
+        i: n
+        for i, n in operators.items()
+        if any(t in large for t in (*n.input[: _NUMBERS[n.op_type]], *n.output))
+    }
+    long = {i: n for i, n in exposed.items() if _touches(n, types, _LONG)}
+    casts = {
+        i: n for i, n in long.items() if n.op_type == "Cast" and types.get(n.input[0]) in _REAL
+    }
+    floats = {
+        i: n for i, n in exposed.items() if n.op_type in _IN_FLOAT and _touches(n, types, _INTEGERS)
+    }
+    wrap, divide = _through(_WRAP), _through(_WRAP, real_division=True)
+    divides = long if any(n.op_type == "Div" for n in long.values()) else {}
+    for name, nodes, body in (
+        ("real numbers beyond 32 bits become -2³¹", casts, _indefinite),
+        ("converted to 32 bits by wrapping around, divided in float32", divides, divide),
+        ("converted to 32 bits by wrapping around", long, wrap),
+        ("converted to 32 bits by clipping", long, _through(_CLIP)),
+        ("computed in float32", floats, _in_float),
+    ):
+        if nodes:
+            bodies = {i: body(n, types) for i, n in nodes.items()}
+            yield Variant(name, surgery.substituted(model, bodies))
 
 
 def _large(model: onnx.ModelProto, types: dict[str, int]) -> set[str]:
@@ -221,4 +189,35 @@ def _in_float(node: onnx.NodeProto, types: dict[str, int]) -> str:
     )
 
 
-NOISE = NarrowedIntegers()
+_SMALL = "keep integers below 2³¹ (hash, rescale or split them before the model)"
+NOISE = Cause(
+    id="precision.narrowed_integers",
+    type="data precision",
+    title="64-bit integers are computed with 32 bits",
+    cause=(
+        "Many engines have no 64-bit integer kernels and convert to int32, or to float32 for "
+        "division, without a warning; numbers from 2³¹ (or 2²⁴) on are lost."
+    ),
+    applies=(
+        "arithmetic, comparisons, reductions and casts on 64-bit integers that may be large; "
+        "shapes and small constants are left out; operator set 12 or later"
+    ),
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO issues 35896 and "
+        "37766; TensorRT documentation, INT64 support; Intel SDM vol. 2, CVTTPS2DQ (the "
+        "indefinite integer)"
+    ),
+    advice=_SMALL,
+    remedies={
+        "ov": f"{_SMALL}: OpenVINO's CPU plugin turns i64 into i32",
+        "trt": f"{_SMALL}, or use an engine version with INT64 support",
+    },
+    forms=(
+        "real numbers beyond 32 bits become -2³¹",
+        "converted to 32 bits by wrapping around, divided in float32",
+        "converted to 32 bits by wrapping around",
+        "converted to 32 bits by clipping",
+        "computed in float32",
+    ),
+    variants=_variants,
+)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
 _LOSES = {
@@ -41,66 +41,35 @@ _FINITE = """(x) => (y) {
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
-class NonFinite:
-    """``implementation.nonfinite``."""
-
-    id = "implementation.nonfinite"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "NaN or infinity is treated as a number"
-    cause = (
-        "Kernels that compare, clamp or select by machine instructions drop a NaN or turn it into "
-        "a limit, and a product with a mask turns infinity into NaN; IEEE 754 lets both happen."
-    )
-    source = (
-        "IEEE 754-2019, sec. 6.2 and 9.6; Intel SDM vol. 2, MAXPS and MINPS (the second operand "
-        "is returned for a NaN); ONNX operators Relu, Clip, Max, ThresholdedRelu"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to keep a NaN visible, or away."""
-        switches = {
-            "ov": "guard the inputs of the listed layers (IsNaN, IsInf, Where): OpenVINO's CPU "
-            "kernels clamp",
-            "tvm": "guard the inputs of the listed layers (IsNaN, IsInf, Where): TVM lowers them "
-            "to compare-and-select",
-            "trt": "build with BuilderFlag.STRICT_NANS, and guard the listed layers' inputs",
-        }
-        return switches.get(backend, "guard the inputs of the listed layers (IsNaN, IsInf, Where)")
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says what its kernels do with a NaN."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with NaN or infinity replaced where kernels are known to do so."""
-        model = segment.model
-        losing = {i: _LOSES[n.op_type] for i, n in surgery.find(model, _LOSES)}
-        if losing:
-            yield Variant("NaN loses every comparison", _read_as(model, losing))
-            winning = {i: _OPPOSITE[value] for i, value in losing.items()}
-            yield Variant("NaN wins every comparison", _read_as(model, winning))
-        if zeroed := {i: "0" for i, _ in surgery.find(model, _ZEROED)}:
-            yield Variant("NaN is read as zero", _read_as(model, zeroed))
-        for name, op_types, body in (
-            ("NaN is passed on", _DROPPING, _passed_on),
-            ("a choice is a product with a mask", _MASKED, _masked),
-            ("a comparison with NaN takes the later value", _RANKED, _later),
-        ):
-            bodies = {i: body(n) for i, n in surgery.find(model, op_types) if len(n.output) == 1}
-            if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
-                yield Variant(name, surgery.substituted(model, bodies))
-        extreme = dict(surgery.find(model, _EXTREME))
-        if extreme and surgery.opset(model) >= _ISINF:
-            reads = {(i, p): _FINITE for i, n in extreme.items() for p in range(len(n.input))}
-            yield Variant(
-                "infinite operands become the largest finite number",
-                surgery.passing(model, reads),
-            )
-            yield Variant(
-                "infinite results become the largest finite number",
-                surgery.passing(model, {}, dict.fromkeys(extreme, _FINITE)),
-            )
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with NaN or infinity replaced where kernels are known to do so."""
+    model = segment.model
+    losing = {i: _LOSES[n.op_type] for i, n in surgery.find(model, _LOSES)}
+    if losing:
+        yield Variant("NaN loses every comparison", _read_as(model, losing))
+        winning = {i: _OPPOSITE[value] for i, value in losing.items()}
+        yield Variant("NaN wins every comparison", _read_as(model, winning))
+    if zeroed := {i: "0" for i, _ in surgery.find(model, _ZEROED)}:
+        yield Variant("NaN is read as zero", _read_as(model, zeroed))
+    for name, op_types, body in (
+        ("NaN is passed on", _DROPPING, _passed_on),
+        ("a choice is a product with a mask", _MASKED, _masked),
+        ("a comparison with NaN takes the later value", _RANKED, _later),
+    ):
+        bodies = {i: body(n) for i, n in surgery.find(model, op_types) if len(n.output) == 1}
+        if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
+            yield Variant(name, surgery.substituted(model, bodies))
+    extreme = dict(surgery.find(model, _EXTREME))
+    if extreme and surgery.opset(model) >= _ISINF:
+        reads = {(i, p): _FINITE for i, n in extreme.items() for p in range(len(n.input))}
+        yield Variant(
+            "infinite operands become the largest finite number",
+            surgery.passing(model, reads),
+        )
+        yield Variant(
+            "infinite results become the largest finite number",
+            surgery.passing(model, {}, dict.fromkeys(extreme, _FINITE)),
+        )
 
 
 def _read_as(model: onnx.ModelProto, values: Mapping[int, str]) -> onnx.ModelProto:
@@ -155,4 +124,45 @@ def _later(node: onnx.NodeProto) -> str:
         y = {node.op_type} {surgery.options(node)} (seen) }}"""
 
 
-NOISE = NonFinite()
+NOISE = Cause(
+    id="implementation.nonfinite",
+    type="operator implementation",
+    title="NaN or infinity is treated as a number",
+    cause=(
+        "Kernels that compare, clamp or select by machine instructions drop a NaN or turn it into "
+        "a limit, and a product with a mask turns infinity into NaN; IEEE 754 lets both happen."
+    ),
+    applies=(
+        "operators made of comparisons or clamps (Relu, Clip, Max, MaxPool, Where and "
+        "others), and operators with infinite or undefined results; it shows only where a NaN"
+        " or infinity is"
+    ),
+    source=(
+        "IEEE 754-2019, sec. 6.2 and 9.6; Intel SDM vol. 2, MAXPS and MINPS (the second operand "
+        "is returned for a NaN); ONNX operators Relu, Clip, Max, ThresholdedRelu"
+    ),
+    advice="guard the inputs of the listed layers (IsNaN, IsInf, Where)",
+    remedies={
+        "ov": (
+            "guard the inputs of the listed layers (IsNaN, IsInf, Where): OpenVINO's CPU kernels "
+            "clamp"
+        ),
+        "tvm": (
+            "guard the inputs of the listed layers (IsNaN, IsInf, Where): TVM lowers them to "
+            "compare-and-select"
+        ),
+        "trt": "build with BuilderFlag.STRICT_NANS, and guard the listed layers' inputs",
+    },
+    ablations={"tvm": {"fast-math": "false"}, "trt": {"strict-nans": "on"}},
+    forms=(
+        "NaN loses every comparison",
+        "NaN wins every comparison",
+        "NaN is read as zero",
+        "NaN is passed on",
+        "a choice is a product with a mask",
+        "a comparison with NaN takes the later value",
+        "infinite operands become the largest finite number",
+        "infinite results become the largest finite number",
+    ),
+    variants=_variants,
+)

@@ -8,79 +8,52 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _ALL = (*_LAYERS, "RMSNormalization", "BatchNormalization")
 _PER_CHANNEL = 21  # GroupNormalization scales channels from here on, groups before
-# Epsilons in use: PyTorch and ONNX, Keras, older BERT, TensorFlow's batch normalisation.
-_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3)
+# Epsilons in use: PyTorch and ONNX, Keras, older BERT, TensorFlow's batch normalisation; and
+# the power of ten between them.
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-4)
 # A constant added in front of a square root counts as an epsilon up to here.
 _LARGEST = 1e-2
 _ROOTS = ("Sqrt", "Pow")
 
 
-class Normalisation:
-    """``implementation.normalisation``."""
-
-    id = "implementation.normalisation"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "Normalisation with another epsilon or another variance"
-    cause = (
-        "Frameworks disagree on epsilon and where it goes, on dividing by n or n − 1, and on "
-        "E[x²] − E[x]², which loses its digits where the mean is large, against two passes."
-    )
-    source = (
-        "ONNX operators LayerNormalization, InstanceNormalization, BatchNormalization (epsilon); "
-        "Chan, Golub, LeVeque, Algorithms for computing the sample variance (1983); SysNoise "
-        "(Wang et al., MLSys 2023), sec. 3.2, operator implementation"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to say exactly which normalisation is meant."""
-        return (
-            "export the normalisation with its own operator and the epsilon it was trained with; "
-            "where the mean is large against the deviation, subtract a constant before it"
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with its normalisations computed the other ways."""
+    model = segment.model
+    found = {i: n for i, n in surgery.find(model, _ALL) if len(n.output) == 1}
+    written = dict(_written_out(model))
+    version = surgery.opset(model)
+    layers = {i: n for i, n in found.items() if n.op_type in _LAYERS}
+    batches = {i: n for i, n in found.items() if n.op_type == "BatchNormalization"}
+    if layers:
+        for name, variance in _VARIANCES.items():
+            bodies = {i: _layer(n, version, variance=variance) for i, n in layers.items()}
+            yield Variant(name, surgery.substituted(model, bodies))
+    unbiased = {i: _layer(n, version, unbiased=True) for i, n in layers.items()}
+    unbiased |= _unbiased(model, written)
+    if unbiased:
+        yield Variant("variance divided by n − 1", surgery.substituted(model, unbiased))
+    for epsilon in _EPSILONS:
+        if (changed := _with_epsilon(model, found, written, epsilon)) is not None:
+            yield Variant(f"epsilon {epsilon:g}", changed)
+    outside = {i: _layer(n, version, outside=True) for i, n in layers.items()}
+    outside |= {i: _batch_outside(n) for i, n in batches.items()}
+    if outside:
+        yield Variant(
+            "epsilon added to the deviation, not to the variance",
+            surgery.substituted(model, outside),
         )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine reports how it computes a variance."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with its normalisations computed the other ways."""
-        model = segment.model
-        found = {i: n for i, n in surgery.find(model, _ALL) if len(n.output) == 1}
-        written = dict(_written_out(model))
-        version = surgery.opset(model)
-        layers = {i: n for i, n in found.items() if n.op_type in _LAYERS}
-        batches = {i: n for i, n in found.items() if n.op_type == "BatchNormalization"}
-        if layers:
-            for name, variance in _VARIANCES.items():
-                bodies = {i: _layer(n, version, variance=variance) for i, n in layers.items()}
-                yield Variant(name, surgery.substituted(model, bodies))
-        unbiased = {i: _layer(n, version, unbiased=True) for i, n in layers.items()}
-        unbiased |= _unbiased(model, written)
-        if unbiased:
-            yield Variant("variance divided by n − 1", surgery.substituted(model, unbiased))
-        for epsilon in _EPSILONS:
-            if (changed := _with_epsilon(model, found, written, epsilon)) is not None:
-                yield Variant(f"epsilon {epsilon:g}", changed)
-        outside = {i: _layer(n, version, outside=True) for i, n in layers.items()}
-        outside |= {i: _batch_outside(n) for i, n in batches.items()}
-        if outside:
-            yield Variant(
-                "epsilon added to the deviation, not to the variance",
-                surgery.substituted(model, outside),
-            )
-        if batches:
-            bodies = {i: _batch_statistics(n, version) for i, n in batches.items()}
-            yield Variant(
-                "mean and variance of the batch instead of the stored ones",
-                surgery.substituted(model, bodies),
-            )
+    if batches:
+        bodies = {i: _batch_statistics(n, version) for i, n in batches.items()}
+        yield Variant(
+            "mean and variance of the batch instead of the stored ones",
+            surgery.substituted(model, bodies),
+        )
 
 
 def _epsilon(node: onnx.NodeProto) -> float:
@@ -221,4 +194,33 @@ _BESSEL = """whole = Shape(rows) at = Constant <value = int64 {1}> () count = Ga
         size = Cast <to = 1> (count) one = Constant <value = float {1}> () rest = Sub(size, one)
         ratio = Div(size, rest) variance = Mul(biased, ratio)"""
 
-NOISE = Normalisation()
+NOISE = Cause(
+    id="implementation.normalisation",
+    type="operator implementation",
+    title="Normalisation with another epsilon or another variance",
+    cause=(
+        "Frameworks disagree on epsilon and where it goes, on dividing by n or n − 1, and on "
+        "E[x²] − E[x]², which loses its digits where the mean is large, against two passes."
+    ),
+    applies=(
+        "LayerNormalization, InstanceNormalization, GroupNormalization, RMSNormalization and "
+        "BatchNormalization, and those written out around a square root"
+    ),
+    source=(
+        "ONNX operators LayerNormalization, InstanceNormalization, BatchNormalization (epsilon); "
+        "Chan, Golub, LeVeque, Algorithms for computing the sample variance (1983); SysNoise "
+        "(Wang et al., MLSys 2023), sec. 3.2, operator implementation"
+    ),
+    advice=(
+        "export the normalisation with its own operator and the epsilon it was trained with; "
+        "where the mean is large against the deviation, subtract a constant before it"
+    ),
+    forms=(
+        *_VARIANCES,
+        "variance divided by n − 1",
+        *(f"epsilon {e:g}" for e in _EPSILONS),
+        "epsilon added to the deviation, not to the variance",
+        "mean and variance of the batch instead of the stored ones",
+    ),
+    variants=_variants,
+)

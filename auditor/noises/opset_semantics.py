@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 _REDUCTIONS = (
@@ -21,39 +21,12 @@ _LAST = "softmax along the last axis, opset 13's default"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
-class OpsetSemantics:
-    """``implementation.opset_semantics``."""
-
-    id = "implementation.opset_semantics"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "An operator follows another version or reading of its definition"
-    cause = (
-        "Operators change their meaning between operator sets (softmax axis, axes as attribute or "
-        "as input), and importers that know one version apply it to all."
-    )
-    source = (
-        "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
-        "Squeeze-11 and -13, RoiAlign-10 and -16"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to leave no room for two readings."""
-        return (
-            "export at an operator set where the listed operator is unambiguous: 13 or later for "
-            "softmaxes, 18 or later for reductions, and write axis, axes and keepdims explicitly"
-        )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says which version of an operator it read."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with operators read as other versions define them."""
-        yield from _softmaxes(segment.model)
-        yield from _reductions(segment.model)
-        yield from _shapes(segment.model)
-        yield from _regions(segment.model)
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with operators read as other versions define them."""
+    yield from _softmaxes(segment.model)
+    yield from _reductions(segment.model)
+    yield from _shapes(segment.model)
+    yield from _regions(segment.model)
 
 
 def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
@@ -234,4 +207,34 @@ def _largest_sample(node: onnx.NodeProto) -> str | None:
         y = MaxPool <kernel_shape = {window}, strides = {window}> (samples) }}"""
 
 
-NOISE = OpsetSemantics()
+NOISE = Cause(
+    id="implementation.opset_semantics",
+    type="operator implementation",
+    title="An operator follows another version or reading of its definition",
+    cause=(
+        "Operators change their meaning between operator sets (softmax axis, axes as attribute or "
+        "as input), and importers that know one version apply it to all."
+    ),
+    applies="Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze and RoiAlign",
+    source=(
+        "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
+        "Squeeze-11 and -13, RoiAlign-10 and -16"
+    ),
+    advice=(
+        "export at an operator set where the listed operator is unambiguous: 13 or later for "
+        "softmaxes, 18 or later for reductions, and write axis, axes and keepdims explicitly"
+    ),
+    forms=(
+        _ALONG,
+        _LAST,
+        "softmax over its axis and all behind, as before opset 13",
+        "softmax over all axes from 1, opset 12's default",
+        "axes ignored: reduced over all of them",
+        "keepdims at its default",
+        "noop_with_empty_axes ignored",
+        "axes of Squeeze ignored: every dimension of one removed",
+        "RoiAlign: the largest interpolated sample, not corner value",
+        "RoiAlign: coordinates of the other operator sets",
+    ),
+    variants=_variants,
+)

@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")
@@ -215,63 +215,63 @@ def _pad(node: onnx.NodeProto, amounts: str) -> str:
     return f"({', '.join(names)}) => (y) {{ {amounts} y = {call} }}"
 
 
-class Padding:
-    """``inference.padding``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with its convolutions and poolings padded in each of the other ways."""
+    model = segment.model
+    found = list(surgery.find(model, (*_ANY, "Pad")))
+    if not found:
+        return
+    modern = surgery.opset(model) >= _AMOUNTS
+    if modern:
+        yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
+    known = surgery.constants(model)
+    nodes = [(i, node, _given(node, known)) for i, node in found]
+    for name, operators, form in _FORMS:
+        changes = {
+            i: values
+            for i, node, given in nodes
+            if node.op_type in operators and (values := form(given)) is not None
+        }
+        if changes:
+            yield Variant(name, _set(model, changes))
+    pads = [(i, node) for i, node in found if node.op_type == "Pad"]
+    for name, amounts in _PADS if pads and modern else ():
+        bodies = {i: _pad(node, amounts) for i, node in pads}
+        yield Variant(name, surgery.substituted(model, bodies))
+    yield from _bodies(model, "padded cells are 0 in a maximum", _zeroed)
 
-    id = "inference.padding"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "Padding is put at the other end, dropped, or counts as something else"
-    cause = (
+
+_COMMON = (
+    "export explicit pads instead of auto_pad, and asymmetric ones as a Pad before the "
+    "listed layers"
+)
+NOISE = Cause(
+    id="inference.padding",
+    type="operator implementation",
+    title="Padding is put at the other end, dropped, or counts as something else",
+    cause=(
         "Odd SAME padding goes to the end in TensorFlow and to the beginning elsewhere; "
         "converters drop auto_pad, make asymmetric padding symmetric, or count padded cells in a "
         "maximum or an average."
-    )
-    source = (
+    ),
+    applies=(
+        "convolutions and poolings with padding, explicit or automatic, and Pad; some forms "
+        "from operator set 11 on"
+    ),
+    source=(
         "SysNoise (Wang et al., MLSys 2023), sec. 3.2, operator implementation; ONNX operators "
         "Conv-11, ConvTranspose-11, MaxPool-12 and AveragePool-19 (auto_pad, pads, "
         "count_include_pad)"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to get the same padding everywhere."""
-        common = (
-            "export explicit pads instead of auto_pad, and asymmetric ones as a Pad before the "
-            "listed layers"
-        )
-        switches = {
-            "tvm": f"{common}: TVM's importer rounds the size of a SAME_LOWER MaxPool down",
-        }
-        return switches.get(backend, common)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says in its kernels how it padded."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with its convolutions and poolings padded in each of the other ways."""
-        model = segment.model
-        found = list(surgery.find(model, (*_ANY, "Pad")))
-        if not found:
-            return
-        modern = surgery.opset(model) >= _AMOUNTS
-        if modern:
-            yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
-        known = surgery.constants(model)
-        nodes = [(i, node, _given(node, known)) for i, node in found]
-        for name, operators, form in _FORMS:
-            changes = {
-                i: values
-                for i, node, given in nodes
-                if node.op_type in operators and (values := form(given)) is not None
-            }
-            if changes:
-                yield Variant(name, _set(model, changes))
-        pads = [(i, node) for i, node in found if node.op_type == "Pad"]
-        for name, amounts in _PADS if pads and modern else ():
-            bodies = {i: _pad(node, amounts) for i, node in pads}
-            yield Variant(name, surgery.substituted(model, bodies))
-        yield from _bodies(model, "padded cells are 0 in a maximum", _zeroed)
-
-
-NOISE = Padding()
+    ),
+    advice=_COMMON,
+    remedies={
+        "tvm": f"{_COMMON}: TVM's importer rounds the size of a SAME_LOWER MaxPool down",
+    },
+    forms=(
+        "SAME padding for a size rounded down",
+        *(name for name, _, _ in _FORMS),
+        *(name for name, _ in _PADS),
+        "padded cells are 0 in a maximum",
+    ),
+    variants=_variants,
+)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import onnx
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 _OPSET = 11  # TopK and NonMaxSuppression have their present form, Slice has steps
 _SELECTIONS = ("ArgMax", "ArgMin", "TopK", "NonMaxSuppression")
@@ -17,49 +17,22 @@ _CONSTANTS = """back = Constant <value = int64[1] {-1}> ()
     far = Constant <value = int64[1] {-9223372036854775807}> ()"""
 
 
-class TieBreaking:
-    """``implementation.tie_breaking``."""
-
-    id = "implementation.tie_breaking"
-    stage: Stage = "inference"
-    type = "operator implementation"
-    title = "Ties and values exactly on a threshold are decided the other way"
-    cause = (
-        "Which of two equal values comes first, and whether a box whose overlap equals the limit "
-        "survives, is left open or read differently; quantised scores tie often."
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with ties and boundaries of its selections decided the other way."""
+    model = segment.model
+    if surgery.opset(model) < _OPSET:
+        return
+    forms: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto], str | None]], ...] = (
+        ("equal values are taken in the opposite order", _SELECTIONS, _last),
+        ("an overlap equal to the limit suppresses a box", _BOXES, _suppressing),
+        ("an overlap a rounding error above the limit is kept", _BOXES, _keeping),
+        ("boxes are listed by score across classes", _BOXES, _by_score),
+        ("halves are rounded away from zero", ("Round",), _away),
     )
-    source = (
-        "SysNoise (Wang et al., MLSys 2023), sec. 3.3 and Table 1, detection proposal; ONNX "
-        "operators ArgMax (select_last_index), TopK, NonMaxSuppression, Round"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to have no ties."""
-        return (
-            "break ties in the model (add a small multiple of the index to the scores), move "
-            "thresholds off attainable values, or run the selection outside of the network"
-        )
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says how it breaks ties."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with ties and boundaries of its selections decided the other way."""
-        model = segment.model
-        if surgery.opset(model) < _OPSET:
-            return
-        forms: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto], str | None]], ...] = (
-            ("equal values are taken in the opposite order", _SELECTIONS, _last),
-            ("an overlap equal to the limit suppresses a box", _BOXES, _suppressing),
-            ("an overlap a rounding error above the limit is kept", _BOXES, _keeping),
-            ("boxes are listed by score across classes", _BOXES, _by_score),
-            ("halves are rounded away from zero", ("Round",), _away),
-        )
-        for name, op_types, body in forms:
-            found = surgery.find(model, op_types)
-            if bodies := {i: text for i, n in found if (text := body(n))}:
-                yield Variant(name, surgery.substituted(model, bodies))
+    for name, op_types, body in forms:
+        found = surgery.find(model, op_types)
+        if bodies := {i: text for i, n in found if (text := body(n))}:
+            yield Variant(name, surgery.substituted(model, bodies))
 
 
 def _last(node: onnx.NodeProto) -> str:
@@ -137,4 +110,29 @@ def _away(node: onnx.NodeProto) -> str:
         a = Abs(x) up = Add(a, k) whole = Floor(up) s = Sign(x) y = Mul(s, whole) }"""
 
 
-NOISE = TieBreaking()
+NOISE = Cause(
+    id="implementation.tie_breaking",
+    type="operator implementation",
+    title="Ties and values exactly on a threshold are decided the other way",
+    cause=(
+        "Which of two equal values comes first, and whether a box whose overlap equals the limit "
+        "survives, is left open or read differently; quantised scores tie often."
+    ),
+    applies="ArgMax, ArgMin, TopK, NonMaxSuppression and Round; operator set 11 or later",
+    source=(
+        "SysNoise (Wang et al., MLSys 2023), sec. 3.3 and Table 1, detection proposal; ONNX "
+        "operators ArgMax (select_last_index), TopK, NonMaxSuppression, Round"
+    ),
+    advice=(
+        "break ties in the model (add a small multiple of the index to the scores), move "
+        "thresholds off attainable values, or run the selection outside of the network"
+    ),
+    forms=(
+        "equal values are taken in the opposite order",
+        "an overlap equal to the limit suppresses a box",
+        "an overlap a rounding error above the limit is kept",
+        "boxes are listed by score across classes",
+        "halves are rounded away from zero",
+    ),
+    variants=_variants,
+)

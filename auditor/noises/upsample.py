@@ -10,8 +10,8 @@ import onnx
 from onnx import helper
 
 from auditor import surgery
+from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Kernel, Stage
 
 # Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
 # pixel's corner; such nodes become a Resize of opset 13.
@@ -195,47 +195,50 @@ def _measured(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     node.input[3:] = [size]
 
 
-class Upsample:
-    """``inference.upsample``."""
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment with every Resize done in each of the other ways."""
+    sites = list(_sites(segment.model))
+    for name in dict.fromkeys(name for site in sites for name in site.changes):
+        changes = {s.index: s.changes[name] for s in sites if name in s.changes}
+        yield Variant(name, _changed(segment.model, changes))
 
-    id = "inference.upsample"
-    stage: Stage = "inference"
-    type = "upsample"
-    title = "A Resize interpolates, places its pixels or takes its scale another way"
-    cause = (
+
+_COMMON = (
+    "resize by whole factors, mode nearest with asymmetric coordinates and floor or mode "
+    "linear with half_pixel, without antialias, exclude_outside and "
+    "keep_aspect_ratio_policy"
+)
+NOISE = Cause(
+    id="inference.upsample",
+    type="upsample",
+    title="A Resize interpolates, places its pixels or takes its scale another way",
+    cause=(
         "Nearest, linear and cubic each exist with several pixel centres, roundings and "
         "coefficients; engines support some of them, ignore others, and where scale × size is no "
         "whole number some take the ratio of the sizes for the scale."
-    )
-    source = (
+    ),
+    applies="Resize, and Upsample from operator set 9 on; not with tf_crop_and_resize",
+    source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, upsample; ONNX operator Resize-19; TVM "
         "issues 19500 and 19570 (scales taken from sizes); OpenVINO operation Interpolate-11"
-    )
-
-    def remedy(self, backend: str) -> str:
-        """How to get the same interpolation everywhere."""
-        common = (
-            "resize by whole factors, mode nearest with asymmetric coordinates and floor or mode "
-            "linear with half_pixel, without antialias, exclude_outside and "
-            "keep_aspect_ratio_policy"
-        )
-        switches = {
-            "tvm": f"give Resize sizes instead of scales, and {common}: TVM derives its scale "
-            "from the sizes and ignores those three",
-            "ov": f"{common}: OpenVINO's ONNX frontend ignores those three",
-        }
-        return switches.get(backend, common)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        """No engine says in its kernels how it interpolates."""
-        return False
-
-    def variants(self, segment: SegmentGraph) -> Iterable[Variant]:
-        """The segment with every Resize done in each of the other ways."""
-        sites = list(_sites(segment.model))
-        for name in dict.fromkeys(name for site in sites for name in site.changes):
-            changes = {s.index: s.changes[name] for s in sites if name in s.changes}
-            yield Variant(name, _changed(segment.model, changes))
-
-
-NOISE = Upsample()
+    ),
+    advice=_COMMON,
+    remedies={
+        "tvm": (
+            f"give Resize sizes instead of scales, and {_COMMON}: TVM derives its scale from the "
+            "sizes and ignores those three"
+        ),
+        "ov": f"{_COMMON}: OpenVINO's ONNX frontend ignores those three",
+    },
+    forms=(
+        "ATTRIBUTE is ignored",
+        "scales are taken from the rounded output size",
+        "ATTRIBUTES ignored, and scales are taken from the rounded output size",
+        "nearest, CENTRE, ROUNDING",
+        "linear, CENTRE",
+        "cubic, CENTRE, coefficient NUMBER",
+        "cubic, CENTRE, coefficient NUMBER, exclude_outside",
+        "MODE, CENTRE, antialias",
+    ),
+    variants=_variants,
+)

@@ -139,3 +139,17 @@ def test_a_tanh_that_is_no_gelu_is_not_rewritten(make_segment: Any) -> None:
     assert names and not any("GELU" in name for name in names)
     assert list(approximation.NOISE.variants(single(make_segment, "Relu"))) == []
     assert "FastMath" in approximation.NOISE.remedy("tvm")
+
+
+def test_softmax_without_the_shift(make_segment: Any, diagnose: Any) -> None:
+    """Rows whose largest value is beyond 88.7 become NaN, or zeros beside it."""
+    x = np.random.default_rng(5).standard_normal((8, 20)).astype(np.float32) * 40
+    with np.errstate(over="ignore", invalid="ignore"):
+        powers = np.exp(x)
+        planted = powers / powers.sum(1, keepdims=True, dtype=np.float32)
+    assert 0 < np.isnan(planted).sum() < planted.size
+    found = diagnose(single(make_segment, "Softmax"), {"x": x}, {"y": planted})
+    assert found.noise == ID and "not shifted" in found.variant and found.explained > 0.99
+    planted[0, :] = np.nan  # a row that does not overflow
+    lost = np.where(np.isnan(planted).any(1, keepdims=True), np.nan, planted)[::-1].copy()
+    assert diagnose(single(make_segment, "Softmax"), {"x": x}, {"y": lost}).noise != ID

@@ -116,3 +116,27 @@ def test_running_sums_are_not_tried_where_the_engine_reports_float32(make_segmen
 def test_remedies_name_the_switch() -> None:
     assert "compress_to_fp16=False" in fp16.NOISE.remedy("ov")
     assert fp16.NOISE.remedy("somewhere else")
+
+
+def test_running_sums_of_several_products(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Two loops of other sizes in one segment."""
+    x, v, w = (
+        r(generator.standard_normal(shape) / 4).astype(np.float32)
+        for shape in ((5, 32), (32, 48), (48, 7))
+    )
+    value = x
+    for weights in (v, w):
+        total = np.zeros((5, weights.shape[1]), np.float32)
+        for k in range(len(weights)):
+            total = r(total + r(value[:, k, None] * weights[None, k]))
+        value = total
+    nodes = [
+        helper.make_node("MatMul", ["x", "v"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    segment = make_segment(nodes, {"v": v, "w": w}, ["x"], ["y"])
+    found = explain(segment, {"x": x}, {"y": value})
+    assert found.noise == ID and "running sums" in found.variant
+    assert found.explained > 0.999 and not found.failures

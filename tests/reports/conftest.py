@@ -16,6 +16,7 @@ from auditor.records import (
     BackendReport,
     CategoryShare,
     Concentration,
+    Consequence,
     Distance,
     FidelityProof,
     Finding,
@@ -23,11 +24,13 @@ from auditor.records import (
     Hypothesis,
     Kernel,
     ModelInfo,
+    NoiseInfo,
     OutputDistance,
     Provenance,
     ReferenceInfo,
     Segment,
     Skipped,
+    Spread,
     StimulusInfo,
     TensorStats,
 )
@@ -106,6 +109,34 @@ def _segment(index: int, *, bf16: bool) -> Segment:
             _tensor(out, "output", accumulated),
         ),
         concentration=Concentration(1, 37, 112, 0.44) if index == 3 else None,
+        leave_one_in_spread=_spread(0.383, 0.2) if bf16 and index == 0 else None,
+        impact_share_spread=_spread(0.37, 0.01, 2) if bf16 and index == 0 else None,
+        explained_spread=_spread(0.9, 0.0999) if bf16 and index == 0 else None,
+        explained_on=1 if bf16 and index == 0 else None,
+        contradicted=2 if bf16 and index == 0 else 0,
+        one_step=0.0032 if bf16 and index == 0 else None,
+        consequences=(_consequence(0, 0.69, "top-1 stays in all 4 rows; margin 0.71 → 0.69"),)
+        if bf16 and index == 0
+        else (),
+    )
+
+
+def _spread(mean: float, deviation: float, samples: int = 4) -> Spread:
+    return Spread(samples, mean, deviation, mean - deviation, mean + deviation, 1, 2)
+
+
+def _consequence(changed: int, margin_after: float, sentence: str) -> Consequence:
+    return Consequence(
+        output="Softmax:0",
+        kind="scores",
+        samples=4,
+        items=4,
+        changed=changed,
+        first_changed=2 if changed else None,
+        margin=0.71,
+        margin_after=margin_after,
+        kl=0.0021,
+        sentence=sentence,
     )
 
 
@@ -149,9 +180,20 @@ def _backend(id: str, engine: str, version: str, *, bf16: bool) -> BackendReport
             if bf16
             else (),
         ),
-        outputs=(OutputDistance("Softmax:0", _distance(1.2e-2 if bf16 else 2.1e-7, 0.8), 1.0),),
+        outputs=(
+            OutputDistance(
+                "Softmax:0",
+                _distance(1.2e-2, 0.8),
+                0.75,
+                kind="scores",
+                consequence=_consequence(1, 0.64, "top-1 flips in 1 of 4 rows, first on sample 2"),
+                spread=_spread(1.1e-2, 0.4e-2),
+            )
+            if bf16
+            else OutputDistance("Softmax:0", _distance(2.1e-7, 0.8), 1.0),
+        ),
         categories=(
-            CategoryShare("precision.bf16", "inference", 0.9981),
+            CategoryShare("precision.bf16", "inference", 0.9981, _spread(0.9981, 0.0052)),
             CategoryShare("precision.fp32_rounding", "inference", 0.0003),
         )
         if bf16
@@ -169,6 +211,8 @@ def _backend(id: str, engine: str, version: str, *, bf16: bool) -> BackendReport
         if bf16
         else (),
         seconds={"start": 0.4, "build": 0.9, "run": 0.05},
+        unexplained_spread=_spread(0.0016, 0.001) if bf16 else None,
+        booked_samples=2 if bf16 else 1,
     )
 
 
@@ -195,6 +239,10 @@ def _finding(rank: int, segment: Segment) -> Finding:
         remedy="Set INFERENCE_PRECISION_HINT=f32 (--option ov.INFERENCE_PRECISION_HINT=f32)."
         if rank != 3
         else None,
+        fingerprint=f"{rank:032x}",
+        leave_one_in_spread=segment.leave_one_in_spread,
+        explained_spread=segment.explained_spread if rank != 3 else None,
+        consequences=segment.consequences,
     )
 
 
@@ -259,6 +307,17 @@ def report() -> AuditReport:
         verdict="fail",
         exit_code=1,
         timing={"load": 0.41, "measure": 6.1, "report": 0.02, "total": 6.53},
+        requested=("ort", "ov", "tvm"),
+        noises=(
+            NoiseInfo(
+                "precision.bf16",
+                "inference",
+                "data precision",
+                "Tensors are rounded to bfloat16",
+                "Engines with AMX compute in bfloat16 by default.",
+                "SysNoise, section 3.2",
+            ),
+        ),
     )
 
 
@@ -272,6 +331,14 @@ _UNKIND = (
     "\x1b[2J",
     "a\nb",
     "\u202egnp",
+    "`a|b`",
+    "\\|",
+    " x ",
+    "<script>alert(1)</script>",
+    "a]]>b&amp;",
+    "{0}[x](1)",
+    "@octocat #1 :x: https://example.org www.example.org",
+    "\x00\ufffe",
     "\udc80",
     "名前",
     "/a" * 90,
@@ -294,7 +361,7 @@ def _values(hint: Any, field: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(inner)
     if origin in (Union, UnionType):
         (some,) = (i for i in inner if i is not NoneType)
-        return st.none() | _values(some, field)
+        return st.none() | _values(some, "")  # None is "not measured", so there is no NaN
     if origin is dict:
         return st.dictionaries(_NAMES, _values(inner[1], field), max_size=2)
     if origin is tuple and inner[-1] is Ellipsis:

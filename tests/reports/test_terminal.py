@@ -18,6 +18,7 @@ from rich.cells import cell_len
 
 from auditor.errors import UsageError
 from auditor.records import AuditReport, Availability, Device, Distance, Gap, OutputDistance
+from reports import _words as words
 from reports import terminal
 
 _WIDTHS = (80, 120, 200)
@@ -56,7 +57,11 @@ def test_everything_that_matters_is_there(report: AuditReport, width: int, color
         "16 findings (1 medium, 15 low); no comparison with tvm, trt",
         "4 recorded samples from photos.npz: images:0 1x3x224x224",
         "ort Softmax:0 2.1e-7 1.68e-7 133.6 1.000000 100%",
-        "ov Softmax:0 1.2e-2 0.0096 38.4 0.999928 100%",
+        "ov Softmax:0 1.2e-2 0.0096 38.4 0.999928 75.0%",
+        "Softmax:0, read as scores (assumed): top-1 flips in 1 of 4 rows, first on sample 2; "
+        "relative L2 7.0e-3 to 1.5e-2 over 4 samples, worst on sample 2",
+        "means over samples: causes over 4 (precision.bf16 99.3% to 100%), segments' shares over 2",
+        "Softmax:0: top-1 stays in all 4 rows; margin 0.71 → 0.69 impact 18.3% to 58.3% over 4",
         "precision.bf16 99.8%, precision.fp32_rounding 0.03%, unexplained 0.16%",
         "proved: 52/52 tensors, outputs bitwise equal, program unchanged",
         "proved: 50/51 tensors (9 by cone), outputs bitwise equal, program unchanged",
@@ -85,6 +90,31 @@ def test_everything_that_matters_is_there(report: AuditReport, width: int, color
         assert f"…/blocks_{index}/depthwise_conv2d/depthwise + 2 more" in said
     assert f"blocks_{terminal.TOP}/" not in said
     assert said.count("high") + said.count("medium") >= terminal.TOP  # each one's confidence
+
+
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_a_segment_says_how_its_figures_vary_over_samples(report: AuditReport, width: int) -> None:
+    text = terminal.render_segment(report, "s0", width, False)
+    _assert_clean(text, width)
+    said = _flat(text)
+    for fact in (
+        "its error alone: 18.3% to 58.3% over 4 samples",
+        "share: 36.0% to 38.0% over 2 samples",
+        "it alone Softmax:0: top-1 stays in all 4 rows; margin 0.71 → 0.69",
+        "0.32% of the integers it writes are one step off",
+        "looked for on sample 1, the first above the floor",
+        "score 0.8001 to 0.9999 over 4 samples, which contradicts it on 2",
+    ):
+        assert fact in said, fact
+
+
+def test_rare_events_are_told(report: AuditReport) -> None:
+    backend = report.backends[1]
+    output = replace(backend.outputs[0], nonfinite=2, first_nonfinite=7, one_step=0.01)
+    backend = replace(backend, outputs=(output,))
+    said = _flat(_render(replace(report, backends=(backend,))))
+    assert "1.0% of its elements are one step off" in said
+    assert "NaN or infinity on one side only on 2 samples, first on sample 7" in said
 
 
 def test_the_verdict_comes_first_then_backends_then_offenders(report: AuditReport) -> None:
@@ -225,7 +255,7 @@ def test_shares_are_shown_as_they_are(report: AuditReport) -> None:
     ],
 )
 def test_percent_never_rounds_to_all_or_nothing(share: float | None, text: str) -> None:
-    assert terminal._percent(share) == text
+    assert words.percent(share) == text
 
 
 def test_an_empty_audit_renders(report: AuditReport) -> None:
@@ -364,20 +394,28 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
     assert "ort ONNX Runtime 1.32.0" in said
 
 
-def test_noises_are_listed_with_their_source() -> None:
+def test_noises_are_listed_and_explained() -> None:
     noise = SimpleNamespace(
         id="precision.bf16",
         stage="inference",
         type="data precision",
         title="Tensors are rounded to bfloat16.",
         cause="Engines with AMX compute in bfloat16 by default.",
+        applies="float32 tensors",
+        forms=("weights in bf16", "everything in bf16"),
+        advice="run the listed layers in float32",
+        remedies={"ov": "set INFERENCE_PRECISION_HINT to f32"},
+        ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
         source="SysNoise, section 3.2",
     )
-    text = terminal.render_noises([noise], 80, False)  # type: ignore[list-item]
-    _assert_clean(text, 80)
-    said = _flat(text)
-    for fact in (noise.id, noise.stage, noise.type, noise.title, noise.cause, noise.source):
-        assert fact in said
+    listed = terminal.render_noises([noise], 80, False)  # type: ignore[list-item]
+    shown = terminal.render_noise(noise, 80, False)  # type: ignore[arg-type]
+    facts = (noise.id, noise.stage, noise.type, noise.title)
+    switch = "--option ov.INFERENCE_PRECISION_HINT=f32"
+    more = (noise.cause, noise.applies, *noise.forms, noise.advice, noise.source)
+    for text, said in ((listed, facts), (shown, (*facts, *more, noise.remedies["ov"], switch))):
+        _assert_clean(text, 80)
+        assert all(fact in _flat(text) for fact in said)
 
 
 # --- standard error ------------------------------------------------------------------------------

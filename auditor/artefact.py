@@ -1,0 +1,262 @@
+"""Where the compiled file's constants differ from the reference model's, and in what way.
+
+A file that is compiled instead of the reference (``--candidate``) may store its weights in fewer
+bits, or be another model. Both show in its constants before anything runs. What they do to a
+segment is still measured: it is replayed with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import surgery
+from auditor.ports import Array, CompiledConstant, SegmentGraph, Storage, Variant
+from auditor.weights import attach
+
+if TYPE_CHECKING:
+    from auditor.model import Model
+
+# Steps of an 8-bit grid, and how near to its points values must lie, in steps.
+_STEPS, _NEAR = 256, 0.01
+# Any few numbers lie on some grid.
+_LEVELS = 4
+# So many values of a row are looked at first, since most are on no grid.
+_GLANCE = 4096
+_FLOATS: dict[Storage, int] = {
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+# Part of the square norm that channels may have which are on no grid.
+_NOTHING = 1e-6
+# A scaled constant is said to be one when this fraction of its square norm is explained by it.
+_SCALED = 1 - 1e-6
+
+
+def changed(
+    reference: Model, compiled: Model, rename: Mapping[str, str]
+) -> dict[str, CompiledConstant]:
+    """The reference's constants that the compiled file has otherwise, by the reference's names.
+
+    Constants correspond when they have the same name, or are the same input of corresponding
+    nodes; a dequantised constant counts as its real values. Those of another shape, and those
+    computed by other operators, are left out.
+
+    Args:
+        reference: the reference model.
+        compiled: the model that the backends compile.
+        rename: the compiled model's tensor names → the reference's.
+    """
+    ours, theirs = _Constants(reference), _Constants(compiled)
+    found: dict[str, CompiledConstant] = {}
+    for name, other in _pairs(ours, theirs, rename):
+        if name in found:
+            continue
+        original, value = ours.value(name), theirs.value(other)
+        if original is None or value is None or value.shape != original.shape:
+            continue
+        value = value.astype(original.dtype, copy=False)
+        if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
+            found[name] = _compared(original, value)
+    return found
+
+
+def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
+    """The segment with those constants of the compiled file that are the model's own, stored so."""
+    values = {n: c.values for n, c in segment.compiled.items() if c.storage == storage}
+    model = replaced(segment.model, values)
+    if model is not None:
+        yield Variant(form(storage), model)
+
+
+def form(storage: Storage) -> str:
+    """Name of such a variant."""
+    return f"constants as the compiled file stores them, in {storage}"
+
+
+def replaced(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto | None:
+    """A copy of a segment with other constants; None where it has none of these."""
+    kept = {t.name: i for i, t in enumerate(model.graph.initializer)}
+    nodes = {n.output[0]: i for i, n in surgery.find(model, ("Constant",))}
+    if values.keys().isdisjoint(kept.keys() | nodes.keys()):
+        return None
+    result = surgery.copied(model)
+    for name, value in values.items():
+        if name in kept:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            result.graph.initializer[kept[name]].CopyFrom(tensor)
+        elif name in nodes:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value))
+            node = result.graph.node[nodes[name]]
+            del node.attribute[:]
+            surgery.set_attributes(node, value=tensor)
+    return result
+
+
+def sentence(name: str, constant: CompiledConstant) -> str:
+    """What there is to say of one changed constant."""
+    how = ""
+    if constant.storage:
+        how = f": the same values stored in {constant.storage}"
+    elif constant.factor is not None:
+        how = f": {constant.factor:.6g} times the model's"
+    return (
+        f"the compiled file's constant `{name}` differs from the model's by "
+        f"{constant.relative_l2:.1e} relative L2{how}"
+    )
+
+
+class _Constants:
+    """A model's constants by name."""
+
+    def __init__(self, model: Model) -> None:
+        self._arrays = model.weights
+        self._tensors = {t.name: t for t in model.proto.graph.initializer}
+        self.nodes = {o: n for n in model.proto.graph.node for o in n.output if o}
+
+    def __contains__(self, name: str) -> bool:
+        node = self.nodes.get(name)
+        if node is None:
+            return name in self._tensors
+        quantised = node.op_type == "DequantizeLinear" and all(n in self for n in node.input)
+        return node.op_type == "Constant" or quantised
+
+    def names(self) -> Iterator[str]:
+        """Every initialiser and Constant."""
+        yield from self._tensors
+        yield from (o for o, n in self.nodes.items() if n.op_type == "Constant")
+
+    def value(self, name: str) -> Array | None:
+        """A constant's values, dequantised ones included; None for what is computed otherwise."""
+        if name in self._arrays:
+            return self._arrays[name]
+        if name in self._tensors:
+            return numpy_helper.to_array(attach(self._tensors[name], self._arrays))
+        node = self.nodes[name]
+        if node.op_type == "Constant":
+            tensor = surgery.attributes(node).get("value")
+            return None if tensor is None else numpy_helper.to_array(tensor)
+        return self._dequantised(node)
+
+    def _dequantised(self, node: onnx.NodeProto) -> Array | None:
+        given = surgery.attributes(node)
+        integers, scale, *zero = (self.value(name) for name in node.input)
+        if integers is None or scale is None or given.get("block_size", 0):
+            return None
+        across = [1] * integers.ndim
+        if scale.size > 1:
+            across[given.get("axis", 1)] = -1
+        offset = zero[0].astype(np.int32).reshape(across) if zero and zero[0] is not None else 0
+        return np.asarray((integers.astype(np.int32) - offset) * scale.reshape(across))
+
+
+def _pairs(
+    ours: _Constants, theirs: _Constants, rename: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Corresponding constants: the reference's name, then the compiled file's."""
+    yield from ((name, name) for name in ours.names() if name in theirs)
+    for output, node in theirs.nodes.items():
+        mine = ours.nodes.get(rename.get(output, ""))
+        if mine is None or mine.op_type != node.op_type:
+            continue
+        for name, other in zip(mine.input, node.input, strict=False):
+            if name and other and name != other and name in ours and other in theirs:
+                yield name, other
+
+
+def _compared(original: Array, value: Array) -> CompiledConstant:
+    if original.dtype.kind != "f":
+        same = float(np.mean(original != value))
+        return CompiledConstant(value, same, None, None)
+    a, b = original.astype(np.float64).ravel(), value.astype(np.float64).ravel()
+    norm = float(np.sqrt(np.dot(a, a)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = float(np.sqrt(np.dot(b - a, b - a)))
+    factor = float(np.dot(a, b)) / norm**2 if norm else 0.0
+    rest = b - factor * a
+    scaled = error > 0 and np.dot(rest, rest) <= (1 - _SCALED) * error**2
+    return CompiledConstant(
+        values=value,
+        relative_l2=error / norm if norm else float("inf"),
+        storage=_storage(original, value),
+        factor=factor if scaled else None,
+    )
+
+
+def _storage(original: Array, value: Array) -> Storage | None:
+    """The narrow format that the original's values were stored in."""
+    if original.dtype != np.float32:
+        return None
+    with np.errstate(over="ignore"):
+        for name, kind in _FLOATS.items():
+            narrow = original.astype(helper.tensor_dtype_to_np_dtype(kind))
+            if np.array_equal(narrow.astype(np.float32), value):
+                return name
+    return "8 bits" if _on_grids(original, value) else None
+
+
+def _on_grids(original: Array, value: Array) -> bool:
+    """Whether values lie on 8-bit grids, next to their originals: one grid, or one per channel.
+
+    Channels without weight in the sum, which round to nothing, need no grid.
+    """
+    for axis in (None, 0, -1):
+        if axis is None:
+            a, b = original.reshape(1, -1), value.reshape(1, -1)
+        elif value.ndim > 1:
+            a, b = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
+        else:
+            continue
+        squares = np.square(a, dtype=np.float64).sum(axis=1)
+        if squares[~_on_grid(a, b)].sum() <= _NOTHING * squares.sum():
+            return True
+    return False
+
+
+def _on_grid(original: Array, value: Array) -> NDArray[np.bool_]:
+    """By row, whether values lie on a grid next to their originals, or are these."""
+    same = np.asarray((original == value).all(axis=1))
+    steps = _steps(value[:, :_GLANCE])
+    if value.shape[1] > _GLANCE and np.isfinite(steps).any():
+        steps = _steps(value)
+    if np.isnan(steps).all():
+        return same
+    # What was on a grid before was changed in another way than by rounding.
+    steps[np.isfinite(_steps(original))] = np.nan
+    with np.errstate(invalid="ignore"):
+        near = np.abs(original - value) <= steps[:, None] * (0.5 + _NEAR)
+    above = (value == value.max(axis=1, keepdims=True)) & (original > value)
+    below = (value == value.min(axis=1, keepdims=True)) & (original < value)
+    fits = np.isfinite(steps) & (near | above | below).all(axis=1)
+    return np.asarray(same | fits)
+
+
+def _steps(rows: Array) -> NDArray[np.float64]:
+    """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
+    levels = np.sort(rows.astype(np.float64), axis=1)
+    found = np.full(len(levels), np.nan)
+    if not np.isfinite(levels).all():
+        return found
+    gaps = np.diff(levels, axis=1)
+    distinct = (gaps > 0).sum(axis=1) + 1
+    open_ = np.flatnonzero((distinct >= _LEVELS) & (distinct <= _STEPS))
+    levels, gaps = levels[open_], gaps[open_]
+    least = np.where(gaps > 0, gaps, np.inf).min(axis=1, initial=np.inf)
+    largest = np.abs(levels).max(axis=1, initial=0)
+    # The step is a part of the smallest gap; or the largest value is the last of 8 or 7 bits.
+    for step in (
+        *(least / n for n in (1, 2, 3, 4)),
+        *(largest / n for n in (127, 128, 255, 63, 64)),
+    ):
+        points = levels / step[:, None]
+        fits = (np.ptp(points, axis=1) <= _STEPS) & (
+            np.abs(points - np.rint(points)).max(axis=1) <= _NEAR
+        )
+        new = fits & np.isnan(found[open_])
+        found[open_[new]] = step[new]
+    return found

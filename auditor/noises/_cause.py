@@ -1,0 +1,63 @@
+"""What every noise states about itself, and how that answers the questions of the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+
+from auditor import rounding
+from auditor.ports import SegmentGraph, Variant
+from auditor.records import Kernel, Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """A noise (``auditor.ports.Noise``) as data, and the one function that replays it.
+
+    Attributes:
+        id: ``family.name``, for instance ``precision.bf16``.
+        stage: SysNoise stage (paper, Table 1).
+        type: SysNoise type (paper, Table 1).
+        title: what it is, in one sentence without a full stop.
+        cause: why deployments differ here, in one or two sentences.
+        applies: the operators, types and operator sets on which it can be replayed.
+        source: where it is documented.
+        advice: what to do about it on any backend.
+        remedies: what to do about it on the backends that need or offer something else, by id.
+        ablations: by backend id, the options (``--option ID.KEY=VALUE``) that switch it off there.
+        forms: the names of the variants, most likely first; what is in capitals differs from
+            segment to segment.
+        stated: how engines write the precision that this noise is; empty where none says so.
+        variants: the forms to replay on a segment (see the Protocol).
+        simulated: whether to simulate those forms on whole models: deployments choose it, while
+            what is False is a defect that a backend has or has not.
+    """
+
+    id: str
+    stage: Stage = "inference"
+    type: str
+    title: str
+    cause: str
+    applies: str
+    source: str
+    advice: str
+    remedies: Mapping[str, str] = field(default_factory=dict)
+    ablations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stated: frozenset[str] = frozenset()
+    forms: tuple[str, ...] = ()
+    variants: Callable[[SegmentGraph], Iterable[Variant]]
+    simulated: bool = True
+
+    def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
+        """Its forms in a whole model, which is one segment without kernels."""
+        return self.variants(SegmentGraph(model, ())) if self.simulated else ()
+
+    def remedy(self, backend: str) -> str:
+        """What to do about it on this backend, concretely."""
+        return self.remedies.get(backend, self.advice)
+
+    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
+        """Whether the engine itself reports this noise's precision for one of these kernels."""
+        return rounding.stated(kernels, self.stated)

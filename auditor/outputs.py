@@ -1,0 +1,70 @@
+"""The final divergence of one model output over samples, and the samples that stand out."""
+
+from __future__ import annotations
+
+from auditor.metrics import Moments, Running, Steps
+from auditor.ports import Array
+from auditor.records import OutputDistance, OutputKind
+from auditor.tasks import TaskMeter, assume
+
+
+class OutputMeter:
+    """One final output; memory does not grow with the number of samples."""
+
+    def __init__(self, name: str, stated: OutputKind | None, reference: Array) -> None:
+        """Prepare for samples.
+
+        Args:
+            name: the output's ONNX name.
+            stated: as what the user says it is read; None to assume it from the values.
+            reference: the reference's output on the first sample.
+        """
+        self.name = name
+        self.kind = stated or assume(name, reference)
+        self._stated = stated is not None
+        self._moments = Moments()
+        self._errors = Running()
+        self._steps = Steps()
+        self._task = TaskMeter(name, self.kind)
+        self._nonfinite = 0
+        self._first_nonfinite: int | None = None
+
+    def add(self, observed: Array, reference: Array, sample: int) -> float:
+        """Add one sample; returns its relative L2."""
+        one = Moments()
+        one.add(observed, reference)
+        self._moments.merge(one)
+        relative = one.distance().relative_l2
+        self._errors.add(relative, sample)
+        self._steps.add(observed, reference)
+        self._task.add(observed, reference, sample)
+        # Shapes alike and yet no finite distance: NaN or infinity on one side only.
+        if observed.shape == reference.shape and one.mismatch is not None:
+            self._nonfinite += 1
+            if self._first_nonfinite is None:
+                self._first_nonfinite = sample
+        return relative
+
+    @property
+    def diverges(self) -> bool:
+        """Whether it differed on any sample."""
+        return self._moments.error > 0
+
+    def report(self) -> OutputDistance:
+        """Everything added so far."""
+        consequence = self._task.result()
+        agreement = None
+        if consequence is not None and self.kind == "scores" and consequence.items:
+            agreement = 1 - (consequence.changed or 0) / consequence.items
+        return OutputDistance(
+            name=self.name,
+            distance=self._moments.distance(),
+            top1_agreement=agreement,
+            kind=self.kind,
+            kind_stated=self._stated,
+            consequence=consequence,
+            spread=self._errors.spread(),
+            nonfinite=self._nonfinite,
+            first_nonfinite=self._first_nonfinite,
+            one_step=self._steps.fraction,
+        )

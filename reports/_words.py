@@ -1,0 +1,315 @@
+"""What every report format says alike: figures, the verdict's reason, causes and proofs in words.
+
+Every name in a report comes from a model file or an engine and is untrusted. ``visible`` is the
+first step of making it harmless; each format then escapes what its own syntax would interpret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from auditor.records import SEVERITIES
+
+if TYPE_CHECKING:
+    from auditor.records import (
+        AuditReport,
+        BackendReport,
+        Consequence,
+        FidelityProof,
+        Finding,
+        OutputDistance,
+        Provenance,
+        Severity,
+        Skipped,
+        Spread,
+        Status,
+    )
+
+NONE = "-"  # in the place of a figure that was not measured
+
+T = TypeVar("T")
+
+
+# --- making names harmless -----------------------------------------------------------------------
+
+
+def visible(value: T) -> T:
+    """The same value with every unprintable character of its strings as a visible escape.
+
+    Escapes, line breaks, direction overrides and lone surrogates can rewrite a terminal or make
+    one name look like another.
+    """
+    if isinstance(value, str):
+        return value if value.isprintable() else cast(T, "".join(map(_escape, value)))
+    if isinstance(value, tuple):
+        return cast(T, tuple(visible(item) for item in value))
+    if isinstance(value, dict):
+        return cast(T, {visible(k): visible(v) for k, v in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {f.name: visible(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **changes)
+    return value
+
+
+def _escape(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def elide(text: str, room: int) -> str:
+    """A text of at most ``room`` characters, its middle left out: names differ at their ends."""
+    if len(text) <= room:
+        return text
+    head = (room - 1) * 2 // 5
+    return f"{text[:head]}…{text[len(text) - (room - 1 - head) :]}"
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def error(value: float | None) -> str:
+    """A relative error with two significant digits: ``1.2e-2``."""
+    if value is None or math.isnan(value):
+        return NONE
+    if math.isinf(value):
+        return "n/a"
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def plain(value: float) -> str:
+    """Any number with three significant digits."""
+    if math.isnan(value):
+        return NONE
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    digits, e, exponent = f"{value:.3g}".partition("e")
+    return f"{digits}e{int(exponent)}" if e else digits
+
+
+def percent(share: float | None) -> str:
+    """A share in per cent; never rounded up to 100% or down to 0%."""
+    if share is None or math.isnan(share):
+        return NONE
+    value = 100 * share
+    size = abs(value)
+    if math.isinf(value) or size >= 1e5:
+        return f"{plain(value)}%"
+    if size == 0 or size >= 100:
+        return f"{value:.0f}%"
+    if size < 0.01:
+        return "<0.01%" if value > 0 else ">-0.01%"
+    if size >= 99.95:
+        return f"{math.trunc(value * 100) / 100:.2f}%"
+    return f"{value:.2f}%" if size < 0.995 else f"{value:.1f}%"
+
+
+def decibels(value: float) -> str:
+    """A ratio in dB with one decimal."""
+    return f"{value:.1f}" if math.isfinite(value) else plain(value)
+
+
+def cosine(value: float) -> str:
+    """A cosine similarity with six decimals."""
+    return NONE if math.isnan(value) else f"{value:.6f}"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: ``1 node``, ``2 nodes``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def dims(shape: Iterable[int]) -> str:
+    """A shape: ``1x3x224x224``."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+# --- the story -----------------------------------------------------------------------------------
+
+
+def headline(report: AuditReport) -> str:
+    """The verdict's reason in one sentence."""
+    worst = max(
+        ((o.distance.relative_l2, b.id) for b in report.backends for o in b.outputs), default=None
+    )
+    if worst is None:
+        return "no backend could be compared with the reference"
+    largest, who = worst
+    if math.isinf(largest):
+        said = f"an output of {who} cannot be compared with the reference's"
+    elif largest == 0:
+        said = "every backend's outputs equal the reference's"
+    else:
+        said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
+    counts = Counter(finding.severity for finding in report.findings)
+    parts = [f"{counts[s]} {s}" for s in reversed(SEVERITIES) if counts[s]]
+    found = count(len(report.findings), "finding") + (f" ({', '.join(parts)})" if parts else "")
+    without = [b.id for b in report.backends if b.status != "audited"]
+    missing = f"; no comparison with {', '.join(without)}" if without else ""
+    return f"{said}; {found}{missing}"
+
+
+def reaches(severity: Severity, report: AuditReport) -> bool:
+    """Whether a finding or a divergence of this severity fails the audit."""
+    return SEVERITIES.index(severity) >= SEVERITIES.index(report.fail_on)
+
+
+def blocks(backend: BackendReport, report: AuditReport) -> bool:
+    """Whether the audit is incomplete without this backend, which was not compared.
+
+    Only a backend that was asked for by name counts; when none was, all of them did where no
+    comparison was left.
+    """
+    needed = report.requested or (b.id for b in report.backends if report.exit_code == 3)
+    return backend.status != "audited" and backend.id in needed
+
+
+def distance(output: OutputDistance) -> str:
+    """How far an output is from the reference's, or why that cannot be said."""
+    d = output.distance
+    if math.isinf(d.relative_l2):
+        return d.mismatch or "values cannot be compared"
+    return (
+        f"relative L2 {error(d.relative_l2)}, max abs {plain(d.max_abs)}, "
+        f"SQNR {decibels(d.sqnr_db)} dB, cosine {cosine(d.cosine)}"
+        + (f", top-1 {percent(output.top1_agreement)}" if output.top1_agreement is not None else "")
+    )
+
+
+def finding(found: Finding) -> str:
+    """What was measured of a finding, in one sentence without its place."""
+    impact = (
+        f"{error(found.introduced)} relative L2 introduced"
+        if found.leave_one_in is None
+        else f"its error alone makes {percent(found.leave_one_in)} of the final divergence"
+    )
+    if found.noise is None:
+        return f"unexplained, {impact}, {found.confidence} confidence"
+    return (
+        f"{found.noise} explains {percent(found.explained)} of the error introduced here, "
+        f"{impact}, {found.confidence} confidence"
+    )
+
+
+def place(found: Finding, room: int) -> str:
+    """The nodes of a finding, in at most ``room`` characters or a little more."""
+    if not found.nodes:
+        return found.segment
+    more = f" and {count(len(found.nodes) - 1, 'more node')}" if len(found.nodes) > 1 else ""
+    return elide(found.nodes[0], room) + more
+
+
+def causes(backend: BackendReport) -> str:
+    """Where the final divergence comes from."""
+    parts = [
+        f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {percent(c.share)}"
+        for c in sorted(backend.categories, key=lambda c: -c.share)
+    ]
+    if backend.unexplained_share or not parts:
+        parts.append(f"unexplained {percent(backend.unexplained_share)}")
+    if all(o.distance.relative_l2 == 0 for o in backend.outputs):
+        return "nothing to explain"
+    return ", ".join(parts)
+
+
+def ranged(spread: Spread | None, figure: Callable[[float], str]) -> str:
+    """How far a number varied: ``12% to 98% over 4 samples``; empty where it rests on one."""
+    if spread is None or spread.samples < 2:
+        return ""
+    return f"{figure(spread.low)} to {figure(spread.high)} over {spread.samples} samples"
+
+
+def books(backend: BackendReport) -> str:
+    """What the shares rest on, and how far they varied; empty where no cause was looked for."""
+    samples = backend.unexplained_spread.samples if backend.unexplained_spread else 0
+    if samples < 2 or not any(s.explained_on is not None for s in backend.segments):
+        return ""
+    varied = [
+        f"{c.noise} {percent(c.spread.low)} to {percent(c.spread.high)}"
+        for c in backend.categories
+        if c.spread is not None and c.spread.deviation >= 0.005
+    ]
+    told = f" ({', '.join(varied)})" if varied else ""
+    return (
+        f"means over samples: causes over {samples}{told}, segments' shares over "
+        f"{backend.booked_samples}"
+    )
+
+
+def told(output: OutputDistance) -> str:
+    """What a diverging output's reader must know of it and of its samples; empty where equal."""
+    facts: list[str] = []
+    if output.distance.relative_l2 == 0:
+        return ""
+    how = ""
+    if output.consequence is not None:
+        how = f", read as {output.kind}{'' if output.kind_stated else ' (assumed)'}"
+        facts.append(output.consequence.sentence)
+    if output.spread is not None and (samples := ranged(output.spread, error)):
+        facts.append(f"relative L2 {samples}, worst on sample {output.spread.high_at}")
+    if output.one_step:
+        facts.append(f"{percent(output.one_step)} of its elements are one step off")
+    if output.nonfinite:
+        where = f"{count(output.nonfinite, 'sample')}, first on sample {output.first_nonfinite}"
+        facts.append(f"NaN or infinity on one side only on {where}")
+    return f"{output.name}{how}: {'; '.join(facts)}" if facts else ""
+
+
+def alone(consequences: Iterable[Consequence]) -> str:
+    """What one segment's error alone does to what is read off the outputs; empty where nothing."""
+    return "; ".join(f"{c.output}: {c.sentence}" for c in consequences)
+
+
+def proved(proof: FidelityProof) -> bool:
+    """Whether observing left the program alone, for every tensor observed."""
+    return proof.outputs_bitwise_equal and proof.program_unchanged and not proof.perturbing
+
+
+def proof(found: FidelityProof) -> str:
+    """Whether observing changed the program, in words."""
+    seen = found.output_proved + found.cone_proved
+    outputs = "outputs bitwise equal" if found.outputs_bitwise_equal else "outputs differ"
+    program = "program unchanged" if found.program_unchanged else "program changed"
+    facts = [f"{seen}/{found.candidates} tensors", outputs, program]
+    if found.cone_proved:
+        facts[0] += f" ({found.cone_proved} by cone)"
+    if found.perturbing:
+        facts.insert(1, f"{found.perturbing} perturbing")
+    if found.run_to_run > 0:
+        facts.append(f"run-to-run noise {error(found.run_to_run)}")
+    if found.rebuild:
+        facts.append(f"rebuild noise {error(found.rebuild)}")
+    return f"{'proved' if proved(found) else 'not proved'}: {', '.join(facts)}"
+
+
+def notes(backend: BackendReport) -> tuple[str, ...]:
+    """What the reader must know about a backend: its outputs, compile-time facts, warnings."""
+    outputs = (fact for output in backend.outputs for fact in told(output))
+    made = backend.provenance.notes if backend.provenance else ()
+    return (*outputs, *filter(None, [books(backend)]), *made, *backend.warnings)
+
+
+def ran(made: Provenance, status: Status) -> str:
+    """Engine, device, and the precisions that the engine says it computes in."""
+    counts = Counter(k.precision for k in made.kernels if k.precision)
+    kinds = ", ".join(f"{number} {precision}" for precision, number in counts.most_common())
+    said = "built by " if status == "built" else ""
+    said += f"{made.engine} {made.version}{f' on {made.device}' if made.device else ''}"
+    if made.kernels:
+        said += f", {count(len(made.kernels), 'kernel')}{f' ({kinds})' if kinds else ''}"
+    return said + "".join(f", {key}={value}" for key, value in made.options.items())
+
+
+def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:
+    """Names of the tensors that were not observed, by the reason."""
+    found: dict[str, list[str]] = {}
+    for skip in skipped:
+        found.setdefault(skip.reason, []).append(skip.tensor)
+    return found

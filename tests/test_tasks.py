@@ -1,0 +1,225 @@
+"""What is read off an output: the rules, and figures checked against others' formulas."""
+
+import math
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from auditor.tasks import TaskMeter, assume
+
+RNG = np.random.default_rng(0)
+
+
+def _logits(rows=4, classes=10):
+    return (3 * RNG.standard_normal((rows, classes))).astype(np.float32)
+
+
+def _softmax(values):
+    return torch.softmax(torch.from_numpy(values), -1).numpy()
+
+
+def _corners(count=50):
+    low = RNG.uniform(0, 200, (1, count, 2))
+    return np.concatenate([low, low + RNG.uniform(5, 60, (1, count, 2))], 2).astype(np.float32)
+
+
+def _head(count=300, classes=20):
+    """A detection head as exported: centre, size and class scores along the middle axis."""
+    corners = _corners(count)
+    size = corners[..., 2:] - corners[..., :2]
+    scores = RNG.uniform(0, 1, (1, count, classes))
+    rows = np.concatenate([corners[..., :2] + size / 2, size, scores], 2)
+    return np.swapaxes(rows, 1, 2).astype(np.float32)
+
+
+def _unit(rows=3, width=64):
+    values = RNG.standard_normal((rows, width))
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _measure(kind, *pairs):
+    meter = TaskMeter("y", kind)
+    for sample, (observed, reference) in enumerate(pairs):
+        meter.add(observed, reference, sample)
+    return meter.result()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [
+        ("output", _logits(), "scores"),
+        ("output", _softmax(_logits(classes=2)), "scores"),
+        ("output", _softmax(_logits(40, 500))[None], "scores"),  # one row per time step
+        ("logits", RNG.standard_normal((1, 16, 300)).astype(np.float32), "scores"),
+        ("logits", _logits(classes=4), "scores"),
+        ("output", _logits(classes=4), "none"),  # as often coordinates
+        ("output", RNG.uniform(0, 1, (2, 20)).astype(np.float32), "none"),  # several answers
+        ("output", RNG.uniform(0, 1, (1, 1, 32, 32)).astype(np.float32), "mask"),
+        ("output", RNG.standard_normal((1, 8, 32, 32)).astype(np.float32), "none"),
+        ("mask", RNG.standard_normal((1, 1, 32, 32)).astype(np.float32), "mask"),
+        ("output", _corners(), "boxes"),
+        ("output", _head(), "boxes"),
+        ("boxes", _corners()[0], "boxes"),
+        ("boxes", RNG.standard_normal((8, 4)).astype(np.float32), "none"),  # offsets
+        ("output", _unit(), "embedding"),
+        ("last_hidden_state", RNG.standard_normal((1, 16, 48)).astype(np.float32), "embedding"),
+        ("output", RNG.standard_normal((1, 16, 48)).astype(np.float32), "embedding"),
+        ("landmarks", RNG.standard_normal((8, 10)).astype(np.float32), "none"),
+        ("output", np.arange(10)[None], "none"),
+        ("output", np.float32(1.0), "none"),
+        ("output", np.full((1, 10), np.nan, np.float32), "none"),
+        ("output", np.zeros((0, 4), np.float32), "none"),
+    ],
+)
+def test_the_kind_is_assumed_from_name_and_values(name, values, kind):
+    assert assume(name, np.asarray(values)) == kind
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        ("efficientnet_lite0", {"logits": "scores"}),
+        ("minilm", {"sentence_embedding": "embedding"}),
+        ("ppocr_det", {"sigmoid_0.tmp_0": "mask"}),
+        ("ppocr_rec", {"softmax_11.tmp_0": "scores"}),
+        ("mtcnn_r", {"boxes": "none", "scores": "scores"}),
+        ("mtcnn_o", {"boxes": "none", "landmarks": "none", "scores": "scores"}),
+    ],
+)
+def test_real_outputs_are_read_as_what_they_are(zoo_model, model, kinds):
+    path = zoo_model(model)
+    session = ort.InferenceSession(path)
+    data = np.load(path.with_suffix(".npz"))
+    values = session.run(None, {name: data[name][0] for name in data})
+    found = {o.name: assume(o.name, v) for o, v in zip(session.get_outputs(), values, strict=True)}
+    assert found == kinds
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_scores_agree_with_torch(probabilities):
+    reference, observed = _logits(6, 30), _logits(6, 30)
+    observed = (reference + observed / 2).astype(np.float32)
+    b, r = (torch.log_softmax(torch.from_numpy(v).double(), -1) for v in (observed, reference))
+    kl = torch.nn.functional.kl_div(b, r, log_target=True, reduction="batchmean")
+    if probabilities:
+        observed, reference = _softmax(observed), _softmax(reference)
+    top = torch.topk(torch.from_numpy(reference), 2, dim=-1)
+    found = _measure("scores", (observed, reference))
+    assert found.kl == pytest.approx(float(kl), rel=1e-4)
+    assert found.margin == pytest.approx(float((top.values[:, 0] - top.values[:, 1]).mean()))
+    flips = torch.from_numpy(observed).argmax(-1) != torch.from_numpy(reference).argmax(-1)
+    assert (found.items, found.changed) == (6, int(flips.sum()))
+
+
+def test_flips_are_counted_and_the_first_one_named():
+    steady = np.asarray([[0.0, 2.0, 1.0]], np.float32)
+    flipped = np.asarray([[0.0, 2.0, 2.5]], np.float32)
+    found = _measure("scores", (steady, steady), (flipped, steady), (flipped, steady))
+    assert (found.samples, found.items, found.changed, found.first_changed) == (3, 3, 2, 1)
+    assert found.margin == pytest.approx(1)
+    assert found.margin_after == pytest.approx((1 - 0.5 - 0.5) / 3)
+    assert found.sentence.startswith("top-1 flips in 2 of 3 rows, first on sample 1; margin 1 → 0;")
+
+
+def test_scores_that_are_no_numbers_are_flips():
+    reference = _logits(2)
+    observed = reference.copy()
+    observed[1, 3] = np.nan
+    found = _measure("scores", (observed, reference))
+    assert (found.changed, found.kl) == (1, 0)
+
+
+def test_a_box_moved_by_half_its_width_overlaps_a_third():
+    reference = np.asarray([[[0, 0, 10, 10], [100, 100, 120, 140]]], np.float32)
+    observed = reference.copy()
+    observed[0, 0, [0, 2]] += 5
+    found = _measure("boxes", (observed, reference))
+    assert found.lowest == pytest.approx(1 / 3)
+    assert found.iou == pytest.approx((1 + 1 / 3) / 2)
+    assert (found.items, found.changed, found.first_changed) == (2, 1, 0)
+
+
+def test_boxes_may_come_in_another_order_and_number():
+    reference = _corners(20)
+    more = np.concatenate([reference[:, ::-1], _corners(3)], axis=1)
+    assert _measure("boxes", (more, reference)).lowest == 1.0
+    fewer = reference[:, :15]
+    assert _measure("boxes", (fewer, reference)).changed >= 1
+    assert _measure("boxes", (reference[:, :0], reference)).changed == 20
+
+
+def test_a_detection_below_the_threshold_is_lost():
+    reference = _head()
+    reference[:, 4:] *= 0.2  # background everywhere …
+    reference[0, 4, :5] = 0.9  # … but in five boxes
+    observed = reference.copy()
+    observed[0, 4:, 0] = 0.1
+    observed[0, :2, 0] += 1000  # so that no neighbour stands in for it
+    reference[0, :2, 0] += 1000
+    found = _measure("boxes", (observed, reference))
+    assert (found.items, found.changed, found.lowest) == (5, 1, 0)
+
+
+def test_masks_count_pixels_on_either_side():
+    reference = np.zeros((1, 1, 4, 4), np.float32)
+    reference[..., :2, :] = 0.9
+    observed = reference.copy()
+    observed[..., 0, 0] = 0.4
+    observed[..., 3, 3] = 0.6
+    found = _measure("mask", (reference, reference), (observed, reference))
+    assert (found.items, found.changed, found.first_changed) == (32, 2, 1)
+    assert found.iou == pytest.approx((8 + 7) / (8 + 9))
+    assert found.lowest == pytest.approx(7 / 9)
+
+
+def test_two_empty_masks_agree():
+    empty = np.zeros((1, 1, 4, 4), np.float32)
+    assert _measure("mask", (empty, empty)).iou == 1
+
+
+def test_embeddings_are_compared_by_their_angle():
+    reference = np.asarray([[1, 0], [0, 2]], np.float32)
+    observed = np.asarray([[1, 1], [0, 5]], np.float32)
+    found = _measure("embedding", (observed, reference))
+    assert found.lowest == pytest.approx(math.sqrt(0.5))
+    assert found.cosine == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert found.changed is None
+
+
+@pytest.mark.parametrize("kind", ["scores", "mask", "embedding", "boxes"])
+def test_another_shape_changes_everything_and_does_not_fail(kind):
+    reference = _corners(8)
+    found = _measure(kind, (reference[0], reference))
+    assert found.sentence
+    assert found.changed in (None, 0, found.items)
+
+
+def test_nothing_is_read_off_an_output_of_no_kind():
+    assert _measure("none", (_logits(), _logits())) is None
+
+
+arrays = hnp.arrays(
+    np.float32, (2, 6, 5), elements=st.floats(-1e3, 1e3, width=32), fill=st.nothing()
+)
+
+
+@given(arrays, st.sampled_from(["scores", "boxes", "mask", "embedding"]))
+def test_equal_values_change_nothing(values, kind):
+    found = _measure(kind, (values.copy(), values))
+    assert found.changed in (None, 0)
+    assert found.lowest is None or found.lowest == pytest.approx(1)
+    assert found.kl is None or found.kl == pytest.approx(0, abs=1e-9)
+
+
+@given(arrays, arrays, st.sampled_from(["scores", "boxes", "mask", "embedding"]))
+def test_figures_stay_in_their_ranges(observed, reference, kind):
+    found = _measure(kind, (observed, reference))
+    assert found.changed is None or 0 <= found.changed <= found.items
+    assert found.iou is None or 0 <= found.iou <= 1
+    assert found.lowest is None or -1 <= found.lowest <= 1
+    assert found.kl is None or found.kl >= 0
