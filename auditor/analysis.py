@@ -42,7 +42,7 @@ IMPACT_SAMPLES = 4
 IMPACT_SEGMENTS = 64
 # Telescoping costs half a reference run per group of segments: it is done on the first sample and
 # on as many of the next as keep within this many groups in all.
-BOOKED_GROUPS = 100
+BOOKED_GROUPS = 60
 # The segments whose cause is also tested against rival causes and on every later sample, and
 # where the error's place inside the tensor is reported.
 TOP = 10

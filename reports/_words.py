@@ -291,9 +291,9 @@ def proof(found: FidelityProof) -> str:
 
 def notes(backend: BackendReport) -> tuple[str, ...]:
     """What the reader must know about a backend: its outputs, compile-time facts, warnings."""
-    outputs = (fact for output in backend.outputs for fact in told(output))
+    read = (*map(told, backend.outputs), books(backend))
     made = backend.provenance.notes if backend.provenance else ()
-    return (*outputs, *filter(None, [books(backend)]), *made, *backend.warnings)
+    return (*filter(None, read), *made, *backend.warnings)
 
 
 def ran(made: Provenance, status: Status) -> str:

@@ -252,7 +252,7 @@ def _quantised_operand(site: Site, rewrite: Rewrite, low: float, high: float) ->
     low, high = min(low, 0.0), max(high, 0.0)
     scale = np.float32((high - low) / 255)
     zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
-    scale_name, zero_name = site.network.constant(scale), site.network.constant(zero)
+    scale_name, zero_name = (site.network.constant(np.asarray(v)) for v in (scale, zero))
     narrow = rewrite.add("QuantizeLinear", rewrite.inputs[0], scale_name, zero_name)
     return rewrite.add("DequantizeLinear", narrow, scale_name, zero_name)
 
@@ -839,10 +839,11 @@ def _fold(site: Site) -> None:
 def _unfold(site: Site) -> None:
     weights = site.weights()
     channels = weights.shape[0]
-    spread = site.random.uniform(0.5, 2.0, channels)
+    spread = np.asarray(site.random.uniform(0.5, 2.0, channels))
     across = (-1, *(1,) * (weights.ndim - 1))
     rewrite = site.rewrite()
-    shift = site.constant(2).astype(np.float64) if len(rewrite.inputs) > 2 else np.zeros(channels)
+    bias = site.constant(2) if len(rewrite.inputs) > 2 else np.zeros(channels)
+    shift = bias.astype(np.float64)
     mean = site.random.normal(size=channels) * float(site.values[site.key].std())
     dtype = weights.dtype
     plain = rewrite.again(
@@ -850,7 +851,7 @@ def _unfold(site: Site) -> None:
         site.network.constant((weights.astype(np.float64) / spread.reshape(across)).astype(dtype)),
     )
     numbers = (spread, shift + mean * spread, mean, np.full(channels, 1 - 1e-5))
-    names = [site.network.constant(n.astype(dtype)) for n in numbers]
+    names = [site.network.constant(np.asarray(n, dtype)) for n in numbers]
     rewrite.done(rewrite.add("BatchNormalization", plain, *names, epsilon=1e-5))
 
 

@@ -42,11 +42,13 @@ class Network:
     @property
     def opset(self) -> int:
         """Version of the default operator set."""
-        return next(o.version for o in self.proto.opset_import if o.domain in ("", "ai.onnx"))
+        versions = {o.domain: int(o.version) for o in self.proto.opset_import}
+        return versions[""] if "" in versions else versions["ai.onnx"]
 
     def node(self, key: str) -> onnx.NodeProto:
         """The node that writes ``key``."""
-        return next(n for n in self.proto.graph.node if n.output and n.output[0] == key)
+        nodes: list[onnx.NodeProto] = list(self.proto.graph.node)
+        return next(n for n in nodes if n.output and n.output[0] == key)
 
     def readers(self, tensor: str) -> list[onnx.NodeProto]:
         """Nodes that read a tensor."""
