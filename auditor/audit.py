@@ -57,6 +57,7 @@ class AuditOptions:
         options: engine options by backend id.
         output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
+        confirm: whether to build what diverged again without single factors.
     """
 
     backends: tuple[BackendSpec, ...]
@@ -72,6 +73,7 @@ class AuditOptions:
     options: dict[str, dict[str, str]] = field(default_factory=dict)
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
+    confirm: bool = True
 
 
 def audit(
@@ -119,7 +121,7 @@ def _run(
     progress.update("reference", "load")
 
     # Imported here: the workers are starting meanwhile.
-    from auditor import artefact, ranking
+    from auditor import artefact, confirm, ranking
     from auditor import model as models
     from auditor import stimulus as stimuli
     from auditor.agreement import Agreements
@@ -182,10 +184,26 @@ def _run(
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
-    requested = [t.id for t in tracers] if options.requested else []
-    decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
     pairs = agreements.pairs()
     clock.lap("report")
+    if options.confirm:
+
+        def cases() -> list[confirm.Case]:
+            feeds = [samples.feeds(i) for i in range(min(len(stimulus), confirm.SAMPLES))]
+            expected = [reference.run(stimulus.sample(i)) for i in range(len(feeds))]
+            return [confirm.Case(f, e) for f, e in zip(feeds, expected, strict=True)]
+
+        reports, found = confirm.confirm(
+            reports,
+            found,
+            {t.id: t for t in tracers},
+            rename,
+            cases,
+            own_file=compiled is not model,
+        )
+        clock.lap("confirm")
+    requested = [t.id for t in tracers] if options.requested else []
+    decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
     return AuditReport(
         tool_version=__version__,
         model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),

@@ -276,6 +276,14 @@ def _audit(
             "its name and values when not given; repeatable.",
         ),
     ] = None,
+    confirm: Annotated[
+        bool,
+        typer.Option(
+            "--confirm/--no-confirm",
+            help="Build what diverged again without single factors (precision, fusion, fast "
+            "mathematics) and measure what that does to the outputs and to the latency.",
+        ),
+    ] = True,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
@@ -311,6 +319,7 @@ def _audit(
         options=options,
         fail_on=fail_on,
         output_kinds=kinds,
+        confirm=confirm,
     )
     progress = _StoppableProgress(LiveProgress())
     try:

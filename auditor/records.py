@@ -515,6 +515,7 @@ class Counterfactual:
             summed); None when the factor speaks to no cause in particular.
         latency_before, latency_after: median wall seconds of one run, both programs timed in turn.
         failure: why it could not be built or run.
+        sentence: the same in words.
     """
 
     factor: str
@@ -530,6 +531,7 @@ class Counterfactual:
     latency_after: float | None = None
     outputs: tuple[OutputChange, ...] = ()
     failure: str | None = None
+    sentence: str = ""
 
 
 @dataclass(frozen=True, slots=True)

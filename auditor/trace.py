@@ -54,6 +54,7 @@ class Tracer:
     worker: Worker
     timeout: float
     progress: Progress
+    request: BuildRequest | None = None
     provenance: Provenance | None = None
     switches: tuple[Switch, ...] = ()
     probes: tuple[Probe, ...] = ()
@@ -63,7 +64,6 @@ class Tracer:
     gap: Gap | None = None
     built_only: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    _request: BuildRequest | None = None
     _instrumented: bool = False
     _files: int = 0
 
@@ -88,7 +88,7 @@ class Tracer:
         except BackendError as error:
             self._fail(error)
             return
-        self._request = request
+        self.request = request
         self.provenance = decode(Provenance, answer["provenance"])
         self.switches = decode(tuple[Switch, ...], answer["switches"])
         if answer["blocked"]:
@@ -142,8 +142,8 @@ class Tracer:
             BackendError: the engine cannot, crashed, or took far longer than for the plain one.
             UsageError: it refused the options.
         """
-        assert self._request is not None
-        request = replace(self._request, options=self._request.options | switch.options)
+        assert self.request is not None
+        request = replace(self.request, options=self.request.options | switch.options)
         answer = self._patiently("ablate", "build", request=encode(request))
         if answer["blocked"]:
             raise BackendError(f"built, not run: {answer['blocked']}", stage="ablate")

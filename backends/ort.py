@@ -31,10 +31,10 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
-from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped
+from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     import onnx
 
@@ -54,6 +54,59 @@ _LEVELS: Final = {
 # in silence, so a mistyped one must be caught here.
 _CONFIG_PREFIXES: Final = ("session.", "optimization.", "mlas.", "memory.", "ep.")
 _OWN_KEYS: Final = "session.optimized_model_external_initializers"
+
+_DISABLED: Final = "optimization.disable_specified_optimizers"  # names, by semicolons
+_SATURATING: Final = "session.x64quantprecision"
+_KEEP_PAIRS: Final = "session.disable_double_qdq_remover"
+_SATURATES: Final = "precision.int8_saturation"
+_QUANTISED: Final = re.compile(r"(.*\.)?(QLinear\w+|QGemm|MatMulIntegerToFloat)")
+_GELU: Final = ("implementation.approximation",)
+_NORMALISATION: Final = ("implementation.normalisation",)
+# Kernels that an optimiser makes: what it does, its names, the causes that it can bring.
+# Source: the names under which onnxruntime/core/optimizer registers its optimisers.
+_FUSIONS: Final[dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]]] = {
+    "com.microsoft.Gelu": ("fusion of Gelu", ("GeluFusionL1", "GeluFusionL2"), _GELU),
+    "com.microsoft.BiasGelu": ("fusion of bias and Gelu", ("BiasGeluFusion",), _GELU),
+    "com.microsoft.FastGelu": ("fusion of fast Gelu", ("FastGeluFusion",), _GELU),
+    "com.microsoft.QuickGelu": ("fusion of quick Gelu", ("QuickGeluFusion",), _GELU),
+    "LayerNormalization": (
+        "fusion of layer normalisation",
+        ("LayerNormFusionL1", "LayerNormFusionL2"),
+        _NORMALISATION,
+    ),
+    "SimplifiedLayerNormalization": (
+        "fusion of RMS normalisation",
+        ("SimplifiedLayerNormFusion",),
+        _NORMALISATION,
+    ),
+    "com.microsoft.SkipLayerNormalization": (
+        "fusion of addition and layer normalisation",
+        ("SkipLayerNormFusion",),
+        _NORMALISATION,
+    ),
+    "com.microsoft.FusedMatMul": (
+        "fusion of scale or transposition into MatMul",
+        ("MatMulScaleFusion", "MatmulTransposeFusion"),
+        (),
+    ),
+    "com.microsoft.FusedGemm": ("fusion of Gemm and activation", ("GemmActivationFusion",), ()),
+    "com.microsoft.FusedConv": (
+        "fusion of Conv and activation",
+        ("ConvActivationFusion", "ConvAddActivationFusion"),
+        (),
+    ),
+    "com.microsoft.nchwc.Conv": ("blocked layout (NCHWc)", ("NchwcTransformer",), ()),
+}
+# Session entries that change numbers where the user turned them on. Not
+# ``session.set_denormal_as_zero``: the first session of a process decides it for all on its thread.
+_ENTRIES: Final[tuple[tuple[str, str, tuple[str, ...]], ...]] = (
+    ("optimization.enable_gelu_approximation", "approximation of Gelu by tanh", _GELU),
+    (
+        "mlas.enable_gemm_fastmath_arm64_bfloat16",
+        "bfloat16 matrix products (MLAS)",
+        ("precision.bf16",),
+    ),
+)
 
 _COPIES: Final = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "Identity"})
 _RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
@@ -227,6 +280,9 @@ class OrtBuild:
             kernels=tuple(_kernels(self._compiled, compiled, names)),
             notes=tuple(_notes(self._compiled.graph, self._session)),
         )
+        own = {_primitive(node) for node in original.graph.node}
+        made = {k.primitive for k in self.provenance.kernels} - own
+        self.switches = tuple(_switches(options, made, _Graph(original.graph)))
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Every graph output that is a tensor, by name; raises ``BackendError``."""
@@ -275,6 +331,48 @@ class OrtBuild:
             else:
                 readings.append(reading)
         return OrtInstrumented(session, self._outputs, readings, tuple(skipped), unchanged)
+
+
+def _switches(options: _Options, made: Collection[str], original: _Graph) -> Iterator[Switch]:
+    """What of this session can be left out; ``made`` are the primitives that the optimiser made."""
+    for key, factor, noises in _ENTRIES:
+        if options.config.get(key) == "1":
+            yield Switch(factor, {key: "0"}, noises)
+    if options.level == "disable":
+        return
+    if _doubly_quantised(original) and options.config.get(_KEEP_PAIRS) != "1":
+        yield Switch(
+            "removal of double QDQ pairs", {_KEEP_PAIRS: "1"}, ("precision.int8_requantisation",)
+        )
+    off = [name for name in options.config.get(_DISABLED, "").split(";") if name]
+
+    def without(factor: str, optimisers: Iterable[str], *about: tuple[str, ...]) -> Switch:
+        return Switch(factor, {_DISABLED: ";".join([*off, *optimisers])}, *about)
+
+    if quantised := tuple(sorted(filter(_QUANTISED.fullmatch, made))):
+        if options.config.get(_SATURATING) != "1":
+            # It makes signed 8-bit weights unsigned: those kernels do not add pairs in 16 bits.
+            factor = "signed 8-bit weights (U8S8 kernels)"
+            yield Switch(factor, {_SATURATING: "1"}, (_SATURATES,), quantised)
+        yield without(
+            "fusion of quantised operators",
+            ("QDQSelectorActionTransformer",),
+            (_SATURATES, "precision.int8_requantisation", "precision.int8"),
+            quantised,
+        )
+    for primitive in (p for p in _FUSIONS if p in made):
+        factor, optimisers, noises = _FUSIONS[primitive]
+        yield without(factor, optimisers, noises, (primitive,))
+    if options.level in ("all", "extended"):
+        yield Switch("optimisation beyond the basic level", {"level": "basic"})
+    else:
+        yield Switch("graph optimisation", {"level": "disable"})
+
+
+def _doubly_quantised(graph: _Graph) -> bool:
+    """Whether something is quantised again right after it was dequantised."""
+    read = (graph.producer.get(n.input[0]) for n in graph.nodes if n.op_type == "QuantizeLinear")
+    return any(node is not None and node.op_type == "DequantizeLinear" for node in read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -912,10 +1010,14 @@ def _kernels(model: onnx.ModelProto, compiled: _Graph, names: _Names) -> Iterato
             type=node.op_type,
             nodes=tuple(original.cone(first, surviving)),
             outputs=tuple(dict.fromkeys(outputs)),
-            primitive=f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+            primitive=_primitive(node),
             precision=_precision(node, types),
             output_precision=_PRECISIONS.get(types.get(_key(node), 0), ""),
         )
+
+
+def _primitive(node: onnx.NodeProto) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
 
 
 def _precision(node: onnx.NodeProto, types: Mapping[str, int]) -> str:

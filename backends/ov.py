@@ -34,11 +34,27 @@ from auditor.records import (
     Probe,
     Provenance,
     Skipped,
+    Switch,
 )
 
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
-_REPORTED = (_PRECISION, "EXECUTION_MODE_HINT", "PERFORMANCE_HINT", "NUM_STREAMS")
+_MODE = "EXECUTION_MODE_HINT"
+_REPORTED = (_PRECISION, _MODE, "PERFORMANCE_HINT", "NUM_STREAMS")
+# Properties beside the precision that change numbers: the value that turns them off, the factor,
+# the causes it can bring. Sources: OpenVINO's documentation, "Precision Control", "CPU Device".
+_FACTORS = {
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": (
+        "0",
+        "dynamic quantisation of activations",
+        ("precision.int8",),
+    ),
+    "CPU_DENORMALS_OPTIMIZATION": (
+        "NO",
+        "denormals taken as zero",
+        ("implementation.denormals",),
+    ),
+}
 
 # Layer types of the executed graph that compute nothing.
 _PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
@@ -642,6 +658,7 @@ class _Build:
     _candidates: tuple[_Candidate, ...]
     _finals: tuple[_Candidate, ...]
     _skipped: tuple[Skipped, ...]
+    switches: tuple[Switch, ...]
     blocked: str | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
@@ -1054,7 +1071,25 @@ class OpenVINO:
             _candidates=tuple(candidates),
             _finals=tuple(finals),
             _skipped=tuple(skipped),
+            switches=tuple(_switches(compiled, request.options)),
         )
+
+
+def _switches(compiled: Any, asked: Mapping[str, str]) -> Iterator[Switch]:
+    """The factors that are on in a compiled model and change its numbers."""
+    known = compiled.get_property("SUPPORTED_PROPERTIES")
+
+    def value(name: str) -> str:
+        return _text(compiled.get_property(name)) if name in known else ""
+
+    if (precision := value(_PRECISION)) not in ("", "f32"):
+        narrow = ("precision.bf16", "precision.fp16")
+        yield Switch(f"inference in {precision}", {_PRECISION: "f32"}, narrow)
+    for name, (off, factor, noises) in _FACTORS.items():
+        if value(name).upper() not in ("", off, "0", "NO", "FALSE"):
+            yield Switch(factor, {name: off}, noises)
+    if value(_MODE) == "PERFORMANCE" and _PRECISION not in asked:  # which would come before it
+        yield Switch("execution mode PERFORMANCE", {_MODE: "ACCURACY"})
 
 
 def _import() -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
-from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped
+from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -49,6 +49,16 @@ _PRODUCTS = frozenset(
 # Stands for a kernel that TensorRT for RTX picks on the user's GPU, when the engine is loaded.
 _LATE_TACTIC = "__myelin_CASK_STUB"
 _ON_OFF = {"on": True, "off": False}
+# Builder flags that change numbers: the factor to leave out, its option, the causes it can bring.
+# Source: ``BuilderFlag`` in TensorRT's Python API.
+_FACTORS = {
+    ("TF32", True): ("TF32 products", {"tf32": "off"}, ("precision.tf32",)),
+    ("STRICT_NANS", False): (
+        "fusions that do not keep NaN",
+        {"strict-nans": "on"},
+        ("implementation.nonfinite",),
+    ),
+}
 
 
 # --- the program, as the builder describes it --------------------------------------------------
@@ -467,6 +477,16 @@ def _options(given: Mapping[str, str]) -> _Options:
     return _Options(flags, capability)
 
 
+def _switches(trt: Any, config: Any) -> tuple[Switch, ...]:
+    """The factors that a builder configuration has on."""
+    known = trt.BuilderFlag.__members__
+    return tuple(
+        Switch(factor, options, noises)
+        for (flag, on), (factor, options, noises) in _FACTORS.items()
+        if flag in known and config.get_flag(known[flag]) == on
+    )
+
+
 def _members(enum: Any) -> tuple[str, ...]:
     return tuple(sorted(enum.__members__)) if enum else ()
 
@@ -487,6 +507,7 @@ class _Compiled:
     plan: Any
     layers: str
     tf32: bool
+    switches: tuple[Switch, ...]
     strongly_typed: bool
     types: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -548,6 +569,7 @@ class _Compiler:
             plan=plan,
             layers=log.layers,
             tf32=config.get_flag(trt.BuilderFlag.TF32),
+            switches=_switches(trt, config),
             strongly_typed=network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
             types={tensor.name: tensor.dtype.name for tensor in (*inputs, *outputs)},
             shapes=_network_shapes(network),
@@ -976,6 +998,10 @@ class _Build:
     @property
     def provenance(self) -> Provenance:
         return self._provenance
+
+    @property
+    def switches(self) -> tuple[Switch, ...]:
+        return self._compiled.switches
 
     @property
     def blocked(self) -> str | None:

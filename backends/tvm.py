@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import re
 import warnings
 from collections import Counter
@@ -35,6 +36,7 @@ from auditor.records import (
     Probe,
     Provenance,
     Skipped,
+    Switch,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +49,18 @@ _OPTIONS = ("mcpu", "fast-math", "opt-level")
 _OPT_LEVEL = 2  # TVM's own default
 _MAX_OPT_LEVEL = 4
 _BOOLEANS = {"true": True, "false": False}
+
+# Causes that LLVM's fast-math flags (LLVM Language Reference, "Fast-Math Flags") and the fused
+# multiply-add of wider instruction sets can bring.
+_INSTRUCTIONS = ("implementation.fp32_rounding", "implementation.accumulation")
+_FAST_MATH = (
+    "implementation.approximation",
+    "implementation.nonfinite",
+    "implementation.denormals",
+    *_INSTRUCTIONS,
+)
+# LLVM's name of the processor every one of an architecture is compatible with.
+_BASELINES = {"x86_64": "x86-64", "aarch64": "generic"}
 
 # Operators that the importer handles outside its table of converters.
 _BUILT_IN = frozenset({"If", "Constant"})
@@ -113,12 +127,28 @@ class _Options:
 
         return tvm.target.Target({"kind": "llvm", "mcpu": self.mcpu, "fast-math": self.fast_math})
 
+    def switches(self) -> Iterator[Switch]:
+        """The factors that are on: fast mathematics, the processor's instructions, fusion."""
+        if self.fast_math:
+            yield Switch("fast mathematics", {"fast-math": "false"}, _FAST_MATH)
+        if (plain := _baseline()) not in ("", self.mcpu):
+            yield Switch(
+                f"instructions of {self.mcpu} beyond {plain}", {"mcpu": plain}, _INSTRUCTIONS
+            )
+        if self.opt_level:
+            yield Switch("fusion and passes above level 0", {"opt-level": "0"})
+
     def as_dict(self) -> dict[str, str]:
         return {
             "mcpu": self.mcpu,
             "fast-math": str(self.fast_math).lower(),
             "opt-level": str(self.opt_level),
         }
+
+
+def _baseline() -> str:
+    """LLVM's name of the plainest processor of this architecture, "" where not known."""
+    return _BASELINES.get(platform.machine(), "")
 
 
 def _mcpu(given: str | None) -> str:
@@ -726,8 +756,11 @@ class _Build:
 
     blocked = None
 
-    def __init__(self, program: _Program, plan: _Plan, provenance: Provenance) -> None:
+    def __init__(
+        self, program: _Program, plan: _Plan, provenance: Provenance, switches: tuple[Switch, ...]
+    ) -> None:
         self.provenance = provenance
+        self.switches = switches
         self._program = program
         self._plan = plan
         self._machine = program.machine()
@@ -802,7 +835,8 @@ class TVM:
             kernels=plan.kernels,
             notes=notes,
         )
-        return _Build(_Program(executable, imported.inputs, imported.outputs), plan, provenance)
+        program = _Program(executable, imported.inputs, imported.outputs)
+        return _Build(program, plan, provenance, tuple(options.switches()))
 
 
 BACKEND = TVM()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AuditReport,
         BackendReport,
         Consequence,
+        Counterfactual,
         FidelityProof,
         Finding,
         OutputDistance,
@@ -265,6 +266,34 @@ def told(output: OutputDistance) -> str:
 def alone(consequences: Iterable[Consequence]) -> str:
     """What one segment's error alone does to what is read off the outputs; empty where nothing."""
     return "; ".join(f"{c.output}: {c.sentence}" for c in consequences)
+
+
+def causes_of(made: Counterfactual) -> str:
+    """The causes that a counterfactual speaks to."""
+    return ", ".join(made.noises) or "no cause in particular"
+
+
+def compared(value: float | None) -> str:
+    """A divergence, or that there is none to give: shapes or non-finite values disagree."""
+    return "n/a" if value is None else error(value)
+
+
+def latencies(made: Counterfactual) -> str:
+    """The time of one run before and after, in milliseconds."""
+    if made.latency_before is None or made.latency_after is None:
+        return NONE
+    return f"{plain(1e3 * made.latency_before)} → {plain(1e3 * made.latency_after)}"
+
+
+def about(backend: BackendReport, finding: Finding | None) -> tuple[Counterfactual, ...]:
+    """The counterfactuals that speak to a finding's cause; of an unexplained one, the others."""
+    if finding is None:
+        return ()
+    return tuple(
+        c
+        for c in backend.counterfactuals
+        if (finding.noise in c.noises if finding.noise else c.claimed is None)
+    )
 
 
 def proved(proof: FidelityProof) -> bool:

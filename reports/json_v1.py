@@ -37,8 +37,10 @@ from auditor.records import (
     BackendReport,
     CategoryShare,
     Concentration,
+    Conclusion,
     Confidence,
     Consequence,
+    Counterfactual,
     Distance,
     Fidelity,
     FidelityProof,
@@ -48,6 +50,7 @@ from auditor.records import (
     Kernel,
     ModelInfo,
     NoiseInfo,
+    OutputChange,
     OutputDistance,
     OutputKind,
     Provenance,
@@ -473,6 +476,27 @@ def _load_booked(data: object, path: str) -> tuple[str, float]:
     )
 
 
+_COUNTERFACTUAL = _record(
+    Counterfactual,
+    {
+        "factor": _TEXT,
+        "options": _keyed(_TEXT),
+        "noises": _TEXTS,
+        "conclusion": _choice(Conclusion),
+        "samples": _INT,
+        "before": _MEASURED,
+        "after": _MEASURED,
+        "removed": _MEASURED,
+        "claimed": _MEASURED,
+        "latency_before": _MEASURED,
+        "latency_after": _MEASURED,
+        "outputs": _many(
+            _record(OutputChange, {"name": _TEXT, "before": _MEASURED, "after": _MEASURED})
+        ),
+        "failure": _MAYBE_TEXT,
+        "sentence": _TEXT,
+    },
+)
 _BACKEND = _record(
     BackendReport,
     {
@@ -493,6 +517,7 @@ _BACKEND = _record(
         "seconds": _keyed(_ERROR),
         "unexplained_spread": _SPREAD,
         "booked_samples": _INT,
+        "counterfactuals": _many(_COUNTERFACTUAL),
     },
 )
 _FINDING = _record(

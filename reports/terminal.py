@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         AuditReport,
         Availability,
         BackendReport,
+        Counterfactual,
         Distance,
         Finding,
         Gap,
@@ -61,6 +62,7 @@ _COLORS: dict[str, str] = {
     "fail": "bold reverse red",
     "incomplete": "bold reverse yellow",
 }
+_CONCLUSIONS = {"confirmed": "green", "contradicted": "yellow", "failed": "yellow"}
 
 
 # --- the interface -------------------------------------------------------------------------------
@@ -86,6 +88,7 @@ class _Terminal:
         _draw_verdict(page, report)
         _draw_backends(page, report)
         _draw_findings(page, report)
+        _draw_counterfactuals(page, report)
         _draw_agreement(page, report)
         _draw_gaps(page, report)
         _draw_footer(page, report)
@@ -785,6 +788,53 @@ def _varied(what: str, told: str) -> str:
     return f"{what} {told}" if told else ""
 
 
+def _draw_counterfactuals(page: _Page, report: AuditReport) -> None:
+    """What building a backend's program again without one factor did, and what it costs."""
+    made = [(backend, c) for backend in report.backends for c in backend.counterfactuals]
+    if not made:
+        return
+    page.rule("Counterfactuals: the same program without one factor")
+    page.say(
+        _Span(
+            "before, after: relative L2 of the final outputs; removed: share of its square that "
+            "went with the factor; claimed: share that the causes it can bring account for; time: "
+            "median of a run with and without the factor, in turn",
+            "dim",
+        )
+    )
+    columns = (
+        _Column("backend"),
+        _Column("before", right=True),
+        _Column("after", right=True),
+        _Column("removed", right=True),
+        _Column("claimed", right=True, drop=2),
+        _Column("time, ms", right=True, drop=1),
+        _Column("conclusion"),
+    )
+    page.grid(columns, [_counterfactual_row(backend.id, c) for backend, c in made])
+
+
+def _counterfactual_row(who: str, made: Counterfactual) -> _Row:
+    conclusion = _Span(made.conclusion, _CONCLUSIONS.get(made.conclusion, ""))
+    without = (_Span("  without "), _Span(made.factor, "bold"), _Span(f": {words.causes_of(made)}"))
+    backend = who.partition(":")[0]
+    options = " ".join(f"--option {backend}.{key}={value}" for key, value in made.options.items())
+    details = (without, (_Span("  "), _Span(options, "dim")))
+    if made.failure is not None:
+        why = _Span(_elide(made.failure, _REASON), "yellow")
+        return _Row((_Span(who), conclusion), (*details, (_Span("  "), why)))
+    cells = (
+        _Span(who),
+        _Span(words.compared(made.before), "bold"),
+        _Span(words.compared(made.after), "bold"),
+        _Span(words.percent(made.removed)),
+        _Span(words.percent(made.claimed)),
+        _Span(words.latencies(made)),
+        conclusion,
+    )
+    return _Row(cells, details)
+
+
 def _draw_agreement(page: _Page, report: AuditReport) -> None:
     if not report.agreement:
         return
@@ -956,6 +1006,8 @@ def _draw_segment(
     page.say(_Span(segment.fidelity), label=_tag("captured"))
     _draw_errors(page, segment)
     _draw_cause(page, segment)
+    for made in words.about(backend, finding):
+        page.say(_Span(made.sentence), label=_tag("without it"))
     if finding and finding.remedy:
         page.say(_Span(finding.remedy), label=_tag("remedy"))
     for tensor in segment.tensors:

@@ -105,6 +105,9 @@ def _sorted(report: AuditReport) -> str:
             seconds=dict(sorted(b.seconds.items())),
             provenance=b.provenance
             and replace(b.provenance, options=dict(sorted(b.provenance.options.items()))),
+            counterfactuals=tuple(
+                replace(c, options=dict(sorted(c.options.items()))) for c in b.counterfactuals
+            ),
         )
         for b in report.backends
     )

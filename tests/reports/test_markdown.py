@@ -11,7 +11,7 @@ from cmarkgfm.cmark import Options
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from auditor.records import AuditReport, Gap
+from auditor.records import AuditReport, Consequence, Gap
 from reports import _words as words
 from reports.markdown import LIMIT, RENDERER
 
@@ -115,6 +115,13 @@ def test_gaps_and_warnings_are_listed(report: AuditReport) -> None:
     assert f"ov, note: {report.backends[1].warnings[0]}" in page.text
     alone = replace(report, gaps=(), backends=report.backends[:1])
     assert "No gaps: everything asked for was compared." in _page(alone).text
+
+
+def test_what_is_read_off_an_output_is_told(report: AuditReport) -> None:
+    flips = Consequence("Softmax:0", "scores", 2, 2, 1, 1, sentence="top-1 flips in 1 of 2 rows")
+    output = replace(report.backends[1].outputs[0], kind="scores", consequence=flips)
+    page = _page(replace(report, backends=(replace(report.backends[1], outputs=(output,)),)))
+    assert "ov, note: Softmax:0, read as scores (assumed): top-1 flips in 1 of 2 rows" in page.text
 
 
 def test_what_is_not_proved_is_said(report: AuditReport) -> None:
