@@ -901,7 +901,8 @@ def _draw_gap(page: _Page, gap: Gap) -> None:
 
 
 def _draw_footer(page: _Page, report: AuditReport) -> None:
-    stages = ", ".join(f"{n} {s:.1f}" for n, s in report.timing.items() if n != "total")
+    laps = sorted(report.timing.items(), key=lambda lap: -lap[1])
+    stages = ", ".join(f"{n} {s:.1f}" for n, s in laps if n != "total")
     total = report.timing.get("total", sum(report.timing.values()))
     page.blank()
     page.say(_Span(f"audit {report.tool_version}: {total:.1f} s ({stages})", "dim"))
