@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import auditor
 from auditor import cli, discovery
+from auditor.commands import _output
 from auditor.errors import UsageError
 
 ROOT = Path(auditor.__file__).parent.parent
@@ -411,6 +412,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UsageError, match="No space left"):
-        cli._write(target, "new")
+        _output._write(target, "new")
     assert target.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]

@@ -17,6 +17,7 @@ from auditor.records import (
     CategoryShare,
     Concentration,
     Consequence,
+    Counterfactual,
     Distance,
     FidelityProof,
     Finding,
@@ -25,6 +26,7 @@ from auditor.records import (
     Kernel,
     ModelInfo,
     NoiseInfo,
+    OutputChange,
     OutputDistance,
     Provenance,
     ReferenceInfo,
@@ -213,6 +215,36 @@ def _backend(id: str, engine: str, version: str, *, bf16: bool) -> BackendReport
         seconds={"start": 0.4, "build": 0.9, "run": 0.05},
         unexplained_spread=_spread(0.0016, 0.001) if bf16 else None,
         booked_samples=2 if bf16 else 1,
+        counterfactuals=_counterfactuals() if bf16 else (),
+    )
+
+
+def _counterfactuals() -> tuple[Counterfactual, ...]:
+    return (
+        Counterfactual(
+            factor="inference in bf16",
+            options={"INFERENCE_PRECISION_HINT": "f32"},
+            noises=("precision.bf16", "precision.fp16"),
+            conclusion="confirmed",
+            samples=4,
+            before=1.2e-2,
+            after=2.1e-7,
+            removed=0.99999,
+            claimed=0.9981,
+            latency_before=0.0053,
+            latency_after=0.0112,
+            outputs=(OutputChange("Softmax:0", 1.2e-2, 2.1e-7),),
+            sentence="built again without inference in bf16 (INFERENCE_PRECISION_HINT=f32), the "
+            "final divergence is 2.10e-07 instead of 1.20e-02",
+        ),
+        Counterfactual(
+            factor="execution mode PERFORMANCE",
+            options={"EXECUTION_MODE_HINT": "ACCURACY"},
+            noises=(),
+            conclusion="failed",
+            failure="the process was killed by SIGSEGV",
+            sentence="built again without execution mode PERFORMANCE: not measured",
+        ),
     )
 
 

@@ -1,0 +1,45 @@
+"""The application that every verb registers itself with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+MAIN = "audit"  # the verb meant when none is given
+
+
+class _Verbs(TyperGroup):
+    """A group with a default verb: ``audit model.onnx`` is ``audit audit model.onnx``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default verb unless the first word is one (options may come first)."""
+        if not args or args[0] not in self.commands:
+            args = [MAIN, *args]
+        return super().parse_args(ctx, args)
+
+
+class MainVerb(TyperCommand):
+    """The default verb, whose help page is that of the whole program."""
+
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
+        """Show the usage without the implied verb, and that there are others."""
+        program = ctx.parent.command_path
+        formatter.write_usage(program, "MODEL [OPTIONS]")
+        formatter.write_usage(program, "COMMAND --help", "      ")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """List the options, then the other verbs."""
+        super().format_options(ctx, formatter)
+        ctx.parent.command.format_commands(ctx.parent, formatter)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    add_help_option=False,  # the default verb answers; and parsing one here costs 0.1 s
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)

@@ -1,0 +1,115 @@
+"""Options that several verbs share, and the reading of those that are more than a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditor.audit import BackendSpec
+    from auditor.records import OutputKind
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The exported ONNX model.")]
+Report = Annotated[
+    Path, typer.Argument(metavar="REPORT.json", help="A report written by audit -o.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Recorded inputs (.npz or .safetensors keyed by input name, or .npy), samples "
+        "stacked on the first axis; seeded random inputs when not given.",
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the random inputs.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="How many samples to use; the first 4 recorded or 1 random when not given.",
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="INPUT:1x3x224x224",
+        help="Shape of an input whose dimensions the model leaves open; repeatable.",
+    ),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Report format: terminal, json, sarif, junit, markdown or html; from the suffix of "
+        "-o (.json, .sarif, .xml, .md, .html) when not given.",
+    ),
+]
+
+
+def backend_specs(names: Sequence[str] | None) -> tuple[BackendSpec, ...]:
+    from auditor import discovery
+    from auditor.audit import BackendSpec
+
+    known = discovery.backend_ids()
+    if not names:
+        return tuple(BackendSpec(id) for id in known)
+    specs: list[BackendSpec] = []
+    for name in (part.strip() for text in names for part in text.split(",")):
+        id, _, device = name.partition(":")
+        discovery.require(id, known, "backend", "Backends")
+        spec = BackendSpec(id, device or None)
+        if spec in specs:
+            raise UsageError(f"--backends names `{name}` twice", "Name each backend once.")
+        specs.append(spec)
+    return tuple(specs)
+
+
+def engine_options(
+    texts: Sequence[str] | None, specs: Sequence[BackendSpec]
+) -> dict[str, dict[str, str]]:
+    from auditor import discovery
+
+    options: dict[str, dict[str, str]] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        id, dot, key = name.partition(".")
+        if not (equals and dot and key):
+            raise UsageError(
+                f"--option `{text}` is not of the form ID.KEY=VALUE",
+                "Write it as in --option ov.INFERENCE_PRECISION_HINT=f32.",
+            )
+        discovery.require(id, {spec.id for spec in specs}, "backend in this audit", "Audited")
+        options.setdefault(id, {})[key] = value
+    return options
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    # Tensor names may contain colons (TensorFlow's `input:0`): the last one counts.
+    name, _, dimensions = text.rpartition(":")
+    sizes = dimensions.lower().split("x")
+    if not name or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(
+            f"--shape `{text}` is not of the form INPUT:1x3x224x224",
+            "Give the input's name and its positive sizes.",
+        )
+    return name, tuple(int(size) for size in sizes)
+
+
+def parse_kind(text: str) -> tuple[str, OutputKind]:
+    from typing import cast, get_args
+
+    from auditor.records import OutputKind
+
+    name, _, kind = text.rpartition(":")  # names may contain colons
+    if not name or kind not in get_args(OutputKind):
+        raise UsageError(
+            f"--output-kind `{text}` is not of the form NAME:KIND",
+            f"Give the output's name and one of {', '.join(get_args(OutputKind))}.",
+        )
+    return name, cast(OutputKind, kind)

@@ -1,0 +1,167 @@
+"""``audit MODEL``, the verb meant when none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from auditor import __version__
+from auditor.commands._app import MAIN, MainVerb, app
+from auditor.commands._options import (
+    Data,
+    Format,
+    Model,
+    Samples,
+    Seed,
+    Shapes,
+    backend_specs,
+    engine_options,
+    parse_kind,
+    parse_shape,
+)
+from auditor.commands._output import destination_for, emit
+from auditor.commands._stop import StoppableProgress
+
+_EXIT_CODES = """\
+\b
+Exit codes:
+  0  audited; nothing at or above --fail-on
+  1  findings at or above --fail-on
+  2  wrong usage, or a bad model or data file
+  3  incomplete: a backend named in --backends gave no comparison
+  4  a bug in the auditor itself
+"""
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        emit(f"audit {__version__}\n")
+        raise typer.Exit
+
+
+@app.command(MAIN, cls=MainVerb, hidden=True, epilog=_EXIT_CODES)
+def _audit(
+    model: Model,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID[:DEVICE],…",
+            help="Backends to compare with the reference, such as ort,ov:GPU,tvm; "
+            "all that are available here when not given.",
+        ),
+    ] = None,
+    candidate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Another export, which the backends compile while MODEL stays the reference.",
+        ),
+    ] = None,
+    data: Data = None,
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite",
+            help="Accept NaN and infinities in --data, to audit how backends handle them.",
+        ),
+    ] = False,
+    seed: Seed = 0,
+    samples: Samples = None,
+    shape: Shapes = None,
+    format: Format = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the report to FILE. Without --format the terminal report is "
+            "printed as well.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1, metavar="S", help="Seconds that one step of a backend may take."),
+    ] = 600.0,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Threads of each engine and of the reference; the engines' own default when "
+            "not given.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID.KEY=VALUE",
+            help="Engine option, such as ov.INFERENCE_PRECISION_HINT=f32; repeatable.",
+        ),
+    ] = None,
+    fail_on: Annotated[
+        Literal["info", "low", "medium", "high", "critical"],
+        typer.Option(help="Lowest severity of a finding that makes the audit fail."),
+    ] = "medium",
+    output_kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KIND",
+            help="As what an output is read: scores, boxes, mask, embedding or none; assumed from "
+            "its name and values when not given; repeatable.",
+        ),
+    ] = None,
+    confirm: Annotated[
+        bool,
+        typer.Option(
+            "--confirm/--no-confirm",
+            help="Build what diverged again without single factors (precision, fusion, fast "
+            "mathematics) and measure what that does to the outputs and to the latency.",
+        ),
+    ] = True,
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
+    ] = False,
+) -> int:
+    """Audit what deployment runtimes change in an exported ONNX model.
+
+    Compiles MODEL on each backend, captures intermediate tensors without changing the compiled
+    program, decomposes the divergence of the outputs layer by layer, and names measured causes.
+    """
+    from auditor import discovery
+
+    destination = destination_for(format, output, [model, candidate, data])
+    specs = backend_specs(backends)
+    options = engine_options(option, specs)
+    shapes = dict(parse_shape(text) for text in shape or ())
+    kinds = dict(parse_kind(text) for text in output_kind or ())
+
+    from auditor.audit import AuditOptions, audit
+    from reports.terminal import LiveProgress
+
+    asked = AuditOptions(
+        backends=specs,
+        requested=bool(backends),
+        candidate=candidate,
+        data=data,
+        seed=seed,
+        samples=samples,
+        shapes=shapes,
+        nonfinite=allow_nonfinite,
+        timeout=timeout,
+        threads=threads,
+        options=options,
+        fail_on=fail_on,
+        output_kinds=kinds,
+        confirm=confirm,
+    )
+    progress = StoppableProgress(LiveProgress())
+    try:
+        report = audit(model, asked, noises=discovery.noises(), progress=progress)
+    finally:
+        progress.close()
+    destination.deliver(report)
+    return report.exit_code

@@ -1,0 +1,18 @@
+"""``audit backends``."""
+
+from __future__ import annotations
+
+from auditor.commands._app import app
+from auditor.commands._output import emit, screen
+
+
+@app.command("backends", short_help="List what is available here, or how to get it.")
+def _backends() -> int:
+    """List the backends and their devices here, or why one is missing and how to get it."""
+    from auditor import discovery, worker
+    from reports.terminal import render_backends
+
+    rows = worker.probe(discovery.backend_ids())
+    width, color = screen()
+    emit(render_backends(rows, width, color))
+    return 0

@@ -1,0 +1,17 @@
+"""``audit noises``."""
+
+from __future__ import annotations
+
+from auditor.commands._app import app
+from auditor.commands._output import emit, screen
+
+
+@app.command("noises")
+def _noises() -> int:
+    """List the causes of divergence that can be replayed."""
+    from auditor import discovery
+    from reports.terminal import render_noises
+
+    width, color = screen()
+    emit(render_noises(discovery.noises(), width, color))
+    return 0

@@ -1,0 +1,43 @@
+"""``audit show``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from auditor.commands._app import app
+from auditor.commands._options import Format, Report
+from auditor.commands._output import destination_for, emit, screen
+from auditor.errors import UsageError
+
+
+@app.command("show", short_help="Show a saved report again, or one layer in full.")
+def _show(
+    report: Report,
+    layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Show one segment in full, by its id or a node or tensor name."
+        ),
+    ] = None,
+    format: Format = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write it to FILE."),
+    ] = None,
+) -> int:
+    """Show a saved report again, or one of its layers in full; needs no engine."""
+    from reports import json_v1
+    from reports.terminal import render_segment
+
+    destination = destination_for(format, output, [report])
+    loaded = json_v1.load(report)
+    if layer is None:
+        destination.deliver(loaded)
+    elif format or output:
+        raise UsageError("--layer cannot be used with --format or -o", "Drop the other option.")
+    else:
+        emit(render_segment(loaded, layer, *screen()))
+    return 0
