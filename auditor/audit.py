@@ -160,6 +160,8 @@ def _run(
     for index in range(len(stimulus)):
         feeds = stimulus.sample(index)
         expected = reference.run(feeds)
+        if index + 1 == len(stimulus):
+            reference.release()
         outputs = {"reference": expected}
         by_job = {job: who for who, job in jobs.items()}
         for job in as_completed(by_job):
@@ -170,7 +172,7 @@ def _run(
                 continue
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
                 tracer = analyses[who].tracer
-                jobs[who] = pool.submit(tracer.sample, samples.feeds(index + 1))
+                jobs[who] = pool.submit(samples.trace, tracer, index + 1)
             progress.update("reference", f"compare {who}")
             analyses[who].add(index, feeds, expected, trace)
             outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
@@ -254,7 +256,7 @@ def _begin(
     tracer.build(request)
     if tracer.gap is not None:
         return None
-    return tracer.sample(samples.feeds(0))
+    return samples.trace(tracer, 0)
 
 
 def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
@@ -290,6 +292,9 @@ class _Samples:
 
     def feeds(self, index: int) -> Arrays:
         return {self._names.get(n, n): v for n, v in self._stimulus.sample(index).items()}
+
+    def trace(self, tracer: Tracer, index: int) -> SampleTrace | None:
+        return tracer.sample(self.feeds(index), last=index + 1 == len(self._stimulus))
 
 
 class _Clock:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ _KNOWN_DOMAINS = frozenset(
     {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
 )
 _PROTOBUF_LIMIT = (1 << 31) - 1
+_LFS = b"version https://git-lfs"
 
 _BATCH, _CHANNELS, _IMAGE_SIDE, _SEQUENCE = 1, 3, 224, 16
 _SEQUENCE_NAME = re.compile(r"seq|len|token|time|frame|past|step", re.IGNORECASE)
@@ -57,9 +58,10 @@ class Model:
 
     Attributes:
         path: the file as the user gave it; backends compile this file.
-        proto: the model for analysis: model-local functions inlined, and large weights replaced
-            by stubs (``auditor.weights``).
-        weights: the large weights by name.
+        proto: the model for analysis: model-local functions inlined, and large weights left in
+            their files (``auditor.weights``).
+        weights: the large weights by name, mapped into memory.
+        folder: where the files with these weights are.
         inputs: what must be fed: the graph inputs that are not initialisers.
         outputs: names of the graph outputs.
     """
@@ -67,6 +69,7 @@ class Model:
     path: Path
     proto: onnx.ModelProto
     weights: Arrays
+    folder: Path
     info: ModelInfo
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
@@ -99,16 +102,18 @@ def load(path: Path) -> Model:
         UsageError: it is missing, unreadable, truncated, invalid, refers to files outside its
             folder, uses operators nobody here knows, or cannot be fed.
     """
-    data = _read(path)
-    digest = hashlib.sha256(data)
-    proto = _parse(path, data)
-    del data  # as large as the weights
-    files = _external_files(path, proto)
-    for file in files:
+    _check_file(path)
+    home = path.resolve()  # a link's own name is not where the values are
+    proto = _parse(path, home)
+    files = _external_files(path, proto, home)
+    if files and home.parent != path.parent.resolve():
+        home = path.parent.resolve() / path.name  # data files lie beside the link
+        proto = _parse(path, None)
+    digest = hashlib.sha256()
+    for file in (path, *files):
         _hash(file, digest)
     _check_names(path, proto.graph)
     _check_domains(path, proto)
-    _check(path)
     inputs = _inputs(path, proto.graph)
     outputs = _outputs(path, proto.graph)
     info = ModelInfo(
@@ -119,19 +124,20 @@ def load(path: Path) -> Model:
         parameters=sum(_size(tensor) for tensor in _tensors(proto)),
         producer=f"{proto.producer_name} {proto.producer_version}".strip(),
     )
-    if proto.functions:
-        import onnx.inliner
-
-        proto = onnx.inliner.inline_local_functions(proto)
     try:
-        proto, arrays = weights.detach(proto, path.parent)
-        _embed(path, proto)
+        arrays = weights.detach(proto, home.parent) if _encodable(home) else {}
+        _embed(home.parent, proto, arrays)
     except ValueError as error:
         raise UsageError(
             f"weights of {path} cannot be read: {error}",
             "A data file is not the one this model was exported with: copy or export it again.",
         ) from error
-    return Model(path, proto, arrays, info, inputs, outputs)
+    _check(path, proto, arrays)
+    if proto.functions:
+        import onnx.inliner
+
+        proto = onnx.inliner.inline_local_functions(proto)
+    return Model(path, proto, arrays, home.parent, info, inputs, outputs)
 
 
 def key(node: onnx.NodeProto) -> str:
@@ -202,7 +208,7 @@ def resolve_shapes(
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
+def _check_file(path: Path) -> None:
     if not path.exists():
         raise UsageError(f"{path} does not exist", "Check the path of the model file.")
     if path.is_dir():
@@ -214,23 +220,24 @@ def _read(path: Path) -> bytes:
             f"{path} is larger than 2 GiB, the limit of the ONNX file format",
             "Export it again with its weights as external data.",
         )
+    if path.stat().st_size == 0:
+        raise UsageError(f"{path} is empty", "Export or copy the model again.")
+
+
+def _parse(path: Path, home: Path | None) -> onnx.ModelProto:
+    """Read a model; its large weights stay in the file ``home``, or come along if that is None."""
+    hint = "The file is another format, or was cut off: export or copy the model again."
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                hint = "It is a Git LFS pointer: fetch the model itself with `git lfs pull`."
+        proto = (
+            weights.read(path, home.name) if home else onnx.ModelProto.FromString(path.read_bytes())
+        )
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read: {error.strerror}", "Check its permissions."
         ) from error
-    if not data:
-        raise UsageError(f"{path} is empty", "Export or copy the model again.")
-    return data
-
-
-def _parse(path: Path, data: bytes) -> onnx.ModelProto:
-    hint = "The file is another format, or was cut off: export or copy the model again."
-    if data.startswith(b"version https://git-lfs"):
-        hint = "It is a Git LFS pointer: fetch the model itself with `git lfs pull`."
-    try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except Exception as error:  # DecodeError of protobuf, which comes without types
         raise UsageError(f"{path} is not an ONNX model, or is truncated", hint) from error
     if not proto.HasField("graph") or not proto.graph.node:
@@ -238,16 +245,30 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     return proto
 
 
+def _encodable(path: Path) -> bool:
+    """Whether a path can be written into a model: there, names are UTF-8 (protobuf, "string")."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every stored tensor: initialisers and attributes, subgraphs and functions included."""
-    yield from _graph_tensors(proto.graph)
+    yield from proto.graph.initializer
+    yield from _other_tensors(proto)
+
+
+def _other_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every stored tensor but the main graph's initialisers."""
+    yield from _inner_tensors(proto.graph)
     for function in proto.functions:
         for node in function.node:
             yield from _node_tensors(node)
 
 
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
+def _inner_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     for sparse in graph.sparse_initializer:
         yield sparse.values
         yield sparse.indices
@@ -262,10 +283,12 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
         elif attribute.type == onnx.AttributeProto.TENSORS:
             yield from attribute.tensors
         elif attribute.type == onnx.AttributeProto.GRAPH:
-            yield from _graph_tensors(attribute.g)
+            yield from attribute.g.initializer
+            yield from _inner_tensors(attribute.g)
         elif attribute.type == onnx.AttributeProto.GRAPHS:
             for graph in attribute.graphs:
-                yield from _graph_tensors(graph)
+                yield from graph.initializer
+                yield from _inner_tensors(graph)
 
 
 def _size(tensor: onnx.TensorProto) -> int:
@@ -284,8 +307,8 @@ def _hash(file: Path, digest: hashlib._Hash) -> None:
 # --- external data -----------------------------------------------------------------------------
 
 
-def _external_files(path: Path, proto: onnx.ModelProto) -> tuple[Path, ...]:
-    """The files that hold external data, by name; each is inside the model's folder.
+def _external_files(path: Path, proto: onnx.ModelProto, home: Path) -> tuple[Path, ...]:
+    """The files beside ``home`` itself that hold its data, by name; each is in its folder.
 
     A model is untrusted input: a location such as ``../../etc/passwd``, or a link that leads
     there, would copy that file into weights and from there into reports (ONNX's security
@@ -302,6 +325,8 @@ def _external_files(path: Path, proto: onnx.ModelProto) -> tuple[Path, ...]:
                 f"tensor `{tensor.name}` is stored outside {path.name}, which does not say where",
                 "Export the model again.",
             )
+        if location == home.name:
+            continue
         file = folder / location
         if not _inside(folder, location):
             raise UsageError(
@@ -324,14 +349,15 @@ def _inside(folder: Path, location: str) -> bool:
     return (folder / location).resolve().is_relative_to(folder.resolve())
 
 
-def _embed(path: Path, proto: onnx.ModelProto) -> None:
+def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
     """Read what is still external: constants inside nodes and subgraphs, and odd types."""
     from onnx.external_data_helper import load_external_data_for_tensor
 
-    for tensor in _tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and not weights.is_detached(tensor):
+    unmapped = (t for t in proto.graph.initializer if t.name not in mapped)
+    for tensor in (*unmapped, *_other_tensors(proto)):
+        if weights.is_detached(tensor):
             try:
-                load_external_data_for_tensor(tensor, str(path.parent))
+                load_external_data_for_tensor(tensor, str(folder))
             except (ValueError, OSError, onnx.checker.ValidationError) as error:
                 raise ValueError(f"tensor `{tensor.name}`: {_first(error)}") from error
 
@@ -339,10 +365,22 @@ def _embed(path: Path, proto: onnx.ModelProto) -> None:
 # --- checks ------------------------------------------------------------------------------------
 
 
-def _check(path: Path) -> None:
-    """ONNX's own checker; given the path, it also judges external data."""
+def _check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
+    """ONNX's own checker, on the model with its mapped weights as inputs."""
+    light = surgery.copied(proto)
+    fed = {value.name for value in light.graph.input}
+    kept = []
+    for tensor in light.graph.initializer:
+        if tensor.name not in mapped:
+            kept.append(tensor)
+        elif tensor.name not in fed:
+            light.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    del light.graph.initializer[:]
+    light.graph.initializer.extend(kept)
     try:
-        onnx.checker.check_model(str(path))
+        onnx.checker.check_model(light)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"{path} is not a valid ONNX model: {_first(error)}",

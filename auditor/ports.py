@@ -113,6 +113,14 @@ class Switchable(Protocol):
         """The factors that are on in this build, of those that can change its numbers."""
 
 
+@runtime_checkable
+class Releasable(Protocol):
+    """A build that can be instrumented without its program in memory; a build need not be one."""
+
+    def release(self) -> None:
+        """Free the plain program; the next ``run`` compiles it again."""
+
+
 Storage = Literal["float16", "bfloat16", "8 bits"]
 
 

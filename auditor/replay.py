@@ -8,6 +8,8 @@ changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +29,15 @@ if TYPE_CHECKING:
 # Patches one segment's outputs: (outputs of the reference segment, its inputs) → outputs.
 Patch = Callable[[Arrays, Arrays], Arrays]
 
+# onnxruntime_session_options_config_keys.h
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
 
 class ReplayError(AuditError):
     """The reference could not run a segment on the given tensors (a wrong shape, mostly)."""
 
 
-def session(
-    model: onnx.ModelProto, threads: int, weights: Mapping[str, Array] | None = None
-) -> Any:
+def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) -> Any:
     """An ONNX Runtime CPU session that runs the model as written, without optimisation.
 
     Spinning threads are off: hundreds of short sessions would otherwise fight for the cores. So
@@ -43,7 +46,7 @@ def session(
     Args:
         model: the model.
         threads: intra-op threads.
-        weights: arrays of the model's detached initialisers; they must outlive the session.
+        folder: where the files of its detached weights are (``auditor.weights``).
     """
     import onnxruntime as ort
 
@@ -54,10 +57,8 @@ def session(
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    shared = [t.name for t in model.graph.initializer if weights and t.name in weights]
-    if weights and shared:
-        values = [ort.OrtValue.ortvalue_from_numpy(weights[name]) for name in shared]
-        options.add_external_initializers(shared, values)
+    if folder is not None:
+        options.add_session_config_entry(_FOLDER, str(folder))
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -78,10 +79,11 @@ class Reference:
             UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
         """
         self.graph = Graph(model.proto)
-        self.replayer = Replayer(self.graph, threads, model.weights)
+        self.replayer = Replayer(self.graph, threads, model.weights, model.folder)
         self.labels = model.labels
+        self._compile = partial(session, model.proto, threads, model.folder)
         try:
-            self._session = session(model.proto, threads, model.weights)
+            self._session: Any = self._compile()
         except Exception as error:  # ORT raises a family of classes that share no base
             raise UsageError(
                 f"the reference cannot load the model: {_first_line(error)}",
@@ -105,12 +107,17 @@ class Reference:
         """
         names = list(self.graph.outputs)
         try:
+            self._session = self._session or self._compile()
             return dict(zip(names, self._session.run(names, feeds), strict=True))
         except Exception as error:
             raise UsageError(
                 f"the reference cannot run the model on this input: {_first_line(error)}",
                 "Give real inputs with --data, or other shapes with --shape.",
             ) from error
+
+    def release(self) -> None:
+        """Free what runs the whole graph, until the next run; the segments stay."""
+        self._session = None
 
     def computes(self, tensor: str) -> bool:
         """Whether a node computes the tensor from the stimulus."""
@@ -121,18 +128,24 @@ class Replayer:
     """The reference's segments, ready to run; sessions are made at first use and shared."""
 
     def __init__(
-        self, graph: Graph, threads: int, weights: Mapping[str, Array] | None = None
+        self,
+        graph: Graph,
+        threads: int,
+        weights: Mapping[str, Array] | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Make no session yet.
 
         Args:
             graph: the reference's graph.
             threads: intra-op threads of each session.
-            weights: the graph's detached weights, shared by all sessions.
+            weights: the graph's detached weights.
+            folder: where the files with these are.
         """
         self.graph = graph
         self.threads = threads
         self.weights = weights or {}
+        self.folder = folder
         self.types: dict[str, int] = {}
         self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], Any] = {}
 
@@ -231,7 +244,7 @@ class Replayer:
             for name, value in feeds.items():
                 self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
             model = self.graph.extract(cut, self.types, {})
-            made = self._sessions[key] = session(model, self.threads, self.weights)
+            made = self._sessions[key] = session(model, self.threads, self.folder)
         return made
 
 

@@ -100,15 +100,20 @@ class Tracer:
                 "Run this audit on a machine that has the device.",
             )
 
-    def sample(self, feeds: Arrays) -> SampleTrace | None:
-        """Run plainly and with probes; None (with ``gap`` set) when the backend fails."""
+    def sample(self, feeds: Arrays, *, last: bool = False) -> SampleTrace | None:
+        """Run plainly and with probes; None (with ``gap`` set) when the backend fails.
+
+        Args:
+            feeds: the inputs by the compiled model's names.
+            last: that no other sample follows, so that the plain program is not needed again.
+        """
         first = not self._instrumented
         stored = self._store(feeds)
         try:
             plain = self._call("run", feeds=stored, repeats=_REPEATS if first else 1)
             outputs = self._fetch(plain["outputs"])
             if first:
-                made = self._call("instrument", feeds=stored)
+                made = self._call("instrument", feeds=stored, last=last)
                 self.probes = decode(tuple[Probe, ...], made["probes"])
                 self.skipped = decode(tuple[Skipped, ...], made["skipped"])
                 self.program_unchanged = made["program_unchanged"]

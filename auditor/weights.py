@@ -1,15 +1,18 @@
-"""A model's large constants, held once beside its graph and handed to every session.
+"""A model's large constants, left in the files where they are and mapped into memory from there.
 
 The reference runs as one session for the whole graph and one per segment. With the weights inside
-each model they would be serialised and parsed for each; here they are arrays handed over as they
-are (``SessionOptions.add_external_initializers``; ONNX Runtime 1.32 still makes its own copy, once
-for the whole graph and once over all segments). Weights in external files are mapped into memory.
+each model they would be copied for each; here a constant of the main graph is a stub that says
+where its values lie (ONNX external data), be that a data file or the model file itself. ONNX
+Runtime and numpy map them, so all sessions share the one copy that the system's page cache holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,49 +22,74 @@ from auditor.ports import Array, Arrays
 
 # Smaller constants stay in the graph: shapes and axes must be visible to shape inference.
 _SMALL = 1024  # bytes
-_DETACHED = "detached"  # a location that is never opened: ONNX Runtime is handed the array
 _T = onnx.TensorProto
 _FLOATS = (_T.FLOAT, _T.DOUBLE, _T.FLOAT16)
 _SIGNED = (_T.INT8, _T.INT16, _T.INT32, _T.INT64)
 _UNSIGNED = (_T.UINT8, _T.UINT16, _T.UINT32, _T.UINT64)
 _PLAIN = frozenset((*_FLOATS, *_SIGNED, *_UNSIGNED))  # types that numpy has too
 
+# Numbers of message fields in onnx.proto, along which tensors are found.
+_TENSOR: dict[int, Any] = {}
+_NODE = {5: {5: _TENSOR}}  # attribute, its tensor
+_MODEL = {7: {1: _NODE, 5: _TENSOR}}  # graph, its nodes and initialisers
+# Fields of a tensor whose values lie in the file just as in memory, on little-endian machines.
+_VALUES = {9: _PLAIN, 4: frozenset({_T.FLOAT}), 10: frozenset({_T.DOUBLE})}
+_OTHER_VALUES = frozenset({5, 6, 7, 11, 13})
+_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 
-def detach(proto: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, Arrays]:
-    """Take the large initialisers of the main graph out of a model.
+
+def read(path: Path, file: str | None = None) -> onnx.ModelProto:
+    """Read a model file, and leave its large weights there: they become external data.
 
     Args:
-        proto: the model, with initialisers inline or in external files; consumed.
+        path: the model file.
+        file: by which name the weights' locations call it; its own when not given. A name that
+            is not UTF-8 cannot be written into a model: then the weights come along.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is empty.
+        google.protobuf.message.DecodeError: it is no model.
+    """
+    with path.open("rb") as opened:
+        data = mmap(opened.fileno(), 0, access=ACCESS_READ)
+    encoded = None
+    # What is cut off or encoded in an unusual way is left to the parser.
+    with contextlib.suppress(ValueError, IndexError):
+        name = (file or path.name).encode().decode()
+        encoded = _slim(data, 0, len(data), _MODEL, name)
+    model = onnx.ModelProto()
+    model.ParseFromString(data[:] if encoded is None else encoded)
+    return model
+
+
+def detach(proto: onnx.ModelProto, folder: Path) -> Arrays:
+    """Map the main graph's external initialisers into memory.
+
+    Args:
+        proto: the model; its large Constant nodes become initialisers.
         folder: where external files lie; every location was found to be inside it.
 
     Returns:
-        The model with stubs in their place, and the arrays by name, read-only. Large Constant
-        nodes have become initialisers.
+        The values of all but small ones and of types that numpy lacks, by name, read-only.
 
     Raises:
         ValueError: a tensor's values are not there, or not as many as its shape says.
     """
-    graph = proto.graph
     if proto.ir_version >= 4:  # before, every initialiser had to be a graph input as well
-        _constants_to_initializers(graph)
+        _constants_to_initializers(proto.graph)
     arrays: Arrays = {}
-    for tensor in graph.initializer:
-        if tensor.data_type not in _PLAIN or _size(tensor) < _SMALL:
-            continue
-        external = tensor.data_location == onnx.TensorProto.EXTERNAL
-        try:
-            values = _mapped(tensor, folder) if external else numpy_helper.to_array(tensor)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"tensor `{tensor.name}`: {error}") from error
-        arrays[tensor.name] = values
-        tensor.CopyFrom(_stub(tensor))
-    # Protobuf frees a message's memory only with the message: make another without the weights.
-    return onnx.ModelProto.FromString(proto.SerializeToString()), arrays
+    for tensor in proto.graph.initializer:
+        if is_detached(tensor) and tensor.data_type in _PLAIN and _size(tensor) >= _SMALL:
+            try:
+                arrays[tensor.name] = _mapped(tensor, folder)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"tensor `{tensor.name}`: {error}") from error
+    return arrays
 
 
 def is_detached(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor is the stub of a detached one."""
-    return any(e.key == "location" and e.value == _DETACHED for e in tensor.external_data)
+    """Whether a tensor's values lie in a file."""
+    return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def attach(tensor: onnx.TensorProto, arrays: Mapping[str, Array]) -> onnx.TensorProto:
@@ -87,17 +115,6 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
         graph.node.extend(kept)
 
 
-def _stub(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    stub = onnx.TensorProto(
-        name=tensor.name,
-        data_type=tensor.data_type,
-        dims=tensor.dims,
-        data_location=onnx.TensorProto.EXTERNAL,
-    )
-    stub.external_data.add(key="location", value=_DETACHED)
-    return stub
-
-
 def _mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
     """An external tensor as a read-only view of its file (ONNX external data format)."""
     where = {entry.key: entry.value for entry in tensor.external_data}
@@ -111,5 +128,108 @@ def _mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
 
 
 def _size(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values."""
     itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
+
+
+# --- the model file ------------------------------------------------------------------------------
+
+
+def _slim(data: bytes | mmap, start: int, end: int, within: Mapping[int, Any], file: str) -> bytes:
+    """An encoded message without the values of its large tensors.
+
+    Args:
+        data: the file.
+        start: where in it the message begins.
+        end: where it ends.
+        within: the fields that hold tensors, and the like for the messages in these.
+        file: the file's name.
+
+    Raises:
+        ValueError, IndexError: it is not encoded as expected.
+    """
+    parts = []
+    for number, wire, first, value, after in _fields(data, start, end):
+        inner = within.get(number)
+        if inner is None or wire != _BYTES or after - value < _SMALL:
+            parts.append(data[first:after])
+            continue
+        if inner is _TENSOR:
+            message = _stub(data, value, after, file)
+        else:
+            message = _slim(data, value, after, inner, file)
+        parts += [_varint(number << 3 | _BYTES), _varint(len(message)), message]
+    return b"".join(parts)
+
+
+def _stub(data: bytes | mmap, start: int, end: int, file: str) -> bytes:
+    """An encoded tensor that says where its values are, instead of them; itself if it is small."""
+    rest, places = [], []
+    for number, wire, first, value, after in _fields(data, start, end):
+        if number in _VALUES and wire == _BYTES:
+            places.append((number, value, after))
+        elif number in _OTHER_VALUES or number in _VALUES:
+            return data[start:end]
+        else:
+            rest.append(data[first:after])
+    if len(places) != 1:
+        return data[start:end]
+    ((field, value, after),) = places
+    tensor = onnx.TensorProto.FromString(b"".join(rest))
+    known = tensor.data_type in _VALUES[field]
+    if not known or after - value < _SMALL or _size(tensor) != after - value:
+        return data[start:end]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, text in (("location", file), ("offset", value), ("length", after - value)):
+        tensor.external_data.add(key=key, value=str(text))
+    return bytes(tensor.SerializeToString())
+
+
+def _fields(data: bytes | mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """The fields of an encoded message: number, wire type, and where each begins and ends.
+
+    The third number is where the field begins, the fourth where its value does (protobuf,
+    "Encoding").
+    """
+    at = start
+    while at < end:
+        first = at
+        key, at = _read_varint(data, at)
+        wire, value = key & 7, at
+        if wire == _VARINT:
+            _, at = _read_varint(data, at)
+        elif wire == _EIGHT_BYTES:
+            at += 8
+        elif wire == _FOUR_BYTES:
+            at += 4
+        elif wire == _BYTES:
+            length, value = _read_varint(data, at)
+            at = value + length
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at > end:
+            raise ValueError("cut off")
+        yield key >> 3, wire, first, value, at
+
+
+def _read_varint(data: bytes | mmap, at: int) -> tuple[int, int]:
+    result = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
+
+
+def _varint(value: int) -> bytes:
+    result = bytearray()
+    while value > 0x7F:
+        result.append(value & 0x7F | 0x80)
+        value >>= 7
+    result.append(value)
+    return bytes(result)

@@ -243,9 +243,13 @@ class _Session:
                 noise = max(noise, metrics.relative_l2(again, self.plain, tuple(self.plain)))
         return {"run_to_run": noise, "outputs": self._save(self.plain)}
 
-    def instrument(self, feeds: Any) -> Any:
+    def instrument(self, feeds: Any, last: bool) -> Any:
+        """Add probes; ``last``: no other sample will be run plainly."""
+        from auditor.ports import Releasable
         from auditor.wire import encode
 
+        if last and isinstance(self.built, Releasable):
+            self.built.release()  # or two programs would be in memory
         self.instrumented = self.built.instrument(self._load(feeds))
         made = self.instrumented
         return {

@@ -211,7 +211,7 @@ class _Options:
         return cls(level, config, threads)
 
     def session(
-        self, model: Path, dump: Path, level: str, extra: Mapping[str, str], *, stage: str
+        self, model: Path, dump: Path | None, level: str, extra: Mapping[str, str], *, stage: str
     ) -> Any:
         """A session on ``model`` at ``level`` that writes the graph it executes to ``dump``."""
         import onnxruntime as ort
@@ -219,7 +219,8 @@ class _Options:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[level])
-        options.optimized_model_filepath = str(dump)
+        if dump is not None:
+            options.optimized_model_filepath = str(dump)
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:
@@ -245,6 +246,8 @@ class OrtBuild:
         try:
             import onnx
             import onnxruntime as ort
+
+            from auditor import weights
         except ImportError as error:
             raise BackendError(_first_line(error), _REMEDY, stage="start") from error
         ort.set_default_logger_severity(3)  # else importing a model prints warnings
@@ -259,6 +262,10 @@ class OrtBuild:
         self._session = options.session(
             request.model_path, dump, options.level, weights_apart, stage="build"
         )
+        # Not with the dump: the instrumented program has those weights mapped.
+        self._compile = functools.partial(
+            options.session, request.model_path, None, options.level, {}, stage="run"
+        )
         self._outputs = [
             o.name for o in self._session.get_outputs() if _COMPARABLE.fullmatch(o.type)
         ]
@@ -266,8 +273,7 @@ class OrtBuild:
         _drop_folded_inputs(self._compiled.graph, {i.name for i in self._session.get_inputs()})
         _unique_local_names(self._compiled.graph)
         compiled = _Graph(self._compiled.graph)
-        original = onnx.load(request.model_path, load_external_data=False)
-        # Not kept: it holds the weights of the original.
+        original = weights.read(request.model_path)
         names = _Names(_Graph(original.graph), compiled)
         self._readings = tuple(_readings(names, original))
         self._skipped = tuple(names.skipped())
@@ -286,7 +292,12 @@ class OrtBuild:
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Every graph output that is a tensor, by name; raises ``BackendError``."""
+        self._session = self._session or self._compile()
         return _run(self._session, self._outputs, feeds)
+
+    def release(self) -> None:
+        """Free the session; the next run makes another."""
+        self._session = None
 
     def instrument(self, feeds: Mapping[str, Array]) -> OrtInstrumented:
         """The compiled program with its surviving tensors as extra outputs.
@@ -298,6 +309,8 @@ class OrtBuild:
             BackendError: ONNX Runtime refused the graph that it had written itself.
         """
         import onnx
+
+        from auditor import weights
 
         requested = onnx.ModelProto()
         requested.CopyFrom(self._compiled)
@@ -313,9 +326,14 @@ class OrtBuild:
         # Loading a QDQ graph splits each DequantizeLinear whose value leaves it, even with the
         # optimiser off, unless QDQ handling is off too. The fusions themselves are in the graph.
         session = self._options.session(
-            path, dump, "disable", {"session.disable_quant_qdq": "1"}, stage="instrument"
+            path,
+            dump,
+            "disable",
+            {"session.disable_quant_qdq": "1"},
+            stage="instrument",
         )
-        executed = onnx.load(dump, load_external_data=False)
+        executed = weights.read(dump)
+        dump.unlink()  # as large as the model
         unchanged = _fingerprint(executed.graph) == _fingerprint(requested.graph)
 
         types = {o.name: o.type for o in session.get_outputs()}

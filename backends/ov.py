@@ -1139,9 +1139,9 @@ def _checked(core: Any, device: str, options: Mapping[str, str]) -> Mapping[str,
 
 def _onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str]]:
     """Input names, output names, and for each tensor the key of the node that makes it."""
-    import onnx
+    from auditor import weights
 
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = weights.read(path).graph
     inputs = [i.name for i in graph.input]
     nodes = {name: name for name in inputs}
     for node in graph.node:

@@ -814,11 +814,12 @@ class TVM:
         if request.threads is not None:
             # TVM reads it once, when a kernel first asks for threads.
             os.environ["TVM_NUM_THREADS"] = str(request.threads)
-        import onnx
         import tvm
 
+        from auditor import weights
+
         options = _Options.parse(request.options)
-        original = onnx.load(str(request.model_path), load_external_data=False).graph
+        original = weights.read(request.model_path).graph
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             imported, notes = _load(request, original)
