@@ -148,11 +148,15 @@ class Analysis:
         self.run_to_run = max(self.run_to_run, trace.run_to_run)
         self.rebuild = max(self.rebuild, trace.difference)
         diverges = self._add_outputs(index, expected, captured)
-        if index == 0:
-            base = self._cut(feeds, captured)
-            self._check_seams(base, expected, captured)
-        else:
-            base = self.reference.replayer.walk(self.cuts, feeds)
+        try:
+            if index == 0:
+                base = self._cut(feeds, captured)
+                self._check_seams(base, expected, captured)
+            else:
+                base = self.reference.replayer.walk(self.cuts, feeds)
+        except ReplayError as error:
+            self._gap("compare", f"sample {index} is compared at the outputs only: {error.message}")
+            return
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
         flagged = self._decompose(index, chain, trace.again)
@@ -204,7 +208,7 @@ class Analysis:
 
     def _cut(self, feeds: Arrays, captured: Arrays) -> Arrays:
         """Choose the segments; returns the reference's tensors on the first sample."""
-        graph, replayer = self.reference.graph, self.reference.replayer
+        graph = self.reference.graph
         self.probes = {
             self._rename[p.tensor]: p for p in self.tracer.probes if p.tensor in self._rename
         }
@@ -215,8 +219,7 @@ class Analysis:
             if p.tensor not in self._rename
         ]
         known = {*self.probes, *graph.outputs} & captured.keys()
-        self.cuts = graph.cut(known)
-        base = replayer.walk(self.cuts, feeds)
+        base = self._walk(known, feeds)
         doubtful = self._unconfirmed(captured, base)
         if doubtful:
             for name in doubtful:
@@ -224,9 +227,29 @@ class Analysis:
                 self.skipped.append(
                     Skipped(probe.tensor, "its derived name was not confirmed by its values")
                 )
-            self.cuts = graph.cut(known - doubtful)
-            base = replayer.walk(self.cuts, feeds)
+            base = self._walk(known - doubtful, feeds)
         return base
+
+    def _walk(self, known: set[str], feeds: Arrays) -> Arrays:
+        """Cut the reference at ``known`` tensors and run it, at fewer where a piece cannot run.
+
+        Raises:
+            ReplayError: a piece cannot run, and is no larger without its inner boundary.
+        """
+        graph, replayer = self.reference.graph, self.reference.replayer
+        while True:
+            self.cuts = graph.cut(known)
+            try:
+                return replayer.walk(self.cuts, feeds)
+            except ReplayError as error:
+                inner = {n for n in error.inputs if n in self.probes and n not in graph.outputs}
+                if not inner & known:
+                    self.cuts = ()
+                    raise
+                known = known - inner
+                for name in inner:
+                    probe = self.probes.pop(name)
+                    self.skipped.append(Skipped(probe.tensor, f"cannot be cut at: {error.message}"))
 
     def _unconfirmed(self, captured: Arrays, base: Arrays) -> set[str]:
         """Probes under a derived name whose values are neither the reference's nor a replay's."""

@@ -21,7 +21,14 @@ from auditor.records import ModelInfo
 # What ONNX itself defines, and the domain of the contributed operators that ONNX Runtime, our
 # reference, can run.
 _KNOWN_DOMAINS = frozenset(
-    {"", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft"}
+    {
+        "",
+        "ai.onnx",
+        "ai.onnx.ml",
+        "ai.onnx.preview",
+        "ai.onnx.preview.training",
+        "com.microsoft",
+    }
 )
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _LFS = b"version https://git-lfs"

@@ -34,7 +34,16 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class ReplayError(AuditError):
-    """The reference could not run a segment on the given tensors (a wrong shape, mostly)."""
+    """The reference could not run a segment on the given tensors (a wrong shape, mostly).
+
+    Attributes:
+        inputs: the tensors that the segment reads.
+    """
+
+    def __init__(self, cut: Cut, what: str, error: Exception) -> None:
+        """``what`` could not be done with the segment, and ONNX Runtime's own words."""
+        super().__init__(f"segment {cut.id} cannot be {what}: {_first_line(error)}")
+        self.inputs = cut.inputs
 
 
 def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) -> Any:
@@ -147,25 +156,27 @@ class Replayer:
         self.weights = weights or {}
         self.folder = folder
         self.types: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], Any] = {}
 
     def model(self, cut: Cut) -> onnx.ModelProto:
         """A segment as a stand-alone model; its inputs must have been seen in a run before."""
-        return self.graph.extract(cut, self.types, self.weights)
+        return self.graph.extract(cut, self.types, self.shapes, self.weights)
 
     def run(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
         """Run one segment on ``values`` (at least its inputs) and return its outputs.
 
+        A runtime may keep a tensor in more bits than the model says (ONNX Runtime has few float16
+        kernels for CPUs): it is fed rounded to the model's type.
+
         Raises:
             ReplayError: ONNX Runtime refused the segment or the values.
         """
-        feeds = {name: values[name] for name in cut.inputs}
+        feeds = {name: self._typed(name, values[name]) for name in cut.inputs}
         try:
             return dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
         except Exception as error:  # ORT raises a family of classes that share no base
-            raise ReplayError(
-                f"segment {cut.id} cannot be replayed: {_first_line(error)}"
-            ) from error
+            raise ReplayError(cut, "replayed", error) from error
 
     def run_reordered(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
         """Run one segment with its sums added up in another order, if it has any.
@@ -196,9 +207,7 @@ class Replayer:
                 if candidate is model or bitwise_equal(run(candidate), replayed):
                     return run(changed)
         except Exception as error:  # ORT raises a family of classes that share no base
-            raise ReplayError(
-                f"segment {cut.id} cannot be reordered: {_first_line(error)}"
-            ) from error
+            raise ReplayError(cut, "reordered", error) from error
         return replayed
 
     def walk(
@@ -238,12 +247,21 @@ class Replayer:
             values.update(outputs)
         return values
 
+    def _typed(self, name: str, value: Array) -> Array:
+        kind = self.types.get(name)
+        if kind is None or value.dtype.kind != "f":
+            return value
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        with np.errstate(over="ignore"):
+            return value.astype(dtype, copy=False) if dtype.kind == "f" else value
+
     def _session(self, cut: Cut, feeds: Arrays) -> Any:
         key = (cut.nodes, cut.inputs, cut.outputs)
         if (made := self._sessions.get(key)) is None:
             for name, value in feeds.items():
                 self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
-            model = self.graph.extract(cut, self.types, {})
+                self.shapes.setdefault(name, value.shape)
+            model = self.graph.extract(cut, self.types, self.shapes, {})
             made = self._sessions[key] = session(model, self.threads, self.folder)
         return made
 

@@ -101,14 +101,20 @@ class Graph:
         return tuple(sorted(nodes)), tuple(sorted(constants)), tuple(inputs)
 
     def extract(
-        self, cut: Cut, types: Mapping[str, int], weights: Mapping[str, Array]
+        self,
+        cut: Cut,
+        types: Mapping[str, int],
+        shapes: Mapping[str, Sequence[int]],
+        weights: Mapping[str, Array],
     ) -> onnx.ModelProto:
         """A segment as a stand-alone model with the same tensor names.
 
         Args:
             cut: the segment.
-            types: ONNX element type of each of its inputs; their shapes are left open, so that
-                a backend's wrongly shaped tensor can be fed too.
+            types: ONNX element type of each of its inputs.
+            shapes: shape of each of its inputs. It is declared only where there is a subgraph,
+                whose tensors' shapes ONNX Runtime wants to infer before it runs; else it is left
+                open, so that a backend's wrongly shaped tensor can be fed too.
             weights: detached weights to put inside (``auditor.weights``); the stubs of others
                 stay.
         """
@@ -126,8 +132,10 @@ class Graph:
             attach(self.initializers[n], weights) for n in needed if n in self.initializers
         )
         graph.sparse_initializer.extend(self.sparse[n] for n in needed if n in self.sparse)
+        nested = any(_bodies(self.nodes[index]) for index in cut.nodes)
         for name in cut.inputs:
-            graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+            shape = shapes[name] if nested else None
+            graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
             self._annotate(graph, name, weights)
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in cut.outputs)
         return model
@@ -161,12 +169,18 @@ def _deterministic(node: onnx.NodeProto) -> bool:
 def _reads(node: onnx.NodeProto) -> dict[str, None]:
     """Outer tensors a node reads, those its subgraphs read included, in order."""
     names = dict.fromkeys(name for name in node.input if name)
-    for attribute in node.attribute:
-        graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-        for graph in graphs:
-            local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
-            for inner in graph.node:
-                names.update(dict.fromkeys(n for n in _reads(inner) if n not in local))
-                local.update(inner.output)
-            names.update(dict.fromkeys(o.name for o in graph.output if o.name not in local))
+    for graph in _bodies(node):
+        local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
+        for inner in graph.node:
+            names.update(dict.fromkeys(n for n in _reads(inner) if n not in local))
+            local.update(inner.output)
+        names.update(dict.fromkeys(o.name for o in graph.output if o.name not in local))
     return names
+
+
+def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
+    ]

@@ -1150,6 +1150,12 @@ def _onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str]]:
     return inputs, [o.name for o in graph.output], nodes
 
 
+# The two ways in which OpenVINO's ONNX front end lists what it cannot convert.
+_UNCONVERTED = re.compile(
+    r"(?:No conversion rule found for operations?|Conversion is failed for): (.+)"
+)
+
+
 def _read(core: Any, request: BuildRequest) -> Any:
     try:
         model = core.read_model(request.model_path)
@@ -1157,9 +1163,9 @@ def _read(core: Any, request: BuildRequest) -> Any:
             names = {name for port in model.inputs for name in port.get_names()}
             model.reshape({n: list(s) for n, s in request.shapes.items() if n in names})
     except RuntimeError as error:
-        if match := re.search(r"No conversion rule found for operations?: (.+)", str(error)):
+        if match := _UNCONVERTED.search(str(error)):
             raise BackendError(
-                f"OpenVINO has no conversion for {match[1].strip()}",
+                f"OpenVINO has no conversion for {match[1].strip()} as it is used here",
                 "Export the model without it, or rewrite it with standard operators.",
             ) from error
         raise BackendError(f"OpenVINO cannot read the model: {_reason(error)}") from error
@@ -1184,8 +1190,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _name(port: Any, names: Sequence[str]) -> str:
-    """The ONNX name of a graph input or output."""
-    known = port.get_names()
+    """The ONNX name of a graph input.
+
+    An operator that OpenVINO drops leaves its output's name to its input, whose own name then is
+    only the node's.
+    """
+    known = port.get_names() | {port.get_node().get_friendly_name()}
     return next((name for name in names if name in known), port.get_any_name())
 
 

@@ -244,6 +244,76 @@ def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_pa
     assert asked.count("instrument") == 1
 
 
+def test_a_body_whose_shapes_follow_from_its_inputs(run):
+    """ONNX Runtime infers them before it runs: a segment must say what the whole model said."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["state", "item"], ["sum"]),
+            helper.make_node("Identity", ["sum"], ["copy"]),
+        ],
+        "body",
+        [onnx.ValueInfoProto(name="state"), onnx.ValueInfoProto(name="item")],
+        [onnx.ValueInfoProto(name="sum"), onnx.ValueInfoProto(name="copy")],
+    )
+    for value in (*body.input, *body.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("Relu", ["x"], ["items"]),
+            helper.make_node("Relu", ["s"], ["start"]),
+            helper.make_node(
+                "Scan", ["start", "items"], ["end", "y"], body=body, num_scan_inputs=1
+            ),
+        ],
+        "scan",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 2]),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, [2]),
+        ],
+        [
+            helper.make_tensor_value_info("end", TensorProto.FLOAT, [2]),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 2]),
+        ],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    report = run(helper.make_model(graph, opset_imports=opset, ir_version=9), "ort")
+    (backend,) = report.backends
+    assert not report.gaps
+    assert {"items", "start"} <= {n for s in backend.segments for n in s.outputs}
+
+
+def test_a_piece_that_cannot_run_alone_is_joined_to_what_feeds_it(run, monkeypatch):
+    from auditor.replay import Replayer, ReplayError
+
+    plain = Replayer.run
+
+    def refuse(self, cut, values):
+        if cut.inputs == ("p0",):
+            raise ReplayError(cut, "replayed", RuntimeError("not on its own"))
+        return plain(self, cut, values)
+
+    monkeypatch.setattr(Replayer, "run", refuse)
+    report = run(_cnn(), "ort")
+    (backend,) = report.backends
+    assert backend.status == "audited"
+    assert not any("p0" in s.inputs for s in backend.segments)
+    assert any("not on its own" in one.reason for one in backend.fidelity.skipped)
+
+
+def test_a_reference_that_runs_only_whole_is_compared_at_the_outputs(run, monkeypatch):
+    from auditor.replay import Replayer, ReplayError
+
+    def refuse(self, cut, values):
+        raise ReplayError(cut, "replayed", RuntimeError("not on its own"))
+
+    monkeypatch.setattr(Replayer, "run", refuse)
+    report = run(_cnn(), "ort")
+    (backend,) = report.backends
+    assert backend.status == "audited"
+    assert backend.outputs[0].distance.relative_l2 < 1e-5
+    assert any("not on its own" in gap.reason for gap in report.gaps)
+
+
 def test_a_missing_operator_is_a_gap_and_the_others_go_on(run):
     """TVM has no converter for LSTM."""
     rng = np.random.default_rng(0)

@@ -312,6 +312,13 @@ def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
         assert all(np.array_equal(outputs[n], expected[n]) for n in expected)
 
 
+def test_an_input_that_a_dropped_operator_renames(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Sum", ["x"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 2)], [info("y", 2)])
+    feeds: Arrays = {"x": np.array([1, 2], np.float32)}
+    assert np.array_equal(build(path).run(feeds)["y"], feeds["x"])
+
+
 def test_a_single_node_has_nothing_to_observe(tmp_path: Path) -> None:
     node = helper.make_node("Relu", ["x"], ["y"])
     path = save(tmp_path / "m.onnx", [node], [info("x", 1, 4)], [info("y", 1, 4)])

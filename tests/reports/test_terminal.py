@@ -88,7 +88,7 @@ def test_everything_that_matters_is_there(report: AuditReport, width: int, color
         "trt run: built, not run: no CUDA device remedy: Run this audit on a machine",
         "log: [W] CUDA initialization failure with error: 35",
         "1 of 51 tensors not observed (blocks_9/Add:0): observing it changed the program's fusion",
-        "6.5 s (load 0.4, measure 6.1, report 0.0)",
+        "6.5 s (measure 6.1, load 0.4, report 0.0)",
     ):
         assert fact in said, fact
     for index in range(terminal.TOP):
