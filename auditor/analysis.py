@@ -8,6 +8,7 @@ value ranges and histograms on the first.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
@@ -163,9 +164,13 @@ class Analysis:
         self._add_impact(index, chain, flagged)
         parts = self._add_causes(index, chain, flagged)
         if index < IMPACT_SAMPLES:
-            self._keep_books(index, chain, flagged, parts, diverges)
+            try:
+                self._keep_books(index, chain, flagged, parts, diverges)
+            except ReplayError as error:
+                self._gap("impact", f"sample {index} is not in the shares: {error.message}")
         if self.control is None and flagged:
-            self.control = impact.input_control(chain, chain.base)
+            with contextlib.suppress(ReplayError):  # an input that takes no noise, such as a scale
+                self.control = impact.input_control(chain, chain.base)
         if index == 0:
             self._describe(chain)
 
@@ -296,12 +301,16 @@ class Analysis:
         for cut in cuts:
             if cut.id not in self._effects and len(self._effects) >= IMPACT_SEGMENTS:
                 continue
-            effects = self._effects.setdefault(cut.id, Running())
+            effects = self._effects.get(cut.id, Running())
             if effects.count >= IMPACT_SAMPLES:
                 continue
             self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
-            effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
-            effects.add(effect, index)
+            try:
+                effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
+            except ReplayError as error:
+                self._gap("impact", f"of {cut.id} alone is not known: {error.message}")
+                continue
+            self._effects.setdefault(cut.id, effects).add(effect, index)
             if 0 < whole < math.inf:
                 self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
             meters = self.tasks.setdefault(cut.id, {})
@@ -320,7 +329,9 @@ class Analysis:
         for cut in (c for c in self.cuts if c.id in flagged):
             local = flagged[cut.id]
             if cut.id not in self.causes:
-                segment = SegmentGraph(chain.replayer.model(cut), self.kernels(cut), self._compiled)
+                segment = SegmentGraph(
+                    chain.replayer.model(cut, local.inputs), self.kernels(cut), self._compiled
+                )
                 part, failures = self.causes.look(
                     cut.id, segment, local, index, thorough=cut.id in top
                 )

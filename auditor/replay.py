@@ -157,11 +157,11 @@ class Replayer:
         self.folder = folder
         self.types: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._sessions: dict[tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]], Any] = {}
+        self._sessions: dict[tuple[object, ...], Any] = {}
 
-    def model(self, cut: Cut) -> onnx.ModelProto:
-        """A segment as a stand-alone model; its inputs must have been seen in a run before."""
-        return self.graph.extract(cut, self.types, self.shapes, self.weights)
+    def model(self, cut: Cut, values: Mapping[str, Array]) -> onnx.ModelProto:
+        """A segment as a stand-alone model for ``values``; it must have been run before."""
+        return self.graph.extract(cut, self.types, self._shapes(cut, values), self.weights)
 
     def run(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
         """Run one segment on ``values`` (at least its inputs) and return its outputs.
@@ -191,7 +191,7 @@ class Replayer:
         """
         from auditor.reorder import OPSET, reordered
 
-        model = self.model(cut)
+        model = self.model(cut, values)
         candidates = [model] if surgery.opset(model) >= OPSET else upgraded(model, OPSET)
         feeds = {name: values[name] for name in cut.inputs}
 
@@ -256,14 +256,20 @@ class Replayer:
             return value.astype(dtype, copy=False) if dtype.kind == "f" else value
 
     def _session(self, cut: Cut, feeds: Arrays) -> Any:
-        key = (cut.nodes, cut.inputs, cut.outputs)
+        for name, value in feeds.items():
+            self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+            self.shapes.setdefault(name, value.shape)
+        shapes = self._shapes(cut, feeds)
+        key = (cut.nodes, cut.inputs, cut.outputs, shapes is None)
         if (made := self._sessions.get(key)) is None:
-            for name, value in feeds.items():
-                self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
-                self.shapes.setdefault(name, value.shape)
-            model = self.graph.extract(cut, self.types, self.shapes, {})
+            model = self.graph.extract(cut, self.types, shapes, {})
             made = self._sessions[key] = session(model, self.threads, self.folder)
         return made
+
+    def _shapes(self, cut: Cut, values: Mapping[str, Array]) -> Mapping[str, Sequence[int]] | None:
+        """Shapes to declare: none where a backend's tensor has another than the reference's."""
+        expected = all(values[name].shape == self.shapes[name] for name in cut.inputs)
+        return self.shapes if expected else None
 
 
 def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:

@@ -104,7 +104,7 @@ class Graph:
         self,
         cut: Cut,
         types: Mapping[str, int],
-        shapes: Mapping[str, Sequence[int]],
+        shapes: Mapping[str, Sequence[int]] | None,
         weights: Mapping[str, Array],
     ) -> onnx.ModelProto:
         """A segment as a stand-alone model with the same tensor names.
@@ -112,9 +112,9 @@ class Graph:
         Args:
             cut: the segment.
             types: ONNX element type of each of its inputs.
-            shapes: shape of each of its inputs. It is declared only where there is a subgraph,
-                whose tensors' shapes ONNX Runtime wants to infer before it runs; else it is left
-                open, so that a backend's wrongly shaped tensor can be fed too.
+            shapes: shape of each of its inputs; None leaves them open. Some operators of ONNX
+                Runtime want to know shapes before they run (cubic Resize, Scan), as they do in
+                the whole model.
             weights: detached weights to put inside (``auditor.weights``); the stubs of others
                 stay.
         """
@@ -132,9 +132,8 @@ class Graph:
             attach(self.initializers[n], weights) for n in needed if n in self.initializers
         )
         graph.sparse_initializer.extend(self.sparse[n] for n in needed if n in self.sparse)
-        nested = any(_bodies(self.nodes[index]) for index in cut.nodes)
         for name in cut.inputs:
-            shape = shapes[name] if nested else None
+            shape = shapes[name] if shapes is not None else None
             graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
             self._annotate(graph, name, weights)
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in cut.outputs)

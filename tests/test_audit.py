@@ -85,9 +85,12 @@ def _changed(model, weight, change):
 
 @pytest.fixture
 def run(tmp_path):
-    def run(model, *backends, candidate=None, **more):
+    def run(model, *backends, candidate=None, data=None, **more):
         path = tmp_path / "model.onnx"
         onnx.save(model, path)
+        if data is not None:
+            np.savez(tmp_path / "data.npz", **data)
+            more["data"] = tmp_path / "data.npz"
         other = None
         if candidate is not None:
             other = tmp_path / "candidate.onnx"
@@ -280,6 +283,31 @@ def test_a_body_whose_shapes_follow_from_its_inputs(run):
     (backend,) = report.backends
     assert not report.gaps
     assert {"items", "start"} <= {n for s in backend.segments for n in s.outputs}
+
+
+def test_an_input_that_takes_no_noise(run):
+    """Cubic Resize refuses scales other than 1 outside the plane: noise cannot be added to them."""
+
+    def resize(coefficient):
+        node = helper.make_node(
+            "Resize", ["x", "", "scales"], ["y"], mode="cubic", cubic_coeff_a=coefficient
+        )
+        inputs = [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, 4, 4]),
+            helper.make_tensor_value_info("scales", TensorProto.FLOAT, [4]),
+        ]
+        outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1, 8, 8])]
+        graph = helper.make_graph([node], "g", inputs, outputs)
+        opset = [helper.make_opsetid("", 19)]
+        return helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+    rng = np.random.default_rng(0)
+    data = {"x": rng.random((1, 1, 1, 4, 4), np.float32)}
+    data["scales"] = np.array([[1, 1, 2, 2]], np.float32)
+    report = run(resize(-0.5), "ort", candidate=resize(-0.75), data=data)
+    assert report.findings[0].noise == "inference.upsample"
+    assert report.backends[0].input_control is None
+    assert not report.gaps
 
 
 def test_a_piece_that_cannot_run_alone_is_joined_to_what_feeds_it(run, monkeypatch):

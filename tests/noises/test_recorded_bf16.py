@@ -69,7 +69,7 @@ def test_every_segment_is_explained_by_bf16(path: Path) -> None:
         if meter.relative(meter.introduced) <= FLOOR:
             continue
         found = attribution.explain(
-            SegmentGraph(recording.replayer.model(cut), recording.kernels(cut)),
+            SegmentGraph(recording.replayer.model(cut, local.inputs), recording.kernels(cut)),
             local.inputs,
             local.observed,
             local.replayed,
