@@ -88,15 +88,18 @@ def run(tmp_path):
     def run(model, *backends, candidate=None, data=None, **more):
         path = tmp_path / "model.onnx"
         onnx.save(model, path)
-        if data is not None:
+        if isinstance(data, dict):
             np.savez(tmp_path / "data.npz", **data)
-            more["data"] = tmp_path / "data.npz"
+            data = tmp_path / "data.npz"
         other = None
         if candidate is not None:
             other = tmp_path / "candidate.onnx"
             onnx.save(candidate, other)
         options = AuditOptions(
-            backends=tuple(BackendSpec(*b.split(":")) for b in backends), candidate=other, **more
+            backends=tuple(BackendSpec(*b.split(":")) for b in backends),
+            candidate=other,
+            data=data,
+            **more,
         )
         return audit(path, options, noises=discovery.noises(), progress=Quiet())
 
