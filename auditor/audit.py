@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from auditor import __version__
 from auditor.errors import UsageError
+from auditor.limits import Limits
 from auditor.records import (
     AuditReport,
     BackendReport,
@@ -58,6 +59,8 @@ class AuditOptions:
         output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
+        limits: what each backend's process may use; as much memory as the machine has, and no
+            network, when not given.
     """
 
     backends: tuple[BackendSpec, ...]
@@ -74,6 +77,7 @@ class AuditOptions:
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     confirm: bool = True
+    limits: Limits | None = None
 
 
 def audit(
@@ -91,7 +95,7 @@ def audit(
     clock = _Clock()
     # The workers import their engines while this process loads the model.
     with (
-        workers([spec.id for spec in options.backends]) as started,
+        workers([spec.id for spec in options.backends], options.limits) as started,
         ThreadPoolExecutor(max(1, len(started))) as pool,
     ):
         try:

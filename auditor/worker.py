@@ -17,13 +17,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from auditor.errors import AuditError, BackendError, UsageError
+from auditor.limits import Limits, apply, physical_memory
 from auditor.records import Availability
 
+# -P keeps the user's current folder from shadowing the engines' modules.
+_COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker")
 _LOG_LINES = 8
 _GRACE = 2.0  # seconds a worker may take to end by itself after its input is closed
 
@@ -31,12 +35,13 @@ _GRACE = 2.0  # seconds a worker may take to end by itself after its input is cl
 class Worker:
     """The parent's end of one backend process."""
 
-    def __init__(self, backend: str, workdir: Path) -> None:
+    def __init__(self, backend: str, workdir: Path, limits: Limits) -> None:
         """Start the process; it begins to import its engine at once.
 
         Args:
             backend: the backend's id.
             workdir: a private folder for this worker's files.
+            limits: what the process may use.
         """
         self.backend = backend
         self.workdir = workdir
@@ -44,8 +49,7 @@ class Worker:
         self._log = workdir / "log.txt"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                # -P keeps the user's current folder from shadowing the engines' modules.
-                [sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker", backend],
+                [*_COMMAND, backend, json.dumps(asdict(limits))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -140,19 +144,22 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(backends: Sequence[str]) -> Iterator[tuple[Worker, ...]]:
+def workers(backends: Sequence[str], limits: Limits | None = None) -> Iterator[tuple[Worker, ...]]:
     """One running worker per entry of ``backends``, each with a private folder.
+
+    Without ``limits``, each may use as much memory as the machine has.
 
     However the block is left, Ctrl-C included, no process and no file stays behind. The
     processes belong to the calling thread: Linux ends them should that thread die.
     """
+    limits = limits or Limits(physical_memory())
     started: list[Worker] = []
     with TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as root:
         try:
             for index, backend in enumerate(backends):
                 folder = Path(root) / f"{index}-{backend}"
                 folder.mkdir()
-                started.append(Worker(backend, folder))
+                started.append(Worker(backend, folder, limits))
             yield tuple(started)
         except BaseException:
             for worker in started:
@@ -202,10 +209,11 @@ def probe(backends: Sequence[str], timeout: float = 120.0) -> list[tuple[str, Av
 class _Session:
     """What a worker holds between requests."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, unlimited: tuple[str, ...]) -> None:
         from auditor import discovery
 
         self.backend = discovery.backend(backend)
+        self.unlimited = unlimited
         self.built: Any = None
         self.instrumented: Any = None
         self.ablated: Any = None
@@ -215,7 +223,7 @@ class _Session:
     def availability(self) -> Any:
         from auditor.wire import encode
 
-        return encode(self.backend.availability())
+        return encode(replace(self.backend.availability(), unlimited=self.unlimited))
 
     def build(self, request: Any) -> Any:
         from auditor.ports import Switchable
@@ -328,8 +336,8 @@ class _Session:
         return {name: stored[str(i)] for i, name in enumerate(message["names"])}
 
 
-def _serve(backend: str) -> None:
-    _die_with_parent()
+def _serve(backend: str, limits: Limits) -> None:
+    unlimited = apply(limits)
     # The engines print to standard output: keep the channel to ourselves, send them to the log.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -338,12 +346,12 @@ def _serve(backend: str) -> None:
         request = json.loads(line)
         do = request.pop("do")
         try:
-            session = session or _Session(backend)
+            session = session or _Session(backend, unlimited)
             answer = {"result": getattr(session, do)(**request)}
         except AuditError as error:
             answer = {"error": _error(error)}
         except MemoryError:
-            answer = {"error": _error(BackendError("ran out of memory", stage=""))}
+            answer = {"error": _error(BackendError("std::bad_alloc", stage=""))}
         except Exception as error:  # an engine may raise anything; it becomes a gap
             import traceback
 
@@ -357,17 +365,11 @@ def _serve(backend: str) -> None:
 
 def _error(error: AuditError) -> dict[str, str]:
     kind = "usage" if isinstance(error, UsageError) else "backend"
-    stage = getattr(error, "stage", "")
-    return {"kind": kind, "message": error.message, "hint": error.hint, "stage": stage}
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent is killed (prctl(2), PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    message, hint = error.message, error.hint
+    if "bad_alloc" in message:  # as C++ says it
+        message, hint = f"ran out of memory ({message})", "Raise --worker-memory if it was set."
+    return {"kind": kind, "message": message, "hint": hint, "stage": getattr(error, "stage", "")}
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(sys.argv[1], Limits(**json.loads(sys.argv[2])))

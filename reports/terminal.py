@@ -145,6 +145,8 @@ def render_backends(
         table += [_Row((_Span(""), _Span(""), _Span(""), device)) for device in devices[1:]]
     page.rule("Backends on this machine")
     page.grid(columns, table)
+    for note in dict.fromkeys(note for _, answer in rows for note in answer.unlimited):
+        page.say(_Span(f"Backends run in processes of their own; {note}.", "dim"))
     return page.text()
 
 

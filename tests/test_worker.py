@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from auditor import wire, worker
+from auditor import limits, wire, worker
 from auditor.errors import BackendError
 from auditor.records import BuildRequest, Kernel, Probe, Provenance
 
 
 @pytest.fixture
 def ort(tmp_path):
-    started = worker.Worker("ort", tmp_path)
+    started = worker.Worker("ort", tmp_path, limits.Limits(0))
     yield started
     started.kill()
 

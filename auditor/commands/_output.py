@@ -35,7 +35,7 @@ class Destination:
         """
         stop.check()
         if self.written and self.path:
-            _write(self.path, self.written.render(report, width=None, color=False))
+            write(self.path, self.written.render(report, width=None, color=False))
         if self.shown:
             width, color = screen()
             emit(self.shown.render(report, width=width, color=color))
@@ -61,7 +61,7 @@ def destination_for(
     output = output.resolve()
     if any(path and path.resolve() == output for path in read):
         raise UsageError(f"-o {output} would overwrite an input", "Choose another file.")
-    _check_writable(output)
+    check_writable(output)
     if format is not None:
         return Destination(None, renderers[format], output)
     endings = {suffix: renderer for renderer in renderers.values() for suffix in renderer.suffixes}
@@ -70,7 +70,8 @@ def destination_for(
     return Destination(renderers["terminal"], endings[ending], output)
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path) -> None:
+    """Refuse, before any work is done, a file that could not be written."""
     import tempfile
 
     hint = "Give -o a file in a folder that you may write to."
@@ -85,7 +86,7 @@ def _check_writable(output: Path) -> None:
         raise UsageError(f"cannot write to {output.parent}: {error.strerror}", hint) from error
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write all of it or nothing: a temporary file beside it, then renamed over it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -85,6 +85,15 @@ def _audit(
         float,
         typer.Option(min=1, metavar="S", help="Seconds that one step of a backend may take."),
     ] = 600.0,
+    worker_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="GIB",
+            help="Memory that each backend's process may use; as much as the machine has when "
+            "not given, 0 for no limit.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -140,6 +149,7 @@ def _audit(
     kinds = dict(parse_kind(text) for text in output_kind or ())
 
     from auditor.audit import AuditOptions, audit
+    from auditor.limits import GIB, Limits
     from reports.terminal import LiveProgress
 
     asked = AuditOptions(
@@ -157,6 +167,7 @@ def _audit(
         fail_on=fail_on,
         output_kinds=kinds,
         confirm=confirm,
+        limits=None if worker_memory is None else Limits(int(worker_memory * GIB)),
     )
     progress = StoppableProgress(LiveProgress())
     try:
