@@ -17,6 +17,7 @@ from auditor import surgery, weights
 from auditor.errors import UsageError
 from auditor.ports import Arrays
 from auditor.records import ModelInfo
+from auditor.segments import reads_of
 
 # What ONNX itself defines, and the domain of the contributed operators that ONNX Runtime, our
 # reference, can run.
@@ -139,6 +140,7 @@ def load(path: Path) -> Model:
             f"weights of {path} cannot be read: {error}",
             "A data file is not the one this model was exported with: copy or export it again.",
         ) from error
+    _sort(proto.graph)
     _check(path, proto, arrays)
     if proto.functions:
         import onnx.inliner
@@ -395,6 +397,31 @@ def _check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
             f"(this onnx {onnx.__version__} knows IR version up to {onnx.IR_VERSION} and opset "
             f"up to {onnx.defs.onnx_opset_version()}).",
         ) from error
+
+
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put nodes behind those they read from, as ONNX demands; a cycle stays for the checker.
+
+    Engines do not mind, and converters to float16 are known for appending their casts at the end.
+    """
+    made = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    order: dict[int, None] = {}
+    for start in range(len(graph.node)):
+        pending, seen = [start], {start}
+        while pending:
+            sources = (made.get(name) for name in reads_of(graph.node[pending[-1]]))
+            ahead = next((s for s in sources if s is not None and s not in order), None)
+            if ahead is None:
+                order[pending.pop()] = None
+            elif ahead in seen:
+                return
+            else:
+                seen.add(ahead)
+                pending.append(ahead)
+    if list(order) != sorted(order):
+        nodes = [graph.node[index] for index in order]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _first(error: Exception) -> str:

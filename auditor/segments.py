@@ -51,7 +51,7 @@ class Graph:
         self.inputs = tuple(i.name for i in proto.graph.input if i.name not in constants)
         self.outputs = tuple(o.name for o in proto.graph.output)
         self.producer = {o: i for i, node in enumerate(self.nodes) for o in node.output if o}
-        self.reads = tuple(tuple(_reads(node)) for node in self.nodes)
+        self.reads = tuple(tuple(reads_of(node)) for node in self.nodes)
         self._constant = set(constants)
         for index, node in enumerate(self.nodes):
             if _deterministic(node) and all(name in self._constant for name in self.reads[index]):
@@ -165,13 +165,13 @@ def _deterministic(node: onnx.NodeProto) -> bool:
     return not node.op_type.startswith(("Random", "Multinomial", "Bernoulli"))
 
 
-def _reads(node: onnx.NodeProto) -> dict[str, None]:
+def reads_of(node: onnx.NodeProto) -> dict[str, None]:
     """Outer tensors a node reads, those its subgraphs read included, in order."""
     names = dict.fromkeys(name for name in node.input if name)
     for graph in _bodies(node):
         local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
         for inner in graph.node:
-            names.update(dict.fromkeys(n for n in _reads(inner) if n not in local))
+            names.update(dict.fromkeys(n for n in reads_of(inner) if n not in local))
             local.update(inner.output)
         names.update(dict.fromkeys(o.name for o in graph.output if o.name not in local))
     return names

@@ -317,3 +317,18 @@ class TestShapes:
         with pytest.raises(UsageError, match="`image`") as caught:
             models.resolve_shapes(model, {"image": (1, 3)}, {})
         assert "Did you mean `images`?" in caught.value.hint
+
+
+def test_nodes_in_another_order_are_sorted(tmp_path: Path) -> None:
+    proto = linear()
+    last = proto.graph.node.pop()
+    proto.graph.node.insert(0, last)
+    model = models.load(save(proto, tmp_path))
+    assert [node.op_type for node in model.proto.graph.node] == ["MatMul", "Relu"]
+
+
+def test_a_cycle_is_refused(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.node[0].input[0] = "y"
+    with pytest.raises(UsageError, match="topologically sorted"):
+        models.load(save(proto, tmp_path))
