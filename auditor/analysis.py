@@ -140,11 +140,11 @@ class Analysis:
 
         Args:
             index: the sample's number, from 0.
-            feeds: the stimulus by the reference's input names.
+            feeds: the stimulus by the reference's input names, in the reference's types.
             expected: the reference's final outputs.
             trace: what the backend did.
         """
-        captured = feeds | self._renamed(trace.tensors)
+        captured = feeds | self.reference.wide(self._renamed(trace.tensors))
         self.equal &= trace.bitwise_equal
         self.run_to_run = max(self.run_to_run, trace.run_to_run)
         self.rebuild = max(self.rebuild, trace.difference)
@@ -288,8 +288,11 @@ class Analysis:
             noisy = index == 0 and again is not None
             if cut.id not in self._floored and (meter.flagged or noisy):
                 self._floored.add(cut.id)
-                renamed = self._renamed(again) if again is not None else None
-                meter.floor = divergence.floor(chain.replayer, cut, local, chain.base, renamed)
+                renamed = None
+                if again is not None:
+                    renamed = self.reference.wide(self._renamed(again))
+                own = self.reference.own_type(cut)
+                meter.floor = divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
             if meter.flagged:  # only these are needed again
                 flagged[cut.id] = local
         return flagged

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from auditor import __version__
@@ -26,6 +28,7 @@ from auditor.worker import Worker, workers
 if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.ports import Arrays, Noise, Progress
+    from auditor.replay import Reference
     from auditor.stimulus import Stimulus
     from auditor.trace import SampleTrace, Tracer
 
@@ -95,11 +98,12 @@ def audit(
     clock = _Clock()
     # The workers import their engines while this process loads the model.
     with (
+        TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as scratch,
         workers([spec.id for spec in options.backends], options.limits) as started,
         ThreadPoolExecutor(max(1, len(started))) as pool,
     ):
         try:
-            return _run(model_path, options, noises, progress, started, pool, clock)
+            return _run(model_path, options, noises, progress, started, pool, clock, Path(scratch))
         except BaseException:
             for worker in started:  # or leaving the pool would wait for their answers
                 worker.kill()
@@ -114,6 +118,7 @@ def _run(
     started: Sequence[Worker],
     pool: ThreadPoolExecutor,
     clock: _Clock,
+    scratch: Path,
 ) -> AuditReport:
     from auditor.trace import Tracer
 
@@ -130,7 +135,6 @@ def _run(
     from auditor import stimulus as stimuli
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
-    from auditor.replay import Reference
 
     model = models.load(model_path)
     compiled = models.load(options.candidate) if options.candidate else model
@@ -143,7 +147,6 @@ def _run(
         nonfinite=options.nonfinite,
     )
     rename = _correspondence(model, compiled)
-    constants = artefact.changed(model, compiled, rename) if compiled is not model else {}
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
@@ -154,7 +157,8 @@ def _run(
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
     progress.update("reference", "run")
-    reference = Reference(model, options.threads or os.cpu_count() or 1)
+    reference, truth = _reference(model, options.threads or os.cpu_count() or 1, scratch)
+    constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
     analyses = {
         t.id: Analysis(t, reference, rename, noises, options.output_kinds, len(stimulus), constants)
@@ -162,7 +166,7 @@ def _run(
     }
     agreements = Agreements()
     for index in range(len(stimulus)):
-        feeds = stimulus.sample(index)
+        feeds = reference.wide(stimulus.sample(index))
         expected = reference.run(feeds)
         if index + 1 == len(stimulus):
             reference.release()
@@ -240,6 +244,18 @@ def _named(
         for id, n in sorted(catalogue.items())
         if id in ids
     )
+
+
+def _reference(model: Model, threads: int, scratch: Path) -> tuple[Reference, Model]:
+    """The reference, and the model that it runs: in float32 where that can be had."""
+    from auditor import widening
+    from auditor.replay import Reference
+
+    if widening.is_narrow(model):
+        wide = widening.widened(model, scratch)
+        with contextlib.suppress(UsageError):  # an operator that exists for narrow types only
+            return Reference(wide, threads, widening.declared(model)), wide
+    return Reference(model, threads), model
 
 
 def _check_outputs(named: Iterable[str], outputs: Sequence[str]) -> None:

@@ -21,8 +21,14 @@ from auditor.metrics import Moments, Steps
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
 from auditor.reorder import longest_sum
-from auditor.replay import Replayer, ReplayError, difference
+from auditor.replay import Replayer, ReplayError, difference, session
+from auditor.rounding import Format
 from auditor.segments import Cut
+from auditor.widening import own_types
+
+# A runtime may round to the model's narrow types at other places than every operator's result.
+OWN_TYPES_FACTOR = 2.0
+OWN_TYPES_LIMIT = 8.0  # half units in the last place
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +119,14 @@ def floor(
     local: Local,
     reference: Mapping[str, Array],
     again: Arrays | None = None,
+    own: Format | None = None,
 ) -> float:
     """The introduced error below which nothing is blamed on this segment.
 
     The largest of what rounding can do there (replays with the inputs perturbed in their last
-    bit, and with every sum added up in reverse order) and, for a program that does not repeat
-    its own bits, how far two of its runs are apart.
+    bit, and with every sum added up in reverse order), of what rounding to the model's own narrow
+    types does (unless that is far more than a few roundings: then it is worth a word), and, for a
+    program that does not repeat its own bits, how far two of its runs are apart.
 
     Args:
         replayer: runs the reference's segments.
@@ -126,6 +134,7 @@ def floor(
         local: its divergence on one sample.
         reference: the reference's tensors, whose norms the error is relative to.
         again: a second capture, where the program does not repeat its own bits.
+        own: the narrow format that the model gives the segment's outputs, if any.
     """
     scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
     generator = np.random.default_rng(0)
@@ -142,7 +151,29 @@ def floor(
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
     nodes = [replayer.graph.nodes[i] for i in cut.nodes]
     terms = longest_sum(nodes, replayer.graph.initializers)
-    return max(fp32_rounding.floor(jitter, reorder, terms, half=half), 2 * repeat)
+    typed = 0.0
+    if own is not None:
+        half_unit = 2.0**-own.bits  # what one rounding does at most
+        moved = _movement(lambda: _in_own_types(replayer, cut, local, own), local.replayed, scale)
+        typed = max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
+    return max(fp32_rounding.floor(jitter, reorder, terms, half=half), typed, 2 * repeat)
+
+
+def _in_own_types(replayer: Replayer, cut: Cut, local: Local, own: Format) -> Arrays:
+    """The segment with its inputs and the result of every operator rounded as the types say.
+
+    Inputs move by as much as rounding to the type could move them: a runtime may hold more bits
+    than it shows.
+    """
+    plain = replayer.model(cut, local.inputs)
+    generator = np.random.default_rng(0)
+    half_unit = 2.0**-own.bits
+    inputs = {n: fp32_rounding.jitter(v, generator, half_unit) for n, v in local.inputs.items()}
+    try:
+        values = session(own_types(plain, own) or plain, replayer.threads).run(None, inputs)
+    except Exception as error:  # ORT raises a family of classes that share no base
+        raise ReplayError(cut, "rounded", error) from error
+    return dict(zip(cut.outputs, values, strict=True))
 
 
 def _movement(run: Callable[[], Arrays], replayed: Arrays, scale: dict[str, float]) -> float:

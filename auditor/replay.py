@@ -20,7 +20,7 @@ from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
 from auditor.records import ReferenceInfo
-from auditor.rounding import upgraded
+from auditor.rounding import Format, upgraded
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -79,10 +79,18 @@ class Reference:
     Attributes:
         graph, replayer: its graph, and its segments ready to run.
         labels: by node key, what a person calls the node.
+        narrow: by tensor, the format in which the model has it, where this one has float32.
     """
 
-    def __init__(self, model: Model, threads: int) -> None:
-        """Compile the reference; ``threads`` are its intra-op threads.
+    def __init__(
+        self, model: Model, threads: int, narrow: Mapping[str, Format] | None = None
+    ) -> None:
+        """Compile the reference.
+
+        Args:
+            model: the model, widened if its floats are narrow (``auditor.widening``).
+            threads: intra-op threads.
+            narrow: of a widened model, the formats that its tensors have.
 
         Raises:
             UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
@@ -90,6 +98,7 @@ class Reference:
         self.graph = Graph(model.proto)
         self.replayer = Replayer(self.graph, threads, model.weights, model.folder)
         self.labels = model.labels
+        self.narrow = narrow or {}
         self._compile = partial(session, model.proto, threads, model.folder)
         try:
             self._session: Any = self._compile()
@@ -104,12 +113,18 @@ class Reference:
         """What the report says of the reference."""
         import onnxruntime as ort
 
-        return ReferenceInfo(
-            "ONNX Runtime CPU, ORT_DISABLE_ALL", ort.__version__, "the model's own types"
-        )
+        names = " and ".join(sorted({form.name for form in self.narrow.values()}))
+        precision = f"float32 for the model's {names}" if names else "the model's own types"
+        return ReferenceInfo("ONNX Runtime CPU, ORT_DISABLE_ALL", ort.__version__, precision)
+
+    def wide(self, tensors: Arrays) -> Arrays:
+        """Tensors of the model, or of a runtime, in the reference's types."""
+        from auditor.widening import wide
+
+        return wide(tensors) if self.narrow else tensors
 
     def run(self, feeds: Arrays) -> Arrays:
-        """Final outputs by ONNX name.
+        """Final outputs by ONNX name, for inputs in the model's own types.
 
         Raises:
             UsageError: the model fails on these inputs.
@@ -117,12 +132,18 @@ class Reference:
         names = list(self.graph.outputs)
         try:
             self._session = self._session or self._compile()
-            return dict(zip(names, self._session.run(names, feeds), strict=True))
+            return dict(zip(names, self._session.run(names, self.wide(feeds)), strict=True))
         except Exception as error:
             raise UsageError(
                 f"the reference cannot run the model on this input: {_first_line(error)}",
                 "Give real inputs with --data, or other shapes with --shape.",
             ) from error
+
+    def own_type(self, cut: Cut) -> Format | None:
+        """The narrow format that the model gives tensors of a segment, the coarsest if several."""
+        made = (name for index in cut.nodes for name in self.graph.nodes[index].output)
+        formats = [self.narrow[name] for name in (*cut.inputs, *made) if name in self.narrow]
+        return min(formats, key=lambda form: form.bits, default=None)
 
     def release(self) -> None:
         """Free what runs the whole graph, until the next run; the segments stay."""

@@ -664,7 +664,8 @@ class _Surgery:
             return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * dims)
 
         inputs = [value("sum", rank), value("a", rank - 1), value("b", rank - 1)]
-        return helper.make_graph(nodes, "step", inputs, [value("total", rank)])
+        body = helper.make_graph(nodes, "step", inputs, [value("total", rank)])
+        return surgery.enclosed(body)
 
     def _new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Emit an FP32 node of the surgery's own and return its output."""

@@ -156,6 +156,21 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def enclosed(body: onnx.GraphProto) -> onnx.GraphProto:
+    """A subgraph after renaming its own tensors, so that they meet none of the graph outside.
+
+    ONNX wants every name once, those of subgraphs included; a model may call anything ``sum``.
+    """
+    own = {value.name for value in (*body.input, *body.initializer)}
+    own.update(name for node in body.node for name in node.output)
+    for value in (*body.input, *body.initializer, *body.output):
+        value.name = f"~body/{value.name}"
+    for node in body.node:
+        for names in (node.input, node.output):
+            names[:] = [f"~body/{name}" if name in own else name for name in names]
+    return body
+
+
 def substituted(model: onnx.ModelProto, bodies: Mapping[int, str]) -> onnx.ModelProto:
     """A copy in which the nodes at these positions run other function bodies.
 

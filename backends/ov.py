@@ -704,7 +704,7 @@ class _Build:
                 *(Probe(c.tensor, "cone-proved") for c in missing if c in found),
             ),
             skipped=(*self._skipped, *(Skipped(c.tensor, why) for c, why in reasons.items())),
-            program_unchanged=bool(trial.probes) or not self._candidates,
+            program_unchanged=trial.proved,  # without a probe it is the plain program itself
             rebuilt=trial.session is not self._session,
             _build=self,
             _trial=trial,

@@ -556,9 +556,15 @@ def _absorbed(original: onnx.GraphProto, imported: onnx.GraphProto) -> dict[str,
     groups: dict[str, tuple[str, ...]] = {}
     made_by = {output: node for node in original.node for output in node.output if output}
     for node in original.node:
-        inputs = [made_by[name] for name in node.input if name in made_by and name not in alive]
-        before = [key for producer in inputs for key in groups[_key(producer)]]
-        groups[_key(node)] = tuple(dict.fromkeys([*before, _key(node)]))
+        before: dict[str, None] = {}
+        pending = [node]
+        while pending:
+            for name in pending.pop().input:
+                producer = made_by.get(name)
+                if producer is not None and name not in alive and _key(producer) not in before:
+                    before[_key(producer)] = None
+                    pending.append(producer)
+        groups[_key(node)] = (*reversed(before), _key(node))
     return groups
 
 

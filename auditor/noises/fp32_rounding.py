@@ -27,15 +27,15 @@ SUM_FACTOR = 2 * 2.0**-24
 SMALLEST_HALF = 2e-3
 
 
-def jitter(values: Array, generator: np.random.Generator) -> Array:
-    """``values`` × (1 + ε·U(−1, 1)), ε being the unit in the last place at 1.
+def jitter(values: Array, generator: np.random.Generator, unit: float | None = None) -> Array:
+    """``values`` × (1 + ε·U(−1, 1)); ε is ``unit``, or the unit in the last place at 1.
 
     Monte Carlo arithmetic (Parker 1997) restricted to a segment's inputs: what the outputs move
     by is what rounding alone can do there. Tensors that are not floating point stay as they are.
     """
     if values.dtype.kind != "f":
         return values
-    unit = float(np.finfo(values.dtype).eps)
+    unit = unit or float(np.finfo(values.dtype).eps)
     noise = generator.uniform(-unit, unit, values.shape).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         return (values * (1 + noise)).astype(values.dtype, copy=False)

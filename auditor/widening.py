@@ -1,0 +1,141 @@
+"""The reference of a half-precision model: the same model with its narrow floats as float32.
+
+A model in float16 or bfloat16 says that its tensors have few bits, not how they are rounded on the
+way: runtimes keep what they like in float32, and ONNX Runtime on a CPU, which has few kernels for
+narrow types, does so between some operators and not between others. Run as it is, it is no
+reference for anything but itself. Widened, it computes what the weights and the graph say, wherever
+it is cut; what rounding to the model's own types may do is a segment's floor (``own_types``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from auditor import surgery, weights
+from auditor.model import Model
+from auditor.noises import bf16, fp16
+from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.rounding import Format, Sites, variants
+
+FORMATS: dict[int, Format] = {TensorProto.FLOAT16: fp16.FORMAT, TensorProto.BFLOAT16: bf16.FORMAT}
+# Attributes that hold an element type (ONNX operators; com.microsoft's follow the same names).
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype", "stash_type")
+_ROUNDED = Sites("results of every operator", "operator", inputs=True, outputs=True)
+_FILE = "widened.bin"
+
+
+def is_narrow(model: Model) -> bool:
+    """Whether any float of the model is narrower than float32."""
+    graph = model.proto.graph
+    return any(t.data_type in FORMATS for t in graph.initializer) or any(
+        kind in FORMATS for kind in (*_value_types(graph), *_node_types(graph))
+    )
+
+
+def widened(model: Model, folder: Path) -> Model:
+    """The model in float32.
+
+    Nodes keep their places and names, so that a cut of one model is a cut of the other.
+
+    Args:
+        model: a model with narrow floats.
+        folder: where to write the weights that are not kept inside the graph; it must stay while
+            the result is used.
+    """
+    proto = surgery.copied(model.proto)
+    with (folder / _FILE).open("wb") as file:
+        for tensor in proto.graph.initializer:
+            if weights.is_detached(tensor):
+                _move(tensor, model.weights[tensor.name], file)
+    _widen(proto.graph)
+    return replace(model, proto=proto, weights=weights.detach(proto, folder), folder=folder)
+
+
+def declared(model: Model) -> dict[str, Format]:
+    """The narrow format of each tensor that has one by the model's own words."""
+    found = surgery.types(model.proto)
+    return {name: FORMATS[kind] for name, kind in found.items() if kind in FORMATS}
+
+
+def wide(tensors: Arrays) -> Arrays:
+    """Tensors as the widened model has them: narrow floats as float32, exactly."""
+    return {name: _wide(value) for name, value in tensors.items()}
+
+
+def own_types(model: onnx.ModelProto, to: Format) -> onnx.ModelProto | None:
+    """A segment with the result of every operator rounded to the type the model gives it."""
+    rounded = variants(SegmentGraph(model, ()), to, (_ROUNDED,))
+    return next((variant.model for variant in rounded), None)
+
+
+def _wide(value: Array) -> Array:
+    narrow = value.dtype == np.float16 or value.dtype.name == "bfloat16"
+    return value.astype(np.float32) if narrow else value
+
+
+def _move(tensor: TensorProto, values: Array, file: BinaryIO) -> None:
+    """Write a weight to the file, and say where it is now."""
+    values = np.ascontiguousarray(_wide(values))
+    start = file.tell()
+    file.write(values.data)
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    del tensor.external_data[:]
+    for key, text in (("location", _FILE), ("offset", start), ("length", values.nbytes)):
+        tensor.external_data.add(key=key, value=str(text))
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for sparse in graph.sparse_initializer:
+        _widen_tensor(sparse.values)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type in FORMATS:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in _TYPE_ATTRIBUTES and attribute.i in FORMATS:
+                attribute.i = TensorProto.FLOAT
+            for tensor in _tensors(attribute):
+                _widen_tensor(tensor)
+            for body in _bodies(attribute):
+                _widen(body)
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    if tensor.data_type in FORMATS:
+        values = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def _value_types(graph: onnx.GraphProto) -> Iterator[int]:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.type.tensor_type.elem_type
+
+
+def _node_types(graph: onnx.GraphProto) -> Iterator[int]:
+    """Element types that nodes name: of their constants, and of what they make."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in _TYPE_ATTRIBUTES:
+                yield attribute.i
+            yield from (tensor.data_type for tensor in _tensors(attribute))
+            for body in _bodies(attribute):
+                yield from (tensor.data_type for tensor in body.initializer)
+                yield from _value_types(body)
+                yield from _node_types(body)
+
+
+def _tensors(attribute: onnx.AttributeProto) -> Iterable[TensorProto]:
+    return [attribute.t] if attribute.HasField("t") else attribute.tensors
+
+
+def _bodies(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
+    return [attribute.g] if attribute.HasField("g") else attribute.graphs
