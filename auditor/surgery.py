@@ -179,7 +179,8 @@ def substituted(model: onnx.ModelProto, bodies: Mapping[int, str]) -> onnx.Model
     surgery = _Surgery(model)
     for index, body in bodies.items():
         node = surgery.model.graph.node[index]
-        surgery.call(node, body, surgery.types.get(node.input[0] if node.input else "", 0))
+        read = node.input[1:] if node.op_type == "Where" else node.input  # the first is a bool
+        surgery.call(node, body, surgery.types.get(read[0] if read else "", 0))
     return surgery.model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import onnx
+from onnx import TensorProto
 
 from auditor import surgery
 from auditor.noises._cause import Cause
@@ -41,6 +42,10 @@ _FINITE = """(x) => (y) {
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
+# Other types have no infinity to turn into NaN, and bool no product.
+_MULTIPLIED = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+
+
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with NaN or infinity replaced where kernels are known to do so."""
     model = segment.model
@@ -56,7 +61,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         ("a choice is a product with a mask", _MASKED, _masked),
         ("a comparison with NaN takes the later value", _RANKED, _later),
     ):
-        bodies = {i: body(n) for i, n in surgery.find(model, op_types) if len(n.output) == 1}
+        nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
+        if body is _masked and nodes:
+            kinds = surgery.types(model)
+            nodes = {i: n for i, n in nodes.items() if kinds.get(n.output[0]) in _MULTIPLIED}
+        bodies = {i: body(n) for i, n in nodes.items()}
         if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
             yield Variant(name, surgery.substituted(model, bodies))
     extreme = dict(surgery.find(model, _EXTREME))

@@ -140,3 +140,17 @@ def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> N
     segment = make_segment([helper.make_node("MatMul", ["x", "x"], ["y"])], {}, ["x"], ["y"])
     assert list(nonfinite.NOISE.variants(segment)) == []
     assert "STRICT_NANS" in nonfinite.NOISE.remedy("trt")
+
+
+def test_a_choice_as_a_product(make_segment: Any, diagnose: Any) -> None:
+    """Zero times infinity is no number, and there is no product of bools."""
+    nodes = [
+        helper.make_node("Greater", ["x", "limit"], ["c"]),
+        helper.make_node("Where", ["c", "x", "low"], ["y"]),
+        helper.make_node("Where", ["c", "c", "c"], ["again"]),
+    ]
+    limits = {"limit": np.array(0, np.float32), "low": np.array(-INF, np.float32)}
+    segment = make_segment(nodes, limits, ["x"], ["y"])
+    found = diagnose(segment, {"x": floats(1, -2, 3)}, {"y": floats(NAN, -INF, NAN)})
+    assert found.noise == ID and found.bit_identical == 1.0
+    assert not found.failures
