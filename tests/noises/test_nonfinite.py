@@ -143,13 +143,14 @@ def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> N
 
 
 def test_a_choice_as_a_product(make_segment: Any, diagnose: Any) -> None:
-    """Zero times infinity is no number, and there is no product of bools."""
+    """Zero times infinity is no number."""
     nodes = [
         helper.make_node("Greater", ["x", "limit"], ["c"]),
         helper.make_node("Where", ["c", "x", "low"], ["y"]),
-        helper.make_node("Where", ["c", "c", "c"], ["again"]),
+        helper.make_node("Where", ["c", "one", "one"], ["whole"]),
     ]
     limits = {"limit": np.array(0, np.float32), "low": np.array(-INF, np.float32)}
+    limits["one"] = np.array(1, np.int64)
     segment = make_segment(nodes, limits, ["x"], ["y"])
     found = diagnose(segment, {"x": floats(1, -2, 3)}, {"y": floats(NAN, -INF, NAN)})
     assert found.noise == ID and found.bit_identical == 1.0
