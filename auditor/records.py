@@ -663,6 +663,59 @@ class AuditReport:
     noises: tuple[NoiseInfo, ...] = ()
 
 
+# --- two reports side by side (``audit diff``) ----------------------------------------------------
+
+
+Trend = Literal["new", "worse", "same", "better", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class FindingChange:
+    """A finding in two reports, matched by its fingerprint.
+
+    Attributes:
+        finding: as the newer report has it, or the older one where it is gone.
+        before, after: its effect in each; None where that was not measured or it is not there.
+    """
+
+    trend: Trend
+    finding: Finding
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceChange:
+    """A final output's relative L2 in two reports; None where a report lacks it."""
+
+    trend: Trend
+    backend: str
+    output: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What changed from one report to another.
+
+    Attributes:
+        incomparable: why figures of the two cannot be held against each other, as sentences.
+        provenance: what else differs: versions, devices, options, kernels; as sentences.
+        gaps: what the older report compared and the newer one does not.
+        regressions: what is new or worse, as sentences; empty when nothing is.
+    """
+
+    old: str
+    new: str
+    incomparable: tuple[str, ...]
+    provenance: tuple[str, ...]
+    outputs: tuple[DivergenceChange, ...]
+    findings: tuple[FindingChange, ...]
+    gaps: tuple[Gap, ...]
+    regressions: tuple[str, ...]
+
+
 # --- the SysNoise table of one model (``audit sysnoise``) ---------------------------------------
 
 
@@ -806,3 +859,54 @@ class SysnoiseReport:
     gaps: tuple[Gap, ...]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+
+
+# --- which pipeline made a tensor (``audit forensics``) -------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ForensicsCandidate:
+    """One combination of decoder, colour and resizer.
+
+    Attributes:
+        name: its steps in words.
+        residual: root mean square distance from the tensor, in 8-bit pixel levels.
+    """
+
+    name: str
+    residual: float
+
+
+@dataclass(frozen=True, slots=True)
+class ForensicsReport:
+    """What made a tensor of a photograph, as far as can be told.
+
+    Attributes:
+        best: the combination closest to the tensor; ``residual`` is its distance in pixel levels.
+        exact: whether it reproduces every pixel.
+        indistinguishable: others that give the very same pixels of this photograph.
+        runners_up: the closest of those that give other pixels.
+        margin: how much farther the first of them is, in pixel levels; None without any.
+        channels, layout: order and place of the channels in the tensor.
+        normalisation: its name where it is a usual one; the tensor is
+            ``slope · pixel + offset`` by channel.
+        whole_levels: whether the tensor's pixels are whole numbers, as 8-bit pipelines make them.
+        tried: combinations compared; ``skipped`` were farther than the best by a bound.
+        gaps: what could not be tried, and why.
+    """
+
+    best: str
+    residual: float
+    exact: bool
+    indistinguishable: tuple[str, ...]
+    runners_up: tuple[ForensicsCandidate, ...]
+    margin: float | None
+    channels: str
+    layout: str
+    normalisation: str | None
+    slope: tuple[float, ...]
+    offset: tuple[float, ...]
+    whole_levels: bool
+    tried: int
+    skipped: int
+    gaps: tuple[Gap, ...]

@@ -1,0 +1,125 @@
+"""A comparison of two reports: in a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from reports import _words as words
+from reports.terminal import _Column, _Page, _Row, _Span
+
+if TYPE_CHECKING:
+    from auditor.records import Comparison, FindingChange, Trend
+
+FORMAT = "audit-diff/1"
+_COLORS: dict[Trend, str] = {"new": "red", "worse": "red", "better": "green", "gone": "green"}
+_MOST = 20  # findings; the JSON has all of them
+
+
+def render(comparison: Comparison, width: int | None, color: bool) -> str:
+    """The comparison as text.
+
+    Args:
+        comparison: what changed.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+    """
+    comparison = words.visible(comparison)
+    page = _Page(width, color)
+    page.rule(f"From {comparison.old} to {comparison.new}")
+    count = len(comparison.regressions)
+    said = f"{count} regression{'s' if count != 1 else ''}" if count else "nothing is new or worse"
+    page.say(_Span(said, "bold red" if count else "bold green"))
+    for sentence in comparison.regressions[:_MOST]:
+        page.say(_Span(sentence), label=_Span("  • "))
+    if count > _MOST:
+        page.say(_Span(f"  and {count - _MOST} more; --format json has all of them", "dim"))
+    for title, sentences in (
+        ("Not comparable", comparison.incomparable),
+        ("What else differs", comparison.provenance),
+    ):
+        if sentences:
+            page.rule(title)
+            for sentence in sentences:
+                page.say(_Span(sentence))
+    page.rule("Final divergence: relative L2")
+    columns = (
+        _Column("backend"),
+        _Column("output"),
+        _Column("before", right=True),
+        _Column("after", right=True),
+        _Column(""),
+    )
+    rows = [
+        _Row(
+            (
+                _Span(change.backend, "bold"),
+                _Span(change.output),
+                _Span(words.error(change.before)),
+                _Span(words.error(change.after)),
+                _Span(change.trend, _COLORS.get(change.trend, "dim")),
+            )
+        )
+        for change in comparison.outputs
+    ]
+    page.grid(columns, rows)
+    page.rule("Findings: what each alone makes of the final divergence")
+    _draw_findings(page, comparison.findings)
+    return page.text()
+
+
+def _draw_findings(page: _Page, changes: tuple[FindingChange, ...]) -> None:
+    if not changes:
+        page.say(_Span("Neither report has any."))
+        return
+    columns = (
+        _Column(""),
+        _Column("backend"),
+        _Column("before", right=True),
+        _Column("after", right=True),
+        _Column("cause"),
+        _Column("nodes"),
+    )
+    told = [change for change in changes if change.trend != "same"]
+    rows = [
+        _Row(
+            (
+                _Span(change.trend, _COLORS.get(change.trend, "dim")),
+                _Span(change.finding.backend, "bold"),
+                _Span(words.error(change.before)),
+                _Span(words.error(change.after)),
+                _Span(change.finding.noise or "unexplained"),
+                _Span(change.finding.nodes[0] if change.finding.nodes else words.NONE),
+            )
+        )
+        for change in told[:_MOST]
+    ]
+    if rows:
+        page.grid(columns, rows)
+    if len(told) > _MOST:
+        page.say(_Span(f"and {len(told) - _MOST} more; --format json has all of them", "dim"))
+    if same := len(changes) - len(told):
+        page.say(_Span(f"{same} unchanged", "dim"))
+
+
+def dump(comparison: Comparison) -> str:
+    """The whole comparison as JSON; numbers that are not finite are null."""
+    return json.dumps(_json({"format": FORMAT, **_fields(comparison)}), indent=2) + "\n"
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def _json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        value = _fields(value)
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

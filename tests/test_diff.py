@@ -1,0 +1,141 @@
+"""What changed from one report to another."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor.diff import compare
+from auditor.records import AuditReport, Gap
+from reports import json_v1
+
+ROOT = Path(__file__).parents[1]
+
+
+def scaled(weight: float) -> onnx.ModelProto:
+    w = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32) * weight
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
+            helper.make_node("Relu", ["h"], ["y"], "second"),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])],
+        [numpy_helper.from_array(w, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def audit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "auditor", *arguments],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two other exports of it, and a report of each."""
+    folder = tmp_path_factory.mktemp("reports")
+    onnx.save(scaled(1.0), folder / "m.onnx")
+    plain = audit(folder, "m.onnx", "--backends", "ort", "-o", "clean.json")
+    assert plain.returncode == 0, plain.stderr
+    for name, weight in (("off", 1.01), ("far", 1.1)):
+        onnx.save(scaled(weight), folder / f"{name}.onnx")
+        done = audit(
+            folder,
+            *("m.onnx", "--candidate", f"{name}.onnx", "--backends", "ort"),
+            *("-o", f"{name}.json", "--no-confirm"),
+        )
+        assert done.returncode == 1, done.stderr
+    return folder
+
+
+def loaded(folder: Path, name: str) -> AuditReport:
+    return json_v1.load(folder / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "trend", "regressed"),
+    [
+        ("clean", "off", "new", True),
+        ("off", "far", "worse", True),
+        ("far", "off", "better", False),
+        ("off", "clean", "gone", False),
+        ("off", "off", "same", False),
+    ],
+)
+def test_trends(folder: Path, old: str, new: str, trend: str, regressed: bool) -> None:
+    found = compare(loaded(folder, old), loaded(folder, new), old, new)
+    assert [change.trend for change in found.findings] == [trend]
+    assert bool(found.regressions) == regressed
+    assert any("compiled" in sentence for sentence in found.incomparable) == (old != new)
+
+
+def test_what_does_not_matter_is_no_change(folder: Path) -> None:
+    report = loaded(folder, "clean")
+    (backend,) = report.backends
+    (output,) = backend.outputs
+    moved = replace(output, distance=replace(output.distance, relative_l2=9e-5))
+    other = replace(report, backends=(replace(backend, outputs=(moved,)),))
+    assert compare(report, other, "a", "b").regressions == ()
+    moved = replace(output, distance=replace(output.distance, relative_l2=2e-4))
+    other = replace(report, backends=(replace(backend, outputs=(moved,)),))
+    assert len(compare(report, other, "a", "b").regressions) == 1
+
+
+def test_a_lost_backend_is_a_regression(folder: Path) -> None:
+    report = loaded(folder, "clean")
+    (backend,) = report.backends
+    gone = replace(report, backends=())
+    failed = replace(backend, status="gap", gap=Gap("ort", "build", "crashed"), outputs=())
+    for other in (gone, replace(report, backends=(failed,))):
+        (said,) = compare(report, other, "a", "b").regressions
+        assert "not compared any more" in said
+
+
+def test_versions_options_and_kernels_are_named(folder: Path) -> None:
+    report = loaded(folder, "clean")
+    (backend,) = report.backends
+    assert backend.provenance
+    kernels = tuple(replace(k, primitive="another") for k in backend.provenance.kernels)
+    upgraded = replace(
+        backend.provenance, version="9.9", options={"level": "basic"}, kernels=kernels
+    )
+    other = replace(report, backends=(replace(backend, provenance=upgraded),))
+    said = " ".join(compare(report, other, "a", "b").provenance)
+    assert "→ 9.9" in said
+    assert "level: all → basic" in said
+    assert "nodes run in another kernel" in said
+
+
+def test_the_command(folder: Path) -> None:
+    worse = audit(folder, "diff", "clean.json", "off.json")
+    assert (worse.returncode, worse.stderr) == (1, "")
+    assert "1 regression" in worse.stdout or "2 regressions" in worse.stdout
+    assert "first" in worse.stdout
+    better = audit(folder, "diff", "off.json", "clean.json", "--format", "json", "-o", "diff.json")
+    assert (better.returncode, better.stdout) == (0, "")
+    document = json.loads((folder / "diff.json").read_text())
+    assert document["format"] == "audit-diff/1"
+    assert document["findings"][0]["trend"] == "gone"
+
+
+def test_bad_input(folder: Path) -> None:
+    done = audit(folder, "diff", "clean.json", "none.json")
+    assert done.returncode == 2
+    assert "none.json" in done.stderr and "Traceback" not in done.stderr
