@@ -15,6 +15,7 @@ from auditor.records import (
     SEVERITIES,
     AuditReport,
     BackendReport,
+    Broken,
     Comparison,
     DivergenceChange,
     Finding,
@@ -112,19 +113,22 @@ def _regressions(
     outputs: tuple[DivergenceChange, ...],
     findings: tuple[FindingChange, ...],
     gaps: tuple[Gap, ...],
-) -> Iterator[str]:
+) -> Iterator[Broken]:
     for gap in gaps:
-        yield f"{gap.subject} is not compared any more: {gap.reason}"
+        yield Broken(f"{gap.subject} is not compared any more: {gap.reason}", gap.subject)
     for output in outputs:
         if output.trend == "worse":
-            yield (
+            said = (
                 f"output `{output.output}` on {output.backend} diverges by {_said(output.after)} "
                 f"instead of {_said(output.before)}"
             )
+            yield Broken(said, output.backend, output=output.output)
     for change in findings:
         matters = SEVERITIES.index(change.finding.severity) >= _MATTERS
         if change.trend in _REGRESSIONS and matters:
-            yield f"{change.trend}: {_name(change.finding)}"
+            finding = change.finding
+            said = f"{change.trend}: {_name(finding)}"
+            yield Broken(said, finding.backend, fingerprint=finding.fingerprint)
 
 
 def _name(finding: Finding) -> str:

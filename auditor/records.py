@@ -633,6 +633,48 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiver:
+    """A finding that does not count, by its fingerprint, and why."""
+
+    fingerprint: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A rule that does not hold.
+
+    Attributes:
+        sentence: which one, and what was measured.
+        backend: the backend it is about.
+        output: the final output it is about, if any.
+        fingerprint: the finding it is about, if any.
+    """
+
+    sentence: str
+    backend: str
+    output: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """By what the verdict was reached, where it is not ``--fail-on`` alone.
+
+    Attributes:
+        source: the policy file, or the report that is the baseline.
+        broken: the rules that do not hold; empty when all do.
+        waived: findings that do not count.
+        notes: what else to know of it, as sentences.
+    """
+
+    source: str
+    broken: tuple[Broken, ...] = ()
+    waived: tuple[Waiver, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """The whole result of one audit; every renderer starts from this.
 
@@ -661,6 +703,7 @@ class AuditReport:
     fail_on: Severity = "medium"
     requested: tuple[str, ...] = ()
     noises: tuple[NoiseInfo, ...] = ()
+    judgement: Judgement | None = None
 
 
 # --- two reports side by side (``audit diff``) ----------------------------------------------------
@@ -703,7 +746,7 @@ class Comparison:
         incomparable: why figures of the two cannot be held against each other, as sentences.
         provenance: what else differs: versions, devices, options, kernels; as sentences.
         gaps: what the older report compared and the newer one does not.
-        regressions: what is new or worse, as sentences; empty when nothing is.
+        regressions: what is new or worse; empty when nothing is.
     """
 
     old: str
@@ -713,7 +756,7 @@ class Comparison:
     outputs: tuple[DivergenceChange, ...]
     findings: tuple[FindingChange, ...]
     gaps: tuple[Gap, ...]
-    regressions: tuple[str, ...]
+    regressions: tuple[Broken, ...]
 
 
 # --- the SysNoise table of one model (``audit sysnoise``) ---------------------------------------

@@ -32,8 +32,8 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
     count = len(comparison.regressions)
     said = f"{count} regression{'s' if count != 1 else ''}" if count else "nothing is new or worse"
     page.say(_Span(said, "bold red" if count else "bold green"))
-    for sentence in comparison.regressions[:_MOST]:
-        page.say(_Span(sentence), label=_Span("  • "))
+    for broken in comparison.regressions[:_MOST]:
+        page.say(_Span(broken.sentence), label=_Span("  • "))
     if count > _MOST:
         page.say(_Span(f"  and {count - _MOST} more; --format json has all of them", "dim"))
     for title, sentences in (

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from auditor.records import SEVERITIES
+from auditor.records import severity as severity_of
 
 if TYPE_CHECKING:
     from auditor.records import (
@@ -157,9 +158,29 @@ def headline(report: AuditReport) -> str:
     return f"{said}; {found}{missing}"
 
 
-def reaches(severity: Severity, report: AuditReport) -> bool:
-    """Whether a finding or a divergence of this severity fails the audit."""
-    return SEVERITIES.index(severity) >= SEVERITIES.index(report.fail_on)
+def fails(finding: Finding, report: AuditReport) -> bool:
+    """Whether a finding fails the audit: by the policy or baseline if there is one."""
+    if report.judgement is not None:
+        return any(b.fingerprint == finding.fingerprint for b in report.judgement.broken)
+    return _reaches(finding.severity, report)
+
+
+def diverges(backend: BackendReport, output: OutputDistance, report: AuditReport) -> bool:
+    """Whether a final output's divergence fails the audit, by the same rule."""
+    if report.judgement is not None:
+        broken = {(b.backend, b.output) for b in report.judgement.broken}
+        return (backend.id, output.name) in broken
+    return _reaches(severity_of(output.distance.relative_l2), report)
+
+
+def waived(finding: Finding, report: AuditReport) -> str | None:
+    """Why a finding does not count; None where it does."""
+    waivers = report.judgement.waived if report.judgement else ()
+    return next((w.reason for w in waivers if w.fingerprint == finding.fingerprint), None)
+
+
+def _reaches(level: Severity, report: AuditReport) -> bool:
+    return SEVERITIES.index(level) >= SEVERITIES.index(report.fail_on)
 
 
 def blocks(backend: BackendReport, report: AuditReport) -> bool:

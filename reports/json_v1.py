@@ -35,6 +35,7 @@ from auditor.records import (
     Agreement,
     AuditReport,
     BackendReport,
+    Broken,
     CategoryShare,
     Concentration,
     Conclusion,
@@ -47,6 +48,7 @@ from auditor.records import (
     Finding,
     Gap,
     Hypothesis,
+    Judgement,
     Kernel,
     ModelInfo,
     NoiseInfo,
@@ -64,6 +66,7 @@ from auditor.records import (
     StimulusInfo,
     TensorStats,
     Verdict,
+    Waiver,
 )
 
 SCHEMA_VERSION = 1
@@ -559,6 +562,25 @@ _NOISE = _record(
         "source": _TEXT,
     },
 )
+_JUDGEMENT = _record(
+    Judgement,
+    {
+        "source": _TEXT,
+        "broken": _many(
+            _record(
+                Broken,
+                {
+                    "sentence": _TEXT,
+                    "backend": _TEXT,
+                    "output": _MAYBE_TEXT,
+                    "fingerprint": _MAYBE_TEXT,
+                },
+            )
+        ),
+        "waived": _many(_record(Waiver, {"fingerprint": _TEXT, "reason": _TEXT})),
+        "notes": _TEXTS,
+    },
+)
 _AGREEMENT = _record(Agreement, {"a": _TEXT, "b": _TEXT, "relative_l2": _ERROR})
 _BODY: dict[str, _Codec[Any]] = {
     "model": _MODEL,
@@ -575,6 +597,7 @@ _BODY: dict[str, _Codec[Any]] = {
     "fail_on": _choice(Severity),
     "requested": _TEXTS,
     "noises": _many(_NOISE),
+    "judgement": _optional(_JUDGEMENT),
 }
 _ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 

@@ -68,7 +68,7 @@ def _suite(root: Element, report: AuditReport, backend: BackendReport, number: i
     cases += [
         _finding(finding)
         for finding in report.findings
-        if finding.backend == backend.id and words.reaches(finding.severity, report)
+        if finding.backend == backend.id and words.fails(finding, report)
     ]
     seconds = sum(value for value in backend.seconds.values() if 0 <= value < math.inf)
     cases[0].set("time", _decimal(seconds))  # the cases after it are read off the same run
@@ -76,10 +76,11 @@ def _suite(root: Element, report: AuditReport, backend: BackendReport, number: i
     if backend.fidelity:
         out.append(words.proof(backend.fidelity))
     out += [
-        f"below {report.fail_on}: {finding.severity}, {words.place(finding, _NAME)}: "
+        f"{words.waived(finding, report) or 'does not fail the audit'}: "
+        f"{finding.severity}, {words.place(finding, _NAME)}: "
         f"{words.finding(finding)}"
         for finding in report.findings
-        if finding.backend == backend.id and not words.reaches(finding.severity, report)
+        if finding.backend == backend.id and not words.fails(finding, report)
     ]
     made = backend.provenance
     properties = {
@@ -134,11 +135,13 @@ def _append(
 def _divergence(report: AuditReport, backend: BackendReport) -> Element:
     """Whether an output is so far from the reference's that the audit fails."""
     case = _case(backend.id, "final divergence")
-    levels = [severity(output.distance.relative_l2) for output in backend.outputs]
-    if any(words.reaches(level, report) for level in levels):
+    if any(words.diverges(backend, output, report) for output in backend.outputs):
+        levels = [severity(output.distance.relative_l2) for output in backend.outputs]
         worst = max(levels, key=SEVERITIES.index)
+        rules = report.judgement.broken if report.judgement else ()
         lines = _distances(backend)
-        text = "\n".join([*lines, f"causes: {words.causes(backend)}"])
+        told = [rule.sentence for rule in rules if rule.backend == backend.id and rule.output]
+        text = "\n".join([*lines, f"causes: {words.causes(backend)}", *told])
         _outcome(case, "failure", "divergence", f"{worst}: {lines[0]}", text)
     return case
 

@@ -141,11 +141,25 @@ def _verdict(report: AuditReport) -> str:
         f"## {_MARKS[report.verdict]} {report.verdict.upper()}: "
         f"{_code(os.path.basename(model.path) or model.path)}\n\n"
         f"Exit code {report.exit_code}: {_prose(words.headline(report))}.\n\n"
+        f"{_judgement(report)}"
         f"- Model: {_code(model.path)}, sha256 {_code(model.sha256[:12])}{candidate}\n"
         f"- Inputs: {samples}{source}{seed}{random}\n"
         f"- Reference: {_prose(f'{reference.engine} {reference.version}, {reference.precision}')}"
         f"{outlier}\n"
     )
+
+
+def _judgement(report: AuditReport) -> str:
+    """The rules that do not hold, as a list; that all do, where there are any."""
+    judgement = report.judgement
+    if judgement is None:
+        return ""
+    if not judgement.broken:
+        return f"Every rule of {_code(judgement.source)} holds.\n\n"
+    rules = [f"- {_prose(words.elide(rule.sentence, 300))}\n" for rule in judgement.broken[:_TOP]]
+    more = len(judgement.broken) - len(rules)
+    rest = f"- and {more} more in the JSON report\n" if more else ""
+    return f"Broken rules of {_code(judgement.source)}:\n\n{''.join(rules)}{rest}\n"
 
 
 _BACKENDS = (

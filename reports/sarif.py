@@ -165,13 +165,17 @@ def _results(report: AuditReport, place: Object) -> Iterator[Object]:
     """Outputs whose divergence fails the audit, then every finding in its order."""
     for backend in report.backends:
         for output in backend.outputs:
-            level = severity(output.distance.relative_l2)
-            if words.reaches(level, report):
+            if words.diverges(backend, output, report):
+                level = severity(output.distance.relative_l2)
                 yield _divergence(backend, output, level, place)
     segments = {(b.id, s.id): s for b in report.backends for s in b.segments}
     for finding in report.findings:
         found = (segments.get((finding.backend, id)) for id in finding.segments)
-        yield _finding(finding, [segment for segment in found if segment], place)
+        result = _finding(finding, [segment for segment in found if segment], place)
+        if reason := words.waived(finding, report):
+            suppression = {"kind": "external", "status": "accepted"}
+            result["suppressions"] = [suppression | {"justification": words.elide(reason, _TEXT)}]
+        yield result
 
 
 def _divergence(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Distance,
         Finding,
         Gap,
+        Judgement,
         Segment,
         Sensitivity,
         TensorStats,
@@ -47,6 +48,7 @@ _WIDE = 180  # from here everything about an offender or a backend's output is o
 _MOST_OUTPUTS = 4
 _MOST_MATCHES = 4
 _MOST_NAMES = 3
+_MOST_RULES = 8
 _REASON = 600  # characters of an engine's message shown; the JSON report has all of it
 
 _NARROWEST_NAME = 8
@@ -569,6 +571,8 @@ def _draw_verdict(page: _Page, report: AuditReport) -> None:
         _Span(f"  exit code {report.exit_code}", "dim"),
     )
     page.say(_Span(words.headline(report)), label=_tag("verdict", 11))
+    if report.judgement is not None:
+        _draw_judgement(page, report.judgement)
     producer = f", from {model.producer}" if model.producer else ""
     page.say(
         _Span(
@@ -596,6 +600,24 @@ def _draw_verdict(page: _Page, report: AuditReport) -> None:
         _Span(f"{reference.engine} {reference.version}, {reference.precision}", "dim"),
         label=_tag("reference", 11),
     )
+
+
+def _draw_judgement(page: _Page, judgement: Judgement) -> None:
+    """By what the verdict was reached: the rules broken, or that all hold."""
+    broken = judgement.broken
+    held = words.count(len(broken), "broken rule") if broken else "every rule holds"
+    waived = f"; {words.count(len(judgement.waived), 'finding')} waived" if judgement.waived else ""
+    style = "red" if broken else "green"
+    page.say(_Span(f"{held}{waived} ({judgement.source})", style), label=_tag("judged by", 11))
+    for rule in broken[:_MOST_RULES]:
+        page.say(_Span(rule.sentence, "red"), label=_tag("", 11))
+    if len(broken) > _MOST_RULES:
+        more = (
+            f"and {len(broken) - _MOST_RULES} more: the JSON report has them all (-o report.json)"
+        )
+        page.say(_Span(more, "dim"), label=_tag("", 11))
+    for note in judgement.notes:
+        page.say(_Span(note, "dim"), label=_tag("", 11))
 
 
 _FIGURES = (

@@ -104,8 +104,8 @@ def test_a_lost_backend_is_a_regression(folder: Path) -> None:
     gone = replace(report, backends=())
     failed = replace(backend, status="gap", gap=Gap("ort", "build", "crashed"), outputs=())
     for other in (gone, replace(report, backends=(failed,))):
-        (said,) = compare(report, other, "a", "b").regressions
-        assert "not compared any more" in said
+        (broken,) = compare(report, other, "a", "b").regressions
+        assert "not compared any more" in broken.sentence
 
 
 def test_versions_options_and_kernels_are_named(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,11 +24,15 @@ from auditor.commands._options import (
 from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
 
+if TYPE_CHECKING:
+    from auditor.policy import Policy
+    from auditor.records import AuditReport
+
 _EXIT_CODES = """\
 \b
 Exit codes:
-  0  audited; nothing at or above --fail-on
-  1  findings at or above --fail-on
+  0  audited; nothing at or above --fail-on, or beyond the policy or the baseline
+  1  something is
   2  wrong usage, or a bad model or data file
   3  incomplete: a backend named in --backends gave no comparison
   4  a bug in the auditor itself
@@ -111,9 +115,26 @@ def _audit(
         ),
     ] = None,
     fail_on: Annotated[
-        Literal["info", "low", "medium", "high", "critical"],
-        typer.Option(help="Lowest severity of a finding that makes the audit fail."),
-    ] = "medium",
+        Literal["info", "low", "medium", "high", "critical"] | None,
+        typer.Option(
+            help="Lowest severity of a finding that makes the audit fail: the policy's, or medium.",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Tolerances, allowed causes and accepted findings; ./audit.toml or [tool.auditor] "
+            "in ./pyproject.toml when not given.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OLD.json", help="An earlier report: fail only on what is new or worse."
+        ),
+    ] = None,
     output_kind: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,7 +163,9 @@ def _audit(
     """
     from auditor import discovery
 
-    destination = destination_for(format, output, [model, candidate, data])
+    destination = destination_for(format, output, [model, candidate, data, policy, baseline])
+    rules, earlier = _rules(policy, baseline)
+    backends = backends or (list(rules.backends) if rules else None)
     specs = backend_specs(backends)
     options = engine_options(option, specs)
     shapes = dict(parse_shape(text) for text in shape or ())
@@ -164,7 +187,7 @@ def _audit(
         timeout=timeout,
         threads=threads,
         options=options,
-        fail_on=fail_on,
+        fail_on=fail_on or (rules.fail_on if rules else None) or "medium",
         output_kinds=kinds,
         confirm=confirm,
         limits=None if worker_memory is None else Limits(int(worker_memory * GIB)),
@@ -174,5 +197,37 @@ def _audit(
         report = audit(model, asked, noises=discovery.noises(), progress=progress)
     finally:
         progress.close()
+    report = _judged(report, rules, baseline, earlier)
     destination.deliver(report)
     return report.exit_code
+
+
+def _rules(policy: Path | None, baseline: Path | None) -> tuple[Policy | None, AuditReport | None]:
+    """The policy and the baseline, read before any work is done."""
+    from auditor import discovery
+    from auditor import policy as rulebook
+
+    earlier = None
+    if baseline:
+        from reports import json_v1
+
+        earlier = json_v1.load(baseline)
+    rules = rulebook.load(policy) if policy else rulebook.find(Path())
+    if rules is not None:
+        rulebook.check(rules, discovery.backend_ids(), [n.id for n in discovery.noises()])
+    return rules, earlier
+
+
+def _judged(
+    report: AuditReport, rules: Policy | None, baseline: Path | None, earlier: AuditReport | None
+) -> AuditReport:
+    """The verdict: by the baseline if there is one, else by the policy, else by --fail-on."""
+    from datetime import date
+
+    from auditor import diff
+    from auditor import policy as rulebook
+
+    if earlier is not None:
+        comparison = diff.compare(earlier, report, str(baseline), "this audit")
+        return rulebook.held_against(report, comparison)
+    return report if rules is None else rulebook.judged(report, rules, date.today())

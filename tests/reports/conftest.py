@@ -14,6 +14,7 @@ from auditor.records import (
     Agreement,
     AuditReport,
     BackendReport,
+    Broken,
     CategoryShare,
     Concentration,
     Consequence,
@@ -23,6 +24,7 @@ from auditor.records import (
     Finding,
     Gap,
     Hypothesis,
+    Judgement,
     Kernel,
     ModelInfo,
     NoiseInfo,
@@ -35,6 +37,7 @@ from auditor.records import (
     Spread,
     StimulusInfo,
     TensorStats,
+    Waiver,
 )
 
 LAYERS = 16
@@ -276,6 +279,22 @@ def _finding(rank: int, segment: Segment) -> Finding:
         explained_spread=segment.explained_spread if rank != 3 else None,
         consequences=segment.consequences,
     )
+
+
+@pytest.fixture
+def judged(report: AuditReport) -> AuditReport:
+    """The same audit under a policy that waives its first finding."""
+    first, second, *_ = report.findings
+    judgement = Judgement(
+        "audit.toml",
+        (
+            Broken("output `Softmax:0` on ov: relative_l2 is 0.012", "ov", output="Softmax:0"),
+            Broken("finding 2 on ov: severity low", "ov", fingerprint=second.fingerprint),
+        ),
+        (Waiver(first.fingerprint, "accepted: checked on the test set"),),
+        ("The acceptance of 00000000000000000000000000000009 ended on 2026-01-01.",),
+    )
+    return replace(report, judgement=judgement)
 
 
 @pytest.fixture
