@@ -50,11 +50,11 @@ def simulated(
         UsageError: the reference does not run.
     """
     base = [replay.Reference(model, threads).run(f) for f in _samples(stimulus)]
-    whole = _whole(model, stimulus.sample(0), base[0], threads)
+    changeable = whole(model, stimulus.sample(0), base[0], threads)
     for noise in noises:
         progress.update("reference", f"simulate {noise.id}")
         try:
-            for variant in noise.simulations(whole):
+            for variant in noise.simulations(changeable):
                 yield _measured(noise.id, variant, stimulus, base, threads, seconds)
         except NoiseError as error:
             yield Sensitivity(noise.id, "", None, (), error.message)
@@ -97,7 +97,7 @@ def _measured(
                 meters[name].add(value, expected[name], index)
             total.add(metrics.relative_l2(values, expected, tuple(expected)), index)
     except Exception as error:  # ORT raises a family of classes that share no base
-        return Sensitivity(noise, variant.name, None, (), _reason(error))
+        return Sensitivity(noise, variant.name, None, (), reason(error))
     outputs = tuple(meter.report() for meter in meters.values())
     return Sensitivity(noise, variant.name, total.mean, outputs, None)
 
@@ -123,7 +123,7 @@ def _run(session: Any, names: list[str], feeds: Arrays, seconds: float) -> Array
         timer.cancel()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The first line of an engine's message, without where in the engine it comes from."""
     lines = str(error).strip().rpartition("Status Message: ")[2].splitlines()
     return lines[0][:_REASON] if lines else repr(error)
@@ -133,7 +133,7 @@ def _samples(stimulus: Stimulus) -> Iterator[Arrays]:
     return (stimulus.sample(index) for index in range(len(stimulus)))
 
 
-def _whole(model: Model, feeds: Arrays, expected: Arrays, threads: int) -> onnx.ModelProto:
+def whole(model: Model, feeds: Arrays, expected: Arrays, threads: int) -> onnx.ModelProto:
     """The model with its weights inside, at an operator set that knows bfloat16 if it can be.
 
     Raises:

@@ -1,0 +1,125 @@
+"""``audit sysnoise``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from auditor.commands._app import app
+from auditor.commands._options import Model
+from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._stop import StoppableProgress
+
+
+@app.command("sysnoise", short_help="What decoders, resizers, colours … do to a model's answers.")
+def _sysnoise(
+    model: Model,
+    images: Annotated[
+        Path, typer.Option(metavar="DIR", help="Photographs, as the application gets them.")
+    ],
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|PRESET",
+            help="What turns a photograph into the input: a pipeline.toml, a "
+            "preprocessor_config.json, or a preset such as imagenet-torchvision.",
+        ),
+    ],
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|from-folder|from-name",
+            help="The true classes: lines `photo.jpg,17`, the folders, or the number that each "
+            "name begins with. Without, flips against the training pipeline are counted.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many photographs; all when not given."),
+    ] = None,
+    noise: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID,…",
+            help="Causes to simulate in the network, or none; ceil mode, upsample, FP16, BF16 and "
+            "INT8 when not given.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads; all cores when not given.")
+    ] = None,
+    format: Annotated[
+        Literal["terminal", "json"] | None,
+        typer.Option(help="What is printed; -o writes JSON."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the table to FILE, as JSON."),
+    ] = None,
+) -> int:
+    """The table of the SysNoise paper for one model, on the ONNX Runtime reference.
+
+    Switches each decoder, resizer and colour conversion alone, and puts data precisions, ceil
+    mode and upsampling into the network; then adds up the worst of each. A sweep that was
+    interrupted goes on where it was when the same command is run again.
+    """
+    from auditor import discovery
+
+    if output is not None:
+        check_writable(output.resolve())
+    given = [id.strip() for text in noise or () for id in text.split(",")]
+
+    from auditor import model as models
+    from auditor.pipeline import description, networks, photos
+    from auditor.pipeline.sysnoise import sysnoise
+    from reports import _sysnoise as table
+    from reports.terminal import LiveProgress, print_error
+
+    ids = given if noise else list(networks.PAPER)
+    noises = [discovery.noise(id) for id in ids if ids != ["none"]]
+    described = description.load(pipeline)
+    found = photos.find(images, labels, samples)
+    keep = _kept_in(model, images, output)
+    progress = StoppableProgress(LiveProgress())
+    try:
+        progress.update("reference", "load")
+        report = sysnoise(
+            models.load(model),
+            described,
+            found,
+            noises,
+            keep=keep,
+            threads=threads,
+            progress=progress,
+        )
+    except SystemExit:
+        progress.close()
+        if keep.is_file():
+            print_error(
+                "stopped before the end",
+                f"What was measured is in {keep}: the same command goes on from there.",
+            )
+        raise
+    finally:
+        progress.close()
+    if output is not None:
+        write(output, table.to_json(report))
+    if format == "json":
+        emit(table.to_json(report))
+    else:
+        emit(table.render(report, *screen()))
+    return 0
+
+
+def _kept_in(model: Path, images: Path, output: Path | None) -> Path:
+    """The file for what was measured: beside the output, else in the user's cache."""
+    import hashlib
+    import os
+
+    if output is not None:
+        return output.with_name(f"{output.name}.partial")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = f"{model.resolve()}\n{images.resolve()}".encode()
+    return cache / "sysnoise-auditor" / f"{hashlib.sha256(place).hexdigest()[:16]}.jsonl"

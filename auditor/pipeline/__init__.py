@@ -1,0 +1,1 @@
+"""What happens before and after the network, on both sides, as segments of the same audit."""

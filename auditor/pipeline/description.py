@@ -1,0 +1,515 @@
+"""A pipeline description: what turns a photograph into the network's input, on both sides.
+
+A TOML file with a ``[training]`` side and, optionally, a ``[deployment]`` side that inherits every
+key it does not name. A side may start from a preset (``preset = "imagenet-torchvision"``). The
+keys, their values and their order of execution are in docs/pipeline.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from auditor.errors import UsageError
+from auditor.pipeline import libraries
+from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
+
+Orientation = Literal["apply", "ignore"]
+Channels = Literal["rgb", "bgr"]
+Layout = Literal["nchw", "nhwc"]
+Type = Literal["float32", "float16", "uint8"]
+Size = tuple[int, int]  # height, width
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """From a file's bytes to RGB pixels.
+
+    Attributes:
+        library, variant: one of ``decoders/``, and one of its ways to decode.
+        orientation: whether the EXIF orientation is applied.
+    """
+
+    library: str
+    variant: str
+    orientation: Orientation
+
+    def __str__(self) -> str:
+        """As in a description: ``simplejpeg:fast``."""
+        return self.library if self.variant == "default" else f"{self.library}:{self.variant}"
+
+
+@dataclass(frozen=True, slots=True)
+class Colour:
+    """A round trip through YUV 4:2:0, as hardware decoders and cameras hand out pixels."""
+
+    library: str
+    conversion: Conversion
+
+    def __str__(self) -> str:
+        """In words: ``formula bt601 limited``."""
+        c = self.conversion
+        exact = "" if c.arithmetic == "rounded" else f" {c.arithmetic}"
+        return f"{self.library} {c.matrix} {c.range}{exact}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """How the size changes; exactly one of the four targets is given.
+
+    Attributes:
+        library, interpolation, antialias: one of ``resizers/`` and what it is asked for.
+        size: height and width, whatever the photograph's proportions.
+        short_side: its proportions kept, the shorter side has this length (torchvision).
+        long_side: its proportions kept, the longer side has at most this length.
+        letterbox: its proportions kept, fitted into this height and width and filled up.
+        pad: grey level that fills a letterbox.
+        multiple: both sides are rounded to a multiple of this (text and object detectors).
+    """
+
+    library: str
+    interpolation: str
+    antialias: bool
+    size: Size | None = None
+    short_side: int | None = None
+    long_side: int | None = None
+    letterbox: Size | None = None
+    pad: int = 114
+    multiple: int = 1
+
+    def __str__(self) -> str:
+        """The library and the interpolation: ``torch bilinear antialiased``."""
+        offered = cast(libraries.Resizer, libraries.load("resizers", self.library))
+        both = len(offered.interpolations[self.interpolation]) > 1
+        said = " antialiased" if self.antialias else " not antialiased"
+        return f"{self.library} {self.interpolation}{said if both else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """One side, in the order of execution.
+
+    Attributes:
+        decode, colour, resize: as above; None leaves the step out.
+        precrop: the centred square of this fraction of the shorter side, before resizing.
+        crop: the centred height and width, after resizing.
+        channels: order of the channels in the tensor.
+        scale, mean, std: x → (x · scale − mean) / std in float32, by channel of the tensor.
+        layout, dtype: of the tensor; its first axis counts samples.
+    """
+
+    decode: Decode
+    colour: Colour | None
+    precrop: float | None
+    resize: Resize | None
+    crop: Size | None
+    channels: Channels
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    layout: Layout
+    dtype: Type
+
+    def steps(self) -> dict[str, str]:
+        """Every step in words, by its key in a description."""
+        return {
+            "decoder": f"{self.decode}, EXIF orientation: {self.decode.orientation}",
+            "colour": str(self.colour or "rgb"),
+            "precrop": "none" if self.precrop is None else f"{self.precrop:g}",
+            "resize": "none" if self.resize is None else f"{self.resize}, {_target(self.resize)}",
+            "crop": "none" if self.crop is None else "x".join(map(str, self.crop)),
+            "channels": self.channels,
+            "normalise": f"scale {self.scale:g}, mean {_list(self.mean)}, std {_list(self.std)}",
+            "layout": f"{self.layout} {self.dtype}",
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Both sides, and what had to be assumed to read them.
+
+    Attributes:
+        source: the file or preset.
+        notes: choices made on the user's behalf, as sentences.
+    """
+
+    source: str
+    training: Pipeline
+    deployment: Pipeline
+    notes: tuple[str, ...] = ()
+
+
+def load(source: str) -> Description:
+    """Read a description.
+
+    Args:
+        source: a TOML file, a Hugging Face ``preprocessor_config.json``, or a preset's name.
+
+    Raises:
+        UsageError: it cannot be read, or says something impossible; names file, line and key.
+    """
+    if source in presets():
+        return parse(_preset(source), f"preset {source}")
+    path = Path(source)
+    if not path.is_file():
+        known = ", ".join(presets())
+        raise UsageError(
+            f"--pipeline {source} is neither a file nor a preset",
+            f"{_meant(source, presets())}Presets: {known}.",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {source}: {error}", "Give a TOML file in UTF-8.") from error
+    if path.suffix == ".json":
+        from auditor.pipeline import huggingface
+
+        text, notes = huggingface.converted(text, source)
+        found = parse(text, source)
+        return Description(source, found.training, found.deployment, notes)
+    return parse(text, source)
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the descriptions that come with the auditor."""
+    folder = resources.files("auditor.pipeline") / "presets"
+    return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir()))
+
+
+def parse(text: str, source: str) -> Description:
+    """Read a description from its text; ``source`` is what errors call it.
+
+    Raises:
+        UsageError: it says something impossible; names the line and the key.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is no TOML: {error}", "See docs/pipeline.md.") from error
+    lines = _Lines(text, source)
+    for name in tables:
+        if name not in ("training", "deployment"):
+            raise _wrong(lines.where(name), name, "is no side of a pipeline", ("training",))
+    if "training" not in tables:
+        raise UsageError(f"{source} has no [training] side", "See docs/pipeline.md.")
+    training = _side(tables, "training", lines)
+    deployment = _overridden(training, _side(tables, "deployment", lines))
+    return Description(source, _pipeline(training, source), _pipeline(deployment, source))
+
+
+# --- from text to values, each with where it stands ------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    value: Any
+    where: str
+
+
+_Side = dict[str, _Value]  # by dotted key
+
+_TABLES = {
+    "colour": ("library", "matrix", "range", "arithmetic"),
+    "resize": (
+        *("library", "interpolation", "antialias"),
+        *("size", "short_side", "long_side", "letterbox", "pad", "multiple"),
+    ),
+    "normalise": ("scale", "mean", "std"),
+}
+_PLAIN = ("preset", "decoder", "orientation", "precrop", "crop", "channels", "layout", "dtype")
+_TARGETS = ("resize.size", "resize.short_side", "resize.long_side", "resize.letterbox")
+# What a new value of one key makes meaningless in the side that it overrides.
+_RESETS = {
+    **{target: _TARGETS for target in _TARGETS},
+    "decoder": ("orientation",),  # the new decoder's own default
+    "resize.library": ("resize.interpolation", "resize.antialias"),
+    "resize.interpolation": ("resize.antialias",),
+    "colour.library": ("colour.matrix", "colour.range", "colour.arithmetic"),
+}
+
+
+class _Lines:
+    """On which line of a text each key stands; TOML readers do not tell."""
+
+    _HEADER = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]")
+    _KEY = re.compile(r"\s*([A-Za-z0-9_.\"'-]+)\s*=")
+
+    def __init__(self, text: str, source: str) -> None:
+        self._source = source
+        self._found: dict[str, int] = {}
+        table = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            if header := self._HEADER.match(line):
+                table = header[1]
+                self._found.setdefault(table, number)
+            elif key := self._KEY.match(line):
+                name = key[1].strip("\"'")
+                self._found.setdefault(f"{table}.{name}" if table else name, number)
+
+    def where(self, key: str) -> str:
+        """File and line of a dotted key, or of what it stands in."""
+        while key:
+            if key in self._found:
+                return f"{self._source}, line {self._found[key]}"
+            key = key.rpartition(".")[0]
+        return self._source
+
+
+def _side(tables: Mapping[str, Any], name: str, lines: _Lines) -> _Side:
+    """The keys of one side, on top of its preset if it names one."""
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise UsageError(f"{lines.where(name)}: `{name}` is no table", f"Write [{name}].")
+    side: _Side = {}
+    for key, value in table.items():
+        where = lines.where(f"{name}.{key}")
+        if key in _TABLES and isinstance(value, dict):
+            for inner, part in value.items():
+                if inner not in _TABLES[key]:
+                    raise _wrong(where, f"{key}.{inner}", "is no key", _TABLES[key])
+                inside = lines.where(f"{name}.{key}.{inner}")
+                side[f"{key}.{inner}"] = _Value(part, inside)
+        elif key in _TABLES and (key == "normalise" or value not in ("none", "rgb")):
+            raise UsageError(
+                f"{where}: `{key}` is {value!r}, but a table is expected",
+                f"Write {key} = {{ {_TABLES[key][0]} = … }}, or see docs/pipeline.md.",
+            )
+        elif key in _PLAIN or key in _TABLES:
+            side[key] = _Value(value, where)
+        else:
+            raise _wrong(where, key, "is no key of a pipeline", (*_PLAIN, *_TABLES))
+    if (preset := side.pop("preset", None)) is not None:
+        if preset.value not in presets():
+            raise _wrong(preset.where, str(preset.value), "is no preset", presets())
+        base = _preset(preset.value)
+        inner_lines = _Lines(base, f"preset {preset.value}")
+        side = _overridden(_side(tomllib.loads(base), "training", inner_lines), side)
+    return side
+
+
+def _overridden(base: _Side, by: _Side) -> _Side:
+    result = dict(base)
+    for key in by:
+        table = key.partition(".")[0]
+        for stale in (*_RESETS.get(key, ()), table):
+            result.pop(stale, None)
+        if table == key:
+            result = {k: v for k, v in result.items() if not k.startswith(f"{table}.")}
+    return {**result, **by}
+
+
+def _preset(name: str) -> str:
+    path = resources.files("auditor.pipeline") / "presets" / f"{name}.toml"
+    return path.read_text(encoding="utf-8")
+
+
+# --- from values to a pipeline ---------------------------------------------------------------
+
+
+class _Reader:
+    """Takes typed values out of a side; every refusal names file, line and key."""
+
+    def __init__(self, side: _Side, source: str) -> None:
+        self._side = side
+        self._source = source
+
+    def has(self, key: str) -> bool:
+        return key in self._side and self._side[key].value != "none"
+
+    def where(self, key: str) -> str:
+        return self._side[key].where if key in self._side else self._source
+
+    def choice(self, key: str, choices: Iterable[str], default: str | None = None) -> str:
+        known = tuple(choices)
+        if key not in self._side and default is not None:
+            return default
+        value = self._get(key)
+        if value not in known:
+            raise _wrong(self.where(key), str(value), f"is no value of `{key}`", known)
+        return cast(str, value)
+
+    def number(self, key: str, default: float, *, above: float | None = None) -> float:
+        value = self._side[key].value if key in self._side else default
+        if not _is_number(value) or (above is not None and value <= above):
+            limit = "" if above is None else f" above {above:g}"
+            raise self._expected(key, f"a number{limit}")
+        return float(value)
+
+    def whole(self, key: str, default: int | None = None, *, low: int = 1) -> int:
+        value = self._get(key) if default is None or key in self._side else default
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self._expected(key, f"a whole number of at least {low}")
+        return value
+
+    def size(self, key: str) -> Size:
+        value = self._get(key)
+        pair = value if isinstance(value, list) else [value, value]
+        if len(pair) != 2 or not all(type(v) is int and v > 0 for v in pair):
+            raise self._expected(key, "a length in pixels, or [height, width]")
+        return pair[0], pair[1]
+
+    def numbers(self, key: str, default: float, *, zero: bool = True) -> tuple[float, ...]:
+        """Three numbers, one by channel; one stands for all."""
+        value = self._side[key].value if key in self._side else default
+        many = value if isinstance(value, list) else [value] * 3
+        if len(many) != 3 or not all(_is_number(v) and (zero or v != 0) for v in many):
+            raise self._expected(key, "one number or one for each of 3 channels, none of them 0")
+        return tuple(float(v) for v in many)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._side[key].value if key in self._side else default
+        if not isinstance(value, bool):
+            raise self._expected(key, "true or false")
+        return value
+
+    def _get(self, key: str) -> Any:
+        if key not in self._side:
+            raise UsageError(f"{self._source} does not say `{key}`", "See docs/pipeline.md.")
+        return self._side[key].value
+
+    def _expected(self, key: str, what: str) -> UsageError:
+        value = self._side[key].value if key in self._side else None
+        return UsageError(f"{self.where(key)}: `{key}` is {value!r}", f"It takes {what}.")
+
+
+def _pipeline(side: _Side, source: str) -> Pipeline:
+    read = _Reader(side, source)
+    resize = _resize(read)
+    crop = read.size("crop") if read.has("crop") else None
+    if crop and resize:
+        side_length = resize.short_side or min(resize.size or resize.letterbox or (10**9,))
+        if side_length < min(crop):
+            raise UsageError(
+                f"{read.where('crop')}: `crop` is larger than what is left after resizing",
+                "A centre crop is at most as large as the resized photograph.",
+            )
+    precrop = read.number("precrop", 1.0, above=0) if read.has("precrop") else None
+    if precrop is not None and precrop > 1:
+        raise UsageError(f"{read.where('precrop')}: `precrop` is above 1", "It is a fraction.")
+    dtype = cast(Type, read.choice("dtype", get_args(Type), "float32"))
+    scale = read.number("normalise.scale", 1.0, above=0)
+    mean = read.numbers("normalise.mean", 0.0)
+    std = read.numbers("normalise.std", 1.0, zero=False)
+    if dtype == "uint8" and (scale != 1 or any(mean) or any(s != 1 for s in std)):
+        raise UsageError(
+            f"{read.where('dtype')}: `dtype` is uint8, but the pixels are normalised",
+            "Drop `normalise`, or let the tensor be float32.",
+        )
+    return Pipeline(
+        decode=_decode(read),
+        colour=_colour(read),
+        precrop=precrop,
+        resize=resize,
+        crop=crop,
+        channels=cast(Channels, read.choice("channels", get_args(Channels), "rgb")),
+        scale=scale,
+        mean=mean,
+        std=std,
+        layout=cast(Layout, read.choice("layout", get_args(Layout), "nchw")),
+        dtype=dtype,
+    )
+
+
+def _decode(read: _Reader) -> Decode:
+    ways = {}
+    for name in libraries.names("decoders"):
+        variants = cast(libraries.Decoder, libraries.load("decoders", name)).variants
+        ways[name] = (name, variants[0])
+        ways.update({f"{name}:{variant}": (name, variant) for variant in variants})
+    library, variant = ways[read.choice("decoder", ways)]
+    turns = cast(libraries.Decoder, libraries.load("decoders", library)).turns
+    default = "apply" if turns else "ignore"
+    orientation = read.choice("orientation", get_args(Orientation), default)
+    return Decode(library, variant, cast(Orientation, orientation))
+
+
+def _colour(read: _Reader) -> Colour | None:
+    if not any(read.has(f"colour.{key}") for key in _TABLES["colour"]):
+        return None
+    library = read.choice("colour.library", libraries.names("colours"))
+    wanted = Conversion(
+        cast(Matrix, read.choice("colour.matrix", get_args(Matrix), "bt601")),
+        cast(Range, read.choice("colour.range", get_args(Range), "limited")),
+        cast(Arithmetic, read.choice("colour.arithmetic", get_args(Arithmetic), "rounded")),
+    )
+    offered = cast(libraries.Converter, libraries.load("colours", library)).conversions
+    if wanted not in offered:
+        can = "; ".join(f"{c.matrix} {c.range} {c.arithmetic}" for c in offered)
+        raise UsageError(
+            f"{read.where('colour.library')}: `colour`: {library} has no "
+            f"{wanted.matrix} {wanted.range} {wanted.arithmetic}",
+            f"It has: {can}.",
+        )
+    return Colour(library, wanted)
+
+
+def _resize(read: _Reader) -> Resize | None:
+    if not any(read.has(f"resize.{key}") for key in _TABLES["resize"]):
+        return None
+    library = read.choice("resize.library", libraries.names("resizers"))
+    offered = cast(libraries.Resizer, libraries.load("resizers", library)).interpolations
+    interpolation = read.choice("resize.interpolation", offered)
+    choices = offered[interpolation]
+    antialias = read.boolean("resize.antialias", choices[0])
+    if antialias not in choices:
+        raise UsageError(
+            f"{read.where('resize.antialias')}: `resize.antialias` is {str(antialias).lower()}, "
+            f"but {library}'s {interpolation} always {'does' if choices[0] else 'does not'}",
+            "Drop the key, or choose another library.",
+        )
+    given = [target for target in _TARGETS if read.has(target)]
+    if len(given) != 1:
+        raise UsageError(
+            f"{read.where(given[-1] if given else 'resize.library')}: `resize` names "
+            f"{len(given)} targets",
+            "Give exactly one of size, short_side, long_side and letterbox.",
+        )
+    return Resize(
+        library=library,
+        interpolation=interpolation,
+        antialias=antialias,
+        size=read.size("resize.size") if "resize.size" in given else None,
+        short_side=read.whole("resize.short_side") if "resize.short_side" in given else None,
+        long_side=read.whole("resize.long_side") if "resize.long_side" in given else None,
+        letterbox=read.size("resize.letterbox") if "resize.letterbox" in given else None,
+        pad=read.whole("resize.pad", 114, low=0),
+        multiple=read.whole("resize.multiple", 1),
+    )
+
+
+def _wrong(where: str, name: str, what: str, known: Iterable[str]) -> UsageError:
+    choices = tuple(known)
+    return UsageError(
+        f"{where}: `{name}` {what}", f"{_meant(name, choices)}Known: {', '.join(choices)}."
+    )
+
+
+def _meant(name: str, choices: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.rpartition(".")[2], list(choices), n=1)
+    return f"Did you mean `{close[0]}`? " if close else ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _list(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:g}" for v in values) if len(set(values)) > 1 else f"{values[0]:g}"
+
+
+def _target(resize: Resize) -> str:
+    if resize.size:
+        return "x".join(map(str, resize.size))
+    if resize.short_side:
+        said = f"short side {resize.short_side}"
+    elif resize.letterbox:
+        said = f"letterbox {'x'.join(map(str, resize.letterbox))} on {resize.pad}"
+    else:
+        said = f"long side at most {resize.long_side}"
+    return said if resize.multiple == 1 else f"{said}, multiples of {resize.multiple}"

@@ -1,0 +1,107 @@
+"""Everything that can be switched before the network: one option at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from auditor.pipeline import libraries
+from auditor.pipeline.description import Colour, Decode, Orientation, Pipeline, Resize
+from auditor.records import Gap
+
+DECODER = "preprocessing.decoder"
+ORIENTATION = "preprocessing.orientation"
+COLOUR = "preprocessing.colour"
+RESIZE = "preprocessing.resize"
+
+# In the order of execution.
+TITLES = {
+    DECODER: "decoder",
+    ORIENTATION: "EXIF orientation",
+    COLOUR: "colour space",
+    RESIZE: "resize",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One step of the pipeline replaced.
+
+    Attributes:
+        type: one of ``TITLES``.
+        name: the option, as in a description.
+        tool: the library and its version.
+        step: what takes the place of the training side's.
+    """
+
+    type: str
+    name: str
+    tool: str
+    step: Decode | Colour | Resize | Literal["rgb", "turned"]
+
+    def apply(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline with this step; a decoder leaves the orientation as it is."""
+        if isinstance(self.step, Decode):
+            turned = replace(self.step, orientation=pipeline.decode.orientation)
+            return replace(pipeline, decode=turned)
+        if isinstance(self.step, Colour):
+            return replace(pipeline, colour=self.step)
+        if isinstance(self.step, Resize):
+            return replace(pipeline, resize=self.step)
+        if self.step == "rgb":
+            return replace(pipeline, colour=None)
+        other: Orientation = "ignore" if pipeline.decode.orientation == "apply" else "apply"
+        return replace(pipeline, decode=replace(pipeline.decode, orientation=other))
+
+
+def switches(pipeline: Pipeline) -> tuple[tuple[Switch, ...], tuple[Gap, ...]]:
+    """Every option that differs from the training side, and the libraries that are missing.
+
+    Args:
+        pipeline: the training side.
+    """
+    found: list[Switch] = []
+    gaps: list[Gap] = []
+    for kind, type, steps in (
+        ("decoders", DECODER, _decoders),
+        ("colours", COLOUR, _colours),
+        ("resizers", RESIZE, _resizes),
+    ):
+        for name in libraries.names(kind):
+            library = libraries.load(kind, name)
+            if (reason := libraries.missing(library)) is not None:
+                install = f"pip install {library.package}"
+                gaps.append(Gap(f"{TITLES[type]} {name}", "start", reason, install))
+                continue
+            found += [
+                Switch(type, str(step), library.version(), step)
+                for step in steps(name, library, pipeline)
+                if step not in (pipeline.decode, pipeline.colour, pipeline.resize)
+            ]
+        if kind == "decoders":
+            other = "ignore" if pipeline.decode.orientation == "apply" else "apply"
+            found.append(Switch(ORIENTATION, f"orientation {other}", "EXIF tag 0x0112", "turned"))
+    if pipeline.colour is not None:
+        found.append(Switch(COLOUR, "rgb", "no conversion", "rgb"))
+    return tuple(found), tuple(gaps)
+
+
+def _decoders(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Decode]:
+    for variant in cast(libraries.Decoder, library).variants:
+        yield Decode(name, variant, pipeline.decode.orientation)
+
+
+def _colours(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Colour]:
+    for conversion in cast(libraries.Converter, library).conversions:
+        yield Colour(name, conversion)
+
+
+def _resizes(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Resize]:
+    if pipeline.resize is None:
+        return
+    for interpolation, choices in cast(libraries.Resizer, library).interpolations.items():
+        for antialias in choices:
+            yield replace(
+                pipeline.resize, library=name, interpolation=interpolation, antialias=antialias
+            )

@@ -1,0 +1,173 @@
+"""Executes a pipeline: from a file's bytes to the network's input tensor."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from auditor.pipeline import libraries
+from auditor.pipeline.description import Colour, Decode, Pipeline, Resize, Size
+from auditor.pipeline.libraries import PhotoError
+from auditor.ports import Array
+
+_ORIENTATION = 0x0112  # EXIF tag (CIPA DC-008)
+_KEPT = 2  # images of each kind kept for the next pipeline of the same photograph
+
+
+class Preparation:
+    """One photograph under several pipelines; what two in a row have in common is done once.
+
+    Memory: the photograph's bytes and at most two images of each stage.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """``data`` are the bytes of the file."""
+        self._data = data
+        self._decoded: dict[Decode, Array] = {}
+        self._coloured: dict[tuple[Decode, Colour | None], Array] = {}
+
+    def pixels(self, pipeline: Pipeline) -> Array:
+        """What enters normalisation: uint8, height x width x RGB.
+
+        Raises:
+            PhotoError: the decoder refuses the photograph, or it is too small.
+        """
+        key = (pipeline.decode, pipeline.colour)
+        if (image := self._coloured.get(key)) is None:
+            if (image := self._decoded.get(pipeline.decode)) is None:
+                image = decoded(self._data, pipeline.decode)
+                _keep(self._decoded, pipeline.decode, image)
+            image = coloured(image, pipeline.colour)
+            _keep(self._coloured, key, image)
+        return framed(image, pipeline)
+
+    def tensor(self, pipeline: Pipeline) -> Array:
+        """The network's input, its first axis of length 1; raises as ``pixels`` does."""
+        return normalised(self.pixels(pipeline), pipeline)
+
+
+def decoded(data: bytes, step: Decode) -> Array:
+    """Pixels, turned upright if the step says so: uint8, height x width x RGB.
+
+    Raises:
+        PhotoError: the decoder refuses the photograph.
+    """
+    image = libraries.decoder(step.library).decode(data, step.variant)
+    return upright(image, orientation(data)) if step.orientation == "apply" else image
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # image parsers raise anything on bad data; the decoder says it better
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright(image: Array, value: int) -> Array:
+    """Turn and mirror an image as its EXIF orientation says: no pixel changes its value."""
+    if value in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if value in (3, 4, 7, 8):
+        image = image[::-1]
+    if value in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def coloured(image: Array, step: Colour | None) -> Array:
+    """Through YUV 4:2:0 and back; an odd side is extended by its last row or column meanwhile."""
+    if step is None:
+        return image
+    height, width = image.shape[:2]
+    even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    converted = libraries.converter(step.library).convert(even, step.conversion)
+    return np.ascontiguousarray(converted[:height, :width])
+
+
+def framed(image: Array, pipeline: Pipeline) -> Array:
+    """The part and size of an image that a pipeline uses; uint8, height x width x 3.
+
+    Raises:
+        PhotoError: the image is smaller than the crop.
+    """
+    if pipeline.precrop is not None:
+        side = max(1, int(pipeline.precrop * min(image.shape[:2])))
+        image = centre(image, (side, side))
+    if pipeline.resize is not None:
+        image = resized(image, pipeline.resize)
+    return image if pipeline.crop is None else centre(image, pipeline.crop)
+
+
+def resized(image: Array, step: Resize) -> Array:
+    """The image at the size that the step asks for; uint8, height x width x 3."""
+    size = target(image.shape[:2], step)
+    resizer = libraries.resizer(step.library)
+    if image.shape[:2] != size:
+        image = resizer.resize(
+            np.ascontiguousarray(image), size, step.interpolation, step.antialias
+        )
+    if step.letterbox is None:
+        return image
+    letter = np.full((*step.letterbox, 3), step.pad, np.uint8)
+    # Half a pixel goes to the lower right (Ultralytics' LetterBox).
+    around = zip(step.letterbox, size, strict=True)
+    top, left = (round((whole - part) / 2 - 0.1) for whole, part in around)
+    letter[top : top + size[0], left : left + size[1]] = image
+    return letter
+
+
+def target(shape: tuple[int, ...], step: Resize) -> Size:
+    """The size at which an image leaves the step, before a letterbox fills it up."""
+    height, width = shape
+    if step.size is not None:
+        size = step.size
+    elif step.short_side is not None:  # the other side is cut off, as torchvision does
+        short = min(height, width)
+        size = (step.short_side * height // short, step.short_side * width // short)
+    elif step.letterbox is not None:
+        ratio = min(step.letterbox[0] / height, step.letterbox[1] / width)
+        size = (round(height * ratio), round(width * ratio))
+    else:
+        ratio = min(1.0, (step.long_side or 1) / max(height, width))
+        size = (int(height * ratio), int(width * ratio))
+    m = step.multiple
+    return max(m, round(size[0] / m) * m), max(m, round(size[1] / m) * m)
+
+
+def centre(image: Array, size: Size) -> Array:
+    """The centred part of an image; halves round as torchvision's CenterCrop does.
+
+    Raises:
+        PhotoError: the image is smaller.
+    """
+    height, width = image.shape[:2]
+    if height < size[0] or width < size[1]:
+        raise PhotoError(f"{height}x{width} pixels are fewer than the crop of {size[0]}x{size[1]}")
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def normalised(image: Array, pipeline: Pipeline) -> Array:
+    """The tensor: channels ordered, (x · scale − mean) / std in float32, laid out and typed."""
+    if pipeline.channels == "bgr":
+        image = image[..., ::-1]
+    if pipeline.dtype != "uint8":
+        mean, std = (np.array(v, np.float32) for v in (pipeline.mean, pipeline.std))
+        image = (image * np.float32(pipeline.scale) - mean) / std
+        image = image.astype(pipeline.dtype, copy=False)
+    if pipeline.layout == "nchw":
+        image = image.transpose(2, 0, 1)
+    return np.ascontiguousarray(image)[None]
+
+
+def _keep(images: dict, key: object, image: Array) -> None:  # type: ignore[type-arg]
+    """Remember an image; the oldest but the first goes: the first is the training side's."""
+    if len(images) >= _KEPT:
+        del images[list(images)[-1]]
+    images[key] = image

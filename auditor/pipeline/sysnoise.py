@@ -1,0 +1,407 @@
+"""The table of the SysNoise paper for one model and one folder of photographs.
+
+Wang et al., MLSys 2023, sec. 4: every option of every type is switched alone, against the training
+pipeline on the ONNX Runtime reference; then the worst options are put together (Fig. 3, sec. 4.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from auditor import __version__
+from auditor.errors import UsageError
+from auditor.pipeline import networks, options
+from auditor.pipeline.checkpoint import Checkpoint
+from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.networks import Form, Networks
+from auditor.pipeline.options import Switch
+from auditor.pipeline.photos import oddities
+from auditor.pipeline.statistics import Means
+from auditor.pipeline.steps import Preparation
+from auditor.pipeline.sweep import BASE, Sweep, Table, Trial
+from auditor.records import (
+    Gap,
+    Interval,
+    SysnoiseEffect,
+    SysnoiseFlip,
+    SysnoiseOption,
+    SysnoiseReport,
+    SysnoiseStep,
+    SysnoiseType,
+)
+from auditor.tasks import assume
+
+if TYPE_CHECKING:
+    from auditor.model import Model
+    from auditor.pipeline.description import Description, Pipeline
+    from auditor.pipeline.photos import Photos
+    from auditor.ports import Array, Noise, Progress
+    from auditor.records import OutputKind
+
+_DEPLOYMENT = "deployment"
+_CHANCE = 5  # times the accuracy of guessing: below it the labels are not the model's
+_ENOUGH = 20  # photographs for that judgement
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """One option of one type, before or inside the network.
+
+    Attributes:
+        type: of the table; ``group`` is that of the combinations.
+    """
+
+    type: str
+    group: str
+    name: str
+    tool: str
+    change: Switch | Form
+
+    @property
+    def trial(self) -> str:
+        return f"{self.type}: {self.name}"
+
+
+def sysnoise(
+    model: Model,
+    description: Description,
+    photos: Photos,
+    noises: Sequence[Noise],
+    *,
+    keep: Path,
+    threads: int | None,
+    progress: Progress,
+) -> SysnoiseReport:
+    """Measure the table.
+
+    Args:
+        model: the network; an image is its only input.
+        description: the pipeline; options are switched against its training side.
+        photos: what to measure on.
+        noises: causes to simulate in the network.
+        keep: file for what was measured; removed when all is.
+        threads: photographs to process beside each other; None for one a core.
+        progress: told how far it is.
+
+    Raises:
+        UsageError: no photograph can be used, or the network does not take the pipeline's tensor.
+    """
+    clock = [time.perf_counter()]
+    training = description.training
+    tensor = _first(photos, training)
+    nets = Networks(model, noises, tensor, progress)
+    clock.append(time.perf_counter())
+    output, kind = _read(nets, tensor)
+    switches, gaps = options.switches(training)
+    choices = [
+        *(_Choice(s.type, s.type, s.name, s.tool, s) for s in switches),
+        *(_Choice(f.noise, f.group, f.variant, "simulated", f) for f in nets.forms),
+    ]
+    trials = [Trial(BASE, training), *(_trial([choice], training) for choice in choices)]
+    differs = description.deployment != training
+    if differs:
+        trials.append(Trial(_DEPLOYMENT, description.deployment))
+    checkpoint = Checkpoint(keep, _key(model, description, choices))
+    finished = False
+    try:
+        sweep = Sweep(
+            photos, nets, (output, kind), checkpoint, threads or os.cpu_count() or 1, progress
+        )
+        alone = sweep.run(trials)
+        if len(alone.failed) == len(photos.names):
+            raise UsageError(
+                f"none of the {len(photos.names)} photographs can be used: {alone.failed[0]}",
+                "The training side's decoder must be able to read them.",
+            )
+        clock.append(time.perf_counter())
+        measured = _Measured(alone, photos, training, kind)
+        types = measured.types(choices)
+        worst = _worst(choices, types)
+        together = _together(worst, nets)
+        both = sweep.run([trials[0], *(_trial(c, training) for c in together)])
+        clock.append(time.perf_counter())
+        joint = _Measured(both, photos, training, kind, alone)
+        finished = True
+    finally:
+        checkpoint.close(finished=finished)
+    steps = {group: joint.step(group) for group in (*((c,) for c in worst), *together)}
+    order = (tuple(worst[:n]) for n in range(1, len(worst) + 1))
+    notes = [*description.notes, *photos.notes]
+    if nets.silent:
+        notes.append(f"Nothing to simulate in this model: {', '.join(nets.silent)}.")
+    if checkpoint.reused:
+        notes.append(
+            f"{checkpoint.reused} photographs had been measured before an interruption, and were "
+            "not measured again."
+        )
+    notes += measured.doubts(model)
+    deployment = None
+    if differs:
+        deployment = measured.option(_DEPLOYMENT, "as described", description.source)
+    seconds = dict(zip(("prepare", "alone", "together"), np.diff(clock).tolist(), strict=True))
+    seconds["network, all threads"] = sweep.network_seconds
+    return SysnoiseReport(
+        tool_version=__version__,
+        model=str(model.path),
+        pipeline=description.source,
+        steps=training.steps(),
+        photos=measured.used,
+        labelled=measured.labelled,
+        output=output,
+        kind=kind,
+        accuracy=measured.accuracy,
+        deployment=deployment,
+        types=types,
+        accumulation=tuple(steps[key] for key in order if key in steps),
+        pairs=tuple(step for key, step in steps.items() if len(key) == 2),
+        flips=measured.flips(choices),
+        left_out=tuple(
+            Gap(photos.names[i], "decode", why) for i, why in sorted(alone.failed.items())
+        ),
+        oddities=_oddities(photos, alone),
+        gaps=(*gaps, *nets.gaps, *measured.refusals()),
+        notes=tuple(notes),
+        seconds=seconds,
+    )
+
+
+class _Measured:
+    """Figures from a table, all with intervals from the same draws of photographs."""
+
+    def __init__(
+        self,
+        table: Table,
+        photos: Photos,
+        training: Pipeline,
+        kind: OutputKind,
+        before: Table | None = None,
+    ) -> None:
+        """Draw; ``before`` is a table whose columns stand beside this one's."""
+        self._photos = photos
+        self._kind = kind
+        tables = [table, before] if before is not None else [table]
+        self._table = table
+        self._columns: dict[str, int] = {}
+        offset = 0
+        for each in tables:
+            for name, column in each.columns.items():
+                self._columns.setdefault(name, offset + column)
+            offset += len(each.columns)
+        self._valid = np.array([i for i in range(len(photos.names)) if i not in table.failed])
+        labels = np.array([photos.labels.get(name, -1) for name in photos.names], np.int64)
+        self._labels = labels[self._valid]
+        self._changed, self._relative, self._top1 = (
+            np.concatenate([getattr(t, field) for t in tables], axis=1)[self._valid]
+            for field in ("changed", "relative_l2", "top1")
+        )
+        self.used = len(self._valid)
+        self.labelled = int(np.count_nonzero(self._labels >= 0)) if self._top1_known else 0
+        self._l2 = Means(self._relative.astype(np.float64))
+        self._moved = Means(self._changed.astype(np.float64)) if kind != "none" else None
+        self._drop: Means | None = None
+        self.accuracy: Interval | None = None
+        if self.labelled:
+            right = np.where(self._top1 == self._labels[:, None], 1.0, 0.0)
+            right[(self._labels < 0)[:, None] | (self._top1 < 0)] = np.nan
+            self._drop = Means(right[:, :1] - right)
+            self.accuracy = Means(right[:, :1]).interval(0)
+
+    @property
+    def _top1_known(self) -> bool:
+        return bool((self._top1[:, 0] >= 0).any())
+
+    def types(self, choices: Sequence[_Choice]) -> tuple[SysnoiseType, ...]:
+        """Options by type, the types with the largest effect first."""
+        by_type: dict[str, list[_Choice]] = {}
+        for choice in choices:
+            column = self._columns[choice.trial]
+            if np.isnan(self._relative[:, column]).all():
+                continue  # no photograph could be processed: a gap says so
+            by_type.setdefault(choice.type, []).append(choice)
+        found = []
+        for type, members in by_type.items():
+            made = sorted(
+                (self.option(c.trial, c.name, c.tool) for c in members),
+                key=lambda option: _size(option.effect),
+                reverse=True,
+            )
+            if type == options.ORIENTATION and made[0].same == made[0].photos:
+                continue  # no photograph is turned
+            columns = [self._columns[c.trial] for c in members]
+            mean = self._effect(partial(Means.mean, columns=columns))
+            most = self._effect(partial(Means.max, columns=columns))
+            title = options.TITLES.get(type) or networks.TITLES.get(type, type)
+            found.append(SysnoiseType(type, title, tuple(made), mean, most, made[0].name))
+        return tuple(sorted(found, key=lambda type: _size(type.max), reverse=True))
+
+    def option(self, trial: str, name: str, tool: str) -> SysnoiseOption:
+        """One column."""
+        column = self._columns[trial]
+        values = self._relative[:, column]
+        return SysnoiseOption(
+            name=name,
+            tool=tool,
+            photos=int(np.count_nonzero(~np.isnan(values))),
+            refused=int(np.count_nonzero(np.isnan(values))),
+            same=int(np.count_nonzero(values == 0)),
+            effect=self._effect(partial(Means.interval, column=column)),
+        )
+
+    def step(self, choices: Sequence[_Choice]) -> SysnoiseStep:
+        """Several types at once."""
+        column = self._columns[_name(choices)]
+        parts = [self._columns[c.trial] for c in choices]
+        return SysnoiseStep(
+            types=tuple(c.type for c in choices),
+            options=tuple(c.name for c in choices),
+            effect=self._effect(partial(Means.interval, column=column)),
+            surplus=self._effect(partial(Means.surplus, whole=column, parts=parts))
+            if len(choices) > 1
+            else None,
+        )
+
+    def flips(self, choices: Sequence[_Choice]) -> tuple[SysnoiseFlip, ...]:
+        """Every photograph whose top-1 an option changes."""
+        found = []
+        for row, photo in enumerate(self._valid):
+            name = self._photos.names[photo]
+            before = int(self._top1[row, 0])
+            for choice in choices:
+                after = int(self._top1[row, self._columns[choice.trial]])
+                if before >= 0 and after >= 0 and after != before:
+                    label = self._photos.labels.get(name)
+                    found.append(SysnoiseFlip(name, choice.trial, before, after, label))
+        return tuple(found)
+
+    def refusals(self) -> list[Gap]:
+        """What options could not process."""
+        return [
+            Gap(name, "run", f"{count} photographs: {first}")
+            for name, (count, first) in self._table.refusals.items()
+        ]
+
+    def doubts(self, model: Model) -> list[str]:
+        """Reasons to distrust the labels."""
+        if self._photos.labels and not self._top1_known:
+            return ["The output is not read as one row of scores: the labels are not used."]
+        if self.accuracy is None or self.labelled < _ENOUGH:
+            return []
+        classes = max(int(self._labels.max()), int(self._top1[:, 0].max())) + 1
+        if self.accuracy.value * classes > _CHANCE:
+            return []
+        return [
+            f"Top-1 of the training pipeline is {self.accuracy.value:.1%} on {classes} classes: "
+            "the labels may not be those of the model, or the pipeline not that of its training."
+        ]
+
+    def _effect(self, take: Callable[[Means], Interval]) -> SysnoiseEffect:
+        return SysnoiseEffect(
+            drop=take(self._drop) if self._drop is not None else None,
+            changed=take(self._moved) if self._moved is not None else None,
+            relative_l2=take(self._l2),
+        )
+
+
+def _size(effect: SysnoiseEffect) -> tuple[float, float, float]:
+    """By what options and types are ordered: accuracy, then readings, then numbers.
+
+    A drop that may be chance counts as none, or it would decide between options at random.
+    """
+    drop = effect.drop.value if effect.drop and effect.drop.low > 0 else 0.0
+    changed = effect.changed.value if effect.changed else 0.0
+    return drop, changed, effect.relative_l2.value
+
+
+def _worst(choices: Sequence[_Choice], types: Sequence[SysnoiseType]) -> list[_Choice]:
+    """The worst option of every group that changes anything, in the order of execution."""
+    sizes = {
+        (type.id, option.name): _size(option.effect) for type in types for option in type.options
+    }
+    best: dict[str, _Choice] = {}
+    for choice in choices:
+        size = sizes.get((choice.type, choice.name))
+        if size is None or size[2] == 0:
+            continue
+        other = best.get(choice.group)
+        if other is None or size > sizes[other.type, other.name]:
+            best[choice.group] = choice
+    before = [best[t] for t in options.TITLES if t in best]
+    inside = {c.change: c for c in best.values() if isinstance(c.change, Form)}
+    return before + [inside[form] for form in networks.in_order(inside)]
+
+
+def _together(worst: Sequence[_Choice], nets: Networks) -> list[tuple[_Choice, ...]]:
+    """Every pair, and what an accumulation adds up to, of those that can be put together."""
+    wanted = [*combinations(worst, 2), *(tuple(worst[:n]) for n in range(3, len(worst) + 1))]
+    return [c for c in wanted if nets.combine(_forms(c))]
+
+
+def _trial(choices: Sequence[_Choice], training: Pipeline) -> Trial:
+    pipeline = training
+    for choice in choices:
+        if isinstance(choice.change, Switch):
+            pipeline = choice.change.apply(pipeline)
+    return Trial(_name(choices), pipeline, _forms(choices))
+
+
+def _forms(choices: Sequence[_Choice]) -> networks.Forms:
+    return networks.in_order(c.change for c in choices if isinstance(c.change, Form))
+
+
+def _name(choices: Sequence[_Choice]) -> str:
+    return " + ".join(choice.trial for choice in choices)
+
+
+def _first(photos: Photos, training: Pipeline) -> Array:
+    """The tensor of the first photograph that can be used."""
+    reason = ""
+    for name in photos.names:
+        try:
+            return Preparation(photos.read(name)).tensor(training)
+        except PhotoError as error:
+            reason = reason or f"{name}: {error.message}"
+    raise UsageError(
+        f"none of the {len(photos.names)} photographs can be used: {reason}",
+        "The training side's decoder must be able to read them.",
+    )
+
+
+def _read(nets: Networks, tensor: Array) -> tuple[str, OutputKind]:
+    """The output that people read, and as what: the first one with a meaning."""
+    values = nets.run((), tensor)
+    kinds = {name: assume(name, value) for name, value in values.items()}
+    name = next((n for n, kind in kinds.items() if kind != "none"), nets.outputs[0])
+    return name, kinds[name]
+
+
+def _oddities(photos: Photos, table: Table) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for index, name in enumerate(photos.names):
+        if index not in table.failed:
+            found.update(oddities(photos.read(name), name))
+    return dict(sorted(found.items()))
+
+
+def _key(model: Model, description: Description, choices: Sequence[_Choice]) -> dict[str, object]:
+    """What a checkpoint must have been made for."""
+    import onnxruntime as ort
+
+    tools = sorted({choice.tool for choice in choices})
+    told = repr((description.training, description.deployment, tools))
+    return {
+        "version": __version__,
+        "engine": ort.__version__,
+        "model": model.info.sha256,
+        "pipeline": hashlib.sha256(told.encode()).hexdigest(),
+    }

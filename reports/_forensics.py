@@ -1,0 +1,81 @@
+"""What made a tensor of a photograph: in a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING
+
+from reports import _words as words
+from reports.terminal import _Column, _Page, _Row, _Span
+
+if TYPE_CHECKING:
+    from auditor.records import ForensicsReport
+
+FORMAT = "sysnoise-forensics/1"
+_ALIKE = 8
+_OTHERS = 5
+
+
+def render(report: ForensicsReport, width: int | None, color: bool) -> str:
+    """The answer as text.
+
+    Args:
+        report: what was found.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+    """
+    report = words.visible(report)
+    page = _Page(width, color)
+    page.rule("What made this tensor")
+    page.say(_Span(report.best, "bold"), label=_Span("pixels      ", "dim"))
+    page.say(_Span(_certainty(report)), label=_Span("certainty   ", "dim"))
+    scale = ", ".join(words.plain(v) for v in report.slope)
+    shift = ", ".join(words.plain(v) for v in report.offset)
+    page.say(
+        _Span(f"{report.normalisation or 'none of the usual ones'}: "),
+        _Span(f"slope {scale}; offset {shift}", "dim"),
+        label=_Span("normalised  ", "dim"),
+    )
+    page.say(_Span(f"{report.layout}, {report.channels}"), label=_Span("layout      ", "dim"))
+    page.say(
+        _Span(f"{report.tried} combinations compared, {report.skipped} too far by a bound"),
+        label=_Span("search      ", "dim"),
+    )
+    if report.indistinguishable:
+        page.rule("Gives the same pixels of this photograph")
+        for name in report.indistinguishable[:_ALIKE]:
+            page.say(_Span(name))
+        if (rest := len(report.indistinguishable) - _ALIKE) > 0:
+            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
+    if report.runners_up:
+        page.rule("Next")
+        page.grid(
+            (_Column("decoder → colour → resizer"), _Column("off by, levels", right=True)),
+            [
+                _Row((_Span(c.name), _Span(words.plain(c.residual))), ())
+                for c in report.runners_up[:_OTHERS]
+            ],
+        )
+    if report.gaps:
+        page.rule("Not tried")
+        for gap in report.gaps:
+            page.say(_Span(f"{gap.subject}: ", "bold"), _Span(gap.reason, "dim"))
+    return page.text()
+
+
+def _certainty(report: ForensicsReport) -> str:
+    if report.exact:
+        margin = "" if report.margin is None else f"; the next is {words.plain(report.margin)} off"
+        return f"reproduces every pixel{margin}"
+    whole = "" if report.whole_levels else ", whose pixels are no whole numbers"
+    return (
+        f"the nearest of the catalogue, {words.plain(report.residual)} pixel levels (root mean "
+        f"square) from the tensor{whole}: what made it is not in the catalogue"
+    )
+
+
+def to_json(report: ForensicsReport) -> str:
+    """The whole answer."""
+    document = {"format": FORMAT, **dataclasses.asdict(report)}
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,338 @@
+"""The SysNoise table of one model: in a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from reports import _words as words
+from reports.terminal import _Column, _Page, _Row, _Span
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from auditor.records import (
+        Gap,
+        Interval,
+        SysnoiseEffect,
+        SysnoiseOption,
+        SysnoiseReport,
+        SysnoiseStep,
+        SysnoiseType,
+    )
+
+FORMAT = "sysnoise-table/1"
+_READINGS = {
+    "scores": "top-1 flips",
+    "boxes": "boxes lost",
+    "mask": "1 − mask IoU",
+    "embedding": "1 − cosine",
+    "none": "",
+}
+_OPTIONS = 6  # of a type, in the terminal; the JSON has all of them
+_MOST = 8  # of left-out photographs and gaps
+_MOST_PAIRS = 6
+_NEGLIGIBLE = 1e-3  # of a reading
+_SMALL = 1e-3  # relative L2, where an output is read as nothing
+
+
+# --- terminal ------------------------------------------------------------------------------------
+
+
+def render(report: SysnoiseReport, width: int | None, color: bool) -> str:
+    """The table as text.
+
+    Args:
+        report: what was measured.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+    """
+    report = words.visible(report)
+    page = _Page(width, color)
+    page.rule(f"SysNoise of {report.model}")
+    for label, text in _head(report):
+        page.say(_Span(text), label=_Span(f"{label}  ", "dim"), begin=12)
+    page.rule("Each type, its options switched alone")
+    columns = _columns(report)
+    page.grid(columns, [row for t in report.types for row in _type_rows(t, report)])
+    if report.deployment is not None:
+        page.blank()
+        page.grid(
+            columns, [_row("deployment side, as described", report.deployment.effect, report)]
+        )
+    if len(report.accumulation) > 1:
+        page.rule("Added one at a time, each with its worst option")
+        titles = {t.id: t.title for t in report.types}
+        page.grid(
+            columns,
+            [
+                _row(f"{'+ ' if i else ''}{titles[s.types[-1]]}: {s.options[-1]}", s.effect, report)
+                for i, s in enumerate(report.accumulation)
+            ],
+        )
+    _draw_pairs(page, report)
+    page.rule("What to do")
+    for sentence in _advice(report):
+        page.say(_Span(sentence))
+    _draw_gaps(page, report)
+    return page.text()
+
+
+def _head(report: SysnoiseReport) -> list[tuple[str, str]]:
+    photos = f"{report.photos} measured"
+    if report.labelled:
+        photos += f", {report.labelled} with labels"
+    if report.left_out:
+        photos += f", {len(report.left_out)} left out"
+    reading = f"`{report.output}` as {report.kind}" if report.kind != "none" else report.output
+    head = [
+        ("photographs", photos),
+        ("pipeline", f"{report.pipeline}: {report.steps['decoder']}; {report.steps['resize']}"),
+        ("output", reading),
+    ]
+    if report.accuracy is not None:
+        head.append(("top-1", f"{_figure(report.accuracy)} after the training pipeline"))
+    told = "95 %, bootstrap over photographs"
+    if report.kind == "scores":
+        unseen = words.percent(1 - 0.05 ** (1 / report.photos))
+        told += f"; where nothing flips, a rate of up to {unseen} may have gone unseen"
+    head.append(("intervals", told))
+    return head
+
+
+def _columns(report: SysnoiseReport) -> tuple[_Column, ...]:
+    found = [_Column("")]
+    if report.accuracy is not None:
+        found.append(_Column("drop of top-1, points", right=True))
+    if report.kind != "none":
+        found.append(_Column(_READINGS[report.kind] + ", %", right=True))
+    return (*found, _Column("relative L2", right=True))
+
+
+def _row(name: str, effect: SysnoiseEffect, report: SysnoiseReport, style: str = "") -> _Row:
+    cells = [_Span(name, style)]
+    if report.accuracy is not None:
+        cells.append(_Span(_figure(effect.drop)))
+    if report.kind != "none":
+        cells.append(_Span(_figure(effect.changed)))
+    cells.append(_Span(words.error(effect.relative_l2.value)))
+    return _Row(tuple(cells), ())
+
+
+def _type_rows(type: SysnoiseType, report: SysnoiseReport) -> list[_Row]:
+    """The type's own lines, then its options, the worst first."""
+    if len(type.options) == 1:
+        return [_row(f"{type.title}: {_named(type.options[0])}", type.max, report, "bold")]
+    rows = [
+        _row(f"{type.title}, mean of {len(type.options)}", type.mean, report, "bold"),
+        _row(f"{type.title}, max", type.max, report, "bold"),
+    ]
+    for option in type.options[:_OPTIONS]:
+        rows.append(_row(f"  {_named(option)}", option.effect, report, "dim"))
+    if (rest := len(type.options) - _OPTIONS) > 0:
+        rows.append(_Row((_Span(f"  and {rest} with less effect", "dim"),), ()))
+    return rows
+
+
+def _named(option: SysnoiseOption) -> str:
+    said = ""
+    if option.same == option.photos:
+        said = " (same bits)"
+    elif option.refused:
+        said = f" (on {option.photos})"
+    return option.name + said
+
+
+def _figure(value: Interval | None) -> str:
+    """A fraction in per cent with its interval."""
+    if value is None or not math.isfinite(value.value):
+        return words.NONE
+    low, high = (f"{100 * v:.1f}" for v in (value.low, value.high))
+    return f"{100 * value.value:.1f} ({low} … {high})"
+
+
+def _draw_pairs(page: _Page, report: SysnoiseReport) -> None:
+    """Pairs that do more, or less, together than alone."""
+    titles = {t.id: t.title for t in report.types}
+    reading = _READINGS[report.kind]
+    decided = [(p, s) for p in report.pairs if (s := _surplus(p)) and (s.low > 0 or s.high < 0)]
+    if not report.pairs:
+        return
+    page.rule("Interaction of two types")
+    if not decided:
+        page.say(
+            _Span(
+                f"Of {len(report.pairs)} pairs none differs from the sum of its parts by more than "
+                "chance on these photographs."
+            )
+        )
+    decided.sort(key=lambda pair: abs(pair[1].value), reverse=True)
+    for pair, surplus in decided[:_MOST_PAIRS]:
+        names = " and ".join(titles[t] for t in pair.types)
+        unit = "of top-1" if pair.surplus and pair.surplus.drop else f"of {reading}"
+        page.say(
+            _Span(names, "bold"),
+            _Span(f": {_figure(surplus)} points {unit} beyond the sum of what each does alone"),
+        )
+
+
+def _surplus(step: SysnoiseStep) -> Interval | None:
+    if step.surplus is None:
+        return None
+    return step.surplus.drop or step.surplus.changed
+
+
+def _advice(report: SysnoiseReport) -> list[str]:
+    """What the table means for a deployment, in words."""
+    if not report.types:
+        return ["No type of SysNoise can be switched in this pipeline and network."]
+    said = []
+    mattering = [t for t in report.types if _matters(t)]
+    if mattering:
+        said.append(
+            f"What matters for this model: {', '.join(t.title for t in mattering)}. Fix these in "
+            "the deployment first."
+        )
+    else:
+        said.append("No type changes a reading by more than chance on these photographs.")
+    for type in mattering:
+        if not type.id.startswith("preprocessing."):
+            continue
+        mild = [o.name for o in reversed(type.options) if not _reads_differently(o.effect)]
+        if mild:
+            said.append(
+                f"{type.title.capitalize()}: no reading differs beyond chance with "
+                f"{', '.join(mild[:4])}."
+            )
+    if any(t.id in ("preprocessing.decoder", "preprocessing.resize") for t in mattering):
+        said.append(
+            "Where the deployment's decoder or resizer cannot be chosen, train on a mix of them: "
+            "of the remedies that the paper tried (augmentation, adversarial training, test-time "
+            "adaptation) only that one worked (sec. 4.4)."
+        )
+    return said
+
+
+def _matters(type: SysnoiseType) -> bool:
+    return _reads_differently(type.options[0].effect)
+
+
+def _reads_differently(effect: SysnoiseEffect) -> bool:
+    value = effect.changed
+    return value.low > _NEGLIGIBLE if value is not None else effect.relative_l2.value > _SMALL
+
+
+def _draw_gaps(page: _Page, report: SysnoiseReport) -> None:
+    if not (report.gaps or report.left_out or report.notes or report.oddities):
+        return
+    page.rule("Not measured, and what to know")
+    for title, gaps in (("left out", report.left_out), ("gap", report.gaps)):
+        for gap in gaps[:_MOST]:
+            remedy = f" ({gap.remedy})" if gap.remedy else ""
+            page.say(
+                _Span(f"{gap.subject}: ", "bold"),
+                _Span(f"{gap.reason}{remedy}", "dim"),
+                label=_Span(f"{title}  ", "dim"),
+            )
+        if len(gaps) > _MOST:
+            page.say(_Span(f"and {len(gaps) - _MOST} more; --format json has all of them", "dim"))
+    if report.oddities:
+        counted = ", ".join(f"{name}: {n}" for name, n in report.oddities.items())
+        page.say(_Span(f"Unusual photographs: {counted}.", "dim"))
+    for note in report.notes:
+        page.say(_Span(note, "dim"))
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def to_json(report: SysnoiseReport) -> str:
+    """The whole table; numbers that are not finite are null."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "tool_version": report.tool_version,
+        "model": report.model,
+        "pipeline": {"source": report.pipeline, "training": report.steps},
+        "photos": {
+            "measured": report.photos,
+            "labelled": report.labelled,
+            "left_out": [_gap(gap) for gap in report.left_out],
+            "unusual": report.oddities,
+        },
+        "output": {"name": report.output, "kind": report.kind},
+        "accuracy": _interval(report.accuracy),
+        "deployment": _option(report.deployment) if report.deployment else None,
+        "types": [
+            {
+                "id": type.id,
+                "title": type.title,
+                "mean": _effect(type.mean),
+                "max": _effect(type.max),
+                "worst": type.worst,
+                "options": [_option(option) for option in type.options],
+            }
+            for type in report.types
+        ],
+        "accumulation": [_step(step) for step in report.accumulation],
+        "pairs": [_step(step) for step in report.pairs],
+        "flips": [
+            {
+                "photo": flip.photo,
+                "option": flip.option,
+                "before": flip.before,
+                "after": flip.after,
+                "label": flip.label,
+            }
+            for flip in report.flips
+        ],
+        "advice": _advice(report),
+        "gaps": [_gap(gap) for gap in report.gaps],
+        "notes": list(report.notes),
+        "seconds": report.seconds,
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _option(option: SysnoiseOption) -> dict[str, Any]:
+    return {
+        "name": option.name,
+        "tool": option.tool,
+        "photos": option.photos,
+        "refused": option.refused,
+        "same": option.same,
+        "effect": _effect(option.effect),
+    }
+
+
+def _step(step: SysnoiseStep) -> dict[str, Any]:
+    return {
+        "types": list(step.types),
+        "options": list(step.options),
+        "effect": _effect(step.effect),
+        "surplus": _effect(step.surplus) if step.surplus else None,
+    }
+
+
+def _effect(effect: SysnoiseEffect) -> dict[str, Any]:
+    return {
+        "drop": _interval(effect.drop),
+        "changed": _interval(effect.changed),
+        "relative_l2": _interval(effect.relative_l2),
+    }
+
+
+def _interval(value: Interval | None) -> dict[str, float | None] | None:
+    if value is None:
+        return None
+    parts = {"value": value.value, "low": value.low, "high": value.high}
+    return {k: v if math.isfinite(v) else None for k, v in parts.items()}
+
+
+def _gap(gap: Gap) -> Mapping[str, str | None]:
+    return {
+        "subject": gap.subject,
+        "stage": gap.stage,
+        "reason": gap.reason,
+        "remedy": gap.remedy,
+    }
