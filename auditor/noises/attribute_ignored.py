@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ _SHAPING = frozenset(
 )
 # How many are tried per segment, for each costs a replay.
 _MOST = 8
+_MOST_ALONE = 4  # nodes of one operator that are tried one by one
 # Limits of these are lost where they are computed; a constant one is only met by ties.
 _TIED = ("NonMaxSuppression",)
 _INPUT = "input"  # marks what is not an attribute
@@ -70,12 +71,21 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             changes.setdefault(name, []).append((index, change))
     # Attributes first: biases, the commonest optional inputs, are rarely lost.
     for name in sorted(changes, key=lambda n: _INPUT in n)[:_MOST]:
-        changed = surgery.copied(model)
-        for index, change in changes[name]:
-            change(changed.graph.node[index])
-        yield Variant(name, changed)
+        yield Variant(name, _changed(model, changes[name]))
+        if len(changes[name]) > 1:  # kernels that were fused into one may differ in this
+            for one in changes[name][:_MOST_ALONE]:
+                node = model.graph.node[one[0]]
+                label = node.name or node.output[0]
+                yield Variant(f"{name} at {label} alone", _changed(model, [one]))
     if unset := _without_outputs(model):
         yield Variant(_NO_OUTPUTS, unset)
+
+
+def _changed(model: onnx.ModelProto, changes: Sequence[tuple[int, _Change]]) -> onnx.ModelProto:
+    changed = surgery.copied(model)
+    for index, change in changes:
+        change(changed.graph.node[index])
+    return changed
 
 
 def _changes(
@@ -167,6 +177,8 @@ NOISE = Cause(
         _CHANNEL_SLOPE,
         "OPERATOR: ATTRIBUTE ignored",
         f"OPERATOR: {_INPUT} NAME ignored",
+        "OPERATOR: ATTRIBUTE ignored at NODE alone",
+        f"OPERATOR: {_INPUT} NAME ignored at NODE alone",
         _NO_OUTPUTS,
     ),
     variants=_variants,

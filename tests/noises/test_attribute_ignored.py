@@ -219,3 +219,23 @@ def test_nothing_to_ignore(make_segment: Any) -> None:
     segment = make_segment([helper.make_node("Relu", ["x"], ["y"])], {}, ["x"], ["y"])
     assert list(attribute_ignored.NOISE.variants(segment)) == []
     assert attribute_ignored.NOISE.remedy("ov")
+
+
+def test_one_of_two_fused_convolutions(
+    make_segment: Any, run: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    w = generator.standard_normal((8, 8, 1, 1)).astype(np.float32)
+    b = generator.standard_normal(8).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], "first"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Conv", ["r", "w", "b"], ["y"], "second"),
+    ]
+    segment = make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"])
+    x = generator.standard_normal((1, 8, 4, 4)).astype(np.float32)
+    flat = w[:, :, 0, 0]
+    h = np.maximum(np.einsum("oi,nihw->nohw", flat, x), 0)  # without its bias
+    planted = np.einsum("oi,nihw->nohw", flat, h) + b[:, None, None]
+    found = diagnose(segment, {"x": x}, {"y": planted.astype(np.float32)})
+    assert found.noise == "implementation.attribute_ignored"
+    assert found.variant == "Conv: input B ignored at first alone"
