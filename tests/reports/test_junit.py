@@ -70,7 +70,9 @@ def test_figures_evidence_and_remedy_are_there(report: AuditReport) -> None:
     assert ov.find("properties/property[@name='sha256']").get("value") == report.model.sha256  # type: ignore[union-attr]
     said = ov.findtext("system-out") or ""
     assert "Softmax:0: relative L2 1.2e-2" in said and "proved: 50/51 tensors" in said
-    assert said.count("does not fail the audit:") == len(report.findings) - 1, "every finding is told"
+    assert said.count("does not fail the audit:") == len(report.findings) - 1, (
+        "every finding is told"
+    )
     assert report.backends[1].warnings[0] in (ov.findtext("system-err") or "")
 
 
