@@ -211,8 +211,11 @@ def _in_half(path: Path, name: str) -> Path:
     target = path.with_name(f"{name}.onnx")
     if not target.exists():
         from onnxruntime.transformers.float16 import convert_float_to_float16
+        from onnxruntime.transformers.onnx_model import OnnxModel
 
-        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), target)
+        half = OnnxModel(convert_float_to_float16(onnx.load(path), keep_io_types=True))
+        half.topological_sort()  # the converter appends its casts at the end
+        onnx.save(half.model, target)
         target.with_suffix(".npz").write_bytes(path.with_suffix(".npz").read_bytes())
     return target
 
@@ -303,6 +306,8 @@ def _place(
         changed = values(alone.proto, subject.feeds)
         moved = change(changed[key], subject.values[key])
         if form.kind == "null":
+            if subject.real == "float16" and not np.isfinite(changed[key]).all():
+                continue  # the rewrite overflows: it is something, in that type
             if not moved <= EQUAL[subject.real]:
                 raise RuntimeError(f"{form.id} at {key} of {subject.name} changed {moved:.1e}")
         elif not moved >= MEASURABLE[subject.real]:
