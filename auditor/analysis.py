@@ -225,14 +225,17 @@ class Analysis:
         ]
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
-        doubtful = self._unconfirmed(captured, base)
+        doubtful = dict.fromkeys(
+            self._unconfirmed(captured, base), "its derived name was not confirmed by its values"
+        )
+        for name in self.probes.keys() & base.keys():
+            if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
+                # A quantised tensor under the name of what it stands for.
+                doubtful[name] = f"the program holds {captured[name].dtype} under its name"
         if doubtful:
-            for name in doubtful:
-                probe = self.probes.pop(name)
-                self.skipped.append(
-                    Skipped(probe.tensor, "its derived name was not confirmed by its values")
-                )
-            base = self._walk(known - doubtful, feeds)
+            for name, reason in doubtful.items():
+                self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))
+            base = self._walk(known - doubtful.keys(), feeds)
         return base
 
     def _walk(self, known: set[str], feeds: Arrays) -> Arrays:

@@ -313,6 +313,50 @@ def test_an_input_that_takes_no_noise(run):
     assert not report.gaps
 
 
+def test_integers_under_a_floats_name_are_no_divergence(run):
+    """ONNX Runtime moves a QuantizeLinear over an Identity, and with it the names."""
+
+    def quantised(identity):
+        rng = np.random.default_rng(5)
+        nodes, weights = (
+            [],
+            [("s", np.float32(0.05)), ("z", np.int8(0)), ("t", np.float32(0.01))],
+        )
+        weights.append(("o", np.int8(0)))
+
+        def fake(read, name):
+            nodes.append(helper.make_node("QuantizeLinear", [read, "s", "z"], [f"{name}_q"]))
+            nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [name]))
+            return name
+
+        read = fake("x", "x_d")
+        for layer in range(3):
+            w = rng.integers(-8, 8, (8, 8, 3, 3)).astype(np.int8)
+            weights.append((f"w{layer}", w))
+            nodes.append(
+                helper.make_node("DequantizeLinear", [f"w{layer}", "t", "o"], [f"w{layer}_d"])
+            )
+            made = f"c{layer}"
+            raw = f"{made}_raw" if identity and layer == 1 else made
+            nodes.append(helper.make_node("Conv", [read, f"w{layer}_d"], [raw], pads=[1] * 4))
+            if raw != made:
+                nodes.append(helper.make_node("Identity", [raw], [made]))
+            read = fake(made, f"{made}_d")
+        nodes.append(helper.make_node("Relu", [read], ["y"]))
+        graph = helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 8, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 8, 8])],
+            [numpy_helper.from_array(np.asarray(v), n) for n, v in weights],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+    report = run(quantised(False), "ort", candidate=quantised(True))
+    assert report.findings == ()
+    assert [skipped.tensor for skipped in report.backends[0].fidelity.skipped] == ["c1_d"]
+
+
 def test_a_piece_that_cannot_run_alone_is_joined_to_what_feeds_it(run, monkeypatch):
     from auditor.replay import Replayer, ReplayError
 
