@@ -320,7 +320,7 @@ def test_integers_under_a_floats_name_are_no_divergence(run):
         rng = np.random.default_rng(5)
         nodes, weights = (
             [],
-            [("s", np.float32(0.05)), ("z", np.int8(0)), ("t", np.float32(0.01))],
+            [("s", np.float32(0.05)), ("z", np.int8(-128)), ("t", np.float32(0.01))],
         )
         weights.append(("o", np.int8(0)))
 
