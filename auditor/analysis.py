@@ -21,6 +21,7 @@ from auditor.metrics import Moments, Running
 from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
+from auditor.recording import Source
 from auditor.records import (
     BackendReport,
     Concentration,
@@ -35,7 +36,7 @@ from auditor.records import (
 from auditor.replay import Reference, ReplayError
 from auditor.segments import Cut
 from auditor.tasks import TaskMeter
-from auditor.trace import SampleTrace, Tracer
+from auditor.trace import SampleTrace
 
 # Leave-one-in is averaged over this many samples (it was stable from four on) and measured for
 # this many segments, those with the largest introduced error. Causes are booked on as many.
@@ -77,7 +78,7 @@ class Analysis:
 
     def __init__(
         self,
-        tracer: Tracer,
+        tracer: Source,
         reference: Reference,
         rename: Mapping[str, str],
         noises: Sequence[Noise],

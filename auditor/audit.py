@@ -19,6 +19,7 @@ from auditor.records import (
     AuditReport,
     BackendReport,
     BuildRequest,
+    Gap,
     NoiseInfo,
     OutputKind,
     Severity,
@@ -28,6 +29,7 @@ from auditor.worker import Worker, workers
 if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.ports import Arrays, Noise, Progress
+    from auditor.recording import Recording, Source
     from auditor.replay import Reference
     from auditor.stimulus import Stimulus
     from auditor.trace import SampleTrace, Tracer
@@ -62,6 +64,8 @@ class AuditOptions:
         output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
+        traces: what was recorded elsewhere: the name to report it under, and its file.
+        trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         limits: what each backend's process may use; as much memory as the machine has, and no
             network, when not given.
     """
@@ -80,6 +84,8 @@ class AuditOptions:
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     confirm: bool = True
+    traces: tuple[tuple[str, Path], ...] = ()
+    trace_names: dict[str, str] = field(default_factory=dict)
     limits: Limits | None = None
 
 
@@ -132,21 +138,14 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     from auditor import artefact, confirm, ranking
     from auditor import model as models
-    from auditor import stimulus as stimuli
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
 
     model = models.load(model_path)
     compiled = models.load(options.candidate) if options.candidate else model
-    stimulus = stimuli.load(
-        model,
-        options.data,
-        options.seed,
-        options.samples,
-        options.shapes,
-        nonfinite=options.nonfinite,
-    )
     rename = _correspondence(model, compiled)
+    recordings = _recordings(options, compiled, progress)
+    stimulus = _stimulus(model, options, recordings, rename)
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
@@ -156,13 +155,15 @@ def _run(
         )
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
+    jobs |= {r.id: pool.submit(samples.trace, r, 0) for r in recordings}
     progress.update("reference", "run")
     reference, truth = _reference(model, options.threads or os.cpu_count() or 1, scratch)
     constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
+    sources: tuple[Source, ...] = (*tracers, *recordings)
     analyses = {
-        t.id: Analysis(t, reference, rename, noises, options.output_kinds, len(stimulus), constants)
-        for t in tracers
+        s.id: Analysis(s, reference, rename, noises, options.output_kinds, len(stimulus), constants)
+        for s in sources
     }
     agreements = Agreements()
     for index in range(len(stimulus)):
@@ -187,10 +188,8 @@ def _run(
         agreements.add(outputs)
     clock.lap("measure")
 
-    reports = tuple(
-        analyses[t.id].report(spec.device or "")
-        for t, spec in zip(tracers, options.backends, strict=True)
-    )
+    devices = {spec.label: spec.device or "" for spec in options.backends}
+    reports = tuple(a.report(devices.get(who, "")) for who, a in analyses.items())
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
@@ -213,6 +212,7 @@ def _run(
         )
         clock.lap("confirm")
     requested = [t.id for t in tracers] if options.requested else []
+    requested += [r.id for r in recordings]
     decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
     return AuditReport(
         tool_version=__version__,
@@ -230,6 +230,75 @@ def _run(
         fail_on=options.fail_on,
         requested=tuple(requested),
         noises=_named(reports, catalogue),
+    )
+
+
+def record(model_path: Path, options: AuditOptions, path: Path, progress: Progress) -> Gap | None:
+    """Write to ``path`` what the one backend of ``options`` computes; a gap when it fails.
+
+    Raises:
+        UsageError: the model, the data or an option is unusable.
+        OSError: ``path`` cannot be written.
+    """
+    from auditor import model as models
+    from auditor import recording
+    from auditor.trace import Tracer
+
+    (spec,) = options.backends
+    with workers([spec.id], options.limits) as (worker,):
+        tracer = Tracer(spec.label, worker, options.timeout, progress)
+        model = models.load(model_path)
+        stimulus = _stimulus(model, options, (), {})
+        if tracer.start():
+            tracer.build(_request(spec, tracer, options, model, _Samples(stimulus, {})))
+        if tracer.gap is None:
+            recording.write(path, model, stimulus, tracer)
+        return tracer.gap
+
+
+def _recordings(
+    options: AuditOptions, compiled: Model, progress: Progress
+) -> tuple[Recording, ...]:
+    if not options.traces:
+        return ()
+    from auditor import recording
+
+    opened = tuple(
+        recording.load(id, path, options.trace_names, progress) for id, path in options.traces
+    )
+    for one in opened:
+        one.bind(compiled)
+    return opened
+
+
+def _stimulus(
+    model: Model,
+    options: AuditOptions,
+    recordings: Sequence[Recording],
+    rename: Mapping[str, str],
+) -> Stimulus:
+    """The samples: from ``--data``, else from the first recording that holds its inputs."""
+    from auditor import stimulus as stimuli
+
+    names = {ours: theirs for theirs, ours in rename.items()}
+    for one in recordings if options.data is None else ():
+        found = one.stimulus(
+            model, options.samples, options.shapes, names, nonfinite=options.nonfinite
+        )
+        if found is not None:
+            return found
+    if recordings and options.data is None:
+        raise UsageError(
+            f"{recordings[0].path} does not hold the inputs that it was made with",
+            "Give them with --data, or add them to the file under the input's names.",
+        )
+    return stimuli.load(
+        model,
+        options.data,
+        options.seed,
+        options.samples,
+        options.shapes,
+        nonfinite=options.nonfinite,
     )
 
 
@@ -313,7 +382,11 @@ class _Samples:
     def feeds(self, index: int) -> Arrays:
         return {self._names.get(n, n): v for n, v in self._stimulus.sample(index).items()}
 
-    def trace(self, tracer: Tracer, index: int) -> SampleTrace | None:
+    def trace(self, tracer: Source, index: int) -> SampleTrace | None:
+        from auditor.recording import Recording
+
+        if isinstance(tracer, Recording):
+            return tracer.sample(self.feeds(index), index, self._stimulus.available)
         return tracer.sample(self.feeds(index), last=index + 1 == len(self._stimulus))
 
 

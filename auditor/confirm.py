@@ -68,7 +68,7 @@ def confirm(
     Args:
         reports: the measured backends.
         findings: their ranked findings.
-        tracers: by backend id; no sample can be traced with them after this.
+        tracers: the live ones, by backend id; no sample can be traced with them after this.
         rename: the compiled model's tensor names → the reference's.
         cases: the samples to run, asked for once and only when there is something to build.
         own_file: whether the backends compiled another file than the reference's: a cause may then
@@ -80,7 +80,10 @@ def confirm(
     samples: Sequence[Case] = ()
     confirmed = []
     for report in reports:
-        tracer = tracers[report.id]
+        tracer = tracers.get(report.id)
+        if tracer is None:  # it was recorded elsewhere: there is nothing to build
+            confirmed.append(report)
+            continue
         own = [f for f in findings if f.backend == report.id]
         asked = tracer.request.options if tracer.request else {}
         planned = _planned(tracer.switches, asked, report, own)

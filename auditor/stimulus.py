@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from auditor import datafiles
+from auditor.datafiles import Stored
 from auditor.errors import UsageError
 from auditor.model import Model, Shape, TensorSpec, resolve_shapes, shown, suggestion
 from auditor.records import StimulusInfo
@@ -37,11 +35,15 @@ class Stimulus:
 
     Attributes:
         info: where they come from and every choice made on the user's behalf.
+        available: how many there are where they come from; no fewer than are used.
     """
 
-    def __init__(self, info: StimulusInfo, sample: Callable[[int], Arrays]) -> None:
+    def __init__(
+        self, info: StimulusInfo, sample: Callable[[int], Arrays], available: int | None = None
+    ) -> None:
         """``sample(i)`` gives the arrays of sample ``i``, by graph input."""
         self.info = info
+        self.available = available or info.samples
         self._sample = sample
 
     def __len__(self) -> int:
@@ -89,15 +91,6 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """One array of a data file; ``read(i)`` gets ``array[i]``, ``read(None)`` all of it."""
-
-    shape: Shape
-    dtype: np.dtype[np.generic]
-    read: Callable[[int | None], Array]
-
-
-@dataclass(frozen=True, slots=True)
 class _Column:
     """The samples of one graph input.
 
@@ -107,7 +100,7 @@ class _Column:
     """
 
     spec: TensorSpec
-    stored: _Stored
+    stored: Stored
     count: int
     shape: Shape
     stacked: bool
@@ -134,7 +127,24 @@ def _recorded(
     shapes: Mapping[str, Shape],
     nonfinite: bool,
 ) -> Stimulus:
-    stored = _open(model, data)
+    stored = _named(model, data)
+    return of_arrays(model, data, stored, samples, shapes, nonfinite=nonfinite)
+
+
+def of_arrays(
+    model: Model,
+    data: Path,
+    stored: Mapping[str, Stored],
+    samples: int | None,
+    shapes: Mapping[str, Shape],
+    *,
+    nonfinite: bool = False,
+) -> Stimulus:
+    """Recorded samples from arrays that were found in a file; see ``load``.
+
+    Raises:
+        UsageError: the arrays or the shapes don't fit the model.
+    """
     _check_keys(model, data, stored)
     notes: list[str] = []
     columns = [_column(spec, stored[spec.name], shapes.get(spec.name)) for spec in model.inputs]
@@ -164,10 +174,10 @@ def _recorded(
     for index in range(0 if nonfinite else used):
         _check_finite(index, sample(index), columns)
     info = StimulusInfo("recorded", used, None, str(data), resolved, tuple(notes))
-    return Stimulus(info, sample)
+    return Stimulus(info, sample, available)
 
 
-def _check_keys(model: Model, data: Path, stored: Mapping[str, _Stored]) -> None:
+def _check_keys(model: Model, data: Path, stored: Mapping[str, Stored]) -> None:
     wanted = [spec.name for spec in model.inputs]
     unknown = [name for name in stored if name not in wanted]
     missing = [name for name in wanted if name not in stored]
@@ -182,7 +192,7 @@ def _check_keys(model: Model, data: Path, stored: Mapping[str, _Stored]) -> None
         raise UsageError(f"{data} has no array for input {names}", inputs)
 
 
-def _column(spec: TensorSpec, stored: _Stored, given: Shape | None) -> _Column:
+def _column(spec: TensorSpec, stored: Stored, given: Shape | None) -> _Column:
     declared = given if given is not None else spec.shape
     shape = stored.shape
     if shape[:1] == (0,):  # a further axis may be empty: a reduction over nothing is a real case
@@ -251,30 +261,10 @@ def _check_finite(index: int, arrays: Arrays, columns: list[_Column]) -> None:
             )
 
 
-# --- data files --------------------------------------------------------------------------------
-
-
-def _open(model: Model, data: Path) -> dict[str, _Stored]:
-    if not data.exists():
-        raise UsageError(f"{data} does not exist", "Check the path given to --data.")
-    if not data.is_file():
-        raise UsageError(f"{data} is not a file", "Give a .npz, .npy or .safetensors file.")
-    if data.stat().st_size == 0:
-        raise UsageError(f"{data} is empty", "Record the inputs again.")
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".safetensors": _read_safetensors}
-    reader = readers.get(data.suffix.lower())
-    if reader is None:
-        raise UsageError(
-            f"{data} is not a .npz, .npy or .safetensors file",
-            "Save the inputs with numpy.savez or safetensors, keyed by input name.",
-        )
-    try:
-        stored = reader(data)
-    except PermissionError as error:
-        raise UsageError(f"{data} cannot be read", "Check its permissions.") from error
-    if not stored:
-        raise UsageError(f"{data} holds no array", "Record the inputs again.")
-    if reader is not _read_npy:
+def _named(model: Model, data: Path) -> dict[str, Stored]:
+    """The arrays of a data file by graph input."""
+    stored = datafiles.read(data, "--data")
+    if data.suffix.lower() != ".npy":
         return stored
     if len(model.inputs) != 1:
         names = ", ".join(f"`{spec.name}`" for spec in model.inputs)
@@ -283,142 +273,6 @@ def _open(model: Model, data: Path) -> dict[str, _Stored]:
             f"Save a .npz with one array for each of {names}.",
         )
     return {model.inputs[0].name: stored[""]}
-
-
-def _read_npy(data: Path) -> dict[str, _Stored]:
-    with _reading(data), data.open("rb") as stream:
-        shape, fortran, dtype = _npy_header(data, stream)
-        return {"": _mapped(_map(data, dtype, stream.tell(), shape, fortran))}
-
-
-def _read_npz(data: Path) -> dict[str, _Stored]:
-    stored: dict[str, _Stored] = {}
-    with _reading(data), zipfile.ZipFile(data) as archive:
-        for member in archive.infolist():
-            name = member.filename.removesuffix(".npy")
-            with archive.open(member) as stream:
-                shape, fortran, dtype = _npy_header(data, stream, name)
-                header = stream.tell()
-            if member.file_size < header + dtype.itemsize * math.prod(shape):
-                _end_of_file()
-            if member.compress_type == zipfile.ZIP_STORED:
-                start = _member_start(data, member) + header
-                stored[name] = _mapped(_map(data, dtype, start, shape, fortran))
-            else:
-                stored[name] = _compressed(data, member, header, shape, fortran, dtype)
-    return stored
-
-
-def _read_safetensors(data: Path) -> dict[str, _Stored]:
-    from safetensors import SafetensorError, safe_open
-
-    with _reading(data, SafetensorError):
-        file: Any = safe_open(str(data), "numpy")
-        return {name: _slice(file, name) for name in file.keys()}  # noqa: SIM118
-
-
-# What zipfile, zlib and numpy raise on damaged, encrypted or foreign files.
-_DAMAGED: tuple[type[Exception], ...] = (
-    ValueError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-
-
-@contextmanager
-def _reading(data: Path, *extra: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except (*_DAMAGED, *extra) as error:
-        raise UsageError(
-            f"{data} is not a valid {data.suffix} file: {error}",
-            "It was cut off or is another format: record the inputs again.",
-        ) from error
-
-
-def _npy_header(
-    data: Path, stream: Any, name: str | None = None
-) -> tuple[Shape, bool, np.dtype[Any]]:
-    """Shape, column-major flag and type of an array in NumPy's format (NEP 1)."""
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if dtype.hasobject:
-        what = f"array `{name}` of {data}" if name else str(data)
-        raise UsageError(
-            f"{what} holds pickled Python objects, which can run any code when read: refused",
-            "Save plain numeric arrays, for example numpy.stack(list_of_arrays).",
-        )
-    return shape, fortran, dtype
-
-
-def _map(data: Path, dtype: np.dtype[Any], offset: int, shape: Shape, fortran: bool) -> Array:
-    if 0 in shape:  # nothing to map
-        return np.empty(shape, dtype)
-    array: Array = np.memmap(data, dtype, "r", offset, shape, "F" if fortran else "C")
-    return array
-
-
-def _mapped(array: Array) -> _Stored:
-    def read(index: int | None) -> Array:
-        return np.array(array if index is None else array[index])
-
-    return _Stored(array.shape, array.dtype, read)
-
-
-def _member_start(data: Path, member: zipfile.ZipInfo) -> int:
-    """Offset of a member's bytes: after its local header (APPNOTE.TXT, section 4.3.7)."""
-    with data.open("rb") as stream:
-        stream.seek(member.header_offset + 26)
-        name, extra = np.frombuffer(stream.read(4), "<u2")
-    return member.header_offset + 30 + int(name) + int(extra)
-
-
-def _compressed(
-    data: Path,
-    member: zipfile.ZipInfo,
-    header: int,
-    shape: Shape,
-    fortran: bool,
-    dtype: np.dtype[Any],
-) -> _Stored:
-    """An array that can only be read front to back, one sample in memory at a time."""
-    size = dtype.itemsize * math.prod(shape)
-
-    def read(index: int | None) -> Array:
-        whole = index is None or fortran
-        step = size if whole else size // shape[0]
-        with _reading(data), zipfile.ZipFile(data) as archive, archive.open(member) as stream:
-            skip = header + (0 if whole or index is None else index * step)
-            while skip > 0:  # not seek(), which holds 16 MiB
-                skip -= len(stream.read(min(skip, 1 << 20)) or _end_of_file())
-            flat = np.frombuffer(stream.read(step), dtype)
-        if not whole:
-            return flat.reshape(shape[1:])
-        array = flat.reshape(shape, order="F" if fortran else "C")
-        return array if index is None else array[index]
-
-    return _Stored(shape, dtype, read)
-
-
-def _end_of_file() -> NoReturn:
-    raise EOFError("it ends before its last value")
-
-
-def _slice(file: Any, name: str) -> _Stored:
-    part = file.get_slice(name)
-    shape = tuple(part.get_shape())
-    first = part[:0] if shape else file.get_tensor(name)
-
-    def read(index: int | None) -> Array:
-        array: Array = file.get_tensor(name) if index is None else part[index : index + 1][0]
-        return array
-
-    return _Stored(shape, first.dtype, read)
 
 
 # --- synthetic -----------------------------------------------------------------------------------

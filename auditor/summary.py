@@ -98,7 +98,7 @@ def _proof(measured: Analysis) -> FidelityProof:
     finals = [n for n in graph.outputs if n not in measured.probes]
     finals = [n for n in finals if measured.reference.computes(n)]
     return FidelityProof(
-        outputs_bitwise_equal=measured.equal,
+        outputs_bitwise_equal=measured.equal and tracer.unproved is None,
         program_unchanged=tracer.program_unchanged,
         candidates=len(measured.probes) + len(finals) + len(measured.skipped),
         # A final output is what the plain program itself returns: nothing was added to see it.
@@ -203,7 +203,9 @@ def _additivity(measured: Analysis) -> float | None:
 def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     """What the reader must not miss."""
     said = list(measured.warnings)
-    if not measured.equal:
+    if measured.tracer.unproved is not None:
+        said.append(measured.tracer.unproved)
+    elif not measured.equal:
         said.append(
             "The instrumented run's outputs differ from the plain run's: captures may not "
             "show the program that ships."

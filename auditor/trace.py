@@ -61,6 +61,7 @@ class Tracer:
     skipped: tuple[Skipped, ...] = ()
     program_unchanged: bool = False
     rebuilt: bool = False
+    unproved: str | None = None  # why nothing could ever be proved; said instead of the proofs
     gap: Gap | None = None
     built_only: bool = False
     seconds: dict[str, float] = field(default_factory=dict)

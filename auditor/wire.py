@@ -30,7 +30,11 @@ def encode(value: object) -> Any:
 
 
 def decode(kind: Any, data: Any) -> Any:
-    """``data`` as the annotated type ``kind``: the inverse of ``encode``."""
+    """``data`` as the annotated type ``kind``: the inverse of ``encode``.
+
+    Raises:
+        TypeError, ValueError, AttributeError: the data are of another type.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if data is None:
@@ -45,6 +49,12 @@ def decode(kind: Any, data: Any) -> Any:
         return tuple(decode(item, v) for item, v in zip(items, data, strict=True))
     if origin is dict:
         return {k: decode(arguments[1], v) for k, v in data.items()}
+    if origin is typing.Literal and data not in arguments:
+        raise ValueError(f"{data!r} is none of {', '.join(map(str, arguments))}")
+    if kind in (str, bool, int) and type(data) is not kind:
+        raise TypeError(f"{data!r} is no {kind.__name__}")
+    if kind is float and (isinstance(data, bool) or not isinstance(data, int | float)):
+        raise TypeError(f"{data!r} is no number")
     return kind(data) if kind is Path else data
 
 

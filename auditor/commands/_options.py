@@ -113,3 +113,20 @@ def parse_kind(text: str) -> tuple[str, OutputKind]:
             f"Give the output's name and one of {', '.join(get_args(OutputKind))}.",
         )
     return name, cast(OutputKind, kind)
+
+
+def parse_traces(texts: Sequence[str] | None) -> tuple[tuple[str, Path], ...]:
+    """The name to report each trace under, and its file; the file's stem when none is given."""
+    traces: dict[str, Path] = {}
+    for text in texts or ():
+        name, equals, file = text.partition("=")
+        if not equals or "/" in name:  # a path may hold the sign too
+            name, file = Path(text).stem, text
+        if not name or not file:
+            raise UsageError(f"--trace `{text}` is not of the form [NAME=]FILE", "Name a file.")
+        if name in traces:
+            raise UsageError(
+                f"two traces are called `{name}`", "Give each a name of its own: NAME=FILE."
+            )
+        traces[name] = Path(file)
+    return tuple(traces.items())

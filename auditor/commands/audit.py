@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,9 +21,11 @@ from auditor.commands._options import (
     engine_options,
     parse_kind,
     parse_shape,
+    parse_traces,
 )
 from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
+from auditor.errors import UsageError
 
 if TYPE_CHECKING:
     from auditor.policy import Policy
@@ -143,6 +146,20 @@ def _audit(
             "its name and values when not given; repeatable.",
         ),
     ] = None,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Tensors captured elsewhere (audit record, or any runtime's dump as .npz or "
+            ".safetensors by ONNX name), audited like a backend; repeatable.",
+        ),
+    ] = None,
+    trace_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json", help="JSON object: names in a dump to ONNX tensor names."
+        ),
+    ] = None,
     confirm: Annotated[
         bool,
         typer.Option(
@@ -164,15 +181,23 @@ def _audit(
     from auditor import discovery
 
     destination = destination_for(format, output, [model, candidate, data, policy, baseline])
-    rules, earlier = _rules(policy, baseline)
+    traces = parse_traces(trace)
+    rules, earlier = _rules(policy, baseline, [name for name, _ in traces])
     backends = backends or (list(rules.backends) if rules else None)
-    specs = backend_specs(backends)
+    # A trace is compared alone unless backends are named.
+    specs = () if traces and not backends else backend_specs(backends)
+    taken = {spec.label for spec in specs} | {"reference"}
+    if twice := [name for name, _ in traces if name in taken]:
+        raise UsageError(
+            f"--trace `{twice[0]}` has the name of a backend", "Write NAME=FILE with another name."
+        )
     options = engine_options(option, specs)
     shapes = dict(parse_shape(text) for text in shape or ())
     kinds = dict(parse_kind(text) for text in output_kind or ())
 
     from auditor.audit import AuditOptions, audit
     from auditor.limits import GIB, Limits
+    from auditor.recording import read_names
     from reports.terminal import LiveProgress
 
     asked = AuditOptions(
@@ -190,6 +215,8 @@ def _audit(
         fail_on=fail_on or (rules.fail_on if rules else None) or "medium",
         output_kinds=kinds,
         confirm=confirm,
+        traces=traces,
+        trace_names=read_names(trace_names) if trace_names else {},
         limits=None if worker_memory is None else Limits(int(worker_memory * GIB)),
     )
     progress = StoppableProgress(LiveProgress())
@@ -202,7 +229,9 @@ def _audit(
     return report.exit_code
 
 
-def _rules(policy: Path | None, baseline: Path | None) -> tuple[Policy | None, AuditReport | None]:
+def _rules(
+    policy: Path | None, baseline: Path | None, traces: Sequence[str]
+) -> tuple[Policy | None, AuditReport | None]:
     """The policy and the baseline, read before any work is done."""
     from auditor import discovery
     from auditor import policy as rulebook
@@ -214,7 +243,8 @@ def _rules(policy: Path | None, baseline: Path | None) -> tuple[Policy | None, A
         earlier = json_v1.load(baseline)
     rules = rulebook.load(policy) if policy else rulebook.find(Path())
     if rules is not None:
-        rulebook.check(rules, discovery.backend_ids(), [n.id for n in discovery.noises()])
+        known = [*discovery.backend_ids(), *traces]
+        rulebook.check(rules, known, [n.id for n in discovery.noises()])
     return rules, earlier
 
 

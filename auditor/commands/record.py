@@ -1,0 +1,97 @@
+"""``audit record``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from auditor.commands._app import app
+from auditor.commands._options import (
+    Data,
+    Model,
+    Samples,
+    Seed,
+    Shapes,
+    backend_specs,
+    engine_options,
+    parse_shape,
+)
+from auditor.commands._output import check_writable, emit
+from auditor.commands._stop import StoppableProgress
+from auditor.errors import UsageError
+
+
+@app.command("record", short_help="Record what a backend computes, to audit it elsewhere.")
+def _record(
+    model: Model,
+    backend: Annotated[
+        str, typer.Option(metavar="ID[:DEVICE]", help="The backend, such as ort or ov:GPU.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.npz", help="The trace to write.")
+    ],
+    data: Data = None,
+    seed: Seed = 0,
+    samples: Samples = None,
+    shape: Shapes = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID.KEY=VALUE", help="Engine option; repeatable."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds that one step may take.")
+    ] = 600.0,
+) -> int:
+    """Record the inputs, the captured tensors and the proofs of one backend in a trace.
+
+    `audit MODEL --trace FILE` on another machine compares it there, beside other backends.
+    """
+    if output.suffix.lower() != ".npz":
+        raise UsageError(f"-o {output} does not end in .npz", "A trace is a .npz file.")
+    check_writable(output)
+    if any(path and path.resolve() == output.resolve() for path in (model, data)):
+        raise UsageError(f"-o {output} would overwrite an input", "Choose another file.")
+    specs = backend_specs([backend])
+    if len(specs) != 1:
+        raise UsageError("--backend names several backends", "Record one at a time.")
+    options = engine_options(option, specs)
+    shapes = dict(parse_shape(text) for text in shape or ())
+
+    from auditor.audit import AuditOptions, record
+    from reports.terminal import LiveProgress
+
+    asked = AuditOptions(
+        backends=specs,
+        data=data,
+        seed=seed,
+        samples=samples,
+        shapes=shapes,
+        timeout=timeout,
+        threads=threads,
+        options=options,
+    )
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    progress = StoppableProgress(LiveProgress())
+    try:
+        gap = record(model, asked, draft, progress)
+        if gap is None:
+            draft.replace(output)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {output}: {error.strerror}", "Free some space, or choose another folder."
+        ) from error
+    finally:
+        progress.close()
+        draft.unlink(missing_ok=True)
+    if gap is not None:
+        hint = f" {gap.remedy}" if gap.remedy else ""
+        typer.echo(f"Nothing recorded: {gap.subject}, {gap.stage}: {gap.reason}.{hint}", err=True)
+        return 3
+    emit(f"{output}: {specs[0].label} recorded\n")
+    return 0
