@@ -6,6 +6,7 @@ Nothing is unpickled, and what is stored uncompressed is mapped, not loaded.
 from __future__ import annotations
 
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -102,6 +103,9 @@ _DAMAGED: tuple[type[Exception], ...] = (
     ValueError,
     EOFError,
     RuntimeError,
+    OSError,  # an offset before the file's start
+    OverflowError,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -111,10 +115,12 @@ _DAMAGED: tuple[type[Exception], ...] = (
 def _reading(data: Path, *extra: type[Exception]) -> Iterator[None]:
     try:
         yield
+    except PermissionError:
+        raise
     except (*_DAMAGED, *extra) as error:
         raise UsageError(
             f"{data} is not a valid {data.suffix} file: {error}",
-            "It was cut off or is another format: record the inputs again.",
+            "It was cut off or is another format: record it again.",
         ) from error
 
 

@@ -31,6 +31,7 @@ _KNOWN_DOMAINS = frozenset(
         "com.microsoft",
     }
 )
+_NUMERIC = frozenset(onnx.helper.get_all_tensor_dtypes()) - {onnx.TensorProto.STRING}
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _LFS = b"version https://git-lfs"
 
@@ -343,7 +344,7 @@ def _external_files(path: Path, proto: onnx.ModelProto, home: Path) -> tuple[Pat
                 "Refused: a model may only use files beside it. Copy the data file (not a link) "
                 "into the model's folder and export with a relative location.",
             )
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file raises where a name is too long
             raise UsageError(
                 f"external data file `{location}` of {path.name} is missing",
                 f"Copy it into {folder} beside the model.",
@@ -355,7 +356,10 @@ def _external_files(path: Path, proto: onnx.ModelProto, home: Path) -> tuple[Pat
 def _inside(folder: Path, location: str) -> bool:
     if os.path.isabs(location) or ".." in Path(location).parts:
         return False
-    return (folder / location).resolve().is_relative_to(folder.resolve())
+    try:
+        return (folder / location).resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError):  # a zero byte, or longer than a name can be
+        return False
 
 
 def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
@@ -513,9 +517,10 @@ def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
     kind = value.type.WhichOneof("value") or "untyped"
     text = kind.removesuffix("_type").replace("_", " ")
     if kind == "tensor_type":
-        if value.type.tensor_type.elem_type != onnx.TensorProto.STRING:
+        type = value.type.tensor_type.elem_type
+        if type in _NUMERIC:
             return
-        text = "string"
+        text = "string" if type == onnx.TensorProto.STRING else f"type {type}"
     raise UsageError(
         f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
         "Export the numeric part of the model, without string, sequence or optional values.",

@@ -190,7 +190,7 @@ def parse(text: str, source: str) -> Description:
     """
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{source} is no TOML: {error}", "See docs/pipeline.md.") from error
     lines = _Lines(text, source)
     for name in tables:

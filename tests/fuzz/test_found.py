@@ -1,0 +1,71 @@
+"""What the fuzzer found, made small: each ended the auditor with a traceback once."""
+
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import mutations
+
+from auditor import datafiles, model, policy
+from auditor.errors import UsageError
+from auditor.pipeline import description
+
+
+def _refused(load, *arguments):
+    with pytest.raises(UsageError) as refused:
+        load(*arguments)
+    assert refused.value.hint
+    assert "\n" not in refused.value.message
+    return refused.value.message
+
+
+@pytest.mark.parametrize("elem_type", [0, 99])
+def test_an_input_of_no_type_there_is(tmp_path, elem_type):
+    proto = mutations.network()
+    del proto.graph.node[:]
+    proto.graph.node.append(onnx.helper.make_node("Identity", ["w"], ["y"]))
+    proto.graph.input[0].type.tensor_type.elem_type = elem_type
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert "`x`" in _refused(model.load, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("location", ["\x00", "a" * 100_000])
+def test_external_data_at_a_place_that_cannot_be(tmp_path, location):
+    proto = mutations.network()
+    weights = proto.graph.initializer[0]
+    weights.ClearField("raw_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    entry = weights.external_data.add()
+    entry.key, entry.value = "location", location
+    onnx.save(proto, tmp_path / "m.onnx")
+    _refused(model.load, tmp_path / "m.onnx")
+
+
+def test_an_npz_that_points_before_its_start(tmp_path):
+    path = tmp_path / "d.npz"
+    np.savez(path, x=np.zeros(64, np.float32))
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        start = archive.start_dir
+    path.write_bytes(whole[100:start] + whole[start:])
+    _refused(datafiles.read, path, "--data")
+
+
+def test_an_npy_whose_header_does_not_end(tmp_path):
+    path = tmp_path / "d.npy"
+    np.save(path, np.zeros((1, 2), np.float32))
+    path.write_bytes(path.read_bytes().replace(b"), }", b"(, }"))
+    _refused(datafiles.read, path, "--data")
+
+
+@pytest.mark.parametrize("load", [policy.load, description.load])
+def test_toml_nested_deeper_than_the_parser_can(tmp_path, load):
+    path = tmp_path / "deep.toml"
+    path.write_text("fail_on = " + "[" * 5000)
+    _refused(load, path)
