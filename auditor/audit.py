@@ -157,7 +157,7 @@ def _run(
     }
     jobs |= {r.id: pool.submit(samples.trace, r, 0) for r in recordings}
     progress.update("reference", "run")
-    reference, truth = _reference(model, options.threads or os.cpu_count() or 1, scratch)
+    reference, truth = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
     constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
     sources: tuple[Source, ...] = (*tracers, *recordings)
@@ -315,7 +315,7 @@ def _named(
     )
 
 
-def _reference(model: Model, threads: int, scratch: Path) -> tuple[Reference, Model]:
+def reference_of(model: Model, threads: int, scratch: Path) -> tuple[Reference, Model]:
     """The reference, and the model that it runs: in float32 where that can be had."""
     from auditor import widening
     from auditor.replay import Reference

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -32,6 +33,13 @@ _KNOWN_DOMAINS = frozenset(
     }
 )
 _NUMERIC = frozenset(onnx.helper.get_all_tensor_dtypes()) - {onnx.TensorProto.STRING}
+_PACKED = {4: ("INT4", "UINT4", "FLOAT4E2M1"), 2: ("INT2", "UINT2")}  # several to a byte
+_BITS = {
+    onnx.TensorProto.DataType.Value(name): bits
+    for bits, names in _PACKED.items()
+    for name in names
+    if name in onnx.TensorProto.DataType.keys()  # noqa: SIM118 (protobuf's own type)
+}
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _LFS = b"version https://git-lfs"
 
@@ -378,8 +386,26 @@ def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None
 # --- checks ------------------------------------------------------------------------------------
 
 
+def _check_sizes(path: Path, proto: onnx.ModelProto) -> None:
+    """What ONNX's checker does not look at: as many bytes as the shape needs."""
+    for tensor in _tensors(proto):
+        if not tensor.HasField("raw_data") or tensor.data_type not in _NUMERIC:
+            continue
+        bits = _BITS.get(tensor.data_type)
+        if bits is None:
+            bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        needed = (math.prod(tensor.dims) * bits + 7) // 8
+        if len(tensor.raw_data) != needed:
+            raise UsageError(
+                f"{path}: tensor `{tensor.name}` has {len(tensor.raw_data)} bytes, but its shape "
+                f"{shown(tuple(tensor.dims))} needs {needed}",
+                "Export the model again.",
+            )
+
+
 def _check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
     """ONNX's own checker, on the model with its mapped weights as inputs."""
+    _check_sizes(path, proto)
     light = surgery.copied(proto)
     fed = {value.name for value in light.graph.input}
     kept = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from auditor import datafiles
 from auditor.datafiles import Stored
 from auditor.errors import UsageError
+from auditor.limits import physical_memory
 from auditor.model import Model, Shape, TensorSpec, resolve_shapes, shown, suggestion
 from auditor.records import StimulusInfo
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_RECORDED = 4
 _DEFAULT_SYNTHETIC = 1
+_DRAWN = 8  # bytes of a number as it is drawn
 _MASK = re.compile(r"attention|attn|pad", re.IGNORECASE)
 # Operators whose output is their first input's numbers, in another shape or type.
 _TRANSPARENT = frozenset(
@@ -280,6 +283,14 @@ def _named(model: Model, data: Path) -> dict[str, Stored]:
 
 def _synthetic(model: Model, seed: int, samples: int, shapes: Mapping[str, Shape]) -> Stimulus:
     resolved, notes = resolve_shapes(model, shapes, {})
+    for spec in model.inputs:
+        size = math.prod(resolved[spec.name]) * max(spec.dtype.itemsize, _DRAWN)
+        if 0 < physical_memory() < size:
+            raise UsageError(
+                f"input {spec} would need {size / 2**30:,.0f} GiB, more memory than there is",
+                "Give it smaller sizes with --shape where the model leaves them open, or export "
+                "the model with the sizes that you deploy.",
+            )
     limits = {spec.name: _index_limit(model.proto.graph, spec.name) for spec in model.inputs}
 
     def sample(index: int) -> Arrays:

@@ -261,7 +261,7 @@ def test_damaged_files(
     path.write_bytes(b"not an archive at all" if damage == "junk" else data[: len(data) // 2])
     with pytest.raises(UsageError, match="not a valid") as caught:
         stimuli.load(load(x=(FLOAT, 1, 200)), path, 0, None, {})
-    assert "record the inputs again" in caught.value.hint
+    assert "record it again" in caught.value.hint
 
 
 def test_damaged_compressed_member(load: Callable[..., models.Model], tmp_path: Path) -> None:

@@ -66,14 +66,15 @@ def _use_model(path: Path) -> None:
     """Load a model as an audit does, run it, cut it at every tensor, and run the pieces."""
     from auditor import model as models
     from auditor import stimulus
-    from auditor.replay import Reference, ReplayError
+    from auditor.audit import reference_of
+    from auditor.replay import ReplayError
 
     model = models.load(path)
     samples = stimulus.load(model, None, 0, 1, {})
     if sum(np.prod(s, dtype=float) for s in samples.info.shapes.values()) > 1e7:
         return
-    feeds = samples.sample(0)
-    reference = Reference(model, 1)
+    reference, _ = reference_of(model, 1, path.parent)
+    feeds = reference.wide(samples.sample(0))
     reference.run(feeds)
     names = {name for node in reference.graph.nodes for name in node.output if name}
     try:

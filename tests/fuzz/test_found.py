@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import mutations
 
-from auditor import datafiles, model, policy
+from auditor import datafiles, model, policy, stimulus
 from auditor.errors import UsageError
 from auditor.pipeline import description
 
@@ -33,6 +33,25 @@ def test_an_input_of_no_type_there_is(tmp_path, elem_type):
     proto.graph.input[0].type.tensor_type.elem_type = elem_type
     onnx.save(proto, tmp_path / "m.onnx")
     assert "`x`" in _refused(model.load, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "BFLOAT16", "INT4"])
+def test_a_constant_with_fewer_bytes_than_its_shape(tmp_path, kind):
+    proto = mutations.network()
+    weights = proto.graph.initializer[0]
+    weights.data_type = onnx.TensorProto.DataType.Value(kind)
+    weights.raw_data = weights.raw_data[:10]
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert "`w`" in _refused(model.load, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62])
+def test_an_input_larger_than_memory(tmp_path, size):
+    proto = mutations.network()
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = size
+    onnx.save(proto, tmp_path / "m.onnx")
+    loaded = model.load(tmp_path / "m.onnx")
+    assert "GiB" in _refused(stimulus.load, loaded, None, 0, 1, {})
 
 
 @pytest.mark.parametrize("location", ["\x00", "a" * 100_000])
