@@ -22,6 +22,7 @@ _QUANTISED = (
     *("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"),
 )
 # DynamicQuantizeLinear exists from here on.
+_LARGEST = float(np.finfo(np.float32).max) / 4  # a range of weights is finite
 _OPSET = 11
 
 
@@ -72,7 +73,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     weighted = {}
     for index, node in surgery.find(model, _WEIGHTED):
         weights = layout.constant(node.input[1])
-        if weights is not None and weights.dtype == np.float32 and weights.ndim > 1:
+        if weights is None or weights.dtype != np.float32 or weights.ndim < 2:
+            continue
+        if np.all(np.abs(weights) <= _LARGEST):  # NaN and infinity have no 8 bits
             weighted[index] = weights
     if not weighted:
         return

@@ -102,3 +102,13 @@ def test_quantised_segments_are_left_to_others(make_segment: Any) -> None:
     ]
     constants = {"s": np.asarray(0.1, np.float32), "w": np.ones((4, 4), np.float32)}
     assert not list(int8.NOISE.variants(make_segment(nodes, constants, ["x"], ["y"])))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 3e38])
+def test_weights_that_no_8_bits_hold_are_not_quantised(make_segment: Any, odd: float) -> None:
+    w = np.ones((4, 4), np.float32)
+    w[1, 2] = odd
+    w[3, 3] = -1.0
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    assert list(int8.NOISE.variants(segment)) == []
