@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,23 @@ def _trace(draw: random.Random, folder: Path, made: Path) -> None:
         renderer.render(report, width=80, color=False)
 
 
+def _audit(draw: random.Random, folder: Path, _: Path) -> None:
+    """A whole audit of what still loads, on the real runtimes, in every format."""
+    from auditor import discovery
+    from auditor import model as models
+    from auditor.audit import AuditOptions, BackendSpec, audit
+
+    path = folder / "model.onnx"
+    path.write_bytes(mutations.damaged_model(draw).SerializeToString())
+    models.load(path)  # most are refused here, before a runtime starts
+    options = AuditOptions(backends=(BackendSpec("ort"), BackendSpec("ov")), timeout=_SECONDS / 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # nothing of numpy's belongs on a screen
+        report = audit(path, options, noises=discovery.noises(), progress=_Quiet())
+    for renderer in discovery.renderers().values():
+        renderer.render(report, width=80, color=False)
+
+
 def _report(draw: random.Random, folder: Path, made: Path) -> None:
     from auditor import diff, discovery
     from reports import json_v1
@@ -183,6 +201,7 @@ TARGETS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "model": _model,
     "model-bytes": _model_bytes,
     "data": _data,
+    "audit": _audit,
     "trace": _trace,
     "report": _report,
     "policy": _policy,

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import run
 
-COUNT = {"trace": 40, "report": 40}
+COUNT = {"audit": 60, "trace": 40, "report": 40}
 
 
 @pytest.fixture(scope="module")
