@@ -104,6 +104,12 @@ def test_a_recorded_backend_reads_like_the_live_one(tmp_path, backend):
     assert [s.introduced for s in there.segments] == [s.introduced for s in live.segments]
     assert there.provenance == live.provenance
     assert report.stimulus.samples == 3
+    # In the order asked for, whoever is ready first.
+    assert [(p.a, p.b) for p in report.agreement] == [
+        ("reference", backend),
+        ("reference", "there"),
+        (backend, "there"),
+    ]
 
 
 def test_a_recorded_fault_is_located_in_another_export(tmp_path):
