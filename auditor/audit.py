@@ -106,7 +106,7 @@ def audit(
     with (
         TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as scratch,
         workers([spec.id for spec in options.backends], options.limits) as started,
-        ThreadPoolExecutor(max(1, len(started))) as pool,
+        ThreadPoolExecutor(max(1, len(started) + len(options.traces))) as pool,
     ):
         try:
             return _run(model_path, options, noises, progress, started, pool, clock, Path(scratch))
