@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -456,6 +457,9 @@ def test_dark_and_light(browser: Browser, report: AuditReport) -> None:
     browser.media(scheme="dark")
     dark = browser.js(page)
     assert light != dark
+    deadline = time.monotonic() + 5  # the page hears of the change in an event, a moment later
+    while browser.text(".theme") != "Light" and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert browser.text(".theme") == "Light"
     browser.click(".theme")
     assert browser.js(page) == light
