@@ -12,11 +12,12 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from auditor import artefact, attribution, divergence, impact, metrics, model, summary
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
-from auditor.impact import Books, Chain, Ledger
+from auditor.impact import Books, Chain, Ledger, Parts
 from auditor.metrics import Moments, Running
 from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
@@ -33,10 +34,13 @@ from auditor.records import (
     Skipped,
     TensorStats,
 )
-from auditor.replay import Reference, ReplayError
+from auditor.replay import Reference, ReplayError, difference
 from auditor.segments import Cut
 from auditor.tasks import TaskMeter
 from auditor.trace import SampleTrace
+
+if TYPE_CHECKING:
+    from auditor.pipeline.upstream import Upstream
 
 # Leave-one-in is averaged over this many samples (it was stable from four on) and measured for
 # this many segments, those with the largest introduced error. Causes are booked on as many.
@@ -71,6 +75,8 @@ class Analysis:
         causes: of the segments that were above their floor on some sample.
         constants: what there is to say of those segments' constants in the compiled file.
         ledger: where the whole divergence came from.
+        system, system_outputs: the same of the whole system, the pipeline before the network
+            included, where there is one.
         control: how much the reference itself amplifies noise on its input.
         tensors, concentrated: what the drill-down shows, of the first sample.
         warnings: sentences the reader must not miss.
@@ -113,6 +119,8 @@ class Analysis:
         self.causes = Causes(noises, reference.replayer.threads, later=samples > 1)
         self.constants: dict[str, tuple[str, ...]] = {}
         self.ledger = Ledger(())
+        self.system = Ledger(())
+        self.system_outputs: dict[str, OutputMeter] = {}
         self.control: float | None = None
         self.tensors: dict[str, TensorStats] = {}
         self.concentrated: dict[str, Concentration | None] = {}
@@ -136,7 +144,14 @@ class Analysis:
 
     # --- one sample ----------------------------------------------------------------------------
 
-    def add(self, index: int, feeds: Arrays, expected: Arrays, trace: SampleTrace) -> None:
+    def add(
+        self,
+        index: int,
+        feeds: Arrays,
+        expected: Arrays,
+        trace: SampleTrace,
+        upstream: Upstream | None = None,
+    ) -> None:
         """Measure one sample.
 
         Args:
@@ -144,12 +159,16 @@ class Analysis:
             feeds: the stimulus by the reference's input names, in the reference's types.
             expected: the reference's final outputs.
             trace: what the backend did.
+            upstream: what the pipeline before the network did to the sample.
         """
         captured = feeds | self.reference.wide(self._renamed(trace.tensors))
         self.equal &= trace.bitwise_equal
         self.run_to_run = max(self.run_to_run, trace.run_to_run)
         self.rebuild = max(self.rebuild, trace.difference)
         diverges = self._add_outputs(index, expected, captured)
+        if upstream is not None:
+            for name in expected.keys() & captured.keys():
+                self._system_meter(name, upstream).add(captured[name], upstream.origin[name], index)
         try:
             if index == 0:
                 base = self._cut(feeds, captured)
@@ -166,7 +185,7 @@ class Analysis:
         parts = self._add_causes(index, chain, flagged)
         if index < IMPACT_SAMPLES:
             try:
-                self._keep_books(index, chain, flagged, parts, diverges)
+                self._keep_books(index, chain, flagged, parts, diverges, upstream)
             except ReplayError as error:
                 self._gap("impact", f"sample {index} is not in the shares: {error.message}")
         if self.control is None and flagged:
@@ -186,6 +205,12 @@ class Analysis:
                 self.outputs[name] = OutputMeter(name, self._kinds.get(name), value)
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
+
+    def _system_meter(self, name: str, upstream: Upstream) -> OutputMeter:
+        if name not in self.system_outputs:
+            meter = OutputMeter(name, self._kinds.get(name), upstream.origin[name])
+            self.system_outputs[name] = meter
+        return self.system_outputs[name]
 
     def _check_seams(self, base: Arrays, expected: Arrays, captured: Arrays) -> None:
         """Say what running the reference in pieces changed: that belongs to no segment.
@@ -385,6 +410,7 @@ class Analysis:
         flagged: Mapping[str, Local],
         parts: Mapping[str, Mapping[str, Arrays]],
         diverges: bool,
+        upstream: Upstream | None,
     ) -> None:
         """Where this sample's whole divergence came from, by cause and by segment.
 
@@ -394,10 +420,21 @@ class Analysis:
         if index == 0:
             unmeasured = {id for id, meter in self.meters.items() if meter.unmeasured}
             self.ledger = Ledger(_groups(self.cuts, flagged.keys() | unmeasured))
-        if metrics.relative_l2(chain.captured, chain.base, chain.outputs) > 0:
-            self.ledger.book(impact.by_category(chain, flagged, parts), index)
+        base, captured = chain.pick(chain.base), chain.pick(chain.captured)
+        apart = metrics.relative_l2(captured, base, chain.outputs) > 0
+        network = Parts({}, None)
+        if apart:
+            with contextlib.suppress(ReplayError):  # without books the share is said to be unknown
+                network = impact.parts_by_category(chain, flagged, parts)
+                whole = difference(captured, base)
+                self.ledger.book(impact.booked(network, whole, base, chain.outputs), index)
         elif diverges:
             self.ledger.book(Books({}, 1.0, 0.0), index)  # all of it lies between the segments
+        if upstream is not None:
+            origin = chain.pick(upstream.origin)
+            system = Parts(dict(upstream.parts(base)) | network.named, network.rest)
+            whole = difference(captured, origin)
+            self.system.book(impact.booked(system, whole, origin, chain.outputs), index)
         if index == 0 or (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS:
             self.ledger.telescope(chain, index)
 

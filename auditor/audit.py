@@ -22,12 +22,14 @@ from auditor.records import (
     Gap,
     NoiseInfo,
     OutputKind,
+    PipelineReport,
     Severity,
 )
 from auditor.worker import Worker, workers
 
 if TYPE_CHECKING:
     from auditor.model import Model
+    from auditor.pipeline.upstream import Chain
     from auditor.ports import Arrays, Noise, Progress
     from auditor.recording import Recording, Source
     from auditor.replay import Reference
@@ -56,6 +58,8 @@ class AuditOptions:
         requested: whether the backends were named; unnamed ones that are missing do not make
             the audit incomplete.
         candidate: another export that the backends compile while the model stays the reference.
+        images, pipeline: folder of photographs, and what turns them into the input (a file or a
+            preset); instead of ``data``.
         shapes: input shapes from ``--shape``.
         nonfinite: accept recorded inputs with NaN and infinities.
         timeout: seconds that one step of one backend may take.
@@ -74,6 +78,8 @@ class AuditOptions:
     requested: bool = True
     candidate: Path | None = None
     data: Path | None = None
+    images: Path | None = None
+    pipeline: str | None = None
     seed: int = 0
     samples: int | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -145,7 +151,10 @@ def _run(
     compiled = models.load(options.candidate) if options.candidate else model
     rename = _correspondence(model, compiled)
     recordings = _recordings(options, compiled, progress)
-    stimulus = _stimulus(model, options, recordings, rename)
+    photographs = _photographs(model, options) if options.images else None
+    stimulus = (
+        photographs.stimulus if photographs else _stimulus(model, options, recordings, rename)
+    )
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
@@ -169,6 +178,7 @@ def _run(
     for index in range(len(stimulus)):
         feeds = reference.wide(stimulus.sample(index))
         expected = reference.run(feeds)
+        upstream = photographs.measure(index, reference, expected) if photographs else None
         if index + 1 == len(stimulus):
             reference.release()
         outputs = {"reference": expected}
@@ -183,7 +193,7 @@ def _run(
                 tracer = analyses[who].tracer
                 jobs[who] = pool.submit(samples.trace, tracer, index + 1)
             progress.update("reference", f"compare {who}")
-            analyses[who].add(index, feeds, expected, trace)
+            analyses[who].add(index, feeds, expected, trace, upstream)
             outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
         # In the order asked for, not in that of arrival: the report is the same every time.
         agreements.add({who: outputs[who] for who in ("reference", *analyses) if who in outputs})
@@ -212,6 +222,9 @@ def _run(
             own_file=compiled is not model,
         )
         clock.lap("confirm")
+    pipeline = photographs.report() if photographs else None
+    if pipeline is not None:
+        found = ranking.with_steps(found, pipeline, catalogue)
     requested = [t.id for t in tracers] if options.requested else []
     requested += [r.id for r in recordings]
     decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
@@ -224,13 +237,17 @@ def _run(
         findings=found,
         agreement=pairs,
         outlier=ranking.outlier(pairs),
-        gaps=tuple(gap for analysis in analyses.values() for gap in analysis.gaps()),
+        gaps=(
+            *(photographs.gaps if photographs else ()),
+            *(gap for analysis in analyses.values() for gap in analysis.gaps()),
+        ),
         verdict=decision,
         exit_code=exit_code,
         timing=clock.laps,
         fail_on=options.fail_on,
         requested=tuple(requested),
-        noises=_named(reports, catalogue),
+        noises=_named(reports, pipeline, catalogue),
+        pipeline=pipeline,
     )
 
 
@@ -272,6 +289,16 @@ def _recordings(
     return opened
 
 
+def _photographs(model: Model, options: AuditOptions) -> Chain:
+    """The samples made of photographs, and both sides of what makes them."""
+    from auditor.pipeline import description, photos, upstream
+
+    assert options.images is not None and options.pipeline is not None
+    described = description.load(options.pipeline)
+    found = photos.find(options.images, None, options.samples or upstream.SAMPLES)
+    return upstream.Chain(model, described, found, options.output_kinds)
+
+
 def _stimulus(
     model: Model,
     options: AuditOptions,
@@ -304,11 +331,14 @@ def _stimulus(
 
 
 def _named(
-    reports: Sequence[BackendReport], catalogue: Mapping[str, Noise]
+    reports: Sequence[BackendReport],
+    pipeline: PipelineReport | None,
+    catalogue: Mapping[str, Noise],
 ) -> tuple[NoiseInfo, ...]:
     """What the catalogue says of the causes named, ordered by id."""
     ids = {s.noise for b in reports for s in b.segments if s.noise}
     ids |= {c.noise for b in reports for c in b.categories}
+    ids |= {step.noise for step in pipeline.steps} if pipeline else set()
     return tuple(
         NoiseInfo(n.id, n.stage, n.type, n.title, n.cause, n.source)
         for id, n in sorted(catalogue.items())

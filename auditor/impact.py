@@ -105,10 +105,23 @@ class Books:
     rounding: float
 
 
-def by_category(
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The final difference taken apart: what each step of switching causes on adds to the outputs.
+
+    Attributes:
+        named: by noise; ``rest``: the flagged segments' errors that no noise reproduced. What is
+            missing to the whole difference is rounding.
+    """
+
+    named: dict[str, Arrays]
+    rest: Arrays | None
+
+
+def parts_by_category(
     chain: Chain, flagged: Mapping[str, Local], explained: Mapping[str, Mapping[str, Arrays]]
-) -> Books:
-    """Share of the final difference that each noise accounts for.
+) -> Parts:
+    """What each noise adds to the final outputs.
 
     Noises are switched on one after another: a flagged segment's output is the reference's plus
     the part of its frozen error that replaying those noises reproduced. Then the rest of the
@@ -118,27 +131,45 @@ def by_category(
         chain: the backend's chain.
         flagged: by id, the local divergence of every segment above its floor.
         explained: by noise, then by segment id: the reproduced part of the segment's error.
+
+    Raises:
+        ReplayError: the reference cannot follow the errors.
     """
-    whole = difference(chain.pick(chain.captured), chain.pick(chain.base))
     before = chain.base
 
-    def step(errors: Mapping[str, Arrays]) -> float:
+    def step(errors: Mapping[str, Arrays]) -> Arrays:
         nonlocal before
         patches = {s: _frozen(e, flagged[s].observed) for s, e in errors.items()}
         after = chain.final(patches)
         part = difference(chain.pick(after), chain.pick(before))
         before = after
-        return metrics.projection(part, whole, chain.base, chain.outputs)
+        return part
 
-    shares: dict[str, float] = {}
+    named: dict[str, Arrays] = {}
     errors: dict[str, Arrays] = {}
-    try:
-        for noise, parts in explained.items():
-            errors |= parts
-            shares[noise] = step(errors)
-        rest = step({s: local.error for s, local in flagged.items()}) if flagged else 0.0
-    except ReplayError:
-        return Books({}, math.nan, math.nan)
+    for noise, parts in explained.items():
+        errors |= parts
+        named[noise] = step(errors)
+    rest = step({s: local.error for s, local in flagged.items()}) if flagged else None
+    return Parts(named, rest)
+
+
+def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...]) -> Books:
+    """The share of each part in a whole difference, by projection on it.
+
+    Args:
+        parts: what the whole was taken apart into.
+        whole: the difference of the final outputs.
+        reference: the outputs that it is a difference from.
+        names: the final outputs.
+    """
+    shares = {
+        noise: metrics.projection(part, whole, reference, names)
+        for noise, part in parts.named.items()
+    }
+    rest = 0.0
+    if parts.rest is not None:
+        rest = metrics.projection(parts.rest, whole, reference, names)
     return Books(shares, rest, 1.0 - sum(shares.values()) - rest)
 
 

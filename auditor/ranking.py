@@ -9,12 +9,15 @@ from dataclasses import replace
 from auditor.fingerprint import fingerprint
 from auditor.ports import Noise
 from auditor.records import (
+    PIPELINE,
     SEVERITIES,
     Agreement,
     BackendReport,
     Confidence,
     Finding,
     Kernel,
+    PipelineReport,
+    PipelineStep,
     Segment,
     Severity,
     Verdict,
@@ -84,6 +87,15 @@ def findings(
     return tuple(_ranked(finding, rank) for rank, finding in enumerate(unranked, 1))
 
 
+def with_steps(
+    found: Sequence[Finding], pipeline: PipelineReport, noises: Mapping[str, Noise]
+) -> tuple[Finding, ...]:
+    """The steps before the network that change its input, ranked among the findings."""
+    steps = [_step(s, noises[s.noise]) for s in pipeline.steps if s.bit_identical < 1]
+    both = sorted((*found, *steps), key=_order)
+    return tuple(_ranked(finding, rank) for rank, finding in enumerate(both, 1))
+
+
 def verdict(
     backends: Sequence[BackendReport],
     found: Sequence[Finding],
@@ -98,6 +110,12 @@ def verdict(
     limit = SEVERITIES.index(fail_on)
     worst = [f.severity for f in found]
     worst += [severity(o.distance.relative_l2) for b in backends for o in b.outputs]
+    worst += [
+        severity(o.distance.relative_l2)
+        for b in backends
+        if b.end_to_end
+        for o in b.end_to_end.outputs
+    ]
     if any(SEVERITIES.index(s) >= limit for s in worst):
         return "fail", 1
     if any(b.status != "audited" for b in backends if b.id in requested):
@@ -185,6 +203,39 @@ def _finding(
         leave_one_in_spread=lead.leave_one_in_spread,
         explained_spread=lead.explained_spread,
         consequences=lead.consequences,
+    )
+
+
+def _step(step: PipelineStep, noise: Noise) -> Finding:
+    effect = step.effect
+    seen = [f"its change alone: {c.output}: {c.sentence}" for c in step.consequences]
+    return Finding(
+        rank=0,
+        backend=PIPELINE,
+        segment=step.name,
+        segments=(step.name,),
+        nodes=(step.name,),
+        op_types=(),
+        kernel=step.deployment,
+        noise=step.noise,
+        stage=noise.stage,
+        leave_one_in=None,
+        impact_share=step.share,
+        introduced=step.input_l2,
+        effect=effect,
+        explained=None,
+        bit_identical=step.bit_identical,
+        severity=severity(effect if effect is not None else step.input_l2),
+        confidence="high" if effect is not None else "medium",  # the step itself was switched
+        evidence=(
+            f"training: {step.training}; deployment: {step.deployment}",
+            f"switched alone it changes the network's input by relative L2 {step.input_l2:.2e}, "
+            f"{step.bit_identical:.1%} of elements bit-identical",
+            *seen,
+        ),
+        remedy=noise.remedy(PIPELINE),
+        fingerprint=fingerprint(PIPELINE, [step.name], step.noise),
+        consequences=step.consequences,
     )
 
 

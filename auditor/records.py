@@ -20,6 +20,8 @@ Stage = Literal["pre-processing", "inference", "post-processing"]
 Conclusion = Literal["confirmed", "contradicted", "partial", "unchanged", "measured", "failed"]
 OutputKind = Literal["scores", "boxes", "mask", "embedding", "none"]
 
+PIPELINE = "pipeline"  # stands for a backend's id where a step before the network is meant
+
 SEVERITIES: tuple[Severity, ...] = ("info", "low", "medium", "high", "critical")
 
 # Relative L2 of the final outputs. 1e-3 is the level at which the runtimes' own conformance suites
@@ -540,6 +542,22 @@ class Counterfactual:
 
 
 @dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """The deployed system, pipeline and backend, against the training pipeline and the reference.
+
+    Attributes:
+        outputs: the final outputs' divergence between the two systems.
+        shares: what each step before the network and each cause in it accounts for; with
+            ``unexplained_share`` they sum to 1. Means over ``samples`` samples.
+    """
+
+    outputs: tuple[OutputDistance, ...]
+    shares: tuple[CategoryShare, ...]
+    unexplained_share: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendReport:
     """Everything known about one backend after the audit.
 
@@ -570,11 +588,65 @@ class BackendReport:
     unexplained_spread: Spread | None = None
     booked_samples: int = 0
     counterfactuals: tuple[Counterfactual, ...] = ()
+    end_to_end: EndToEnd | None = None  # where photographs were fed through a pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStep:
+    """One step before the network that differs between training and deployment.
+
+    Attributes:
+        noise: id of the cause; ``name`` is the step's, as in a pipeline description.
+        training, deployment: what each side does, in words.
+        input_l2: relative L2 of the network's input when this step alone is as deployed.
+        bit_identical: fraction of the input's elements that this leaves as they were.
+        effect: relative L2 of the reference's final outputs under the same change; None where
+            it could not be measured on any photograph.
+        share: of what all steps together do to the outputs, each switched in the order of
+            execution; they sum to 1.
+        consequences: what the step alone does to what is read off the outputs.
+    """
+
+    noise: str
+    name: str
+    training: str
+    deployment: str
+    input_l2: float
+    bit_identical: float
+    effect: float | None
+    share: float | None
+    effect_spread: Spread | None = None
+    share_spread: Spread | None = None
+    consequences: tuple[Consequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineReport:
+    """What the deployment's pipeline changes before the network, on the reference.
+
+    Attributes:
+        source: where the description is from.
+        photos: how many photographs were measured.
+        training, deployment: every step of each side in words, by its key in a description.
+        steps: those that differ, in the order of execution.
+        outputs: the reference's outputs after the deployment's pipeline, against those after
+            the training pipeline.
+    """
+
+    source: str
+    photos: int
+    training: dict[str, str]
+    deployment: dict[str, str]
+    steps: tuple[PipelineStep, ...]
+    outputs: tuple[OutputDistance, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A ranked offender.
+
+    A step before the network is on the backend ``pipeline``, with the step's name for its segment
+    and node.
 
     Attributes:
         segments: ids of the segments merged into it (they share nodes).
@@ -704,6 +776,7 @@ class AuditReport:
     requested: tuple[str, ...] = ()
     noises: tuple[NoiseInfo, ...] = ()
     judgement: Judgement | None = None
+    pipeline: PipelineReport | None = None
 
 
 # --- two reports side by side (``audit diff``) ----------------------------------------------------

@@ -13,6 +13,7 @@ from auditor.records import (
     BackendReport,
     CategoryShare,
     Consequence,
+    EndToEnd,
     Fidelity,
     FidelityProof,
     Kernel,
@@ -21,6 +22,7 @@ from auditor.records import (
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis
+    from auditor.impact import Ledger
     from auditor.segments import Cut
 
 # Outside this range of Σ leave-one-in², contributions do not add.
@@ -54,7 +56,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
         status="audited",
         fidelity=_proof(measured),
         outputs=tuple(meter.report() for meter in measured.outputs.values()),
-        categories=_categories(measured),
+        categories=_categories(measured, measured.ledger),
         unexplained_share=_unexplained(measured),
         unexplained_spread=ledger.unexplained.spread(),
         segments=segments,
@@ -67,13 +69,25 @@ def report(measured: Analysis, device: str) -> BackendReport:
         additivity=_additivity(measured),
         input_control=measured.control,
         warnings=tuple(_sentences(measured, segments)),
+        end_to_end=_end_to_end(measured),
     )
 
 
-def _categories(measured: Analysis) -> tuple[CategoryShare, ...]:
+def _end_to_end(measured: Analysis) -> EndToEnd | None:
+    if not measured.system_outputs:
+        return None
+    return EndToEnd(
+        outputs=tuple(meter.report() for meter in measured.system_outputs.values()),
+        shares=_categories(measured, measured.system),
+        unexplained_share=measured.system.unexplained.mean,
+        samples=measured.system.unexplained.count,
+    )
+
+
+def _categories(measured: Analysis, ledger: Ledger) -> tuple[CategoryShare, ...]:
     """Each cause's share; what is left when every flagged segment is repaired is rounding."""
-    shares = dict(measured.ledger.named)
-    rounding = measured.ledger.rounding
+    shares = dict(ledger.named)
+    rounding = ledger.rounding
     if rounding.count:
         shares[fp32_rounding.NOISE.id] = rounding
     return tuple(

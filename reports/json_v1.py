@@ -43,6 +43,7 @@ from auditor.records import (
     Consequence,
     Counterfactual,
     Distance,
+    EndToEnd,
     Fidelity,
     FidelityProof,
     Finding,
@@ -55,6 +56,8 @@ from auditor.records import (
     OutputChange,
     OutputDistance,
     OutputKind,
+    PipelineReport,
+    PipelineStep,
     Provenance,
     ReferenceInfo,
     Segment,
@@ -500,6 +503,43 @@ _COUNTERFACTUAL = _record(
         "sentence": _TEXT,
     },
 )
+_END_TO_END = _record(
+    EndToEnd,
+    {
+        "outputs": _many(_OUTPUT),
+        "shares": _many(_CATEGORY),
+        "unexplained_share": _SHARE,
+        "samples": _INT,
+    },
+)
+_PIPELINE = _record(
+    PipelineReport,
+    {
+        "source": _TEXT,
+        "photos": _INT,
+        "training": _keyed(_TEXT),
+        "deployment": _keyed(_TEXT),
+        "steps": _many(
+            _record(
+                PipelineStep,
+                {
+                    "noise": _TEXT,
+                    "name": _TEXT,
+                    "training": _TEXT,
+                    "deployment": _TEXT,
+                    "input_l2": _ERROR,
+                    "bit_identical": _SHARE,
+                    "effect": _MEASURED,
+                    "share": _MEASURED,
+                    "effect_spread": _SPREAD,
+                    "share_spread": _SPREAD,
+                    "consequences": _many(_CONSEQUENCE),
+                },
+            )
+        ),
+        "outputs": _many(_OUTPUT),
+    },
+)
 _BACKEND = _record(
     BackendReport,
     {
@@ -521,6 +561,7 @@ _BACKEND = _record(
         "unexplained_spread": _SPREAD,
         "booked_samples": _INT,
         "counterfactuals": _many(_COUNTERFACTUAL),
+        "end_to_end": _optional(_END_TO_END),
     },
 )
 _FINDING = _record(
@@ -598,6 +639,7 @@ _BODY: dict[str, _Codec[Any]] = {
     "requested": _TEXTS,
     "noises": _many(_NOISE),
     "judgement": _optional(_JUDGEMENT),
+    "pipeline": _optional(_PIPELINE),
 }
 _ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 

@@ -67,6 +67,21 @@ def _audit(
         ),
     ] = None,
     data: Data = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Photographs instead of --data, through --pipeline: decoder, resize, colour … "
+            "are ranked among the layers.",
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|PRESET",
+            help="With --images: both sides of what turns a photograph into the input.",
+        ),
+    ] = None,
     allow_nonfinite: Annotated[
         bool,
         typer.Option(
@@ -191,6 +206,11 @@ def _audit(
         raise UsageError(
             f"--trace `{twice[0]}` has the name of a backend", "Write NAME=FILE with another name."
         )
+    if (images is None) != (pipeline is None) or (images is not None and data is not None):
+        raise UsageError(
+            "--images and --pipeline belong together, and take the place of --data",
+            "Write --images DIR --pipeline p.toml, or a preset such as imagenet-torchvision.",
+        )
     options = engine_options(option, specs)
     shapes = dict(parse_shape(text) for text in shape or ())
     kinds = dict(parse_kind(text) for text in output_kind or ())
@@ -205,6 +225,8 @@ def _audit(
         requested=bool(backends),
         candidate=candidate,
         data=data,
+        images=images,
+        pipeline=pipeline,
         seed=seed,
         samples=samples,
         shapes=shapes,

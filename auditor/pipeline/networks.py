@@ -77,7 +77,7 @@ class Networks:
         Raises:
             UsageError: the network has several inputs, or does not take the tensor.
         """
-        self.input = _input(model, tensor)
+        self.input = network_input(model, tensor)
         self.outputs = list(model.outputs)
         self.forms: list[Form] = []
         self.gaps: list[Gap] = []
@@ -162,7 +162,7 @@ def in_order(forms: Iterable[Form]) -> Forms:
     return tuple(sorted(forms, key=lambda form: (ranks.get(form.group, len(ranks)), form.noise)))
 
 
-def _input(model: Model, tensor: Array) -> str:
+def network_input(model: Model, tensor: Array) -> str:
     """The network's only input.
 
     Raises:
