@@ -219,7 +219,7 @@ def _step(step: PipelineStep, noise: Noise) -> Finding:
         kernel=step.deployment,
         noise=step.noise,
         stage=noise.stage,
-        leave_one_in=None,
+        leave_one_in=step.leave_one_in,
         impact_share=step.share,
         introduced=step.input_l2,
         effect=effect,
@@ -235,6 +235,7 @@ def _step(step: PipelineStep, noise: Noise) -> Finding:
         ),
         remedy=noise.remedy(PIPELINE),
         fingerprint=fingerprint(PIPELINE, [step.name], step.noise),
+        leave_one_in_spread=step.leave_one_in_spread,
         consequences=step.consequences,
     )
 

@@ -602,6 +602,7 @@ class PipelineStep:
         bit_identical: fraction of the input's elements that this leaves as they were.
         effect: relative L2 of the reference's final outputs under the same change; None where
             it could not be measured on any photograph.
+        leave_one_in: that effect relative to what all steps together do.
         share: of what all steps together do to the outputs, each switched in the order of
             execution; they sum to 1.
         consequences: what the step alone does to what is read off the outputs.
@@ -614,8 +615,9 @@ class PipelineStep:
     input_l2: float
     bit_identical: float
     effect: float | None
+    leave_one_in: float | None
     share: float | None
-    effect_spread: Spread | None = None
+    leave_one_in_spread: Spread | None = None
     share_spread: Spread | None = None
     consequences: tuple[Consequence, ...] = ()
 

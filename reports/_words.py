@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from auditor.records import SEVERITIES
+from auditor.records import PIPELINE, SEVERITIES
 from auditor.records import severity as severity_of
 
 if TYPE_CHECKING:
     from auditor.records import (
         AuditReport,
         BackendReport,
+        CategoryShare,
         Consequence,
         Counterfactual,
         FidelityProof,
@@ -150,12 +151,39 @@ def headline(report: AuditReport) -> str:
         said = "every backend's outputs equal the reference's"
     else:
         said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
+    whole = max((o.distance.relative_l2 for _, o in systems(report)), default=None)
+    if whole is not None:
+        said += f", with the steps before the network {error(whole)}"
     counts = Counter(finding.severity for finding in report.findings)
     parts = [f"{counts[s]} {s}" for s in reversed(SEVERITIES) if counts[s]]
     found = count(len(report.findings), "finding") + (f" ({', '.join(parts)})" if parts else "")
     without = [b.id for b in report.backends if b.status != "audited"]
     missing = f"; no comparison with {', '.join(without)}" if without else ""
     return f"{said}; {found}{missing}"
+
+
+def systems(report: AuditReport) -> list[tuple[BackendReport, OutputDistance]]:
+    """Every output of the deployed systems: pipeline and backend together."""
+    return [(b, o) for b in report.backends if b.end_to_end for o in b.end_to_end.outputs]
+
+
+def end_to_end(backend: BackendReport) -> list[str]:
+    """What the deployed system changes as a whole, a sentence for each output and the causes."""
+    whole = backend.end_to_end
+    if whole is None:
+        return []
+    lines = [
+        f"end to end, {output.name}: {distance(output)}"
+        + (f"; {output.consequence.sentence}" if output.consequence else "")
+        for output in sorted(whole.outputs, key=lambda o: -o.distance.relative_l2)
+    ]
+    of = f"shares over {count(whole.samples, 'sample')}: " if whole.samples else ""
+    return [*lines, f"end to end, {of}{_shares(whole.shares, whole.unexplained_share)}"]
+
+
+def of_step(found: Finding) -> bool:
+    """Whether a finding is a step before the network."""
+    return found.backend == PIPELINE
 
 
 def fails(finding: Finding, report: AuditReport) -> bool:
@@ -207,6 +235,12 @@ def distance(output: OutputDistance) -> str:
 
 def finding(found: Finding) -> str:
     """What was measured of a finding, in one sentence without its place."""
+    if of_step(found):
+        alone = "unknown" if found.effect is None else f"{error(found.effect)} relative L2"
+        return (
+            f"{found.noise}: this step alone changes the network's input by "
+            f"{error(found.introduced)} and its outputs by {alone}, {found.confidence} confidence"
+        )
     impact = (
         f"{error(found.introduced)} relative L2 introduced"
         if found.leave_one_in is None
@@ -230,14 +264,18 @@ def place(found: Finding, room: int) -> str:
 
 def causes(backend: BackendReport) -> str:
     """Where the final divergence comes from."""
-    parts = [
-        f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {percent(c.share)}"
-        for c in sorted(backend.categories, key=lambda c: -c.share)
-    ]
-    if backend.unexplained_share or not parts:
-        parts.append(f"unexplained {percent(backend.unexplained_share)}")
     if all(o.distance.relative_l2 == 0 for o in backend.outputs):
         return "nothing to explain"
+    return _shares(backend.categories, backend.unexplained_share)
+
+
+def _shares(categories: Iterable[CategoryShare], unexplained: float) -> str:
+    parts = [
+        f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {percent(c.share)}"
+        for c in sorted(categories, key=lambda c: -c.share)
+    ]
+    if unexplained or not parts:
+        parts.append(f"unexplained {percent(unexplained)}")
     return ", ".join(parts)
 
 
@@ -341,7 +379,7 @@ def proof(found: FidelityProof) -> str:
 
 def notes(backend: BackendReport) -> tuple[str, ...]:
     """What the reader must know about a backend: its outputs, compile-time facts, warnings."""
-    read = (*map(told, backend.outputs), books(backend))
+    read = (*map(told, backend.outputs), books(backend), *end_to_end(backend))
     made = backend.provenance.notes if backend.provenance else ()
     return (*filter(None, read), *made, *backend.warnings)
 

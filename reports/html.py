@@ -102,7 +102,8 @@ def _told(backend: BackendReport) -> dict[str, object]:
         "proof": words.proof(proof) if proof else "",
         "proved": bool(proof and words.proved(proof)),
         "ran": words.ran(made, backend.status) if made else "",
-        "told": [said for output in backend.outputs if (said := words.told(output))],
+        "told": [said for output in backend.outputs if (said := words.told(output))]
+        + words.end_to_end(backend),
         "books": words.books(backend),
     }
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from auditor.records import SEVERITIES, severity
+from auditor.records import PIPELINE, SEVERITIES, severity
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, BackendReport, Finding, Gap
+    from auditor.records import AuditReport, BackendReport, Finding, Gap, PipelineReport
 
 _NAME = 200  # characters of a name
 _TEXT = 2000  # characters of a message
@@ -48,9 +48,13 @@ class _Junit:
         root = Element("testsuites")
         for number, backend in enumerate(report.backends):
             _suite(root, report, backend, number)
+        number = len(report.backends)
+        if report.pipeline:
+            _pipeline(root, report, report.pipeline, number)
+            number += 1
         others = [gap for gap in report.gaps if gap not in {b.gap for b in report.backends}]
         if others:
-            _gaps(root, others, len(report.backends))
+            _gaps(root, others, number)
         ElementTree.indent(root)
         text: str = ElementTree.tostring(root, encoding="us-ascii").decode("ascii")
         return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'  # ASCII is a part of UTF-8
@@ -92,6 +96,23 @@ def _suite(root: Element, report: AuditReport, backend: BackendReport, number: i
         "ran": words.ran(made, backend.status) if made else "",
     }
     _append(root, backend.id, number, cases, properties, out, words.notes(backend))
+
+
+def _pipeline(root: Element, report: AuditReport, pipeline: PipelineReport, number: int) -> None:
+    """What the deployment's pipeline changes before the network, a case for each step."""
+    of_steps = {f.noise: f for f in report.findings if words.of_step(f)}
+    cases, out = [], []
+    for step in pipeline.steps:
+        finding = of_steps.get(step.noise)
+        if finding is not None and words.fails(finding, report):
+            cases.append(_finding(finding))
+            continue
+        cases.append(_case(PIPELINE, step.name))
+        if finding is not None:
+            why = words.waived(finding, report) or "does not fail the audit"
+            out.append(f"{why}: {finding.severity}, {words.finding(finding)}")
+    properties = {"source": pipeline.source, "photographs": str(pipeline.photos)}
+    _append(root, PIPELINE, number, cases, properties, out, ())
 
 
 def _append(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, Finding, Gap
+    from auditor.records import AuditReport, Finding, Gap, PipelineStep
 
 LIMIT = 65_000  # bytes, hence characters too; leaves room for a marker that a bot adds
 
@@ -51,6 +51,8 @@ class _Markdown:
         report = words.visible(report)
         page = _Page()
         page.add(_verdict(report))
+        if report.pipeline:
+            page.add(_STEPS, map(_step_row, report.pipeline.steps), what="steps")
         page.add(_BACKENDS, _backends(report), what="outputs", most=LIMIT * 3 // 10)
         if report.findings:
             top = map(_finding_row, report.findings[:_TOP])
@@ -162,6 +164,25 @@ def _judgement(report: AuditReport) -> str:
     return f"Broken rules of {_code(judgement.source)}:\n\n{''.join(rules)}{rest}\n"
 
 
+_STEPS = (
+    "\n### Before the network: deployment against training\n\n"
+    "| step | training | deployment | input changes | outputs change | share |\n"
+    "|---|---|---|--:|--:|--:|\n"
+)
+
+
+def _step_row(step: PipelineStep) -> str:
+    effect = "not measured" if step.effect is None else words.error(step.effect)
+    return _row(
+        _code(step.name),
+        _prose(step.training),
+        _prose(step.deployment),
+        words.error(step.input_l2),
+        effect,
+        words.percent(step.share),
+    )
+
+
 _BACKENDS = (
     "\n### Backends: final divergence from the reference\n\n"
     "| backend | output | rel. L2 | max abs | SQNR dB | cosine | top-1 | causes | proof |\n"
@@ -227,7 +248,7 @@ def _place(finding: Finding) -> str:
     if not finding.nodes:
         return _code(finding.segment)
     more = f" and {len(finding.nodes) - 1} more" if len(finding.nodes) > 1 else ""
-    operators = _prose(words.elide(", ".join(finding.op_types), _NAME))
+    operators = _prose(words.elide(", ".join(finding.op_types) or finding.stage, _NAME))
     return f"{_code(finding.nodes[0])}{more} ({operators})"
 
 

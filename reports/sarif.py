@@ -203,7 +203,8 @@ def _divergence(
 def _finding(finding: Finding, segments: Sequence[Segment], place: Object) -> Object:
     said = (
         f"{finding.severity}, on {finding.backend}, {words.place(finding, _SHOWN)} "
-        f"({words.elide(', '.join(finding.op_types), _SHOWN)}): {words.finding(finding)}."
+        f"({words.elide(', '.join(finding.op_types) or finding.stage, _SHOWN)}): "
+        f"{words.finding(finding)}."
     )
     labels = [pair for s in segments for pair in zip(s.nodes, s.node_keys, strict=False)]
     labels = labels or [(label, label) for label in finding.nodes]

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         Finding,
         Gap,
         Judgement,
+        PipelineReport,
+        PipelineStep,
         Segment,
         Sensitivity,
         TensorStats,
@@ -88,6 +90,8 @@ class _Terminal:
         report = words.visible(report)
         page = _Page(width, color)
         _draw_verdict(page, report)
+        if report.pipeline:
+            _draw_pipeline(page, report.pipeline)
         _draw_backends(page, report)
         _draw_findings(page, report)
         _draw_counterfactuals(page, report)
@@ -113,8 +117,12 @@ def render_segment(report: AuditReport, name: str, width: int | None, color: boo
         UsageError: nothing in the report has that name.
     """
     report = words.visible(report)
-    found = _find(report, words.visible(name))
     page = _Page(width, color)
+    steps = report.pipeline.steps if report.pipeline else ()
+    for step in (s for s in steps if name.lower() in (s.name, s.noise)):
+        _draw_step(page, report, step)
+        return page.text()
+    found = _find(report, words.visible(name))
     crowd = Counter(backend.id for backend, _ in found)
     if max(crowd.values()) > _MOST_MATCHES:
         _draw_matches(page, words.visible(name), found)
@@ -633,6 +641,44 @@ _FIGURES = (
 )
 
 
+def _draw_pipeline(page: _Page, pipeline: PipelineReport) -> None:
+    """The steps that differ, in the order of execution; as ranked they are among the offenders."""
+    page.rule("Before the network: what deployment changes")
+    columns = (
+        _Column("step"),
+        _Column("input changes", right=True),
+        _Column("outputs change", right=True),
+        _Column("share", right=True),
+        _Column("bits", right=True),
+    )
+    rows = [
+        _Row(
+            (
+                _Span(step.name, "bold"),
+                _Span(words.error(step.input_l2)),
+                _Span("not measured" if step.effect is None else words.error(step.effect)),
+                _Span(words.percent(step.share)),
+                _Span(words.percent(step.bit_identical)),
+            ),
+            (
+                _detail("  training", _Span(f" {step.training}")),
+                _detail("  deployed", _Span(f" {step.deployment}")),
+                *(
+                    _detail("  alone", _Span(f" {consequence.output}: {consequence.sentence}"))
+                    for consequence in step.consequences
+                ),
+            ),
+        )
+        for step in pipeline.steps
+    ]
+    page.grid(columns, rows)
+    for output in pipeline.outputs:
+        said = f"{output.name}: {words.distance(output)}"
+        if output.consequence:
+            said += f"; {output.consequence.sentence}"
+        page.say(_Span(said), label=_Span("together", "bold"), begin=12)
+
+
 def _draw_backends(page: _Page, report: AuditReport) -> None:
     page.rule("Backends: final divergence from the reference")
     for columns in (_FIGURES, _FIGURES[:-1], _FIGURES[:-2]):
@@ -700,6 +746,8 @@ def _backend_facts(backend: BackendReport) -> Iterable[_Span]:
             yield _Span(told)
     if books := words.books(backend):
         yield _Span(books, "dim")
+    for line in words.end_to_end(backend):
+        yield _Span(line)
     for note in backend.provenance.notes if backend.provenance else ():
         yield _Span(f"note: {note}")
     for warning in backend.warnings:
@@ -735,7 +783,7 @@ def _draw_findings(page: _Page, report: AuditReport) -> None:
     if page.width >= _WIDE:
         columns += [_Column("ONNX nodes"), _Column("operators"), _Column("kernel")]
     shown, more = report.findings[:TOP], report.findings[TOP:]
-    root = _folder([label for finding in shown for label in finding.nodes])
+    root = _folder([n for finding in shown if not words.of_step(finding) for n in finding.nodes])
     page.grid(columns, [_finding_row(page, finding, root) for finding in shown])
     page.blank()
     if more:
@@ -756,6 +804,10 @@ def _draw_findings(page: _Page, report: AuditReport) -> None:
             _Span(remedy),
             label=_Span("remedy   ", "green"),
         )
+
+
+def _operators(finding: Finding, room: int) -> str:
+    return finding.stage if words.of_step(finding) else _join(finding.op_types, ", ", room)
 
 
 def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
@@ -782,17 +834,17 @@ def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
     kernel = finding.kernel or "kernel not stated"
     if page.width >= _WIDE:
         names = _Span(_name_nodes(finding.nodes, page.width * 3 // 10, root))
-        operators = _Span(_join(finding.op_types, ", ", page.width // 8))
+        operators = _Span(_operators(finding, page.width // 8))
         ran = _elide(kernel, page.width // 4)
         return _Row((*cells, *beside, names, operators, _Span(ran)), effects)
     room = page.width - 4
     if page.width >= _MEDIUM:
         ran = f"  {_elide(kernel, room // 3)}"
-        operators = _Span(f"  {_join(finding.op_types, ', ', room // 3)}", "dim")
+        operators = _Span(f"  {_operators(finding, room // 3)}", "dim")
         names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text) - _cells(ran), root))
         named = (_Span("  "), names, operators, _Span(ran, "dim"))
         return _Row((*cells, *beside), (named, *effects))
-    operators = _Span(f" ({_join(finding.op_types, ', ', room // 3)})", "dim")
+    operators = _Span(f" ({_operators(finding, room // 3)})", "dim")
     names = _Span(_name_nodes(finding.nodes, room - _cells(operators.text), root))
     start = f"{finding.segment}: "
     told = f", {finding.confidence} confidence; "
@@ -999,6 +1051,49 @@ def _draw_matches(page: _Page, name: str, found: Sequence[tuple[BackendReport, S
     ]
     page.grid(columns, rows)
     page.say(_Span("Give a segment's id or a node's name to see one in full.", "dim"))
+
+
+def _draw_step(page: _Page, report: AuditReport, step: PipelineStep) -> None:
+    finding = next((f for f in report.findings if f.noise == step.noise), None)
+    page.rule(f"pipeline, step {step.name}")
+    if finding:
+        page.say(
+            _Span(
+                f"offender {finding.rank}, {finding.severity}, {finding.confidence} confidence",
+                _COLORS[finding.severity],
+            ),
+            label=_tag("rank"),
+        )
+    page.say(_Span(step.training), label=_tag("training"))
+    page.say(_Span(step.deployment), label=_tag("deployment"))
+    page.say(
+        _Span(f"changes by {words.error(step.input_l2)} relative L2 when this step alone differs"),
+        _Span(f"; {words.percent(step.bit_identical)} of elements bit-identical"),
+        label=_tag("input"),
+    )
+    alone = "not measured"
+    if step.effect is not None:
+        alone = (
+            f"change by {words.error(step.effect)} relative L2, {words.percent(step.leave_one_in)} "
+            "of what all steps do together"
+        )
+    page.say(_Span(alone, "bold"), label=_tag("outputs"))
+    if varied := words.ranged(step.leave_one_in_spread, words.percent):
+        page.say(_Span(varied), label=_tag(""))
+    for consequence in step.consequences:
+        said = f"{consequence.output}: {consequence.sentence}"
+        page.say(_Span(said), label=_tag("it alone"))
+    booked = words.percent(step.share)
+    if varied := words.ranged(step.share_spread, words.percent):
+        booked += f"; {varied}"
+    page.say(_Span(booked), label=_tag("share"))
+    for backend in report.backends:
+        parts = backend.end_to_end.shares if backend.end_to_end else ()
+        for part in (p for p in parts if p.noise == step.noise):
+            said = f"{words.percent(part.share)} of the whole difference on {backend.id}"
+            page.say(_Span(said), label=_tag("end to end"))
+    if finding and finding.remedy:
+        page.say(_Span(finding.remedy), label=_tag("remedy"))
 
 
 def _cause(segment: Segment) -> str:

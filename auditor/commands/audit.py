@@ -26,6 +26,7 @@ from auditor.commands._options import (
 from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
+from auditor.records import PIPELINE
 
 if TYPE_CHECKING:
     from auditor.policy import Policy
@@ -265,7 +266,7 @@ def _rules(
         earlier = json_v1.load(baseline)
     rules = rulebook.load(policy) if policy else rulebook.find(Path())
     if rules is not None:
-        known = [*discovery.backend_ids(), *traces]
+        known = [*discovery.backend_ids(), *traces, PIPELINE]
         rulebook.check(rules, known, [n.id for n in discovery.noises()])
     return rules, earlier
 

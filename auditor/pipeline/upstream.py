@@ -148,6 +148,7 @@ class _StepMeter:
     inputs: Moments = field(default_factory=Moments)
     same: Running = field(default_factory=Running)
     effect: Running = field(default_factory=Running)
+    impact: Running = field(default_factory=Running)
     share: Running = field(default_factory=Running)
     tasks: dict[str, TaskMeter] = field(default_factory=dict)
 
@@ -267,7 +268,8 @@ class Chain:
         self._add(index, upstream, expected)
         for meter in self._meters:
             try:
-                self._alone(meter, index, run(meter.step.take(training, deployment)), run(training))
+                alone = run(meter.step.take(training, deployment))
+                self._alone(meter, index, alone, run(training), expected)
             except Exception as error:  # as above
                 self._gap(name, "run", f"{meter.step.name} alone: {error}")
         return upstream
@@ -287,12 +289,18 @@ class Chain:
             for meter, share in zip(self._meters, shares, strict=True):
                 meter.share.add(share, index)
 
-    def _alone(self, meter: _StepMeter, index: int, made: _Made, training: _Made) -> None:
+    def _alone(
+        self, meter: _StepMeter, index: int, made: _Made, training: _Made, expected: Arrays
+    ) -> None:
         """What a step without the others does."""
         (tensor, values), (plain, origin) = made, training
         meter.inputs.add(tensor, plain)
         meter.same.add(metrics.bit_identical(tensor, plain), index)
-        meter.effect.add(metrics.relative_l2(values, origin, tuple(origin)), index)
+        effect = metrics.relative_l2(values, origin, tuple(origin))
+        meter.effect.add(effect, index)
+        whole = metrics.relative_l2(expected, origin, tuple(origin))
+        if 0 < whole < math.inf:
+            meter.impact.add(effect / whole, index)
         for name, value in values.items():
             task = meter.tasks.setdefault(name, TaskMeter(name, self._outputs[name].kind))
             task.add(value, origin[name], index)
@@ -321,8 +329,9 @@ class Chain:
             input_l2=meter.inputs.distance().relative_l2,
             bit_identical=meter.same.mean,
             effect=meter.effect.mean if meter.effect.count else None,
+            leave_one_in=meter.impact.mean if meter.impact.count else None,
             share=meter.share.mean if meter.share.count else None,
-            effect_spread=meter.effect.spread(),
+            leave_one_in_spread=meter.impact.spread(),
             share_spread=meter.share.spread(),
             consequences=tuple(c for c in made if c is not None),
         )

@@ -42,7 +42,7 @@ function judgement({ source, broken, waived, notes }) {
 }
 
 function navigation() {
-  const sections = [["backends", "Backends"], ["offenders", "Offenders"],
+  const sections = [REPORT.pipeline && ["pipeline", "Before the network"], ["backends", "Backends"], ["offenders", "Offenders"],
     AUDITED.length && ["network", "Network"], REPORT.agreement.length && ["agreement", "Agreement"],
     ["gaps", "Not audited"], ["provenance", "Provenance"]];
   return html("nav", { "aria-label": "Sections" }, sections.filter(Boolean).map(([id, title]) =>
@@ -66,6 +66,26 @@ function themeButton() {
 const section = (id, title, ...content) =>
   html("section", { id, "aria-labelledby": `${id}-title` },
     html("h2", { id: `${id}-title` }, title), content);
+
+// --- before the network -----------------------------------------------------------------------------
+
+function pipelineSection() {
+  const { pipeline } = REPORT;
+  if (!pipeline) return null;
+  const head = [{ title: "step" }, { title: "training" }, { title: "deployment" },
+    { title: "input changes", number: true }, { title: "outputs change", number: true },
+    { title: "share", number: true }, { title: "alone" }];
+  const row = (step) => [html("strong", null, clip(step.name, 40)), clip(step.training, 120),
+    clip(step.deployment, 120), error(step.input_l2), step.effect === null ? NONE : error(step.effect),
+    [percent(step.share), bar(Math.abs(step.share ?? 0), percent(step.share))],
+    step.consequences.map(({ output, sentence }) => html("div", null, `${clip(output, 60)}: ${clip(sentence, 200)}`))];
+  return section("pipeline", "Before the network",
+    html("p", { class: "quiet" },
+      `What ${clip(pipeline.source, 200)} does differently in deployment, each step switched alone on the reference: ${count(pipeline.photos, "photograph")}.`),
+    html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps before the network" },
+      table("Steps that differ, in the order of execution", head, pipeline.steps.map(row))),
+    outputTable({ id: "the reference after the deployment's pipeline", outputs: pipeline.outputs }));
+}
 
 // --- backends ---------------------------------------------------------------------------------------
 
@@ -486,7 +506,7 @@ function provenanceSection() {
 
 // --- together ---------------------------------------------------------------------------------------
 
-document.getElementById("main").append(...[header(), backendSection(), offenderSection(), networkSection(),
+document.getElementById("main").append(...[header(), pipelineSection(), backendSection(), offenderSection(), networkSection(),
   agreementSection(), gapSection(), provenanceSection()].filter(Boolean));
 if (AUDITED.length) showNetwork(AUDITED.find(({ id }) => id === REPORT.findings[0]?.backend) ?? AUDITED[0]);
 document.addEventListener("keydown", (event) => { if (event.key === "Escape") closeSegment(); });
