@@ -52,7 +52,7 @@ class _Markdown:
         page = _Page()
         page.add(_verdict(report))
         if report.pipeline:
-            page.add(_STEPS, map(_step_row, report.pipeline.steps), what="steps")
+            page.add(_STEPS, map(_step_row, report.pipeline.steps), what="steps", most=LIMIT // 10)
         page.add(_BACKENDS, _backends(report), what="outputs", most=LIMIT * 3 // 10)
         if report.findings:
             top = map(_finding_row, report.findings[:_TOP])
@@ -248,7 +248,8 @@ def _place(finding: Finding) -> str:
     if not finding.nodes:
         return _code(finding.segment)
     more = f" and {len(finding.nodes) - 1} more" if len(finding.nodes) > 1 else ""
-    operators = _prose(words.elide(", ".join(finding.op_types) or finding.stage, _NAME))
+    kinds = finding.stage if words.of_step(finding) else ", ".join(finding.op_types)
+    operators = _prose(words.elide(kinds, _NAME))
     return f"{_code(finding.nodes[0])}{more} ({operators})"
 
 

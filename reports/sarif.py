@@ -201,9 +201,10 @@ def _divergence(
 
 
 def _finding(finding: Finding, segments: Sequence[Segment], place: Object) -> Object:
+    kinds = finding.stage if words.of_step(finding) else ", ".join(finding.op_types)
     said = (
         f"{finding.severity}, on {finding.backend}, {words.place(finding, _SHOWN)} "
-        f"({words.elide(', '.join(finding.op_types) or finding.stage, _SHOWN)}): "
+        f"({words.elide(kinds, _SHOWN)}): "
         f"{words.finding(finding)}."
     )
     labels = [pair for s in segments for pair in zip(s.nodes, s.node_keys, strict=False)]

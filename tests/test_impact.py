@@ -108,19 +108,26 @@ def test_groups_of_segments_are_booked_together(chain):
     assert second == pytest.approx(1.0, abs=1e-4)
 
 
+def booked(made, flagged, explained):
+    base = made.pick(made.base)
+    whole = difference(made.pick(made.captured), base)
+    parts = impact.parts_by_category(made, flagged, explained)
+    return impact.booked(parts, whole, base, made.outputs)
+
+
 def test_categories_and_the_unexplained_rest_and_rounding_sum_to_one(chain):
     made = chain(_network(scaled=2, factor=1.1))
     guilty = made.cuts[2].id
     flagged = {guilty: _replay(made)[guilty]}
     half = {n: e * np.float32(0.5) for n, e in flagged[guilty].error.items()}
-    books = impact.by_category(made, flagged, {"half.of-it": {guilty: half}})
+    books = booked(made, flagged, {"half.of-it": {guilty: half}})
     assert books.named["half.of-it"] == pytest.approx(0.5, abs=0.02)
     assert books.unexplained == pytest.approx(0.5, abs=0.02)
     assert books.rounding == pytest.approx(0.0, abs=1e-3)
 
 
 def test_without_a_flagged_segment_everything_is_rounding(chain):
-    books = impact.by_category(chain(_network(scaled=2)), {}, {})
+    books = booked(chain(_network(scaled=2)), {}, {})
     assert (books.named, books.unexplained, books.rounding) == ({}, 0.0, 1.0)
 
 

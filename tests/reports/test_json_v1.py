@@ -113,7 +113,14 @@ def _sorted(report: AuditReport) -> str:
     )
     stimulus = replace(report.stimulus, shapes=dict(sorted(report.stimulus.shapes.items())))
     timing = dict(sorted(report.timing.items()))
-    return repr(replace(report, backends=backends, stimulus=stimulus, timing=timing))
+    pipeline = report.pipeline and replace(
+        report.pipeline,
+        training=dict(sorted(report.pipeline.training.items())),
+        deployment=dict(sorted(report.pipeline.deployment.items())),
+    )
+    return repr(
+        replace(report, backends=backends, stimulus=stimulus, timing=timing, pipeline=pipeline)
+    )
 
 
 def test_real_figures_survive(report: AuditReport) -> None:
