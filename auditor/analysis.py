@@ -167,8 +167,7 @@ class Analysis:
         self.rebuild = max(self.rebuild, trace.difference)
         diverges = self._add_outputs(index, expected, captured)
         if upstream is not None:
-            for name in expected.keys() & captured.keys():
-                self._system_meter(name, upstream).add(captured[name], upstream.origin[name], index)
+            self._add_system(index, upstream, [n for n in expected if n in captured], captured)
         try:
             if index == 0:
                 base = self._cut(feeds, captured)
@@ -181,7 +180,7 @@ class Analysis:
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
         flagged = self._decompose(index, chain, trace.again)
-        self._add_impact(index, chain, flagged)
+        self._add_impact(index, chain, flagged, upstream)
         parts = self._add_causes(index, chain, flagged)
         if index < IMPACT_SAMPLES:
             try:
@@ -206,11 +205,16 @@ class Analysis:
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
 
-    def _system_meter(self, name: str, upstream: Upstream) -> OutputMeter:
-        if name not in self.system_outputs:
-            meter = OutputMeter(name, self._kinds.get(name), upstream.origin[name])
-            self.system_outputs[name] = meter
-        return self.system_outputs[name]
+    def _add_system(
+        self, index: int, upstream: Upstream, names: Sequence[str], captured: Arrays
+    ) -> None:
+        """Compare what the deployed system gives with what the training system does."""
+        deployed = upstream.deployed({name: captured[name] for name in names})
+        for name, value in upstream.origin(names).items():
+            if name not in self.system_outputs:
+                kind = upstream.kinds.get(name) or self._kinds.get(name)
+                self.system_outputs[name] = OutputMeter(name, kind, value)
+            self.system_outputs[name].add(deployed[name], value, index)
 
     def _check_seams(self, base: Arrays, expected: Arrays, captured: Arrays) -> None:
         """Say what running the reference in pieces changed: that belongs to no segment.
@@ -326,9 +330,16 @@ class Analysis:
                 flagged[cut.id] = local
         return flagged
 
-    def _add_impact(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
-        """Leave-one-in of each flagged segment, on its first few samples."""
-        whole = metrics.relative_l2(chain.captured, chain.base, chain.outputs)
+    def _add_impact(
+        self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Upstream | None
+    ) -> None:
+        """Leave-one-in of each flagged segment, on its first few samples.
+
+        Where a post-processing is described it is measured on the result, as are its steps.
+        """
+        read = upstream.read if upstream else (lambda outputs: outputs)
+        base, captured = read(chain.pick(chain.base)), read(chain.pick(chain.captured))
+        whole = metrics.relative_l2(captured, base, tuple(base))
         cuts = sorted((c for c in self.cuts if c.id in flagged), key=self._introduced, reverse=True)
         for cut in cuts:
             if cut.id not in self._effects and len(self._effects) >= IMPACT_SEGMENTS:
@@ -342,14 +353,18 @@ class Analysis:
             except ReplayError as error:
                 self._gap("impact", f"of {cut.id} alone is not known: {error.message}")
                 continue
+            if values and upstream is not None:
+                values = upstream.read(values)
+                effect = metrics.relative_l2(values, base, tuple(base))
             self._effects.setdefault(cut.id, effects).add(effect, index)
             if 0 < whole < math.inf:
                 self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
             meters = self.tasks.setdefault(cut.id, {})
             for name, value in values.items():
                 if name not in meters:
-                    meters[name] = TaskMeter(name, self.outputs[name].kind)
-                meters[name].add(value, chain.base[name], index)
+                    kinds = upstream.kinds if upstream else {}
+                    meters[name] = TaskMeter(name, kinds.get(name) or self.outputs[name].kind)
+                meters[name].add(value, base[name], index)
 
     def _add_causes(
         self, index: int, chain: Chain, flagged: Mapping[str, Local]
@@ -431,10 +446,10 @@ class Analysis:
         elif diverges:
             self.ledger.book(Books({}, 1.0, 0.0), index)  # all of it lies between the segments
         if upstream is not None:
-            origin = chain.pick(upstream.origin)
-            system = Parts(dict(upstream.parts(base)) | network.named, network.rest)
-            whole = difference(captured, origin)
-            self.system.book(impact.booked(system, whole, origin, chain.outputs), index)
+            origin = upstream.origin(chain.outputs)
+            system = upstream.parts(network, base, captured)
+            whole = difference(upstream.deployed(captured), origin)
+            self.system.book(impact.booked(system, whole, origin, tuple(origin)), index)
         if index == 0 or (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS:
             self.ledger.telescope(chain, index)
 

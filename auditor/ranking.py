@@ -90,7 +90,7 @@ def findings(
 def with_steps(
     found: Sequence[Finding], pipeline: PipelineReport, noises: Mapping[str, Noise]
 ) -> tuple[Finding, ...]:
-    """The steps before the network that change its input, ranked among the findings."""
+    """The steps around the network that change a bit, ranked among the findings."""
     steps = [_step(s, noises[s.noise]) for s in pipeline.steps if s.bit_identical < 1]
     both = sorted((*found, *steps), key=_order)
     return tuple(_ranked(finding, rank) for rank, finding in enumerate(both, 1))
@@ -208,6 +208,7 @@ def _finding(
 
 def _step(step: PipelineStep, noise: Noise) -> Finding:
     effect = step.effect
+    handed = "network's input" if noise.stage == "pre-processing" else "result"
     seen = [f"its change alone: {c.output}: {c.sentence}" for c in step.consequences]
     return Finding(
         rank=0,
@@ -221,15 +222,15 @@ def _step(step: PipelineStep, noise: Noise) -> Finding:
         stage=noise.stage,
         leave_one_in=step.leave_one_in,
         impact_share=step.share,
-        introduced=step.input_l2,
+        introduced=step.introduced,
         effect=effect,
         explained=None,
         bit_identical=step.bit_identical,
-        severity=severity(effect if effect is not None else step.input_l2),
+        severity=severity(effect if effect is not None else step.introduced),
         confidence="high" if effect is not None else "medium",  # the step itself was switched
         evidence=(
             f"training: {step.training}; deployment: {step.deployment}",
-            f"switched alone it changes the network's input by relative L2 {step.input_l2:.2e}, "
+            f"switched alone it changes the {handed} by relative L2 {step.introduced:.2e}, "
             f"{step.bit_identical:.1%} of elements bit-identical",
             *seen,
         ),

@@ -593,15 +593,17 @@ class BackendReport:
 
 @dataclass(frozen=True, slots=True)
 class PipelineStep:
-    """One step before the network that differs between training and deployment.
+    """One step before or after the network that differs between training and deployment.
 
     Attributes:
         noise: id of the cause; ``name`` is the step's, as in a pipeline description.
         training, deployment: what each side does, in words.
-        input_l2: relative L2 of the network's input when this step alone is as deployed.
-        bit_identical: fraction of the input's elements that this leaves as they were.
-        effect: relative L2 of the reference's final outputs under the same change; None where
-            it could not be measured on any photograph.
+        introduced: relative L2 of the network's input, or after it of the result, when this step
+            alone is as deployed.
+        bit_identical: fraction of its elements that this leaves as they were.
+        effect: relative L2 of the reference's final outputs under the same change, of the result
+            where a post-processing is described; None where it could not be measured on any
+            photograph.
         leave_one_in: that effect relative to what all steps together do.
         share: of what all steps together do to the outputs, each switched in the order of
             execution; they sum to 1.
@@ -612,7 +614,7 @@ class PipelineStep:
     name: str
     training: str
     deployment: str
-    input_l2: float
+    introduced: float
     bit_identical: float
     effect: float | None
     leave_one_in: float | None
@@ -624,15 +626,15 @@ class PipelineStep:
 
 @dataclass(frozen=True, slots=True)
 class PipelineReport:
-    """What the deployment's pipeline changes before the network, on the reference.
+    """What the deployment's pipeline changes before and after the network, on the reference.
 
     Attributes:
         source: where the description is from.
         photos: how many photographs were measured.
         training, deployment: every step of each side in words, by its key in a description.
         steps: those that differ, in the order of execution.
-        outputs: the reference's outputs after the deployment's pipeline, against those after
-            the training pipeline.
+        outputs: the reference's outputs, or the result, in the deployment's pipeline against
+            those in the training pipeline.
     """
 
     source: str

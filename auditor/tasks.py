@@ -166,7 +166,8 @@ class TaskMeter:
         if b.ndim != r.ndim or r.ndim not in (2, 3):
             return 0, 0
         items = lost = 0
-        for mine, theirs in zip(layout.images(r), layout.images(b), strict=False):
+        for pair in zip(layout.images(r), layout.images(b), strict=False):
+            mine, theirs = (rows[rows.any(axis=1)] for rows in pair)  # rows of zeros are padding
             wanted, scored = layout.best(mine)
             others = layout.scored(theirs) if scored else theirs
             overlaps = _overlaps(layout.corners(wanted), layout.corners(others))

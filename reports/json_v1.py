@@ -527,7 +527,7 @@ _PIPELINE = _record(
                     "name": _TEXT,
                     "training": _TEXT,
                     "deployment": _TEXT,
-                    "input_l2": _ERROR,
+                    "introduced": _ERROR,
                     "bit_identical": _SHARE,
                     "effect": _MEASURED,
                     "leave_one_in": _MEASURED,

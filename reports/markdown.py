@@ -177,7 +177,7 @@ def _step_row(step: PipelineStep) -> str:
         _code(step.name),
         _prose(step.training),
         _prose(step.deployment),
-        words.error(step.input_l2),
+        words.error(step.introduced),
         effect,
         words.percent(step.share),
     )

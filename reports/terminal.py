@@ -655,7 +655,7 @@ def _draw_pipeline(page: _Page, pipeline: PipelineReport) -> None:
         _Row(
             (
                 _Span(step.name, "bold"),
-                _Span(words.error(step.input_l2)),
+                _Span(words.error(step.introduced)),
                 _Span("not measured" if step.effect is None else words.error(step.effect)),
                 _Span(words.percent(step.share)),
                 _Span(words.percent(step.bit_identical)),
@@ -1067,7 +1067,9 @@ def _draw_step(page: _Page, report: AuditReport, step: PipelineStep) -> None:
     page.say(_Span(step.training), label=_tag("training"))
     page.say(_Span(step.deployment), label=_tag("deployment"))
     page.say(
-        _Span(f"changes by {words.error(step.input_l2)} relative L2 when this step alone differs"),
+        _Span(
+            f"changes by {words.error(step.introduced)} relative L2 when this step alone differs"
+        ),
         _Span(f"; {words.percent(step.bit_identical)} of elements bit-identical"),
         label=_tag("input"),
     )

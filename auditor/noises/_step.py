@@ -1,4 +1,4 @@
-"""Causes before the network: steps of a pipeline, switched whole instead of replayed in a graph."""
+"""Causes before and after the network: steps of a pipeline, switched instead of replayed."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ from collections.abc import Iterable
 
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.records import Stage
 
 _APPLIES = "photographs given with `--images` and `--pipeline`, where the two sides differ in it"
 
 
-def step(name: str, type: str, title: str, cause: str, advice: str, source: str) -> Cause:
-    """The cause ``preprocessing.NAME``; the arguments are those of ``Cause``."""
+def step(
+    name: str,
+    type: str,
+    title: str,
+    cause: str,
+    advice: str,
+    source: str,
+    stage: Stage = "pre-processing",
+) -> Cause:
+    """The cause ``preprocessing.NAME`` or ``postprocessing.NAME``; arguments as of ``Cause``."""
     return Cause(
-        id=f"preprocessing.{name}",
-        stage="pre-processing",
+        id=f"{stage.replace('-', '')}.{name}",
+        stage=stage,
         type=type,
         title=title,
         cause=cause,

@@ -11,7 +11,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -19,6 +19,7 @@ from typing import Any, Literal, cast, get_args
 from auditor.errors import UsageError
 from auditor.pipeline import libraries
 from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
+from auditor.pipeline.post import Activation, Coding, Kind, Post, Rounding, Suppression
 
 Orientation = Literal["apply", "ignore"]
 Channels = Literal["rgb", "bgr"]
@@ -137,12 +138,15 @@ class Description:
     Attributes:
         source: the file or preset.
         notes: choices made on the user's behalf, as sentences.
+        training_post, deployment_post: what each side does after the network; both or none.
     """
 
     source: str
     training: Pipeline
     deployment: Pipeline
     notes: tuple[str, ...] = ()
+    training_post: Post | None = None
+    deployment_post: Post | None = None
 
 
 def load(source: str) -> Description:
@@ -200,7 +204,13 @@ def parse(text: str, source: str) -> Description:
         raise UsageError(f"{source} has no [training] side", "See docs/pipeline.md.")
     training = _side(tables, "training", lines)
     deployment = _overridden(training, _side(tables, "deployment", lines))
-    return Description(source, _pipeline(training, source), _pipeline(deployment, source))
+    posts = _post(training, source), _post(deployment, source)
+    if (posts[0] and posts[0].kind) != (posts[1] and posts[1].kind):
+        raise UsageError(
+            f"{source}: the two sides make results of different kinds", "Give both the same `post`."
+        )
+    pipelines = _pipeline(training, source), _pipeline(deployment, source)
+    return Description(source, *pipelines, (), *posts)
 
 
 # --- from text to values, each with where it stands ------------------------------------------
@@ -221,6 +231,7 @@ _TABLES = {
         *("size", "short_side", "long_side", "letterbox", "pad", "multiple"),
     ),
     "normalise": ("scale", "mean", "std"),
+    "post": tuple(field.name for field in fields(Post)),
 }
 _PLAIN = ("preset", "decoder", "orientation", "precrop", "crop", "channels", "layout", "dtype")
 _TARGETS = ("resize.size", "resize.short_side", "resize.long_side", "resize.letterbox")
@@ -275,7 +286,7 @@ def _side(tables: Mapping[str, Any], name: str, lines: _Lines) -> _Side:
                     raise _wrong(where, f"{key}.{inner}", "is no key", _TABLES[key])
                 inside = lines.where(f"{name}.{key}.{inner}")
                 side[f"{key}.{inner}"] = _Value(part, inside)
-        elif key in _TABLES and (key == "normalise" or value not in ("none", "rgb")):
+        elif key in _TABLES and (key in ("normalise", "post") or value not in ("none", "rgb")):
             raise UsageError(
                 f"{where}: `{key}` is {value!r}, but a table is expected",
                 f"Write {key} = {{ {_TABLES[key][0]} = … }}, or see docs/pipeline.md.",
@@ -361,6 +372,18 @@ class _Reader:
         if len(many) != 3 or not all(_is_number(v) and (zero or v != 0) for v in many):
             raise self._expected(key, "one number or one for each of 3 channels, none of them 0")
         return tuple(float(v) for v in many)
+
+    def text(self, key: str) -> str:
+        value = self._side[key].value if key in self._side else ""
+        if not isinstance(value, str):
+            raise self._expected(key, "a name in quotes")
+        return value
+
+    def pair(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        value = self._side[key].value if key in self._side else list(default)
+        if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
+            raise self._expected(key, "two numbers")
+        return float(value[0]), float(value[1])
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._side[key].value if key in self._side else default
@@ -481,6 +504,48 @@ def _resize(read: _Reader) -> Resize | None:
         pad=read.whole("resize.pad", 114, low=0),
         multiple=read.whole("resize.multiple", 1),
     )
+
+
+def _post(side: _Side, source: str) -> Post | None:
+    """What comes after the network; None where the description does not say."""
+    if not any(read_key.startswith("post.") for read_key in side):
+        return None
+    read = _Reader(side, source)
+    default = Post("scores")
+    variances = read.pair("post.variances", default.variances)
+    found = Post(
+        kind=cast(Kind, read.choice("post.kind", get_args(Kind))),
+        output=read.text("post.output"),
+        scores=read.text("post.scores"),
+        channels_first=read.boolean("post.channels_first", False),
+        activation=cast(Activation, read.choice("post.activation", get_args(Activation), "none")),
+        background=read.whole("post.background", 0, low=0) if read.has("post.background") else None,
+        threshold=read.number("post.threshold", default.threshold),
+        coding=cast(Coding, read.choice("post.coding", get_args(Coding), "corners")),
+        stride=read.whole("post.stride", 0, low=0),
+        cell=read.whole("post.cell", 0, low=0),
+        anchors=_beside(source, read.text("post.anchors")),
+        variances=variances,
+        offset=read.whole("post.offset", 0, low=0),
+        clip=read.size("post.clip") if read.has("post.clip") else None,
+        rounding=cast(Rounding, read.choice("post.rounding", get_args(Rounding), "none")),
+        nms=cast(Suppression, read.choice("post.nms", get_args(Suppression), "none")),
+        iou=read.number("post.iou", default.iou, above=0),
+        iou_offset=read.whole("post.iou_offset", 0, low=0),
+        class_aware=read.boolean("post.class_aware", True),
+        top_k=read.whole("post.top_k", default.top_k),
+    )
+    if found.coding.endswith("deltas") and not found.anchors and not (found.stride and found.cell):
+        raise UsageError(
+            f"{read.where('post.coding')}: `post.coding` {found.coding} needs anchors",
+            "Name a file with `anchors`, or the `stride` and `cell` of a grid.",
+        )
+    return found
+
+
+def _beside(source: str, name: str) -> str:
+    """A file named in a description, from that description's folder."""
+    return str(Path(source).parent / name) if name else ""
 
 
 def _wrong(where: str, name: str, what: str, known: Iterable[str]) -> UsageError:

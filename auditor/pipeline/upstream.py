@@ -1,22 +1,24 @@
-"""Both sides of a pipeline in one audit: what each step before the network does to its outputs.
+"""Both sides of a pipeline in one audit: what each step before and after the network does.
 
-The network is audited on what the deployment feeds it. Before that the same chain goes on: from
-the training side to the deployment side one step at a time, on the reference, so that the steps'
-shares and those of the network add up to the whole difference between the two systems.
+The network is audited on what the deployment feeds it. Around it the same chain goes on: from the
+training side to the deployment side one step at a time, so that the shares of the steps and those
+of the network add up to the whole difference between the two systems.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from auditor import metrics
 from auditor.errors import UsageError
+from auditor.impact import Parts
 from auditor.metrics import Moments, Running
 from auditor.model import shown
 from auditor.outputs import OutputMeter
+from auditor.pipeline import post as posts
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
 from auditor.pipeline.steps import Preparation
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.pipeline.description import Description, Pipeline
     from auditor.pipeline.photos import Photos
+    from auditor.pipeline.post import Post
     from auditor.ports import Array, Arrays
     from auditor.replay import Reference
 
@@ -117,40 +120,109 @@ def differing(description: Description) -> tuple[Step, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One photograph's outputs of the reference, from the training side to the deployment's.
+    """One photograph in both systems: what is before the network, and what is after it.
+
+    Where a post-processing is described, everything is measured on its result, else on the final
+    outputs.
 
     Attributes:
-        names: ids of the causes, in the order of execution.
-        outputs: the final outputs after the training pipeline, and after each further step is as
-            deployed but the last: after that they are those that the audit starts from.
+        names: ids of the causes before the network, in the order of execution.
+        outputs: the reference's final outputs after the training pipeline, and after each further
+            step is as deployed but the last: after that they are those that the audit starts from.
+        after: the post-processings from the training side to the deployment side, each with the
+            id of the cause that leads to it ("" for the first); empty without any.
     """
 
     names: tuple[str, ...]
     outputs: tuple[Arrays, ...]
+    after: tuple[tuple[str, Post], ...] = ()
 
     @property
-    def origin(self) -> Arrays:
-        """The outputs of the training system."""
-        return self.outputs[0]
+    def kinds(self) -> dict[str, OutputKind]:
+        """As what the result is read; empty without a post-processing."""
+        return {posts.NAME: self.after[0][1].kind} if self.after else {}
 
-    def parts(self, last: Arrays) -> Iterator[tuple[str, Arrays]]:
-        """Each step's cause and what it adds to the outputs; ``last`` are those after all."""
-        following = (*self.outputs[1:], last)
-        for name, before, after in zip(self.names, self.outputs, following, strict=True):
-            yield name, difference(after, {n: before[n] for n in after})
+    def read(self, outputs: Arrays) -> Arrays:
+        """What the training side makes of the network's outputs."""
+        return posts.result(outputs, self.after[0][1]) if self.after else outputs
+
+    def deployed(self, outputs: Arrays) -> Arrays:
+        """What the deployment side makes of them."""
+        return posts.result(outputs, self.after[-1][1]) if self.after else outputs
+
+    def origin(self, names: Iterable[str]) -> Arrays:
+        """What the training system gives; ``names`` are outputs that the backend has too."""
+        return self.read({name: self.outputs[0][name] for name in names})
+
+    def parts(self, network: Parts, base: Arrays, captured: Arrays) -> Parts:
+        """The whole difference taken apart.
+
+        Args:
+            network: what the network's causes add to the final outputs.
+            base: the reference's final outputs after the deployment's pipeline.
+            captured: the backend's.
+        """
+        named: dict[str, Arrays] = {}
+        states = [self.read({n: values[n] for n in base}) for values in self.outputs]
+        states.append(self.read(base))
+        for name, before, reached in zip(self.names, states, states[1:], strict=False):
+            named[name] = difference(reached, before)
+        outputs = base
+        for name, part in network.named.items():
+            outputs, named[name] = self._moved(outputs, part)
+        rest = None
+        if network.rest is not None:
+            outputs, rest = self._moved(outputs, network.rest)
+        results = [posts.result(captured, each) for _, each in self.after]
+        for (name, _), before, reached in zip(self.after[1:], results, results[1:], strict=False):
+            named[name] = difference(reached, before)
+        return Parts(named, rest)
+
+    def _moved(self, outputs: Arrays, part: Arrays) -> tuple[Arrays, Arrays]:
+        """The outputs with a part added, and what that adds to the result."""
+        if not self.after:
+            return outputs, part
+        moved = {name: (value + part[name]).astype(value.dtype) for name, value in outputs.items()}
+        return moved, difference(self.read(moved), self.read(outputs))
 
 
 @dataclass(slots=True)
 class _StepMeter:
     """What one step alone does, over photographs."""
 
-    step: Step
-    inputs: Moments = field(default_factory=Moments)
+    name: str
+    noise: str
+    training: str
+    deployment: str
+    handed: Moments = field(default_factory=Moments)
     same: Running = field(default_factory=Running)
     effect: Running = field(default_factory=Running)
     impact: Running = field(default_factory=Running)
     share: Running = field(default_factory=Running)
     tasks: dict[str, TaskMeter] = field(default_factory=dict)
+
+    def add(self, index: int, handed: tuple[Array, Array]) -> None:
+        """Add what the step hands on, in deployment and in training."""
+        self.handed.add(*handed)
+        self.same.add(metrics.bit_identical(*handed), index)
+
+    def report(self) -> PipelineStep:
+        """Everything added so far."""
+        made = (task.result() for task in self.tasks.values())
+        return PipelineStep(
+            noise=self.noise,
+            name=self.name,
+            training=self.training,
+            deployment=self.deployment,
+            introduced=self.handed.distance().relative_l2,
+            bit_identical=self.same.mean,
+            effect=self.effect.mean if self.effect.count else None,
+            leave_one_in=self.impact.mean if self.impact.count else None,
+            share=self.share.mean if self.share.count else None,
+            leave_one_in_spread=self.impact.spread(),
+            share_spread=self.share.spread(),
+            consequences=tuple(c for c in made if c is not None),
+        )
 
 
 class Chain:
@@ -184,7 +256,26 @@ class Chain:
         self._photos = photos
         self._kinds = kinds
         self._steps = differing(description)
-        self._meters = [_StepMeter(step) for step in self._steps]
+        self._meters = [
+            _StepMeter(
+                step.name,
+                step.noise,
+                step.described(description.training),
+                step.described(description.deployment),
+            )
+            for step in self._steps
+        ]
+        self._after: tuple[tuple[str, Post], ...] = ()
+        self._post_steps: tuple[posts.Step, ...] = ()
+        first, last = description.training_post, description.deployment_post
+        if first is not None and last is not None:
+            self._post_steps = posts.differing(first, last)
+            self._after = posts.between(first, last)
+            before, after = first.steps(), last.steps()
+            self._meters += [
+                _StepMeter(step.name, step.noise, before[step.name], after[step.name])
+                for step in self._post_steps
+            ]
         self._outputs: dict[str, OutputMeter] = {}
         self._input = ""
         self._used: list[str] = []
@@ -207,9 +298,9 @@ class Chain:
                 f"{self.gaps[0].subject}: {self.gaps[0].reason}",
                 "Both sides of the pipeline must read them and make what the model takes.",
             )
-        side = "the deployment side of " if self._steps else ""
-        alike = ("Both sides of the pipeline are alike: nothing before the network differs.",)
-        notes = (*description.notes, *photos.notes, *(() if self._steps else alike))
+        side = "the deployment side of " if self._meters else ""
+        alike = ("Both sides of the pipeline are alike: nothing but the network can differ.",)
+        notes = (*description.notes, *photos.notes, *(() if self._meters else alike))
         source = f"{photos.folder} through {side}{description.source}"
         shapes = {self._input: shape}
         info = StimulusInfo("recorded", len(self._used), None, source, shapes, notes)
@@ -240,7 +331,7 @@ class Chain:
             reference: the reference model.
             expected: its outputs after the deployment's pipeline.
         """
-        if not self._steps:
+        if not self._meters and not self._after:
             return None
         training, deployment = self._description.training, self._description.deployment
         name = self._used[index]
@@ -258,47 +349,61 @@ class Chain:
             reached = [training]
             for step in self._steps[:-1]:
                 reached.append(step.take(reached[-1], deployment))
-            outputs = tuple(run(pipeline)[1] for pipeline in reached)
+            outputs = tuple(run(pipeline)[1] for pipeline in reached) if self._steps else ()
         except (
             Exception
         ) as error:  # between the sides a step may fit no library, or not the network
             self._gap(name, "run", f"its steps cannot be switched one after another: {error}")
             return None
-        upstream = Upstream(tuple(step.noise for step in self._steps), outputs)
-        self._add(index, upstream, expected)
-        for meter in self._meters:
+        names = tuple(step.noise for step in self._steps)
+        upstream = Upstream(names, outputs or (expected,), self._after)
+        if not self._meters:
+            return upstream
+        plain, first = run(training)
+        origin = upstream.read(first)
+        whole = self._add(index, upstream, origin, expected)
+        for step, meter in zip(self._steps, self._meters, strict=False):
             try:
-                alone = run(meter.step.take(training, deployment))
-                self._alone(meter, index, alone, run(training), expected)
+                tensor, values = run(step.take(training, deployment))
             except Exception as error:  # as above
-                self._gap(name, "run", f"{meter.step.name} alone: {error}")
+                self._gap(name, "run", f"{step.name} alone: {error}")
+                continue
+            meter.add(index, (tensor, plain))
+            self._alone(meter, index, upstream.read(values), origin, whole)
+        for post_step, meter in zip(
+            self._post_steps, self._meters[len(self._steps) :], strict=True
+        ):
+            alone = post_step.take(self._after[0][1], self._after[-1][1])
+            result = posts.result(first, alone)
+            meter.add(index, (result[posts.NAME], origin[posts.NAME]))
+            self._alone(meter, index, result, origin, whole)
         return upstream
 
-    def _add(self, index: int, upstream: Upstream, expected: Arrays) -> None:
-        """What all steps together do, and the share of each."""
-        origin = upstream.origin
+    def _add(self, index: int, upstream: Upstream, origin: Arrays, expected: Arrays) -> float:
+        """What all steps do together, and the share of each; the relative L2 of the former."""
+        last = upstream.deployed(expected)
         for name, value in origin.items():
             if name not in self._outputs:
-                self._outputs[name] = OutputMeter(name, self._kinds.get(name), value)
-            self._outputs[name].add(expected[name], value, index)
-        whole = difference(expected, origin)
+                kind = upstream.kinds.get(name) or self._kinds.get(name)
+                self._outputs[name] = OutputMeter(name, kind, value)
+            self._outputs[name].add(last[name], value, index)
+        whole = difference(last, origin)
         names = tuple(origin)
-        parts = [part for _, part in upstream.parts(expected)]
-        shares = [metrics.projection(part, whole, origin, names) for part in parts]
+        parts = upstream.parts(Parts({}, None), expected, expected).named
+        shares = [
+            metrics.projection(parts[meter.noise], whole, origin, names) for meter in self._meters
+        ]
         if all(map(math.isfinite, shares)):
             for meter, share in zip(self._meters, shares, strict=True):
                 meter.share.add(share, index)
+        return metrics.relative_l2(last, origin, names)
 
     def _alone(
-        self, meter: _StepMeter, index: int, made: _Made, training: _Made, expected: Arrays
+        self, meter: _StepMeter, index: int, values: Arrays, origin: Arrays, whole: float
     ) -> None:
         """What a step without the others does."""
-        (tensor, values), (plain, origin) = made, training
-        meter.inputs.add(tensor, plain)
-        meter.same.add(metrics.bit_identical(tensor, plain), index)
         effect = metrics.relative_l2(values, origin, tuple(origin))
         meter.effect.add(effect, index)
-        whole = metrics.relative_l2(expected, origin, tuple(origin))
         if 0 < whole < math.inf:
             meter.impact.add(effect / whole, index)
         for name, value in values.items():
@@ -307,33 +412,17 @@ class Chain:
 
     def report(self) -> PipelineReport | None:
         """Everything measured; None where the two sides are alike."""
-        if not self._steps:
+        if not self._meters:
             return None
-        description = self._description
+        made = self._description
+        first, last = made.training_post, made.deployment_post
         return PipelineReport(
-            source=description.source,
+            source=made.source,
             photos=len(self._used),
-            training=description.training.steps(),
-            deployment=description.deployment.steps(),
-            steps=tuple(self._step(meter) for meter in self._meters),
+            training=made.training.steps() | (first.steps() if first else {}),
+            deployment=made.deployment.steps() | (last.steps() if last else {}),
+            steps=tuple(meter.report() for meter in self._meters),
             outputs=tuple(meter.report() for meter in self._outputs.values()),
-        )
-
-    def _step(self, meter: _StepMeter) -> PipelineStep:
-        made = (task.result() for task in meter.tasks.values())
-        return PipelineStep(
-            noise=meter.step.noise,
-            name=meter.step.name,
-            training=meter.step.described(self._description.training),
-            deployment=meter.step.described(self._description.deployment),
-            input_l2=meter.inputs.distance().relative_l2,
-            bit_identical=meter.same.mean,
-            effect=meter.effect.mean if meter.effect.count else None,
-            leave_one_in=meter.impact.mean if meter.impact.count else None,
-            share=meter.share.mean if meter.share.count else None,
-            leave_one_in_spread=meter.impact.spread(),
-            share_spread=meter.share.spread(),
-            consequences=tuple(c for c in made if c is not None),
         )
 
     def _gap(self, photo: str, stage: str, reason: str) -> None:

@@ -76,7 +76,7 @@ function pipelineSection() {
     { title: "input changes", number: true }, { title: "outputs change", number: true },
     { title: "share", number: true }, { title: "alone" }];
   const row = (step) => [html("strong", null, clip(step.name, 40)), clip(step.training, 120),
-    clip(step.deployment, 120), error(step.input_l2), step.effect === null ? NONE : error(step.effect),
+    clip(step.deployment, 120), error(step.introduced), step.effect === null ? NONE : error(step.effect),
     [percent(step.share), bar(Math.abs(step.share ?? 0), percent(step.share))],
     step.consequences.map(({ output, sentence }) => html("div", null, `${clip(output, 60)}: ${clip(sentence, 200)}`))];
   return section("pipeline", "Before the network",

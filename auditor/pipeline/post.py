@@ -1,0 +1,327 @@
+"""What comes after the network: from its outputs to the result that an application uses.
+
+Three kinds of result, each one array:
+
+* ``scores``: the output through an activation.
+* ``mask``: 1 where the output is above the threshold, else 0.
+* ``boxes``: [1, candidates, 5 or 6]: corners in pixels of the network's input, score and (with
+  several classes) class of every detection; a candidate that is none is a row of zeros, so that
+  the results of two systems have one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from auditor.errors import UsageError
+from auditor.records import OutputKind
+
+if TYPE_CHECKING:
+    from auditor.ports import Array, Arrays
+
+Kind = Literal["scores", "mask", "boxes"]
+Activation = Literal["none", "softmax", "sigmoid"]
+Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas"]
+Rounding = Literal["none", "nearest", "floor"]
+Suppression = Literal["none", "onnxruntime", "opencv"]
+
+NAME = "result"  # under which the result stands among outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """One side's way from outputs to the result.
+
+    Attributes:
+        kind: of the result.
+        output: the model's output for scores and masks, that of the boxes' numbers otherwise;
+            "" for the first one.
+        scores: the output with the boxes' scores, [.., candidates, classes]; "" where they follow
+            the four numbers of each box (YOLO).
+        channels_first: boxes' numbers and scores are on axis 1 instead of the last (heads of
+            convolutions: [1, columns, candidates] or [1, columns, height, width]).
+        activation: of the scores.
+        background: the class that is no object; None without one.
+        threshold: lowest score of a detection; value above which a mask is set.
+        coding: ``corners`` x1 y1 x2 y2; ``centre`` x y width height; both in pixels, or as
+            changes of anchors: each corner by a part of the size, or the centre by a part of the
+            size and the size by an exponential (R-CNN, SSD).
+        stride, cell: anchors are the cells of a grid, ``cell`` pixels wide and ``stride`` apart.
+        anchors: file (.npy, [candidates, 4] corners) with the anchors; "" for a grid.
+        variances: by which deltas are multiplied: those of positions, those of sizes.
+        offset: a box from x1 to x2 is ``x2 - x1 + offset`` wide (SysNoise, sec. 3.3: 0 or 1).
+        clip: height and width that boxes are cut to; None for none.
+        rounding: of corners.
+        nms: what suppresses overlapping boxes, and above which overlap (``iou``).
+        iou_offset: the offset with which overlaps are measured.
+        class_aware: only boxes of one class suppress each other.
+        top_k: most detections, the best first.
+    """
+
+    kind: Kind
+    output: str = ""
+    scores: str = ""
+    channels_first: bool = False
+    activation: Activation = "none"
+    background: int | None = None
+    threshold: float = 0.5
+    coding: Coding = "corners"
+    stride: int = 0
+    cell: int = 0
+    anchors: str = ""
+    variances: tuple[float, float] = (1.0, 1.0)
+    offset: int = 0
+    clip: tuple[int, int] | None = None
+    rounding: Rounding = "none"
+    nms: Suppression = "none"
+    iou: float = 0.5
+    iou_offset: int = 0
+    class_aware: bool = True
+    top_k: int = 100
+
+    @property
+    def reading(self) -> OutputKind:
+        """As what the result is read."""
+        return self.kind
+
+    def steps(self) -> dict[str, str]:
+        """Every step in words, by its name; only those that this kind of result has."""
+        where = self.output or "first output"
+        said = {"result": f"{self.kind} of {where}"}
+        if self.kind in ("scores", "boxes"):
+            said["activation"] = self.activation
+        if self.kind in ("mask", "boxes"):
+            said["threshold"] = f"{self.threshold:g}"
+        if self.kind == "boxes":
+            anchors = self.anchors or (f"grid {self.stride}/{self.cell}" if self.stride else "none")
+            said["box_decode"] = f"{self.coding}, anchors: {anchors}"
+            said["box_offset"] = str(self.offset)
+            clip = "no clipping" if self.clip is None else f"clipped to {self.clip}"
+            said["box_rounding"] = f"rounding {self.rounding}, {clip}"
+            by = "each class" if self.class_aware else "all classes together"
+            said["nms"] = (
+                f"{self.nms}, IoU {self.iou:g} with offset {self.iou_offset}, {by}, "
+                f"top {self.top_k}"
+            )
+        return said
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step after the network, and the first side with this step of the second."""
+
+    name: str
+    take: Callable[[Post, Post], Post]
+
+    @property
+    def noise(self) -> str:
+        """Id of the cause."""
+        return f"postprocessing.{self.name}"
+
+
+def _taking(*fields: str) -> Callable[[Post, Post], Post]:
+    return lambda p, d: replace(p, **{field: getattr(d, field) for field in fields})
+
+
+# In the order of execution.
+STEPS = (
+    Step("activation", _taking("activation")),
+    Step(
+        "box_decode",
+        _taking(
+            *("output", "scores", "channels_first", "background", "coding", "stride", "cell"),
+            *("anchors", "variances"),
+        ),
+    ),
+    Step("box_offset", _taking("offset")),
+    Step("box_rounding", _taking("clip", "rounding")),
+    Step("threshold", _taking("threshold")),
+    Step("nms", _taking("nms", "iou", "iou_offset", "class_aware", "top_k")),
+)
+
+
+def differing(training: Post, deployment: Post) -> tuple[Step, ...]:
+    """The steps in which the two sides differ, in the order of execution."""
+    return tuple(step for step in STEPS if step.take(training, deployment) != training)
+
+
+def between(training: Post, deployment: Post) -> tuple[tuple[str, Post], ...]:
+    """From one side to the other a step at a time, each with the id of its cause ("" first)."""
+    reached = [("", training)]
+    for step in differing(training, deployment):
+        reached.append((step.noise, step.take(reached[-1][1], deployment)))
+    return tuple(reached)
+
+
+def result(outputs: Arrays, post: Post) -> Arrays:
+    """The result, under ``NAME``.
+
+    Args:
+        outputs: the network's final outputs by name.
+        post: what to do with them.
+
+    Raises:
+        UsageError: the outputs are not what the description says.
+    """
+    if post.kind == "boxes":
+        return {NAME: _boxes(outputs, post)[None]}
+    values = _output(outputs, post.output)
+    if post.kind == "mask":
+        return {NAME: (values > post.threshold).astype(np.float32)}
+    return {NAME: _activated(values, post.activation, axis=-1)}
+
+
+def _misdescribed(message: str) -> UsageError:
+    return UsageError(
+        message, "Change `post` of the pipeline to what the network gives (docs/pipeline.md)."
+    )
+
+
+def _output(outputs: Arrays, name: str) -> Array:
+    if name and name not in outputs:
+        raise _misdescribed(
+            f"the network has no output `{name}`; its outputs: {', '.join(sorted(outputs))}"
+        )
+    return outputs[name] if name else next(iter(outputs.values()))
+
+
+def _activated(values: Array, activation: Activation, axis: int) -> Array:
+    if activation == "softmax":
+        shifted = np.exp(values - values.max(axis=axis, keepdims=True))
+        made: Array = shifted / shifted.sum(axis=axis, keepdims=True)
+        return made
+    if activation == "sigmoid":
+        with np.errstate(over="ignore"):
+            made = 1 / (1 + np.exp(-values))
+        return made
+    return values
+
+
+def _rows(values: Array, post: Post) -> Array:
+    """[candidates, columns] of one photograph."""
+    if post.channels_first and values.ndim >= 3:
+        values = np.moveaxis(values, 1, -1)
+    if values.shape[0] != 1 and values.ndim > 2:
+        raise _misdescribed(f"boxes of {values.shape[0]} photographs at once: one was expected")
+    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
+
+
+def _boxes(outputs: Arrays, post: Post) -> Array:
+    numbers = _output(outputs, post.output)
+    rows = _rows(numbers, post)
+    scores = _rows(_output(outputs, post.scores), post) if post.scores else rows[:, 4:]
+    if rows.shape[1] < 4 or len(scores) != len(rows) or scores.shape[1] == 0:
+        raise _misdescribed(
+            f"output `{post.output}` makes {len(rows)} boxes of {rows.shape[1]} numbers, with "
+            f"{len(scores)} scores of {scores.shape[1]} classes"
+        )
+    scores = _activated(scores, post.activation, axis=1)
+    if post.background is not None:
+        scores = np.delete(scores, post.background, axis=1)
+    best, kind = scores.max(axis=1), scores.argmax(axis=1)
+    corners = _corners(rows[:, :4], post, numbers.shape)
+    if post.clip is not None:
+        height, width = post.clip
+        most = np.array([width, height, width, height], np.float32) - post.offset
+        corners = np.clip(corners, 0, most)
+    if post.rounding != "none":
+        corners = np.rint(corners) if post.rounding == "nearest" else np.floor(corners)
+    kept = np.flatnonzero(best >= post.threshold)
+    kept = kept[np.argsort(-best[kept], kind="stable")]
+    kept = kept[_suppressed(corners[kept], best[kept], kind[kept], post)][: post.top_k]
+    columns = [corners, best[:, None]]
+    if scores.shape[1] > 1:
+        columns.append(kind[:, None])
+    every = np.concatenate(columns, axis=1).astype(np.float32)
+    made = np.zeros_like(every)
+    made[kept] = every[kept]
+    return made
+
+
+def _corners(numbers: Array, post: Post, shape: tuple[int, ...]) -> Array:
+    """x1, y1, x2, y2 in pixels of the network's input."""
+    if post.coding == "corners":
+        return numbers
+    if post.coding == "centre":
+        return _around(numbers[:, :2], numbers[:, 2:], post.offset)
+    anchors = _anchors(post, shape)
+    if anchors.shape != numbers.shape:
+        raise _misdescribed(f"{len(anchors)} anchors for {len(numbers)} boxes")
+    position, extent = post.variances
+    size = anchors[:, 2:] - anchors[:, :2] + np.float32(post.offset)
+    if post.coding == "corner-deltas":
+        return anchors + numbers * np.float32(position) * np.tile(size, 2)
+    middle = anchors[:, :2] + np.float32(0.5) * size
+    middle = middle + numbers[:, :2] * np.float32(position) * size
+    with np.errstate(over="ignore"):
+        return _around(middle, size * np.exp(numbers[:, 2:] * np.float32(extent)), post.offset)
+
+
+def _around(middle: Array, size: Array, offset: int) -> Array:
+    half = np.float32(0.5) * size
+    return np.concatenate([middle - half, middle + half - np.float32(offset)], axis=1)
+
+
+def _anchors(post: Post, shape: tuple[int, ...]) -> Array:
+    if post.anchors:
+        try:
+            found = np.load(Path(post.anchors), allow_pickle=False)
+            return np.asarray(found, np.float32).reshape(-1, 4)
+        except (OSError, ValueError) as error:
+            raise _misdescribed(f"the anchors {post.anchors} cannot be read: {error}") from error
+    if not post.stride or len(shape) != 4:
+        raise _misdescribed("deltas need anchors: name a file, or the stride and cell of a grid")
+    height, width = shape[2:] if post.channels_first else shape[1:3]
+    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    start = np.stack([x, y], axis=-1).reshape(-1, 2) * post.stride
+    end = start + post.cell - post.offset
+    return np.concatenate([start, end], axis=1).astype(np.float32)
+
+
+def _suppressed(corners: Array, best: Array, kind: Array, post: Post) -> Array:
+    """Indices of the boxes that are left, in the order given: the best first."""
+    if post.nms == "none" or len(corners) == 0:
+        return np.arange(len(corners))
+    ends = corners.copy()
+    ends[:, 2:] += post.iou_offset
+    if post.class_aware:  # apart from those of other classes, they cannot overlap (torchvision)
+        ends += (kind * (np.abs(ends).max() * 2 + 1))[:, None].astype(np.float32)
+    if post.nms == "opencv":
+        import cv2
+
+        rectangles = np.concatenate([ends[:, :2], ends[:, 2:] - ends[:, :2]], axis=1)
+        by_opencv = cv2.dnn.NMSBoxes(rectangles.tolist(), best.tolist(), 0.0, post.iou)
+        return np.sort(np.asarray(by_opencv, np.int64).reshape(-1))
+    return np.sort(_by_operator(ends, best, post.iou))
+
+
+def _by_operator(ends: Array, best: Array, iou: float) -> Array:
+    """ONNX Runtime's NonMaxSuppression."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info
+    names = ("boxes", "scores", "most", "iou")
+    node = helper.make_node("NonMaxSuppression", names, ["left"])
+    inputs = [
+        value("boxes", TensorProto.FLOAT, [1, None, 4]),
+        value("scores", TensorProto.FLOAT, [1, 1, None]),
+        value("most", TensorProto.INT64, [1]),
+        value("iou", TensorProto.FLOAT, [1]),
+    ]
+    graph = helper.make_graph([node], "nms", inputs, [value("left", TensorProto.INT64, [None, 3])])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {
+        "boxes": ends[None],
+        "scores": best[None, None],
+        "most": np.array([len(ends)]),
+        "iou": np.array([iou], np.float32),
+    }
+    left: Array = session.run(None, feeds)[0]
+    return left[:, 2]
