@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from auditor import artefact, attribution, divergence, impact, metrics, model, summary
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
-from auditor.impact import Books, Chain, Ledger, Parts
+from auditor.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.metrics import Moments, Running
 from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
@@ -119,7 +119,7 @@ class Analysis:
         self.causes = Causes(noises, reference.replayer.threads, later=samples > 1)
         self.constants: dict[str, tuple[str, ...]] = {}
         self.ledger = Ledger(())
-        self.system = Ledger(())
+        self.system = Pool()
         self.system_outputs: dict[str, OutputMeter] = {}
         self.control: float | None = None
         self.tensors: dict[str, TensorStats] = {}
@@ -448,8 +448,9 @@ class Analysis:
         if upstream is not None:
             origin = upstream.origin(chain.outputs)
             system = upstream.parts(network, base, captured)
-            whole = difference(upstream.deployed(captured), origin)
-            self.system.book(impact.booked(system, whole, origin, tuple(origin)), index)
+            last, names = upstream.deployed(captured), tuple(origin)
+            books = impact.booked(system, difference(last, origin), origin, names)
+            self.system.add(books, metrics.relative_l2(last, origin, names))
         if index == 0 or (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS:
             self.ledger.telescope(chain, index)
 

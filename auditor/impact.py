@@ -174,6 +174,41 @@ def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...
 
 
 @dataclass(slots=True)
+class Pool:
+    """Books of several samples as one, each weighted by its squared divergence.
+
+    For differences that vary by orders of magnitude from sample to sample, as behind a threshold.
+    The shares still sum to 1.
+
+    Attributes:
+        samples: how many were added.
+        named, unexplained, rounding: weighted sums; ``share`` divides them.
+    """
+
+    samples: int = 0
+    named: dict[str, float] = field(default_factory=dict)
+    unexplained: float = 0.0
+    rounding: float = 0.0
+    _weight: float = 0.0
+
+    def add(self, books: Books, whole: float) -> None:
+        """Add one sample's books; ``whole`` is the relative L2 that they divide."""
+        if not math.isfinite(books.unexplained + books.rounding + whole) or whole == 0:
+            return
+        weight = whole * whole
+        self.samples += 1
+        self._weight += weight
+        for noise, share in books.named.items():
+            self.named[noise] = self.named.get(noise, 0.0) + weight * share
+        self.unexplained += weight * books.unexplained
+        self.rounding += weight * books.rounding
+
+    def share(self, part: float) -> float:
+        """One of the sums as a share; 0 where no sample diverged."""
+        return part / self._weight if self._weight else 0.0
+
+
+@dataclass(slots=True)
 class Ledger:
     """Books and telescoping shares as means over samples.
 

@@ -547,8 +547,9 @@ class EndToEnd:
 
     Attributes:
         outputs: the final outputs' divergence between the two systems.
-        shares: what each step before the network and each cause in it accounts for; with
-            ``unexplained_share`` they sum to 1. Means over ``samples`` samples.
+        shares: what each step around the network and each cause in it accounts for; with
+            ``unexplained_share`` they sum to 1. Over ``samples`` samples, each weighted by its
+            squared relative L2: where a threshold hides all of a sample there is nothing to share.
     """
 
     outputs: tuple[OutputDistance, ...]
@@ -620,7 +621,6 @@ class PipelineStep:
     leave_one_in: float | None
     share: float | None
     leave_one_in_spread: Spread | None = None
-    share_spread: Spread | None = None
     consequences: tuple[Consequence, ...] = ()
 
 

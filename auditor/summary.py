@@ -22,7 +22,6 @@ from auditor.records import (
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis
-    from auditor.impact import Ledger
     from auditor.segments import Cut
 
 # Outside this range of Σ leave-one-in², contributions do not add.
@@ -56,7 +55,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
         status="audited",
         fidelity=_proof(measured),
         outputs=tuple(meter.report() for meter in measured.outputs.values()),
-        categories=_categories(measured, measured.ledger),
+        categories=_categories(measured),
         unexplained_share=_unexplained(measured),
         unexplained_spread=ledger.unexplained.spread(),
         segments=segments,
@@ -76,18 +75,24 @@ def report(measured: Analysis, device: str) -> BackendReport:
 def _end_to_end(measured: Analysis) -> EndToEnd | None:
     if not measured.system_outputs:
         return None
+    pool = measured.system
+    sums = pool.named | ({fp32_rounding.NOISE.id: pool.rounding} if pool.samples else {})
+    shares = (
+        CategoryShare(noise, measured.noises[noise].stage, pool.share(part))
+        for noise, part in sums.items()
+    )
     return EndToEnd(
         outputs=tuple(meter.report() for meter in measured.system_outputs.values()),
-        shares=_categories(measured, measured.system),
-        unexplained_share=measured.system.unexplained.mean,
-        samples=measured.system.unexplained.count,
+        shares=tuple(sorted((s for s in shares if s.share != 0), key=lambda s: -s.share)),
+        unexplained_share=pool.share(pool.unexplained),
+        samples=pool.samples,
     )
 
 
-def _categories(measured: Analysis, ledger: Ledger) -> tuple[CategoryShare, ...]:
+def _categories(measured: Analysis) -> tuple[CategoryShare, ...]:
     """Each cause's share; what is left when every flagged segment is repaired is rounding."""
-    shares = dict(ledger.named)
-    rounding = ledger.rounding
+    shares = dict(measured.ledger.named)
+    rounding = measured.ledger.rounding
     if rounding.count:
         shares[fp32_rounding.NOISE.id] = rounding
     return tuple(

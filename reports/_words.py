@@ -153,7 +153,7 @@ def headline(report: AuditReport) -> str:
         said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
     whole = max((o.distance.relative_l2 for _, o in systems(report)), default=None)
     if whole is not None:
-        said += f", with the steps before the network {error(whole)}"
+        said += f", with the steps around the network {error(whole)}"
     counts = Counter(finding.severity for finding in report.findings)
     parts = [f"{counts[s]} {s}" for s in reversed(SEVERITIES) if counts[s]]
     found = count(len(report.findings), "finding") + (f" ({', '.join(parts)})" if parts else "")
@@ -177,12 +177,14 @@ def end_to_end(backend: BackendReport) -> list[str]:
         + (f"; {output.consequence.sentence}" if output.consequence else "")
         for output in sorted(whole.outputs, key=lambda o: -o.distance.relative_l2)
     ]
+    if all(o.distance.relative_l2 == 0 for o in whole.outputs):
+        return [*lines, "end to end, nothing to explain"]
     of = f"shares over {count(whole.samples, 'sample')}: " if whole.samples else ""
     return [*lines, f"end to end, {of}{_shares(whole.shares, whole.unexplained_share)}"]
 
 
 def of_step(found: Finding) -> bool:
-    """Whether a finding is a step before the network."""
+    """Whether a finding is a step before or after the network."""
     return found.backend == PIPELINE
 
 
@@ -238,8 +240,9 @@ def finding(found: Finding) -> str:
     if of_step(found):
         alone = "unknown" if found.effect is None else f"{error(found.effect)} relative L2"
         return (
-            f"{found.noise}: this step alone changes the network's input by "
-            f"{error(found.introduced)} and its outputs by {alone}, {found.confidence} confidence"
+            f"{found.noise}: this step alone changes what it hands on by "
+            f"{error(found.introduced)} and what the system gives by {alone}, "
+            f"{found.confidence} confidence"
         )
     impact = (
         f"{error(found.introduced)} relative L2 introduced"

@@ -533,7 +533,6 @@ _PIPELINE = _record(
                     "leave_one_in": _MEASURED,
                     "share": _MEASURED,
                     "leave_one_in_spread": _SPREAD,
-                    "share_spread": _SPREAD,
                     "consequences": _many(_CONSEQUENCE),
                 },
             )

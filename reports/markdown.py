@@ -165,8 +165,8 @@ def _judgement(report: AuditReport) -> str:
 
 
 _STEPS = (
-    "\n### Before the network: deployment against training\n\n"
-    "| step | training | deployment | input changes | outputs change | share |\n"
+    "\n### Around the network: deployment against training\n\n"
+    "| step | training | deployment | introduced | effect | share |\n"
     "|---|---|---|--:|--:|--:|\n"
 )
 

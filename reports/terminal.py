@@ -643,11 +643,11 @@ _FIGURES = (
 
 def _draw_pipeline(page: _Page, pipeline: PipelineReport) -> None:
     """The steps that differ, in the order of execution; as ranked they are among the offenders."""
-    page.rule("Before the network: what deployment changes")
+    page.rule("Around the network: what deployment changes")
     columns = (
         _Column("step"),
-        _Column("input changes", right=True),
-        _Column("outputs change", right=True),
+        _Column("introduced", right=True),
+        _Column("effect", right=True),
         _Column("share", right=True),
         _Column("bits", right=True),
     )
@@ -1067,28 +1067,23 @@ def _draw_step(page: _Page, report: AuditReport, step: PipelineStep) -> None:
     page.say(_Span(step.training), label=_tag("training"))
     page.say(_Span(step.deployment), label=_tag("deployment"))
     page.say(
-        _Span(
-            f"changes by {words.error(step.introduced)} relative L2 when this step alone differs"
-        ),
+        _Span(f"relative L2 {words.error(step.introduced)} when this step alone is as deployed"),
         _Span(f"; {words.percent(step.bit_identical)} of elements bit-identical"),
-        label=_tag("input"),
+        label=_tag("hands on"),
     )
     alone = "not measured"
     if step.effect is not None:
         alone = (
-            f"change by {words.error(step.effect)} relative L2, {words.percent(step.leave_one_in)} "
-            "of what all steps do together"
+            f"relative L2 {words.error(step.effect)}, {words.percent(step.leave_one_in)} of what "
+            "all steps do together"
         )
-    page.say(_Span(alone, "bold"), label=_tag("outputs"))
+    page.say(_Span(alone, "bold"), label=_tag("effect"))
     if varied := words.ranged(step.leave_one_in_spread, words.percent):
         page.say(_Span(varied), label=_tag(""))
     for consequence in step.consequences:
         said = f"{consequence.output}: {consequence.sentence}"
         page.say(_Span(said), label=_tag("it alone"))
-    booked = words.percent(step.share)
-    if varied := words.ranged(step.share_spread, words.percent):
-        booked += f"; {varied}"
-    page.say(_Span(booked), label=_tag("share"))
+    page.say(_Span(words.percent(step.share)), label=_tag("share"))
     for backend in report.backends:
         parts = backend.end_to_end.shares if backend.end_to_end else ()
         for part in (p for p in parts if p.noise == step.noise):

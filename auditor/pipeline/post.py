@@ -94,15 +94,24 @@ class Post:
         where = self.output or "first output"
         said = {"result": f"{self.kind} of {where}"}
         if self.kind in ("scores", "boxes"):
-            said["activation"] = self.activation
+            said["activation"] = "no activation" if self.activation == "none" else self.activation
         if self.kind in ("mask", "boxes"):
-            said["threshold"] = f"{self.threshold:g}"
+            said["threshold"] = f"threshold {self.threshold:g}"
         if self.kind == "boxes":
             anchors = self.anchors or (f"grid {self.stride}/{self.cell}" if self.stride else "none")
-            said["box_decode"] = f"{self.coding}, anchors: {anchors}"
-            said["box_offset"] = str(self.offset)
-            clip = "no clipping" if self.clip is None else f"clipped to {self.clip}"
-            said["box_rounding"] = f"rounding {self.rounding}, {clip}"
+            variances = "/".join(f"{v:g}" for v in self.variances)
+            last = ", channels first" if self.channels_first else ""
+            without = "" if self.background is None else f", class {self.background} is none"
+            said["box_decode"] = (
+                f"{self.coding} of {where}, scores {self.scores or 'behind them'}, anchors "
+                f"{anchors}, variances {variances}{last}{without}"
+            )
+            said["box_offset"] = f"offset {self.offset}"
+            rounding = "not rounded" if self.rounding == "none" else f"rounded: {self.rounding}"
+            clip = (
+                "not clipped" if self.clip is None else f"clipped to {self.clip[0]}x{self.clip[1]}"
+            )
+            said["box_rounding"] = f"{rounding}, {clip}"
             by = "each class" if self.class_aware else "all classes together"
             said["nms"] = (
                 f"{self.nms}, IoU {self.iou:g} with offset {self.iou_offset}, {by}, "

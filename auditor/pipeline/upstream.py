@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from auditor import metrics
+from auditor import impact, metrics
 from auditor.errors import UsageError
-from auditor.impact import Parts
+from auditor.impact import Parts, Pool
 from auditor.metrics import Moments, Running
 from auditor.model import shown
 from auditor.outputs import OutputMeter
@@ -198,7 +198,6 @@ class _StepMeter:
     same: Running = field(default_factory=Running)
     effect: Running = field(default_factory=Running)
     impact: Running = field(default_factory=Running)
-    share: Running = field(default_factory=Running)
     tasks: dict[str, TaskMeter] = field(default_factory=dict)
 
     def add(self, index: int, handed: tuple[Array, Array]) -> None:
@@ -206,8 +205,8 @@ class _StepMeter:
         self.handed.add(*handed)
         self.same.add(metrics.bit_identical(*handed), index)
 
-    def report(self) -> PipelineStep:
-        """Everything added so far."""
+    def report(self, share: float | None) -> PipelineStep:
+        """Everything added so far; ``share`` is its share of what all steps do."""
         made = (task.result() for task in self.tasks.values())
         return PipelineStep(
             noise=self.noise,
@@ -218,9 +217,8 @@ class _StepMeter:
             bit_identical=self.same.mean,
             effect=self.effect.mean if self.effect.count else None,
             leave_one_in=self.impact.mean if self.impact.count else None,
-            share=self.share.mean if self.share.count else None,
+            share=share,
             leave_one_in_spread=self.impact.spread(),
-            share_spread=self.share.spread(),
             consequences=tuple(c for c in made if c is not None),
         )
 
@@ -276,6 +274,7 @@ class Chain:
                 _StepMeter(step.name, step.noise, before[step.name], after[step.name])
                 for step in self._post_steps
             ]
+        self._shares = Pool()
         self._outputs: dict[str, OutputMeter] = {}
         self._input = ""
         self._used: list[str] = []
@@ -389,14 +388,10 @@ class Chain:
             self._outputs[name].add(last[name], value, index)
         whole = difference(last, origin)
         names = tuple(origin)
-        parts = upstream.parts(Parts({}, None), expected, expected).named
-        shares = [
-            metrics.projection(parts[meter.noise], whole, origin, names) for meter in self._meters
-        ]
-        if all(map(math.isfinite, shares)):
-            for meter, share in zip(self._meters, shares, strict=True):
-                meter.share.add(share, index)
-        return metrics.relative_l2(last, origin, names)
+        parts = upstream.parts(Parts({}, None), expected, expected)
+        relative = metrics.relative_l2(last, origin, names)
+        self._shares.add(impact.booked(parts, whole, origin, names), relative)
+        return relative
 
     def _alone(
         self, meter: _StepMeter, index: int, values: Arrays, origin: Arrays, whole: float
@@ -421,9 +416,12 @@ class Chain:
             photos=len(self._used),
             training=made.training.steps() | (first.steps() if first else {}),
             deployment=made.deployment.steps() | (last.steps() if last else {}),
-            steps=tuple(meter.report() for meter in self._meters),
+            steps=tuple(meter.report(self._share(meter.noise)) for meter in self._meters),
             outputs=tuple(meter.report() for meter in self._outputs.values()),
         )
+
+    def _share(self, noise: str) -> float | None:
+        return self._shares.share(self._shares.named[noise]) if self._shares.samples else None
 
     def _gap(self, photo: str, stage: str, reason: str) -> None:
         self.gaps.append(Gap(photo, stage, reason))

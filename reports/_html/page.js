@@ -42,7 +42,7 @@ function judgement({ source, broken, waived, notes }) {
 }
 
 function navigation() {
-  const sections = [REPORT.pipeline && ["pipeline", "Before the network"], ["backends", "Backends"], ["offenders", "Offenders"],
+  const sections = [REPORT.pipeline && ["pipeline", "Around the network"], ["backends", "Backends"], ["offenders", "Offenders"],
     AUDITED.length && ["network", "Network"], REPORT.agreement.length && ["agreement", "Agreement"],
     ["gaps", "Not audited"], ["provenance", "Provenance"]];
   return html("nav", { "aria-label": "Sections" }, sections.filter(Boolean).map(([id, title]) =>
@@ -67,19 +67,19 @@ const section = (id, title, ...content) =>
   html("section", { id, "aria-labelledby": `${id}-title` },
     html("h2", { id: `${id}-title` }, title), content);
 
-// --- before the network -----------------------------------------------------------------------------
+// --- around the network -----------------------------------------------------------------------------
 
 function pipelineSection() {
   const { pipeline } = REPORT;
   if (!pipeline) return null;
   const head = [{ title: "step" }, { title: "training" }, { title: "deployment" },
-    { title: "input changes", number: true }, { title: "outputs change", number: true },
+    { title: "introduced", number: true }, { title: "effect", number: true },
     { title: "share", number: true }, { title: "alone" }];
   const row = (step) => [html("strong", null, clip(step.name, 40)), clip(step.training, 120),
     clip(step.deployment, 120), error(step.introduced), step.effect === null ? NONE : error(step.effect),
     [percent(step.share), bar(Math.abs(step.share ?? 0), percent(step.share))],
     step.consequences.map(({ output, sentence }) => html("div", null, `${clip(output, 60)}: ${clip(sentence, 200)}`))];
-  return section("pipeline", "Before the network",
+  return section("pipeline", "Around the network",
     html("p", { class: "quiet" },
       `What ${clip(pipeline.source, 200)} does differently in deployment, each step switched alone on the reference: ${count(pipeline.photos, "photograph")}.`),
     html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Steps before the network" },

@@ -252,7 +252,7 @@ def test_by_command(network: Path, photos: Path, pipeline: Path, tmp_path: Path)
     made = [network, "--images", photos, "--pipeline", path, "--backends", "ort,ov"]
     result = command(*made, "-o", report)
     assert result.returncode == 1, result.stderr
-    assert "Before the network" in result.stdout and "preprocessing.channels" in result.stdout
+    assert "Around the network" in result.stdout and "preprocessing.channels" in result.stdout
     data = json.loads(report.read_text())
     for backend in data["backends"]:
         whole = backend["end_to_end"]
@@ -261,10 +261,10 @@ def test_by_command(network: Path, photos: Path, pipeline: Path, tmp_path: Path)
     shown = command("show", report, "--layer", "channels")
     assert "of the whole difference on ov" in shown.stdout
     for format, needle in (
-        ("markdown", "### Before the network"),
+        ("markdown", "### Around the network"),
         ("junit", 'name="pipeline"'),
         ("sarif", "preprocessing.channels"),
-        ("html", "Before the network"),
+        ("html", "Around the network"),
     ):
         assert needle in command("show", report, "--format", format).stdout
     policy = tmp_path / "audit.toml"

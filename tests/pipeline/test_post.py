@@ -1,0 +1,321 @@
+"""After the network: the arithmetic of boxes, descriptions, and planted mistakes in an audit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper
+
+from auditor import discovery
+from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.errors import UsageError
+from auditor.pipeline import description, post
+from auditor.pipeline.post import NAME, Post
+from auditor.records import AuditReport
+
+_CORNERS = hnp.arrays(
+    np.float32, (6, 4), elements=st.floats(1, 100, width=32, allow_nan=False)
+).map(lambda a: np.concatenate([a[:, :2], a[:, :2] + a[:, 2:]], axis=1))
+_POSTS = st.builds(
+    Post,
+    kind=st.just("boxes"),
+    activation=st.sampled_from(["none", "softmax"]),
+    background=st.sampled_from([None, 0]),
+    threshold=st.sampled_from([0.3, 0.5]),
+    coding=st.sampled_from(["corners", "centre"]),
+    offset=st.sampled_from([0, 1]),
+    clip=st.sampled_from([None, (32, 32)]),
+    rounding=st.sampled_from(["none", "floor"]),
+    nms=st.sampled_from(["none", "opencv"]),
+    iou_offset=st.sampled_from([0, 1]),
+    class_aware=st.booleans(),
+    top_k=st.sampled_from([1, 100]),
+)
+
+
+class Silent:
+    def update(self, who: str, stage: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def boxes(numbers: np.ndarray, scores: list[float], made: Post) -> np.ndarray:
+    """Detections only, without the rows of zeros."""
+    outputs = {"b": numbers[None], "s": np.array(scores, np.float32)[None, :, None]}
+    rows = post.result(outputs, replace(made, output="b", scores="s"))[NAME][0]
+    return rows[rows.any(axis=1)]
+
+
+# --- the arithmetic ------------------------------------------------------------------------------
+
+
+@given(_CORNERS, _CORNERS, st.sampled_from([0, 1]))
+@settings(deadline=None)
+def test_deltas_are_the_inverse_of_their_definition(
+    anchors: np.ndarray, wanted: np.ndarray, offset: int
+) -> None:
+    """Encoded as R-CNN does (Girshick 2014, appendix C), with the offset of SysNoise."""
+
+    def middle_and_size(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        size = corners[:, 2:] - corners[:, :2] + offset
+        return corners[:, :2] + size / 2, size
+
+    (ca, sa), (cw, sw) = middle_and_size(anchors), middle_and_size(wanted)
+    deltas = np.concatenate([(cw - ca) / sa / 0.1, np.log(sw / sa) / 0.2], axis=1)
+    made = Post("boxes", coding="centre-deltas", variances=(0.1, 0.2), offset=offset, anchors="x")
+    shape = (1, *deltas.shape)
+    original, post._anchors = post._anchors, lambda p, s: anchors
+    try:
+        found = post._corners(deltas.astype(np.float32), made, shape)
+    finally:
+        post._anchors = original
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_an_offset_moves_the_far_corner_by_one() -> None:
+    numbers = np.array([[10, 10, 4, 6]], np.float32)
+    plain, offset = (
+        boxes(numbers, [0.9], Post("boxes", coding="centre", offset=o)) for o in (0, 1)
+    )
+    np.testing.assert_array_equal(plain[0, :4], [8, 7, 12, 13])
+    np.testing.assert_array_equal(offset[0, :4], [8, 7, 11, 12])
+
+
+def test_a_grid_of_anchors_is_laid_out_row_by_row() -> None:
+    made = Post("boxes", coding="corner-deltas", channels_first=True, stride=2, cell=12)
+    scores = np.ones((1, 1, 2, 3), np.float32)
+    outputs = {"b": np.zeros((1, 4, 2, 3), np.float32), "s": scores}
+    rows = post.result(outputs, replace(made, scores="s"))[NAME][0]
+    np.testing.assert_array_equal(rows[1], [2, 0, 14, 12, 1])
+    np.testing.assert_array_equal(rows[3], [0, 2, 12, 14, 1])
+
+
+def test_scores_that_follow_the_numbers_have_a_class() -> None:
+    """YOLO: [1, 4 + classes, candidates]."""
+    head = np.array([[[8, 20], [8, 20], [4, 4], [4, 4], [0.1, 0.7], [0.9, 0.2]]], np.float32)
+    made = Post("boxes", coding="centre", channels_first=True)
+    rows = post.result({"o": head}, made)[NAME][0]
+    np.testing.assert_allclose(rows, [[6, 6, 10, 10, 0.9, 1], [18, 18, 22, 22, 0.7, 0]], rtol=1e-6)
+
+
+@given(_CORNERS, st.lists(st.integers(1, 99), min_size=6, max_size=6, unique=True))
+@settings(deadline=None, max_examples=40)
+def test_suppression_keeps_the_best_and_nothing_that_overlaps_it(
+    numbers: np.ndarray, scores: list[int]
+) -> None:
+    """Both libraries, against the definition: greedy, by score, IoU above the limit is gone."""
+
+    def overlap(a: np.ndarray, b: np.ndarray) -> float:
+        inside = np.clip(np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2]), 0, None)
+        areas = [np.prod(v[2:4] - v[:2]) for v in (a, b)]
+        return float(np.prod(inside) / (sum(areas) - np.prod(inside)))
+
+    weights = [s / 100 for s in scores]
+    every = boxes(numbers, weights, Post("boxes", threshold=0.0))
+    ordered = every[np.argsort(-every[:, 4])]
+    if any(abs(overlap(a, b) - 0.5) < 1e-3 for a in every for b in every):
+        return  # on the limit, where rounding decides
+    left: list[np.ndarray] = []
+    for row in ordered:
+        if all(overlap(row, other) <= 0.5 for other in left):
+            left.append(row)
+    for library in ("onnxruntime", "opencv"):
+        kept = boxes(numbers, weights, Post("boxes", threshold=0.0, nms=library, iou=0.5))
+        np.testing.assert_array_equal(kept[np.argsort(-kept[:, 4])], np.array(left))
+
+
+def test_an_offset_of_overlaps_decides_between_neighbours() -> None:
+    numbers = np.array([[0, 0, 9, 9], [0, 5, 9, 14]], np.float32)  # IoU 4/14, with offset 5/15
+    for offset, left in ((0, 2), (1, 1)):
+        for library in ("onnxruntime", "opencv"):
+            made = Post("boxes", nms=library, iou=0.3, iou_offset=offset)
+            assert len(boxes(numbers, [0.9, 0.8], made)) == left
+
+
+def test_classes_suppress_each_other_only_where_told() -> None:
+    head = np.array([[[8, 8.5, 4, 4, 0.9, 0.1], [8, 8, 4, 4, 0.1, 0.8]]], np.float32)
+    for aware, left in ((True, 2), (False, 1)):
+        made = Post("boxes", coding="centre", nms="onnxruntime", class_aware=aware)
+        rows = post.result({"o": head}, made)[NAME][0]
+        assert np.count_nonzero(rows.any(axis=1)) == left
+
+
+@given(_POSTS, _POSTS)
+def test_all_steps_lead_from_training_to_deployment(a: Post, b: Post) -> None:
+    reached = post.between(a, b)
+    assert reached[0] == ("", a) and reached[-1][1] == b
+    assert {step.noise for step in post.STEPS} <= {noise.id for noise in discovery.noises()}
+    for step in post.differing(a, b):
+        assert a.steps()[step.name] != b.steps()[step.name]
+
+
+# --- descriptions --------------------------------------------------------------------------------
+
+_SIDE = '[training]\ndecoder = "pillow"\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("post = {}", None),
+        ("post = { threshold = 0.5 }", "does not say `post.kind`"),
+        ('post = { kind = "text" }', "`text` is no value of `post.kind`"),
+        ('post = { kind = "mask", treshold = 0.5 }', "`post.treshold` is no key"),
+        ('post = { kind = "boxes", coding = "centre-deltas" }', "needs anchors"),
+        ('post = { kind = "boxes", offset = 0.5 }', "a whole number"),
+        ('post = { kind = "boxes", variances = [1, 2, 3] }', "two numbers"),
+        ('post = { kind = "boxes", output = 3 }', "a name in quotes"),
+        ('post = "softmax"', "a table is expected"),
+        (
+            'post = { kind = "mask" }\n[deployment]\npost = { kind = "scores" }',
+            "results of different kinds",
+        ),
+    ],
+)
+def test_a_mistake_is_named(line: str, said: str | None) -> None:
+    text = f"{_SIDE}{line}\n"
+    if said is None:
+        assert description.parse(text, "p.toml").training_post is None
+        return
+    with pytest.raises(UsageError) as error:
+        description.parse(text, "p.toml")
+    assert said in f"{error.value.message} {error.value.hint}"
+
+
+def test_the_deployment_side_inherits_key_by_key() -> None:
+    both = ['post = { kind = "mask", threshold = 0.3 }', "[deployment]", 'post = { output = "m" }']
+    found = description.parse(_SIDE + "\n".join(both), "p.toml")
+    assert found.deployment_post == Post("mask", output="m", threshold=0.3)
+
+
+# --- the audit -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of deltas and scores, from two convolutions with seeded random weights."""
+    rng = np.random.default_rng(5)
+
+    def weights(name: str, channels: int, scale: float) -> TensorProto:
+        values = rng.standard_normal((channels, 3, 3, 3)).astype(np.float32) * np.float32(scale)
+        return onnx.numpy_helper.from_array(values, name)
+
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["deltas"], kernel_shape=[3, 3], strides=[2, 2]),
+        helper.make_node("Conv", ["image", "v"], ["s"], kernel_shape=[3, 3], strides=[2, 2]),
+        helper.make_node("Softmax", ["s"], ["scores"], axis=1),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [value("image", TensorProto.FLOAT, [1, 3, 32, 32])],
+        [
+            value("deltas", TensorProto.FLOAT, [1, 4, 15, 15]),
+            value("scores", TensorProto.FLOAT, [1, 2, 15, 15]),
+        ],
+        [weights("w", 4, 0.01), weights("v", 2, 0.6)],
+    )
+    path = tmp_path_factory.mktemp("detector") / "detector.onnx"
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    return path
+
+
+_DETECT = """
+post = { kind = "boxes", output = "deltas", scores = "scores", channels_first = true, \
+background = 0, threshold = 0.5, coding = "corner-deltas", stride = 2, cell = 12, offset = 1, \
+nms = "onnxruntime", iou = 0.5 }
+"""
+
+
+def run(network: Path, photos: Path, pipeline: Path, *lines: str) -> AuditReport:
+    """Audit with these lines at the end of the description's training side."""
+    pipeline.write_text("\n".join([pipeline.read_text(), *lines]))
+    asked = AuditOptions(
+        (BackendSpec("ort"),), images=photos, pipeline=str(pipeline), confirm=False
+    )
+    return audit(network, asked, noises=discovery.noises(), progress=Silent())
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("offset = 0", "box_offset"),
+        ('rounding = "floor"', "box_rounding"),
+        ("threshold = 0.7", "threshold"),
+        ("iou = 0.2", "nms"),
+        ("cell = 10", "box_decode"),
+    ],
+)
+def test_a_planted_mistake_is_the_first_offender(
+    detector: Path, photos: Path, pipeline: Path, key: str, name: str
+) -> None:
+    report = run(detector, photos, pipeline, _DETECT, "[deployment]", f"post = {{ {key} }}")
+    first = report.findings[0]
+    assert (first.noise, first.stage) == (f"postprocessing.{name}", "post-processing")
+    whole = report.backends[0].end_to_end
+    assert whole is not None
+    shares = {s.noise: s.share for s in whole.shares}
+    assert shares[f"postprocessing.{name}"] == pytest.approx(1, abs=1e-3)
+    assert sum(shares.values()) + whole.unexplained_share == pytest.approx(1)
+    assert whole.outputs[0].kind == "boxes" and whole.outputs[0].name == NAME
+
+
+def test_mistakes_on_both_sides_of_the_network_share_one_difference(
+    detector: Path, photos: Path, pipeline: Path
+) -> None:
+    wrong = ["[deployment]", 'channels = "bgr"', "post = { offset = 0 }"]
+    report = run(detector, photos, pipeline, _DETECT, *wrong)
+    assert {f.noise for f in report.findings} == {
+        "preprocessing.channels",
+        "postprocessing.box_offset",
+    }
+    whole = report.backends[0].end_to_end
+    assert whole is not None
+    total = sum(s.share for s in whole.shares) + whole.unexplained_share
+    assert total == pytest.approx(1)
+    assert report.pipeline is not None
+    assert sum(s.share or 0 for s in report.pipeline.steps) == pytest.approx(1)
+
+
+def test_a_side_alike_is_silent(detector: Path, photos: Path, pipeline: Path) -> None:
+    report = run(detector, photos, pipeline, _DETECT)
+    assert not report.findings and report.exit_code == 0
+    assert report.backends[0].end_to_end is not None  # the result is still what is compared
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('"deltas"', '"boxes"'), "the network has no output `boxes`"),
+        (("stride = 2, cell = 12", 'anchors = "none.npy"'), "cannot be read"),
+        (("channels_first = true", "channels_first = false"), "scores of"),
+    ],
+)
+def test_a_description_of_another_network(
+    detector: Path, photos: Path, pipeline: Path, change: tuple[str, str], said: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        run(
+            detector, photos, pipeline, _DETECT.replace(*change), "[deployment]", 'channels = "bgr"'
+        )
+    assert said in error.value.message
+
+
+def test_a_mask_and_an_activation(network: Path, photos: Path, pipeline: Path) -> None:
+    report = run(
+        network,
+        photos,
+        pipeline,
+        'post = { kind = "scores", activation = "softmax" }',
+        '[deployment]\npost = { activation = "none" }',
+    )
+    assert report.findings[0].noise == "postprocessing.activation"
