@@ -299,6 +299,17 @@ def _photographs(model: Model, options: AuditOptions) -> Chain:
     return upstream.Chain(model, described, found, options.output_kinds)
 
 
+def stimulus_of(model: Model, options: AuditOptions) -> Stimulus:
+    """The samples of an audit without traces.
+
+    Raises:
+        UsageError: the data, the photographs or the shapes don't fit the model.
+    """
+    if options.images:
+        return _photographs(model, options).stimulus
+    return _stimulus(model, options, (), {})
+
+
 def _stimulus(
     model: Model,
     options: AuditOptions,

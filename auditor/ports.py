@@ -104,6 +104,29 @@ class Backend(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Python source that runs a model on one engine, for a reproducer.
+
+    Attributes:
+        engine: its name; ``packages``: what to install, as for pip.
+        source: defines ``run(path, feeds)``, the outputs by name of the model at ``path`` on the
+            arrays ``feeds`` (by input name, in the model's order), and ``version()``.
+    """
+
+    engine: str
+    packages: str
+    source: str
+
+
+@runtime_checkable
+class Scriptable(Protocol):
+    """A backend whose programs a short script can make; a backend need not be one."""
+
+    def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
+        """The source that builds and runs as ``Backend.build`` does with these options."""
+
+
 @runtime_checkable
 class Switchable(Protocol):
     """A build some of whose factors the engine can leave out; a build need not be one."""

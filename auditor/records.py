@@ -759,6 +759,7 @@ class AuditReport:
         gaps: everything not audited, the backends' own gaps included.
         timing: wall seconds per stage of the audit.
         fail_on: lowest severity, of a finding or of an output's divergence, that fails the audit.
+        command: the arguments of the audit, to run it again; empty where there was no command line.
         requested: ids of the backends that the user named: without one of them the audit is
             incomplete.
         noises: the causes that this report names.
@@ -781,6 +782,7 @@ class AuditReport:
     noises: tuple[NoiseInfo, ...] = ()
     judgement: Judgement | None = None
     pipeline: PipelineReport | None = None
+    command: tuple[str, ...] = ()
 
 
 # --- two reports side by side (``audit diff``) ----------------------------------------------------

@@ -139,6 +139,17 @@ class Tracer:
             run_to_run=plain["run_to_run"],
         )
 
+    def plain(self, feeds: Arrays) -> Arrays | None:
+        """Run the plain program once; None (with ``gap`` set) when the backend fails."""
+        stored = self._store(feeds)
+        try:
+            return self._fetch(self._call("run", feeds=stored, repeats=1)["outputs"])
+        except BackendError as error:
+            self._fail(error)
+            return None
+        finally:
+            Path(stored["path"]).unlink(missing_ok=True)
+
     def ablate(self, switch: Switch) -> None:
         """Build the plain program once more without one factor, beside the plain one.
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from auditor.errors import BackendError, UsageError
-from auditor.ports import Array, Arrays, Capture
+from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 
 if TYPE_CHECKING:
@@ -177,6 +177,32 @@ class OrtBackend:
         options = _Options.parse(request.options, request.threads)
         return OrtBuild(request, options)
 
+    def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
+        """A session with the same level and configuration."""
+        made = _Options.parse(options, threads)
+        lines = [f"options.intra_op_num_threads = {made.threads}"] if made.threads else []
+        lines += [f"options.add_session_config_entry({k!r}, {v!r})" for k, v in made.config.items()]
+        source = _SCRIPT.format(
+            level=_LEVELS[made.level], more="".join(f"    {line}\n" for line in lines)
+        )
+        return Script("ONNX Runtime", "onnxruntime", source)
+
+
+_SCRIPT = """\
+import onnxruntime
+
+
+def run(path, feeds):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.{level}
+{more}    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds)))
+
+
+def version():
+    return f"ONNX Runtime {{onnxruntime.__version__}}"
+"""
 
 BACKEND = OrtBackend()
 

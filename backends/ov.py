@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from auditor.errors import BackendError, UsageError
-from auditor.ports import Array, Arrays, Capture
+from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import (
     Availability,
     BuildRequest,
@@ -974,6 +974,24 @@ def _ov_type(name: str) -> Any:
 # --- the backend -----------------------------------------------------------------------------
 
 
+_SCRIPT = """\
+import onnx
+import openvino
+
+
+def run(path, feeds):
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(path), {device!r}, {properties!r})
+    results = compiled([np.ascontiguousarray(value) for value in feeds.values()])
+    names = [output.name for output in onnx.load(path).graph.output]
+    return {{name: results[index] for index, name in enumerate(names)}}
+
+
+def version():
+    return f"OpenVINO {{openvino.__version__}}"
+"""
+
+
 class OpenVINO:
     """Intel's OpenVINO runtime on any device its Core lists."""
 
@@ -997,6 +1015,14 @@ class OpenVINO:
                 remedy="Install it: pip install 'sysnoise-auditor[ov]'.",
             )
         return Availability(True, self.title, _version(ov), devices)
+
+    def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
+        """The same properties on the same device."""
+        properties: dict[str, Any] = dict(options)
+        if threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        source = _SCRIPT.format(device=device or _DEFAULT_DEVICE, properties=properties)
+        return Script(self.title, "openvino, onnx", source)
 
     def build(self, request: BuildRequest) -> _Build:
         """Compile with OpenVINO's default properties and the options asked for.

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from auditor.errors import BackendError, UsageError
-from auditor.ports import Array, Arrays, Capture
+from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import (
     Availability,
     BuildRequest,
@@ -778,6 +778,32 @@ class _Build:
         return _Instrumented(self._program, self._plan)
 
 
+_SCRIPT = """\
+import onnx
+import tvm
+from tvm import relax
+from tvm.relax.frontend.onnx import from_onnx
+
+
+def run(path, feeds):
+    model = onnx.load(path)
+    module = from_onnx(model, {{name: list(value.shape) for name, value in feeds.items()}})
+    target = tvm.target.Target({target!r})
+    with tvm.transform.PassContext(opt_level={level}):
+        lowered = relax.get_default_pipeline(target)(module)
+        built = relax.build(lowered, target=target, relax_pipeline=None)
+    machine = relax.VirtualMachine(built, tvm.cpu())
+    results = machine["main"](*(tvm.runtime.tensor(value) for value in feeds.values()))
+    names = [output.name for output in model.graph.output]
+    results = [results] if len(names) == 1 else list(results)
+    return {{name: value.numpy() for name, value in zip(names, results)}}
+
+
+def version():
+    return f"TVM {{tvm.__version__}}"
+"""
+
+
 class TVM:
     """TVM's Relax compiler for the host CPU, with LLVM."""
 
@@ -801,6 +827,15 @@ class TVM:
             return Availability(False, _ENGINE, version, reason=reason, remedy=remedy)
         cpu = Device("", f"LLVM {codegen.llvm_version_major()} CPU ({_mcpu(None)})")
         return Availability(True, _ENGINE, version, (cpu,))
+
+    def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
+        """The same target and default pipeline."""
+        made = _Options.parse(options)
+        source = _SCRIPT.format(
+            target={"kind": "llvm", "mcpu": made.mcpu, "fast-math": made.fast_math},
+            level=made.opt_level,
+        )
+        return Script(_ENGINE, "apache-tvm, onnx", source)
 
     def build(self, request: BuildRequest) -> _Build:
         """Import, compile once with the default CPU pipeline, and trace the names.

@@ -640,6 +640,7 @@ _BODY: dict[str, _Codec[Any]] = {
     "noises": _many(_NOISE),
     "judgement": _optional(_JUDGEMENT),
     "pipeline": _optional(_PIPELINE),
+    "command": _TEXTS,
 }
 _ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 

@@ -23,6 +23,11 @@ class _Verbs(TyperGroup):
 class MainVerb(TyperCommand):
     """The default verb, whose help page is that of the whole program."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the arguments as they were given: a report says how to make it again."""
+        ctx.meta[MAIN] = tuple(args)
+        return super().parse_args(ctx, args)
+
     def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Show the usage without the implied verb, and that there are others."""
         program = ctx.parent.command_path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -29,6 +30,7 @@ from auditor.errors import UsageError
 from auditor.records import PIPELINE
 
 if TYPE_CHECKING:
+    from auditor.audit import AuditOptions
     from auditor.policy import Policy
     from auditor.records import AuditReport
 
@@ -51,6 +53,7 @@ def _show_version(value: bool) -> None:
 
 @app.command(MAIN, cls=MainVerb, hidden=True, epilog=_EXIT_CODES)
 def _audit(
+    context: typer.Context,
     model: Model,
     backends: Annotated[
         list[str] | None,
@@ -197,9 +200,58 @@ def _audit(
     from auditor import discovery
 
     destination = destination_for(format, output, [model, candidate, data, policy, baseline])
-    traces = parse_traces(trace)
-    rules, earlier = _rules(policy, baseline, [name for name, _ in traces])
-    backends = backends or (list(rules.backends) if rules else None)
+    rules, earlier = _rules(policy, baseline, [name for name, _ in parse_traces(trace)])
+    asked = asked_for(context.params, rules)
+
+    from auditor.audit import audit
+    from reports.terminal import LiveProgress
+
+    progress = StoppableProgress(LiveProgress())
+    try:
+        report = audit(model, asked, noises=discovery.noises(), progress=progress)
+    finally:
+        progress.close()
+    report = replace(report, command=context.meta.get(MAIN, ()))
+    report = _judged(report, rules, baseline, earlier)
+    destination.deliver(report)
+    return report.exit_code
+
+
+def again(command: Sequence[str]) -> typer.Context:
+    """The arguments of an earlier audit, parsed: a context whose ``invoke`` runs it.
+
+    Raises:
+        UsageError: they are missing, or no arguments of an audit.
+    """
+    from typer.exceptions import TyperException
+    from typer.main import get_command
+
+    if not command:
+        raise UsageError(
+            "the report does not say how it was made", "Run the audit again with `-o report.json`."
+        )
+    verb: Any = get_command(app)
+    try:
+        context: typer.Context = verb.commands[MAIN].make_context(MAIN, list(command))
+        return context
+    except (TyperException, typer.Exit) as error:
+        raise UsageError(
+            f"the report's own command cannot be run: {error}", "Run the audit again."
+        ) from error
+
+
+def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
+    """The options of an audit, from the command line's parameters.
+
+    Raises:
+        UsageError: they contradict one another, or name what there is not.
+    """
+    from auditor.audit import AuditOptions
+    from auditor.limits import GIB, Limits
+    from auditor.recording import read_names
+
+    traces = parse_traces(given["trace"])
+    backends = given["backends"] or (list(rules.backends) if rules else None)
     # A trace is compared alone unless backends are named.
     specs = () if traces and not backends else backend_specs(backends)
     taken = {spec.label for spec in specs} | {"reference"}
@@ -207,49 +259,34 @@ def _audit(
         raise UsageError(
             f"--trace `{twice[0]}` has the name of a backend", "Write NAME=FILE with another name."
         )
+    images, pipeline, data = (given[key] for key in ("images", "pipeline", "data"))
     if (images is None) != (pipeline is None) or (images is not None and data is not None):
         raise UsageError(
             "--images and --pipeline belong together, and take the place of --data",
             "Write --images DIR --pipeline p.toml, or a preset such as imagenet-torchvision.",
         )
-    options = engine_options(option, specs)
-    shapes = dict(parse_shape(text) for text in shape or ())
-    kinds = dict(parse_kind(text) for text in output_kind or ())
-
-    from auditor.audit import AuditOptions, audit
-    from auditor.limits import GIB, Limits
-    from auditor.recording import read_names
-    from reports.terminal import LiveProgress
-
-    asked = AuditOptions(
+    names, memory = given["trace_names"], given["worker_memory"]
+    return AuditOptions(
         backends=specs,
         requested=bool(backends),
-        candidate=candidate,
+        candidate=given["candidate"],
         data=data,
         images=images,
         pipeline=pipeline,
-        seed=seed,
-        samples=samples,
-        shapes=shapes,
-        nonfinite=allow_nonfinite,
-        timeout=timeout,
-        threads=threads,
-        options=options,
-        fail_on=fail_on or (rules.fail_on if rules else None) or "medium",
-        output_kinds=kinds,
-        confirm=confirm,
+        seed=given["seed"],
+        samples=given["samples"],
+        shapes=dict(parse_shape(text) for text in given["shape"] or ()),
+        nonfinite=given["allow_nonfinite"],
+        timeout=given["timeout"],
+        threads=given["threads"],
+        options=engine_options(given["option"], specs),
+        fail_on=given["fail_on"] or (rules.fail_on if rules else None) or "medium",
+        output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
+        confirm=given["confirm"],
         traces=traces,
-        trace_names=read_names(trace_names) if trace_names else {},
-        limits=None if worker_memory is None else Limits(int(worker_memory * GIB)),
+        trace_names=read_names(names) if names else {},
+        limits=None if memory is None else Limits(int(memory * GIB)),
     )
-    progress = StoppableProgress(LiveProgress())
-    try:
-        report = audit(model, asked, noises=discovery.noises(), progress=progress)
-    finally:
-        progress.close()
-    report = _judged(report, rules, baseline, earlier)
-    destination.deliver(report)
-    return report.exit_code
 
 
 def _rules(

@@ -1,0 +1,40 @@
+"""``audit rerun``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from auditor.commands._app import app
+from auditor.commands._options import Format, Report
+from auditor.commands.audit import again
+
+
+@app.command("rerun", short_help="Run the audit of a saved report again.")
+def _rerun(
+    report: Report,
+    format: Format = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the new report to FILE."),
+    ] = None,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Fail only on what is new or worse than in REPORT.json."),
+    ] = False,
+) -> int:
+    """Run the audit that made a report again, with the same arguments, in the same folder.
+
+    Models, data and policies are read from where the report's command names them; what the
+    command wrote is not written again.
+    """
+    from reports import json_v1
+
+    context = again(json_v1.load(report).command)
+    context.params.update(format=format, output=output)
+    if baseline:
+        context.params["baseline"] = report
+    with context:
+        return int(context.command.invoke(context) or 0)
