@@ -7,8 +7,10 @@ before it is kept, and then made smaller while the difference stays.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +51,6 @@ class Reproducer:
     """What was written.
 
     Attributes:
-        folder: where it is.
         place: of what the model was cut out, in words.
         nodes, of: how many nodes it has, and how many the finding's segment has.
         relative_l2: how far the backend's outputs are from the reference's in the cut.
@@ -57,7 +58,6 @@ class Reproducer:
         trials: how many models were built to get there.
     """
 
-    folder: Path
     place: str
     nodes: int
     of: int
@@ -111,17 +111,22 @@ def reproduce(
         values, provenance = _captured(model, spec, options, segment, progress)
         case, place = _smallest(model, segment, values, lab)
     script = backend.script(spec.device, options.threads, options.options.get(spec.id, {}))
-    folder.mkdir(parents=True)
-    _write(folder, case, script, max(segment.floor, KEPT * case.relative_l2))
-    shown, said = _run(folder)
-    nodes = len(case.model.graph.node)
-    written = Reproducer(
-        folder, place, nodes, len(segment.nodes), case.relative_l2, shown, said, lab.trials
-    )
-    (folder / ISSUE).write_text(
-        _issue(written, case, finding, report, provenance), encoding="utf-8"
-    )
-    return written
+    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        part = KEPT * case.relative_l2
+        _write(draft, case, script, max(segment.floor, part if part < math.inf else 0.0))
+        shown, said = _run(draft)
+        nodes = len(case.model.graph.node)
+        made = Reproducer(
+            place, nodes, len(segment.nodes), case.relative_l2, shown, said, lab.trials
+        )
+        text = _issue(made, case, finding, report, provenance)
+        (draft / ISSUE).write_text(text, encoding="utf-8")
+        draft.rename(folder)  # all of it or nothing
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return made
 
 
 def _found(
@@ -355,8 +360,9 @@ def _internal(case: _Case) -> Arrays:
 _SCRIPT = '''\
 """Shows where {engine} differs from ONNX: exit code 1 while it does, 0 once it does not.
 
-Needs {packages}. Inputs are those that {engine} had inside the whole model; the expected values
-are those of ONNX Runtime without optimisation.
+Needs {packages}.
+Inputs are those that {engine} had inside the whole model; the expected values are those of
+ONNX Runtime without optimisation.
 """
 
 import sys
@@ -375,11 +381,11 @@ def relative_l2(observed, expected):
         print(f"  shape {{observed.shape}} instead of {{expected.shape}}")
         return np.inf
     o, e = (np.asarray(v, np.float64) for v in (observed, expected))
-    if not np.array_equal(np.isfinite(o), np.isfinite(e)):
-        print("  NaN or infinity on one side only")
+    finite = np.isfinite(e)
+    if not np.array_equal(o[~finite], e[~finite], equal_nan=True) or not np.isfinite(o[finite]).all():
+        print(f"  NaN or infinity on one side only: {{o.ravel()[:8]}} instead of {{e.ravel()[:8]}}")
         return np.inf
-    alike = np.isfinite(o)
-    return np.linalg.norm((o - e)[alike]) / (np.linalg.norm(e[alike]) or 1.0)
+    return np.linalg.norm((o - e)[finite]) / (np.linalg.norm(e[finite]) or 1.0)
 
 
 def main():
@@ -417,7 +423,7 @@ def _write(folder: Path, case: _Case, script: Script, limit: float) -> None:
     text = _SCRIPT.format(
         engine=script.engine,
         packages=f"numpy, safetensors, {script.packages}",
-        limit=float(f"{min(limit, 1e30):.3g}"),
+        limit=float(f"{limit:.3g}"),
         source=script.source,
         expected=EXPECTED,
         inputs=INPUTS,
@@ -440,6 +446,10 @@ def _run(folder: Path) -> tuple[bool, str]:
     return done.returncode == 1 and "DIFFERENT" in done.stdout, said.strip()
 
 
+def _nodes(number: int) -> str:
+    return f"{number} node" if number == 1 else f"{number} nodes"
+
+
 def _issue(
     made: Reproducer, case: _Case, finding: Finding, report: AuditReport, provenance: Provenance
 ) -> str:
@@ -456,7 +466,7 @@ def _issue(
     return f"""\
 # {provenance.engine}: {kinds} differs from ONNX by {case.relative_l2:.1e} relative L2
 
-`python {SCRIPT}` in this folder runs `{MODEL}` ({made.nodes} nodes: {kinds}; opset {opset}) on
+`python {SCRIPT}` in this folder runs `{MODEL}` ({_nodes(made.nodes)}: {kinds}; opset {opset}) on
 `{INPUTS}` ({inputs}) and compares it with `{EXPECTED}`, the values of
 {report.reference.engine} {report.reference.version}.
 

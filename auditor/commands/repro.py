@@ -55,8 +55,8 @@ def _repro(
     finally:
         progress.close()
     emit(
-        f"{output}: {made.nodes} of the segment's {made.of} nodes show a relative L2 of "
-        f"{made.relative_l2:.1e} ({made.place}; {made.trials} models tried)\n"
+        f"{output}: a model of {made.nodes} nodes (the segment has {made.of}) shows a relative L2 "
+        f"of {made.relative_l2:.1e} ({made.place}; {made.trials} models tried)\n"
         f"{made.said}\n"
         f"Run it: python {output / SCRIPT}; text for an issue: {output / ISSUE}"
     )
