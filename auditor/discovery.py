@@ -16,7 +16,7 @@ from auditor.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from auditor.ports import Backend, Noise, Renderer
+    from auditor.ports import Backend, Fix, Noise, Renderer
 
 
 def backend_ids() -> tuple[str, ...]:
@@ -39,6 +39,13 @@ def renderers() -> dict[str, Renderer]:
     """All report formats by name."""
     found = [importlib.import_module(f"reports.{m}").RENDERER for m in _modules("reports")]
     return {renderer.name: renderer for renderer in found}
+
+
+def fixes() -> tuple[Fix, ...]:
+    """All equivalent ways to write operators, ordered by id."""
+    package = "auditor.fixes"
+    found = [importlib.import_module(f"{package}.{m}").FIX for m in _modules(package)]
+    return tuple(sorted(found, key=lambda fix: fix.id))
 
 
 class _Noises(Sequence["Noise"]):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -188,6 +189,48 @@ class Variant:
 
     name: str
     model: onnx.ModelProto
+
+
+class Surroundings(Protocol):
+    """What a rewrite may know of the model around a node, and what it may add to it."""
+
+    @property
+    def opset(self) -> int:
+        """Of the default domain."""
+
+    def constant(self, name: str) -> Array | None:
+        """The value of a constant; None where it is computed."""
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape that a tensor has at the audited inputs; None where unknown."""
+
+    def dtype(self, name: str) -> np.dtype[Any] | None:
+        """The type of a tensor; None where unknown."""
+
+    def fresh(self, name: str) -> str:
+        """A tensor name that the model does not have."""
+
+    def add(self, name: str, value: Array) -> str:
+        """Add a constant; returns its name."""
+
+
+class Fix(Protocol):
+    """An equivalent way to write an operator. Exported as ``FIX`` by a file of auditor/fixes."""
+
+    @property
+    def id(self) -> str:
+        """A short name."""
+
+    @property
+    def title(self) -> str:
+        """What it does, in words."""
+
+    @property
+    def noises(self) -> frozenset[str]:
+        """Ids of the causes that it avoids."""
+
+    def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
+        """Nodes with the same outputs by name, to stand in its place; None where it has none."""
 
 
 class Noise(Protocol):

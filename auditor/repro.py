@@ -382,8 +382,9 @@ def relative_l2(observed, expected):
         return np.inf
     o, e = (np.asarray(v, np.float64) for v in (observed, expected))
     finite = np.isfinite(e)
-    if not np.array_equal(o[~finite], e[~finite], equal_nan=True) or not np.isfinite(o[finite]).all():
-        print(f"  NaN or infinity on one side only: {{o.ravel()[:8]}} instead of {{e.ravel()[:8]}}")
+    alike = np.array_equal(o[~finite], e[~finite], equal_nan=True)
+    if not alike or not np.isfinite(o[finite]).all():
+        print(f"  NaN or infinity: {{o.ravel()[:8]}} instead of {{e.ravel()[:8]}}")
         return np.inf
     return np.linalg.norm((o - e)[finite]) / (np.linalg.norm(e[finite]) or 1.0)
 

@@ -160,7 +160,15 @@ class Tracer:
             UsageError: it refused the options.
         """
         assert self.request is not None
-        request = replace(self.request, options=self.request.options | switch.options)
+        options = self.request.options | switch.options
+        self.beside(replace(self.request, options=options))
+
+    def beside(self, request: BuildRequest) -> None:
+        """Build another program beside the plain one, in place of an earlier such program.
+
+        Raises:
+            BackendError, UsageError: as for ``ablate``.
+        """
         answer = self._patiently("ablate", "build", request=encode(request))
         if answer["blocked"]:
             raise BackendError(f"built, not run: {answer['blocked']}", stage="ablate")

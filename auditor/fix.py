@@ -1,0 +1,470 @@
+"""The smallest change that brings a backend within its limit, verified by building it.
+
+Changes are engine options, and equivalent ways to write the layers to blame (``auditor.fixes``).
+Layers are taken in the order of their measured effect, so that few builds are needed; the outputs
+of every changed model are compared with those of the *original* reference.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import onnx
+
+from auditor import discovery, metrics, replay, surgery, weights
+from auditor import model as models
+from auditor.audit import reference_of, stimulus_of
+from auditor.errors import BackendError, UsageError
+from auditor.fixes._view import View
+from auditor.records import BuildRequest, FixAttempt, FixReport
+from auditor.rounding import upgraded
+from auditor.trace import Tracer
+from auditor.worker import workers
+
+if TYPE_CHECKING:
+    from auditor.audit import AuditOptions, BackendSpec
+    from auditor.model import Model
+    from auditor.ports import Arrays, Fix, Progress
+    from auditor.records import AuditReport, BackendReport, Finding
+    from auditor.replay import Reference
+
+BUILDS = 6
+SAMPLES = 4
+COMPARABLE = 1e-3  # the limit where nothing can be compared as it is, in shape or finiteness
+SAME = 1e-5  # a rewrite must keep the reference's outputs within this relative L2
+_OPSETS = (13, 17, 18, 21)
+_FASTER = 1.03  # a latency that is this much lower decides between two changes
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to the model or to its build.
+
+    Attributes:
+        name: in words.
+        options: engine options, as after ``--option ID.``.
+        nodes: labels of the nodes that are written otherwise.
+        findings: ranks of the findings that it is meant for.
+        model: the changed model; None where the file stays.
+    """
+
+    name: str
+    findings: tuple[int, ...]
+    options: dict[str, str] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+    model: onnx.ModelProto | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A change, and what came of it; fields as in ``FixAttempt``."""
+
+    change: Change
+    after: float | None = None
+    latency_before: float | None = None
+    latency_after: float | None = None
+    failure: str | None = None
+
+    @property
+    def slower(self) -> float:
+        """How many times as long a run takes."""
+        if not self.latency_before or self.latency_after is None:
+            return math.inf
+        return self.latency_after / self.latency_before
+
+    def report(self) -> FixAttempt:
+        """Without the model."""
+        c = self.change
+        return FixAttempt(
+            c.name,
+            c.findings,
+            c.options,
+            c.nodes,
+            c.model is not None,
+            self.after,
+            self.latency_before,
+            self.latency_after,
+            self.failure,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Fixing:
+    """The result of a search, and the model to write where the chosen change makes one."""
+
+    report: FixReport
+    model: onnx.ModelProto | None
+
+
+def fix(
+    report: AuditReport,
+    backend: BackendReport,
+    options: AuditOptions,
+    limit: float | None,
+    progress: Progress,
+) -> Fixing:
+    """Search the smallest change that brings a backend's divergence to ``limit``.
+
+    Args:
+        report: the audit's report.
+        backend: its part about the backend to fix.
+        options: the options of that audit.
+        limit: relative L2 of the outputs; None for a tenth of what it is, or for ``COMPARABLE``.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: the model has changed, or there is nothing to fix.
+    """
+    spec = next((s for s in options.backends if s.label == backend.id), None)
+    if spec is None or options.candidate is not None:
+        raise UsageError(
+            f"{backend.id} of this report cannot be built again alone",
+            "Audit the model itself on a backend of this machine.",
+        )
+    model = models.load(Path(report.model.path))
+    if model.info.sha256 != report.model.sha256:
+        raise UsageError(
+            f"{report.model.path} has changed since the report was made", "Run the audit again."
+        )
+    found = [f for f in report.findings if f.backend == backend.id]
+    with TemporaryDirectory(prefix="audit-fix-") as scratch:
+        bench = _Bench(model, spec, replace(options, traces=()), Path(scratch), progress)
+        with bench:
+            before = bench.before
+            tenth = before / 10 if math.isfinite(before) else COMPARABLE
+            target = tenth if limit is None else limit
+            if before <= target:
+                within = FixReport(backend.id, before, target, (), None, None, ())
+                return Fixing(within, None)
+            return _searched(backend, found, bench, before, target)
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+def _searched(
+    backend: BackendReport, found: Sequence[Finding], bench: _Bench, before: float, limit: float
+) -> Fixing:
+    attempts: list[Attempt] = []
+    author = _Author(bench, found)
+
+    def tried(change: Change | None) -> Attempt | None:
+        if change is None or len(attempts) >= BUILDS:
+            return None
+        if any(_alike(change, a.change) for a in attempts):
+            return None
+        attempts.append(bench.attempt(change))
+        return attempts[-1]
+
+    def within(attempt: Attempt | None) -> bool:
+        return attempt is not None and attempt.after is not None and attempt.after <= limit
+
+    for change in author.rewrites(_needed(found, before, limit)):
+        made = tried(change)
+        if within(made):
+            _fewer(change, author, tried, within)
+            break
+    for change in _by_options(backend, found, bench.spec.id):
+        if within(tried(change)):
+            break
+    if not any(map(within, attempts)):
+        for change in author.rewrites(len(found)):
+            if within(tried(change)):
+                break
+    good = [a for a in attempts if within(a)]
+    usable = [a for a in attempts if a.after is not None and a.after < before]
+    chosen = min(good, key=_cost, default=None)
+    best = min(usable, key=lambda a: a.after or 0.0, default=None)
+    notes = list(author.notes)
+    if len(attempts) >= BUILDS:
+        notes.append(f"No more than {BUILDS} builds are tried.")
+    told = FixReport(
+        backend=backend.id,
+        before=before,
+        limit=limit,
+        attempts=tuple(a.report() for a in attempts),
+        chosen=attempts.index(chosen) if chosen else None,
+        best=attempts.index(best) if best else None,
+        notes=tuple(notes),
+    )
+    return Fixing(told, chosen.change.model if chosen else None)
+
+
+def _alike(a: Change, b: Change) -> bool:
+    return (a.name, a.nodes, a.options) == (b.name, b.nodes, b.options)
+
+
+def _cost(attempt: Attempt) -> tuple[float, int]:
+    """Latency in steps that matter, then how much is changed."""
+    slower = attempt.slower
+    steps = math.ceil(math.log(slower, _FASTER)) if 0 < slower < math.inf else math.inf
+    return max(steps, 0), len(attempt.change.nodes)
+
+
+def _needed(found: Sequence[Finding], before: float, limit: float) -> int:
+    """How many findings must go, if their errors add up as independent ones do."""
+    left = before**2
+    for number, finding in enumerate(found, 1):
+        effect = finding.effect
+        if effect is None or not math.isfinite(effect) or not math.isfinite(left):
+            continue
+        left -= effect**2
+        if left <= limit**2:
+            return number
+    return len(found)
+
+
+def _fewer(
+    change: Change,
+    author: _Author,
+    tried: Callable[[Change | None], Attempt | None],
+    within: Callable[[Attempt | None], bool],
+) -> None:
+    """Halve the number of layers written otherwise as long as the limit holds."""
+    low, high = 0, len(change.findings)
+    while high - low > 1:
+        middle = (low + high) // 2
+        smaller = next(author.rewrites(middle), None)
+        if smaller is None:
+            return
+        made = tried(smaller)
+        if made is None:
+            return
+        low, high = (low, middle) if within(made) else (middle, high)
+
+
+def _by_options(backend: BackendReport, found: Sequence[Finding], id: str) -> Iterator[Change]:
+    """Options that leave a cause out: those that the audit tried, then those of the catalogue."""
+    ranks = {f.noise: f.rank for f in reversed(found)}
+    helped = [c for c in backend.counterfactuals if (c.removed or 0.0) > 0 and c.after is not None]
+    for made in sorted(helped, key=lambda c: c.after or 0.0):
+        about = tuple(sorted(ranks[n] for n in made.noises if n in ranks))
+        yield Change(f"without {made.factor}", about, dict(made.options))
+    catalogue = {noise.id: noise for noise in discovery.noises()}
+    for noise, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if noise in catalogue and (options := catalogue[noise].ablations.get(id)):
+            yield Change(f"without {noise}", (rank,), dict(options))
+
+
+# --- rewriting -----------------------------------------------------------------------------------
+
+
+class _Author:
+    """Writes the model anew, layer by layer, and keeps only what the reference agrees with."""
+
+    def __init__(self, bench: _Bench, found: Sequence[Finding]) -> None:
+        self.notes: list[str] = []
+        self._bench = bench
+        self._found = found
+        self._fixes = discovery.fixes()
+
+    def rewrites(self, number: int) -> Iterator[Change]:
+        """The model with the layers of the first ``number`` findings written otherwise.
+
+        First each layer in the way that suits its cause; then in a newer operator set, which
+        changes what every operator means to a runtime's importer.
+        """
+        taken = self._found[:number]
+        if (change := self._layers(taken)) is not None:
+            yield change
+        yield from self._newer(taken)
+
+    def _layers(self, taken: Sequence[Finding]) -> Change | None:
+        model = self._bench.whole
+        keys = {key: f for f in taken for key in self._bench.keys_of(f)}
+        view = View(model, self._bench.values)
+        replaced: dict[int, list[onnx.NodeProto]] = {}
+        names: dict[str, None] = {}
+        nodes, ranks = [], set()
+        for index, node in enumerate(model.graph.node):
+            finding = keys.get(models.key(node))
+            if finding is None:
+                continue
+            for fix in self._suiting(finding):
+                if (made := fix.rewrite(node, view)) is not None:
+                    replaced[index] = made
+                    names[fix.title] = None
+                    nodes.append(self._bench.label(node))
+                    ranks.add(finding.rank)
+                    break
+        if not replaced:
+            return None
+        changed = surgery.copied(model)
+        del changed.graph.node[:]
+        for index, node in enumerate(model.graph.node):
+            changed.graph.node.extend(replaced.get(index, [node]))
+        changed.graph.initializer.extend(view.initializers)
+        if (why := self._bench.disagrees(changed)) is not None:
+            self.notes.append(f"{', '.join(names)}: not tried, {why}.")
+            return None
+        return Change("; ".join(names), tuple(sorted(ranks)), {}, tuple(nodes), changed)
+
+    def _suiting(self, finding: Finding) -> list[Fix]:
+        """Rewrites for a cause, or all of them where none was found; the particular ones first."""
+        fitting = [f for f in self._fixes if finding.noise is None or finding.noise in f.noises]
+        return sorted(fitting, key=lambda f: len(f.noises))
+
+    def _newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
+        model = self._bench.whole
+        ranks = tuple(f.rank for f in taken)
+        for opset in (o for o in _OPSETS if o > surgery.opset(model)):
+            for changed in upgraded(model, opset):
+                if self._bench.disagrees(changed) is None:
+                    yield Change(f"operator set {opset}", ranks, {}, (), changed)
+                    break
+
+
+# --- building and measuring ----------------------------------------------------------------------
+
+
+class _Bench:
+    """The backend with the plain program, beside which changed ones are built."""
+
+    def __init__(
+        self,
+        model: Model,
+        spec: BackendSpec,
+        options: AuditOptions,
+        scratch: Path,
+        progress: Progress,
+    ) -> None:
+        self.spec = spec
+        self._model = model
+        self._options = options
+        self._scratch = scratch
+        self._progress = progress
+        self._files = 0
+        self._stack = ExitStack()
+        self._tracer: Tracer | None = None
+        stimulus = stimulus_of(model, options)
+        self._feeds = [stimulus.sample(i) for i in range(min(len(stimulus), SAMPLES))]
+        self._threads = options.threads or os.cpu_count() or 1
+        self._reference, _ = reference_of(model, self._threads, scratch)
+        self._expected = [self._reference.run(feeds) for feeds in self._feeds]
+        self.whole = surgery.copied(model.proto)
+        for tensor in self.whole.graph.initializer:
+            tensor.CopyFrom(weights.attach(tensor, model.weights))
+        self.values = self._inside()
+        self.before = math.nan
+
+    def __enter__(self) -> _Bench:
+        """Build the plain program and measure it."""
+        self._build()
+        self.before = self._apart([self._plainly(feeds) for feeds in self._feeds])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the backend's process."""
+        self._stack.close()
+
+    def label(self, node: onnx.NodeProto) -> str:
+        """What a person calls a node."""
+        return self._model.labels.get(models.key(node), node.name)
+
+    def keys_of(self, finding: Finding) -> tuple[str, ...]:
+        """Keys of the nodes that a finding is about."""
+        by_label = {label: key for key, label in self._model.labels.items()}
+        return tuple(by_label[label] for label in finding.nodes if label in by_label)
+
+    def disagrees(self, changed: onnx.ModelProto) -> str | None:
+        """Why a changed model is not the same to the reference; None where it is."""
+        try:
+            reference = self._as_reference(changed)
+            values = [reference.run(feeds) for feeds in self._feeds]
+        except UsageError as error:
+            return f"the reference refuses it: {error.message}"
+        distance = self._apart(values)
+        return None if distance <= SAME else f"the reference itself differs by {distance:.1e}"
+
+    def attempt(self, change: Change) -> Attempt:
+        """Build a change beside the plain program; its divergence and latency, or why not."""
+        path = self._model.path if change.model is None else self._saved(change.model)
+        tracer = self._tracer or self._build()
+        assert tracer.request is not None
+        options = tracer.request.options | change.options
+        try:
+            tracer.beside(replace(tracer.request, model_path=path, options=options))
+            outputs = [tracer.contrast(feeds)[1] for feeds in self._feeds]
+            before, after = tracer.race(self._feeds[0])
+        except (BackendError, UsageError) as error:
+            self._end()  # its process may be gone
+            return Attempt(change, failure=error.message)
+        return Attempt(change, self._apart(outputs), before, after)
+
+    def _build(self) -> Tracer:
+        options = self._options
+        (worker,) = self._stack.enter_context(workers([self.spec.id], options.limits))
+        tracer = Tracer(self.spec.label, worker, options.timeout, self._progress)
+        if tracer.start():
+            shapes = {name: tuple(value.shape) for name, value in self._feeds[0].items()}
+            tracer.build(
+                BuildRequest(
+                    model_path=self._model.path,
+                    shapes=shapes,
+                    dynamic=self._model.dynamic,
+                    device=self.spec.device,
+                    threads=options.threads,
+                    options=options.options.get(self.spec.id, {}),
+                    workdir=worker.workdir,
+                )
+            )
+        if tracer.gap is not None:
+            raise UsageError(
+                f"{self.spec.label} no longer builds the model: {tracer.gap.reason}",
+                "Audit it again.",
+            )
+        self._tracer = tracer
+        return tracer
+
+    def _end(self) -> None:
+        self._stack.close()
+        self._stack = ExitStack()
+        self._tracer = None
+
+    def _plainly(self, feeds: Arrays) -> Arrays:
+        assert self._tracer is not None
+        found = self._tracer.plain(feeds)
+        if found is None:
+            assert self._tracer.gap is not None
+            raise UsageError(
+                f"{self.spec.label} no longer runs the model: {self._tracer.gap.reason}",
+                "Audit it again.",
+            )
+        return found
+
+    def _apart(self, outputs: Sequence[Arrays]) -> float:
+        """The largest relative L2 to the reference over the samples."""
+        return max(
+            metrics.relative_l2(self._reference.wide(found), expected, tuple(expected))
+            for found, expected in zip(outputs, self._expected, strict=True)
+        )
+
+    def _as_reference(self, changed: onnx.ModelProto) -> Reference:
+        loaded = models.load(self._saved(changed))
+        return reference_of(loaded, self._threads, self._scratch)[0]
+
+    def _saved(self, model: onnx.ModelProto) -> Path:
+        self._files += 1
+        path = self._scratch / f"{self._files}.onnx"
+        onnx.save(model, path)
+        return path
+
+    def _inside(self) -> Arrays:
+        """Every tensor of the model on the first sample, for types and shapes."""
+        model = surgery.copied(self.whole)
+        finals = {o.name for o in model.graph.output}
+        names = [n for node in model.graph.node for n in node.output if n]
+        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
+        try:
+            found = replay.session(model, self._threads).run(names, self._feeds[0])
+        except Exception:  # sequences and optionals cannot be outputs: then nothing is rewritten
+            return {}
+        known = {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
+        return known | dict(self._feeds[0])
