@@ -166,17 +166,15 @@ def _searched(
     def within(attempt: Attempt | None) -> bool:
         return attempt is not None and attempt.after is not None and attempt.after <= limit
 
-    for change in author.rewrites(_needed(found, before, limit)):
-        made = tried(change)
-        if within(made):
-            _fewer(change, author, tried, within)
-            break
+    if within(made := tried(author.layers(_needed(found, before, limit)))):
+        assert made is not None
+        _fewer(made.change, author, tried, within)
     for change in _by_options(backend, found, bench.spec.id):
         if within(tried(change)):
             break
     if not any(map(within, attempts)):
-        for change in author.rewrites(len(found)):
-            if within(tried(change)):
+        for more in (author.layers(len(found)), *author.newer(found)):
+            if within(tried(more)):
                 break
     good = [a for a in attempts if within(a)]
     usable = [a for a in attempts if a.after is not None and a.after < before]
@@ -231,7 +229,7 @@ def _fewer(
     low, high = 0, len(change.findings)
     while high - low > 1:
         middle = (low + high) // 2
-        smaller = next(author.rewrites(middle), None)
+        smaller = author.layers(middle)
         if smaller is None:
             return
         made = tried(smaller)
@@ -265,20 +263,13 @@ class _Author:
         self._found = found
         self._fixes = discovery.fixes()
 
-    def rewrites(self, number: int) -> Iterator[Change]:
+    def layers(self, number: int) -> Change | None:
         """The model with the layers of the first ``number`` findings written otherwise.
 
-        First each layer in the way that suits its cause; then in a newer operator set, which
-        changes what every operator means to a runtime's importer.
+        Each in the way that suits its cause; None where there is none.
         """
-        taken = self._found[:number]
-        if (change := self._layers(taken)) is not None:
-            yield change
-        yield from self._newer(taken)
-
-    def _layers(self, taken: Sequence[Finding]) -> Change | None:
         model = self._bench.whole
-        keys = {key: f for f in taken for key in self._bench.keys_of(f)}
+        keys = {key: f for f in self._found[:number] for key in self._bench.keys_of(f)}
         view = View(model, self._bench.values)
         replaced: dict[int, list[onnx.NodeProto]] = {}
         names: dict[str, None] = {}
@@ -311,7 +302,8 @@ class _Author:
         fitting = [f for f in self._fixes if finding.noise is None or finding.noise in f.noises]
         return sorted(fitting, key=lambda f: len(f.noises))
 
-    def _newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
+    def newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
+        """The model in newer operator sets, which runtimes import in other ways."""
         model = self._bench.whole
         ranks = tuple(f.rank for f in taken)
         for opset in (o for o in _OPSETS if o > surgery.opset(model)):

@@ -1,4 +1,4 @@
-"""``audit repro`` and ``audit rerun``: real differences, as a stranger would run what is written."""
+"""``audit repro`` and ``audit rerun``: real differences, run as a stranger would run them."""
 
 from __future__ import annotations
 

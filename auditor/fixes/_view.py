@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from auditor import surgery
 from auditor.ports import Array
@@ -26,6 +26,8 @@ class View:
         self.opset = surgery.opset(model)
         self.initializers: list[onnx.TensorProto] = []
         self._constants = surgery.constants(model)
+        self._types = surgery.types(model)
+        self._shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
         self._values = values
         self._added = 0
 
@@ -35,13 +37,17 @@ class View:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape that a tensor has in this model at the audited inputs; None where unknown."""
-        value = self.constant(name) if name in self._constants else self._values.get(name)
+        if name in self._shapes:
+            return self._shapes[name]
+        value = self._values.get(name)
         return None if value is None else tuple(value.shape)
 
     def dtype(self, name: str) -> np.dtype[Any] | None:
         """The type of a tensor; None where unknown."""
-        value = self.constant(name) if name in self._constants else self._values.get(name)
-        return None if value is None else value.dtype
+        if name in self._values:
+            return self._values[name].dtype
+        kind = self._types.get(name)
+        return helper.tensor_dtype_to_np_dtype(kind) if kind else None
 
     def fresh(self, name: str) -> str:
         """A tensor name that the model does not have."""

@@ -28,12 +28,12 @@ class _ExplicitPadding:
     def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
         """The node with its padding in numbers; None where nothing is left to the runtime."""
         given = surgery.attributes(node)
-        auto = given.get("auto_pad", b"NOTSET")
+        auto = given.get("auto_pad", "NOTSET")
         up = bool(given.get("ceil_mode", 0))
         shape = view.shape(node.input[0])
         if node.op_type not in (*_POOLS, "Conv") or shape is None:
             return None
-        if not up and auto in (b"NOTSET", b"VALID"):
+        if not up and auto in ("NOTSET", "VALID"):
             return None
         sizes = shape[2:]
         kernel = given.get("kernel_shape") or (view.shape(node.input[1]) or ())[2:]
@@ -44,8 +44,8 @@ class _ExplicitPadding:
         dilations = given.get("dilations", [1] * rank)
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
         pads = list(given.get("pads", [0] * 2 * rank))
-        if auto in (b"SAME_UPPER", b"SAME_LOWER"):
-            pads = _same(sizes, strides, reach, lower=auto == b"SAME_LOWER")
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            pads = _same(sizes, strides, reach, lower=auto == "SAME_LOWER")
             up = False
         extra = _overhang(sizes, strides, reach, pads) if up else [0] * rank
         made = onnx.NodeProto()

@@ -27,7 +27,7 @@ class _ResizeMatrix:
         shape, size = view.shape(node.input[0]), view.shape(node.output[0])
         kind = view.dtype(node.input[0])
         crops = (
-            surgery.attributes(node).get("coordinate_transformation_mode") == b"tf_crop_and_resize"
+            surgery.attributes(node).get("coordinate_transformation_mode") == "tf_crop_and_resize"
         )
         if node.op_type != "Resize" or crops or kind not in (np.float32, np.float16):
             return None

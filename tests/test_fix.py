@@ -1,0 +1,241 @@
+"""``audit fix``: rewrites against the reference, and real differences brought within a limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor import discovery, replay
+from auditor.fixes._view import View
+
+ROOT = Path(__file__).resolve().parents[1]
+F, H, U = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
+
+
+def audit(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def model_of(node: onnx.NodeProto, inputs: dict[str, Any], **constants: Any) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    kind = {np.dtype(np.float32): F, np.dtype(np.float16): H, np.dtype(np.uint8): U}
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [value(n, kind.get(v.dtype, TensorProto.INT8), v.shape) for n, v in inputs.items()],
+        [onnx.ValueInfoProto(name="y")],
+        [numpy_helper.from_array(v, n) for n, v in constants.items()],
+    )
+    opset = [helper.make_opsetid("", 19)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=9)
+
+
+def rewritten(id: str, model: onnx.ModelProto, feeds: dict[str, Any]) -> onnx.ModelProto | None:
+    (fix,) = (f for f in discovery.fixes() if f.id == id)
+    (y,) = replay.session(model, 1).run(None, feeds)
+    view = View(model, feeds | {"y": y})
+    nodes = fix.rewrite(model.graph.node[0], view)
+    if nodes is None:
+        return None
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.node[:]
+    changed.graph.node.extend(nodes)
+    changed.graph.initializer.extend(view.initializers)
+    return changed
+
+
+def compare(model: onnx.ModelProto, changed: onnx.ModelProto, feeds: dict[str, Any]) -> float:
+    one, other = (replay.session(m, 1).run(None, feeds)[0] for m in (model, changed))
+    assert one.shape == other.shape and one.dtype == other.dtype
+    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0))
+
+
+# --- the rewrites --------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(["MaxPool", "AveragePool"]),
+    st.integers(5, 12),
+    st.integers(5, 12),
+    st.integers(2, 3),
+    st.integers(1, 3),
+    st.integers(0, 1),
+    st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER"]),
+    st.booleans(),
+)
+@settings(deadline=None, max_examples=80)
+def test_pooling_with_explicit_padding_is_the_same(
+    op: str, height: int, width: int, kernel: int, stride: int, pad: int, auto: str, counted: bool
+) -> None:
+    assume(stride <= kernel)  # ONNX Runtime refuses the negative padding of SAME otherwise
+    given: dict[str, Any] = {"kernel_shape": [kernel, kernel], "strides": [stride, stride]}
+    if auto == "NOTSET":
+        given |= {"ceil_mode": 1, "pads": [pad] * 4}
+    else:
+        given |= {"auto_pad": auto}
+    if op == "AveragePool":
+        given |= {"count_include_pad": int(counted)}
+    x = np.random.default_rng(0).standard_normal((1, 2, height, width)).astype(np.float32)
+    model = model_of(helper.make_node(op, ["x"], ["y"], **given), {"x": x})
+    changed = rewritten("explicit-padding", model, {"x": x})
+    assume(changed is not None)
+    assert changed is not None
+    used = {a.name for a in changed.graph.node[-1].attribute}
+    assert not used & {"ceil_mode", "auto_pad"}
+    assert compare(model, changed, {"x": x}) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("how", ["half_pixel", "asymmetric", "align_corners"])
+@pytest.mark.parametrize("size", [None, (1, 2, 7, 13)])
+def test_a_resize_is_two_products(mode: str, how: str, size: tuple[int, ...] | None) -> None:
+    x = np.random.default_rng(1).standard_normal((1, 2, 5, 9)).astype(np.float32)
+    constants: dict[str, Any] = {"s": np.array([1, 1, 1.3, 1.7], np.float32)}
+    inputs = ["x", "", "s"]
+    if size is not None:
+        constants, inputs = {"s": np.array(size)}, ["x", "", "", "s"]
+    node = helper.make_node("Resize", inputs, ["y"], mode=mode, coordinate_transformation_mode=how)
+    model = model_of(node, {"x": x}, **constants)
+    changed = rewritten("resize-matrix", model, {"x": x})
+    assert changed is not None and {n.op_type for n in changed.graph.node} == {"MatMul"}
+    assert compare(model, changed, {"x": x}) <= 1e-5
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
+@pytest.mark.parametrize("kind", [np.uint8, np.int8])
+def test_narrow_integers_wrap(op: str, kind: Any) -> None:
+    info = np.iinfo(kind)
+    every = np.arange(info.min, info.max + 1)
+    a, b = (v.astype(kind).reshape(-1) for v in np.meshgrid(every, every))
+    model = model_of(helper.make_node(op, ["a", "b"], ["y"]), {"a": a, "b": b})
+    changed = rewritten("wide-integers", model, {"a": a, "b": b})
+    assert changed is not None
+    with np.errstate(over="ignore"):
+        wanted = {"Add": a + b, "Sub": a - b, "Mul": a * b}[op]
+    np.testing.assert_array_equal(replay.session(changed, 1).run(None, {"a": a, "b": b})[0], wanted)
+
+
+def test_weights_of_half_precision_go_to_single_as_well() -> None:
+    rng = np.random.default_rng(2)
+    x, w = (rng.standard_normal(s).astype(np.float16) for s in ((1, 64, 8, 8), (8, 64, 3, 3)))
+    model = model_of(helper.make_node("Conv", ["x", "w"], ["y"]), {"x": x}, w=w)
+    changed = rewritten("single-precision", model, {"x": x})
+    assert changed is not None
+    assert [n.op_type for n in changed.graph.node] == ["Cast", "Cast", "Conv", "Cast"]
+    assert compare(model, changed, {"x": x}) <= 0.1  # a few steps of float16 near 50
+
+
+def test_half_precision_is_computed_in_single() -> None:
+    x = np.full((1, 64), 0.1, np.float16)
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)
+    model = model_of(node, {"x": x}, axes=np.array([1]))
+    changed = rewritten("single-precision", model, {"x": x})
+    assert changed is not None
+    assert [n.op_type for n in changed.graph.node] == ["Cast", "ReduceSum", "Cast"]
+    assert compare(model, changed, {"x": x}) <= 4e-3  # one step of float16 at 6.4
+
+
+@pytest.mark.parametrize(
+    ("op", "given"),
+    [("HardSwish", {}), ("Softplus", {}), ("Celu", {"alpha": 2.0}), ("Mish", {}), ("Elu", {})],
+)
+def test_an_operator_is_written_out_as_specified(op: str, given: dict[str, Any]) -> None:
+    x = np.linspace(-4, 4, 64, dtype=np.float32).reshape(1, 64)
+    model = model_of(helper.make_node(op, ["x"], ["y"], **given), {"x": x})
+    changed = rewritten("written-out", model, {"x": x})
+    assert changed is not None and op not in {n.op_type for n in changed.graph.node}
+    assert compare(model, changed, {"x": x}) <= 1e-5
+
+
+def test_what_is_not_theirs_is_left_alone() -> None:
+    x = np.ones((1, 1, 4, 4), np.float32)
+    for op, options in (("Relu", {}), ("MaxPool", {"kernel_shape": [2, 2]})):
+        model = model_of(helper.make_node(op, ["x"], ["y"], **options), {"x": x})
+        for fix in discovery.fixes():
+            if fix.id != "written-out":
+                assert rewritten(fix.id, model, {"x": x}) is None
+
+
+# --- by command, on the real runtimes -------------------------------------------------------------
+
+
+def report_of(model: onnx.ModelProto, path: Path, backend: str, *more: object) -> Path:
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    report = path.with_suffix(".json")
+    done = audit(path, "--backends", backend, "-o", report, *more)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return report
+
+
+def averaging() -> onnx.ModelProto:
+    node = helper.make_node(
+        "AveragePool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1],
+        ceil_mode=1, count_include_pad=1,
+    )  # fmt: skip
+    return model_of(node, {"x": np.ones((1, 3, 7, 7), np.float32)})
+
+
+def test_a_fix_is_found_verified_and_written(tmp_path: Path) -> None:
+    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+    fixed = tmp_path / "fixed.onnx"
+    done = audit("fix", report, "-o", fixed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "explicit padding" in done.stdout
+    again = audit(fixed, "--backends", "ov")
+    assert again.returncode == 0, again.stdout
+    beside = audit(tmp_path / "pool.onnx", "--candidate", fixed, "--backends", "ort,ov")
+    assert beside.returncode == 0, beside.stdout
+
+
+def test_layers_of_a_half_precision_model_go_to_single(tmp_path: Path) -> None:
+    """TVM sums float16 in float16; 512 tenths stall there."""
+    x = np.full((1, 4096), 0.1, np.float16)
+    data = tmp_path / "x.npz"
+    np.savez(data, x=x)
+    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=1)
+    model = model_of(node, {"x": x}, axes=np.array([1]))
+    report = report_of(model, tmp_path / "sum.onnx", "tvm", "--data", data)
+    done = audit("fix", report)
+    assert done.returncode == 0 and "float32 inside these layers" in done.stdout, done.stdout
+
+
+def test_a_limit_that_nothing_reaches_is_said(tmp_path: Path) -> None:
+    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+    data = json.loads(report.read_text())
+    for finding in data["findings"]:
+        finding["noise"] = "implementation.winograd"  # for which nothing can be rewritten
+    data["backends"][0]["counterfactuals"] = []
+    report.write_text(json.dumps(data))
+    done = audit("fix", report)
+    assert done.returncode == 1 and "nothing" in done.stdout, done.stdout
+
+
+def test_bad_requests_are_named(tmp_path: Path) -> None:
+    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+    taken = tmp_path / "taken.onnx"
+    taken.write_bytes(b"mine")
+    for arguments, said in (
+        (["--backend", "tvm"], "compares no backend `tvm`"),
+        (["-o", taken], "is no new .onnx file"),
+        (["-o", tmp_path / "x.txt"], "is no new .onnx file"),
+    ):
+        done = audit("fix", report, *arguments)
+        assert done.returncode == 2 and said in done.stderr
+    assert taken.read_bytes() == b"mine"
+    assert audit("fix", report, "--to", 9).stdout.count("within the limit as it is") == 1
+    changed = onnx.load(tmp_path / "pool.onnx")
+    changed.producer_name = "another"
+    onnx.save(changed, tmp_path / "pool.onnx")
+    assert "has changed since" in audit("fix", report).stderr
