@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from auditor.pipeline import libraries
 from auditor.pipeline.description import Colour, Decode, Orientation, Pipeline, Resize
+from auditor.pipeline.post import Post, Rounding, Suppression
 from auditor.records import Gap
 
 DECODER = "preprocessing.decoder"
 ORIENTATION = "preprocessing.orientation"
 COLOUR = "preprocessing.colour"
 RESIZE = "preprocessing.resize"
+OFFSET = "postprocessing.box_offset"
+ROUNDING = "postprocessing.box_rounding"
+NMS = "postprocessing.nms"
 
 # In the order of execution.
 TITLES = {
@@ -22,6 +26,7 @@ TITLES = {
     COLOUR: "colour space",
     RESIZE: "resize",
 }
+AFTER = {OFFSET: "box offset", ROUNDING: "box rounding", NMS: "suppression"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,45 @@ class Switch:
             return replace(pipeline, colour=None)
         other: Orientation = "ignore" if pipeline.decode.orientation == "apply" else "apply"
         return replace(pipeline, decode=replace(pipeline.decode, orientation=other))
+
+
+@dataclass(frozen=True, slots=True)
+class PostSwitch:
+    """One step after the network replaced.
+
+    Attributes:
+        type: one of ``AFTER``.
+        name: the option; ``tool`` the library that does it.
+        changes: fields of the post-processing, and their values.
+    """
+
+    type: str
+    name: str
+    tool: str
+    changes: tuple[tuple[str, object], ...]
+
+    def apply(self, post: Post) -> Post:
+        """The post-processing with this step."""
+        changed: dict[str, Any] = dict(self.changes)
+        return replace(post, **changed)
+
+
+def post_switches(post: Post | None) -> tuple[PostSwitch, ...]:
+    """Every option after the network that differs from the training side's."""
+    if post is None or post.kind != "boxes":
+        return ()
+    own = "numpy"
+    found = [PostSwitch(OFFSET, f"offset {1 - post.offset}", own, (("offset", 1 - post.offset),))]
+    for how in get_args(Rounding):
+        if how != post.rounding:
+            name = "not rounded" if how == "none" else f"rounded: {how}"
+            found.append(PostSwitch(ROUNDING, name, own, (("rounding", how),)))
+    for by in get_args(Suppression) if post.nms != "none" else ():
+        for offset in (0, 1):
+            if by != "none" and (by, offset) != (post.nms, post.iou_offset):
+                changes = (("nms", by), ("iou_offset", offset))
+                found.append(PostSwitch(NMS, f"{by}, IoU with offset {offset}", by, changes))
+    return tuple(found)
 
 
 def switches(pipeline: Pipeline) -> tuple[tuple[Switch, ...], tuple[Gap, ...]]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from auditor import metrics, sensitivity
 from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.post import result
 from auditor.pipeline.steps import Preparation
 from auditor.tasks import TaskMeter
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.description import Pipeline
     from auditor.pipeline.networks import Forms, Networks
     from auditor.pipeline.photos import Photos
+    from auditor.pipeline.post import Post
     from auditor.ports import Array, Arrays, Progress
     from auditor.records import OutputKind
 
@@ -36,11 +38,12 @@ _SHOWN_EVERY = 0.5  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One thing to measure on every photograph: a pipeline, and forms in the network."""
+    """One thing to measure on every photograph: a pipeline, forms in the network, what follows."""
 
     name: str
     pipeline: Pipeline
     forms: Forms = ()
+    post: Post | None = None
 
 
 class Table:
@@ -178,6 +181,8 @@ class Sweep:
                 continue
             try:
                 values = self._outputs(preparation.tensor(trial.pipeline), trial.forms, made)
+                if trial.post is not None:
+                    values = result(values, trial.post)
             except PhotoError as error:
                 cells[trial.name] = error.message
             except Exception as error:  # engines raise classes that share no base

@@ -11,7 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -25,8 +25,9 @@ from auditor.pipeline import networks, options
 from auditor.pipeline.checkpoint import Checkpoint
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import Form, Networks
-from auditor.pipeline.options import Switch
+from auditor.pipeline.options import PostSwitch, Switch
 from auditor.pipeline.photos import oddities
+from auditor.pipeline.post import NAME, result
 from auditor.pipeline.statistics import Means
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sweep import BASE, Sweep, Table, Trial
@@ -66,7 +67,7 @@ class _Choice:
     group: str
     name: str
     tool: str
-    change: Switch | Form
+    change: Switch | Form | PostSwitch
 
     @property
     def trial(self) -> str:
@@ -102,16 +103,20 @@ def sysnoise(
     tensor = _first(photos, training)
     nets = Networks(model, noises, tensor, progress)
     clock.append(time.perf_counter())
-    output, kind = _read(nets, tensor)
+    output, kind = _read(nets, tensor, description)
     switches, gaps = options.switches(training)
+    after = options.post_switches(description.training_post)
     choices = [
         *(_Choice(s.type, s.type, s.name, s.tool, s) for s in switches),
         *(_Choice(f.noise, f.group, f.variant, "simulated", f) for f in nets.forms),
+        *(_Choice(s.type, s.type, s.name, s.tool, s) for s in after),
     ]
-    trials = [Trial(BASE, training), *(_trial([choice], training) for choice in choices)]
-    differs = description.deployment != training
+    base = Trial(BASE, training, post=description.training_post)
+    trials = [base, *(_trial([choice], base) for choice in choices)]
+    deployed = Trial(_DEPLOYMENT, description.deployment, post=description.deployment_post)
+    differs = replace(deployed, name=BASE) != base
     if differs:
-        trials.append(Trial(_DEPLOYMENT, description.deployment))
+        trials.append(deployed)
     checkpoint = Checkpoint(keep, _key(model, description, choices))
     finished = False
     try:
@@ -129,7 +134,7 @@ def sysnoise(
         types = measured.types(choices)
         worst = _worst(choices, types)
         together = _together(worst, nets)
-        both = sweep.run([trials[0], *(_trial(c, training) for c in together)])
+        both = sweep.run([base, *(_trial(c, base) for c in together)])
         clock.append(time.perf_counter())
         joint = _Measured(both, photos, training, kind, alone)
         finished = True
@@ -155,7 +160,7 @@ def sysnoise(
         tool_version=__version__,
         model=str(model.path),
         pipeline=description.source,
-        steps=training.steps(),
+        steps=training.steps() | (base.post.steps() if base.post else {}),
         photos=measured.used,
         labelled=measured.labelled,
         output=output,
@@ -241,7 +246,8 @@ class _Measured:
             columns = [self._columns[c.trial] for c in members]
             mean = self._effect(partial(Means.mean, columns=columns))
             most = self._effect(partial(Means.max, columns=columns))
-            title = options.TITLES.get(type) or networks.TITLES.get(type, type)
+            titles = options.TITLES | options.AFTER | networks.TITLES
+            title = titles.get(type, type)
             found.append(SysnoiseType(type, title, tuple(made), mean, most, made[0].name))
         return tuple(sorted(found, key=lambda type: _size(type.max), reverse=True))
 
@@ -338,7 +344,8 @@ def _worst(choices: Sequence[_Choice], types: Sequence[SysnoiseType]) -> list[_C
             best[choice.group] = choice
     before = [best[t] for t in options.TITLES if t in best]
     inside = {c.change: c for c in best.values() if isinstance(c.change, Form)}
-    return before + [inside[form] for form in networks.in_order(inside)]
+    after = [best[t] for t in options.AFTER if t in best]
+    return [*before, *(inside[form] for form in networks.in_order(inside)), *after]
 
 
 def _together(worst: Sequence[_Choice], nets: Networks) -> list[tuple[_Choice, ...]]:
@@ -347,12 +354,14 @@ def _together(worst: Sequence[_Choice], nets: Networks) -> list[tuple[_Choice, .
     return [c for c in wanted if nets.combine(_forms(c))]
 
 
-def _trial(choices: Sequence[_Choice], training: Pipeline) -> Trial:
-    pipeline = training
+def _trial(choices: Sequence[_Choice], base: Trial) -> Trial:
+    pipeline, post = base.pipeline, base.post
     for choice in choices:
         if isinstance(choice.change, Switch):
             pipeline = choice.change.apply(pipeline)
-    return Trial(_name(choices), pipeline, _forms(choices))
+        elif isinstance(choice.change, PostSwitch) and post is not None:
+            post = choice.change.apply(post)
+    return Trial(_name(choices), pipeline, _forms(choices), post)
 
 
 def _forms(choices: Sequence[_Choice]) -> networks.Forms:
@@ -377,9 +386,12 @@ def _first(photos: Photos, training: Pipeline) -> Array:
     )
 
 
-def _read(nets: Networks, tensor: Array) -> tuple[str, OutputKind]:
-    """The output that people read, and as what: the first one with a meaning."""
+def _read(nets: Networks, tensor: Array, description: Description) -> tuple[str, OutputKind]:
+    """What people read, and as what: the described result, or the first output with a meaning."""
     values = nets.run((), tensor)
+    if description.training_post is not None:
+        result(values, description.training_post)  # or the description does not fit the network
+        return NAME, description.training_post.kind
     kinds = {name: assume(name, value) for name, value in values.items()}
     name = next((n for n, kind in kinds.items() if kind != "none"), nets.outputs[0])
     return name, kinds[name]
@@ -398,7 +410,13 @@ def _key(model: Model, description: Description, choices: Sequence[_Choice]) -> 
     import onnxruntime as ort
 
     tools = sorted({choice.tool for choice in choices})
-    told = repr((description.training, description.deployment, tools))
+    told = repr(
+        (
+            *(description.training, description.deployment),
+            *(description.training_post, description.deployment_post),
+            tools,
+        )
+    )
     return {
         "version": __version__,
         "engine": ort.__version__,

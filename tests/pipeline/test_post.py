@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from auditor import discovery
+from auditor import discovery, model, replay
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.pipeline import description, post
+from auditor.pipeline import photos as folders
 from auditor.pipeline.post import NAME, Post
+from auditor.pipeline.steps import Preparation
+from auditor.pipeline.sysnoise import sysnoise
 from auditor.records import AuditReport
 
 _CORNERS = hnp.arrays(
@@ -319,3 +322,46 @@ def test_a_mask_and_an_activation(network: Path, photos: Path, pipeline: Path) -
         '[deployment]\npost = { activation = "none" }',
     )
     assert report.findings[0].noise == "postprocessing.activation"
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_the_table_has_what_comes_after_the_network(
+    detector: Path, photos: Path, pipeline: Path
+) -> None:
+    pipeline.write_text(
+        "\n".join([pipeline.read_text(), _DETECT, "[deployment]", "post = { threshold = 0.6 }"])
+    )
+    described = description.load(str(pipeline))
+    report = sysnoise(
+        model.load(detector),
+        described,
+        folders.find(photos, None, 6),
+        [],
+        keep=photos.parent / "keep.jsonl",
+        threads=2,
+        progress=Silent(),
+    )
+    assert (report.output, report.kind) == (NAME, "boxes")
+    types = {t.id: t for t in report.types}
+    (offset,) = types["postprocessing.box_offset"].options
+    assert len(types["postprocessing.box_rounding"].options) == 2
+    assert {o.name for o in types["postprocessing.nms"].options} == {
+        "onnxruntime, IoU with offset 1",
+        "opencv, IoU with offset 0",
+        "opencv, IoU with offset 1",
+    }
+    assert report.deployment is not None and report.deployment.effect.relative_l2.value > 0
+    assert any("postprocessing.box_offset" in step.types for step in report.accumulation)
+
+    session = replay.session(onnx.load(detector), 1)
+    first, names = described.training_post, [o.name for o in session.get_outputs()]
+    assert first is not None
+    apart = []
+    for photo in folders.find(photos, None, 6).names:
+        tensor = Preparation((photos / photo).read_bytes()).tensor(described.training)
+        outputs = dict(zip(names, session.run(names, {"image": tensor}), strict=True))
+        old, new = (post.result(outputs, p)[NAME] for p in (first, replace(first, offset=0)))
+        apart.append(np.linalg.norm(new - old) / np.linalg.norm(old))
+    assert offset.effect.relative_l2.value == pytest.approx(float(np.mean(apart)), rel=1e-4)
