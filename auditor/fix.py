@@ -22,7 +22,7 @@ from auditor import discovery, metrics, replay, surgery, weights
 from auditor import model as models
 from auditor.audit import reference_of, stimulus_of
 from auditor.errors import BackendError, UsageError
-from auditor.fixes._view import View
+from auditor.fixes._view import MARK, View
 from auditor.records import BuildRequest, FixAttempt, FixReport
 from auditor.rounding import upgraded
 from auditor.trace import Tracer
@@ -173,7 +173,8 @@ def _searched(
         if within(tried(change)):
             break
     if not any(map(within, attempts)):
-        for more in (author.layers(len(found)), *author.newer(found)):
+        wider = author.layers(len(found)), author.layers(len(found), around=True)
+        for more in (*wider, *author.newer(found)):
             if within(tried(more)):
                 break
     good = [a for a in attempts if within(a)]
@@ -263,13 +264,25 @@ class _Author:
         self._found = found
         self._fixes = discovery.fixes()
 
-    def layers(self, number: int) -> Change | None:
+    def layers(self, number: int, *, around: bool = False) -> Change | None:
         """The model with the layers of the first ``number`` findings written otherwise.
 
-        Each in the way that suits its cause; None where there is none.
+        Each in the way that suits its cause; None where there is none. With ``around`` the nodes
+        that read from these layers too: a value may overflow on its way between them.
         """
         model = self._bench.whole
         keys = {key: f for f in self._found[:number] for key in self._bench.keys_of(f)}
+        if around:
+            made = {
+                n: keys[models.key(node)]
+                for node in model.graph.node
+                if models.key(node) in keys
+                for n in node.output
+            }
+            for node in model.graph.node:
+                source = next((made[n] for n in node.input if n in made), None)
+                if source is not None:
+                    keys.setdefault(models.key(node), source)
         view = View(model, self._bench.values)
         replaced: dict[int, list[onnx.NodeProto]] = {}
         names: dict[str, None] = {}
@@ -279,8 +292,8 @@ class _Author:
             if finding is None:
                 continue
             for fix in self._suiting(finding):
-                if (made := fix.rewrite(node, view)) is not None:
-                    replaced[index] = made
+                if (written := fix.rewrite(node, view)) is not None:
+                    replaced[index] = written
                     names[fix.title] = None
                     nodes.append(self._bench.label(node))
                     ranks.add(finding.rank)
@@ -292,15 +305,20 @@ class _Author:
         for index, node in enumerate(model.graph.node):
             changed.graph.node.extend(replaced.get(index, [node]))
         changed.graph.initializer.extend(view.initializers)
+        _without_round_trips(changed)
         if (why := self._bench.disagrees(changed)) is not None:
             self.notes.append(f"{', '.join(names)}: not tried, {why}.")
             return None
         return Change("; ".join(names), tuple(sorted(ranks)), {}, tuple(nodes), changed)
 
     def _suiting(self, finding: Finding) -> list[Fix]:
-        """Rewrites for a cause, or all of them where none was found; the particular ones first."""
-        fitting = [f for f in self._fixes if finding.noise is None or finding.noise in f.noises]
-        return sorted(fitting, key=lambda f: len(f.noises))
+        """Rewrites for its cause, the particular ones first; then all others, for causes overlap.
+
+        None can do harm: each is checked on the reference, and counts by what its build shows.
+        """
+        return sorted(
+            self._fixes, key=lambda f: (finding.noise not in f.noises, len(f.noises), f.id)
+        )
 
     def newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
         """The model in newer operator sets, which runtimes import in other ways."""
@@ -311,6 +329,28 @@ class _Author:
                 if self._bench.disagrees(changed) is None:
                     yield Change(f"operator set {opset}", ranks, {}, (), changed)
                     break
+
+
+def _without_round_trips(model: onnx.ModelProto) -> None:
+    """Neighbours computed in float32 hand it over: no cast to float16 and back in between."""
+    narrowed = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Cast" and surgery.attributes(node)["to"] == onnx.TensorProto.FLOAT16
+    }
+    wide: dict[str, str] = {}
+    for node in model.graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = wide.get(name, name)
+        if node.op_type == "Cast" and surgery.attributes(node)["to"] == onnx.TensorProto.FLOAT:
+            source = narrowed.get(node.input[0])
+            if source is not None and MARK in source:  # a cast that a rewrite put there
+                wide[node.output[0]] = source
+    read = {n for node in model.graph.node for n in node.input}
+    read |= {o.name for o in model.graph.output}
+    kept = [n for n in model.graph.node if n.op_type != "Cast" or n.output[0] in read]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
 
 
 # --- building and measuring ----------------------------------------------------------------------

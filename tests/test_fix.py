@@ -211,6 +211,29 @@ def test_layers_of_a_half_precision_model_go_to_single(tmp_path: Path) -> None:
     assert done.returncode == 0 and "float32 inside these layers" in done.stdout, done.stdout
 
 
+def test_neighbours_in_single_precision_hand_it_over(tmp_path: Path) -> None:
+    """A product that overflows float16 before it is divided again."""
+    x = np.full((1, 8), 300, np.float16)
+    data = tmp_path / "x.npz"
+    np.savez(data, x=x)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "k"], ["a"]), helper.make_node("Div", ["a", "k"], ["y"])],
+        "g",
+        [value("x", H, [1, 8])],
+        [value("y", H, [1, 8])],
+        [numpy_helper.from_array(np.float16(300), "k")],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    report = report_of(model, tmp_path / "mul.onnx", "tvm", "--data", data)
+    fixed = tmp_path / "fixed.onnx"
+    done = audit("fix", report, "-o", fixed)
+    assert done.returncode == 0, done.stdout
+    kinds = [node.op_type for node in onnx.load(fixed).graph.node]
+    assert kinds[kinds.index("Mul") + 1 :].count("Cast") <= 2 and "Div" in kinds
+
+
 def test_a_limit_that_nothing_reaches_is_said(tmp_path: Path) -> None:
     report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
     data = json.loads(report.read_text())

@@ -12,6 +12,8 @@ from onnx import helper, numpy_helper
 from auditor import surgery
 from auditor.ports import Array
 
+MARK = "/fixed"  # in the names of tensors that rewrites add
+
 
 class View:
     """A model whose nodes are being replaced.
@@ -52,7 +54,7 @@ class View:
     def fresh(self, name: str) -> str:
         """A tensor name that the model does not have."""
         self._added += 1
-        return f"{name}/fixed{self._added}"
+        return f"{name}{MARK}{self._added}"
 
     def add(self, name: str, value: Array) -> str:
         """A constant; returns the tensor's name."""
