@@ -346,11 +346,12 @@ def _without_round_trips(model: onnx.ModelProto) -> None:
             source = narrowed.get(node.input[0])
             if source is not None and MARK in source:  # a cast that a rewrite put there
                 wide[node.output[0]] = source
-    read = {n for node in model.graph.node for n in node.input}
-    read |= {o.name for o in model.graph.output}
-    kept = [n for n in model.graph.node if n.op_type != "Cast" or n.output[0] in read]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    finals = {o.name for o in model.graph.output}
+    for index in reversed(range(len(model.graph.node))):  # what reads a dead cast may be dead too
+        node = model.graph.node[index]
+        if node.op_type == "Cast" and node.output[0] not in finals:
+            if not any(node.output[0] in other.input for other in model.graph.node):
+                del model.graph.node[index]
 
 
 # --- building and measuring ----------------------------------------------------------------------
