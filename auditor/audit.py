@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,7 +143,9 @@ def _run(
     progress.update("reference", "load")
 
     # Imported here: the workers are starting meanwhile.
-    from auditor import artefact, confirm, ranking
+    import numpy as np
+
+    from auditor import artefact, confirm, machine, ranking
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -175,8 +178,12 @@ def _run(
         for s in sources
     }
     agreements = Agreements()
+    digest = hashlib.sha256()
     for index in range(len(stimulus)):
-        feeds = reference.wide(stimulus.sample(index))
+        sample = stimulus.sample(index)
+        for name in sorted(sample):
+            digest.update(np.ascontiguousarray(sample[name]).tobytes())
+        feeds = reference.wide(sample)
         expected = reference.run(feeds)
         upstream = photographs.measure(index, reference, expected) if photographs else None
         if index + 1 == len(stimulus):
@@ -231,7 +238,7 @@ def _run(
     return AuditReport(
         tool_version=__version__,
         model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
-        stimulus=stimulus.info,
+        stimulus=replace(stimulus.info, sha256=digest.hexdigest()),
         reference=reference.info,
         backends=reports,
         findings=found,
@@ -248,6 +255,8 @@ def _run(
         requested=tuple(requested),
         noises=_named(reports, pipeline, catalogue),
         pipeline=pipeline,
+        machine=machine.here(),
+        threads=options.threads,
     )
 
 

@@ -59,7 +59,7 @@ def compare(old: AuditReport, new: AuditReport, old_name: str, new_name: str) ->
         old=old_name,
         new=new_name,
         incomparable=tuple(_incomparable(old, new)),
-        provenance=tuple(_provenance(before, after)),
+        provenance=(*_machines(old, new), *_provenance(before, after)),
         outputs=outputs,
         findings=findings,
         gaps=gaps,
@@ -154,6 +154,9 @@ def _incomparable(old: AuditReport, new: AuditReport) -> Iterator[str]:
         was, now = getattr(old.stimulus, what), getattr(new.stimulus, what)
         if was != now:
             yield f"The inputs differ in their {what}: {now} instead of {was}."
+    hashes = old.stimulus.sha256, new.stimulus.sha256
+    if None not in hashes and hashes[0] != hashes[1]:
+        yield "The inputs' values are others."
     if old.reference != new.reference:
         yield (
             f"The reference is {new.reference.engine} {new.reference.version}, "
@@ -172,6 +175,23 @@ def _provenance(
         if earlier is not None and backend.provenance is not None:
             for sentence in _changes(earlier, backend.provenance):
                 yield f"{id}: {sentence}"
+
+
+def _machines(old: AuditReport, new: AuditReport) -> Iterator[str]:
+    """What of the machine differs; nothing where a report does not say."""
+    was, now = old.machine, new.machine
+    if was is not None and now is not None:
+        if lost := sorted(set(was.flags) - set(now.flags)):
+            yield f"CPU without {', '.join(lost)}: runtimes choose other kernels"
+        if gained := sorted(set(now.flags) - set(was.flags)):
+            yield f"CPU with {', '.join(gained)}: runtimes choose other kernels"
+        for what in ("cpu", "cores", "system", "python"):
+            before, after = getattr(was, what), getattr(now, what)
+            if before != after:
+                yield f"{what}: {before} → {after}"
+    if old.threads != new.threads:
+        names = ("the engines' own" if t is None else str(t) for t in (old.threads, new.threads))
+        yield f"threads: {' → '.join(names)}"
 
 
 def _changes(old: Provenance, new: Provenance) -> Iterator[str]:

@@ -349,9 +349,9 @@ def _without_round_trips(model: onnx.ModelProto) -> None:
     finals = {o.name for o in model.graph.output}
     for index in reversed(range(len(model.graph.node))):  # what reads a dead cast may be dead too
         node = model.graph.node[index]
-        if node.op_type == "Cast" and node.output[0] not in finals:
-            if not any(node.output[0] in other.input for other in model.graph.node):
-                del model.graph.node[index]
+        read = any(node.output[0] in other.input for other in model.graph.node)
+        if node.op_type == "Cast" and not read and node.output[0] not in finals:
+            del model.graph.node[index]
 
 
 # --- building and measuring ----------------------------------------------------------------------

@@ -207,6 +207,7 @@ class StimulusInfo:
         kind: ``recorded`` (given by the user) or ``synthetic`` (seeded random).
         shapes: the concrete shape of each input.
         notes: choices made for the user, as sentences (defaults for symbolic dimensions …).
+        sha256: of all samples' bytes, in order.
     """
 
     kind: Literal["recorded", "synthetic"]
@@ -215,6 +216,23 @@ class StimulusInfo:
     source: str
     shapes: dict[str, tuple[int, ...]]
     notes: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where the audit ran.
+
+    Attributes:
+        flags: of the CPU, those by which runtimes choose kernels or a default precision.
+        cores: logical ones.
+    """
+
+    cpu: str
+    flags: tuple[str, ...]
+    cores: int
+    system: str
+    python: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -759,6 +777,7 @@ class AuditReport:
         gaps: everything not audited, the backends' own gaps included.
         timing: wall seconds per stage of the audit.
         fail_on: lowest severity, of a finding or of an output's divergence, that fails the audit.
+        machine: where the audit ran; ``threads`` of each engine, None for the engines' own default.
         command: the arguments of the audit, to run it again; empty where there was no command line.
         requested: ids of the backends that the user named: without one of them the audit is
             incomplete.
@@ -783,6 +802,8 @@ class AuditReport:
     judgement: Judgement | None = None
     pipeline: PipelineReport | None = None
     command: tuple[str, ...] = ()
+    machine: Machine | None = None
+    threads: int | None = None
 
 
 # --- two reports side by side (``audit diff``) ----------------------------------------------------

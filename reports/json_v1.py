@@ -51,6 +51,7 @@ from auditor.records import (
     Hypothesis,
     Judgement,
     Kernel,
+    Machine,
     ModelInfo,
     NoiseInfo,
     OutputChange,
@@ -262,6 +263,7 @@ _STIMULUS = _record(
         "source": _TEXT,
         "shapes": _keyed(_INTS),
         "notes": _TEXTS,
+        "sha256": _MAYBE_TEXT,
     },
 )
 _REFERENCE = _record(ReferenceInfo, {"engine": _TEXT, "version": _TEXT, "precision": _TEXT})
@@ -641,6 +643,13 @@ _BODY: dict[str, _Codec[Any]] = {
     "judgement": _optional(_JUDGEMENT),
     "pipeline": _optional(_PIPELINE),
     "command": _TEXTS,
+    "machine": _optional(
+        _record(
+            Machine,
+            {"cpu": _TEXT, "flags": _TEXTS, "cores": _INT, "system": _TEXT, "python": _TEXT},
+        )
+    ),
+    "threads": _optional(_INT),
 }
 _ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 

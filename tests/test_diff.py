@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.diff import compare
-from auditor.records import AuditReport, Gap
+from auditor.records import AuditReport, Gap, Machine
 from reports import json_v1
 
 ROOT = Path(__file__).parents[1]
@@ -139,3 +139,16 @@ def test_bad_input(folder: Path) -> None:
     done = audit(folder, "diff", "clean.json", "none.json")
     assert done.returncode == 2
     assert "none.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_machine_and_other_inputs_are_named(report: AuditReport) -> None:
+    old = Machine("one", ("avx2", "fma"), 2, "Linux", "3.11")
+    new = Machine("two", ("avx2", "amx_bf16", "fma"), 2, "Linux", "3.11")
+    before = replace(report, machine=old, stimulus=replace(report.stimulus, sha256="a"))
+    after = replace(report, machine=new, threads=4, stimulus=replace(report.stimulus, sha256="b"))
+    found = compare(before, after, "a", "b")
+    said = " ".join(found.provenance)
+    assert "CPU with amx_bf16" in said and "cpu: one → two" in said
+    assert "threads: the engines' own → 4" in said
+    assert "The inputs' values are others." in found.incomparable
+    assert not compare(before, before, "a", "b").provenance

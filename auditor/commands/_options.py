@@ -46,8 +46,8 @@ Format = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Report format: terminal, json, sarif, junit, markdown or html; from the suffix of "
-        "-o (.json, .sarif, .xml, .md, .html) when not given.",
+        help="Report format: terminal, json, sarif, junit, markdown, html or model-explorer; from "
+        "the suffix of -o (.json, .sarif, .xml, .md, .html, .nodes.json) when not given.",
     ),
 ]
 

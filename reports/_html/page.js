@@ -500,6 +500,10 @@ function provenanceSection() {
         html("p", { class: "quiet" }, `Source: ${clip(noise.source, 400)}`))))),
     facts(
       ["model", html("code", { class: "hash" }, clip(MODEL.sha256, 80))],
+      ["inputs", STIMULUS.sha256 && html("code", { class: "hash" }, clip(STIMULUS.sha256, 80))],
+      ["machine", REPORT.machine && `${clip(REPORT.machine.cpu, 80)}, ${count(REPORT.machine.cores, "core")}, ${clip(REPORT.machine.system, 80)}, Python ${clip(REPORT.machine.python, 20)}; ${clip(REPORT.machine.flags.join(" "), 200)}`],
+      ["threads", REPORT.threads === null || REPORT.threads === undefined ? "the engines' own default" : String(REPORT.threads)],
+      ["command", REPORT.command?.length > 0 && html("code", null, clip(`audit ${REPORT.command.join(" ")}`, 600))],
       ["time", spent(REPORT.timing)],
       ["written by", `audit ${clip(REPORT.tool.version, 40)}`]));
 }
