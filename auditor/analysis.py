@@ -138,6 +138,10 @@ class Analysis:
         """By segment id, the mean relative L2 that its error alone causes in the outputs."""
         return {id: running.mean for id, running in self._effects.items()}
 
+    def hold(self, compiled: Mapping[str, CompiledConstant]) -> None:
+        """Say which constants the engine's own file has otherwise; before the first sample."""
+        self._compiled = compiled
+
     def report(self, device: str) -> BackendReport:
         """The backend's part of the report; ``device`` is the one asked for."""
         return summary.report(self, device)

@@ -66,6 +66,20 @@ def changed(
     return found
 
 
+def held(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledConstant]:
+    """Those of an engine's own constants that differ from the reference's of the same name."""
+    ours = _Constants(reference)
+    found: dict[str, CompiledConstant] = {}
+    for name, stored in values.items():
+        original = ours.value(name) if name in ours else None
+        if original is None or original.shape != stored.shape:
+            continue
+        value = stored.astype(original.dtype, copy=False)
+        if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
+            found[name] = _compared(original, value)
+    return found
+
+
 def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
     """The segment with those constants of the compiled file that are the model's own, stored so."""
     values = {n: c.values for n, c in segment.compiled.items() if c.storage == storage}

@@ -69,6 +69,7 @@ class AuditOptions:
         output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
+        artifacts: by a backend's label, the engine's own file that it audits.
         traces: what was recorded elsewhere: the name to report it under, and its file.
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         limits: what each backend's process may use; as much memory as the machine has, and no
@@ -91,6 +92,7 @@ class AuditOptions:
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     confirm: bool = True
+    artifacts: dict[str, Path] = field(default_factory=dict)
     traces: tuple[tuple[str, Path], ...] = ()
     trace_names: dict[str, str] = field(default_factory=dict)
     limits: Limits | None = None
@@ -161,9 +163,10 @@ def _run(
     clock.lap("load")
 
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
+    held: dict[str, Arrays] = {}
     jobs = {
         tracer.id: pool.submit(
-            _begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples
+            _begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples, held
         )
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
@@ -199,6 +202,8 @@ def _run(
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
                 tracer = analyses[who].tracer
                 jobs[who] = pool.submit(samples.trace, tracer, index + 1)
+            if index == 0 and who in options.artifacts:
+                analyses[who].hold(artefact.held(truth, held[who]))
             progress.update("reference", f"compare {who}")
             analyses[who].add(index, feeds, expected, trace, upstream)
             outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
@@ -388,12 +393,20 @@ def _check_outputs(named: Iterable[str], outputs: Sequence[str]) -> None:
 
 
 def _begin(
-    tracer: Tracer, start: Future[bool], request: BuildRequest, samples: _Samples
+    tracer: Tracer,
+    start: Future[bool],
+    request: BuildRequest,
+    samples: _Samples,
+    held: dict[str, Arrays],
 ) -> SampleTrace | None:
-    """Build and run the first sample; None when the backend has a gap instead."""
+    """Build and run the first sample; None when the backend has a gap instead.
+
+    ``held`` gets the constants of the artefact that was loaded, by the backend's id.
+    """
     if not start.result():
         return None
     tracer.build(request)
+    held[tracer.id] = tracer.constants()
     if tracer.gap is not None:
         return None
     return samples.trace(tracer, 0)
@@ -420,6 +433,7 @@ def _request(
         threads=options.threads,
         options=options.options.get(spec.id, {}),
         workdir=tracer.worker.workdir,
+        artifact=options.artifacts.get(spec.label),
     )
 
 

@@ -128,6 +128,11 @@ def fix(
             f"{backend.id} of this report cannot be built again alone",
             "Audit the model itself on a backend of this machine.",
         )
+    if spec.label in options.artifacts:
+        raise UsageError(
+            f"{spec.label} audited {options.artifacts[spec.label].name}, which cannot be rewritten",
+            "Follow the remedies in the report, make the file anew, and audit it again.",
+        )
     model = models.load(Path(report.model.path))
     if model.info.sha256 != report.model.sha256:
         raise UsageError(

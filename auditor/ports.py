@@ -121,6 +121,23 @@ class Script:
 
 
 @runtime_checkable
+class Loadable(Protocol):
+    """A backend that can audit a file of its engine (``BuildRequest.artifact``)."""
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The endings of such files' names, with the dot."""
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A build of such a file."""
+
+    def constants(self) -> Arrays:
+        """The file's constants under the ONNX model's names, as far as they are recognised."""
+
+
+@runtime_checkable
 class Scriptable(Protocol):
     """A backend whose programs a short script can make; a backend need not be one."""
 

@@ -80,6 +80,8 @@ class BuildRequest:
         threads: worker threads of the engine, or None for the engine's own default.
         options: engine options as given on the command line (``ov.KEY=VALUE`` → KEY: VALUE).
         workdir: private folder for temporary files of this build.
+        artifact: the engine's own file to load instead of compiling ``model_path``, which then
+            only says what its tensors are called.
     """
 
     model_path: Path
@@ -89,6 +91,7 @@ class BuildRequest:
     threads: int | None
     options: dict[str, str]
     workdir: Path
+    artifact: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

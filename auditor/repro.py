@@ -148,6 +148,11 @@ def _found(
             f"finding {finding.rank} is of a trace, which cannot be run",
             "Take a finding of a backend that was compiled here.",
         )
+    if spec.label in options.artifacts:
+        raise UsageError(
+            f"{spec.label} audited {options.artifacts[spec.label].name}, not a build of its own",
+            "Audit the model without --artifact, and take the finding from there if it is there.",
+        )
     segments = (s for b in report.backends if b.id == finding.backend for s in b.segments)
     return spec, next(s for s in segments if s.id == finding.segment)
 

@@ -139,6 +139,19 @@ class Tracer:
             run_to_run=plain["run_to_run"],
         )
 
+    def constants(self) -> Arrays:
+        """The constants of the artefact that was loaded, by ONNX name; none where the build fails.
+
+        ``gap`` is set then.
+        """
+        if self.request is None or self.request.artifact is None or self.gap is not None:
+            return {}
+        try:
+            return self._fetch(self._call("constants"))
+        except BackendError as error:
+            self._fail(error)
+            return {}
+
     def plain(self, feeds: Arrays) -> Arrays | None:
         """Run the plain program once; None (with ``gap`` set) when the backend fails."""
         stored = self._store(feeds)

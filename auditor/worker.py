@@ -238,6 +238,12 @@ class _Session:
             "switches": encode(switches),
         }
 
+    def constants(self) -> Any:
+        """The constants of the file that was loaded."""
+        from auditor.ports import Holding
+
+        return self._save(self.built.constants() if isinstance(self.built, Holding) else {})
+
     def run(self, feeds: Any, repeats: int) -> Any:
         """Run the plain program ``repeats`` times; the first run's outputs are kept."""
         from auditor import metrics

@@ -269,6 +269,9 @@ class _Candidate:
         return "probe {}.{}".format(*self.port)
 
 
+_COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants stored in float16
+
+
 class _Source:
     """The model as read, its operations numbered, and what each is called in ONNX."""
 
@@ -296,6 +299,14 @@ class _Source:
                 op.set_friendly_name(f"#{number}#")
         self._number = {op.get_name(): i for i, op in enumerate(self._ops)}
         self._nodes = nodes
+
+    def constants(self) -> Arrays:
+        """Values of the constants; float16 ones are what a compressed file stores of float32."""
+        found: Arrays = {}
+        for name, op in zip(self.names, self._ops, strict=True):
+            if op.get_type_name() == "Constant":
+                found[name.removesuffix(_COMPRESSED)] = np.array(op.data)
+        return found
 
     @cached_property
     def keys(self) -> list[tuple[str, ...]]:
@@ -669,6 +680,10 @@ class _Build:
         """
         return self.capture(self._session, (), feeds)[0]
 
+    def constants(self) -> Arrays:
+        """The model's constants as it was read, by the names that they had in ONNX."""
+        return self._source.constants()
+
     def capture(
         self, session: _Session, probes: Sequence[_Candidate], feeds: Mapping[str, Array]
     ) -> tuple[Arrays, Arrays]:
@@ -996,6 +1011,7 @@ class OpenVINO:
     """Intel's OpenVINO runtime on any device its Core lists."""
 
     title = "OpenVINO"
+    artifacts = (".xml",)
 
     def availability(self) -> Availability:
         """Whether the package is installed, and the devices it finds."""
@@ -1042,8 +1058,12 @@ class OpenVINO:
             reading = pool.submit(_onnx_names, request.model_path)
             model = _read(core, request)
             inputs, outputs, nodes = reading.result()
+        if request.artifact is not None:
+            _require_same(model, inputs, outputs, request.artifact)
         source = _Source(model, nodes)
         notes = list(_narrowed(source)) if device == _DEFAULT_DEVICE else []
+        if request.artifact is not None:
+            notes.append(_stored(model, request.artifact))
 
         def compile_model(changed: Any) -> Any:
             return core.compile_model(changed, device, properties)
@@ -1182,9 +1202,43 @@ _UNCONVERTED = re.compile(
 )
 
 
+def _require_same(
+    model: Any, inputs: Sequence[str], outputs: Sequence[str], artifact: Path
+) -> None:
+    """Refuse a file that was not made of the ONNX model.
+
+    Raises:
+        BackendError: an input or an output is missing, or stands elsewhere.
+    """
+    for what, ports, names in (
+        ("input", model.inputs, inputs),
+        ("output", model.outputs, outputs),
+    ):
+        for position, name in enumerate(names):
+            if position >= len(ports) or name not in ports[position].get_names():
+                has = ", ".join(min(port.get_names(), default="?") for port in ports)
+                raise BackendError(
+                    f"{artifact.name} has no {what} `{name}` at place {position + 1}; its {what}s: "
+                    f"{has}",
+                    "Convert the file anew from this ONNX model.",
+                )
+
+
+def _stored(model: Any, artifact: Path) -> str:
+    """How the file stores its weights, as a sentence."""
+    kinds: dict[str, int] = {}
+    for op in model.get_ops():
+        if op.get_type_name() == "Constant":
+            kind = op.get_element_type().get_type_name()
+            if kind.startswith(("f", "bf")) or kind in ("i8", "u8", "i4", "u4"):
+                kinds[kind] = kinds.get(kind, 0) + 1
+    said = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
+    return f"{artifact.name} was loaded instead of compiling the ONNX file; its constants: {said}."
+
+
 def _read(core: Any, request: BuildRequest) -> Any:
     try:
-        model = core.read_model(request.model_path)
+        model = core.read_model(request.artifact or request.model_path)
         if request.dynamic:
             names = {name for port in model.inputs for name in port.get_names()}
             model.reshape({n: list(s) for n, s in request.shapes.items() if n in names})

@@ -141,7 +141,8 @@ def test_bad_input(folder: Path) -> None:
     assert "none.json" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_another_machine_and_other_inputs_are_named(report: AuditReport) -> None:
+def test_another_machine_and_other_inputs_are_named(folder: Path) -> None:
+    report = json_v1.load(folder / "clean.json")
     old = Machine("one", ("avx2", "fma"), 2, "Linux", "3.11")
     new = Machine("two", ("avx2", "amx_bf16", "fma"), 2, "Linux", "3.11")
     before = replace(report, machine=old, stimulus=replace(report.stimulus, sha256="a"))

@@ -130,3 +130,37 @@ def parse_traces(texts: Sequence[str] | None) -> tuple[tuple[str, Path], ...]:
             )
         traces[name] = Path(file)
     return tuple(traces.items())
+
+
+def parse_artifacts(texts: Sequence[str] | None, specs: Sequence[BackendSpec]) -> dict[str, Path]:
+    """``ov=model.xml`` → the backend's label: the file.
+
+    Raises:
+        UsageError: no such backend is audited, it loads no such files, or there is none.
+    """
+    from auditor import discovery
+    from auditor.ports import Loadable
+
+    found: dict[str, Path] = {}
+    for text in texts or ():
+        label, equals, name = text.partition("=")
+        spec = next((s for s in specs if s.label == label), None)
+        if not equals or spec is None:
+            audited = ", ".join(s.label for s in specs)
+            raise UsageError(
+                f"--artifact `{text}` names no audited backend", f"Write ID=FILE; ID is {audited}."
+            )
+        backend = discovery.backend(spec.id)
+        endings = backend.artifacts if isinstance(backend, Loadable) else ()
+        if not name.lower().endswith(endings or ("\0",)):
+            what = (
+                f"loads files in {', '.join(endings)}" if endings else "loads no files of its own"
+            )
+            raise UsageError(
+                f"--artifact {text}: the {spec.id} backend {what}",
+                "An optimised .onnx is audited with --candidate; other runtimes with --trace.",
+            )
+        if not Path(name).is_file():
+            raise UsageError(f"--artifact {name} does not exist", "Give the file that you ship.")
+        found[label] = Path(name).resolve()
+    return found

@@ -20,6 +20,7 @@ from auditor.commands._options import (
     Shapes,
     backend_specs,
     engine_options,
+    parse_artifacts,
     parse_kind,
     parse_shape,
     parse_traces,
@@ -165,6 +166,14 @@ def _audit(
             "its name and values when not given; repeatable.",
         ),
     ] = None,
+    artifact: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=FILE",
+            help="What ships: the engine's own file instead of one compiled from MODEL, such as "
+            "ov=model.xml; repeatable.",
+        ),
+    ] = None,
     trace: Annotated[
         list[str] | None,
         typer.Option(
@@ -283,6 +292,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         fail_on=given["fail_on"] or (rules.fail_on if rules else None) or "medium",
         output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
         confirm=given["confirm"],
+        artifacts=parse_artifacts(given["artifact"], specs),
         traces=traces,
         trace_names=read_names(names) if names else {},
         limits=None if memory is None else Limits(int(memory * GIB)),
