@@ -166,7 +166,12 @@ def _run(
     held: dict[str, Arrays] = {}
     jobs = {
         tracer.id: pool.submit(
-            _begin, tracer, start, _request(spec, tracer, options, compiled, samples), samples, held
+            _begin,
+            tracer,
+            start,
+            request_for(spec, options, compiled, samples.feeds(0), tracer.worker.workdir),
+            samples,
+            held,
         )
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
@@ -282,7 +287,7 @@ def record(model_path: Path, options: AuditOptions, path: Path, progress: Progre
         model = models.load(model_path)
         stimulus = _stimulus(model, options, (), {})
         if tracer.start():
-            tracer.build(_request(spec, tracer, options, model, _Samples(stimulus, {})))
+            tracer.build(request_for(spec, options, model, stimulus.sample(0), worker.workdir))
         if tracer.gap is None:
             recording.write(path, model, stimulus, tracer)
         return tracer.gap
@@ -311,6 +316,38 @@ def _photographs(model: Model, options: AuditOptions) -> Chain:
     described = description.load(options.pipeline)
     found = photos.find(options.images, None, options.samples or upstream.SAMPLES)
     return upstream.Chain(model, described, found, options.output_kinds)
+
+
+def model_of(report: AuditReport) -> Model:
+    """The model that a report is about.
+
+    Raises:
+        UsageError: it cannot be loaded, or is another one by now.
+    """
+    from auditor import model as models
+
+    model = models.load(Path(report.model.path))
+    if model.info.sha256 != report.model.sha256:
+        raise UsageError(
+            f"{report.model.path} has changed since the report was made", "Run the audit again."
+        )
+    return model
+
+
+def request_for(
+    spec: BackendSpec, options: AuditOptions, model: Model, feeds: Arrays, workdir: Path
+) -> BuildRequest:
+    """What an audit with these options asks of a backend; ``feeds`` give the shapes."""
+    return BuildRequest(
+        model_path=model.path,
+        shapes={name: tuple(value.shape) for name, value in feeds.items()},
+        dynamic=model.dynamic,
+        device=spec.device,
+        threads=options.threads,
+        options=options.options.get(spec.id, {}),
+        workdir=workdir,
+        artifact=options.artifacts.get(spec.label),
+    )
 
 
 def stimulus_of(model: Model, options: AuditOptions) -> Stimulus:
@@ -419,22 +456,6 @@ def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
 
     ours = Graph(model.proto)
     return match(ours, ours if compiled is model else Graph(compiled.proto))
-
-
-def _request(
-    spec: BackendSpec, tracer: Tracer, options: AuditOptions, compiled: Model, samples: _Samples
-) -> BuildRequest:
-    shapes = {name: tuple(value.shape) for name, value in samples.feeds(0).items()}
-    return BuildRequest(
-        model_path=compiled.path,
-        shapes=shapes,
-        dynamic=compiled.dynamic,
-        device=spec.device,
-        threads=options.threads,
-        options=options.options.get(spec.id, {}),
-        workdir=tracer.worker.workdir,
-        artifact=options.artifacts.get(spec.label),
-    )
 
 
 class _Samples:

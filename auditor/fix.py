@@ -20,10 +20,10 @@ import onnx
 
 from auditor import discovery, metrics, replay, surgery, weights
 from auditor import model as models
-from auditor.audit import reference_of, stimulus_of
+from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import BackendError, UsageError
 from auditor.fixes._view import MARK, View
-from auditor.records import BuildRequest, FixAttempt, FixReport
+from auditor.records import FixAttempt, FixReport
 from auditor.rounding import upgraded
 from auditor.trace import Tracer
 from auditor.worker import workers
@@ -133,11 +133,7 @@ def fix(
             f"{spec.label} audited {options.artifacts[spec.label].name}, which cannot be rewritten",
             "Follow the remedies in the report, make the file anew, and audit it again.",
         )
-    model = models.load(Path(report.model.path))
-    if model.info.sha256 != report.model.sha256:
-        raise UsageError(
-            f"{report.model.path} has changed since the report was made", "Run the audit again."
-        )
+    model = model_of(report)
     found = [f for f in report.findings if f.backend == backend.id]
     with TemporaryDirectory(prefix="audit-fix-") as scratch:
         bench = _Bench(model, spec, replace(options, traces=()), Path(scratch), progress)
@@ -178,8 +174,7 @@ def _searched(
         if within(tried(change)):
             break
     if not any(map(within, attempts)):
-        wider = author.layers(len(found)), author.layers(len(found), around=True)
-        for more in (*wider, *author.newer(found)):
+        for more in author.wider():
             if within(tried(more)):
                 break
     good = [a for a in attempts if within(a)]
@@ -265,6 +260,8 @@ class _Author:
 
     def __init__(self, bench: _Bench, found: Sequence[Finding]) -> None:
         self.notes: list[str] = []
+        if bench.whole is None:
+            self.notes.append("The model's weights exceed 2 GB: it is not rewritten.")
         self._bench = bench
         self._found = found
         self._fixes = discovery.fixes()
@@ -276,6 +273,8 @@ class _Author:
         that read from these layers too: a value may overflow on its way between them.
         """
         model = self._bench.whole
+        if model is None:
+            return None
         keys = {key: f for f in self._found[:number] for key in self._bench.keys_of(f)}
         if around:
             made = {
@@ -316,6 +315,12 @@ class _Author:
             return None
         return Change("; ".join(names), tuple(sorted(ranks)), {}, tuple(nodes), changed)
 
+    def wider(self) -> Iterator[Change | None]:
+        """What is left to try: all layers, their neighbours too, and newer operator sets."""
+        yield self.layers(len(self._found))
+        yield self.layers(len(self._found), around=True)
+        yield from self.newer(self._found)
+
     def _suiting(self, finding: Finding) -> list[Fix]:
         """Rewrites for its cause, the particular ones first; then all others, for causes overlap.
 
@@ -328,6 +333,8 @@ class _Author:
     def newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
         """The model in newer operator sets, which runtimes import in other ways."""
         model = self._bench.whole
+        if model is None:
+            return
         ranks = tuple(f.rank for f in taken)
         for opset in (o for o in _OPSETS if o > surgery.opset(model)):
             for changed in upgraded(model, opset):
@@ -386,10 +393,8 @@ class _Bench:
         self._threads = options.threads or os.cpu_count() or 1
         self._reference, _ = reference_of(model, self._threads, scratch)
         self._expected = [self._reference.run(feeds) for feeds in self._feeds]
-        self.whole = surgery.copied(model.proto)
-        for tensor in self.whole.graph.initializer:
-            tensor.CopyFrom(weights.attach(tensor, model.weights))
-        self.values = self._inside()
+        self.whole = _together(model)
+        self.values = self._inside(self.whole) if self.whole is not None else {}
         self.before = math.nan
 
     def __enter__(self) -> _Bench:
@@ -441,17 +446,8 @@ class _Bench:
         (worker,) = self._stack.enter_context(workers([self.spec.id], options.limits))
         tracer = Tracer(self.spec.label, worker, options.timeout, self._progress)
         if tracer.start():
-            shapes = {name: tuple(value.shape) for name, value in self._feeds[0].items()}
             tracer.build(
-                BuildRequest(
-                    model_path=self._model.path,
-                    shapes=shapes,
-                    dynamic=self._model.dynamic,
-                    device=self.spec.device,
-                    threads=options.threads,
-                    options=options.options.get(self.spec.id, {}),
-                    workdir=worker.workdir,
-                )
+                request_for(self.spec, options, self._model, self._feeds[0], worker.workdir)
             )
         if tracer.gap is not None:
             raise UsageError(
@@ -494,9 +490,9 @@ class _Bench:
         onnx.save(model, path)
         return path
 
-    def _inside(self) -> Arrays:
+    def _inside(self, whole: onnx.ModelProto) -> Arrays:
         """Every tensor of the model on the first sample, for types and shapes."""
-        model = surgery.copied(self.whole)
+        model = surgery.copied(whole)
         finals = {o.name for o in model.graph.output}
         names = [n for node in model.graph.node for n in node.output if n]
         model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
@@ -506,3 +502,13 @@ class _Bench:
             return {}
         known = {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
         return known | dict(self._feeds[0])
+
+
+def _together(model: Model) -> onnx.ModelProto | None:
+    """The model with its weights inside; None where they are too large for one file."""
+    whole = surgery.copied(model.proto)
+    if sum(value.nbytes for value in model.weights.values()) >= onnx.checker.MAXIMUM_PROTOBUF:
+        return None
+    for tensor in whole.graph.initializer:
+        tensor.CopyFrom(weights.attach(tensor, model.weights))
+    return whole

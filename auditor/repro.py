@@ -24,10 +24,10 @@ import onnx
 
 from auditor import discovery, metrics, replay
 from auditor import model as models
-from auditor.audit import reference_of, stimulus_of
+from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import UsageError
 from auditor.ports import Script, Scriptable
-from auditor.records import PIPELINE, BuildRequest, Provenance
+from auditor.records import PIPELINE, Provenance
 from auditor.segments import Cut, Graph
 from auditor.trace import Tracer
 from auditor.worker import workers
@@ -100,11 +100,7 @@ def reproduce(
             f"no script can be written for the backend {spec.id}",
             "Reproducers are made for backends that run without a device of their own.",
         )
-    model = models.load(Path(report.model.path))
-    if model.info.sha256 != report.model.sha256:
-        raise UsageError(
-            f"{report.model.path} has changed since the report was made", "Run the audit again."
-        )
+    model = model_of(report)
     options = replace(options, backends=(spec,), traces=(), confirm=False)
     with TemporaryDirectory(prefix="audit-repro-") as scratch:
         lab = _Lab(spec, options, Path(scratch), progress)
@@ -167,27 +163,13 @@ def _captured(
         tracer = Tracer(spec.label, worker, options.timeout, progress)
         trace = None
         if tracer.start():
-            tracer.build(_request(spec, options, model, feeds, worker.workdir))
+            tracer.build(request_for(spec, options, model, feeds, worker.workdir))
         if tracer.gap is None:
             trace = tracer.sample(feeds, last=True)
         if trace is None or tracer.provenance is None:
             reason = tracer.gap.reason if tracer.gap else "it was not built"
             raise UsageError(f"{spec.label} no longer runs the model: {reason}", "Audit it again.")
         return feeds | trace.tensors, tracer.provenance
-
-
-def _request(
-    spec: BackendSpec, options: AuditOptions, model: Model, feeds: Arrays, workdir: Path
-) -> BuildRequest:
-    return BuildRequest(
-        model_path=model.path,
-        shapes={name: tuple(value.shape) for name, value in feeds.items()},
-        dynamic=model.dynamic,
-        device=spec.device,
-        threads=options.threads,
-        options=options.options.get(spec.id, {}),
-        workdir=workdir,
-    )
 
 
 class _Lab:
@@ -225,7 +207,7 @@ class _Lab:
             tracer = Tracer(self._spec.label, worker, options.timeout, self._progress)
             if not tracer.start():
                 return None
-            tracer.build(_request(self._spec, options, model, feeds, worker.workdir))
+            tracer.build(request_for(self._spec, options, model, feeds, worker.workdir))
             return tracer.plain(feeds) if tracer.gap is None else None
 
 
