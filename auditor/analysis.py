@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from auditor import artefact, attribution, divergence, impact, metrics, model, summary
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
+from auditor.errors import UsageError
 from auditor.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.metrics import Moments, Running
 from auditor.noises import fp32_rounding
@@ -213,7 +214,11 @@ class Analysis:
         self, index: int, upstream: Upstream, names: Sequence[str], captured: Arrays
     ) -> None:
         """Compare what the deployed system gives with what the training system does."""
-        deployed = upstream.deployed({name: captured[name] for name in names})
+        try:
+            deployed = upstream.deployed({name: captured[name] for name in names})
+        except UsageError as error:  # the reference's outputs fit: the backend's are the odd ones
+            self._gap("compare", f"sample {index} has no result: {error.message}")
+            return
         for name, value in upstream.origin(names).items():
             if name not in self.system_outputs:
                 kind = upstream.kinds.get(name) or self._kinds.get(name)
@@ -341,9 +346,10 @@ class Analysis:
 
         Where a post-processing is described it is measured on the result, as are its steps.
         """
-        read = upstream.read if upstream else (lambda outputs: outputs)
-        base, captured = read(chain.pick(chain.base)), read(chain.pick(chain.captured))
-        whole = metrics.relative_l2(captured, base, tuple(base))
+        base, captured = chain.pick(chain.base), chain.pick(chain.captured)
+        if upstream is not None:
+            base, captured = _read(upstream, base), _read(upstream, captured)
+        whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
         cuts = sorted((c for c in self.cuts if c.id in flagged), key=self._introduced, reverse=True)
         for cut in cuts:
             if cut.id not in self._effects and len(self._effects) >= IMPACT_SEGMENTS:
@@ -358,8 +364,8 @@ class Analysis:
                 self._gap("impact", f"of {cut.id} alone is not known: {error.message}")
                 continue
             if values and upstream is not None:
-                values = upstream.read(values)
-                effect = metrics.relative_l2(values, base, tuple(base))
+                values = _read(upstream, values)
+                effect = metrics.relative_l2(values, base, tuple(base)) if values else math.inf
             self._effects.setdefault(cut.id, effects).add(effect, index)
             if 0 < whole < math.inf:
                 self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
@@ -450,11 +456,12 @@ class Analysis:
         elif diverges:
             self.ledger.book(Books({}, 1.0, 0.0), index)  # all of it lies between the segments
         if upstream is not None:
-            origin = upstream.origin(chain.outputs)
-            system = upstream.parts(network, base, captured)
-            last, names = upstream.deployed(captured), tuple(origin)
-            books = impact.booked(system, difference(last, origin), origin, names)
-            self.system.add(books, metrics.relative_l2(last, origin, names))
+            with contextlib.suppress(UsageError):  # said when the outputs were compared
+                origin = upstream.origin(chain.outputs)
+                system = upstream.parts(network, base, captured)
+                last, names = upstream.deployed(captured), tuple(origin)
+                books = impact.booked(system, difference(last, origin), origin, names)
+                self.system.add(books, metrics.relative_l2(last, origin, names))
         if index == 0 or (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS:
             self.ledger.telescope(chain, index)
 
@@ -517,6 +524,14 @@ class Analysis:
     def _introduced(self, cut: Cut) -> float:
         meter = self.meters[cut.id]
         return meter.relative(meter.introduced)
+
+
+def _read(upstream: Upstream, outputs: Arrays) -> Arrays:
+    """What the training side makes of outputs; nothing where their shapes do not fit it."""
+    try:
+        return upstream.read(outputs)
+    except UsageError:
+        return {}
 
 
 def _groups(cuts: Sequence[Cut], alone: Set[str]) -> tuple[tuple[Cut, ...], ...]:

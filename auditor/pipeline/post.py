@@ -178,7 +178,10 @@ def result(outputs: Arrays, post: Post) -> Arrays:
         UsageError: the outputs are not what the description says.
     """
     if post.kind == "boxes":
-        return {NAME: _boxes(outputs, post)[None]}
+        try:
+            return {NAME: _boxes(outputs, post)[None]}
+        except (ValueError, IndexError) as error:  # of numpy, where the shapes do not fit
+            raise _misdescribed(f"boxes cannot be read off the outputs: {error}") from error
     values = _output(outputs, post.output)
     if post.kind == "mask":
         return {NAME: (values > post.threshold).astype(np.float32)}

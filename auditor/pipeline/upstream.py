@@ -182,7 +182,11 @@ class Upstream:
         """The outputs with a part added, and what that adds to the result."""
         if not self.after:
             return outputs, part
-        moved = {name: (value + part[name]).astype(value.dtype) for name, value in outputs.items()}
+        moved = {
+            # Of another shape a part is the tensor itself (``difference``).
+            name: (v + part[name]).astype(v.dtype) if part[name].shape == v.shape else part[name]
+            for name, v in outputs.items()
+        }
         return moved, difference(self.read(moved), self.read(outputs))
 
 

@@ -324,6 +324,45 @@ def test_a_mask_and_an_activation(network: Path, photos: Path, pipeline: Path) -
     assert report.findings[0].noise == "postprocessing.activation"
 
 
+def test_a_backend_with_outputs_of_another_shape_is_a_gap_of_the_result(
+    photos: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    """TVM leaves SAME_LOWER unpadded here: fewer scores than boxes."""
+    value = helper.make_tensor_value_info
+    weights = onnx.numpy_helper.from_array(
+        np.random.default_rng(6).standard_normal((4, 3, 1, 1)).astype(np.float32), "w"
+    )
+    nodes = [
+        helper.make_node("Conv", ["image", "w"], ["deltas"], kernel_shape=[1, 1], strides=[2, 2]),
+        helper.make_node(
+            "MaxPool", ["image"], ["scores"], kernel_shape=[3, 3], strides=[2, 2],
+            auto_pad="SAME_LOWER",
+        ),
+    ]  # fmt: skip
+    shapes = {"deltas": [1, 4, 16, 16], "scores": [1, 3, 16, 16]}
+    graph = helper.make_graph(
+        nodes,
+        "odd",
+        [value("image", TensorProto.FLOAT, [1, 3, 31, 31])],
+        [value(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+        [weights],
+    )
+    path = tmp_path / "odd.onnx"
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    lines = [_DETECT.replace("background = 0, ", ""), "[deployment]", 'channels = "bgr"']
+    text = pipeline.read_text().replace("crop = 32", "crop = 31")
+    pipeline.write_text("\n".join([text, *lines]))
+    asked = AuditOptions(
+        (BackendSpec("tvm"),), images=photos, pipeline=str(pipeline), confirm=False
+    )
+    report = audit(path, asked, noises=discovery.noises(), progress=Silent())
+    (backend,) = report.backends
+    assert backend.status == "audited" and report.exit_code == 1
+    assert any("has no result" in gap.reason for gap in report.gaps)
+    assert {f.backend for f in report.findings} == {"pipeline", "tvm"}
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
