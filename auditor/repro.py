@@ -7,6 +7,7 @@ before it is kept, and then made smaller while the difference stays.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -26,11 +27,12 @@ from auditor import discovery, metrics, replay
 from auditor import model as models
 from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import UsageError
+from auditor.limits import Limits, physical_memory
 from auditor.ports import Script, Scriptable
 from auditor.records import PIPELINE, Provenance
 from auditor.segments import Cut, Graph
 from auditor.trace import Tracer
-from auditor.worker import workers
+from auditor.worker import module_path, workers
 
 if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
@@ -112,7 +114,7 @@ def reproduce(
     try:
         part = KEPT * case.relative_l2
         _write(draft, case, script, max(segment.floor, part if part < math.inf else 0.0))
-        shown, said = _run(draft)
+        shown, said = _run(draft, options.limits)
         nodes = len(case.model.graph.node)
         made = Reproducer(
             place, nodes, len(segment.nodes), case.relative_l2, shown, said, lab.trials
@@ -421,17 +423,43 @@ def _write(folder: Path, case: _Case, script: Script, limit: float) -> None:
     (folder / SCRIPT).write_text(text, encoding="utf-8")
 
 
-def _run(folder: Path) -> tuple[bool, str]:
-    """Whether the script, run as a stranger would, shows the difference; and what it printed."""
-    line = [sys.executable, SCRIPT]
+# The limits of a backend's process, then the script as if it had been called.
+_BOOTSTRAP = """
+import json, runpy, sys
+from auditor.limits import Limits, apply
+apply(Limits(**json.loads(sys.argv[1])))
+runpy.run_path(sys.argv[2], run_name="__main__")
+"""
+
+
+def _run(folder: Path, limits: Limits | None) -> tuple[bool, str]:
+    """Whether the script shows the difference, and what it printed.
+
+    It runs a part of a model from a stranger, so it gets the limits that a backend's process has.
+    """
+    allowed = json.dumps(asdict(limits or Limits(physical_memory())))
+    line = [sys.executable, "-c", _BOOTSTRAP, allowed, SCRIPT]
     try:
         done = subprocess.run(
-            line, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False
+            line,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": module_path()},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return False, f"the script took longer than {_SECONDS:g} s"
     said = done.stdout if "DIFFERENT" in done.stdout else done.stdout + done.stderr[-2000:]
     return done.returncode == 1 and "DIFFERENT" in done.stdout, said.strip()
+
+
+def _quoted(text: str) -> str:
+    """A name as Markdown shows it whatever it holds."""
+    shown = "".join(c if c.isprintable() and c != "`" else ascii(c)[1:-1] for c in text)
+    return f"`{shown[:300]}`"
 
 
 def _nodes(number: int) -> str:
@@ -445,10 +473,11 @@ def _issue(
     kinds = ", ".join(dict.fromkeys(operators))
     opset = next((o.version for o in case.model.opset_import if o.domain in ("", "ai.onnx")), 1)
     inputs = ", ".join(f"{v.dtype} {list(v.shape)}" for v in case.feeds.values())
-    options = ", ".join(f"{k}={v}" for k, v in provenance.options.items()) or "none"
+    options = ", ".join(_quoted(f"{k}={v}") for k, v in provenance.options.items()) or "none"
+    model_hash = report.model.sha256[:12]
     cause = "not known: no replayed cause explains it"
     if finding.noise is not None:
-        title = next((n.title for n in report.noises if n.id == finding.noise), finding.noise)
+        title = _quoted(finding.noise)
         share = "" if finding.explained is None else f" (explains {finding.explained:.2%} of it)"
         cause = f"{title}{share}"
     return f"""\
@@ -476,8 +505,8 @@ Values as the ONNX operator specification defines them, up to rounding.
 
 ## Where it comes from
 
-- Cut out of `{os.path.basename(report.model.path)}` (sha256 {report.model.sha256[:12]}):
+- Cut out of {_quoted(os.path.basename(report.model.path))} (sha256 {model_hash}):
   {made.place}.
-- Kernel, as the engine states it: {finding.kernel or "not stated"}
+- Kernel, as the engine states it: {_quoted(finding.kernel) if finding.kernel else "not stated"}
 - Cause, measured by replaying it: {cause}
 """

@@ -53,7 +53,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"TMPDIR": str(workdir), "PYTHONPATH": _module_path()},
+                env=os.environ | {"TMPDIR": str(workdir), "PYTHONPATH": module_path()},
                 # Its own group: Ctrl-C reaches the parent alone, which then ends the children.
                 start_new_session=True,
             )
@@ -170,7 +170,7 @@ def workers(backends: Sequence[str], limits: Limits | None = None) -> Iterator[t
                 worker.close()
 
 
-def _module_path() -> str:
+def module_path() -> str:
     """Where the child finds this very package, installed or run from a checkout."""
     inherited = os.environ.get("PYTHONPATH")
     here = str(Path(__file__).resolve().parents[1])

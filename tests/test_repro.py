@@ -196,3 +196,16 @@ def test_a_report_can_be_made_again_from_itself(saturating: Path, tmp_path: Path
         assert old[key] == new[key]
     assert audit("rerun", first, "--baseline").returncode == 0
     assert audit("rerun", second, "--format", "markdown").stdout.startswith("## ❌")
+
+
+def test_hostile_names_stay_content(tmp_path: Path) -> None:
+    evil = "a`\n# [x](y) '''\"\"\" {0} \x1b[2J"
+    kind = (TensorProto.UINT8, [1, 64])
+    nodes = [helper.make_node("Add", [evil, "b"], ["y\n```"])]
+    path = saved(tmp_path / "add.onnx", nodes, {evil: kind, "b": kind}, {"y\n```": kind})
+    folder = tmp_path / "repro"
+    done = audit("repro", report_of(path, "ov"), "-o", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_script(folder).returncode == 1
+    compile((folder / "repro.py").read_text(), "repro.py", "exec")
+    assert "\x1b" not in (folder / "ISSUE.md").read_text() + done.stdout
