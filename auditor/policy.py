@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -349,6 +349,12 @@ def _finding(finding: Finding, fail_on: Severity, policy: Policy) -> Iterator[Br
 
 def _reaches(level: Severity, fail_on: Severity) -> bool:
     return SEVERITIES.index(level) >= SEVERITIES.index(fail_on)
+
+
+def tolerance(policy: Policy, backend: str, outputs: Iterable[str]) -> float | None:
+    """The smallest relative L2 that any of these outputs may have; None where none is set."""
+    limits = (_limits_of(backend, output, policy) for output in outputs)
+    return min((found["relative_l2"] for found in limits if "relative_l2" in found), default=None)
 
 
 def _limits_of(backend: str, output: str, policy: Policy) -> dict[str, float]:

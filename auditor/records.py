@@ -1071,7 +1071,7 @@ class FixAttempt:
         options: engine options, as after ``--option ID.``.
         nodes: labels of the nodes that are written otherwise.
         rewritten: whether the model's file is another one.
-        after: largest relative L2 over the samples, of all outputs together; None when it failed.
+        after: largest relative L2 of any output on any sample; None when it failed.
         latency_before, latency_after: median seconds of one run, both programs timed in turn.
         failure: why it could not be built or run.
     """

@@ -198,6 +198,16 @@ def test_a_fix_is_found_verified_and_written(tmp_path: Path) -> None:
     assert beside.returncode == 0, beside.stdout
 
 
+def test_the_limit_is_that_of_the_policy(tmp_path: Path) -> None:
+    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[tolerance.ov]\nrelative_l2 = 0.9\n")
+    within = audit("fix", report, "--policy", policy)
+    assert within.returncode == 0 and "within the limit as it is" in within.stdout, within.stderr
+    policy.write_text("[tolerance.ov]\nrelative_l2 = 1e-5\n")
+    assert "to 1.0e-5" in audit("fix", report, "--policy", policy).stdout
+
+
 def test_layers_of_a_half_precision_model_go_to_single(tmp_path: Path) -> None:
     """TVM sums float16 in float16; 512 tenths stall there."""
     x = np.full((1, 4096), 0.1, np.float16)

@@ -28,7 +28,16 @@ def _fix(
         typer.Option(
             min=0,
             metavar="L2",
-            help="Relative L2 of the outputs to reach; a tenth of what it is if not given.",
+            help="Relative L2 of the outputs to reach; the policy's tolerance when not given, or a "
+            "tenth of what it is.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Whose tolerance to reach; ./audit.toml or [tool.auditor] in ./pyproject.toml "
+            "when not given.",
         ),
     ] = None,
     output: Annotated[
@@ -46,6 +55,7 @@ def _fix(
     """
     import onnx
 
+    from auditor import policy as rulebook
     from auditor.fix import fix
     from reports import _fix as table
     from reports import json_v1
@@ -64,10 +74,14 @@ def _fix(
         raise UsageError(
             f"the report compares no backend `{name}`", f"It has: {', '.join(worst) or 'none'}."
         )
+    rules = rulebook.load(policy) if policy else rulebook.find(Path())
+    limit = to
+    if limit is None and rules is not None:
+        limit = rulebook.tolerance(rules, chosen.id, [o.name for o in chosen.outputs])
     options = asked_for(again(loaded.command).params, None)
     progress = StoppableProgress(LiveProgress())
     try:
-        found = fix(loaded, chosen, options, to, progress)
+        found = fix(loaded, chosen, options, limit, progress)
     finally:
         progress.close()
     emit(table.render(found.report, *screen()))

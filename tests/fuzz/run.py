@@ -174,6 +174,17 @@ def _report(draw: random.Random, folder: Path, made: Path) -> None:
     diff.compare(report, json_v1.load(made / "report.json"), "new", "old")
 
 
+_POSTS = (
+    "",
+    'post = { kind = "scores", activation = "softmax" }\n',
+    'post = { kind = "mask", output = "scores", threshold = 0.3 }\n',
+    'post = { kind = "boxes", output = "deltas", scores = "scores", channels_first = true, '
+    'background = 0, coding = "corner-deltas", stride = 2, cell = 12, nms = "onnxruntime" }\n',
+    'post = { kind = "boxes", coding = "centre", channels_first = true, nms = "opencv", '
+    'rounding = "floor", clip = [32, 32], offset = 1, threshold = 0.0 }\n',
+)
+
+
 def _damaged_text(text: str, draw: random.Random) -> bytes:
     if draw.random() < 0.5:
         return mutations.damaged_bytes(text.encode(), draw)
@@ -189,12 +200,24 @@ def _policy(draw: random.Random, folder: Path, _: Path) -> None:
 
 
 def _pipeline(draw: random.Random, folder: Path, _: Path) -> None:
-    from auditor.pipeline import description
+    from auditor.pipeline import description, post
 
     presets = sorted((Path(description.__file__).parent / "presets").glob("*.toml"))
     path = folder / "pipeline.toml"
-    path.write_bytes(_damaged_text(draw.choice(presets).read_text("utf-8"), draw))
-    description.load(path)
+    text = draw.choice(presets).read_text("utf-8") + draw.choice(_POSTS)
+    whole = draw.random() < 0.3  # then only what it is applied to is odd
+    path.write_bytes(text.encode() if whole else _damaged_text(text, draw))
+    found = description.load(str(path))
+    if found.training_post is not None:
+        shapes = [(1, 4, 5, 5), (1, 2, 5, 5), (1, 10), (1, 84, 20), (3, 4), (1, 0, 4), ()]
+        numbers = np.random.default_rng(draw.getrandbits(32))
+        outputs = {
+            name: numbers.standard_normal(draw.choice(shapes)).astype(np.float32)
+            for name in ("deltas", "scores")
+        }
+        if draw.random() < 0.3:
+            outputs["deltas"] = outputs["deltas"] / np.float32(0)
+        post.result(outputs, found.training_post)
 
 
 TARGETS: dict[str, Callable[[random.Random, Path, Path], None]] = {
