@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +12,11 @@ from auditor.commands._app import app
 from auditor.commands._options import Model
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
+from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditor.pipeline.description import Description
+    from auditor.pipeline.photos import Photos
 
 
 @app.command("sysnoise", short_help="What decoders, resizers, colours … do to a model's answers.")
@@ -58,6 +64,13 @@ def _sysnoise(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write the table to FILE, as JSON."),
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write pictures into DIR: effects.svg, accumulation.svg and pixels.png.",
+        ),
+    ] = None,
 ) -> int:
     """The table of the SysNoise paper for one model, on the ONNX Runtime reference.
 
@@ -69,6 +82,8 @@ def _sysnoise(
 
     if output is not None:
         check_writable(output.resolve())
+    if plots is not None:
+        _check_plots(plots)
     given = [id.strip() for text in noise or () for id in text.split(",")]
 
     from auditor import model as models
@@ -106,11 +121,54 @@ def _sysnoise(
         progress.close()
     if output is not None:
         write(output, table.to_json(report))
+    if plots is not None:
+        from reports import _plots
+
+        pictures = _plots.draw(report, _pixels(described, found), plots)
+        typer.echo(f"written: {', '.join(map(str, pictures))}", err=True)
     if format == "json":
         emit(table.to_json(report))
     else:
         emit(table.render(report, *screen()))
     return 0
+
+
+def _check_plots(folder: Path) -> None:
+    """Refuse, before any work is done, what could not be drawn."""
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "--plots needs matplotlib", "Install it: pip install 'sysnoise-auditor[plots]'."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {folder}: {error.strerror}", "Choose another folder."
+        ) from error
+    check_writable(folder.resolve() / "effects.svg")
+
+
+def _pixels(described: Description, found: Photos) -> dict[str, Any]:
+    """The first photograph that can be used, under the training side and every single option."""
+    from auditor.pipeline import options
+    from auditor.pipeline.libraries import PhotoError
+    from auditor.pipeline.steps import Preparation
+
+    made: dict[str, Any] = {}
+    for name in found.names:
+        try:
+            prepared = Preparation(found.read(name))
+            made[f"{name}, training"] = prepared.pixels(described.training)
+            break
+        except PhotoError:
+            continue
+    for switch in options.switches(described.training)[0] if made else ():
+        with contextlib.suppress(PhotoError):
+            pixels = prepared.pixels(switch.apply(described.training))
+            made[f"{options.TITLES[switch.type]}: {switch.name}"] = pixels
+    return made
 
 
 def _kept_in(model: Path, images: Path, output: Path | None) -> Path:

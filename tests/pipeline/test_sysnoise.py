@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import cv2
 import numpy as np
@@ -24,6 +26,7 @@ from auditor.pipeline import description, libraries
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.records import SysnoiseOption, SysnoiseReport
+from reports import _plots
 from reports import _sysnoise as table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,3 +331,39 @@ def test_wrong_usage_is_one_message(
     out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert said in error and "Traceback" not in error
+
+
+def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plots" / "here"
+    line = [sys.executable, "-m", "auditor", "sysnoise", network, "--images", photos]
+    line += ["--pipeline", pipeline, "--samples", "3", "--noise", "none", "--plots", folder]
+    done = subprocess.run(
+        list(map(str, line)), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {f.name for f in folder.iterdir()} == {"effects.svg", "accumulation.svg", "pixels.png"}
+    for name in ("effects.svg", "accumulation.svg"):
+        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
+    with Image.open(folder / "pixels.png") as drawn:
+        assert np.asarray(drawn.convert("RGB")).std() > 10
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    line[-1] = taken
+    refused = subprocess.run(
+        list(map(str, line)), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and "cannot make the folder" in refused.stderr
+    assert taken.read_text() == "mine"
+
+
+def test_pictures_of_hostile_names_and_nothing_to_add(
+    network: Path, photos: Path, pipeline: Path, tmp_path: Path
+) -> None:
+    report = run(network, photos, pipeline)
+    evil = "$\\frac{1}{0$ <script>\x1b[2J"
+    kinds = tuple(replace(kind, title=evil, worst=evil) for kind in report.types)
+    bare = replace(report, types=kinds, accumulation=(), model=f"/x/{evil}.onnx")
+    image = np.zeros((8, 8, 3), np.uint8)
+    made = _plots.draw(bare, {evil: image, f"{evil} 2": image + 3}, tmp_path)
+    assert [p.name for p in made] == ["effects.svg", "pixels.png"]
+    ElementTree.parse(made[0])
