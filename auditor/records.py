@@ -305,6 +305,7 @@ class Consequence:
         kl: mean Kullback-Leibler divergence of the scores from the reference's, in nats.
         iou: intersection over union: of the whole mask, or the mean over boxes.
         cosine: mean cosine similarity of the vectors.
+        added: boxes that only the other side has; None for other kinds.
         lowest: the smallest IoU of a box or of one sample's mask, or cosine of a vector.
         sentence: the same in words.
     """
@@ -322,6 +323,7 @@ class Consequence:
     cosine: float | None = None
     lowest: float | None = None
     sentence: str = ""
+    added: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

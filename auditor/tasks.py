@@ -21,7 +21,8 @@ What is measured, where r is the reference:
   Kullback-Leibler divergence Σ r log(r/b), of the softmax where the rows are no distributions.
 * boxes: the intersection over union of each of r's boxes with the closest other box, for the 100
   best boxes (the limit of the COCO evaluation) that score at least 0.25, if they have scores. A
-  box whose best overlap is below 0.5 (the PASCAL VOC criterion) is lost.
+  box whose best overlap is below 0.5 (the PASCAL VOC criterion) is lost; one of the other side's
+  that overlaps none of r's so is new.
 * mask: intersection over union of what is above 0.5 (above 0 where values leave [0, 1]: a logit).
 * embedding: cosine similarity of each vector (last axis).
 """
@@ -111,7 +112,7 @@ class TaskMeter:
         self.kind = kind
         self._samples = 0
         self._items = 0
-        self._changed = 0
+        self._changed = self._added = 0
         self._first_changed: int | None = None
         self._margin, self._margin_after, self._kl = Running(), Running(), Running()
         self._overlap, self._lowest = Running(), math.inf
@@ -175,6 +176,11 @@ class TaskMeter:
                 self._add_overlap(float(overlap), sample)
             items += len(overlaps)
             lost += int(np.count_nonzero(overlaps < _OVERLAP))
+            found, counts = layout.best(theirs)
+            known = layout.scored(mine) if scored else mine
+            if scored == counts:  # boxes that only the other side has
+                back = _overlaps(layout.corners(found), layout.corners(known))
+                self._added += int(np.count_nonzero(back < _OVERLAP))
         return items, lost
 
     def _add_mask(self, b: Array, r: Array) -> tuple[int, int]:
@@ -223,6 +229,7 @@ class TaskMeter:
             iou=iou,
             cosine=_mean(self._overlap) if self.kind == "embedding" else None,
             lowest=self._lowest if self._lowest < math.inf else None,
+            added=self._added if self.kind == "boxes" else None,
         )
         # Written last, from the very figures it stands beside.
         return Consequence(
@@ -361,6 +368,7 @@ def _sentence(found: Consequence) -> str:
         return f"mask IoU {found.iou:.4f} (lowest {found.lowest:.4f}); {changed}"
     changed = f"{found.changed} of {found.items} lost (IoU below {_OVERLAP}){first}"
     said = changed if found.changed else f"none of {found.items} lost"
+    said += f", {found.added} new" if found.added else ""
     return f"box IoU {found.iou:.4f} (lowest {found.lowest:.4f}); {said}"
 
 

@@ -373,6 +373,7 @@ _CONSEQUENCE = _record(
         "cosine": _MEASURED,
         "lowest": _MEASURED,
         "sentence": _TEXT,
+        "added": _optional(_INT),
     },
 )
 _OUTPUT = _record(

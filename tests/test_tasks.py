@@ -223,3 +223,18 @@ def test_figures_stay_in_their_ranges(observed, reference, kind):
     assert found.iou is None or 0 <= found.iou <= 1
     assert found.lowest is None or -1 <= found.lowest <= 1
     assert found.kl is None or found.kl >= 0
+
+
+def test_boxes_that_only_the_other_side_has_are_new() -> None:
+    boxes = np.array([[[0, 0, 4, 4, 0.9], [10, 10, 14, 14, 0.8]]], np.float32)
+    more = np.concatenate([boxes, np.array([[[20, 20, 24, 24, 0.7]]], np.float32)], axis=1)
+    padded = np.concatenate([boxes, np.zeros((1, 1, 5), np.float32)], axis=1)
+    meter = TaskMeter("boxes", "boxes")
+    meter.add(more, padded, 0)
+    found = meter.result()
+    assert found is not None and (found.items, found.changed, found.added) == (2, 0, 1)
+    assert found.sentence.endswith("none of 2 lost, 1 new")
+    meter = TaskMeter("boxes", "boxes")
+    meter.add(padded, more, 0)
+    found = meter.result()
+    assert found is not None and (found.changed, found.added) == (1, 0)
