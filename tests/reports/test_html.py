@@ -183,6 +183,11 @@ class Browser:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
+    def wait_for(self, selector: str) -> None:
+        end = time.monotonic() + 5
+        while not self.all(selector) and time.monotonic() < end:
+            time.sleep(0.05)
+
     def text(self, selector: str) -> str:
         return str(self.one(selector).text)
 
@@ -283,6 +288,7 @@ def test_clicking_through_every_view(browser: Browser, report: AuditReport) -> N
     for button in browser.all("#main summary"):
         browser.js("arguments[0].scrollIntoView({block: 'center'})", button)
         button.click()
+    browser.wait_for(".causes article p")  # a fold draws itself once it hears that it was opened
     assert browser.text(".causes article p") == (
         "Tensors are rounded to bfloat16. Engines with AMX compute in bfloat16 by default."
     )
