@@ -76,8 +76,8 @@ class Analysis:
         causes: of the segments that were above their floor on some sample.
         constants: what there is to say of those segments' constants in the compiled file.
         ledger: where the whole divergence came from.
-        system, system_outputs: the same of the whole system, the pipeline before the network
-            included, where there is one.
+        system, system_outputs: the same of the whole system, with the pipeline around the
+            network, where there is one.
         control: how much the reference itself amplifies noise on its input.
         tensors, concentrated: what the drill-down shows, of the first sample.
         warnings: sentences the reader must not miss.
@@ -164,7 +164,7 @@ class Analysis:
             feeds: the stimulus by the reference's input names, in the reference's types.
             expected: the reference's final outputs.
             trace: what the backend did.
-            upstream: what the pipeline before the network did to the sample.
+            upstream: the sample in the pipeline around the network, where there is one.
         """
         captured = feeds | self.reference.wide(self._renamed(trace.tensors))
         self.equal &= trace.bitwise_equal
@@ -347,8 +347,10 @@ class Analysis:
         Where a post-processing is described it is measured on the result, as are its steps.
         """
         base, captured = chain.pick(chain.base), chain.pick(chain.captured)
-        if upstream is not None:
-            base, captured = _read(upstream, base), _read(upstream, captured)
+        if upstream is not None and (result := _read(upstream, base)):
+            base, captured = result, _read(upstream, captured)
+        else:  # without all outputs there is no result to measure on
+            upstream = None
         whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
         cuts = sorted((c for c in self.cuts if c.id in flagged), key=self._introduced, reverse=True)
         for cut in cuts:

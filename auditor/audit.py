@@ -30,7 +30,7 @@ from auditor.worker import Worker, workers
 
 if TYPE_CHECKING:
     from auditor.model import Model
-    from auditor.pipeline.upstream import Chain
+    from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Noise, Progress
     from auditor.recording import Recording, Source
     from auditor.replay import Reference
@@ -308,14 +308,14 @@ def _recordings(
     return opened
 
 
-def _photographs(model: Model, options: AuditOptions) -> Chain:
+def _photographs(model: Model, options: AuditOptions) -> Photographs:
     """The samples made of photographs, and both sides of what makes them."""
     from auditor.pipeline import description, photos, upstream
 
     assert options.images is not None and options.pipeline is not None
     described = description.load(options.pipeline)
     found = photos.find(options.images, None, options.samples or upstream.SAMPLES)
-    return upstream.Chain(model, described, found, options.output_kinds)
+    return upstream.Photographs(model, described, found, options.output_kinds)
 
 
 def model_of(report: AuditReport) -> Model:

@@ -394,7 +394,9 @@ class _Bench:
         self._reference, _ = reference_of(model, self._threads, scratch)
         self._expected = [self._reference.run(feeds) for feeds in self._feeds]
         self.whole = _together(model)
-        self.values = self._inside(self.whole) if self.whole is not None else {}
+        self.values: Arrays = {}
+        if self.whole is not None:
+            self.values = replay.inside(self.whole, self._threads, self._feeds[0])
         self.before = math.nan
 
     def __enter__(self) -> _Bench:
@@ -490,19 +492,6 @@ class _Bench:
         path = self._scratch / f"{self._files}.onnx"
         onnx.save(model, path)
         return path
-
-    def _inside(self, whole: onnx.ModelProto) -> Arrays:
-        """Every tensor of the model on the first sample, for types and shapes."""
-        model = surgery.copied(whole)
-        finals = {o.name for o in model.graph.output}
-        names = [n for node in model.graph.node for n in node.output if n]
-        model.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
-        try:
-            found = replay.session(model, self._threads).run(names, self._feeds[0])
-        except Exception:  # sequences and optionals cannot be outputs: then nothing is rewritten
-            return {}
-        known = {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
-        return known | dict(self._feeds[0])
 
 
 def _together(model: Model) -> onnx.ModelProto | None:

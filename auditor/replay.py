@@ -293,6 +293,23 @@ class Replayer:
         return self.shapes if expected else None
 
 
+def inside(model: onnx.ModelProto, threads: int, feeds: Arrays) -> Arrays:
+    """Every tensor that nodes of a small model compute, and the inputs, by name.
+
+    Only the inputs where the model holds sequences or optionals, which cannot be outputs.
+    """
+    opened = surgery.copied(model)
+    finals = {o.name for o in opened.graph.output}
+    names = [n for node in opened.graph.node for n in node.output if n]
+    opened.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
+    try:
+        found = session(opened, threads).run(names, feeds)
+    except Exception:  # ORT raises a family of classes that share no base
+        return dict(feeds)
+    known = {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
+    return known | dict(feeds)
+
+
 def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
     """A segment's outputs with a frozen error added, in the outputs' own types.
 

@@ -77,6 +77,7 @@ class _Case:
     feeds: Arrays
     expected: Arrays
     relative_l2: float
+    reference: str  # what computed ``expected``
 
 
 def reproduce(
@@ -152,7 +153,14 @@ def _found(
             "Audit the model without --artifact, and take the finding from there if it is there.",
         )
     segments = (s for b in report.backends if b.id == finding.backend for s in b.segments)
-    return spec, next(s for s in segments if s.id == finding.segment)
+    segment = next((s for s in segments if s.id == finding.segment), None)
+    if segment is None:
+        raise UsageError(
+            f"the report has no segment `{finding.segment}` on {finding.backend}, where finding "
+            f"{finding.rank} is",
+            "The file was changed; run the audit again.",
+        )
+    return spec, segment
 
 
 def _captured(
@@ -201,7 +209,8 @@ class _Lab:
         if observed is None or expected.keys() - observed.keys():
             return None
         distance = metrics.relative_l2(reference.wide(observed), expected, tuple(expected))
-        return _Case(model, feeds, expected, distance)
+        info = reference.info
+        return _Case(model, feeds, expected, distance, f"{info.engine} {info.version}")
 
     def _observed(self, model: Model, feeds: Arrays) -> Arrays | None:
         options = self._options
@@ -224,17 +233,21 @@ def _smallest(model: Model, segment: Segment, values: Arrays, lab: _Lab) -> tupl
     """
     graph = Graph(model.proto)
     wanted = KEPT * segment.introduced
-    cut = next(
-        c
-        for c in graph.cut({*segment.inputs, *segment.outputs})
-        if set(c.outputs) == set(segment.outputs)
-    )
+    cuts = graph.cut({*segment.inputs, *segment.outputs})
+    cut = next((c for c in cuts if set(c.outputs) == set(segment.outputs)), None)
+    if cut is None or not values.keys() >= {*cut.inputs}:
+        raise UsageError(
+            f"{segment.id} is no segment of this model on this machine any more",
+            "Audit it again: the engine may be another version, and fuse other nodes.",
+        )
     alone = _case(graph, cut, values, model, lab)
     if alone is not None and alone.relative_l2 >= wanted:
         return _shrunk(alone, lab), "the segment alone"
-    (upstream,) = Graph(model.proto).cut(segment.outputs[-1:])[:1]
     for larger, place in (
-        (upstream, "everything up to the segment: alone it computes something else"),
+        (
+            graph.cut(segment.outputs[-1:])[0],
+            "everything up to the segment: alone it computes something else",
+        ),
         (_whole(graph), "the whole model: a part of it computes something else"),
     ):
         found = _case(graph, larger, values, model, lab)
@@ -287,7 +300,7 @@ def _shrunk(case: _Case, lab: _Lab) -> _Case:
     inside = [i for i, node in enumerate(graph.nodes) if not _constant(graph, node)]
     if len(inside) < 2:
         return case
-    values = case.feeds | _internal(case)
+    values = replay.inside(case.model, 1, case.feeds)
     wanted = KEPT * case.relative_l2
     limit = lab.trials + _TRIALS
     for part in _parts(inside):
@@ -328,20 +341,6 @@ def _cut(graph: Graph, part: Sequence[int], values: Arrays) -> Cut | None:
             constants.add(source)
             pending += graph.reads[source]
     return Cut("part", tuple(part), tuple(sorted(constants)), inputs, outputs)
-
-
-def _internal(case: _Case) -> Arrays:
-    """Every tensor inside a model, as the reference computes it."""
-    model = onnx.ModelProto()
-    model.CopyFrom(case.model)
-    del model.graph.output[:]
-    names = [n for node in model.graph.node for n in node.output if n]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    try:
-        found = replay.session(model, 1).run(names, case.feeds)
-    except Exception:  # sequences, optionals: such segments stay whole
-        return {}
-    return {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
 
 
 # --- what is written -----------------------------------------------------------------------------
@@ -485,7 +484,7 @@ def _issue(
 
 `python {SCRIPT}` in this folder runs `{MODEL}` ({_nodes(made.nodes)}: {kinds}; opset {opset}) on
 `{INPUTS}` ({inputs}) and compares it with `{EXPECTED}`, the values of
-{report.reference.engine} {report.reference.version}.
+{case.reference}.
 
 ## Expected
 

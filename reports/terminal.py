@@ -119,7 +119,8 @@ def render_segment(report: AuditReport, name: str, width: int | None, color: boo
     report = words.visible(report)
     page = _Page(width, color)
     steps = report.pipeline.steps if report.pipeline else ()
-    for step in (s for s in steps if name.lower() in (s.name, s.noise)):
+    step = next((s for s in steps if name.lower() in (s.name, s.noise)), None)
+    if step is not None:
         _draw_step(page, report, step)
         return page.text()
     found = _find(report, words.visible(name))

@@ -158,6 +158,16 @@ def test_an_operator_is_written_out_as_specified(op: str, given: dict[str, Any])
     assert compare(model, changed, {"x": x}) <= 1e-5
 
 
+def test_an_operator_with_parameters_is_written_out() -> None:
+    x = np.random.default_rng(8).standard_normal((2, 3, 16)).astype(np.float32)
+    scale = np.linspace(0.5, 2, 16, dtype=np.float32)
+    node = helper.make_node("LayerNormalization", ["x", "scale"], ["y"], epsilon=1e-3)
+    model = model_of(node, {"x": x}, scale=scale)
+    changed = rewritten("written-out", model, {"x": x})
+    assert changed is not None and len(changed.graph.node) > 3
+    assert compare(model, changed, {"x": x}) <= 1e-5
+
+
 def test_what_is_not_theirs_is_left_alone() -> None:
     x = np.ones((1, 1, 4, 4), np.float32)
     for op, options in (("Relu", {}), ("MaxPool", {"kernel_shape": [2, 2]})):

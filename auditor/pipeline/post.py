@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from auditor.errors import UsageError
-from auditor.records import OutputKind
 
 if TYPE_CHECKING:
     from auditor.ports import Array, Arrays
@@ -83,11 +82,6 @@ class Post:
     iou_offset: int = 0
     class_aware: bool = True
     top_k: int = 100
-
-    @property
-    def reading(self) -> OutputKind:
-        """As what the result is read."""
-        return self.kind
 
     def steps(self) -> dict[str, str]:
         """Every step in words, by its name; only those that this kind of result has."""

@@ -227,8 +227,8 @@ class _StepMeter:
         )
 
 
-class Chain:
-    """The stimulus made of photographs, and what the steps before the network do to them.
+class Photographs:
+    """The stimulus made of photographs, and what the steps around the network do to them.
 
     Attributes:
         stimulus: the photographs through the deployment side.
@@ -279,6 +279,7 @@ class Chain:
                 for step in self._post_steps
             ]
         self._shares = Pool()
+        self._measured = 0
         self._outputs: dict[str, OutputMeter] = {}
         self._input = ""
         self._used: list[str] = []
@@ -353,15 +354,14 @@ class Chain:
             for step in self._steps[:-1]:
                 reached.append(step.take(reached[-1], deployment))
             outputs = tuple(run(pipeline)[1] for pipeline in reached) if self._steps else ()
-        except (
-            Exception
-        ) as error:  # between the sides a step may fit no library, or not the network
+        except Exception as error:  # halfway a step may fit no library, or not the network
             self._gap(name, "run", f"its steps cannot be switched one after another: {error}")
             return None
         names = tuple(step.noise for step in self._steps)
         upstream = Upstream(names, outputs or (expected,), self._after)
         if not self._meters:
             return upstream
+        self._measured += 1
         plain, first = run(training)
         origin = upstream.read(first)
         whole = self._add(index, upstream, origin, expected)
@@ -417,10 +417,11 @@ class Chain:
         first, last = made.training_post, made.deployment_post
         return PipelineReport(
             source=made.source,
-            photos=len(self._used),
+            photos=self._measured,
             training=made.training.steps() | (first.steps() if first else {}),
             deployment=made.deployment.steps() | (last.steps() if last else {}),
-            steps=tuple(meter.report(self._share(meter.noise)) for meter in self._meters),
+            # A step that was measured on no photograph is a gap for each of them, and no figure.
+            steps=tuple(m.report(self._share(m.noise)) for m in self._meters if m.same.count),
             outputs=tuple(meter.report() for meter in self._outputs.values()),
         )
 
