@@ -177,10 +177,10 @@ def _searched(
         for more in author.wider():
             if within(tried(more)):
                 break
-    good = [a for a in attempts if within(a)]
-    usable = [a for a in attempts if a.after is not None and a.after < before]
-    chosen = min(good, key=_cost, default=None)
-    best = min(usable, key=lambda a: a.after or 0.0, default=None)
+    good = [i for i, a in enumerate(attempts) if within(a)]
+    usable = [i for i, a in enumerate(attempts) if a.after is not None and a.after < before]
+    chosen = min(good, key=lambda i: _cost(attempts[i]), default=None)
+    best = min(usable, key=lambda i: attempts[i].after or 0.0, default=None)
     notes = list(author.notes)
     if len(attempts) >= BUILDS:
         notes.append(f"No more than {BUILDS} builds are tried.")
@@ -189,11 +189,11 @@ def _searched(
         before=before,
         limit=limit,
         attempts=tuple(a.report() for a in attempts),
-        chosen=attempts.index(chosen) if chosen else None,
-        best=attempts.index(best) if best else None,
+        chosen=chosen,
+        best=best,
         notes=tuple(notes),
     )
-    return Fixing(told, chosen.change.model if chosen else None)
+    return Fixing(told, None if chosen is None else attempts[chosen].change.model)
 
 
 def _alike(a: Change, b: Change) -> bool:

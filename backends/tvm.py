@@ -779,7 +779,7 @@ class _Build:
 
 
 _SCRIPT = """\
-import onnx
+{threads}import onnx
 import tvm
 from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
@@ -801,6 +801,12 @@ def run(path, feeds):
 
 def version():
     return f"TVM {{tvm.__version__}}"
+"""
+_THREADS = """\
+import os
+
+os.environ["TVM_NUM_THREADS"] = "{}"  # read once, by the first kernel
+
 """
 
 
@@ -832,6 +838,7 @@ class TVM:
         """The same target and default pipeline."""
         made = _Options.parse(options)
         source = _SCRIPT.format(
+            threads="" if threads is None else _THREADS.format(threads),
             target={"kind": "llvm", "mcpu": made.mcpu, "fast-math": made.fast_math},
             level=made.opt_level,
         )

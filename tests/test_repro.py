@@ -130,6 +130,15 @@ def test_options_of_the_audit_are_those_of_the_script(saturating: Path, tmp_path
     assert "'PERFORMANCE_HINT': 'THROUGHPUT'" in text and "'INFERENCE_NUM_THREADS': 1" in text
 
 
+def test_threads_of_the_audit_are_those_of_the_script(resizing: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "repro"
+    done = audit("repro", report_of(resizing, "tvm", "--threads", "1"), "-o", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (folder / "repro.py").read_text()
+    assert 0 < text.index("TVM_NUM_THREADS") < text.index("import tvm")
+    assert run_script(folder).returncode == 1
+
+
 def test_values_that_are_not_finite_are_told_apart(tmp_path: Path) -> None:
     """OpenVINO's exponential of NaN is infinite: neither is finite, and yet they differ."""
     kind = {"x": (TensorProto.FLOAT, [2])}
@@ -166,6 +175,10 @@ def test_bad_requests_are_named(saturating: Path, tmp_path: Path) -> None:
     assert "does not say how it was made" in refused("rerun", made_without)
     made_without.write_text(json.dumps(data | {"command": ["--no-such-option"]}))
     assert "cannot be run" in refused("rerun", made_without)
+    tampered = json.loads(report.read_text())
+    tampered["findings"][0]["segment"] = "elsewhere"
+    made_without.write_text(json.dumps(tampered))
+    assert "elsewhere" in refused("repro", made_without, "-o", folder)
     model = onnx.load(saturating)
     model.producer_name = "another"
     onnx.save(model, saturating)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from auditor import __version__
 from auditor.commands._app import MAIN, MainVerb, app
+from auditor.commands._asked import asked_for
 from auditor.commands._options import (
     Data,
     Format,
@@ -18,20 +19,13 @@ from auditor.commands._options import (
     Samples,
     Seed,
     Shapes,
-    backend_specs,
-    engine_options,
-    parse_artifacts,
-    parse_kind,
-    parse_shape,
     parse_traces,
 )
 from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
-from auditor.errors import UsageError
 from auditor.records import PIPELINE
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions
     from auditor.policy import Policy
     from auditor.records import AuditReport
 
@@ -224,79 +218,6 @@ def _audit(
     report = _judged(report, rules, baseline, earlier)
     destination.deliver(report)
     return report.exit_code
-
-
-def again(command: Sequence[str]) -> typer.Context:
-    """The arguments of an earlier audit, parsed: a context whose ``invoke`` runs it.
-
-    Raises:
-        UsageError: they are missing, or no arguments of an audit.
-    """
-    from typer.exceptions import TyperException
-    from typer.main import get_command
-
-    if not command:
-        raise UsageError(
-            "the report does not say how it was made", "Run the audit again with `-o report.json`."
-        )
-    verb: Any = get_command(app)
-    try:
-        context: typer.Context = verb.commands[MAIN].make_context(MAIN, list(command))
-        return context
-    except (TyperException, typer.Exit) as error:
-        raise UsageError(
-            f"the report's own command cannot be run: {error}", "Run the audit again."
-        ) from error
-
-
-def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
-    """The options of an audit, from the command line's parameters.
-
-    Raises:
-        UsageError: they contradict one another, or name what there is not.
-    """
-    from auditor.audit import AuditOptions
-    from auditor.limits import GIB, Limits
-    from auditor.recording import read_names
-
-    traces = parse_traces(given["trace"])
-    backends = given["backends"] or (list(rules.backends) if rules else None)
-    # A trace is compared alone unless backends are named.
-    specs = () if traces and not backends else backend_specs(backends)
-    taken = {spec.label for spec in specs} | {"reference"}
-    if twice := [name for name, _ in traces if name in taken]:
-        raise UsageError(
-            f"--trace `{twice[0]}` has the name of a backend", "Write NAME=FILE with another name."
-        )
-    images, pipeline, data = (given[key] for key in ("images", "pipeline", "data"))
-    if (images is None) != (pipeline is None) or (images is not None and data is not None):
-        raise UsageError(
-            "--images and --pipeline belong together, and take the place of --data",
-            "Write --images DIR --pipeline p.toml, or a preset such as imagenet-torchvision.",
-        )
-    names, memory = given["trace_names"], given["worker_memory"]
-    return AuditOptions(
-        backends=specs,
-        requested=bool(backends),
-        candidate=given["candidate"],
-        data=data,
-        images=images,
-        pipeline=pipeline,
-        seed=given["seed"],
-        samples=given["samples"],
-        shapes=dict(parse_shape(text) for text in given["shape"] or ()),
-        nonfinite=given["allow_nonfinite"],
-        timeout=given["timeout"],
-        threads=given["threads"],
-        options=engine_options(given["option"], specs),
-        fail_on=given["fail_on"] or (rules.fail_on if rules else None) or "medium",
-        output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
-        confirm=given["confirm"],
-        artifacts=parse_artifacts(given["artifact"], specs),
-        traces=traces,
-        trace_names=read_names(names) if names else {},
-        limits=None if memory is None else Limits(int(memory * GIB)),
-    )
 
 
 def _rules(

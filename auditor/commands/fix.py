@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from auditor.commands._app import app
+from auditor.commands._asked import again, asked_for
 from auditor.commands._options import Report
 from auditor.commands._output import check_writable, emit, screen
 from auditor.commands._stop import StoppableProgress
-from auditor.commands.audit import again, asked_for
 from auditor.errors import UsageError
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from auditor.commands._app import app
+from auditor.commands._asked import again
 from auditor.commands._options import Format, Report
-from auditor.commands.audit import again
 
 
 @app.command("rerun", short_help="Run the audit of a saved report again.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,10 +12,6 @@ from auditor.commands._options import Model
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
-
-if TYPE_CHECKING:
-    from auditor.pipeline.description import Description
-    from auditor.pipeline.photos import Photos
 
 
 @app.command("sysnoise", short_help="What decoders, resizers, colours … do to a model's answers.")
@@ -88,7 +83,7 @@ def _sysnoise(
 
     from auditor import model as models
     from auditor.pipeline import description, networks, photos
-    from auditor.pipeline.sysnoise import sysnoise
+    from auditor.pipeline.sysnoise import pixels, sysnoise
     from reports import _sysnoise as table
     from reports.terminal import LiveProgress, print_error
 
@@ -124,7 +119,7 @@ def _sysnoise(
     if plots is not None:
         from reports import _plots
 
-        pictures = _plots.draw(report, _pixels(described, found), plots)
+        pictures = _plots.draw(report, pixels(described, found), plots)
         typer.echo(f"written: {', '.join(map(str, pictures))}", err=True)
     if format == "json":
         emit(table.to_json(report))
@@ -148,27 +143,6 @@ def _check_plots(folder: Path) -> None:
             f"cannot make the folder {folder}: {error.strerror}", "Choose another folder."
         ) from error
     check_writable(folder.resolve() / "effects.svg")
-
-
-def _pixels(described: Description, found: Photos) -> dict[str, Any]:
-    """The first photograph that can be used, under the training side and every single option."""
-    from auditor.pipeline import options
-    from auditor.pipeline.libraries import PhotoError
-    from auditor.pipeline.steps import Preparation
-
-    made: dict[str, Any] = {}
-    for name in found.names:
-        try:
-            prepared = Preparation(found.read(name))
-            made[f"{name}, training"] = prepared.pixels(described.training)
-            break
-        except PhotoError:
-            continue
-    for switch in options.switches(described.training)[0] if made else ():
-        with contextlib.suppress(PhotoError):
-            pixels = prepared.pixels(switch.apply(described.training))
-            made[f"{options.TITLES[switch.type]}: {switch.name}"] = pixels
-    return made
 
 
 def _kept_in(model: Path, images: Path, output: Path | None) -> Path:

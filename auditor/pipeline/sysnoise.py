@@ -6,6 +6,7 @@ pipeline on the ONNX Runtime reference; then the worst options are put together 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -100,7 +101,7 @@ def sysnoise(
     """
     clock = [time.perf_counter()]
     training = description.training
-    tensor = _first(photos, training)
+    tensor = _first(photos, training).tensor(training)
     nets = Networks(model, noises, tensor, progress)
     clock.append(time.perf_counter())
     output, kind = _read(nets, tensor, description)
@@ -179,6 +180,25 @@ def sysnoise(
         notes=tuple(notes),
         seconds=seconds,
     )
+
+
+def pixels(description: Description, photos: Photos) -> dict[str, Array]:
+    """What every single option makes of the first photograph that can be used.
+
+    Returns:
+        Title of the option to pixels, as ``Preparation.pixels``; the training side's first.
+
+    Raises:
+        UsageError: no photograph can be used.
+    """
+    training = description.training
+    prepared = _first(photos, training)
+    made = {"training": prepared.pixels(training)}
+    for switch in options.switches(training)[0]:
+        with contextlib.suppress(PhotoError):
+            title = f"{options.TITLES[switch.type]}: {switch.name}"
+            made[title] = prepared.pixels(switch.apply(training))
+    return made
 
 
 class _Measured:
@@ -372,12 +392,14 @@ def _name(choices: Sequence[_Choice]) -> str:
     return " + ".join(choice.trial for choice in choices)
 
 
-def _first(photos: Photos, training: Pipeline) -> Array:
-    """The tensor of the first photograph that can be used."""
+def _first(photos: Photos, training: Pipeline) -> Preparation:
+    """The first photograph that the training side can use."""
     reason = ""
     for name in photos.names:
         try:
-            return Preparation(photos.read(name)).tensor(training)
+            prepared = Preparation(photos.read(name))
+            prepared.tensor(training)
+            return prepared
         except PhotoError as error:
             reason = reason or f"{name}: {error.message}"
     raise UsageError(

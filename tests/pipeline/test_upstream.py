@@ -156,11 +156,11 @@ def test_figures_are_those_of_the_two_systems(network: Path, photos: Path, pipel
         above += float(np.sum((new - old) ** 2))
         below += float(np.sum(old**2))
         alone += float(np.linalg.norm(only - old) / np.linalg.norm(old)) / 12
-    (output,) = report.backends[0].end_to_end.outputs  # type: ignore[union-attr]
+    (output,) = report.backends[0].end_to_end.outputs
     assert output.distance.relative_l2 == pytest.approx((above / below) ** 0.5, rel=1e-3)
     assert step(report, "normalise").effect == pytest.approx(alone, rel=1e-4)
-    shares = [s.share for s in report.pipeline.steps]  # type: ignore[union-attr]
-    assert sum(shares) == pytest.approx(1)  # type: ignore[arg-type]
+    shares = [s.share for s in report.pipeline.steps]
+    assert sum(shares) == pytest.approx(1)
 
 
 def test_network_and_pipeline_share_one_difference(
@@ -185,7 +185,7 @@ def test_network_and_pipeline_share_one_difference(
     assert abs(network_part) > 1e-3
     assert {f.backend for f in report.findings} == {"ort", "pipeline"}
     effects = [f.effect for f in report.findings]
-    assert effects == sorted(effects, reverse=True)  # type: ignore[type-var]
+    assert effects == sorted(effects, reverse=True)
     assert [f.rank for f in report.findings] == list(range(1, len(effects) + 1))
 
 

@@ -183,9 +183,10 @@ class Browser:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
-    def wait_for(self, selector: str) -> None:
+    def wait_for(self, there: Callable[[], object]) -> None:
+        """The page hears of some changes in an event, a moment after they happen."""
         end = time.monotonic() + 5
-        while not self.all(selector) and time.monotonic() < end:
+        while not there() and time.monotonic() < end:
             time.sleep(0.05)
 
     def text(self, selector: str) -> str:
@@ -288,7 +289,7 @@ def test_clicking_through_every_view(browser: Browser, report: AuditReport) -> N
     for button in browser.all("#main summary"):
         browser.js("arguments[0].scrollIntoView({block: 'center'})", button)
         button.click()
-    browser.wait_for(".causes article p")  # a fold draws itself once it hears that it was opened
+    browser.wait_for(lambda: browser.all(".causes article p"))
     assert browser.text(".causes article p") == (
         "Tensors are rounded to bfloat16. Engines with AMX compute in bfloat16 by default."
     )
@@ -463,9 +464,7 @@ def test_dark_and_light(browser: Browser, report: AuditReport) -> None:
     browser.media(scheme="dark")
     dark = browser.js(page)
     assert light != dark
-    deadline = time.monotonic() + 5  # the page hears of the change in an event, a moment later
-    while browser.text(".theme") != "Light" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    browser.wait_for(lambda: browser.text(".theme") == "Light")
     assert browser.text(".theme") == "Light"
     browser.click(".theme")
     assert browser.js(page) == light
