@@ -149,6 +149,7 @@ class OrtBackend:
     """ONNX Runtime's CPU execution provider."""
 
     title = _ENGINE
+    artifacts = (".onnx", ".ort")
 
     def availability(self) -> Availability:
         """Whether onnxruntime imports here, its version and the CPU's name; never raises."""
@@ -163,6 +164,9 @@ class OrtBackend:
     def build(self, request: BuildRequest) -> OrtBuild:
         """Compile the user's file as it stands, at the level users deploy.
 
+        A file that ONNX Runtime optimised before (``request.artifact``) is loaded with the
+        optimiser off, as its documentation asks for, unless a level is given.
+
         Options: ``level`` (all, extended, basic, disable; default all) and raw session
         configuration entries such as ``session.disable_prepacking``.
 
@@ -174,7 +178,8 @@ class OrtBackend:
             raise UsageError(
                 f"The ort backend has no device {request.device!r}.", "Use ort or ort:CPU."
             )
-        options = _Options.parse(request.options, request.threads)
+        usual = "all" if request.artifact is None else "disable"
+        options = _Options.parse(request.options, request.threads, usual)
         return OrtBuild(request, options)
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
@@ -216,8 +221,8 @@ class _Options:
     threads: int | None
 
     @classmethod
-    def parse(cls, given: Mapping[str, str], threads: int | None) -> _Options:
-        level = "all"
+    def parse(cls, given: Mapping[str, str], threads: int | None, level: str = "all") -> _Options:
+        """Read the user's options; ``level`` is the one where none is given."""
         config = {}
         for key, value in given.items():
             if key.lower() == "level":
@@ -268,7 +273,7 @@ class OrtBuild:
     blocked: str | None = None
 
     def __init__(self, request: BuildRequest, options: _Options) -> None:
-        """Compile ``request.model_path``; raises ``BackendError``."""
+        """Compile ``request.model_path``, or load ``request.artifact``; raises ``BackendError``."""
         try:
             import onnx
             import onnxruntime as ort
@@ -285,12 +290,11 @@ class OrtBuild:
         # models over protobuf's 2 GB work.
         weights_apart = {f"{_OWN_KEYS}_file_name": "weights.bin"}
         weights_apart[f"{_OWN_KEYS}_min_size_in_bytes"] = "1024"
-        self._session = options.session(
-            request.model_path, dump, options.level, weights_apart, stage="build"
-        )
+        file = request.artifact or request.model_path
+        self._session = options.session(file, dump, options.level, weights_apart, stage="build")
         # Not with the dump: the instrumented program has those weights mapped.
         self._compile = functools.partial(
-            options.session, request.model_path, None, options.level, {}, stage="run"
+            options.session, file, None, options.level, {}, stage="run"
         )
         self._outputs = [
             o.name for o in self._session.get_outputs() if _COMPARABLE.fullmatch(o.type)
@@ -300,6 +304,8 @@ class OrtBuild:
         _unique_local_names(self._compiled.graph)
         compiled = _Graph(self._compiled.graph)
         original = weights.read(request.model_path)
+        if request.artifact is not None:
+            _require_same(self._session, original.graph, request.artifact)
         names = _Names(_Graph(original.graph), compiled)
         self._readings = tuple(_readings(names, original))
         self._skipped = tuple(names.skipped())
@@ -310,11 +316,30 @@ class OrtBuild:
             device=_cpu_name(),
             options=options.listed(),
             kernels=tuple(_kernels(self._compiled, compiled, names)),
-            notes=tuple(_notes(self._compiled.graph, self._session)),
+            notes=(
+                *(_stored(self._compiled.graph, request.artifact) if request.artifact else ()),
+                *_notes(self._compiled.graph, self._session),
+            ),
         )
         own = {_primitive(node) for node in original.graph.node}
         made = {k.primitive for k in self.provenance.kernels} - own
         self.switches = tuple(_switches(options, made, _Graph(original.graph)))
+
+    def constants(self) -> Arrays:
+        """The loaded file's constants, dequantised and widened ones under their result's name."""
+        import onnx
+
+        model = onnx.load(self._folder / "optimised.onnx")
+        found = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+        for node in model.graph.node:
+            value = _attribute(node, "value") if node.op_type == "Constant" else None
+            if value is not None:
+                found[node.output[0]] = onnx.numpy_helper.to_array(value.t)
+            elif node.input and all(name in found for name in node.input):
+                made = _reconstructed(node, [found[name] for name in node.input])
+                if made is not None:
+                    found[node.output[0]] = made
+        return found
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Every graph output that is a tensor, by name; raises ``BackendError``."""
@@ -417,6 +442,64 @@ def _doubly_quantised(graph: _Graph) -> bool:
     """Whether something is quantised again right after it was dequantised."""
     read = (graph.producer.get(n.input[0]) for n in graph.nodes if n.op_type == "QuantizeLinear")
     return any(node is not None and node.op_type == "DequantizeLinear" for node in read)
+
+
+def _require_same(session: Any, graph: onnx.GraphProto, artifact: Path) -> None:
+    """Refuse a file that was not made of the ONNX model.
+
+    Raises:
+        BackendError: it has other inputs, or lacks an output.
+    """
+    constants = {i.name for i in graph.initializer}
+    for what, ports, names in (
+        ("input", session.get_inputs(), [i.name for i in graph.input if i.name not in constants]),
+        ("output", session.get_outputs(), [o.name for o in graph.output]),
+    ):
+        has = [port.name for port in ports]
+        missing = next((name for name in names if name not in has), None)
+        added = next((name for name in has if name not in names), None)
+        if missing is not None or (what == "input" and added is not None):
+            says = f"no {what} `{missing}`" if missing is not None else f"one more input, `{added}`"
+            raise BackendError(
+                f"{artifact.name} has {says}; its {what}s: {', '.join(has)}",
+                "Make the file anew from this ONNX model.",
+            )
+
+
+def _stored(graph: onnx.GraphProto, artifact: Path) -> Iterator[str]:
+    """How the loaded file stores its weights, and what ties it to a machine."""
+    counted = Counter(
+        _PRECISIONS[int(i.data_type)]
+        for i in graph.initializer
+        if int(i.data_type) in _PRECISIONS and _PRECISIONS[int(i.data_type)] not in ("i64", "bool")
+    )
+    said = ", ".join(f"{count} in {kind}" for kind, count in sorted(counted.items()))
+    yield (
+        f"{artifact.name} was loaded instead of compiling the ONNX file; its constants: "
+        f"{said or 'none'}."
+    )
+    blocked = sum(node.domain == _NCHWC for node in graph.node)
+    if blocked:
+        yield (
+            f"{blocked} operators are in a blocked layout, whose block depends on the processor: "
+            f"{artifact.name} suits processors like the one that it was made on only."
+        )
+
+
+def _reconstructed(node: onnx.NodeProto, given: list[Array]) -> Array | None:
+    """What a Cast or DequantizeLinear makes of constants; None for other operators."""
+    if node.op_type == "Cast" and (to := _attribute(node, "to")) is not None and to.i == 1:
+        return given[0].astype(np.float32)
+    if node.op_type != "DequantizeLinear" or len(given) < 2 or _attribute(node, "block_size"):
+        return None
+    integers, scale = given[0], given[1]
+    axis = _attribute(node, "axis")
+    across = [1] * integers.ndim
+    if scale.size > 1:
+        across[1 if axis is None else axis.i] = -1
+    zero = given[2].astype(np.int32).reshape(across) if len(given) > 2 else 0
+    result: Array = (integers.astype(np.int32) - zero) * scale.reshape(across)
+    return result
 
 
 @dataclass(frozen=True, slots=True)

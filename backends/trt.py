@@ -23,6 +23,7 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
+from backends import _trt_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -162,6 +163,8 @@ class Graph:
         self._produces: dict[str, tuple[str, ...]] = {}
         self._consumers: dict[str, set[str]] = {}
         self._outputs = {output.name for output in graph.output}
+        # A finished plan speaks of nodes by the names that they had in the file.
+        self._named = {node.name: _key(node) for node in graph.node if node.name}
         for node in graph.node:
             key = _key(node)
             self.operators[key] = node.op_type
@@ -175,7 +178,8 @@ class Graph:
         Nodes inside an If, a Loop or a function are written ``NAME | GRAPH | KEY (If)``.
         """
         outer = origin.rsplit(" | ", 1)[-1].rsplit(" (", 1)[0]
-        return next((name for name in (origin, outer) if name in self.operators), None)
+        names = (self._named.get(name, name) for name in (origin, outer))
+        return next((name for name in names if name in self.operators), None)
 
     def nodes(self, layer: EngineLayer) -> tuple[str, ...]:
         """Keys of the nodes fused into a layer, in graph order."""
@@ -795,6 +799,18 @@ class _Runner:
         self._inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
         self._outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
 
+    @property
+    def ends(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the inputs and of the outputs."""
+        return tuple(self._inputs), tuple(self._outputs)
+
+    def description(self) -> str:
+        """The engine's layers, one a line; only their names where it was built without detail."""
+        trt = _engine()
+        inspector = self._engine.create_engine_inspector()
+        text: str = inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)
+        return text
+
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Copy the inputs in, execute, copy every output out."""
         context, cuda = self._context, self._cuda
@@ -1031,6 +1047,104 @@ class _Build:
         return self._loaded
 
 
+class _Finished:
+    """A plan that was built before: run as it is, where there is a GPU.
+
+    Its inner tensors were not marked as debug tensors when it was built, so none can be observed;
+    the audit compares its outputs, and its layers are read from the plan.
+    """
+
+    def __init__(self, request: BuildRequest) -> None:
+        """Read ``request.artifact``, and load it where a CUDA device allows.
+
+        Raises:
+            BackendError: it is no plan, or has other inputs or outputs than the model.
+            UsageError: there are options, which a finished plan does not take.
+        """
+        import onnx
+
+        assert request.artifact is not None
+        if request.options:
+            raise UsageError(
+                f"--option trt.{next(iter(request.options))} cannot change a finished plan",
+                "Leave it out, or audit the model without --artifact.",
+            )
+        file = request.artifact
+        data = file.read_bytes()
+        written = _trt_plan.read(data)
+        if written.product is None or not written.whole:
+            why = "is no TensorRT plan" if written.product is None else "is cut off"
+            raise BackendError(f"{file.name} {why}", "Give what trtexec --saveEngine wrote.")
+        graph = onnx.load(request.model_path, load_external_data=False).graph
+        constants = {i.name for i in graph.initializer}
+        inputs = [i.name for i in graph.input if i.name not in constants]
+        outputs = [o.name for o in graph.output]
+        gpus, why = _gpus()
+        index = _index(request.device, gpus)
+        self.blocked: str | None = None if gpus else f"no CUDA device ({why})"
+        self._runner: _Runner | None = None
+        kernels: tuple[Kernel, ...] = ()
+        if gpus:
+            try:
+                self._runner = _Runner(data, _Cuda(index))
+            except BackendError as error:
+                self.blocked = error.message
+            else:
+                self._require_same(file.name, inputs, outputs)
+                layers = parse_layers(self._runner.description())
+                kernels = Graph(graph).kernels(layers, tf32=True)  # which the plan does not say
+        nodes = {name for node in graph.node for name in (node.name, _key(node)) if name}
+        self.provenance = Provenance(
+            engine=_engine_name(),
+            version=_engine().__version__,
+            device=gpus[index] if gpus else "no CUDA device",
+            options={},
+            kernels=kernels,
+            notes=_trt_plan.sentences(file.name, data, written, nodes, outputs),
+        )
+
+    def _require_same(self, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        assert self._runner is not None
+        for what, wanted, has in zip(
+            ("input", "output"), (inputs, outputs), self._runner.ends, strict=True
+        ):
+            if missing := [n for n in wanted if n not in has]:
+                raise BackendError(
+                    f"{name} has no {what} `{missing[0]}`; its {what}s: {', '.join(has)}",
+                    "Build the plan anew from this ONNX model.",
+                )
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        if self._runner is None:
+            raise BackendError(f"loaded, not run: {self.blocked}", stage="run")
+        return self._runner.run(feeds)
+
+    def instrument(self, feeds: Mapping[str, Array]) -> _OutputsOnly:
+        """No probe: the plan's inner tensors cannot be observed."""
+        return _OutputsOnly(self)
+
+
+class _OutputsOnly:
+    """A finished plan as it is."""
+
+    probes: tuple[Probe, ...] = ()
+    skipped = (
+        Skipped(
+            "every inner tensor",
+            "a finished plan shows only tensors that were marked when it was built",
+        ),
+    )
+    program_unchanged = True  # it is the same engine
+    rebuilt = False
+
+    def __init__(self, plan: _Finished) -> None:
+        self._plan = plan
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """One run: the outputs alone."""
+        return Capture(self._plan.run(feeds), {})
+
+
 # --- the backend -------------------------------------------------------------------------------
 
 
@@ -1038,6 +1152,7 @@ class TensorRT:
     """The adapter."""
 
     title = "NVIDIA TensorRT"
+    artifacts = (".plan", ".engine", ".trt")
 
     def availability(self) -> Availability:
         """Available wherever it imports: with no GPU it builds, and says that it will not run."""
@@ -1060,7 +1175,7 @@ class TensorRT:
         except (ImportError, OSError) as error:
             hint = "pip install 'sysnoise-auditor[trt]'"
             raise BackendError(f"TensorRT is not here: {error}", hint, stage="start") from error
-        return _Build(request)
+        return _Finished(request) if request.artifact is not None else _Build(request)
 
 
 BACKEND = TensorRT()

@@ -24,8 +24,6 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import (
@@ -38,6 +36,7 @@ from auditor.records import (
     Skipped,
     Switch,
 )
+from backends._tvm_library import Library, as_array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -681,16 +680,6 @@ def _precision(dtypes: set[str], operand: str) -> str:
 # --- the port ---------------------------------------------------------------------------------
 
 
-def _array(value: Any) -> Array:
-    """A copy of a TVM value; bfloat16 widened to float32."""
-    import tvm
-
-    if not isinstance(value, tvm.runtime.Tensor):
-        return np.array(list(value), dtype=np.int64)  # a shape
-    array: Array = value.numpy()
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-
-
 @dataclass(frozen=True, slots=True)
 class _Program:
     """An executable, and the ONNX names of what goes into and comes out of it."""
@@ -710,7 +699,7 @@ class _Program:
 
         result = machine["main"](*(tvm.runtime.tensor(feeds[name]) for name in self.inputs))
         values = (result,) if len(self.outputs) == 1 else tuple(result)
-        return {name: _array(v) for name, v in zip(self.outputs, values, strict=True)}
+        return {name: as_array(v) for name, v in zip(self.outputs, values, strict=True)}
 
 
 class _Instrumented:
@@ -753,7 +742,7 @@ class _Instrumented:
             results = (result,) if len(step.tensors) == 1 else tuple(result)
         for tensor, value in zip(step.tensors, results, strict=True):
             if tensor is not None:
-                self._tensors[tensor] = _array(value)
+                self._tensors[tensor] = as_array(value)
         return 0
 
 
@@ -814,6 +803,7 @@ class TVM:
     """TVM's Relax compiler for the host CPU, with LLVM."""
 
     title = _ENGINE
+    artifacts = (".so", ".dylib", ".dll")
 
     def availability(self) -> Availability:
         """Whether TVM is installed with its ONNX importer and LLVM."""
@@ -844,11 +834,12 @@ class TVM:
         )
         return Script(_ENGINE, "apache-tvm, onnx", source)
 
-    def build(self, request: BuildRequest) -> _Build:
+    def build(self, request: BuildRequest) -> _Build | Library:
         """Import, compile once with the default CPU pipeline, and trace the names.
 
         A model with symbolic shapes, or one that TVM cannot import as it stands, is first
-        folded by ONNX Runtime for the request's shapes; the provenance says so.
+        folded by ONNX Runtime for the request's shapes; the provenance says so. A library that was
+        built before (``request.artifact``) is loaded instead.
 
         Raises:
             BackendError: an operator has no converter, or TVM fails to import or compile.
@@ -862,6 +853,8 @@ class TVM:
         if request.threads is not None:
             # TVM reads it once, when a kernel first asks for threads.
             os.environ["TVM_NUM_THREADS"] = str(request.threads)
+        if request.artifact is not None:
+            return Library(request)
         import tvm
 
         from auditor import weights

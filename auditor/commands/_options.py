@@ -158,7 +158,7 @@ def parse_artifacts(texts: Sequence[str] | None, specs: Sequence[BackendSpec]) -
             )
             raise UsageError(
                 f"--artifact {text}: the {spec.id} backend {what}",
-                "An optimised .onnx is audited with --candidate; other runtimes with --trace.",
+                "Another export is audited with --candidate, other runtimes with --trace.",
             )
         if not Path(name).is_file():
             raise UsageError(f"--artifact {name} does not exist", "Give the file that you ship.")
