@@ -10,14 +10,14 @@ matrix units accumulate in FP32 (Intel SDM, TDPBF16PS; NVIDIA PTX ISA, mma).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import onnx
 from onnx import TensorProto, helper
 
-from auditor import surgery
+from auditor import algebra, surgery
 from auditor.ports import SegmentGraph, Variant
 from auditor.records import Kernel
 
@@ -93,6 +93,10 @@ class Sites:
         products: only kernels made of sums of products round at all.
         sums: every product and every running sum of a sum of products, in order of input
             channel, then kernel row, then kernel column.
+        scales: what kernels do with the constant factor of a product of two activations,
+            attention's scale: multiply it into one operand before rounding, or into the product.
+        distributed: constant factors of sums with a constant are multiplied in, by kernels of
+            their own (``algebra.distributed``).
     """
 
     name: str
@@ -105,6 +109,8 @@ class Sites:
     outputs: bool = False
     products: bool = False
     sums: bool = False
+    scales: Literal["operand", "product"] = "operand"
+    distributed: bool = False
 
 
 def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Iterator[Variant]:
@@ -114,9 +120,15 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     that take the whole segment for one kernel where it does. Narrow running sums cost much to
     replay and are tested only where the engine does not report another precision.
     """
-    layout = _Layout(segment)
+    plain = _Layout(segment)
+    spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
+        layout = plain
+        if where.distributed:
+            if spread is None:
+                continue
+            layout = _Layout(replace(segment, model=spread[0]), alone=spread[1])
         if where.scope == ("segment" if layout.kernels else "kernel"):
             continue
         if where.sums and layout.reports and not stated(layout.kernels, to.stated):
@@ -164,8 +176,10 @@ class _Group:
 class _Layout:
     """What surgery must know of a segment, whatever the format."""
 
-    def __init__(self, segment: SegmentGraph) -> None:
+    def __init__(self, segment: SegmentGraph, alone: Set[str] = frozenset()) -> None:
+        """``alone`` are tensors that kernels of their own write."""
         self.model = segment.model
+        self.alone = alone
         self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
         self.outputs = {o.name for o in segment.model.graph.output}
         self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
@@ -208,6 +222,9 @@ class _Layout:
                 sources = (self.producer.get(name) for name in node.input)
                 found[index] = next((found[i] for i in sources if i is not None), None)
         result = [group or _Group(None) for group in found]
+        for index, node in enumerate(self.nodes):
+            if _key(node) in self.alone:
+                result[index] = _Group(result[index].kernel)
         for index, group in enumerate(result):
             group.nodes.append(index)
         return result
@@ -238,7 +255,7 @@ class _Surgery:
         self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
         self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
         self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
-        if sites.scope == "kernel":
+        if sites.scope == "kernel" and sites.scales == "operand":
             self._move_scales()
 
     def apply(self) -> onnx.ModelProto:
@@ -278,7 +295,7 @@ class _Surgery:
             elif index in self.unscaled:
                 new.output[0] = self.at.nodes[self.unscaled[index]].output[0]
                 self.replaced.add(self.unscaled[index])
-            elif node.op_type == "MatMul":
+            elif node.op_type == "MatMul" and self.sites.scales == "operand":
                 self._move_scale(new, group)
             elif node.op_type == "LayerNormalization":
                 self._split_normalization(new, group)
@@ -390,8 +407,8 @@ class _Surgery:
     # --- what fusion does to the arithmetic ------------------------------------------------------
 
     def _fold_scale(self, conv: onnx.NodeProto, group: _Group) -> None:
-        """Constant factors after a convolution are multiplied into its weights beforehand."""
-        chain = self._scale_chain(conv, group)
+        """Factors and shifts after a convolution go into its weights and bias beforehand."""
+        chain = self._affine_chain(conv, group)
         weights = self.constants.get(conv.input[1])
         if not chain or weights is None or conv.input[1] not in self.floats:
             return
@@ -412,20 +429,20 @@ class _Surgery:
                 bias = self._new("Add", bias, shift) if bias else shift
             self.replaced.add(index)
             conv.output[0] = node.output[0]
-        shape = [1] * len(weights)
-        shape[axis] = -1
-        factor = self._new("Reshape", scale, self._integers(shape))
-        conv.input[1] = self._new("Mul", conv.input[1], factor)
+        if scale:
+            shape = [1] * len(weights)
+            shape[axis] = -1
+            factor = self._new("Reshape", scale, self._integers(shape))
+            conv.input[1] = self._new("Mul", conv.input[1], factor)
         if bias:
             bias = self._new("Expand", bias, self._integers([weights[axis]]))
             del conv.input[2:]
             conv.input.append(bias)
 
-    def _scale_chain(self, conv: onnx.NodeProto, group: _Group) -> list[int]:
-        """Indices of the per-channel affine nodes fused behind a convolution, up to a factor."""
+    def _affine_chain(self, conv: onnx.NodeProto, group: _Group) -> list[int]:
+        """Indices of the per-channel affine nodes fused behind a convolution."""
         rank = len(self.constants.get(conv.input[1]) or ())
         chain: list[int] = []
-        factors = 0
         tensor = conv.output[0]
         while (index := self.at.sole_reader(tensor)) is not None and self.groups[index] is group:
             node = self.at.nodes[index]
@@ -437,10 +454,8 @@ class _Surgery:
             if node.input[0] != tensor and node.op_type in ("Div", "Sub"):
                 break
             chain.append(index)
-            if node.op_type not in ("Add", "Sub"):
-                factors = len(chain)
             tensor = node.output[0]
-        return chain[:factors]
+        return chain
 
     def _per_channel(self, name: str, rank: int, op_type: str) -> bool:
         shape = self.constants.get(name)
@@ -468,19 +483,24 @@ class _Surgery:
         return "", flat if node.op_type == "Add" else self._new("Neg", flat)
 
     def _move_scale(self, product: onnx.NodeProto, group: _Group) -> None:
-        """Fused attention multiplies its scale into the keys before rounding them."""
+        """Attention's scale is multiplied into the keys before they are rounded.
+
+        Fused attention reads them rounded; else a kernel of its own multiplies what is there.
+        """
         index = self._scale_of(product, group)
-        if index is None or not self._has_softmax(group):
+        if index is None:
             return
         keys = product.input[1]
-        entered = self._round(keys) if not self._inside(keys, group) else self.raw.get(keys, keys)
+        entered = self.raw.get(keys, keys)
+        if self._has_softmax(group) and not self._inside(keys, group):
+            entered = self._round(keys)
         operator, factor = self._scaling(index, product.output[0])
         product.input[1] = self._new(operator, entered, factor)
         product.output[0] = self.at.nodes[index].output[0]
         self.replaced.add(index)
 
     def _move_scales(self) -> None:
-        """Unfused attention's scale is applied by the kernel that projects the keys.
+        """Unfused attention's scale is applied by the kernel that projects the keys, if one does.
 
         OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
         of the product no longer has it.

@@ -49,6 +49,15 @@ SITES = (
         outputs=True,
     ),
     Sites(
+        "operands and results of each kernel in bf16, attention's scale in FP32 on its products",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+        scales="product",
+    ),
+    Sites(
         "operands and results of products in bf16, FP32 accumulation, bias and all else",
         "operator",
         inputs=True,
@@ -81,6 +90,23 @@ SITES = (
         products=True,
     ),
     Sites("weights in bf16", "operator", weights=True, products=True),
+    Sites(
+        "operands and results of each kernel in bf16, factors of sums multiplied in by others",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+        distributed=True,
+    ),
+    Sites(
+        "results of every operator in bf16, factors of sums multiplied in beforehand",
+        "operator",
+        inputs=True,
+        weights=True,
+        outputs=True,
+        distributed=True,
+    ),
 )
 
 

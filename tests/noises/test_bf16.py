@@ -214,3 +214,64 @@ def test_stated_by_the_kernels_alone() -> None:
     assert bf16.NOISE.stated_by((kernel("Convolution", ("a",), "a"),))
     assert not bf16.NOISE.stated_by((kernel("Convolution", ("a",), "a", "f32"),))
     assert not bf16.NOISE.stated_by(())
+
+
+def test_factor_and_shift_after_a_convolution_go_into_its_rounded_weights_and_bias(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((1, 6, 9, 9)))
+    w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
+    b = generator.standard_normal(8).astype(np.float32) * 4
+    factor, shift = np.float32([0.3624]), np.float32([1.377])
+    segment = make_segment(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+            helper.make_node("Mul", ["s", "c"], ["p"]),
+            helper.make_node("Add", ["p", "t"], ["y"]),
+        ],
+        {"w": w, "b": b, "s": factor, "t": shift},
+        ["x"],
+        ["y"],
+        [kernel("Convolution", ("c", "p", "y"), "y")],
+    )
+    planted = r(conv(x, r(w * factor)) + r(b * factor + shift)[:, None, None])
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
+def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    a, b = generator.standard_normal((2, 24, 24)).astype(np.float32)
+    scale = np.float32(0.1768)
+    segment = make_segment(
+        [helper.make_node("MatMul", ["a", "b"], ["p"]), helper.make_node("Mul", ["p", "s"], ["y"])],
+        {"s": scale},
+        ["a", "b"],
+        ["y"],
+        [kernel("MatMul", ("p", "y"), "y")],
+    )
+    check(explain(segment, {"a": a, "b": b}, {"y": r(r(a) @ r(b * scale))}), identical=0.98)
+    check(explain(segment, {"a": a, "b": b}, {"y": r(r(a) @ r(b) * scale)}), identical=0.98)
+
+
+def test_an_attention_mask_multiplied_out_does_not_cancel(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    scores = r(generator.standard_normal((12, 20)) * 5)
+    mask = np.float32([1] * 13 + [0] * 7)
+    segment = make_segment(
+        [
+            helper.make_node("Sub", ["one", "mask"], ["hidden"]),
+            helper.make_node("Mul", ["hidden", "low"], ["added"]),
+            helper.make_node("Add", ["scores", "added"], ["y"]),
+        ],
+        {"one": np.float32(1), "low": np.finfo(np.float32).min},
+        ["scores", "mask"],
+        ["y"],
+        [kernel("Subgraph", ("added", "y"), "y")],
+    )
+    low = np.finfo(np.float32).min
+    with np.errstate(over="ignore"):  # the product does not fit bfloat16: that is the fault
+        planted = r(scores + (r(mask * -low) + low))
+    assert np.isinf(planted).all()
+    check(explain(segment, {"scores": scores, "mask": mask}, {"y": planted}))
