@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from auditor import metrics
+from auditor import metrics, surgery
 from auditor.metrics import Moments, Steps
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
@@ -29,6 +29,8 @@ from auditor.widening import own_types
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
+# Additions up to which sums are added up one after another: a second's work, and 2 GB at worst.
+STEPS = 5e8
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +151,26 @@ def floor(
     )
     repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
-    nodes = [replayer.graph.nodes[i] for i in cut.nodes]
-    terms = longest_sum(nodes, replayer.graph.initializers)
+    model = replayer.model(cut, local.inputs)
+    terms = longest_sum(model.graph.node, surgery.shapes(model))
     typed = 0.0
     if own is not None:
         half_unit = 2.0**-own.bits  # what one rounding does at most
         moved = _movement(lambda: _in_own_types(replayer, cut, local, own), local.replayed, scale)
         typed = max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
-    return max(fp32_rounding.floor(jitter, reorder, terms, half=half), typed, 2 * repeat)
+    found = max(fp32_rounding.floor(jitter, reorder, terms, half=half), typed, 2 * repeat)
+    introduced = _distance(local.observed, local.replayed, scale)
+    if found < introduced <= fp32_rounding.furthest(jitter, terms) and _quick(local, terms):
+        in_order = _movement(
+            lambda: replayer.run_in_order(cut, local.inputs, local.replayed), local.replayed, scale
+        )
+        found = max(found, fp32_rounding.floor(jitter, in_order, terms, half=half))
+    return found
+
+
+def _quick(local: Local, terms: int) -> bool:
+    """Whether a segment's sums can be added up term by term in a second or so."""
+    return terms * max(value.size for value in local.replayed.values()) <= STEPS
 
 
 def _in_own_types(replayer: Replayer, cut: Cut, local: Local, own: Format) -> Arrays:

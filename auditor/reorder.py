@@ -9,7 +9,7 @@ exact order in use), shows it: mathematically nothing has changed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,21 +53,20 @@ def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return result if changed else None
 
 
-def longest_sum(nodes: Iterable[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]) -> int:
-    """Number of terms in the longest sum that contractions with ``weights`` add up.
+def longest_sum(nodes: Iterable[onnx.NodeProto], shapes: Mapping[str, Sequence[int]]) -> int:
+    """Number of terms in the longest sum that contractions add up.
 
     Args:
         nodes: the nodes of a segment.
-        weights: initialisers by name; only their dimensions are read.
+        shapes: of their tensors, by name, where known.
     """
-    return max((_terms(node, weights) for node in nodes), default=1)
+    return max((_terms(node, shapes) for node in nodes), default=1)
 
 
-def _terms(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> int:
-    weight = weights.get(node.input[1]) if len(node.input) > 1 else None
-    if weight is None or len(weight.dims) < 2:
+def _terms(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
+    dims = shapes.get(node.input[1], ()) if len(node.input) > 1 else ()
+    if len(dims) < 2:
         return 1
-    dims: list[int] = list(weight.dims)
     if node.op_type == "Conv":  # M × C/group × kernel
         return math.prod(dims[1:])
     if node.op_type == "ConvTranspose":  # C × M/group × kernel

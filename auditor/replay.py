@@ -212,8 +212,28 @@ class Replayer:
         """
         from auditor.reorder import OPSET, reordered
 
+        return self._run_changed(cut, values, replayed, reordered, OPSET, "reordered")
+
+    def run_in_order(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
+        """Run one segment with its products added up one after another, if it has any.
+
+        The arguments and what it raises are those of ``run_reordered``.
+        """
+        from auditor.rounding import OPSET_OF_SUMS, in_order
+
+        return self._run_changed(cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order")
+
+    def _run_changed(
+        self,
+        cut: Cut,
+        values: Mapping[str, Array],
+        replayed: Arrays,
+        change: Callable[[onnx.ModelProto], onnx.ModelProto | None],
+        opset: int,
+        how: str,
+    ) -> Arrays:
         model = self.model(cut, values)
-        candidates = [model] if surgery.opset(model) >= OPSET else upgraded(model, OPSET)
+        candidates = [model] if surgery.opset(model) >= opset else upgraded(model, opset)
         feeds = {name: values[name] for name in cut.inputs}
 
         def run(variant: onnx.ModelProto) -> Arrays:
@@ -222,13 +242,13 @@ class Replayer:
 
         try:
             for candidate in candidates:
-                changed = reordered(candidate)
+                changed = change(candidate)
                 if changed is None:
                     return replayed
                 if candidate is model or bitwise_equal(run(candidate), replayed):
                     return run(changed)
         except Exception as error:  # ORT raises a family of classes that share no base
-            raise ReplayError(cut, "reordered", error) from error
+            raise ReplayError(cut, how, error) from error
         return replayed
 
     def walk(

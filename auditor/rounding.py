@@ -47,7 +47,7 @@ _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape"
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 _NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
 # Unsqueeze takes its axes as an input from here on.
-_SCAN_OPSET = 13
+OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
@@ -113,6 +113,10 @@ class Sites:
     distributed: bool = False
 
 
+_FLOAT32 = Format("float32", frozenset(), TensorProto.FLOAT, 6, 24)
+_IN_ORDER = Sites("sums of products in order", "operator", sums=True)
+
+
 def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Iterator[Variant]:
     """The segment rounded at each of ``sites`` in turn, without repeating equal graphs.
 
@@ -138,6 +142,16 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if len(nodes) > len(segment.model.graph.node) and nodes not in seen:
             seen.append(nodes)
             yield Variant(where.name, model)
+
+
+def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A segment that adds up its sums of products one after another; None where it has none.
+
+    It has every product and every running sum as ``Sites.sums`` orders them, all in float32.
+    """
+    layout = _Layout(SegmentGraph(model, ()))
+    result = _Surgery(layout, _FLOAT32, _IN_ORDER).apply()
+    return result if len(result.graph.node) > len(model.graph.node) else None
 
 
 def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
@@ -190,6 +204,9 @@ class _Layout:
             if all(n in self.constants for n in node.input if n) and not _subgraphs(node):
                 self.derived.add(index)
                 self.constants.update((o, _constant_shape(node)) for o in node.output)
+        if any(self.constants[o] is None for i in self.derived for o in self.nodes[i].output):
+            shapes = surgery.shapes(segment.model)
+            self.constants.update((n, shapes[n]) for n in self.constants if n in shapes)
         types = surgery.types(segment.model)
         self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
         self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
@@ -307,7 +324,7 @@ class _Surgery:
         half = bool(node.input) and node.input[0] in self.at.halves
         for position, name in enumerate(node.input):
             node.input[position] = self._input(node, position, name, group)
-        if self.sites.sums and self.casts and surgery.opset(self.at.model) >= _SCAN_OPSET:
+        if self.sites.sums and self.casts and surgery.opset(self.at.model) >= OPSET_OF_SUMS:
             self._sum_narrowly(node, shape, half)
         self._outputs(node, group)
 
@@ -595,7 +612,7 @@ class _Surgery:
         if half and self.to.cast != TensorProto.FLOAT16:
             return
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        reduced: Callable[..., tuple[str, str]]
+        reduced: Callable[..., tuple[str, list[int]]]
         if node.op_type == "Conv" and shape is not None:
             reduced = self._convolve
         elif node.op_type == "MatMul" or (
@@ -608,7 +625,9 @@ class _Surgery:
         total, across = reduced(inputs[0], inputs[1], shape or (), options)
         bias = inputs[2] if len(inputs) > 2 else ""
         if bias:
-            total = self._new("Add", total, self._new("Reshape", bias, across) if across else bias)
+            if across:
+                bias = self._new("Reshape", bias, self._integers(across))
+            total = self._new("Add", total, bias)
         final = helper.make_node("Identity", [total], list(node.output))
         if half:
             final = helper.make_node("Cast", [total], list(node.output), to=TensorProto.FLOAT16)
@@ -616,14 +635,14 @@ class _Surgery:
 
     def _multiply(
         self, a: str, b: str, shape: tuple[int, ...], options: dict[str, Any]
-    ) -> tuple[str, str]:
-        """A matrix product with its leading axes made one."""
+    ) -> tuple[str, list[int]]:
+        """A matrix product with its leading axes made one; its bias needs no other shape."""
         a = self._new("Transpose", a) if options.get("transA") else a
         b = self._new("Transpose", b) if options.get("transB") else b
         like = self._new("MatMul", a, b)
         matrices = [self._matrices(tensor) for tensor in (a, b, like)]
         total = self._scan(*matrices, rank=3)
-        return self._new("Reshape", total, self._new("Shape", like)), ""
+        return self._new("Reshape", total, self._new("Shape", like)), []
 
     def _matrices(self, tensor: str) -> str:
         matrix = self._new("Gather", self._new("Shape", tensor), self._integers([-2, -1]))
@@ -633,8 +652,8 @@ class _Surgery:
 
     def _convolve(
         self, x: str, w: str, shape: tuple[int, ...], options: dict[str, Any]
-    ) -> tuple[str, str]:
-        """A convolution as a product of its weights with the patches that they see."""
+    ) -> tuple[str, list[int]]:
+        """A convolution as a product of its weights with the patches; its bias's shape."""
         groups = options.get("group", 1)
         filters, channels, *size = shape
         taps = math.prod(size)
@@ -656,8 +675,7 @@ class _Surgery:
             self._new("Reshape", like, self._integers([0, groups, filters // groups, -1])),
             rank=4,
         )
-        across = self._integers([-1, *(1 for _ in size)])
-        return self._new("Reshape", total, self._new("Shape", like)), across
+        return self._new("Reshape", total, self._new("Shape", like)), [-1, *(1 for _ in size)]
 
     def _scan(self, a: str, b: str, like: str, *, rank: int) -> str:
         """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""

@@ -45,6 +45,7 @@ BINARY = frozenset(
     }
 )
 DOMAIN = "auditor"
+SMALL = 64  # elements of a constant that may say a shape or an option
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 _STANDARD = ("", "ai.onnx")
 
@@ -118,12 +119,12 @@ def opset(model: onnx.ModelProto) -> int:
 
 
 def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    """Initialisers and Constant nodes of at most 64 elements, by name."""
-    found = {t.name: t for t in model.graph.initializer if np.prod(t.dims) <= 64}
+    """Initialisers and Constant nodes of at most SMALL elements, by name."""
+    found = {t.name: t for t in model.graph.initializer if np.prod(t.dims) <= SMALL}
     values = {name: numpy_helper.to_array(t) for name, t in found.items()}
     for _, node in find(model, ("Constant",)):
         for name, value in attributes(node).items():
-            if name == "value" and np.prod(value.dims) <= 64:
+            if name == "value" and np.prod(value.dims) <= SMALL:
                 values[node.output[0]] = numpy_helper.to_array(value)
             elif name in ("value_float", "value_floats"):
                 values[node.output[0]] = np.asarray(value, np.float32)
@@ -133,9 +134,25 @@ def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
-    """ONNX element type of every tensor whose type can be inferred.
+    """ONNX element type of every tensor whose type can be inferred."""
+    return {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
 
-    Weights become inputs for the inference, so that ONNX does not copy them.
+
+def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor whose whole shape can be inferred."""
+    found: dict[str, tuple[int, ...]] = {}
+    for value in _inferred(model):
+        kind = value.type.tensor_type
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            found[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+    return found
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What ONNX infers of every tensor.
+
+    Weights become inputs for the inference, so that ONNX does not copy them; small ones, which
+    shapes are made of, stay.
     """
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.functions.extend(model.functions)
@@ -143,10 +160,11 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
     light.graph.input.extend(model.graph.input)
     for t in model.graph.initializer:
         light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
+        if np.prod(t.dims) <= SMALL:
+            light.graph.initializer.append(t)
     light.graph.output.extend(model.graph.output)
-    graph = onnx.shape_inference.infer_shapes(light).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {v.name: v.type.tensor_type.elem_type for v in values}
+    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    return [*graph.input, *graph.value_info, *graph.output]
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:

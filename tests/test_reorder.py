@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor import divergence
 from auditor.reorder import longest_sum, reordered
-from auditor.replay import session
+from auditor.replay import Replayer, session
+from auditor.segments import Graph
 
 RNG = np.random.default_rng(0)
 CASES = {
@@ -81,5 +83,57 @@ def test_nothing_to_reverse():
 )
 def test_the_length_of_a_sum(op, shape, attributes, terms):
     node = helper.make_node(op, ["x", "w"], ["y"], **attributes)
-    weights = {"w": numpy_helper.from_array(np.zeros(shape, np.float32), "w")}
-    assert longest_sum([node], weights) == terms
+    assert longest_sum([node], {"w": shape}) == terms
+
+
+def _floor_and_error(observe, constants_from_shapes=False):
+    """The floor of a convolution whose products are all alike, and how far a kernel is off."""
+    model = _model("Conv", [1, 256, 6, 6], {"w": (32, 256, 3, 3), "b": (32,)}, {})
+    weight, bias = np.full((32, 256, 3, 3), 0.1, np.float32), np.full(32, 0.3, np.float32)
+    arrays = (numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b"))
+    for tensor, array in zip(model.graph.initializer, arrays, strict=True):
+        tensor.CopyFrom(array)
+    if constants_from_shapes:  # as the oldest files have them, which list no initialiser twice
+        del model.graph.initializer[0]
+        shape = numpy_helper.from_array(np.int64(weight.shape), "shape")
+        value = numpy_helper.from_array(weight.ravel()[:1], "value")
+        made = helper.make_node("ConstantOfShape", ["shape"], ["w"], value=value)
+        model.graph.node.insert(0, made)
+        model.graph.initializer.append(shape)
+        model.ir_version = 3
+        for t in model.graph.initializer:
+            kind = helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+            model.graph.input.append(kind)
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.ones((1, 256, 6, 6), np.float32)}
+    captured = feeds | {"y": observe(feeds["x"], weight, bias)}
+    local = divergence.replay(replayer, cut, captured)
+    reference = replayer.walk((cut,), feeds)
+    meter = divergence.Meter(cut)
+    meter.add(local, captured, reference)
+    return divergence.floor(replayer, cut, local, reference), meter.relative(meter.introduced)
+
+
+def _summed_by_tap(x, w, b):
+    """One addition after another, kernel positions outside: not the order that is replayed."""
+    total = np.zeros((1, len(b), 4, 4), np.float32)
+    for row in range(3):
+        for column in range(3):
+            patch = x[:, :, row : row + 4, column : column + 4]
+            for channel in range(x.shape[1]):
+                product = w[:, channel, row, column][:, None, None] * patch[:, channel][:, None]
+                total = total + product.astype(np.float32)
+    return total + b[:, None, None]
+
+
+@pytest.mark.parametrize("constants_from_shapes", [False, True])
+def test_equal_terms_added_up_one_after_another_are_rounding(constants_from_shapes):
+    floor, error = _floor_and_error(_summed_by_tap, constants_from_shapes)
+    assert 3e-6 < error <= floor < 1e-3
+
+
+def test_a_small_fault_is_no_order_of_a_sum():
+    floor, error = _floor_and_error(lambda *given: _summed_by_tap(*given) * np.float32(1.001))
+    assert error > floor

@@ -71,6 +71,15 @@ def floor(jittered: float, reordered: float = 0.0, terms: int = 1, *, half: bool
     return max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, expected, smallest)
 
 
+def furthest(jittered: float, terms: int) -> float:
+    """Introduced error (relative L2) beyond which no order of a sum of ``terms`` terms leads.
+
+    Each addition rounds by half a last bit at most, and ``jittered`` is what the last bit of every
+    input does.
+    """
+    return terms * max(jittered, float(np.finfo(np.float32).eps))
+
+
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """None: the floor test has already compared this cause with the error."""
     return ()
