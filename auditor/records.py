@@ -19,6 +19,7 @@ Verdict = Literal["pass", "fail", "incomplete"]
 Stage = Literal["pre-processing", "inference", "post-processing"]
 Conclusion = Literal["confirmed", "contradicted", "partial", "unchanged", "measured", "failed"]
 OutputKind = Literal["scores", "boxes", "mask", "embedding", "none"]
+Reading = OutputKind | Literal["text"]  # of a result, after the network
 
 PIPELINE = "pipeline"  # stands for a backend's id where a step before the network is meant
 
@@ -881,10 +882,10 @@ class SysnoiseEffect:
     """What a change of the system does to the model, over photographs.
 
     Attributes:
-        drop: of top-1 against the labels, as a fraction; None without labels.
+        drop: of the task's metric against the labels, as a fraction; None without labels.
         changed: how differently the output reads than after the training pipeline: the fraction of
-            top-1 flips or of boxes lost, 1 − IoU of the mask, 1 − cosine of the embedding; None
-            where the output is read as nothing.
+            top-1 flips, of boxes lost or of texts that differ, 1 − IoU of the mask, 1 − cosine of
+            the embedding; None where the output is read as nothing.
         relative_l2: of all outputs together; infinite where a shape or finiteness changed.
     """
 
@@ -951,19 +952,19 @@ class SysnoiseStep:
 
 @dataclass(frozen=True, slots=True)
 class SysnoiseFlip:
-    """A photograph whose top-1 an option changes.
+    """A photograph whose top-1, or whose text, an option changes.
 
     Attributes:
         option: type and name of the option.
-        before, after: the class after the training pipeline, and with the option.
-        label: the true class, where known.
+        before, after: the class or the text after the training pipeline, and with the option.
+        label: the true one, where known.
     """
 
     photo: str
     option: str
-    before: int
-    after: int
-    label: int | None
+    before: int | str
+    after: int | str
+    label: int | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -974,7 +975,8 @@ class SysnoiseReport:
         pipeline: where the description is from; ``steps`` are its training side, in words.
         photos: how many were measured; ``labelled`` how many of them have a label.
         output: the output that is read, and ``kind`` as what.
-        accuracy: top-1 after the training pipeline, as a fraction; None without labels.
+        metric: what labels are judged by (``top-1``, ``mAP`` …), and ``accuracy`` its value after
+            the training pipeline, as a fraction; None without labels.
         deployment: the deployment side as a whole, where it differs from the training side.
         types: the largest effect first.
         accumulation: types added one at a time in the order of execution (paper, Fig. 3); the
@@ -995,7 +997,8 @@ class SysnoiseReport:
     photos: int
     labelled: int
     output: str
-    kind: OutputKind
+    kind: Reading
+    metric: str | None
     accuracy: Interval | None
     deployment: SysnoiseOption | None
     types: tuple[SysnoiseType, ...]

@@ -50,7 +50,7 @@ def draw(
 
 def _measure(report: SysnoiseReport) -> str:
     if report.accuracy is not None:
-        return "drop of top-1, points"
+        return f"drop of {report.metric}, points"
     if report.kind == "none":
         return "relative L2"
     return {
@@ -58,6 +58,7 @@ def _measure(report: SysnoiseReport) -> str:
         "boxes": "boxes lost, %",
         "mask": "1 - IoU of the mask, %",
         "embedding": "1 - cosine, %",
+        "text": "texts that differ, %",
     }[report.kind]
 
 

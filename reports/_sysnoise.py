@@ -28,6 +28,7 @@ _READINGS = {
     "boxes": "boxes lost",
     "mask": "1 − mask IoU",
     "embedding": "1 − cosine",
+    "text": "texts that differ",
     "none": "",
 }
 _OPTIONS = 6  # of a type, in the terminal; the JSON has all of them
@@ -92,7 +93,8 @@ def _head(report: SysnoiseReport) -> list[tuple[str, str]]:
         ("output", reading),
     ]
     if report.accuracy is not None:
-        head.append(("top-1", f"{_figure(report.accuracy)} after the training pipeline"))
+        metric = report.metric or "accuracy"
+        head.append((metric, f"{_figure(report.accuracy)} after the training pipeline"))
     told = "95 %, bootstrap over photographs"
     if report.kind == "scores":
         unseen = words.percent(1 - 0.05 ** (1 / report.photos))
@@ -104,7 +106,7 @@ def _head(report: SysnoiseReport) -> list[tuple[str, str]]:
 def _columns(report: SysnoiseReport) -> tuple[_Column, ...]:
     found = [_Column("")]
     if report.accuracy is not None:
-        found.append(_Column("drop of top-1, points", right=True))
+        found.append(_Column(f"drop of {report.metric}, points", right=True))
     if report.kind != "none":
         found.append(_Column(_READINGS[report.kind] + ", %", right=True))
     return (*found, _Column("relative L2", right=True))
@@ -170,7 +172,7 @@ def _draw_pairs(page: _Page, report: SysnoiseReport) -> None:
     decided.sort(key=lambda pair: abs(pair[1].value), reverse=True)
     for pair, surplus in decided[:_MOST_PAIRS]:
         names = " and ".join(titles[t] for t in pair.types)
-        unit = "of top-1" if pair.surplus and pair.surplus.drop else f"of {reading}"
+        unit = f"of {report.metric}" if pair.surplus and pair.surplus.drop else f"of {reading}"
         page.say(
             _Span(names, "bold"),
             _Span(f": {_figure(surplus)} points {unit} beyond the sum of what each does alone"),
@@ -261,6 +263,7 @@ def to_json(report: SysnoiseReport) -> str:
             "unusual": report.oddities,
         },
         "output": {"name": report.output, "kind": report.kind},
+        "metric": report.metric,
         "accuracy": _interval(report.accuracy),
         "deployment": _option(report.deployment) if report.deployment else None,
         "types": [

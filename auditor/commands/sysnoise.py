@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ from auditor.commands._options import Model
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditor.pipeline.description import Description
 
 
 @app.command("sysnoise", short_help="What decoders, resizers, colours … do to a model's answers.")
@@ -31,10 +34,15 @@ def _sysnoise(
     labels: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|from-folder|from-name",
-            help="The true classes: lines `photo.jpg,17`, the folders, or the number that each "
-            "name begins with. Without, flips against the training pipeline are counted.",
+            metavar="FILE|DIR|from-folder|from-name",
+            help="The truth. cls, embed: lines `photo.jpg,17`, the folders, or the number that "
+            "each name begins with; det: a COCO file; seg: a folder of masks. "
+            "Without, results are compared with the training pipeline's.",
         ),
+    ] = None,
+    task: Annotated[
+        Literal["cls", "det", "seg", "embed"] | None,
+        typer.Option(help="What the model is for; told by its result when not given."),
     ] = None,
     samples: Annotated[
         int | None,
@@ -90,7 +98,7 @@ def _sysnoise(
     ids = given if noise else list(networks.PAPER)
     noises = [discovery.noise(id) for id in ids if ids != ["none"]]
     described = description.load(pipeline)
-    found = photos.find(images, labels, samples)
+    found = photos.find(images, labels, samples, task or _kind(described))
     keep = _kept_in(model, images, output)
     progress = StoppableProgress(LiveProgress())
     try:
@@ -103,6 +111,7 @@ def _sysnoise(
             keep=keep,
             threads=threads,
             progress=progress,
+            task=task,
         )
     except SystemExit:
         progress.close()
@@ -126,6 +135,14 @@ def _sysnoise(
     else:
         emit(table.render(report, *screen()))
     return 0
+
+
+def _kind(described: Description) -> str:
+    """The task that a described result is of; classification where nothing is described."""
+    from auditor.pipeline import scoring
+
+    post = described.training_post
+    return (scoring.reading(post.kind) if post is not None else None) or "cls"
 
 
 def _check_plots(folder: Path) -> None:

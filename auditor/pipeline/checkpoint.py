@@ -2,8 +2,8 @@
 
 The first line says what is measured (model, training pipeline, versions); a file with another one
 is begun anew. Every other line is one photograph: ``[name, digest of the file, cells, failure]``,
-where cells are ``{option: [changed, relative L2, top-1] or a reason}``. A line that was not written
-to its end is ignored.
+where cells are ``{option: [changed, relative L2, answer, verdict] or a reason}``. A line that was
+not written to its end is ignored.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import TextIO
 
 from auditor.errors import UsageError
 
-# What one option did to one photograph: (changed, relative L2, top-1), or why it could not.
-Cell = tuple[float | None, float | None, int | None] | str
+# What one option did to one photograph, or why it could not: changed, relative L2, the answer (a
+# class or a text), and what the label says of it in the task's own numbers.
+Measured = tuple[float | None, float | None, int | str | None, list[float] | None]
+Cell = Measured | str
 Cells = dict[str, Cell]
 
 

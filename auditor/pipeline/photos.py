@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from auditor.errors import UsageError
-from auditor.pipeline import steps
+from auditor.pipeline import scoring, steps
 from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.scoring import Label, Labels
 
 _ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"),
@@ -29,13 +27,13 @@ class Photos:
     Attributes:
         folder: where they are.
         names: paths relative to the folder, with ``/``, sorted.
-        labels: by name, the index of the true class; empty without labels.
+        labels: by name, the truth, as the task reads it; empty without labels.
         notes: what of the folder or of the labels is not used, as sentences.
     """
 
     folder: Path
     names: tuple[str, ...]
-    labels: dict[str, int]
+    labels: dict[str, Label]
     notes: tuple[str, ...]
 
     def read(self, name: str) -> bytes:
@@ -50,13 +48,14 @@ class Photos:
             raise PhotoError(f"it cannot be read: {error.strerror}") from error
 
 
-def find(folder: Path, labels: str | None, samples: int | None) -> Photos:
+def find(folder: Path, labels: str | None, samples: int | None, task: str = "cls") -> Photos:
     """List a folder and everything below it.
 
     Args:
         folder: the folder; files whose names do not end like a picture's are not used.
-        labels: ``from-folder``, ``from-name``, or a file; see ``_labelled``.
+        labels: what the task's ``read`` takes; None without labels.
         samples: how many to use, spread evenly over the sorted names; None for all.
+        task: whose labels they are; one of ``scoring.names``.
 
     Raises:
         UsageError: the folder has no photographs, or the labels do not belong to them.
@@ -77,18 +76,21 @@ def find(folder: Path, labels: str | None, samples: int | None) -> Photos:
     notes = []
     if others := len(files) - len(found):
         notes.append(f"{others} files in {folder} are not pictures by their names.")
-    known = _labelled(found, labels, notes) if labels else {}
+    known = scoring.load(task).read(folder, found, labels) if labels else Labels({})
+    notes += known.notes
     if samples is not None and samples < len(found):
         found = [found[i * len(found) // samples] for i in range(samples)]
         notes.append(f"{samples} photographs are used, spread evenly over the sorted names.")
-    chosen = {name: known[name] for name in found if name in known}
+    chosen = {name: known.values[name] for name in found if name in known.values}
     if labels and not chosen:
         raise UsageError(
             f"--labels {labels} has no label for any photograph in {folder}",
             "Its names must be those of the files, relative to the folder or without folders.",
         )
-    if labels and (without := len(found) - len(chosen)):
-        notes.append(f"{without} photographs have no label: they count for flips only.")
+    if labels and (without := [name for name in found if name not in chosen]):
+        notes.append(
+            scoring.said("photographs have no label and are only compared with training", without)
+        )
     return Photos(folder, tuple(found), chosen, tuple(notes))
 
 
@@ -125,61 +127,3 @@ def _family(form: str) -> str:
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
-
-
-def _labelled(names: Sequence[str], source: str, notes: list[str]) -> dict[str, int]:
-    """Class indices by photograph.
-
-    ``from-folder``: the folder a photograph is in; its number if all folders are numbers, else its
-    place among the sorted names (torchvision's ImageFolder). ``from-name``: the number that the
-    file's name begins with. A file: a name and an index per line, separated by a comma, a tab
-    or spaces.
-    """
-    if source == "from-folder":
-        inside = {n: n.rpartition("/")[0] for n in names}
-        classes = sorted(set(inside.values()))
-        if classes == [""]:
-            raise UsageError(
-                "--labels from-folder, but the photographs are not in folders by class",
-                "Give a file with a name and a class index per line.",
-            )
-        if all(c.isdecimal() for c in classes):
-            return {n: int(c) for n, c in inside.items()}
-        return {n: classes.index(c) for n, c in inside.items()}
-    if source == "from-name":
-        numbers = {n: re.match(r"\d+", n.rpartition("/")[2]) for n in names}
-        return {n: int(found[0]) for n, found in numbers.items() if found}
-    return _from_file(names, Path(source), notes)
-
-
-def _from_file(names: Sequence[str], path: Path, notes: list[str]) -> dict[str, int]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read --labels {path}: {error}", "Or say from-folder or from-name."
-        ) from error
-    given: dict[str, int] = {}
-    for at, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        row = next(csv.reader([line])) if "," in line else line.rsplit(None, 1)
-        index = row[-1].strip() if len(row) == 2 else ""
-        if not index.isdecimal():
-            if at == 1:  # a header
-                continue
-            raise UsageError(
-                f"{path}, line {at}: `{line[:60]}` is not a name and a class index",
-                "Write lines such as photo.jpg,17.",
-            )
-        given[row[0].strip()] = int(index)
-    short: dict[str, str] = {}
-    for name in names:
-        short.setdefault(name.rpartition("/")[2], name)
-    matched = {name: given[name] for name in names if name in given}
-    for name, number in given.items():
-        if name not in matched and name in short:
-            matched.setdefault(short[name], number)
-    if unused := len(given) - len(matched):
-        notes.append(f"{unused} labels in {path} belong to no photograph.")
-    return matched

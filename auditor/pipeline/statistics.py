@@ -7,6 +7,8 @@ them have intervals of their own. Intervals are the 2.5 % and 97.5 % percentiles
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from auditor.ports import Array
@@ -17,35 +19,18 @@ _LEVELS = (2.5, 97.5)
 _AT_ONCE = 2_000_000  # weights drawn at a time
 
 
-class Means:
-    """The mean of each column, and the same on every draw.
+class Drawn:
+    """Figures by column, and the same on every draw of photographs.
 
     Attributes:
-        value: means, ``[columns]``; NaN where nothing was measured.
-        draws: means of the draws, ``[DRAWS, columns]``.
+        value: ``[columns]``; NaN where nothing was measured.
+        draws: ``[draws, columns]``.
     """
 
-    def __init__(self, values: Array, seed: int = 0) -> None:
-        """Draw.
-
-        Args:
-            values: float, ``[photographs, columns]``; NaN where a column was not measured.
-            seed: of the draws; equal seeds and numbers of photographs give the same draws.
-        """
-        photos = len(values)
-        measured = np.isfinite(values) | np.isinf(values)
-        filled = np.where(measured, values, 0.0)
-        counts = measured.astype(np.float64)
-        self.value = _ratio(filled.sum(axis=0), counts.sum(axis=0))
-        rng = np.random.default_rng(seed)
-        step = max(1, _AT_ONCE // max(photos, 1))
-        parts = []
-        with np.errstate(invalid="ignore"):  # infinities that a draw leaves out
-            for begin in range(0, DRAWS, step):
-                size = min(step, DRAWS - begin)
-                drawn = rng.multinomial(photos, np.full(photos, 1 / photos), size).astype(float)
-                parts.append(_ratio(_product(drawn, filled), drawn @ counts))
-        self.draws = np.concatenate(parts)
+    def __init__(self, value: Array, draws: Array) -> None:
+        """Hold them."""
+        self.value = value
+        self.draws = draws
 
     def interval(self, column: int) -> Interval:
         """One column's mean."""
@@ -65,6 +50,36 @@ class Means:
             value = self.value[whole] - self.value[parts].sum()
             draws = self.draws[:, whole] - self.draws[:, parts].sum(axis=1)
         return interval(value, draws)
+
+
+class Means(Drawn):
+    """The mean of each column, and the same on every draw."""
+
+    def __init__(self, values: Array, seed: int = 0) -> None:
+        """Draw.
+
+        Args:
+            values: float, ``[photographs, columns]``; NaN where a column was not measured.
+            seed: of the draws; equal seeds and numbers of photographs give the same draws.
+        """
+        measured = np.isfinite(values) | np.isinf(values)
+        filled = np.where(measured, values, 0.0)
+        counts = measured.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # infinities that a draw leaves out
+            parts = [
+                _ratio(_product(drawn, filled), drawn @ counts)
+                for drawn in weights(len(values), seed=seed)
+            ]
+        super().__init__(_ratio(filled.sum(axis=0), counts.sum(axis=0)), np.concatenate(parts))
+
+
+def weights(photos: int, draws: int = DRAWS, seed: int = 0) -> Iterator[Array]:
+    """How often each photograph is in each draw, ``[some draws, photographs]`` at a time."""
+    rng = np.random.default_rng(seed)
+    step = max(1, _AT_ONCE // max(photos, 1))
+    for begin in range(0, draws, step):
+        size = min(step, draws - begin)
+        yield rng.multinomial(photos, np.full(photos, 1 / photos), size).astype(float)
 
 
 def interval(value: Array | float, draws: Array) -> Interval:

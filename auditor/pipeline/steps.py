@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,21 @@ from auditor.ports import Array
 
 _ORIENTATION = 0x0112  # EXIF tag (CIPA DC-008)
 _KEPT = 2  # images of each kind kept for the next pipeline of the same photograph
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where in a photograph the network's input is: tensor = photograph · scale + shift.
+
+    Attributes:
+        scale, shift: by axis, height first; in pixels, a pixel's middle is at a half.
+        photo, tensor: height and width of both.
+    """
+
+    scale: tuple[float, float]
+    shift: tuple[float, float]
+    photo: Size
+    tensor: Size
 
 
 class Preparation:
@@ -26,6 +42,7 @@ class Preparation:
         self._data = data
         self._decoded: dict[Decode, Array] = {}
         self._coloured: dict[tuple[Decode, Colour | None], Array] = {}
+        self._sizes: dict[Decode, Size] = {}
 
     def pixels(self, pipeline: Pipeline) -> Array:
         """What enters normalisation: uint8, height x width x RGB.
@@ -38,6 +55,7 @@ class Preparation:
             if (image := self._decoded.get(pipeline.decode)) is None:
                 image = decoded(self._data, pipeline.decode)
                 _keep(self._decoded, pipeline.decode, image)
+                self._sizes[pipeline.decode] = image.shape[0], image.shape[1]
             image = coloured(image, pipeline.colour)
             _keep(self._coloured, key, image)
         return framed(image, pipeline)
@@ -45,6 +63,10 @@ class Preparation:
     def tensor(self, pipeline: Pipeline) -> Array:
         """The network's input, its first axis of length 1; raises as ``pixels`` does."""
         return normalised(self.pixels(pipeline), pipeline)
+
+    def place(self, pipeline: Pipeline) -> Placement:
+        """Where ``tensor`` is in the photograph; that must have been made with this decoder."""
+        return placed(self._sizes[pipeline.decode], pipeline)
 
 
 def decoded(data: bytes, step: Decode) -> Array:
@@ -104,6 +126,32 @@ def framed(image: Array, pipeline: Pipeline) -> Array:
     return image if pipeline.crop is None else centre(image, pipeline.crop)
 
 
+def placed(photo: Size, pipeline: Pipeline) -> Placement:
+    """Where in a photograph of this height and width the network's input is."""
+    size, scale, shift = photo, (1.0, 1.0), (0.0, 0.0)
+    if pipeline.precrop is not None:
+        side = max(1, int(pipeline.precrop * min(photo)))
+        size = side, side
+        shift = _less((0.0, 0.0), _corner(photo, size))
+    if pipeline.resize is not None:
+        to = target(size, pipeline.resize)
+        scale = to[0] / size[0], to[1] / size[1]
+        shift = shift[0] * scale[0], shift[1] * scale[1]
+        size = to
+        if pipeline.resize.letterbox is not None:
+            begin = _letter(pipeline.resize.letterbox, to)
+            shift = shift[0] + begin[0], shift[1] + begin[1]
+            size = pipeline.resize.letterbox
+    if pipeline.crop is not None:
+        shift = _less(shift, _corner(size, pipeline.crop))
+        size = pipeline.crop
+    return Placement(scale, shift, photo, size)
+
+
+def _less(shift: tuple[float, float], corner: Size) -> tuple[float, float]:
+    return shift[0] - corner[0], shift[1] - corner[1]
+
+
 def resized(image: Array, step: Resize) -> Array:
     """The image at the size that the step asks for; uint8, height x width x 3."""
     size = target(image.shape[:2], step)
@@ -115,11 +163,14 @@ def resized(image: Array, step: Resize) -> Array:
     if step.letterbox is None:
         return image
     letter = np.full((*step.letterbox, 3), step.pad, np.uint8)
-    # Half a pixel goes to the lower right (Ultralytics' LetterBox).
-    around = zip(step.letterbox, size, strict=True)
-    top, left = (round((whole - part) / 2 - 0.1) for whole, part in around)
+    top, left = _letter(step.letterbox, size)
     letter[top : top + size[0], left : left + size[1]] = image
     return letter
+
+
+def _letter(whole: Size, part: Size) -> Size:
+    """Where in a letterbox the image begins; half a pixel goes to the lower right (Ultralytics)."""
+    return round((whole[0] - part[0]) / 2 - 0.1), round((whole[1] - part[1]) / 2 - 0.1)
 
 
 def target(shape: tuple[int, ...], step: Resize) -> Size:
@@ -149,8 +200,12 @@ def centre(image: Array, size: Size) -> Array:
     height, width = image.shape[:2]
     if height < size[0] or width < size[1]:
         raise PhotoError(f"{height}x{width} pixels are fewer than the crop of {size[0]}x{size[1]}")
-    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    top, left = _corner((height, width), size)
     return image[top : top + size[0], left : left + size[1]]
+
+
+def _corner(whole: Size, part: Size) -> Size:
+    return round((whole[0] - part[0]) / 2), round((whole[1] - part[1]) / 2)
 
 
 def normalised(image: Array, pipeline: Pipeline) -> Array:

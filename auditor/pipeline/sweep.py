@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,17 +21,19 @@ import numpy as np
 from auditor import metrics, sensitivity
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.post import result
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline.scoring import Case, Gallery
+from auditor.pipeline.steps import Placement, Preparation
 from auditor.tasks import TaskMeter
 
 if TYPE_CHECKING:
-    from auditor.pipeline.checkpoint import Cell, Cells, Checkpoint
+    from auditor.pipeline.checkpoint import Cells, Checkpoint, Measured
     from auditor.pipeline.description import Pipeline
     from auditor.pipeline.networks import Forms, Networks
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
+    from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Arrays, Progress
-    from auditor.records import OutputKind
+    from auditor.records import Reading
 
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds
@@ -46,12 +49,36 @@ class Trial:
     post: Post | None = None
 
 
+class Verdicts:
+    """What a label says of one trial's result, by photograph, packed."""
+
+    def __init__(self) -> None:
+        """Hold none."""
+        self.photos = array("q")
+        self._numbers = array("d")
+        self._ends = array("q")
+
+    def put(self, photo: int, verdict: Verdict) -> None:
+        """Enter one photograph."""
+        self.photos.append(photo)
+        self._numbers.extend(verdict)
+        self._ends.append(len(self._numbers))
+
+    def get(self) -> dict[int, Verdict]:
+        """By photograph, in their order."""
+        begins = [0, *self._ends[:-1]]
+        every = zip(self.photos, begins, self._ends, strict=True)
+        return {photo: self._numbers[b:e].tolist() for photo, b, e in sorted(every)}
+
+
 class Table:
     """What was measured, as arrays ``[photographs, trials]``; a few bytes for each.
 
     Attributes:
         changed, relative_l2: see ``SysnoiseEffect``; NaN where not measured.
         top1: the class, -1 where there is none.
+        texts: by photograph and column, the text, for the first trial and where it differs.
+        verdicts: by trial, what the labels say; of detections a few dozen bytes each.
         refusals: by trial, how many photographs could not be processed, and the first reason.
         failed: by index, why a photograph could not be used at all.
     """
@@ -62,6 +89,8 @@ class Table:
         self.changed = np.full(shape, np.nan, np.float32)
         self.relative_l2 = np.full(shape, np.nan, np.float32)
         self.top1 = np.full(shape, -1, np.int32)
+        self.texts: dict[tuple[int, int], str] = {}
+        self.verdicts = {name: Verdicts() for name in names}
         self.refusals: dict[str, tuple[int, str]] = {}
         self.failed: dict[int, str] = {}
 
@@ -76,10 +105,33 @@ class Table:
                 count, first = self.refusals.get(name, (0, cell))
                 self.refusals[name] = (count + 1, first)
                 continue
-            changed, relative, top1 = cell
+            changed, relative, answer, verdict = cell
             self.changed[photo, column] = np.nan if changed is None else changed
             self.relative_l2[photo, column] = np.nan if relative is None else relative
-            self.top1[photo, column] = -1 if top1 is None else top1
+            if isinstance(answer, str):
+                if column == 0 or answer != self.texts.get((photo, 0)):
+                    self.texts[photo, column] = answer
+            else:
+                self.top1[photo, column] = -1 if answer is None else answer
+            if verdict is not None:
+                self.verdicts[name].put(photo, verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """How a result is read.
+
+    Attributes:
+        output: its name among the outputs.
+        kind: as what.
+        task: how labels judge it; None where they do not.
+        characters: of the classes of a text.
+    """
+
+    output: str
+    kind: Reading
+    task: Task | None = None
+    characters: tuple[str, ...] = ()
 
 
 class Sweep:
@@ -89,7 +141,7 @@ class Sweep:
         self,
         photos: Photos,
         networks: Networks,
-        read: tuple[str, OutputKind],
+        read: Read,
         checkpoint: Checkpoint,
         threads: int,
         progress: Progress,
@@ -99,14 +151,15 @@ class Sweep:
         Args:
             photos: what to measure on.
             networks: the network and its forms.
-            read: the output that is read, and as what.
+            read: which output is read, as what, and how labels judge it.
             checkpoint: where measurements are kept.
             threads: how many photographs are processed beside each other.
             progress: told how many are done.
         """
         self._photos = photos
         self._networks = networks
-        self._output, self._kind = read
+        self._read = read
+        self._gallery: Gallery | None = None
         self._checkpoint = checkpoint
         self._threads = threads
         self._progress = progress
@@ -141,6 +194,41 @@ class Sweep:
                 raise
         return table
 
+    def collect(self, base: Trial) -> None:
+        """Make the gallery that a task may need: the labelled photographs after ``base``.
+
+        Holds one vector of each.
+        """
+        from auditor.pipeline.tasks.embed import unit
+
+        labels = self._photos.labels
+        names = [name for name in self._photos.names if name in labels]
+
+        def vector(name: str) -> Array | None:
+            if self._stop.is_set():
+                raise InterruptedError
+            try:
+                tensor = Preparation(self._photos.read(name)).tensor(base.pipeline)
+                values = self._networks.run(base.forms, tensor)
+            except Exception:  # the sweep meets it again, and names the photograph
+                return None
+            return unit(values[self._read.output])
+
+        self._progress.update("reference", f"gallery of {len(names)} photographs")
+        with ThreadPoolExecutor(self._threads) as pool:
+            try:
+                found = dict(zip(names, pool.map(vector, names), strict=True))
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+        length = next((v.size for v in found.values() if v is not None), 0)
+        kept = {n: v for n, v in found.items() if v is not None and v.size == length}
+        if kept:
+            self._gallery = Gallery(
+                np.stack(list(kept.values())), tuple(kept), tuple(labels[n] for n in kept)
+            )
+
     def _all(
         self, pool: ThreadPoolExecutor, trials: Sequence[Trial]
     ) -> Iterator[tuple[int, bytes | None, Cells]]:
@@ -166,7 +254,8 @@ class Sweep:
             data = self._photos.read(name)
         except PhotoError as error:
             return index, None, {BASE: error.message}
-        known = self._checkpoint.known(name, data)
+        stamp = data + repr(self._photos.labels.get(name)).encode()
+        known = self._checkpoint.known(name, stamp)
         if all(trial.name in known for trial in trials) or isinstance(known.get(BASE), str):
             return index, None, known
         preparation = Preparation(data)
@@ -183,16 +272,16 @@ class Sweep:
                 values = self._outputs(preparation.tensor(trial.pipeline), trial.forms, made)
                 if trial.post is not None:
                     values = result(values, trial.post)
+                case = self._case(name, preparation.place(trial.pipeline))
+                cells[trial.name] = self._compared(values, expected or values, case)
+                expected = expected or values
             except PhotoError as error:
                 cells[trial.name] = error.message
             except Exception as error:  # engines raise classes that share no base
                 cells[trial.name] = sensitivity.reason(error)
-            else:
-                expected = expected or values
-                cells[trial.name] = self._compared(values, expected)
             if not expected:
                 break
-        return index, data, cells
+        return index, stamp, cells
 
     def _outputs(
         self, tensor: Array, forms: Forms, made: dict[tuple[Forms, bytes], Arrays]
@@ -206,24 +295,40 @@ class Sweep:
                 self.runs += 1
         return made[key]
 
-    def _compared(self, values: Arrays, expected: Arrays) -> Cell:
-        value = values[self._output]
-        rows = value.size // max(value.shape[-1:] or (1,))
-        top1 = int(value.argmax()) if self._kind == "scores" and rows == 1 else None
+    def _case(self, name: str, place: Placement) -> Case | None:
+        if self._read.task is None or name not in self._photos.labels:
+            return None
+        label = self._photos.labels[name]
+        return Case(name, label, place, self._gallery, self._read.characters)
+
+    def _compared(self, values: Arrays, expected: Arrays, case: Case | None) -> Measured:
+        value = values[self._read.output]
+        answer = self._answer(value)
+        verdict = self._read.task.judge(value, case) if case and self._read.task else None
         if values is expected:
-            return (None if self._kind == "none" else 0.0), 0.0, top1
+            return (None if self._read.kind == "none" else 0.0), 0.0, answer, verdict
         relative = metrics.relative_l2(values, expected, tuple(expected))
-        meter = TaskMeter(self._output, self._kind)
-        meter.add(value, expected[self._output], 0)
+        return self._changed(value, expected[self._read.output]), relative, answer, verdict
+
+    def _answer(self, value: Array) -> int | str | None:
+        """The class, where a photograph has one."""
+        rows = value.size // max(value.shape[-1:] or (1,))
+        return int(value.argmax()) if self._read.kind == "scores" and rows == 1 else None
+
+    def _changed(self, value: Array, expected: Array) -> float | None:
+        kind = self._read.kind
+        if kind == "text":
+            return None
+        meter = TaskMeter(self._read.output, kind)
+        meter.add(value, expected, 0)
         read = meter.result()
-        changed: float | None = None
-        if read is not None and self._kind == "mask":
-            changed = 1 - (read.iou or 0.0)
-        elif read is not None and self._kind == "embedding":
-            changed = 1 - (read.cosine or 0.0)
-        elif read is not None:
-            changed = (read.changed or 0) / read.items if read.items else 0.0
-        return changed, relative, top1
+        if read is None:
+            return None
+        if kind == "mask":
+            return 1 - (read.iou or 0.0)
+        if kind == "embedding":
+            return 1 - (read.cosine or 0.0)
+        return (read.changed or 0) / read.items if read.items else 0.0
 
 
 def _duration(seconds: float) -> str:

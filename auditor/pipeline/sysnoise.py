@@ -22,16 +22,16 @@ import numpy as np
 
 from auditor import __version__
 from auditor.errors import UsageError
-from auditor.pipeline import networks, options
+from auditor.pipeline import networks, options, scoring
 from auditor.pipeline.checkpoint import Checkpoint
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import Form, Networks
 from auditor.pipeline.options import PostSwitch, Switch
 from auditor.pipeline.photos import oddities
 from auditor.pipeline.post import NAME, result
-from auditor.pipeline.statistics import Means
+from auditor.pipeline.statistics import Drawn, Means, weights
 from auditor.pipeline.steps import Preparation
-from auditor.pipeline.sweep import BASE, Sweep, Table, Trial
+from auditor.pipeline.sweep import BASE, Read, Sweep, Table, Trial
 from auditor.records import (
     Gap,
     Interval,
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.pipeline.description import Description, Pipeline
     from auditor.pipeline.photos import Photos
+    from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Noise, Progress
-    from auditor.records import OutputKind
+    from auditor.records import Reading
 
 _DEPLOYMENT = "deployment"
 _CHANCE = 5  # times the accuracy of guessing: below it the labels are not the model's
@@ -84,6 +85,7 @@ def sysnoise(
     keep: Path,
     threads: int | None,
     progress: Progress,
+    task: str | None = None,
 ) -> SysnoiseReport:
     """Measure the table.
 
@@ -95,16 +97,18 @@ def sysnoise(
         keep: file for what was measured; removed when all is.
         threads: photographs to process beside each other; None for one a core.
         progress: told how far it is.
+        task: what the network is for; None to tell by its result.
 
     Raises:
-        UsageError: no photograph can be used, or the network does not take the pipeline's tensor.
+        UsageError: no photograph can be used, the network does not take the pipeline's tensor, or
+            its result is not what the task needs.
     """
     clock = [time.perf_counter()]
     training = description.training
     tensor = _first(photos, training).tensor(training)
     nets = Networks(model, noises, tensor, progress)
     clock.append(time.perf_counter())
-    output, kind = _read(nets, tensor, description)
+    read = _read(nets, tensor, description, task, labelled=bool(photos.labels))
     switches, gaps = options.switches(training)
     after = options.post_switches(description.training_post)
     choices = [
@@ -118,12 +122,12 @@ def sysnoise(
     differs = replace(deployed, name=BASE) != base
     if differs:
         trials.append(deployed)
-    checkpoint = Checkpoint(keep, _key(model, description, choices))
+    checkpoint = Checkpoint(keep, _key(model, description, choices, read))
     finished = False
     try:
-        sweep = Sweep(
-            photos, nets, (output, kind), checkpoint, threads or os.cpu_count() or 1, progress
-        )
+        sweep = Sweep(photos, nets, read, checkpoint, threads or os.cpu_count() or 1, progress)
+        if read.task is not None and read.task.gallery:
+            sweep.collect(base)
         alone = sweep.run(trials)
         if len(alone.failed) == len(photos.names):
             raise UsageError(
@@ -131,13 +135,13 @@ def sysnoise(
                 "The training side's decoder must be able to read them.",
             )
         clock.append(time.perf_counter())
-        measured = _Measured(alone, photos, training, kind)
+        measured = _Measured(alone, photos, read)
         types = measured.types(choices)
         worst = _worst(choices, types)
         together = _together(worst, nets)
         both = sweep.run([base, *(_trial(c, base) for c in together)])
         clock.append(time.perf_counter())
-        joint = _Measured(both, photos, training, kind, alone)
+        joint = _Measured(both, photos, read, measured)
         finished = True
     finally:
         checkpoint.close(finished=finished)
@@ -151,7 +155,7 @@ def sysnoise(
             f"{checkpoint.reused} photographs had been measured before an interruption, and were "
             "not measured again."
         )
-    notes += measured.doubts(model)
+    notes += measured.doubts(read)
     deployment = None
     if differs:
         deployment = measured.option(_DEPLOYMENT, "as described", description.source)
@@ -164,8 +168,9 @@ def sysnoise(
         steps=training.steps() | (base.post.steps() if base.post else {}),
         photos=measured.used,
         labelled=measured.labelled,
-        output=output,
-        kind=kind,
+        output=read.output,
+        kind=read.kind,
+        metric=read.task.metric if read.task is not None else None,
         accuracy=measured.accuracy,
         deployment=deployment,
         types=types,
@@ -208,15 +213,14 @@ class _Measured:
         self,
         table: Table,
         photos: Photos,
-        training: Pipeline,
-        kind: OutputKind,
-        before: Table | None = None,
+        read: Read,
+        before: _Measured | None = None,
     ) -> None:
-        """Draw; ``before`` is a table whose columns stand beside this one's."""
+        """Draw; the columns of ``before`` stand beside the table's."""
         self._photos = photos
-        self._kind = kind
-        tables = [table, before] if before is not None else [table]
-        self._table = table
+        self._table: Table = table
+        self._scores: dict[tuple[tuple[int, ...], bytes], Drawn] = before._scores if before else {}
+        tables = [table, before._table] if before is not None else [table]
         self._columns: dict[str, int] = {}
         offset = 0
         for each in tables:
@@ -224,27 +228,62 @@ class _Measured:
                 self._columns.setdefault(name, offset + column)
             offset += len(each.columns)
         self._valid = np.array([i for i in range(len(photos.names)) if i not in table.failed])
-        labels = np.array([photos.labels.get(name, -1) for name in photos.names], np.int64)
-        self._labels = labels[self._valid]
         self._changed, self._relative, self._top1 = (
             np.concatenate([getattr(t, field) for t in tables], axis=1)[self._valid]
             for field in ("changed", "relative_l2", "top1")
         )
         self.used = len(self._valid)
-        self.labelled = int(np.count_nonzero(self._labels >= 0)) if self._top1_known else 0
         self._l2 = Means(self._relative.astype(np.float64))
-        self._moved = Means(self._changed.astype(np.float64)) if kind != "none" else None
-        self._drop: Means | None = None
+        self._moved = Means(self._changed.astype(np.float64)) if read.kind != "none" else None
+        self._drop: Drawn | None = None
         self.accuracy: Interval | None = None
-        if self.labelled:
-            right = np.where(self._top1 == self._labels[:, None], 1.0, 0.0)
-            right[(self._labels < 0)[:, None] | (self._top1 < 0)] = np.nan
-            self._drop = Means(right[:, :1] - right)
-            self.accuracy = Means(right[:, :1]).interval(0)
+        self.labelled = 0
+        if read.task is not None:
+            columns = [t.verdicts[name].get() for t in tables for name in t.columns]
+            self.labelled = len(columns[0])
+            if self.labelled:
+                base, self._drop = self._scored(read.task, columns)
+                self.accuracy = base.interval(0)
 
-    @property
-    def _top1_known(self) -> bool:
-        return bool((self._top1[:, 0] >= 0).any())
+    def _scored(self, task: Task, columns: Sequence[dict[int, Verdict]]) -> tuple[Drawn, Drawn]:
+        """The metric of the training pipeline, and what every column loses of it.
+
+        A column is compared with the training pipeline on the photographs that it could process.
+        """
+        place = {int(photo): row for row, photo in enumerate(self._valid)}
+        names, labels = self._photos.names, self._photos.labels
+
+        def score(column: dict[int, Verdict], photos: tuple[int, ...]) -> Drawn:
+            verdicts = [column[photo] for photo in photos]
+            key = photos, hashlib.blake2b(repr(verdicts).encode()).digest()
+            if key not in self._scores:  # many options judge alike, and drawing is slow
+                self._scores[key] = draw(verdicts, photos)
+            return self._scores[key]
+
+        def draw(verdicts: Sequence[Verdict], photos: tuple[int, ...]) -> Drawn:
+            truth = [labels[names[photo]] for photo in photos]
+            rows = [place[photo] for photo in photos]
+            value = task.score(verdicts, truth, np.ones((1, len(photos))))
+            drawn = [
+                task.score(verdicts, truth, part[:, rows])
+                for part in weights(self.used, task.draws)
+            ]
+            return Drawn(value, np.concatenate(drawn)[:, None])
+
+        every = tuple(columns[0])
+        values, draws = [], []
+        for column in columns:
+            photos = tuple(photo for photo in every if photo in column)
+            if photos:
+                base, one = score(columns[0], photos), score(column, photos)
+                values.append(base.value - one.value)
+                draws.append(base.draws - one.draws)
+            else:
+                values.append(np.full(1, np.nan))
+                draws.append(np.full((task.draws, 1), np.nan))
+        return score(columns[0], every), Drawn(
+            np.concatenate(values), np.concatenate(draws, axis=1)
+        )
 
     def types(self, choices: Sequence[_Choice]) -> tuple[SysnoiseType, ...]:
         """Options by type, the types with the largest effect first."""
@@ -264,8 +303,8 @@ class _Measured:
             if type == options.ORIENTATION and made[0].same == made[0].photos:
                 continue  # no photograph is turned
             columns = [self._columns[c.trial] for c in members]
-            mean = self._effect(partial(Means.mean, columns=columns))
-            most = self._effect(partial(Means.max, columns=columns))
+            mean = self._effect(partial(Drawn.mean, columns=columns))
+            most = self._effect(partial(Drawn.max, columns=columns))
             titles = options.TITLES | options.AFTER | networks.TITLES
             title = titles.get(type, type)
             found.append(SysnoiseType(type, title, tuple(made), mean, most, made[0].name))
@@ -281,7 +320,7 @@ class _Measured:
             photos=int(np.count_nonzero(~np.isnan(values))),
             refused=int(np.count_nonzero(np.isnan(values))),
             same=int(np.count_nonzero(values == 0)),
-            effect=self._effect(partial(Means.interval, column=column)),
+            effect=self._effect(partial(Drawn.interval, column=column)),
         )
 
     def step(self, choices: Sequence[_Choice]) -> SysnoiseStep:
@@ -291,8 +330,8 @@ class _Measured:
         return SysnoiseStep(
             types=tuple(c.type for c in choices),
             options=tuple(c.name for c in choices),
-            effect=self._effect(partial(Means.interval, column=column)),
-            surplus=self._effect(partial(Means.surplus, whole=column, parts=parts))
+            effect=self._effect(partial(Drawn.interval, column=column)),
+            surplus=self._effect(partial(Drawn.surplus, whole=column, parts=parts))
             if len(choices) > 1
             else None,
         )
@@ -317,13 +356,13 @@ class _Measured:
             for name, (count, first) in self._table.refusals.items()
         ]
 
-    def doubts(self, model: Model) -> list[str]:
+    def doubts(self, read: Read) -> list[str]:
         """Reasons to distrust the labels."""
-        if self._photos.labels and not self._top1_known:
-            return ["The output is not read as one row of scores: the labels are not used."]
-        if self.accuracy is None or self.labelled < _ENOUGH:
+        if self._photos.labels and not self.labelled:
+            return ["No label could be held against a result: the labels are not used."]
+        if read.kind != "scores" or self.accuracy is None or self.labelled < _ENOUGH:
             return []
-        classes = max(int(self._labels.max()), int(self._top1[:, 0].max())) + 1
+        classes = 1 + max(*self._photos.labels.values(), int(self._top1[:, 0].max()))
         if self.accuracy.value * classes > _CHANCE:
             return []
         return [
@@ -331,7 +370,7 @@ class _Measured:
             "the labels may not be those of the model, or the pipeline not that of its training."
         ]
 
-    def _effect(self, take: Callable[[Means], Interval]) -> SysnoiseEffect:
+    def _effect(self, take: Callable[[Drawn], Interval]) -> SysnoiseEffect:
         return SysnoiseEffect(
             drop=take(self._drop) if self._drop is not None else None,
             changed=take(self._moved) if self._moved is not None else None,
@@ -408,15 +447,49 @@ def _first(photos: Photos, training: Pipeline) -> Preparation:
     )
 
 
-def _read(nets: Networks, tensor: Array, description: Description) -> tuple[str, OutputKind]:
-    """What people read, and as what: the described result, or the first output with a meaning."""
+def _read(
+    nets: Networks, tensor: Array, description: Description, wanted: str | None, *, labelled: bool
+) -> Read:
+    """What people read, and as what: the described result, or the first output with a meaning.
+
+    Raises:
+        UsageError: the description does not fit the network, or the result not the task.
+    """
     values = nets.run((), tensor)
+    kind: Reading
     if description.training_post is not None:
-        result(values, description.training_post)  # or the description does not fit the network
-        return NAME, description.training_post.kind
-    kinds = {name: assume(name, value) for name, value in values.items()}
-    name = next((n for n, kind in kinds.items() if kind != "none"), nets.outputs[0])
-    return name, kinds[name]
+        value = result(values, description.training_post)[NAME]
+        name, kind = NAME, description.training_post.kind
+    else:
+        kinds: dict[str, Reading] = {n: assume(n, v) for n, v in values.items()}
+        task = scoring.load(wanted) if wanted else None
+        fitting = [n for n, k in kinds.items() if (k == task.kind if task else k != "none")]
+        name = fitting[0] if fitting else nets.outputs[0]
+        value, kind = values[name], kinds[name]
+    wanted = wanted or scoring.reading(kind)
+    if wanted is None:
+        if labelled:
+            raise UsageError(
+                f"output `{name}` is read as nothing that labels could judge",
+                "Say --task, and describe `post` in the pipeline (docs/pipeline.md).",
+            )
+        return Read(name, kind)
+    task = scoring.load(wanted)
+    if kind != task.kind:
+        raise UsageError(
+            f"--task {wanted} needs a result that is read as {task.kind}, but `{name}` is read as "
+            f"{kind}",
+            f'Describe it: post = {{ kind = "{task.kind}", … }} (docs/pipeline.md).',
+        )
+    rows = value.size // max(value.shape[-1:] or (1,))
+    if labelled and kind == "scores" and rows != 1:
+        raise UsageError(
+            f"--labels has one class for each photograph, but `{name}` has {rows} rows of scores",
+            "Leave --labels out, or describe another output as `post` of the pipeline.",
+        )
+    if labelled:
+        scoring.require(task)
+    return Read(name, kind, task if labelled else None)
 
 
 def _oddities(photos: Photos, table: Table) -> dict[str, int]:
@@ -427,7 +500,9 @@ def _oddities(photos: Photos, table: Table) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _key(model: Model, description: Description, choices: Sequence[_Choice]) -> dict[str, object]:
+def _key(
+    model: Model, description: Description, choices: Sequence[_Choice], read: Read
+) -> dict[str, object]:
     """What a checkpoint must have been made for."""
     import onnxruntime as ort
 
@@ -436,7 +511,7 @@ def _key(model: Model, description: Description, choices: Sequence[_Choice]) -> 
         (
             *(description.training, description.deployment),
             *(description.training_post, description.deployment_post),
-            tools,
+            *(tools, read.output, read.kind, read.task and read.task.metric, read.characters),
         )
     )
     return {

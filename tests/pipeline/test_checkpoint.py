@@ -10,7 +10,7 @@ import pytest
 from auditor.errors import UsageError
 from auditor.pipeline.checkpoint import Checkpoint
 
-CELLS = {"training": (0.0, 0.0, 3), "a": (1.0, math.inf, 4), "b": "refused"}
+CELLS = {"training": (0.0, 0.0, 3, [1.0]), "a": (1.0, math.inf, 4, None), "b": "refused"}
 
 
 @pytest.fixture

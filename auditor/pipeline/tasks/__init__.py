@@ -1,0 +1,1 @@
+"""One file per task that a model may be made for: how labels judge its results."""
