@@ -72,6 +72,7 @@ class AuditOptions:
         artifacts: by a backend's label, the engine's own file that it audits.
         traces: what was recorded elsewhere: the name to report it under, and its file.
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
+        cache: folder in which builds and traces are remembered; None to make everything anew.
         limits: what each backend's process may use; as much memory as the machine has, and no
             network, when not given.
     """
@@ -95,6 +96,7 @@ class AuditOptions:
     artifacts: dict[str, Path] = field(default_factory=dict)
     traces: tuple[tuple[str, Path], ...] = ()
     trace_names: dict[str, str] = field(default_factory=dict)
+    cache: Path | None = None
     limits: Limits | None = None
 
 
@@ -135,10 +137,8 @@ def _run(
     clock: _Clock,
     scratch: Path,
 ) -> AuditReport:
-    from auditor.trace import Tracer
-
     tracers = [
-        Tracer(spec.label, worker, options.timeout, progress)
+        _tracer(spec, worker, options, progress)
         for spec, worker in zip(options.backends, started, strict=True)
     ]
     ready = [pool.submit(tracer.start) for tracer in tracers]
@@ -162,6 +162,8 @@ def _run(
     )
     clock.lap("load")
 
+    for tracer in tracers:
+        tracer.sha256 = compiled.info.sha256
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
     held: dict[str, Arrays] = {}
     jobs = {
@@ -205,8 +207,8 @@ def _run(
                 del jobs[who]
                 continue
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
-                tracer = analyses[who].tracer
-                jobs[who] = pool.submit(samples.trace, tracer, index + 1)
+                source = analyses[who].tracer
+                jobs[who] = pool.submit(samples.trace, source, index + 1)
             if index == 0 and who in options.artifacts:
                 analyses[who].hold(artefact.held(truth, held[who]))
             progress.update("reference", f"compare {who}")
@@ -268,6 +270,18 @@ def _run(
         machine=machine.here(),
         threads=options.threads,
     )
+
+
+def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: Progress) -> Tracer:
+    """A backend's tracer, with a memory where there is a cache."""
+    from auditor.trace import Tracer
+
+    if options.cache is None:
+        return Tracer(spec.label, worker, options.timeout, progress)
+    from auditor.cache import Store
+    from auditor.remembered import Remembered
+
+    return Remembered(spec.label, worker, options.timeout, progress, Store(options.cache))
 
 
 def record(model_path: Path, options: AuditOptions, path: Path, progress: Progress) -> Gap | None:

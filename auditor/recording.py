@@ -56,12 +56,17 @@ class Recording:
     unproved: str | None = None
     gap: Gap | None = None
     built_only: bool = False
+    recalled: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     info: StimulusInfo | None = None
     sha256: str | None = None
     _stored: dict[str, Stored] = field(default_factory=dict)
     _runs: tuple[_Run, ...] = ()
     _names: dict[str, str] = field(default_factory=dict)  # a dump's names → the model's
+
+    def stated(self) -> Provenance | None:
+        """What made it, as the report says it."""
+        return self.provenance
 
     def bind(self, model: Model) -> None:
         """Check that it was made with ``model``, and find the tensors in it.

@@ -367,6 +367,7 @@ class FidelityProof:
         run_to_run: largest relative L2 between repeated plain runs on the same input.
         rebuild: the same between two builds; None where no second build was made.
         skipped: candidates that were not observed, each with its reason.
+        cached: samples whose tensors and proof come from the cache.
     """
 
     outputs_bitwise_equal: bool
@@ -378,6 +379,7 @@ class FidelityProof:
     run_to_run: float
     rebuild: float | None = None
     skipped: tuple[Skipped, ...] = ()
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
         device: the device asked for, said where the engine did not come to name its own.
     """
     tracer, ledger = measured.tracer, measured.ledger
-    provenance = tracer.provenance
+    provenance = tracer.stated()
     if provenance is not None and measured.cuts:
         provenance = replace(provenance, kernels=measured.all_kernels())
     blank = BackendReport(
@@ -127,6 +127,7 @@ def _proof(measured: Analysis) -> FidelityProof:
         run_to_run=measured.run_to_run,
         rebuild=measured.rebuild if tracer.rebuilt else None,
         skipped=tuple(measured.skipped),
+        cached=tracer.recalled,
     )
 
 

@@ -64,6 +64,9 @@ class Tracer:
     unproved: str | None = None  # why nothing could ever be proved; said instead of the proofs
     gap: Gap | None = None
     built_only: bool = False
+    blocked: str | None = None  # why the build cannot run here
+    sha256: str = ""  # of the model that is compiled
+    recalled: int = 0  # samples that come from the cache (see ``remembered``)
     seconds: dict[str, float] = field(default_factory=dict)
     _instrumented: bool = False
     _files: int = 0
@@ -89,15 +92,33 @@ class Tracer:
         except BackendError as error:
             self._fail(error)
             return
-        self.request = request
-        self.provenance = decode(Provenance, answer["provenance"])
-        self.switches = decode(tuple[Switch, ...], answer["switches"])
-        if answer["blocked"]:
+        self._accept(
+            request,
+            decode(Provenance, answer["provenance"]),
+            decode(tuple[Switch, ...], answer["switches"]),
+            answer["blocked"],
+        )
+
+    def stated(self) -> Provenance | None:
+        """What was built, as the report says it."""
+        return self.provenance
+
+    def _accept(
+        self,
+        request: BuildRequest,
+        provenance: Provenance,
+        switches: tuple[Switch, ...],
+        blocked: str | None,
+    ) -> None:
+        """Take over what a build says of itself; ``blocked``: why it cannot run here."""
+        self.request, self.provenance, self.switches = request, provenance, switches
+        self.blocked = blocked
+        if blocked:
             self.built_only = True
             self.gap = Gap(
                 self.id,
                 "run",
-                f"built, not run: {answer['blocked']}",
+                f"built, not run: {blocked}",
                 "Run this audit on a machine that has the device.",
             )
 

@@ -225,6 +225,24 @@ class _Session:
 
         return encode(replace(self.backend.availability(), unlimited=self.unlimited))
 
+    def identity(self) -> str:
+        """Hash of every library and module in this process: path, size and time; "" if unknown."""
+        import hashlib
+
+        found = {str(getattr(m, "__file__", None) or "") for m in list(sys.modules.values())}
+        try:
+            for line in Path("/proc/self/maps").read_text("utf-8", "replace").splitlines():
+                path = line.partition("/")[2]
+                if ".so" in path:
+                    found.add(f"/{path}")
+            stats = [(p, os.stat(p)) for p in sorted(found) if p and os.path.exists(p)]
+        except OSError:  # not Linux
+            return ""
+        digest = hashlib.sha256()
+        for path, stat in stats:
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
     def build(self, request: Any) -> Any:
         from auditor.ports import Switchable
         from auditor.records import BuildRequest

@@ -377,6 +377,8 @@ def proof(found: FidelityProof) -> str:
         facts.append(f"run-to-run noise {error(found.run_to_run)}")
     if found.rebuild:
         facts.append(f"rebuild noise {error(found.rebuild)}")
+    if found.cached:
+        facts.append("from the cache")
     return f"{'proved' if proved(found) else 'not proved'}: {', '.join(facts)}"
 
 

@@ -313,6 +313,7 @@ _FIDELITY = _record(
         "run_to_run": _ERROR,
         "rebuild": _MEASURED,
         "skipped": _many(_SKIPPED),
+        "cached": _INT,
     },
 )
 _PLAIN_DISTANCE = _record(

@@ -11,6 +11,9 @@ import pytest
 
 from benchmarks import zoo
 
+# What a test measures is made anew; tests of the cache name a folder of their own.
+os.environ["SYSNOISE_CACHE"] = "off"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def heard_interrupts() -> None:

@@ -52,6 +52,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     Raises:
         UsageError: they contradict one another, or name what there is not.
     """
+    from auditor import cache
     from auditor.audit import AuditOptions
     from auditor.limits import GIB, Limits
     from auditor.recording import read_names
@@ -72,6 +73,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
             "Write --images DIR --pipeline p.toml, or a preset such as imagenet-torchvision.",
         )
     names, memory = given["trace_names"], given["worker_memory"]
+    kept = cache.folder() if given["cache"] else None
     return AuditOptions(
         backends=specs,
         requested=bool(backends),
@@ -92,5 +94,6 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         artifacts=parse_artifacts(given["artifact"], specs),
         traces=traces,
         trace_names=read_names(names) if names else {},
+        cache=kept,
         limits=None if memory is None else Limits(int(memory * GIB)),
     )

@@ -190,6 +190,13 @@ def _audit(
             "mathematics) and measure what that does to the outputs and to the latency.",
         ),
     ] = True,
+    cache: Annotated[
+        bool,
+        typer.Option(
+            "--cache/--no-cache",
+            help="Take builds and traces of the same things from the cache (see audit cache).",
+        ),
+    ] = True,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),

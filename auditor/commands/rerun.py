@@ -24,6 +24,9 @@ def _rerun(
         bool,
         typer.Option("--baseline", help="Fail only on what is new or worse than in REPORT.json."),
     ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Build and measure everything anew.")
+    ] = False,
 ) -> int:
     """Run the audit that made a report again, with the same arguments, in the same folder.
 
@@ -34,6 +37,8 @@ def _rerun(
 
     context = again(json_v1.load(report).command)
     context.params.update(format=format, output=output)
+    if no_cache:
+        context.params["cache"] = False
     if baseline:
         context.params["baseline"] = report
     with context:
