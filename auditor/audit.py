@@ -70,6 +70,8 @@ class AuditOptions:
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
         artifacts: by a backend's label, the engine's own file that it audits.
+        source: what the model was exported from, for the backends that run that;
+        trust_source: allows one whose loading can run code that is in a file.
         traces: what was recorded elsewhere: the name to report it under, and its file.
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         cache: folder in which builds and traces are remembered; None to make everything anew.
@@ -94,6 +96,8 @@ class AuditOptions:
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     confirm: bool = True
     artifacts: dict[str, Path] = field(default_factory=dict)
+    source: str | None = None
+    trust_source: bool = False
     traces: tuple[tuple[str, Path], ...] = ()
     trace_names: dict[str, str] = field(default_factory=dict)
     cache: Path | None = None
@@ -147,7 +151,7 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import artefact, confirm, machine, ranking
+    from auditor import artefact, confirm, machine, origins, ranking
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -220,6 +224,8 @@ def _run(
 
     devices = {spec.label: spec.device or "" for spec in options.backends}
     reports = tuple(a.report(devices.get(who, "")) for who, a in analyses.items())
+    measured = [origin for tracer in tracers for origin in tracer.origins]
+    reports = origins.attached(reports, origins.merged(origins.of(model), measured))
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
@@ -361,6 +367,8 @@ def request_for(
         options=options.options.get(spec.id, {}),
         workdir=workdir,
         artifact=options.artifacts.get(spec.label),
+        source=options.source,
+        trusted=options.trust_source,
     )
 
 

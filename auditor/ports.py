@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Availability,
         BuildRequest,
         Kernel,
+        Origin,
         Probe,
         Provenance,
         Skipped,
@@ -143,6 +144,31 @@ class Scriptable(Protocol):
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """The source that builds and runs as ``Backend.build`` does with these options."""
+
+
+@runtime_checkable
+class Training(Protocol):
+    """A backend that runs what a model was exported from (``BuildRequest.source``).
+
+    It takes part where the user names a source, and only there.
+    """
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What it can run, in words."""
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """An instrumentation that knows where in the training code tensors come from."""
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The origin of each ONNX node whose first output it observes."""
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """What was executed, in order, known only now that it has run."""
 
 
 @runtime_checkable

@@ -203,6 +203,7 @@ def _finding(
         leave_one_in_spread=lead.leave_one_in_spread,
         explained_spread=lead.explained_spread,
         consequences=lead.consequences,
+        modules=tuple(dict.fromkeys(m for s in (lead, *group) for m in s.modules)),
     )
 
 

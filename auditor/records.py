@@ -83,6 +83,9 @@ class BuildRequest:
         workdir: private folder for temporary files of this build.
         artifact: the engine's own file to load instead of compiling ``model_path``, which then
             only says what its tensors are called.
+        source: what ``model_path`` was exported from, as after ``--source``; only the training
+            side is given it.
+        trusted: whether the user allowed to load a source that can run code of its own.
     """
 
     model_path: Path
@@ -93,6 +96,8 @@ class BuildRequest:
     options: dict[str, str]
     workdir: Path
     artifact: Path | None = None
+    source: str | None = None
+    trusted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,27 @@ class Kernel:
     primitive: str = ""
     precision: str = ""
     output_precision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where in the training code an ONNX node comes from.
+
+    Attributes:
+        node: the node's key.
+        module: path of the module (``layer3.2.conv2``); "" for the model itself or where unknown.
+        place: file and line that called it (``resnet.py:104``), None where unknown.
+    """
+
+    node: str
+    module: str
+    place: str | None = None
+
+    def __str__(self) -> str:
+        """``layer3.2.conv2 (resnet.py:104)``; empty where neither is known."""
+        if self.place is None:
+            return self.module
+        return f"{self.module} ({self.place})" if self.module else self.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,6 +500,7 @@ class Segment:
             exactly one; None where it has none.
         consequences: what its error alone does to what is read off the final outputs.
         constants: where the compiled file's constants differ from the model's here, as sentences.
+        modules: where its nodes come from in the training code, as far as known.
     """
 
     id: str
@@ -508,6 +535,7 @@ class Segment:
     one_step: float | None = None
     consequences: tuple[Consequence, ...] = ()
     constants: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -686,6 +714,8 @@ class Finding:
         evidence: the experiments behind it, as sentences, strongest first.
         fingerprint: names it across runs (``auditor.fingerprint``).
         consequences: what its error alone does to what is read off the final outputs.
+        modules: where its nodes come from in the training code, such as
+            ``layer3.2.conv2 (resnet.py:104)``.
     """
 
     rank: int
@@ -711,6 +741,7 @@ class Finding:
     leave_one_in_spread: Spread | None = None
     explained_spread: Spread | None = None
     consequences: tuple[Consequence, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

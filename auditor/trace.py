@@ -9,7 +9,16 @@ from typing import Any
 
 from auditor.errors import BackendError
 from auditor.ports import Arrays, Progress
-from auditor.records import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
+from auditor.records import (
+    BuildRequest,
+    Gap,
+    Kernel,
+    Origin,
+    Probe,
+    Provenance,
+    Skipped,
+    Switch,
+)
 from auditor.wire import decode, encode, load, save
 from auditor.worker import Worker, availability
 
@@ -61,6 +70,7 @@ class Tracer:
     skipped: tuple[Skipped, ...] = ()
     program_unchanged: bool = False
     rebuilt: bool = False
+    origins: tuple[Origin, ...] = ()  # of the training side
     unproved: str | None = None  # why nothing could ever be proved; said instead of the proofs
     gap: Gap | None = None
     built_only: bool = False
@@ -140,6 +150,10 @@ class Tracer:
                 self.skipped = decode(tuple[Skipped, ...], made["skipped"])
                 self.program_unchanged = made["program_unchanged"]
                 self.rebuilt = made["rebuilt"]
+                self.origins = decode(tuple[Origin, ...], made["origins"])
+                if made["kernels"] is not None and self.provenance is not None:
+                    kernels = decode(tuple[Kernel, ...], made["kernels"])
+                    self.provenance = replace(self.provenance, kernels=kernels)
                 self._instrumented = True
             answer = self._call("capture", feeds=stored)
             again = None

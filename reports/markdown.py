@@ -250,7 +250,10 @@ def _place(finding: Finding) -> str:
     more = f" and {len(finding.nodes) - 1} more" if len(finding.nodes) > 1 else ""
     kinds = finding.stage if words.of_step(finding) else ", ".join(finding.op_types)
     operators = _prose(words.elide(kinds, _NAME))
-    return f"{_code(finding.nodes[0])}{more} ({operators})"
+    source = words.modules(finding.modules, _NAME)
+    return f"{_code(finding.nodes[0])}{more} ({operators})" + (
+        f" {_code(source)}" if source else ""
+    )
 
 
 def _notes(report: AuditReport) -> Iterator[str]:

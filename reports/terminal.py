@@ -824,9 +824,12 @@ def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
         _Span(words.percent(finding.bit_identical)),
     )
     beside = (_Span(finding.confidence), _Span(finding.segment), cause)
+    room = page.width - 4
+    source = words.modules(finding.modules, room - 20)
     effects = tuple(
         (_Span("  "), _Span(text, "dim"))
         for text in (
+            _varied("from", source),
             _varied("alone:", words.alone(finding.consequences)),
             _varied("impact", words.ranged(finding.leave_one_in_spread, words.percent)),
         )
@@ -838,7 +841,6 @@ def _finding_row(page: _Page, finding: Finding, root: str) -> _Row:
         operators = _Span(_operators(finding, page.width // 8))
         ran = _elide(kernel, page.width // 4)
         return _Row((*cells, *beside, names, operators, _Span(ran)), effects)
-    room = page.width - 4
     if page.width >= _MEDIUM:
         ran = f"  {_elide(kernel, room // 3)}"
         operators = _Span(f"  {_operators(finding, room // 3)}", "dim")
@@ -1003,6 +1005,7 @@ def _find(report: AuditReport, name: str) -> list[tuple[BackendReport, Segment]]
         lambda s: s.outputs,
         lambda s: s.inputs,
         lambda s: s.op_types,
+        lambda s: (*s.modules, *(m.partition(" (")[0] for m in s.modules)),
     )
     for names_of in kinds:
         for same in (
@@ -1120,6 +1123,8 @@ def _draw_segment(
             _COLORS[finding.severity],
         )
     page.say(ranked, label=_tag("rank"))
+    if segment.modules:
+        page.say(_Span(", ".join(segment.modules)), label=_tag("from"))
     page.say(*_spans_of_kernels(backend, segment), label=_tag("ran"))
     page.say(_Span(segment.fidelity), label=_tag("captured"))
     _draw_errors(page, segment)

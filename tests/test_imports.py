@@ -64,7 +64,7 @@ def test_backends_explain_a_missing_engine() -> None:
         "    answers[name] = [answer.available, answer.reason, answer.remedy]\n"
         "print(json.dumps(answers))\n"
     )
-    done = run(code, "ov", "tvm", "trt")
+    done = run(code, "ov", "torch", "tvm", "trt")
     assert done.returncode == 0, done.stderr
     for name, (available, reason, remedy) in json.loads(done.stdout).items():
         assert not available, name

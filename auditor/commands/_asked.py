@@ -15,6 +15,7 @@ from auditor.commands._options import (
     parse_kind,
     parse_shape,
     parse_traces,
+    with_training,
 )
 from auditor.errors import UsageError
 
@@ -60,7 +61,9 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     traces = parse_traces(given["trace"])
     backends = given["backends"] or (list(rules.backends) if rules else None)
     # A trace is compared alone unless backends are named.
+    source = given["source"]
     specs = () if traces and not backends else backend_specs(backends)
+    specs = with_training(specs, source)
     taken = {spec.label for spec in specs} | {"reference"}
     if twice := [name for name, _ in traces if name in taken]:
         raise UsageError(
@@ -92,6 +95,8 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
         confirm=given["confirm"],
         artifacts=parse_artifacts(given["artifact"], specs),
+        source=source,
+        trust_source=given["trust_source"],
         traces=traces,
         trace_names=read_names(names) if names else {},
         cache=kept,

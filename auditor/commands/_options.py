@@ -58,7 +58,7 @@ def backend_specs(names: Sequence[str] | None) -> tuple[BackendSpec, ...]:
 
     known = discovery.backend_ids()
     if not names:
-        return tuple(BackendSpec(id) for id in known)
+        return tuple(BackendSpec(id) for id in known if id not in training_ids())
     specs: list[BackendSpec] = []
     for name in (part.strip() for text in names for part in text.split(",")):
         id, _, device = name.partition(":")
@@ -68,6 +68,35 @@ def backend_specs(names: Sequence[str] | None) -> tuple[BackendSpec, ...]:
             raise UsageError(f"--backends names `{name}` twice", "Name each backend once.")
         specs.append(spec)
     return tuple(specs)
+
+
+def training_ids() -> tuple[str, ...]:
+    """Ids of the backends that run what a model was exported from."""
+    from auditor import discovery
+    from auditor.ports import Training
+
+    return tuple(i for i in discovery.backend_ids() if isinstance(discovery.backend(i), Training))
+
+
+def with_training(specs: Sequence[BackendSpec], source: str | None) -> tuple[BackendSpec, ...]:
+    """The backends of an audit, the training side first where there is a source.
+
+    Raises:
+        UsageError: a backend needs a source and there is none.
+    """
+    from auditor.audit import BackendSpec
+
+    training = training_ids()
+    named = [spec for spec in specs if spec.id in training]
+    if source is None:
+        if named:
+            raise UsageError(
+                f"the backend `{named[0].id}` runs what the model was exported from",
+                "Say what that is: --source package.module:factory.",
+            )
+        return tuple(specs)
+    others = [spec for spec in specs if spec.id not in training]
+    return (*(named or [BackendSpec(training[0])]), *others)
 
 
 def engine_options(

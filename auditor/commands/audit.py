@@ -65,6 +65,22 @@ def _audit(
             help="Another export, which the backends compile while MODEL stays the reference.",
         ),
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="What MODEL was exported from: package.module:factory or file.py:factory, "
+            "without arguments, or model.pt2. PyTorch eager becomes the head of the chain, and "
+            "what the export changed is ranked too. Runs that code.",
+        ),
+    ] = None,
+    trust_source: Annotated[
+        bool,
+        typer.Option(
+            "--trust-source",
+            help="Load a --source file even though loading it can run code that is in it.",
+        ),
+    ] = False,
     data: Data = None,
     images: Annotated[
         Path | None,

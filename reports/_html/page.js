@@ -202,7 +202,8 @@ const COLUMNS = [
   { title: "segment", key: (f) => f.segment, cell: (f) => openButton(f) },
   { title: "nodes", key: (f) => f.nodes[0] ?? "", cell: (f) => [
     code(f.nodes[0] ?? NONE, 70), html("div", { class: "quiet" },
-      f.nodes.length > 1 ? `and ${f.nodes.length - 1} more · ` : "", clip(f.op_types.join(" + "), 60))] },
+      f.nodes.length > 1 ? `and ${f.nodes.length - 1} more · ` : "", clip(f.op_types.join(" + "), 60)),
+    f.modules?.length > 0 && html("div", { class: "quiet" }, clip(f.modules.join(", "), 80))] },
   { title: "cause", key: (f) => f.noise ?? "", cell: (f) =>
     (f.noise ? clip(f.noise, 60) : html("em", null, "unexplained")) },
   { title: "impact", number: true, key: (f) => f.leave_one_in, cell: (f) => [
@@ -240,7 +241,7 @@ function offenderSection() {
     placeholder: "backend, node, operator, cause" });
   const found = html("span", { class: "quiet", role: "status" });
   const sought = findings.map((f) =>
-    [f.backend, f.segment, ...f.nodes, ...f.op_types, f.kernel, f.noise ?? "unexplained", f.severity].join("\n").toLowerCase());
+    [f.backend, f.segment, ...f.nodes, ...(f.modules ?? []), ...f.op_types, f.kernel, f.noise ?? "unexplained", f.severity].join("\n").toLowerCase());
   let sorted = COLUMNS[0];
   let down = true;
   let most = MOST_ROWS;
@@ -351,7 +352,8 @@ let soughtLast = "";
 function findNext(text, answer) {
   const wanted = text.trim().toLowerCase();
   if (!wanted) return;
-  const names = (s) => [s.id, ...s.nodes, ...s.node_keys, ...s.outputs, ...s.inputs, ...s.op_types];
+  const names = (s) =>
+    [s.id, ...s.nodes, ...s.node_keys, ...s.outputs, ...s.inputs, ...s.op_types, ...(s.modules ?? [])];
   const matching = (fits) => shown.segments.flatMap((s, i) => (names(s).some((n) => fits(n.toLowerCase())) ? [i] : []));
   const exact = matching((name) => name === wanted);
   const all = exact.length ? exact : matching((name) => name.includes(wanted));
