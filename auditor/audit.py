@@ -279,15 +279,26 @@ def _run(
 
 
 def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: Progress) -> Tracer:
-    """A backend's tracer, with a memory where there is a cache."""
+    """A backend's tracer, with a memory where there is a cache.
+
+    The training side has none: what the user's code computes rests on more than its name.
+    """
     from auditor.trace import Tracer
 
-    if options.cache is None:
+    if options.cache is None or _trains(spec):
         return Tracer(spec.label, worker, options.timeout, progress)
     from auditor.cache import Store
     from auditor.remembered import Remembered
 
     return Remembered(spec.label, worker, options.timeout, progress, Store(options.cache))
+
+
+def _trains(spec: BackendSpec) -> bool:
+    """Whether a backend runs what the model was exported from."""
+    from auditor import discovery
+    from auditor.ports import Training
+
+    return isinstance(discovery.backend(spec.id), Training)
 
 
 def record(model_path: Path, options: AuditOptions, path: Path, progress: Progress) -> Gap | None:
@@ -367,7 +378,7 @@ def request_for(
         options=options.options.get(spec.id, {}),
         workdir=workdir,
         artifact=options.artifacts.get(spec.label),
-        source=options.source,
+        source=options.source if options.source and _trains(spec) else None,
         trusted=options.trust_source,
     )
 
