@@ -69,7 +69,7 @@ _FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 
 _RETRIES = 3  # compilations that drop what a lost kernel depends on, before bisecting
 _BISECTIONS = 12  # compilations at most when bisecting
-_CONES = 8  # compilations at most of whole ancestor cones,
+_CONES = 16  # compilations at most of whole ancestor cones,
 _REFUSALS = 2  # and at most so many that prove nothing
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
@@ -816,9 +816,11 @@ class _Build:
         missing = [c for c in missing if not c.dequantised]
         if not missing:
             return [], set()
-        cuts, found = self._alone(missing, observed, known)
+        cuts, found, faithful = self._alone(missing, observed, known)
         refused = 0
-        for candidate in [c for c in missing if c not in found][:_CONES]:
+        # What ran as another kernel when it was alone mostly does so at the end of its cone.
+        rest = sorted((c for c in missing if c not in found), key=lambda c: c not in faithful)
+        for candidate in rest[:_CONES]:
             if (cone := self._cone(candidate, observed, known)) is not None:
                 cuts.append((cone, (candidate,)))
                 found.add(candidate)
@@ -831,11 +833,14 @@ class _Build:
         missing: Sequence[_Candidate],
         observed: Sequence[_Candidate],
         known: Mapping[str, Array],
-    ) -> tuple[list[_Cut], set[_Candidate]]:
+    ) -> tuple[list[_Cut], set[_Candidate], Collection[_Candidate]]:
         """Compile the kernels that make ``missing``, each fed with captured values.
 
         A tensor is accepted when its kernel is the plain program's, and what reads it makes
         from it the very bits that the whole program made (or another tensor accepted so).
+
+        Returns:
+            What to run, what is accepted, and whose kernel is the plain program's.
         """
         stops = {c.port: c.tensor for c in (*missing, *observed)}
         stops |= {port: name for port, name in self._source.tensors.items() if name in known}
@@ -865,7 +870,7 @@ class _Build:
         for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
             if readers[candidate] & proved:
                 proved.add(candidate.maker)
-        return cuts, {c for c in readers if c.maker in proved}
+        return cuts, {c for c in readers if c.maker in proved}, readers.keys()
 
     def _levels(
         self, missing: Sequence[_Candidate], stops: Mapping[_Port, str]

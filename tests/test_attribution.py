@@ -125,6 +125,8 @@ def test_two_causes_together(dense: Any) -> None:
     assert found.variant is not None and ", and precision." in found.variant
     single = [h for h in found.hypotheses if ", and " not in h.variant]
     assert all(h.explained < attribution.NAMED for h in single)
+    both = [h.explained for h in found.hypotheses if ", and " in h.variant]
+    assert not {h.explained for h in single} & set(both)  # a second cause that changes nothing
 
 
 def test_non_finite_values_must_match_in_place() -> None:

@@ -75,7 +75,8 @@ def _audit_in_bf16(path):
     (backend,) = report.backends
     if not any(k.precision == "bf16" for k in backend.provenance.kernels):
         pytest.skip("OpenVINO ignores the hint on this CPU: it has neither bfloat16 nor AVX-512")
-    _proved(backend)
+    captured, candidates = _proved(backend)
+    assert captured >= 0.9 * candidates
     for segment in backend.segments:
         if segment.introduced > segment.floor and np.isfinite(segment.introduced):
             assert segment.noise == "precision.bf16", segment.nodes

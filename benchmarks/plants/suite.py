@@ -35,8 +35,8 @@ EQUAL = {"float32": 1e-4, "float16": 2e-2}
 # Nodes at which a plant's effect is measured before it is given up.
 TRIED = 8
 
-# Precision of the build that carries the plant.
-BUILDS = ("fp32", "bf16")
+# Precision of the build that carries the plant; "native-bf16" is the engine's own.
+BUILDS = ("fp32", "bf16", "native-bf16")
 
 # What bfloat16 operands hide: narrower roundings of the same operands.
 SAME_IN_BF16 = ("bf16", "fp16", "tf32")
@@ -57,8 +57,9 @@ MODELS = (
     "efficientnet_lite0_int8",
     "efficientnet_lite0_fp16",
 )
-# Engine options of every build: the precision that the model is written in.
+# Engine options of every build but the native one: the precision that the model is written in.
 OPTIONS = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
+NATIVE_BF16 = {"ov": {"INFERENCE_PRECISION_HINT": "bf16"}}
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class Subject:
     def plantable(self, kind: str, build: str) -> list[Plant]:
         """Plants of a kind for which the model has operators, in order of name."""
         plants = [p for _, p in sorted(PLANTS.items()) if p.kind == kind]
-        if build == "bf16":
+        if build != "fp32":
             plants = [p for p in plants if p.family not in SAME_IN_BF16 and p.id not in NOT_NULL]
         return [p for p in plants if any(o in self.sites for o in p.operators)]
 
@@ -347,7 +348,7 @@ def _apply(subject: Subject, network: Network, form: Plant, key: str, seed: int)
 # ------------------------------------------------------------------------------ audit
 
 
-def examine(subject: Subject, backend: str, network: Network | None) -> AuditReport:
+def examine(subject: Subject, backend: str, build: str, network: Network | None) -> AuditReport:
     """Audit a changed model, or the model itself, in process."""
     with tempfile.TemporaryDirectory() as folder:
         candidate = None
@@ -359,7 +360,7 @@ def examine(subject: Subject, backend: str, network: Network | None) -> AuditRep
             candidate=candidate,
             data=subject.path.with_suffix(".npz"),
             samples=1,
-            options=OPTIONS,
+            options=NATIVE_BF16 if build == "native-bf16" else OPTIONS,
             threads=1,
         )
         return audit(subject.path, options, noises=discovery.noises(), progress=Quiet())
@@ -399,7 +400,7 @@ def run(subject: Subject, backend: str, case: Case, baseline: Sequence[Found]) -
     blank = Result(
         case.model, backend, case.build, case.seed, case.number, case.kind, case.plants, "failed"
     )
-    report = examine(subject, backend, case.network)
+    report = examine(subject, backend, case.build, case.network)
     (measured,) = report.backends
     seconds = round(time.perf_counter() - begin, 2)
     if measured.status != "audited":
@@ -482,7 +483,7 @@ class Results:
             if build == "bf16":
                 network = Network(subject.proto)
                 narrowed(network)
-            findings = found(examine(subject, backend, network))
+            findings = found(examine(subject, backend, build, network))
             self.baselines[key] = findings
             record = dict(zip(("model", "backend", "build"), key, strict=True))
             self._write({**record, "baseline": [asdict(f) for f in findings]})
