@@ -936,7 +936,7 @@ class SysnoiseOption:
         tool: the library that did it and its version, or ``simulated``.
         photos: on how many photographs it was measured.
         refused: how many it could not process.
-        same: on how many the network's input, or all outputs, had the same bits.
+        same: on how many all outputs, or the result where one is described, had the same bits.
     """
 
     name: str

@@ -125,22 +125,22 @@ def _row(name: str, effect: SysnoiseEffect, report: SysnoiseReport, style: str =
 def _type_rows(type: SysnoiseType, report: SysnoiseReport) -> list[_Row]:
     """The type's own lines, then its options, the worst first."""
     if len(type.options) == 1:
-        return [_row(f"{type.title}: {_named(type.options[0])}", type.max, report, "bold")]
+        return [_row(f"{type.title}: {_named(type.options[0], report)}", type.max, report, "bold")]
     rows = [
         _row(f"{type.title}, mean of {len(type.options)}", type.mean, report, "bold"),
         _row(f"{type.title}, max", type.max, report, "bold"),
     ]
     for option in type.options[:_OPTIONS]:
-        rows.append(_row(f"  {_named(option)}", option.effect, report, "dim"))
+        rows.append(_row(f"  {_named(option, report)}", option.effect, report, "dim"))
     if (rest := len(type.options) - _OPTIONS) > 0:
         rows.append(_Row((_Span(f"  and {rest} with less effect", "dim"),), ()))
     return rows
 
 
-def _named(option: SysnoiseOption) -> str:
+def _named(option: SysnoiseOption, report: SysnoiseReport) -> str:
     said = ""
     if option.same == option.photos:
-        said = " (same bits)"
+        said = " (same result)" if "result" in report.steps else " (same bits)"
     elif option.refused:
         said = f" (on {option.photos})"
     return option.name + said

@@ -36,12 +36,12 @@ def _sysnoise(
         typer.Option(
             metavar="FILE|DIR|from-folder|from-name",
             help="The truth. cls, embed: lines `photo.jpg,17`, the folders, or the number that "
-            "each name begins with; det: a COCO file; seg: a folder of masks. "
-            "Without, results are compared with the training pipeline's.",
+            "each name begins with; det: a COCO file; seg: a folder of masks; ocr: lines "
+            "`photo.jpg,text`. Without, results are compared with the training pipeline's.",
         ),
     ] = None,
     task: Annotated[
-        Literal["cls", "det", "seg", "embed"] | None,
+        Literal["cls", "det", "seg", "embed", "ocr"] | None,
         typer.Option(help="What the model is for; told by its result when not given."),
     ] = None,
     samples: Annotated[

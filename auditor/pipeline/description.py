@@ -19,7 +19,18 @@ from typing import Any, Literal, cast, get_args
 from auditor.errors import UsageError
 from auditor.pipeline import libraries
 from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
-from auditor.pipeline.post import Activation, Coding, Kind, Post, Rounding, Suppression
+from auditor.pipeline.masks import Enlarger, Enlarging
+from auditor.pipeline.post import (
+    Activation,
+    Coding,
+    Kind,
+    Masking,
+    Order,
+    Post,
+    Rounding,
+    Spelling,
+    Suppression,
+)
 
 Orientation = Literal["apply", "ignore"]
 Channels = Literal["rgb", "bgr"]
@@ -62,13 +73,14 @@ class Colour:
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """How the size changes; exactly one of the four targets is given.
+    """How the size changes; exactly one of the five targets is given.
 
     Attributes:
         library, interpolation, antialias: one of ``resizers/`` and what it is asked for.
         size: height and width, whatever the photograph's proportions.
         short_side: its proportions kept, the shorter side has this length (torchvision).
         long_side: its proportions kept, the longer side has at most this length.
+        height: its proportions kept, the height is this, the width rounded up (lines of text).
         letterbox: its proportions kept, fitted into this height and width and filled up.
         pad: grey level that fills a letterbox.
         multiple: both sides are rounded to a multiple of this (text and object detectors).
@@ -80,6 +92,7 @@ class Resize:
     size: Size | None = None
     short_side: int | None = None
     long_side: int | None = None
+    height: int | None = None
     letterbox: Size | None = None
     pad: int = 114
     multiple: int = 1
@@ -228,13 +241,16 @@ _TABLES = {
     "colour": ("library", "matrix", "range", "arithmetic"),
     "resize": (
         *("library", "interpolation", "antialias"),
-        *("size", "short_side", "long_side", "letterbox", "pad", "multiple"),
+        *("size", "short_side", "long_side", "height", "letterbox", "pad", "multiple"),
     ),
     "normalise": ("scale", "mean", "std"),
     "post": tuple(field.name for field in fields(Post)),
 }
 _PLAIN = ("preset", "decoder", "orientation", "precrop", "crop", "channels", "layout", "dtype")
-_TARGETS = ("resize.size", "resize.short_side", "resize.long_side", "resize.letterbox")
+_TARGETS = (
+    *("resize.size", "resize.short_side", "resize.long_side", "resize.height"),
+    "resize.letterbox",
+)
 # What a new value of one key makes meaningless in the side that it overrides.
 _RESETS = {
     **{target: _TARGETS for target in _TARGETS},
@@ -406,7 +422,9 @@ def _pipeline(side: _Side, source: str) -> Pipeline:
     resize = _resize(read)
     crop = read.size("crop") if read.has("crop") else None
     if crop and resize:
-        side_length = resize.short_side or min(resize.size or resize.letterbox or (10**9,))
+        side_length = (
+            resize.short_side or resize.height or min(resize.size or resize.letterbox or (10**9,))
+        )
         if side_length < min(crop):
             raise UsageError(
                 f"{read.where('crop')}: `crop` is larger than what is left after resizing",
@@ -491,7 +509,7 @@ def _resize(read: _Reader) -> Resize | None:
         raise UsageError(
             f"{read.where(given[-1] if given else 'resize.library')}: `resize` names "
             f"{len(given)} targets",
-            "Give exactly one of size, short_side, long_side and letterbox.",
+            "Give exactly one of size, short_side, long_side, height and letterbox.",
         )
     return Resize(
         library=library,
@@ -500,6 +518,7 @@ def _resize(read: _Reader) -> Resize | None:
         size=read.size("resize.size") if "resize.size" in given else None,
         short_side=read.whole("resize.short_side") if "resize.short_side" in given else None,
         long_side=read.whole("resize.long_side") if "resize.long_side" in given else None,
+        height=read.whole("resize.height") if "resize.height" in given else None,
         letterbox=read.size("resize.letterbox") if "resize.letterbox" in given else None,
         pad=read.whole("resize.pad", 114, low=0),
         multiple=read.whole("resize.multiple", 1),
@@ -534,13 +553,35 @@ def _post(side: _Side, source: str) -> Post | None:
         iou_offset=read.whole("post.iou_offset", 0, low=0),
         class_aware=read.boolean("post.class_aware", True),
         top_k=read.whole("post.top_k", default.top_k),
+        mask=cast(Masking, read.choice("post.mask", get_args(Masking), default.mask)),
+        channels_last=read.boolean("post.channels_last", False),
+        resize=cast(Enlarger, read.choice("post.resize", get_args(Enlarger), default.resize)),
+        interpolation=cast(
+            Enlarging,
+            read.choice("post.interpolation", get_args(Enlarging), default.interpolation),
+        ),
+        order=cast(Order, read.choice("post.order", get_args(Order), default.order)),
+        text=cast(Spelling, read.choice("post.text", get_args(Spelling), default.text)),
+        blank=read.whole("post.blank", 0, low=0),
+        charset=_charset(source, read.text("post.charset")),
     )
+    classes = found.mask == "argmax" and found.order == "decide" and found.resize != "none"
+    if classes and found.interpolation != "nearest":
+        raise UsageError(
+            f"{read.where('post.order')}: `post.interpolation` {found.interpolation} cannot "
+            "enlarge classes: they have no values in between",
+            'Say interpolation = "nearest", or order = "resize".',
+        )
     if found.coding.endswith("deltas") and not found.anchors and not (found.stride and found.cell):
         raise UsageError(
             f"{read.where('post.coding')}: `post.coding` {found.coding} needs anchors",
             "Name a file with `anchors`, or the `stride` and `cell` of a grid.",
         )
     return found
+
+
+def _charset(source: str, name: str) -> str:
+    return name if name == "model" else _beside(source, name)
 
 
 def _beside(source: str, name: str) -> str:
@@ -573,6 +614,8 @@ def _target(resize: Resize) -> str:
         return "x".join(map(str, resize.size))
     if resize.short_side:
         said = f"short side {resize.short_side}"
+    elif resize.height:
+        said = f"height {resize.height}"
     elif resize.letterbox:
         said = f"letterbox {'x'.join(map(str, resize.letterbox))} on {resize.pad}"
     else:

@@ -8,7 +8,8 @@ from typing import Any, Literal, cast, get_args
 
 from auditor.pipeline import libraries
 from auditor.pipeline.description import Colour, Decode, Orientation, Pipeline, Resize
-from auditor.pipeline.post import Post, Rounding, Suppression
+from auditor.pipeline.masks import Enlarger, Enlarging
+from auditor.pipeline.post import Order, Post, Rounding, Suppression
 from auditor.records import Gap
 
 DECODER = "preprocessing.decoder"
@@ -18,6 +19,7 @@ RESIZE = "preprocessing.resize"
 OFFSET = "postprocessing.box_offset"
 ROUNDING = "postprocessing.box_rounding"
 NMS = "postprocessing.nms"
+MASK = "postprocessing.mask_resize"
 
 # In the order of execution.
 TITLES = {
@@ -26,7 +28,12 @@ TITLES = {
     COLOUR: "colour space",
     RESIZE: "resize",
 }
-AFTER = {OFFSET: "box offset", ROUNDING: "box rounding", NMS: "suppression"}
+AFTER = {
+    OFFSET: "box offset",
+    ROUNDING: "box rounding",
+    NMS: "suppression",
+    MASK: "mask resize",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ class PostSwitch:
 
 def post_switches(post: Post | None) -> tuple[PostSwitch, ...]:
     """Every option after the network that differs from the training side's."""
+    if post is not None and post.kind == "mask" and post.resize != "none":
+        return tuple(_enlargings(post))
     if post is None or post.kind != "boxes":
         return ()
     own = "numpy"
@@ -97,6 +106,19 @@ def post_switches(post: Post | None) -> tuple[PostSwitch, ...]:
                 changes = (("nms", by), ("iou_offset", offset))
                 found.append(PostSwitch(NMS, f"{by}, IoU with offset {offset}", by, changes))
     return tuple(found)
+
+
+def _enlargings(post: Post) -> Iterator[PostSwitch]:
+    """Every other way to enlarge a mask."""
+    own = post.resize, post.interpolation, post.order
+    for by in get_args(Enlarger):
+        for how in get_args(Enlarging) if by != "none" else ():
+            for order in get_args(Order):
+                one = by, how, order
+                if one == own or (order == "decide" and post.mask == "argmax" and how != "nearest"):
+                    continue  # classes have no values in between
+                changes = tuple(zip(("resize", "interpolation", "order"), one, strict=True))
+                yield PostSwitch(MASK, f"{by} {how}, {order} first", by, changes)
 
 
 def switches(pipeline: Pipeline) -> tuple[tuple[Switch, ...], tuple[Gap, ...]]:

@@ -1,9 +1,12 @@
 """What comes after the network: from its outputs to the result that an application uses.
 
-Three kinds of result, each one array:
+Four kinds of result, each one array:
 
 * ``scores``: the output through an activation.
-* ``mask``: 1 where the output is above the threshold, else 0.
+* ``mask``: 1 where the output is above the threshold, else 0; or the best class of each pixel
+  ([1, 1, height, width]); of the network's size, or enlarged to the photograph's.
+* ``text``: [1, steps, classes]: a row for each character in its order, 1 at its class; rows of
+  zeros behind the last one.
 * ``boxes``: [1, candidates, 5 or 6]: corners in pixels of the network's input, score and (with
   several classes) class of every detection; a candidate that is none is a row of zeros, so that
   the results of two systems have one shape.
@@ -19,15 +22,22 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from auditor.errors import UsageError
+from auditor.pipeline.masks import Enlarger, Enlarging
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from auditor.pipeline.steps import Placement
     from auditor.ports import Array, Arrays
 
-Kind = Literal["scores", "mask", "boxes"]
+Kind = Literal["scores", "mask", "boxes", "text"]
 Activation = Literal["none", "softmax", "sigmoid"]
 Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas"]
 Rounding = Literal["none", "nearest", "floor"]
 Suppression = Literal["none", "onnxruntime", "opencv"]
+Masking = Literal["threshold", "argmax"]
+Order = Literal["resize", "decide"]
+Spelling = Literal["ctc", "argmax"]
 
 NAME = "result"  # under which the result stands among outputs
 
@@ -60,6 +70,15 @@ class Post:
         iou_offset: the offset with which overlaps are measured.
         class_aware: only boxes of one class suppress each other.
         top_k: most detections, the best first.
+        mask: how a pixel is decided: above a threshold, or the best of several classes.
+        channels_last: the classes of a mask are on the last axis instead of axis 1.
+        resize, interpolation: what enlarges a mask to the photograph, and how; ``none`` leaves it.
+        order: what comes first, ``resize`` or ``decide``.
+        text: how characters are read off the steps: ``ctc`` merges repeated classes and drops the
+            blank, ``argmax`` drops the blank only.
+        blank: the class that is no character.
+        charset: file with a character a line, ``model`` for what the model's metadata name under
+            ``character`` (PaddleOCR), or "".
     """
 
     kind: Kind
@@ -82,6 +101,14 @@ class Post:
     iou_offset: int = 0
     class_aware: bool = True
     top_k: int = 100
+    mask: Masking = "threshold"
+    channels_last: bool = False
+    resize: Enlarger = "none"
+    interpolation: Enlarging = "bilinear"
+    order: Order = "resize"
+    text: Spelling = "ctc"
+    blank: int = 0
+    charset: str = ""
 
     def steps(self) -> dict[str, str]:
         """Every step in words, by its name; only those that this kind of result has."""
@@ -91,6 +118,17 @@ class Post:
             said["activation"] = "no activation" if self.activation == "none" else self.activation
         if self.kind in ("mask", "boxes"):
             said["threshold"] = f"threshold {self.threshold:g}"
+        if self.kind == "mask":
+            if self.mask == "argmax":
+                last = ", classes on the last axis" if self.channels_last else ""
+                said["threshold"] = f"best class{last}"
+            said["mask_resize"] = (
+                "not enlarged"
+                if self.resize == "none"
+                else f"{self.resize} {self.interpolation}, {self.order} first"
+            )
+        if self.kind == "text":
+            said["text_decode"] = f"{self.text}, blank {self.blank}"
         if self.kind == "boxes":
             anchors = self.anchors or (f"grid {self.stride}/{self.cell}" if self.stride else "none")
             variances = "/".join(f"{v:g}" for v in self.variances)
@@ -143,7 +181,9 @@ STEPS = (
     ),
     Step("box_offset", _taking("offset")),
     Step("box_rounding", _taking("clip", "rounding")),
-    Step("threshold", _taking("threshold")),
+    Step("threshold", _taking("threshold", "mask", "channels_last")),
+    Step("mask_resize", _taking("resize", "interpolation", "order")),
+    Step("text_decode", _taking("text", "blank")),
     Step("nms", _taking("nms", "iou", "iou_offset", "class_aware", "top_k")),
 )
 
@@ -161,12 +201,13 @@ def between(training: Post, deployment: Post) -> tuple[tuple[str, Post], ...]:
     return tuple(reached)
 
 
-def result(outputs: Arrays, post: Post) -> Arrays:
+def result(outputs: Arrays, post: Post, place: Placement | None = None) -> Arrays:
     """The result, under ``NAME``.
 
     Args:
         outputs: the network's final outputs by name.
         post: what to do with them.
+        place: where in the photograph the network's input is; only for a mask that is enlarged.
 
     Raises:
         UsageError: the outputs are not what the description says.
@@ -178,7 +219,9 @@ def result(outputs: Arrays, post: Post) -> Arrays:
             raise _misdescribed(f"boxes cannot be read off the outputs: {error}") from error
     values = _output(outputs, post.output)
     if post.kind == "mask":
-        return {NAME: (values > post.threshold).astype(np.float32)}
+        return {NAME: _mask(values, post, place)}
+    if post.kind == "text":
+        return {NAME: _text(values, post)}
     return {NAME: _activated(values, post.activation, axis=-1)}
 
 
@@ -206,6 +249,106 @@ def _activated(values: Array, activation: Activation, axis: int) -> Array:
             made = 1 / (1 + np.exp(-values))
         return made
     return values
+
+
+def _mask(values: Array, post: Post, place: Placement | None) -> Array:
+    if post.mask == "threshold" and post.resize == "none":
+        return (values > post.threshold).astype(np.float32)
+    if values.ndim == 4 and post.channels_last:
+        values = np.moveaxis(values, -1, 1)
+    if values.ndim < 2 or values.size == 0 or (values.ndim == 4 and values.shape[0] != 1):
+        raise _misdescribed(f"a mask cannot be read off an output of shape {values.shape}")
+    planes = values.reshape(-1, *values.shape[-2:]).astype(np.float32, copy=False)
+    if post.mask == "threshold" and len(planes) != 1:
+        raise _misdescribed(f"a threshold decides about one channel, but there are {len(planes)}")
+    if post.mask == "argmax" and len(planes) < 2:
+        raise _misdescribed("the best class of one channel is always the same")
+
+    def decided(maps: Array) -> Array:
+        if post.mask == "argmax":
+            best: Array = maps.argmax(axis=0)[None].astype(np.float32)
+            return best
+        above: Array = (maps > post.threshold).astype(np.float32)
+        return above
+
+    if post.resize == "none":
+        return decided(planes)[None]
+    if place is None:
+        raise _misdescribed("a mask is enlarged to the photograph's size, which is not known here")
+    from auditor.pipeline.masks import enlarged
+
+    if post.order == "resize":
+        made = decided(enlarged(planes, place, post.resize, post.interpolation))
+        if post.mask == "threshold" and post.threshold < 0:  # what was not seen is 0, not above it
+            seen = enlarged(np.ones_like(planes), place, post.resize, "nearest")
+            made = made * seen
+        return made[None]
+    whole = decided(planes)
+    if post.mask == "argmax":
+        return enlarged(whole, place, post.resize, "nearest")[None]
+    pixels = (whole * 255).astype(np.uint8)
+    made = enlarged(pixels, place, post.resize, post.interpolation)
+    return (made > 127).astype(np.float32)[None]
+
+
+def _text(values: Array, post: Post) -> Array:
+    steps = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(0, 1)
+    if values.ndim > 2 and values.shape[0] != 1:
+        raise _misdescribed(f"texts of {values.shape[0]} photographs at once: one was expected")
+    if post.blank >= steps.shape[1]:
+        raise _misdescribed(f"class {post.blank} is the blank, but there are {steps.shape[1]}")
+    best = steps.argmax(axis=1) if steps.size else np.zeros(0, np.int64)
+    kept = best != post.blank
+    if post.text == "ctc":
+        kept[1:] &= best[1:] != best[:-1]
+    made = np.zeros((1, *steps.shape), np.float32)
+    codes = best[kept]
+    made[0, np.arange(len(codes)), codes] = 1
+    return made
+
+
+def text(value: Array, characters: Sequence[str]) -> str:
+    """A result of kind ``text`` as a string; class numbers where characters are not known."""
+    rows = value[0]
+    codes = rows[rows.any(axis=1)].argmax(axis=1).tolist()
+    if characters:
+        return "".join(characters[code] if code < len(characters) else "\ufffd" for code in codes)
+    return " ".join(map(str, codes))
+
+
+def characters(post: Post, metadata: Mapping[str, str], classes: int) -> tuple[str, ...]:
+    """The character of each class of a text; the blank's is "".
+
+    Args:
+        post: its ``charset`` says where they are; without one the result is empty.
+        metadata: the model's own.
+        classes: how many there are: characters in the order of the file, the blank in its place,
+            and a space as the last one where one is left (PaddleOCR's ``use_space_char``).
+
+    Raises:
+        UsageError: there are none, or not as many as classes.
+    """
+    if not post.charset:
+        return ()
+    if post.charset == "model":
+        found = metadata.get("character", "")
+        where = "the model's metadata `character`"
+    else:
+        where = post.charset
+        try:
+            found = Path(post.charset).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _misdescribed(f"the charset {where} cannot be read: {error}") from error
+    lines = found.split("\n")
+    while lines and lines[-1].rstrip("\r") == "":
+        del lines[-1]
+    every = [line.rstrip("\r") for line in lines]
+    every.insert(min(post.blank, len(every)), "")
+    if len(every) + 1 == classes:
+        every.append(" ")
+    if len(every) != classes or not found:
+        raise _misdescribed(f"{where} has {len(lines)} characters for {classes} classes")
+    return tuple(every)
 
 
 def _rows(values: Array, post: Post) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -181,6 +182,8 @@ def target(shape: tuple[int, ...], step: Resize) -> Size:
     elif step.short_side is not None:  # the other side is cut off, as torchvision does
         short = min(height, width)
         size = (step.short_side * height // short, step.short_side * width // short)
+    elif step.height is not None:
+        size = step.height, max(1, math.ceil(step.height * width / height))
     elif step.letterbox is not None:
         ratio = min(step.letterbox[0] / height, step.letterbox[1] / width)
         size = (round(height * ratio), round(width * ratio))

@@ -20,7 +20,7 @@ import numpy as np
 
 from auditor import metrics, sensitivity
 from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.post import result
+from auditor.pipeline.post import result, text
 from auditor.pipeline.scoring import Case, Gallery
 from auditor.pipeline.steps import Placement, Preparation
 from auditor.tasks import TaskMeter
@@ -124,6 +124,7 @@ class Read:
     Attributes:
         output: its name among the outputs.
         kind: as what.
+        classes: whether a mask holds class numbers, not only 0 and 1.
         task: how labels judge it; None where they do not.
         characters: of the classes of a text.
     """
@@ -132,6 +133,7 @@ class Read:
     kind: Reading
     task: Task | None = None
     characters: tuple[str, ...] = ()
+    classes: bool = False
 
 
 class Sweep:
@@ -210,6 +212,8 @@ class Sweep:
             try:
                 tensor = Preparation(self._photos.read(name)).tensor(base.pipeline)
                 values = self._networks.run(base.forms, tensor)
+                if base.post is not None:
+                    values = result(values, base.post)
             except Exception:  # the sweep meets it again, and names the photograph
                 return None
             return unit(values[self._read.output])
@@ -270,9 +274,12 @@ class Sweep:
                 continue
             try:
                 values = self._outputs(preparation.tensor(trial.pipeline), trial.forms, made)
+                place = preparation.place(trial.pipeline)
                 if trial.post is not None:
-                    values = result(values, trial.post)
-                case = self._case(name, preparation.place(trial.pipeline))
+                    values = result(values, trial.post, place)
+                    if trial.post.kind == "mask" and trial.post.resize != "none":
+                        place = Placement((1.0, 1.0), (0.0, 0.0), place.photo, place.photo)
+                case = self._case(name, place)
                 cells[trial.name] = self._compared(values, expected or values, case)
                 expected = expected or values
             except PhotoError as error:
@@ -311,14 +318,18 @@ class Sweep:
         return self._changed(value, expected[self._read.output]), relative, answer, verdict
 
     def _answer(self, value: Array) -> int | str | None:
-        """The class, where a photograph has one."""
+        """The class or the text, where a photograph has one."""
+        if self._read.kind == "text":
+            return text(value, self._read.characters)
         rows = value.size // max(value.shape[-1:] or (1,))
         return int(value.argmax()) if self._read.kind == "scores" and rows == 1 else None
 
     def _changed(self, value: Array, expected: Array) -> float | None:
         kind = self._read.kind
         if kind == "text":
-            return None
+            return float(not np.array_equal(value, expected))
+        if self._read.classes:
+            return 1 - _overlap(value, expected)
         meter = TaskMeter(self._read.output, kind)
         meter.add(value, expected, 0)
         read = meter.result()
@@ -329,6 +340,14 @@ class Sweep:
         if kind == "embedding":
             return 1 - (read.cosine or 0.0)
         return (read.changed or 0) / read.items if read.items else 0.0
+
+
+def _overlap(value: Array, expected: Array) -> float:
+    """Mean IoU of the classes that either of two masks has."""
+    if value.shape != expected.shape:
+        return 0.0
+    pairs = [(value == c, expected == c) for c in np.union1d(value, expected)]
+    return float(np.mean([np.sum(a & b) / np.sum(a | b) for a, b in pairs]))
 
 
 def _duration(seconds: float) -> str:

@@ -28,7 +28,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import Form, Networks
 from auditor.pipeline.options import PostSwitch, Switch
 from auditor.pipeline.photos import oddities
-from auditor.pipeline.post import NAME, result
+from auditor.pipeline.post import NAME, characters, result
 from auditor.pipeline.statistics import Drawn, Means, weights
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sweep import BASE, Read, Sweep, Table, Trial
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.pipeline.description import Description, Pipeline
     from auditor.pipeline.photos import Photos
+    from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
-    from auditor.ports import Array, Noise, Progress
+    from auditor.ports import Array, Arrays, Noise, Progress
     from auditor.records import Reading
 
 _DEPLOYMENT = "deployment"
@@ -105,10 +106,18 @@ def sysnoise(
     """
     clock = [time.perf_counter()]
     training = description.training
-    tensor = _first(photos, training).tensor(training)
+    first = _first(photos, training)
+    tensor = first.tensor(training)
     nets = Networks(model, noises, tensor, progress)
     clock.append(time.perf_counter())
-    read = _read(nets, tensor, description, task, labelled=bool(photos.labels))
+    values, post = nets.run((), tensor), description.training_post
+    if post is not None:  # or the description does not fit the network
+        values = result(values, post, first.place(training))
+    read = _read(values, post, task, labelled=bool(photos.labels))
+    if read.kind == "text" and post is not None:
+        metadata = {entry.key: entry.value for entry in model.proto.metadata_props}
+        named = characters(post, metadata, values[NAME].shape[-1])
+        read = replace(read, characters=named)
     switches, gaps = options.switches(training)
     after = options.post_switches(description.training_post)
     choices = [
@@ -337,7 +346,7 @@ class _Measured:
         )
 
     def flips(self, choices: Sequence[_Choice]) -> tuple[SysnoiseFlip, ...]:
-        """Every photograph whose top-1 an option changes."""
+        """Every photograph whose top-1, or whose text, an option changes."""
         found = []
         for row, photo in enumerate(self._valid):
             name = self._photos.names[photo]
@@ -347,6 +356,13 @@ class _Measured:
                 if before >= 0 and after >= 0 and after != before:
                     label = self._photos.labels.get(name)
                     found.append(SysnoiseFlip(name, choice.trial, before, after, label))
+        alone = {self._columns[choice.trial]: choice.trial for choice in choices}
+        for (photo, column), text in sorted(self._table.texts.items()):
+            if column in alone:
+                name = self._photos.names[photo]
+                original = self._table.texts[photo, 0]
+                label = self._photos.labels.get(name)
+                found.append(SysnoiseFlip(name, alone[column], original, text, label))
         return tuple(found)
 
     def refusals(self) -> list[Gap]:
@@ -447,25 +463,23 @@ def _first(photos: Photos, training: Pipeline) -> Preparation:
     )
 
 
-def _read(
-    nets: Networks, tensor: Array, description: Description, wanted: str | None, *, labelled: bool
-) -> Read:
+def _read(values: Arrays, post: Post | None, wanted: str | None, *, labelled: bool) -> Read:
     """What people read, and as what: the described result, or the first output with a meaning.
 
     Raises:
-        UsageError: the description does not fit the network, or the result not the task.
+        UsageError: the result is not what the task needs.
     """
-    values = nets.run((), tensor)
     kind: Reading
-    if description.training_post is not None:
-        value = result(values, description.training_post)[NAME]
-        name, kind = NAME, description.training_post.kind
+    if post is not None:
+        name, kind = NAME, post.kind
     else:
         kinds: dict[str, Reading] = {n: assume(n, v) for n, v in values.items()}
         task = scoring.load(wanted) if wanted else None
         fitting = [n for n, k in kinds.items() if (k == task.kind if task else k != "none")]
-        name = fitting[0] if fitting else nets.outputs[0]
-        value, kind = values[name], kinds[name]
+        name = fitting[0] if fitting else next(iter(values))
+        kind = kinds[name]
+    value = values[name]
+    classes = post is not None and post.kind == "mask" and post.mask == "argmax"
     wanted = wanted or scoring.reading(kind)
     if wanted is None:
         if labelled:
@@ -473,7 +487,7 @@ def _read(
                 f"output `{name}` is read as nothing that labels could judge",
                 "Say --task, and describe `post` in the pipeline (docs/pipeline.md).",
             )
-        return Read(name, kind)
+        return Read(name, kind, classes=classes)
     task = scoring.load(wanted)
     if kind != task.kind:
         raise UsageError(
@@ -489,7 +503,12 @@ def _read(
         )
     if labelled:
         scoring.require(task)
-    return Read(name, kind, task if labelled else None)
+    if labelled and kind == "text" and post is not None and not post.charset:
+        raise UsageError(
+            "--labels are texts, but the pipeline does not say which class is which character",
+            'Name a file with `charset` in `post`, or charset = "model".',
+        )
+    return Read(name, kind, task if labelled else None, classes=classes)
 
 
 def _oddities(photos: Photos, table: Table) -> dict[str, int]:

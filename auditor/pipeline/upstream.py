@@ -21,7 +21,7 @@ from auditor.outputs import OutputMeter
 from auditor.pipeline import post as posts
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline.steps import Placement, Preparation
 from auditor.records import Gap, OutputKind, PipelineReport, PipelineStep, StimulusInfo
 from auditor.replay import difference
 from auditor.stimulus import Stimulus
@@ -129,30 +129,45 @@ class Upstream:
         names: ids of the causes before the network, in the order of execution.
         outputs: the reference's final outputs after the training pipeline, and after each further
             step is as deployed but the last: after that they are those that the audit starts from.
+        places: where in the photograph the network's input is, for each of ``outputs`` and, last,
+            after the whole deployment pipeline.
         after: the post-processings from the training side to the deployment side, each with the
             id of the cause that leads to it ("" for the first); empty without any.
     """
 
     names: tuple[str, ...]
     outputs: tuple[Arrays, ...]
+    places: tuple[Placement, ...]
     after: tuple[tuple[str, Post], ...] = ()
 
     @property
     def kinds(self) -> dict[str, OutputKind]:
         """As what the result is read; empty without a post-processing."""
-        return {posts.NAME: self.after[0][1].kind} if self.after else {}
+        if not self.after:
+            return {}
+        kind = self.after[0][1].kind
+        return {posts.NAME: "scores" if kind == "text" else kind}  # a row for each character
 
-    def read(self, outputs: Arrays) -> Arrays:
-        """What the training side makes of the network's outputs."""
-        return posts.result(outputs, self.after[0][1]) if self.after else outputs
+    def read(self, outputs: Arrays, place: Placement | None = None) -> Arrays:
+        """What the training side makes of the network's outputs.
+
+        Args:
+            outputs: by name.
+            place: where the input is in the photograph; None: where the deployment has it.
+        """
+        if not self.after:
+            return outputs
+        return posts.result(outputs, self.after[0][1], place or self.places[-1])
 
     def deployed(self, outputs: Arrays) -> Arrays:
         """What the deployment side makes of them."""
-        return posts.result(outputs, self.after[-1][1]) if self.after else outputs
+        if not self.after:
+            return outputs
+        return posts.result(outputs, self.after[-1][1], self.places[-1])
 
     def origin(self, names: Iterable[str]) -> Arrays:
         """What the training system gives; ``names`` are outputs that the backend has too."""
-        return self.read({name: self.outputs[0][name] for name in names})
+        return self.read({name: self.outputs[0][name] for name in names}, self.places[0])
 
     def parts(self, network: Parts, base: Arrays, captured: Arrays) -> Parts:
         """The whole difference taken apart.
@@ -163,7 +178,10 @@ class Upstream:
             captured: the backend's.
         """
         named: dict[str, Arrays] = {}
-        states = [self.read({n: values[n] for n in base}) for values in self.outputs]
+        states = [
+            self.read({n: values[n] for n in base}, place)
+            for values, place in zip(self.outputs, self.places, strict=False)
+        ]
         states.append(self.read(base))
         for name, before, reached in zip(self.names, states, states[1:], strict=False):
             named[name] = difference(reached, before)
@@ -173,7 +191,7 @@ class Upstream:
         rest = None
         if network.rest is not None:
             outputs, rest = self._moved(outputs, network.rest)
-        results = [posts.result(captured, each) for _, each in self.after]
+        results = [posts.result(captured, each, self.places[-1]) for _, each in self.after]
         for (name, _), before, reached in zip(self.after[1:], results, results[1:], strict=False):
             named[name] = difference(reached, before)
         return Parts(named, rest)
@@ -358,26 +376,30 @@ class Photographs:
             self._gap(name, "run", f"its steps cannot be switched one after another: {error}")
             return None
         names = tuple(step.noise for step in self._steps)
-        upstream = Upstream(names, outputs or (expected,), self._after)
+        places = [prepared.place(pipeline) for pipeline in (*reached[: len(outputs)], deployment)]
+        if not outputs:
+            outputs, places = (expected,), [places[-1]] * 2
+        upstream = Upstream(names, outputs, tuple(places), self._after)
         if not self._meters:
             return upstream
         self._measured += 1
         plain, first = run(training)
-        origin = upstream.read(first)
+        origin = upstream.read(first, upstream.places[0])
         whole = self._add(index, upstream, origin, expected)
         for step, meter in zip(self._steps, self._meters, strict=False):
             try:
-                tensor, values = run(step.take(training, deployment))
+                other = step.take(training, deployment)
+                tensor, values = run(other)
             except Exception as error:  # as above
                 self._gap(name, "run", f"{step.name} alone: {error}")
                 continue
             meter.add(index, (tensor, plain))
-            self._alone(meter, index, upstream.read(values), origin, whole)
+            self._alone(meter, index, upstream.read(values, prepared.place(other)), origin, whole)
         for post_step, meter in zip(
             self._post_steps, self._meters[len(self._steps) :], strict=True
         ):
             alone = post_step.take(self._after[0][1], self._after[-1][1])
-            result = posts.result(first, alone)
+            result = posts.result(first, alone, upstream.places[0])
             meter.add(index, (result[posts.NAME], origin[posts.NAME]))
             self._alone(meter, index, result, origin, whole)
         return upstream

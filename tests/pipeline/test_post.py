@@ -169,7 +169,7 @@ _SIDE = '[training]\ndecoder = "pillow"\n'
     [
         ("post = {}", None),
         ("post = { threshold = 0.5 }", "does not say `post.kind`"),
-        ('post = { kind = "text" }', "`text` is no value of `post.kind`"),
+        ('post = { kind = "texts" }', "`texts` is no value of `post.kind`"),
         ('post = { kind = "mask", treshold = 0.5 }', "`post.treshold` is no key"),
         ('post = { kind = "boxes", coding = "centre-deltas" }', "needs anchors"),
         ('post = { kind = "boxes", offset = 0.5 }', "a whole number"),
