@@ -151,6 +151,10 @@ def headline(report: AuditReport) -> str:
         said = "every backend's outputs equal the reference's"
     else:
         said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
+        level = severity_of(largest)
+        alone = not any(_reaches(f.severity, report) for f in report.findings)
+        if report.judgement is None and alone and _reaches(level, report):
+            said += f", {level} as a whole though no segment is"
     whole = max((o.distance.relative_l2 for _, o in systems(report)), default=None)
     if whole is not None:
         said += f", with the steps around the network {error(whole)}"

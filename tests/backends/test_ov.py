@@ -239,11 +239,13 @@ def test_bfloat16_is_widened_exactly(tmp_path: Path) -> None:
     assert y.tobytes() == (finite.astype(np.uint32) << 16).tobytes()
 
 
-def test_default_precision_is_captured_as_the_program_holds_it(residual: Path) -> None:
-    built = build(residual)
+def test_bfloat16_is_captured_as_the_program_holds_it(residual: Path) -> None:
+    built = build(residual, options={"INFERENCE_PRECISION_HINT": "bf16"})
     if precision_of(built) != "bf16":
-        pytest.skip(f"OpenVINO computes in {precision_of(built)} by default on this CPU")
-    assert any("bf16 by default" in note for note in built.provenance.notes)
+        pytest.skip(f"OpenVINO computes in {precision_of(built)} on this CPU, whatever the hint")
+    plain = build(residual)
+    said = any("bf16 by default" in note for note in plain.provenance.notes)
+    assert said == (precision_of(plain) == "bf16")
     held = {k.outputs[0]: k.output_precision for k in built.provenance.kernels if k.outputs}
     tensors = built.instrument(X).run(X).tensors
     assert tensors

@@ -489,3 +489,10 @@ def test_progress_shows_each_backend_and_restores_the_terminal(
 def test_importing_the_module_does_not_import_rich() -> None:
     code = "import sys, reports.terminal, reports.json_v1; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_fails_as_a_whole_though_no_segment_does_is_said(report: AuditReport) -> None:
+    assert "as a whole" not in _flat(_render(report, 100, False))
+    quiet = tuple(f for f in report.findings if f.severity == "low")
+    text = _flat(_render(replace(report, findings=quiet), 100, False))
+    assert "relative L2 on ov, high as a whole though no segment is" in text
