@@ -231,6 +231,7 @@ def _run(
     found = ranking.findings(reports, effects, catalogue)
     pairs = agreements.pairs()
     clock.lap("report")
+    unconfirmed: tuple[Gap, ...] = ()
     if options.confirm:
 
         def cases() -> list[confirm.Case]:
@@ -238,7 +239,7 @@ def _run(
             expected = [reference.run(stimulus.sample(i)) for i in range(len(feeds))]
             return [confirm.Case(f, e) for f, e in zip(feeds, expected, strict=True)]
 
-        reports, found = confirm.confirm(
+        reports, found, unconfirmed = confirm.confirm(
             reports,
             found,
             {t.id: t for t in tracers},
@@ -265,6 +266,7 @@ def _run(
         gaps=(
             *(photographs.gaps if photographs else ()),
             *(gap for analysis in analyses.values() for gap in analysis.gaps()),
+            *unconfirmed,
         ),
         verdict=decision,
         exit_code=exit_code,

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from auditor.errors import AuditError
+from auditor.errors import AuditError, BackendError
 from auditor.metrics import Moments
 from auditor.ports import Arrays
 from auditor.records import (
@@ -24,6 +24,7 @@ from auditor.records import (
     Confidence,
     Counterfactual,
     Finding,
+    Gap,
     OutputChange,
     Switch,
     severity,
@@ -62,7 +63,7 @@ def confirm(
     cases: Callable[[], Sequence[Case]],
     *,
     own_file: bool,
-) -> tuple[tuple[BackendReport, ...], tuple[Finding, ...]]:
+) -> tuple[tuple[BackendReport, ...], tuple[Finding, ...], tuple[Gap, ...]]:
     """Build what diverged again without single factors, one backend after another.
 
     Args:
@@ -75,9 +76,11 @@ def confirm(
             be in that file, so that no factor of the engine speaks against it.
 
     Returns:
-        The reports with their counterfactuals, and the findings with what these say of them.
+        The reports with their counterfactuals, the findings with what these say of them, and what
+        could not be measured.
     """
     samples: Sequence[Case] = ()
+    gaps: list[Gap] = []
     confirmed = []
     for report in reports:
         tracer = tracers.get(report.id)
@@ -91,10 +94,10 @@ def confirm(
             confirmed.append(report)
             continue
         samples = samples or cases()
-        confirmed.append(_tried(report, planned, tracer, rename, samples))
+        confirmed.append(_tried(report, planned, tracer, rename, samples, gaps))
     by_id = {report.id: report for report in confirmed}
     weighed = tuple(_weighed(f, by_id[f.backend], own_file=own_file) for f in findings)
-    return tuple(confirmed), weighed
+    return tuple(confirmed), weighed, tuple(gaps)
 
 
 # --- what to try ---------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ def _tried(
     tracer: Tracer,
     rename: Mapping[str, str],
     samples: Sequence[Case],
+    gaps: list[Gap],
 ) -> BackendReport:
     """The report with a counterfactual for each plan that was still open when its turn came."""
     done: dict[str, Counterfactual] = {}
@@ -181,7 +185,7 @@ def _tried(
         if len(done) == _REBUILDS:
             left.setdefault(factor)
             continue
-        made = _counterfactual(plan.switch, report, tracer, rename, samples)
+        made = _counterfactual(plan.switch, report, tracer, rename, samples, gaps)
         done[factor] = replace(made, sentence=_sentence(made))
         if made.conclusion == "confirmed":
             settled |= set(made.noises)
@@ -207,6 +211,7 @@ def _counterfactual(
     tracer: Tracer,
     rename: Mapping[str, str],
     samples: Sequence[Case],
+    gaps: list[Gap],
 ) -> Counterfactual:
     claims = _claims(report)
     tested = [claims[noise] for noise in switch.noises if noise in claims]
@@ -230,6 +235,10 @@ def _counterfactual(
             unchanged &= equal
         latency = tracer.race(samples[0].feeds)
     except AuditError as error:
+        gap = Gap(report.id, "ablate", f"without {switch.factor}: {error.message}", error.hint)
+        if isinstance(error, BackendError):
+            gap = replace(gap, stage=error.stage, log=error.log)
+        gaps.append(gap)
         return replace(blank, failure=error.message)
     removed = _removed(before.error, after.error)
     return replace(

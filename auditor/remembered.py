@@ -95,7 +95,7 @@ class Remembered(Tracer):
         if not super().start():
             return False
         try:
-            self._identity = self._call("identity")
+            self._identity = self._call("identity", str)
         except BackendError as error:
             self._fail(error)
             return False

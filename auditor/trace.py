@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from auditor.errors import BackendError
 from auditor.ports import Arrays, Progress
 from auditor.records import (
+    Availability,
     BuildRequest,
     Gap,
     Kernel,
@@ -19,8 +21,10 @@ from auditor.records import (
     Skipped,
     Switch,
 )
-from auditor.wire import decode, encode, load, save
-from auditor.worker import Worker, availability
+from auditor.wire import Sent, encode, save
+from auditor.worker import MAKE_ROOM, Worker
+
+T = TypeVar("T")
 
 _REPEATS = 3  # plain runs of the first sample: enough to see a program that is not repeatable
 # A program without one of its factors may be slow; it gets this many times as long as the plain
@@ -29,6 +33,51 @@ _PATIENCE = 10.0
 _LEAST_PATIENCE = 30.0
 _ROUNDS = 5  # runs of each program from which a median latency is taken,
 _ROUNDS_SECONDS = 5.0  # and the time after which there are fewer
+
+
+# What a worker answers; it runs the engine, so whatever it says is checked against these.
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    provenance: Provenance
+    blocked: str | None
+    switches: tuple[Switch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    run_to_run: float
+    outputs: Sent
+
+
+@dataclass(frozen=True, slots=True)
+class _Instrumented:
+    probes: tuple[Probe, ...]
+    skipped: tuple[Skipped, ...]
+    program_unchanged: bool
+    rebuilt: bool
+    origins: tuple[Origin, ...]
+    kernels: tuple[Kernel, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    outputs_bitwise_equal: bool
+    difference: float
+    tensors: Sent
+
+
+@dataclass(frozen=True, slots=True)
+class _Ablated:
+    blocked: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Contrasted:
+    bitwise_equal: bool
+    plain: Sent
+    ablated: Sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +128,20 @@ class Tracer:
     recalled: int = 0  # samples that come from the cache (see ``remembered``)
     seconds: dict[str, float] = field(default_factory=dict)
     _instrumented: bool = False
+    _outputs: tuple[str, ...] = ()  # those of the first run, which no later one may lack
     _files: int = 0
 
     def start(self) -> bool:
         """Import the engine; False (with ``gap`` set) when it cannot be used here."""
         self.progress.update(self.id, "start")
         begun = time.perf_counter()
-        answer = availability(self.worker, self.timeout)
-        self.seconds["start"] = time.perf_counter() - begun
+        try:
+            answer = self.worker.call("availability", Availability, timeout=self.timeout)
+        except BackendError as error:
+            self._fail(error)
+            return False
+        finally:
+            self.seconds["start"] = time.perf_counter() - begun
         if not answer.available:
             self.gap = Gap(self.id, "start", answer.reason or "not available", answer.remedy)
         return answer.available
@@ -98,16 +153,11 @@ class Tracer:
             UsageError: an option or a device that this engine does not have.
         """
         try:
-            answer = self._call("build", request=encode(request))
+            answer = self._call("build", _Built, request=encode(request))
         except BackendError as error:
             self._fail(error)
             return
-        self._accept(
-            request,
-            decode(Provenance, answer["provenance"]),
-            decode(tuple[Switch, ...], answer["switches"]),
-            answer["blocked"],
-        )
+        self._accept(request, answer.provenance, answer.switches, answer.blocked)
 
     def stated(self) -> Provenance | None:
         """What was built, as the report says it."""
@@ -140,38 +190,37 @@ class Tracer:
             last: that no other sample follows, so that the plain program is not needed again.
         """
         first = not self._instrumented
-        stored = self._store(feeds)
+        again = None
         try:
-            plain = self._call("run", feeds=stored, repeats=_REPEATS if first else 1)
-            outputs = self._fetch(plain["outputs"])
-            if first:
-                made = self._call("instrument", feeds=stored, last=last)
-                self.probes = decode(tuple[Probe, ...], made["probes"])
-                self.skipped = decode(tuple[Skipped, ...], made["skipped"])
-                self.program_unchanged = made["program_unchanged"]
-                self.rebuilt = made["rebuilt"]
-                self.origins = decode(tuple[Origin, ...], made["origins"])
-                if made["kernels"] is not None and self.provenance is not None:
-                    kernels = decode(tuple[Kernel, ...], made["kernels"])
-                    self.provenance = replace(self.provenance, kernels=kernels)
-                self._instrumented = True
-            answer = self._call("capture", feeds=stored)
-            again = None
-            if plain["run_to_run"] > 0:
-                again = self._fetch(self._call("capture", feeds=stored)["tensors"])
+            with self._stored(feeds, "run") as stored:
+                plain = self._call("run", _Ran, feeds=stored, repeats=_REPEATS if first else 1)
+                outputs = self._final(plain.outputs)
+                if first:
+                    made = self._call("instrument", _Instrumented, feeds=stored, last=last)
+                    self.probes = made.probes
+                    self.skipped = made.skipped
+                    self.program_unchanged = made.program_unchanged
+                    self.rebuilt = made.rebuilt
+                    self.origins = made.origins
+                    if made.kernels is not None and self.provenance is not None:
+                        self.provenance = replace(self.provenance, kernels=made.kernels)
+                    self._instrumented = True
+                answer = self._call("capture", _Captured, feeds=stored)
+                if plain.run_to_run > 0:
+                    second = self._call("capture", _Captured, feeds=stored)
+                    again = self._captured(second.tensors)
+                tensors = self._captured(answer.tensors)
         except BackendError as error:
             self._fail(error)
             return None
-        finally:
-            Path(stored["path"]).unlink(missing_ok=True)
         return SampleTrace(
             outputs=outputs,
             # Outputs come from the plain run: that is the program that ships.
-            tensors=self._fetch(answer["tensors"]) | outputs,
+            tensors=tensors | outputs,
             again=again,
-            bitwise_equal=answer["outputs_bitwise_equal"],
-            difference=answer["difference"],
-            run_to_run=plain["run_to_run"],
+            bitwise_equal=answer.outputs_bitwise_equal,
+            difference=answer.difference,
+            run_to_run=plain.run_to_run,
         )
 
     def constants(self) -> Arrays:
@@ -182,21 +231,20 @@ class Tracer:
         if self.request is None or self.request.artifact is None or self.gap is not None:
             return {}
         try:
-            return self._fetch(self._call("constants"))
+            return self.worker.fetch("constants", self._call("constants", Sent))
         except BackendError as error:
             self._fail(error)
             return {}
 
     def plain(self, feeds: Arrays) -> Arrays | None:
         """Run the plain program once; None (with ``gap`` set) when the backend fails."""
-        stored = self._store(feeds)
         try:
-            return self._fetch(self._call("run", feeds=stored, repeats=1)["outputs"])
+            with self._stored(feeds, "run") as stored:
+                answer = self._call("run", _Ran, feeds=stored, repeats=1)
+                return self._final(answer.outputs)
         except BackendError as error:
             self._fail(error)
             return None
-        finally:
-            Path(stored["path"]).unlink(missing_ok=True)
 
     def ablate(self, switch: Switch) -> None:
         """Build the plain program once more without one factor, beside the plain one.
@@ -217,9 +265,9 @@ class Tracer:
         Raises:
             BackendError, UsageError: as for ``ablate``.
         """
-        answer = self._patiently("ablate", "build", request=encode(request))
-        if answer["blocked"]:
-            raise BackendError(f"built, not run: {answer['blocked']}", stage="ablate")
+        answer = self._patiently("ablate", "build", _Ablated, request=encode(request))
+        if answer.blocked:
+            raise BackendError(f"built, not run: {answer.blocked}", stage="ablate")
 
     def contrast(self, feeds: Arrays) -> tuple[Arrays, Arrays, bool]:
         """Outputs of the plain program and of the ablated one; whether they share every bit.
@@ -227,13 +275,13 @@ class Tracer:
         Raises:
             BackendError: a run failed, crashed, or took far longer than the plain one did.
         """
-        stored = self._store(feeds)
-        try:
-            answer = self._patiently("contrast", "run", feeds=stored)
-        finally:
-            Path(stored["path"]).unlink(missing_ok=True)
-        outputs = self._fetch(answer["plain"]), self._fetch(answer["ablated"])
-        return *outputs, answer["bitwise_equal"]
+        with self._stored(feeds, "contrast") as stored:
+            answer = self._patiently("contrast", "run", _Contrasted, feeds=stored)
+            plain, ablated = (
+                self.worker.fetch("contrast", sent, self._outputs)
+                for sent in (answer.plain, answer.ablated)
+            )
+            return plain, ablated, answer.bitwise_equal
 
     def race(self, feeds: Arrays) -> tuple[float, float]:
         """Median seconds of one run of the plain program and of the ablated one, run in turn.
@@ -241,36 +289,59 @@ class Tracer:
         Raises:
             BackendError: as for ``contrast``.
         """
-        stored = self._store(feeds)
-        try:
-            answer = self._patiently(
-                "race", "run", feeds=stored, rounds=_ROUNDS, seconds=_ROUNDS_SECONDS
+        with self._stored(feeds, "race") as stored:
+            return self._patiently(
+                "race",
+                "run",
+                tuple[float, float],
+                feeds=stored,
+                rounds=_ROUNDS,
+                seconds=_ROUNDS_SECONDS,
             )
-        finally:
-            Path(stored["path"]).unlink(missing_ok=True)
-        plain, ablated = answer
-        return plain, ablated
 
-    def _patiently(self, stage: str, like: str, **arguments: Any) -> Any:
+    def _patiently(self, stage: str, like: str, kind: type[T], **arguments: Any) -> T:
         patience = _LEAST_PATIENCE + _PATIENCE * self.seconds.get(like, 0.0)
-        return self._call(stage, min(patience, self.timeout), **arguments)
+        return self._call(stage, kind, min(patience, self.timeout), **arguments)
 
-    def _call(self, stage: str, timeout: float | None = None, **arguments: Any) -> Any:
+    def _call(self, stage: str, kind: type[T], timeout: float | None = None, **arguments: Any) -> T:
         self.progress.update(self.id, stage)
         begun = time.perf_counter()
         try:
-            return self.worker.call(stage, timeout=timeout or self.timeout, **arguments)
+            return self.worker.call(stage, kind, timeout=timeout or self.timeout, **arguments)
         finally:
             elapsed = time.perf_counter() - begun
             self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
 
     def _fail(self, error: BackendError) -> None:
-        self.gap = Gap(self.id, error.stage, error.message, error.hint or None, error.log)
+        stage = "start" if error.stage == "availability" else error.stage
+        self.gap = Gap(self.id, stage, error.message, error.hint or None, error.log)
 
-    def _store(self, feeds: Arrays) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _stored(self, feeds: Arrays, stage: str) -> Iterator[dict[str, Any]]:
+        """The inputs in a file for the worker, as long as the block lasts."""
         self._files += 1
         path = self.worker.workdir / f"to-worker-{self._files}.safetensors"
-        return {"path": str(path), "names": save(path, feeds)}
+        try:
+            try:
+                names = save(path, feeds)
+            except OSError as error:
+                raise BackendError(
+                    f"its inputs could not be written: {error.strerror}",
+                    MAKE_ROOM,
+                    stage=stage,
+                ) from error
+            yield {"path": str(path), "names": names}
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
-    def _fetch(self, message: dict[str, Any]) -> Arrays:
-        return load(Path(message["path"]), message["names"])
+    def _final(self, sent: Sent) -> Arrays:
+        outputs = self.worker.fetch("run", sent, self._outputs or sent.names or ("an output",))
+        self._outputs = tuple(outputs)
+        return outputs
+
+    def _captured(self, sent: Sent) -> Arrays:
+        promised = [probe.tensor for probe in self.probes]
+        # A branch that is not taken gives nothing; a program with probes gives something.
+        needed = promised[:1] if not set(promised).intersection(sent.names) else ()
+        return self.worker.fetch("capture", sent, needed)

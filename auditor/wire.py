@@ -6,8 +6,13 @@ Nothing is pickled: a worker runs native code that may have been corrupted by a 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import re
+import stat
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,23 +63,51 @@ def decode(kind: Any, data: Any) -> Any:
     return kind(data) if kind is Path else data
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sent:
+    """A file of tensors: ``names`` in its order."""
+
+    path: str
+    names: tuple[str, ...]
+
+
 def save(path: Path, tensors: Arrays) -> list[str]:
     """Write tensors to a safetensors file and return their names, in the file's order.
 
     The file knows them by position, so a tensor's name may hold anything.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     # Not np.ascontiguousarray: that would turn a scalar into a vector.
     arrays = (np.asarray(value, order="C") for value in tensors.values())
-    save_file({str(i): array for i, array in enumerate(arrays)}, str(path))
+    try:
+        save_file({str(i): array for i, array in enumerate(arrays)}, str(path))
+    except SafetensorError as error:  # it knows no other error; the system's number is in words
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     return list(tensors)
 
 
-def load(path: Path, names: list[str]) -> Arrays:
-    """Read back what ``save`` wrote, and remove the file."""
+def load(path: Path, names: Sequence[str]) -> Arrays:
+    """Read back what ``save`` wrote, and remove the file.
+
+    Raises:
+        ValueError: it is damaged, or not a file of its own (a link, a pipe).
+        OSError, KeyError: it is missing, or holds fewer tensors than there are names.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    stored = load_file(str(path))
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path.name} is no file")
+    try:
+        stored = load_file(str(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged: {error}") from error
     path.unlink()
     return {name: stored[str(i)] for i, name in enumerate(names)}

@@ -15,21 +15,42 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from auditor.errors import AuditError, BackendError, UsageError
 from auditor.limits import Limits, apply, physical_memory
 from auditor.records import Availability
 
+if TYPE_CHECKING:
+    from auditor.ports import Arrays
+    from auditor.wire import Sent
+
 # -P keeps the user's current folder from shadowing the engines' modules.
 _COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker")
-_LOG_LINES = 8
+_LOG_LINES = 12
+_POLL = 0.25  # seconds between looks at whether it still runs
+_LOG_BYTES = 1 << 16  # of the log's end are read
 _GRACE = 2.0  # seconds a worker may take to end by itself after its input is closed
+_ROOM = 1 << 16  # bytes; a disk that has no more is full
+MAKE_ROOM = "Make room in the folder for temporary files, or set TMPDIR to another one."
+_ANSWER = 1 << 28  # bytes of one answer: far more than the largest models need
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a worker says of a step that it could not do."""
+
+    kind: Literal["usage", "backend"]
+    message: str
+    hint: str
+    stage: str
 
 
 class Worker:
@@ -45,7 +66,7 @@ class Worker:
         """
         self.backend = backend
         self.workdir = workdir
-        self._buffer = b""
+        self._rest = b""  # what it said after its last answer
         self._log = workdir / "log.txt"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -58,11 +79,11 @@ class Worker:
                 start_new_session=True,
             )
 
-    def call(self, do: str, *, timeout: float, **arguments: Any) -> Any:
-        """Have the worker do one thing and return its answer.
+    def call(self, do: str, kind: type[T], *, timeout: float, **arguments: Any) -> T:
+        """Have the worker do one thing and return its answer, a ``kind``.
 
         Raises:
-            BackendError: it failed, crashed or ran out of time.
+            BackendError: it failed, crashed, ran out of time, or its answer makes no sense.
             UsageError: it says the user asked for something impossible.
         """
         request = json.dumps({"do": do, **arguments}).encode() + b"\n"
@@ -75,14 +96,45 @@ class Worker:
             line = b""
         if not line:
             raise self._crashed(do)
-        answer = json.loads(line)
-        if (error := answer.get("error")) is None:
-            return answer["result"]
-        if error["kind"] == "usage":
-            raise UsageError(error["message"], error["hint"])
-        raise BackendError(
-            error["message"], error["hint"], stage=error["stage"] or do, log=self._log_tail()
-        )
+        from auditor.wire import decode
+
+        with self._believed(do):
+            answer = json.loads(line)
+            if "error" not in answer:
+                result: T = decode(kind, answer["result"])
+                return result
+            error = decode(_Failure, answer["error"])
+        if error.kind == "usage":
+            raise UsageError(error.message, error.hint)
+        raise self._failed(error.message, error.stage or do, error.hint)
+
+    def fetch(self, stage: str, sent: Sent, needed: Collection[str] = ()) -> Arrays:
+        """The tensors of an answer, whose file is removed.
+
+        Raises:
+            BackendError: they are damaged, or a ``needed`` one is missing.
+        """
+        from auditor.wire import load
+
+        with self._believed(stage):  # never a file outside its own folder, whatever it says
+            if missing := sorted(set(needed).difference(sent.names)):
+                raise LookupError(f"without {', '.join(missing[:4])}")
+            return load(self.workdir / Path(sent.path).name, sent.names)
+
+    @contextlib.contextmanager
+    def _believed(self, stage: str) -> Iterator[None]:
+        """Turn what is wrong with an answer into a gap; nothing else is asked of that process."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError) as error:
+            fault: Exception = error
+        except (MemoryError, TypeError, ValueError) as error:
+            fault = error
+        else:
+            return
+        self.kill()
+        what = f"its answer cannot be used ({type(fault).__name__}: {fault})"[:500]
+        raise self._failed(what, stage) from fault
 
     @property
     def alive(self) -> bool:
@@ -107,24 +159,45 @@ class Worker:
         self._process.wait()
 
     def _read_line(self, stage: str, deadline: float, timeout: float) -> bytes:
+        """One line of its output without the end; nothing where it has ended."""
         assert self._process.stdout
         descriptor = self._process.stdout.fileno()
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                self.kill()
-                raise BackendError(
-                    f"did not answer within {timeout:g} s and was stopped",
-                    "Raise --timeout if the model is large.",
-                    stage=stage,
-                    log=self._log_tail(),
-                )
-            chunk = os.read(descriptor, 1 << 16)
-            if not chunk:
+        line = bytearray()
+        chunk = self._rest
+        while (end := chunk.find(b"\n")) < 0:
+            line += chunk
+            if len(line) > _ANSWER:
+                raise self._stopped(f"answered with more than {_ANSWER >> 20} MiB", stage)
+            if time.monotonic() > deadline:
+                hint = "Raise --timeout if the model is large."
+                raise self._stopped(f"did not answer within {timeout:g} s", stage, hint)
+            ended = not self.alive
+            if select.select([descriptor], [], [], 0 if ended else _POLL)[0]:
+                chunk = os.read(descriptor, 1 << 16)
+                if not chunk:
+                    return b""
+                continue
+            if ended:  # a process that it started may still hold its output open
                 return b""
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
+            chunk = b""
+        self._rest = chunk[end + 1 :]
+        return bytes(line + chunk[:end])
+
+    def _stopped(self, why: str, stage: str, hint: str = "") -> BackendError:
+        self.kill()
+        return self._failed(f"{why} and was stopped", stage, hint)
+
+    def _failed(self, why: str, stage: str, hint: str = "") -> BackendError:
+        if self._disk_full():  # engines rarely say so
+            why, hint = f"{why}; no space left in its temporary folder", MAKE_ROOM
+        return BackendError(why, hint, stage=stage, log=self._log_tail())
+
+    def _disk_full(self) -> bool:
+        try:
+            disk = os.statvfs(self.workdir)
+        except OSError:
+            return False
+        return disk.f_bavail * disk.f_frsize < _ROOM
 
     def _crashed(self, stage: str) -> BackendError:
         code = self._process.wait()
@@ -134,13 +207,22 @@ class Worker:
             reason = f"the process was killed by {name}{memory if name == 'SIGKILL' else ''}"
         else:
             reason = f"the process ended with exit code {code}"
-        return BackendError(reason, stage=stage, log=self._log_tail())
+        return self._failed(reason, stage)
 
     def _log_tail(self) -> tuple[str, ...]:
+        """The engine's last words; after a crash also what Python says of it."""
+        lines: list[str] = []
         with contextlib.suppress(OSError):
-            text = self._log.read_bytes()[-16384:].decode("utf-8", "replace")
-            return tuple(line for line in text.splitlines() if line.strip())[-_LOG_LINES:]
-        return ()
+            text = self._log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
+            lines = [line for line in text.splitlines() if line.strip()]
+        fatal = (i for i, line in enumerate(lines) if line.startswith("Fatal Python error"))
+        crash = next(fatal, None)
+        if crash is None:
+            return tuple(lines[-_LOG_LINES:])
+        # faulthandler lists every thread's stack: the innermost place of the first will do.
+        stack = [line for line in lines[crash:] if line.startswith('  File "')][:2]
+        said = lines[: crash + 1][-_LOG_LINES + len(stack) :]
+        return (*said, *stack)
 
 
 @contextlib.contextmanager
@@ -179,16 +261,13 @@ def module_path() -> str:
 
 def availability(worker: Worker, timeout: float) -> Availability:
     """Whether a worker's backend can be used here; a crash is an answer too."""
-    from auditor.wire import decode
-
     try:
-        answer: Availability = decode(Availability, worker.call("availability", timeout=timeout))
+        return worker.call("availability", Availability, timeout=timeout)
     except BackendError as error:
         last = f" ({error.log[-1].strip()})" if error.log else ""
         return Availability(
             False, worker.backend, reason=error.message + last, remedy=error.hint or None
         )
-    return answer
 
 
 def probe(backends: Sequence[str], timeout: float = 120.0) -> list[tuple[str, Availability]]:
@@ -381,7 +460,7 @@ def _serve(backend: str, limits: Limits) -> None:
         except Exception as error:  # an engine may raise anything; it becomes a gap
             import traceback
 
-            traceback.print_exc()
+            traceback.print_exception(error, limit=-2, chain=False)  # see _LOG_LINES
             message = f"{type(error).__name__}: {str(error).strip()}"[:2000]
             answer = {"error": _error(BackendError(message, stage=""))}
         channel.write(json.dumps(answer) + "\n")

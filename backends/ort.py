@@ -1133,7 +1133,8 @@ def _kernels(model: onnx.ModelProto, compiled: _Graph, names: _Names) -> Iterato
         first = [name for name in outputs if name not in produced]
         produced.update(first)
         yield Kernel(
-            name=node.name or _key(node),
+            # The numbers that keep ONNX Runtime's own names apart differ from run to run.
+            name=_TOKEN.sub("", node.name) or _key(node),
             type=node.op_type,
             nodes=tuple(original.cone(first, surviving)),
             outputs=tuple(dict.fromkeys(outputs)),

@@ -10,7 +10,7 @@ import pytest
 
 from auditor import limits, wire, worker
 from auditor.errors import BackendError
-from auditor.records import BuildRequest, Kernel, Probe, Provenance
+from auditor.records import Availability, BuildRequest, Kernel, Probe, Provenance
 
 
 @pytest.fixture
@@ -21,17 +21,17 @@ def ort(tmp_path):
 
 
 def test_a_backend_answers_from_its_own_process(ort):
-    answer = ort.call("availability", timeout=60)
-    assert answer["available"] is True
-    assert answer["version"]
+    answer = ort.call("availability", Availability, timeout=60)
+    assert answer.available is True
+    assert answer.version
 
 
 @pytest.mark.parametrize("kind", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
 def test_a_crash_names_stage_and_signal(ort, kind):
-    ort.call("availability", timeout=60)
+    ort.call("availability", Availability, timeout=60)
     os.kill(ort._process.pid, kind)
     with pytest.raises(BackendError) as caught:
-        ort.call("build", timeout=60, request={})
+        ort.call("build", dict, timeout=60, request={})
     assert kind.name in caught.value.message
     assert caught.value.stage == "build"
     if kind is signal.SIGSEGV:
@@ -39,18 +39,18 @@ def test_a_crash_names_stage_and_signal(ort, kind):
 
 
 def test_a_hang_is_stopped_and_named(ort):
-    ort.call("availability", timeout=60)
+    ort.call("availability", Availability, timeout=60)
     os.kill(ort._process.pid, signal.SIGSTOP)
     begun = time.monotonic()
     with pytest.raises(BackendError, match="did not answer within 1 s"):
-        ort.call("availability", timeout=1)
+        ort.call("availability", Availability, timeout=1)
     assert time.monotonic() - begun < 20
     assert ort._process.returncode == -signal.SIGKILL
 
 
 def test_an_exception_in_the_adapter_is_a_gap_with_its_log(ort):
     with pytest.raises(BackendError) as caught:
-        ort.call("build", timeout=60, request={"nonsense": 1})
+        ort.call("build", dict, timeout=60, request={"nonsense": 1})
     assert "KeyError" in caught.value.message
     assert any("Traceback" in line for line in caught.value.log) or caught.value.log
 
