@@ -132,6 +132,7 @@ class Analysis:
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
         self._all_kernels: tuple[Kernel, ...] | None = None
+        self._by_node: dict[str, list[int]] | None = None  # positions in these, by node key
         self._gaps: dict[Gap, None] = {}  # in order, each once
 
     @property
@@ -316,6 +317,7 @@ class Analysis:
     def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
         """Add to every segment's sums; returns the divergence of those above their floor."""
         flagged: dict[str, Local] = {}
+        known: dict[str, Moments] = {}
         for cut in self.cuts:
             meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
             local = None
@@ -323,7 +325,7 @@ class Analysis:
                 local = divergence.replay(chain.replayer, cut, chain.captured)
             except ReplayError as error:
                 meter.unmeasured = meter.unmeasured or error.message
-            meter.add(local, chain.captured, chain.base)
+            meter.add(local, chain.captured, chain.base, known)
             if local is None:
                 continue
             # The floor is measured on the first sample that exceeds the smallest one there is.
@@ -489,8 +491,15 @@ class Analysis:
 
     def kernels(self, cut: Cut) -> tuple[Kernel, ...]:
         """What the engine says it ran for a segment, in execution order, by reference names."""
-        keys = {model.key(self.reference.graph.nodes[i]) for i in cut.nodes}
-        return tuple(k for k in self.all_kernels() if keys & set(k.nodes))
+        kernels = self.all_kernels()
+        if self._by_node is None:
+            self._by_node = {}
+            for position, kernel in enumerate(kernels):
+                for node in kernel.nodes:
+                    self._by_node.setdefault(node, []).append(position)
+        keys = (model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
+        found = {position for key in keys for position in self._by_node.get(key, ())}
+        return tuple(kernels[position] for position in sorted(found))
 
     def all_kernels(self) -> tuple[Kernel, ...]:
         """Every kernel of the build, by reference names."""

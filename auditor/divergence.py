@@ -62,14 +62,32 @@ class Meter:
     unmeasured: str | None = None
     steps: Steps = field(default_factory=Steps)  # of integer outputs, against the replay
 
-    def add(self, local: Local | None, captured: Arrays, reference: Arrays) -> None:
-        """Add one sample; ``local`` is None where the segment could not be replayed."""
+    def add(
+        self,
+        local: Local | None,
+        captured: Arrays,
+        reference: Arrays,
+        known: dict[str, Moments] | None = None,
+    ) -> None:
+        """Add one sample; ``local`` is None where the segment could not be replayed.
+
+        ``known`` keeps this sample's distance between backend and reference by tensor: what leaves
+        one segment enters others.
+        """
+        known = {} if known is None else known
+
+        def apart(name: str) -> Moments:
+            if name not in known:
+                known[name] = Moments()
+                known[name].add(captured[name], reference[name])
+            return known[name]
+
         for name in self.cut.inputs:
-            _moments(self.entering, name).add(captured[name], reference[name])
+            _moments(self.entering, name).merge(apart(name))
         self.samples += 1
         same = 0.0
         for name in self.cut.outputs:
-            _moments(self.accumulated, name).add(captured[name], reference[name])
+            _moments(self.accumulated, name).merge(apart(name))
             if local is not None:
                 _moments(self.introduced, name).add(captured[name], local.replayed[name])
                 _moments(self.inherited, name).add(local.replayed[name], reference[name])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from auditor import surgery
+from auditor import memory, surgery
 from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
@@ -148,6 +148,7 @@ class Reference:
     def release(self) -> None:
         """Free what runs the whole graph, until the next run; the segments stay."""
         self._session = None
+        memory.give_back()
 
     def computes(self, tensor: str) -> bool:
         """Whether a node computes the tensor from the stimulus."""

@@ -22,6 +22,7 @@ from auditor.records import (
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis
+    from auditor.metrics import Running
     from auditor.segments import Cut
 
 # Outside this range of Σ leave-one-in², contributions do not add.
@@ -49,7 +50,12 @@ def report(measured: Analysis, device: str) -> BackendReport:
     )
     if tracer.gap is not None:
         return blank
-    segments = tuple(_segment(measured, cut) for cut in measured.cuts)
+    booked = {
+        group[0].id: share
+        for group, share in zip(ledger.groups, ledger.shares, strict=True)
+        if len(group) == 1 and share.count
+    }
+    segments = tuple(_segment(measured, cut, booked.get(cut.id)) for cut in measured.cuts)
     return replace(
         blank,
         status="audited",
@@ -131,7 +137,7 @@ def _proof(measured: Analysis) -> FidelityProof:
     )
 
 
-def _segment(measured: Analysis, cut: Cut) -> Segment:
+def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
     meter = measured.meters[cut.id]
     nodes = [measured.reference.graph.nodes[i] for i in cut.nodes]
     kernels = measured.kernels(cut)
@@ -140,8 +146,6 @@ def _segment(measured: Analysis, cut: Cut) -> Segment:
     found = measured.causes.verdict(cut.id) if known else None
     introduced = meter.relative(meter.introduced)
     loi = measured.impacts.get(cut.id)
-    shares = zip(measured.ledger.groups, measured.ledger.shares, strict=True)
-    booked = next((share for group, share in shares if group == (cut,) and share.count), None)
     rounding = meter.unmeasured is None and found is None
     return Segment(
         id=cut.id,

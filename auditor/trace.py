@@ -205,9 +205,10 @@ class Tracer:
                     if made.kernels is not None and self.provenance is not None:
                         self.provenance = replace(self.provenance, kernels=made.kernels)
                     self._instrumented = True
-                answer = self._call("capture", _Captured, feeds=stored)
-                if plain.run_to_run > 0:
-                    second = self._call("capture", _Captured, feeds=stored)
+                twice = plain.run_to_run > 0
+                answer = self._call("capture", _Captured, feeds=stored, last=last and not twice)
+                if twice:
+                    second = self._call("capture", _Captured, feeds=stored, last=last)
                     again = self._captured(second.tensors)
                 tensors = self._captured(answer.tensors)
         except BackendError as error:

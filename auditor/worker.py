@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from auditor import memory
 from auditor.errors import AuditError, BackendError, UsageError
 from auditor.limits import Limits, apply, physical_memory
 from auditor.records import Availability
@@ -328,6 +329,7 @@ class _Session:
         from auditor.wire import decode, encode
 
         self.built = self.backend.build(decode(BuildRequest, request))
+        memory.give_back()  # what compiling took and left
         switches = self.built.switches if isinstance(self.built, Switchable) else ()
         return {
             "provenance": encode(self.built.provenance),
@@ -362,6 +364,7 @@ class _Session:
         if last and isinstance(self.built, Releasable):
             self.built.release()  # or two programs would be in memory
         self.instrumented = self.built.instrument(self._load(feeds))
+        memory.give_back()
         made = self.instrumented
         return {
             "probes": encode(made.probes),
@@ -372,17 +375,25 @@ class _Session:
             "kernels": encode(made.kernels if isinstance(made, Traced) else None),
         }
 
-    def capture(self, feeds: Any) -> Any:
-        """Run with probes and compare the final outputs with the last plain run's, bit by bit."""
+    def capture(self, feeds: Any, last: bool) -> Any:
+        """Run with probes and compare the final outputs with the last plain run's, bit by bit.
+
+        ``last``: nothing else will be captured, so that the program with probes can go.
+        """
         from auditor import metrics
 
         capture = self.instrumented.run(self._load(feeds))
         names = tuple(self.plain)
-        return {
+        answer = {
             "outputs_bitwise_equal": metrics.bitwise_equal(capture.outputs, self.plain),
             "difference": metrics.relative_l2(capture.outputs, self.plain, names),
             "tensors": self._save(capture.tensors),
         }
+        if last:
+            self.instrumented = self.plain = None
+            del capture
+            memory.give_back()
+        return answer
 
     def ablate(self, request: Any) -> Any:
         """Build another program beside the plain one; what was built so before is dropped."""

@@ -471,6 +471,27 @@ class _Source:
         return sorted(self._number[i.get_node().get_name()] for i in port.get_target_inputs())
 
 
+class _Copy:
+    """A copy of the model whose operations are lent out, each once; then another copy.
+
+    Copying takes time in proportion to the whole model, and a deep one is cut into hundreds of
+    parts.
+    """
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self._ops: dict[int, Any] = {}
+        self._lent: set[int] = set()
+
+    def lend(self, needed: Collection[int]) -> dict[int, Any]:
+        """Operations by number; those ``needed`` are the caller's to rewire."""
+        if not self._ops or not self._lent.isdisjoint(needed):
+            _, self._ops = self._source.clone()
+            self._lent = set()
+        self._lent |= set(needed)
+        return self._ops
+
+
 def _candidates(
     source: _Source, program: _Program, outputs: Collection[str], reduced: bool
 ) -> tuple[list[_Candidate], list[_Candidate], list[Skipped], list[str]]:
@@ -848,14 +869,16 @@ class _Build:
         cuts: list[_Cut] = []
         values: Arrays = {}
         faithful: list[_Candidate] = []
+        copy = _Copy(self._source)
         for level in self._levels(missing, stops):
-            cut = self._cut_out(level, stops)
+            cut = self._cut_out(level, stops, copy)
             values |= cut.run({**known, **values}, level)
             cuts.append((cut, tuple(level)))
             faithful += [
                 c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
             ]
-        readers = {c: self._readers(c) for c in faithful}
+        reading = self._readers()
+        readers = {c: reading.get(c.maker, set()) for c in faithful}
         # One reader each is proof enough; one that sums over its input is the worst, because
         # its own rounding depends on the layout it is given.
         lossy = {
@@ -915,21 +938,30 @@ class _Build:
         same = all(_same_bits(values[c.tensor], known[c.tensor]) for c in checks)
         return cut if same else None
 
-    def _readers(self, candidate: _Candidate) -> set[int]:
-        """Makers (see ``_Candidate``) of the kernels that read ``candidate``."""
-        return {
-            max(kernel.operations)
-            for kernel in self._program.kernels()
-            if kernel.operations
-            and any(candidate.maker in p.operations for p in self._program.parents(kernel))
-        }
+    def _readers(self) -> dict[int, set[int]]:
+        """By operation, the makers (see ``_Candidate``) of the kernels that read what it makes."""
+        readers: dict[int, set[int]] = {}
+        for kernel in self._program.kernels():
+            for parent in self._program.parents(kernel) if kernel.operations else ():
+                for number in parent.operations:
+                    readers.setdefault(number, set()).add(max(kernel.operations))
+        return readers
 
-    def _cut_out(self, targets: Sequence[_Candidate], stops: Mapping[_Port, str]) -> _CutOut:
-        """Compile what makes ``targets`` from the tensors ``stops`` and the model's inputs."""
+    def _cut_out(
+        self,
+        targets: Sequence[_Candidate],
+        stops: Mapping[_Port, str],
+        copy: _Copy | None = None,
+    ) -> _CutOut:
+        """Compile what makes ``targets`` from the tensors ``stops`` and the model's inputs.
+
+        ``copy`` lends its operations to several cut-outs as long as they share none.
+        """
         import openvino as ov
         from openvino import opset13 as opset
 
-        _, ops = self._source.clone()
+        needed = self._behind(targets, stops)
+        ops = (copy or _Copy(self._source)).lend(needed)
         names: list[str] = []
         parameters: list[Any] = []
         seen: set[int] = set()
@@ -961,6 +993,18 @@ class _Build:
         results = [_result(ops[c.port[0]].output(c.port[1]), c) for c in targets]
         session, program = self._compiled(ov.Model(results, parameters, "apart"))
         return _CutOut(session, program, tuple(names), tuple(targets))
+
+    def _behind(self, targets: Sequence[_Candidate], stops: Mapping[_Port, str]) -> set[int]:
+        """The operations that make ``targets`` from ``stops`` and the model's inputs."""
+        found = {target.port[0] for target in targets}
+        todo = list(found)
+        while todo:
+            for port in self._source.inputs(todo.pop()):
+                entry = self._source.type(port[0]) == "Parameter"
+                if not entry and port not in stops and port[0] not in found:
+                    found.add(port[0])
+                    todo.append(port[0])
+        return found
 
     def _compiled(self, model: Any) -> tuple[_Session, _Program]:
         try:

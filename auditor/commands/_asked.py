@@ -20,6 +20,8 @@ from auditor.commands._options import (
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from auditor.audit import AuditOptions
     from auditor.policy import Policy
 
@@ -56,7 +58,6 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     from auditor import cache
     from auditor.audit import AuditOptions
     from auditor.limits import GIB, Limits
-    from auditor.recording import read_names
 
     traces = parse_traces(given["trace"])
     backends = given["backends"] or (list(rules.backends) if rules else None)
@@ -98,7 +99,14 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         source=source,
         trust_source=given["trust_source"],
         traces=traces,
-        trace_names=read_names(names) if names else {},
+        trace_names=_trace_names(names) if names else {},
         cache=kept,
         limits=None if memory is None else Limits(int(memory * GIB)),
     )
+
+
+def _trace_names(path: Path) -> dict[str, str]:
+    """Imported for this alone: reading arrays takes numpy, and the workers are not started yet."""
+    from auditor.recording import read_names
+
+    return read_names(path)

@@ -23,7 +23,6 @@ from auditor.commands._options import (
 )
 from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
-from auditor.records import PIPELINE
 
 if TYPE_CHECKING:
     from auditor.policy import Policy
@@ -249,6 +248,7 @@ def _rules(
     """The policy and the baseline, read before any work is done."""
     from auditor import discovery
     from auditor import policy as rulebook
+    from auditor.records import PIPELINE
 
     earlier = None
     if baseline:
