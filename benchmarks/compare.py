@@ -88,12 +88,19 @@ def measure(work: Work) -> tuple[float, float, float]:
     """
     if work.product:
         work.product.unlink(missing_ok=True)
+    # Installed packages come with their bytecode; so does the auditor, after its first run.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     wall = cpu = peak = 0.0
     for command in work.commands:
         with tempfile.TemporaryFile() as log:
             start = time.perf_counter()
             child = subprocess.Popen(
-                command, cwd=zoo.ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=zoo.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
             )
             watched = psutil.Process(child.pid)
             while True:

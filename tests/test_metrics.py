@@ -121,6 +121,32 @@ def test_the_histogram_puts_an_error_into_its_bin():
     assert metrics.HISTOGRAM_EDGES[at] <= math.log10(0.01) < metrics.HISTOGRAM_EDGES[at + 1]
 
 
+def test_a_tensor_larger_than_a_block_is_compared_as_a_whole():
+    generator = np.random.default_rng(0)
+    reference = generator.standard_normal((3, 5, 7001)).astype(np.float32)  # not a whole number
+    observed = reference.copy()
+    observed[2, 4, 6000:] += np.float32(0.5)  # in the last block only
+    error = np.linalg.norm((observed - reference).astype(np.float64).ravel())
+    expected = error / np.linalg.norm(reference.astype(np.float64).ravel())
+    assert metrics.distance(observed, reference).relative_l2 == pytest.approx(expected, rel=1e-5)
+    assert metrics.distance(observed, reference).max_abs == pytest.approx(0.5, rel=1e-5)
+    assert metrics.bit_identical(observed, reference) == 1 - 1001 / reference.size
+    assert not metrics.bitwise_equal({"y": observed}, {"y": reference})
+    assert metrics.bitwise_equal({"y": reference.T.copy().T}, {"y": reference})  # another order
+    counts = metrics.histogram(observed, reference)
+    assert (sum(counts), counts[0]) == (reference.size, reference.size - 1001)
+
+
+def test_values_that_are_not_finite_are_counted_over_all_blocks():
+    reference = np.ones(100_000, np.float32)
+    observed = reference.copy()
+    observed[[0, 50_000, 99_999]] = (np.nan, np.inf, -np.inf)
+    found = metrics.distance(observed, reference)
+    assert found.mismatch == "3 of 100000 values are NaN or infinite on one side only"
+    assert metrics.distance(observed, observed.copy()).relative_l2 == 0.0
+    assert metrics.bit_identical(observed, observed.copy()) == 1.0
+
+
 def test_concentration_finds_the_one_bad_token():
     reference = np.ones((1, 64, 16), np.float32)
     observed = reference + np.float32(1e-3)

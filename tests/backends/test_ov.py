@@ -16,6 +16,7 @@ import backends.ov as ov_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records import BuildRequest
 from backends.ov import BACKEND
+from benchmarks import deep
 
 if TYPE_CHECKING:
     from auditor.ports import Array, Arrays, Build
@@ -152,6 +153,24 @@ def test_operand_of_a_fused_addition_is_proved_apart(residual: Path) -> None:
     probes = {p.tensor: p.fidelity for p in built.instrument(X).probes}
     assert probes["r1"] == probes["a1"] == "cone-proved"
     assert probes["r2"] == probes["r4"] == "output-proved"
+
+
+def test_a_deep_network_is_copied_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block's sum is made apart, one after another: a copy for each would be quadratic."""
+    path = tmp_path / "deep.onnx"
+    onnx.save(deep.network(104, channels=8, side=8), path)
+    built = build(path, options=F32)
+    copies: list[int] = []
+    cloned = ov_backend._Source.clone
+    monkeypatch.setattr(ov_backend._Source, "clone", lambda self: copies.append(1) or cloned(self))
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    made = built.instrument({"x": x})
+    apart = [p for p in made.probes if p.fidelity == "cone-proved"]
+    assert len(apart) >= 15
+    assert len(copies) <= 5
+    assert made.program_unchanged
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
