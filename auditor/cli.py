@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed, so that ``audit --help`` answers 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import pkgutil
@@ -20,8 +21,12 @@ from auditor.commands._app import app
 from auditor.commands._output import UNENCODABLE
 from auditor.commands._stop import stop
 from auditor.errors import AuditError
+from auditor.guard import guard
 
 _INTERNAL_ERROR = 4
+# The disk's faults, not ours.
+_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO)
+_ROOM = "Make room in the folder for temporary files, or set TMPDIR to another one."
 
 for _verb in pkgutil.iter_modules(commands.__path__):
     if not _verb.name.startswith("_"):  # those are what the verbs share
@@ -30,16 +35,17 @@ for _verb in pkgutil.iter_modules(commands.__path__):
 
 def main() -> NoReturn:
     """Entry point of the ``audit`` command."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop.handle)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=UNENCODABLE)
-    sys.exit(_run())
+    guard.run(_run, _fail)
 
 
 def _run() -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop.handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
         return int(app(prog_name="audit", standalone_mode=False) or 0)
     except TyperException as error:
@@ -47,6 +53,13 @@ def _run() -> int:
         return _fail(message, "`audit --help` explains every option.", 2)
     except AuditError as error:
         return _fail(error.message, error.hint, 2)
+    except OSError as error:
+        if "No usable temporary directory" in str(error):
+            return _fail("there is no folder for temporary files that can be written", _ROOM, 2)
+        if error.errno not in _SYSTEM:
+            return _internal_error(error)
+        where = f" in {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror}{where}", _ROOM, 2)
     except MemoryError:
         return _fail("not enough memory", "Give smaller inputs with --shape or --data.", 2)
     except Exception as error:
@@ -70,7 +83,12 @@ def _internal_error(error: Exception) -> int:
 
     stop.check()
     with tempfile.NamedTemporaryFile(
-        "w", prefix="audit-error-", suffix=".txt", delete=False, encoding="utf-8"
+        "w",
+        prefix="audit-error-",
+        suffix=".txt",
+        delete=False,
+        encoding="utf-8",
+        dir=guard.outside() or None,
     ) as file:
         file.write(f"audit {__version__}, arguments: {sys.argv[1:]}\n")
         traceback.print_exception(error, file=file)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from auditor.guard import guard
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -21,8 +23,10 @@ class Stop:
     def __init__(self) -> None:
         self.code: int | None = None  # exit code, once a signal has come
 
-    def handle(self, number: int, frame: FrameType | None) -> NoReturn:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Signal handler; Python runs it in the main thread."""
+        if self.code is not None:
+            return  # what is being cleaned up must not be left half
         self.code = 128 + number
         raise SystemExit(self.code)
 
@@ -41,6 +45,8 @@ class StoppableProgress:
     def update(self, who: str, stage: str) -> None:
         """Show it, unless the program was asked to stop."""
         stop.check()
+        if who == "reference":
+            guard.note(f"{who}: {stage}")
         self._display.update(who, stage)
 
     def close(self) -> None:

@@ -200,6 +200,9 @@ class Bench:
             process.wait()
         seconds = time.monotonic() - begun
         left = [f"process {p}" for p in processes(place.name)]
+        if fault and fault.kind == "auditor killed":  # its folder goes with the next command
+            following = [sys.executable, "-m", "auditor", "--version"]
+            subprocess.run(following, env=environment, check=True, stdout=subprocess.DEVNULL)
         left += [f"file {name}" for name in remains(scratch)]
         if (place / "remains").exists():  # as seen from inside the small disk
             left += [f"file {n}" for n in (place / "remains").read_text().split()]

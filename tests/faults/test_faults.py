@@ -36,7 +36,7 @@ def drawn() -> list[run.Case]:
     """One case of each kind."""
     draw = random.Random(SEED)
     found = run.cases(draw, ("ort", "ov"))
-    kinds = [kind for kind in (*run.KINDS, "Ctrl-C") if kind not in LEFT_OUT]
+    kinds = [kind for kind in (*run.KINDS, *run.OUTSIDE) if kind not in LEFT_OUT]
     return [draw.choice([case for case in found if case.kind == kind]) for kind in kinds]
 
 

@@ -310,12 +310,18 @@ def _child(target: str, first: int, count: int, made: Path) -> None:
         print(json.dumps(outcome(target, seed, made)), flush=True)
 
 
+def _add(path: Path, result: dict[str, object]) -> None:
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*earlier, result], indent=1))
+
+
 def main() -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--target", choices=TARGETS, action="append")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=500, help="inputs of each target")
+    parser.add_argument("--json", type=Path, help="add the tallies to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--made", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -331,6 +337,18 @@ def main() -> int:
             tally = Counter(results.values())
             wrong = {s: r for s, r in results.items() if r not in ("loaded", "refused")}
             bad += len(wrong)
+            kinds = Counter(what.partition(":")[0] for what in wrong.values())
+            if asked.json:
+                made_of = {"target": target, "seed": asked.seed, "inputs": len(results)}
+                _add(
+                    asked.json,
+                    {
+                        **made_of,
+                        "loaded": tally["loaded"],
+                        "refused": tally["refused"],
+                        "wrong": dict(kinds),
+                    },
+                )
             print(
                 f"{target:<12}{len(results):>8}{tally['loaded']:>8}{tally['refused']:>8}"
                 f"{len(wrong):>6}"
