@@ -21,7 +21,21 @@ class AuditError(Exception):
 
 
 class UsageError(AuditError):
-    """Bad arguments, configuration, model or data: exit code 2."""
+    """Bad arguments, configuration, model or data: exit code 2.
+
+    Names in it come from files and may hold anything: what cannot be printed is shown as such.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(_printable(message), _printable(hint))
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 class BackendError(AuditError):

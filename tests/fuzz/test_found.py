@@ -88,3 +88,12 @@ def test_toml_nested_deeper_than_the_parser_can(tmp_path, load):
     path = tmp_path / "deep.toml"
     path.write_text("fail_on = " + "[" * 5000)
     _refused(load, path)
+
+
+def test_a_name_with_line_breaks_stays_on_one_line(tmp_path):
+    proto = mutations.network()
+    proto.graph.input[0].name = "x\n\x1b[2J"
+    proto.graph.node[0].input[0] = "x\n\x1b[2J"
+    proto.graph.input[0].type.Clear()
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert "\x1b" not in _refused(model.load, tmp_path / "m.onnx")
