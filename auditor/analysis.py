@@ -129,6 +129,7 @@ class Analysis:
         self._rename = rename
         self._kinds = kinds or {}
         self._compiled = compiled or {}
+        self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
         self._all_kernels: tuple[Kernel, ...] | None = None
@@ -143,6 +144,10 @@ class Analysis:
     def hold(self, compiled: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the engine's own file has otherwise; before the first sample."""
         self._compiled = compiled
+
+    def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
+        """Say which constants the module has otherwise; before the first sample."""
+        self._trained = trained
 
     def report(self, device: str) -> BackendReport:
         """The backend's part of the report; ``device`` is the one asked for."""
@@ -242,11 +247,13 @@ class Analysis:
         )
         whole = metrics.relative_l2(captured, expected, tuple(n for n in names if n in captured))
         if seam > SEAM * whole:
-            self._gap(
-                "compare",
-                f"{seam:.1e} of relative L2 is in no segment: between layers the model's narrow "
-                "types round or overflow, and the whole reference does not",
+            why = (
+                "the model draws random numbers"
+                if divergence.draws(self.reference.graph.nodes)
+                else "between layers the model's narrow types round or overflow, and the whole "
+                "reference does not"
             )
+            self._gap("compare", f"{seam:.1e} of relative L2 is in no segment: {why}")
 
     def _renamed(self, tensors: Arrays) -> Arrays:
         return {self._rename[n]: v for n, v in tensors.items() if n in self._rename}
@@ -391,7 +398,10 @@ class Analysis:
             local = flagged[cut.id]
             if cut.id not in self.causes:
                 segment = SegmentGraph(
-                    chain.replayer.model(cut, local.inputs), self.kernels(cut), self._compiled
+                    chain.replayer.model(cut, local.inputs),
+                    self.kernels(cut),
+                    self._compiled,
+                    self._trained,
                 )
                 part, failures = self.causes.look(
                     cut.id, segment, local, index, thorough=cut.id in top
@@ -400,6 +410,8 @@ class Analysis:
                     self._gap("explain", failure)
                 if self._compiled:
                     self.constants[cut.id] = self._changed_constants(segment, local)
+                if self._trained:
+                    self.constants[cut.id] = artefact.sentences_of_trained(segment)
             elif index < IMPACT_SAMPLES or cut.id in top:
                 part = self.causes.again(cut.id, local, index)
             else:
@@ -418,8 +430,7 @@ class Analysis:
         model = artefact.replaced(segment.model, values)
         if model is None:
             return ()
-        held = {t.name for t in segment.model.graph.initializer}
-        held |= {n.output[0] for n in segment.model.graph.node if n.op_type == "Constant"}
+        held = artefact.held_by(segment.model)
         said = [artefact.sentence(n, c) for n, c in segment.compiled.items() if n in held]
         threads = self.reference.replayer.threads
         explained = attribution.measured(

@@ -8,6 +8,7 @@ segment is still measured: it is replayed with them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from auditor.weights import attach
 if TYPE_CHECKING:
     from auditor.model import Model
 
+_FOLDED = 1e-5  # of a constant's largest value
 # Steps of an 8-bit grid, and how near to its points values must lie, in steps.
 _STEPS, _NEAR = 256, 0.01
 # Any few numbers lie on some grid.
@@ -78,6 +80,49 @@ def held(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledCon
         if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
             found[name] = _compared(original, value)
     return found
+
+
+def trained(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledConstant]:
+    """Those of the reference's constants that the module has otherwise which it came from.
+
+    Args:
+        reference: the reference model.
+        values: the module's own, by the reference's names, in their own types.
+    """
+    ours = _Constants(reference)
+    found: dict[str, CompiledConstant] = {}
+    for name, own in values.items():
+        exported = ours.value(name) if name in ours else None
+        if exported is None or exported.shape != own.shape or exported.dtype.kind != "f":
+            continue
+        exported = exported.astype(own.dtype, copy=False)
+        # The last bits are the exporter's, which folds a normalisation into a convolution.
+        if np.abs(exported - own).max(initial=0) > _FOLDED * np.abs(own).max(initial=0):
+            found[name] = replace(_compared(own, exported), values=own)
+    return found
+
+
+def sentences_of_trained(segment: SegmentGraph) -> tuple[str, ...]:
+    """What there is to say of a segment's constants that the export changed."""
+    said = []
+    for name in sorted(held_by(segment.model) & segment.trained.keys()):
+        constant = segment.trained[name]
+        how = ""
+        if constant.storage:
+            how = f": the module's in {constant.storage}"
+        elif constant.factor is not None:
+            how = f": {constant.factor:.6g} times the module's"
+        said.append(
+            f"the file's constant `{name}` differs from the module's by "
+            f"{constant.relative_l2:.1e} relative L2{how}"
+        )
+    return tuple(said)
+
+
+def held_by(model: onnx.ModelProto) -> set[str]:
+    """Names of a segment's constants."""
+    nodes = (n.output[0] for n in model.graph.node if n.op_type == "Constant")
+    return {*(t.name for t in model.graph.initializer), *nodes}
 
 
 def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:

@@ -187,8 +187,18 @@ def _run(
     constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
     sources: tuple[Source, ...] = (*tracers, *recordings)
+    training = {spec.label for spec in options.backends if _trains(spec)}
+    exported = _exported(model, reference, truth) if training else reference
     analyses = {
-        s.id: Analysis(s, reference, rename, noises, options.output_kinds, len(stimulus), constants)
+        s.id: Analysis(
+            s,
+            exported if s.id in training else reference,
+            rename,
+            noises,
+            options.output_kinds,
+            len(stimulus),
+            constants,
+        )
         for s in sources
     }
     agreements = Agreements()
@@ -199,6 +209,7 @@ def _run(
             digest.update(np.ascontiguousarray(sample[name]).tobytes())
         feeds = reference.wide(sample)
         expected = reference.run(feeds)
+        written = expected if exported is reference else exported.run(feeds)
         upstream = photographs.measure(index, reference, expected) if photographs else None
         if index + 1 == len(stimulus):
             reference.release()
@@ -215,8 +226,11 @@ def _run(
                 jobs[who] = pool.submit(samples.trace, source, index + 1)
             if index == 0 and who in options.artifacts:
                 analyses[who].hold(artefact.held(truth, held[who]))
+            if index == 0 and who in training:
+                analyses[who].hold_trained(artefact.trained(truth, held[who]))
             progress.update("reference", f"compare {who}")
-            analyses[who].add(index, feeds, expected, trace, upstream)
+            right = written if who in training else expected
+            analyses[who].add(index, feeds, right, trace, upstream)
             outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
         # In the order asked for, not in that of arrival: the report is the same every time.
         agreements.add({who: outputs[who] for who in ("reference", *analyses) if who in outputs})
@@ -453,6 +467,20 @@ def reference_of(model: Model, threads: int, scratch: Path) -> tuple[Reference, 
         with contextlib.suppress(UsageError):  # an operator that exists for narrow types only
             return Reference(wide, threads, widening.declared(model)), wide
     return Reference(model, threads), model
+
+
+def _exported(model: Model, reference: Reference, wide: Model) -> Reference:
+    """What the training side is compared with: results rounded to the types that the file gives.
+
+    Runtimes may keep a narrow float wide, so their reference does; but that an export narrowed
+    what was trained in float32 is the export's doing, and must show.
+    """
+    from auditor import widening
+    from auditor.replay import Reference
+
+    if not reference.narrow:
+        return reference
+    return Reference(widening.rounded(model, wide), reference.replayer.threads)
 
 
 def _check_outputs(named: Iterable[str], outputs: Sequence[str]) -> None:

@@ -11,10 +11,11 @@ h(in_b), the reference segment run on the backend's own inputs::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
 
 from auditor import metrics, surgery
 from auditor.metrics import Moments, Steps
@@ -26,6 +27,8 @@ from auditor.rounding import Format
 from auditor.segments import Cut
 from auditor.widening import own_types
 
+# Operators that draw numbers.
+_RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
@@ -157,6 +160,11 @@ def floor(
         own: the narrow format that the model gives the segment's outputs, if any.
     """
     scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
+    repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
+    if draws(replayer.graph.nodes[i] for i in cut.nodes) and not metrics.bitwise_equal(
+        replayer.run(cut, local.inputs), local.replayed
+    ):  # its own movement says nothing about rounding, and a program that draws too moves as well
+        return max(fp32_rounding.floor(0.0), 2 * repeat)
     generator = np.random.default_rng(0)
     jittered = {n: fp32_rounding.jitter(v, generator) for n, v in local.inputs.items()}
     scaled = {n: fp32_rounding.scaled(v) for n, v in local.inputs.items()}
@@ -167,7 +175,6 @@ def floor(
     reorder = _movement(
         lambda: replayer.run_reordered(cut, local.inputs, local.replayed), local.replayed, scale
     )
-    repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
     model = replayer.model(cut, local.inputs)
     terms = longest_sum(model.graph.node, surgery.shapes(model))
@@ -189,6 +196,11 @@ def floor(
 def _quick(local: Local, terms: int) -> bool:
     """Whether a segment's sums can be added up term by term in a second or so."""
     return terms * max(value.size for value in local.replayed.values()) <= STEPS
+
+
+def draws(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether any of the nodes may draw random numbers."""
+    return any(node.op_type.startswith(_RANDOM) for node in nodes)
 
 
 def _in_own_types(replayer: Replayer, cut: Cut, local: Local, own: Format) -> Arrays:

@@ -193,14 +193,16 @@ Storage = Literal["float16", "bfloat16", "8 bits"]
 
 @dataclass(frozen=True, slots=True)
 class CompiledConstant:
-    """A constant that the compiled file has otherwise than the reference.
+    """A constant that another file or module has otherwise than the reference.
 
     Attributes:
-        values: the compiled file's, in the reference's type and shape.
+        values: the other's, in the reference's type and shape; a module's in its own type.
         relative_l2: how far they are from the reference's; of integers, the fraction that differ.
-        storage: the narrow format in which these are the reference's values; None when they are
-            not, or when no format is recognised.
-        factor: what the reference's values are multiplied by, where that is all there is to it.
+        storage: the narrow format in which these are the reference's values, or of a module, in
+            which its values are the reference's; None when they are not, or when no format is
+            recognised.
+        factor: what the reference's values are multiplied by, where that is all there is to it; of
+            a module, what its values are multiplied by to give the reference's.
     """
 
     values: Array
@@ -219,11 +221,13 @@ class SegmentGraph:
             as read-only: copy before changing.
         kernels: what the engine says it ran for these nodes, in execution order; may be empty.
         compiled: constants that the compiled file has otherwise, by their names here.
+        trained: those that the module has otherwise which the model was exported from.
     """
 
     model: onnx.ModelProto
     kernels: tuple[Kernel, ...]
     compiled: Mapping[str, CompiledConstant] = field(default_factory=dict)
+    trained: Mapping[str, CompiledConstant] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,11 +225,16 @@ class Tracer:
         )
 
     def constants(self) -> Arrays:
-        """The constants of the artefact that was loaded, by ONNX name; none where the build fails.
+        """The constants of the artefact or module that was loaded, by ONNX name.
+
+        There are none where the model itself was compiled, and where the build fails.
 
         ``gap`` is set then.
         """
-        if self.request is None or self.request.artifact is None or self.gap is not None:
+        request = self.request
+        if request is None or self.gap is not None:
+            return {}
+        if request.artifact is None and request.source is None:
             return {}
         try:
             return self.worker.fetch("constants", self._call("constants", Sent))

@@ -58,6 +58,53 @@ def widened(model: Model, folder: Path) -> Model:
     return replace(model, proto=proto, weights=weights.detach(proto, folder), folder=folder)
 
 
+def rounded(model: Model, wide: Model) -> Model:
+    """The widened model with every result rounded, where it is read, to the type the model says.
+
+    It is what the file asks for, operator by operator, for a side that computes in float32; and it
+    runs where there are no kernels for narrow types. Nodes keep their names and outputs.
+
+    Args:
+        model: a model with narrow floats.
+        wide: the same, widened.
+    """
+    forms = {form: kind for kind, form in FORMATS.items()}
+    narrow = declared(model)
+    proto = surgery.copied(wide.proto)
+    nodes, read_as = [], dict[str, str]()
+    for node in proto.graph.node:
+        for position, name in enumerate(node.input):
+            if name in read_as:
+                node.input[position] = read_as[name]
+        nodes.append(node)
+        for name in node.output:
+            form = narrow.get(name)
+            if form is None:
+                continue
+            short, read_as[name] = f"{name} in {form.name}", f"{name} rounded to {form.name}"
+            for source, made, kind in (
+                (name, short, forms[form]),
+                (short, read_as[name], TensorProto.FLOAT),
+            ):
+                nodes.append(onnx.helper.make_node("Cast", [source], [made], name=made, to=kind))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return replace(wide, proto=proto)
+
+
+def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A copy of a segment, weights inside, that computes in float32; None where it does."""
+    graph = model.graph
+    kinds = {t.data_type for t in graph.initializer}
+    if kinds.isdisjoint(FORMATS) and FORMATS.keys().isdisjoint(
+        (*_value_types(graph), *_node_types(graph))
+    ):
+        return None
+    wider = surgery.copied(model)
+    _widen(wider.graph)
+    return wider
+
+
 def declared(model: Model) -> dict[str, Format]:
     """The narrow format of each tensor that has one by the model's own words."""
     found = surgery.types(model.proto)

@@ -36,6 +36,8 @@ from auditor.records import Availability, Device, Kernel, Origin, Probe, Provena
 from backends import _source
 
 if TYPE_CHECKING:
+    import onnx
+
     from auditor.pairing import Pairing, Value
     from auditor.records import BuildRequest
 
@@ -181,6 +183,17 @@ class TorchBuild:
             results = self.call(arguments, named)
         return {n: _array(t) for n, t in self.outputs(results).items()}
 
+    def constants(self) -> Arrays:
+        """The module's own values of the ONNX file's constants, as far as they are recognised."""
+        from auditor import weights
+        from backends import _parameters
+
+        proto = weights.read(self.request.model_path)
+        large = weights.detach(proto, self.request.model_path.resolve().parent)
+        held = {t.name: _initializer(t, large) for t in proto.graph.initializer}
+        floats = {n: v for n, v in held.items() if v is not None and v.dtype.kind == "f"}
+        return _parameters.constants(self.source.module, floats)
+
     def instrument(self, feeds: Mapping[str, Array]) -> TorchInstrumented:
         """Watch one run, and find out which of its values are tensors of the model.
 
@@ -192,12 +205,19 @@ class TorchBuild:
 
     def arguments(self, feeds: Mapping[str, Array]) -> tuple[list[Any], dict[str, Any]]:
         """By name where the module has these names, else by their order."""
-        given = {name: _tensor(feeds[name], self.device) for name in self._inputs}
+        given = {name: self._given(feeds[name]) for name in self._inputs}
         with contextlib.suppress(ValueError, TypeError):
             known = inspect.signature(self.source.module.forward).parameters
             if given.keys() <= known.keys():
                 return [], given
         return list(given.values()), {}
+
+    def _given(self, array: Array) -> Any:
+        """An input on the module's device, in the module's own precision."""
+        tensor = _tensor(array, self.device)
+        kinds = (p.dtype for p in self.source.module.parameters() if p.is_floating_point())
+        kind = next(kinds, tensor.dtype)
+        return tensor.to(kind) if tensor.is_floating_point() else tensor
 
     def call(
         self,
@@ -516,6 +536,17 @@ def _caller() -> str | None:
         if not file.startswith(own) and not file.startswith("<"):
             return None if _WORKER in file else f"{Path(file).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _initializer(tensor: onnx.TensorProto, large: Arrays) -> Array | None:
+    """An initialiser's values; None for types that numpy lacks and those that are elsewhere."""
+    from onnx import numpy_helper
+
+    if tensor.name in large:
+        return large[tensor.name]
+    with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+        return np.asarray(numpy_helper.to_array(tensor))
     return None
 
 

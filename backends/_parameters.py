@@ -1,0 +1,101 @@
+"""Finds a module's parameters in an ONNX file: by name, else by value.
+
+Exporters keep a parameter's name where its initialiser is the parameter; a weight that was
+transposed for a product, or into which the following batch normalisation was folded, has a name of
+its own and is found as the parameter, or the fold, that it is closest to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from auditor.ports import Array, Arrays
+
+_ALIKE = 0.1  # relative L2 up to which a constant is a changed form of a parameter
+
+
+def constants(module: Any, initializers: Mapping[str, Array]) -> Arrays:
+    """The module's own values of an ONNX file's initialisers, as far as they are found.
+
+    Args:
+        module: ``torch.nn.Module``.
+        initializers: floats of the file, by name.
+    """
+    own = {name: _array(t) for name, t in _tensors(module)}
+    found = {
+        name: own[name]
+        for name, value in initializers.items()
+        if name in own and own[name].shape == value.shape
+    }
+    rest = {n: v for n, v in initializers.items() if n not in found and v.ndim > 0 and v.size > 1}
+    if not rest:
+        return found
+    shapes = {value.shape for value in rest.values()}
+    forms: dict[tuple[int, ...], list[Array]] = {}
+    for form in (*_forms(own), *_folds(module)):
+        if form.shape in shapes:
+            forms.setdefault(form.shape, []).append(form)
+    for name, value in rest.items():
+        close = [(_distance(value, form), i) for i, form in enumerate(forms.get(value.shape, ()))]
+        if close and min(close)[0] <= _ALIKE:
+            found[name] = forms[value.shape][min(close)[1]]
+    return found
+
+
+def _forms(own: Mapping[str, Array]) -> Iterator[Array]:
+    for value in own.values():
+        yield value
+        if value.ndim == 2:
+            yield np.ascontiguousarray(value.T)
+
+
+def _folds(module: Any) -> Iterator[Array]:
+    """Weight and bias of every convolution with the batch normalisation after it folded in."""
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+    from torch.nn.modules.conv import _ConvNd
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    leaves = [m for m in module.modules() if not any(True for _ in m.children())]
+    for conv, norm in pairwise(leaves):
+        if not isinstance(conv, _ConvNd) or not isinstance(norm, _BatchNorm):
+            continue
+        if norm.running_mean is None or norm.running_var is None:
+            continue
+        if norm.num_features != conv.out_channels:
+            continue
+        with torch.no_grad():
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight.double(),
+                None if conv.bias is None else conv.bias.double(),
+                norm.running_mean.double(),
+                norm.running_var.double(),
+                norm.eps,
+                None if norm.weight is None else norm.weight.double(),
+                None if norm.bias is None else norm.bias.double(),
+                conv.transposed,
+            )
+        kind = _array(conv.weight).dtype
+        yield _array(weight).astype(kind)
+        yield _array(bias).astype(kind)
+
+
+def _tensors(module: Any) -> Iterator[tuple[str, Any]]:
+    for named in (module.named_parameters(), module.named_buffers()):
+        yield from ((n, t) for n, t in named if t.is_floating_point())
+
+
+def _array(tensor: Any) -> Array:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
+
+
+def _distance(value: Array, form: Array) -> float:
+    norm = float(np.linalg.norm(form))
+    return float(np.linalg.norm(value.astype(form.dtype) - form)) / norm if norm else np.inf

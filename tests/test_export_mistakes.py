@@ -1,0 +1,166 @@
+"""Export mistakes, planted: each is located by module and named, and nothing else is."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from auditor import discovery
+from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.records import AuditReport, Finding
+
+NETS = Path(__file__).parent / "source" / "nets.py"
+SHAPE = (2, 3, 10, 10)
+
+
+class Quiet:
+    def update(self, who: str, stage: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def nets() -> Any:
+    spec = importlib.util.spec_from_file_location("nets_of_tests", NETS)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def export(module: torch.nn.Module, path: Path, **options: Any) -> onnx.ModelProto:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), str(path), dynamo=False, opset_version=17, **options)
+    return onnx.load(path)
+
+
+def run(path: Path, source: str = f"{NETS}:small", **options: Any) -> AuditReport:
+    asked = AuditOptions(backends=(BackendSpec("torch"),), source=source, threads=1, **options)
+    report = audit(path, asked, noises=discovery.noises(), progress=Quiet())
+    assert report.backends[0].status == "audited", report.backends[0].gap
+    return report
+
+
+def modules(found: tuple[Finding, ...], noise: str | None) -> set[str]:
+    return {m.partition(" ")[0] for f in found if f.noise == noise for m in f.modules}
+
+
+def test_training_mode(tmp_path: Path) -> None:
+    preserve = torch.onnx.TrainingMode.PRESERVE
+    trained = nets().small()
+    for name, module in trained.named_modules():  # as one that was frozen in part
+        if name.endswith(("bn", "drop")):
+            module.train()
+    statistics = {k: v.clone() for k, v in trained.state_dict().items()}
+    path = tmp_path / "m.onnx"
+    model = export(trained, path, training=preserve, do_constant_folding=False)
+    # Tracing it moved the statistics: that is another mistake.
+    for tensor in model.graph.initializer:
+        if "running" in tensor.name:
+            tensor.CopyFrom(numpy_helper.from_array(statistics[tensor.name].numpy(), tensor.name))
+    onnx.save(model, path)
+    report = run(path)
+    named = modules(report.findings, "export.training_mode")
+    assert {"blocks.0.bn", "blocks.1.bn", "blocks.0.drop", "blocks.1.drop"} <= named
+    assert not modules(report.findings, None)
+    assert report.exit_code == 1
+
+
+def test_a_constant_of_another_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    model = export(
+        nets().small(), path, do_constant_folding=False, keep_initializers_as_inputs=False
+    )
+    weight = next(t for t in model.graph.initializer if t.name == "norm.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[3] += 0.25
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(model, path)
+    (finding,) = run(path).findings
+    assert finding.noise == "export.constants" and (finding.explained or 0) > 0.999
+    assert finding.modules[0].startswith("norm (nets.py:")
+    assert any("`norm.weight` differs from the module's" in line for line in finding.evidence)
+
+
+def test_a_file_in_float16(tmp_path: Path) -> None:
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    path = tmp_path / "m.onnx"
+    model = convert_float_to_float16(export(nets().small(), path), keep_io_types=True)
+    onnx.save(model, path)
+    report = run(path)
+    assert report.findings and {f.noise for f in report.findings} == {"export.narrow_types"}
+    assert any(m.startswith("blocks.0.conv (nets.py:") for f in report.findings for m in f.modules)
+    shares = {c.noise: c.share for c in report.backends[0].categories}
+    assert shares["export.narrow_types"] > 0.95
+
+
+def test_autocast(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    with torch.autocast("cpu", dtype=torch.float16):
+        export(nets().small(), path)
+    report = run(path)
+    assert modules(report.findings, "export.narrow_types") >= {"blocks.0.conv", "head"}
+    assert not modules(report.findings, None)
+
+
+def align_corners(node: onnx.NodeProto) -> None:
+    mode = next(a for a in node.attribute if a.name == "coordinate_transformation_mode")
+    mode.s = b"align_corners"
+
+
+def epsilon(node: onnx.NodeProto) -> None:
+    next(a for a in node.attribute if a.name == "epsilon").f = 1e-3
+
+
+def ceil_mode(node: onnx.NodeProto) -> None:
+    next(a for a in node.attribute if a.name == "ceil_mode").i = 1
+
+
+@pytest.mark.parametrize(
+    ("operator", "change", "noise", "line"),
+    [
+        ("Resize", align_corners, "inference.upsample", "nn.functional.interpolate"),
+        ("LayerNormalization", epsilon, "implementation.normalisation", "self.norm("),
+        ("MaxPool", ceil_mode, "inference.ceil_mode", "nn.functional.max_pool2d"),
+    ],
+)
+def test_another_meaning_of_one_operator(
+    operator: str,
+    change: Callable[[onnx.NodeProto], None],
+    noise: str,
+    line: str,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "m.onnx"
+    model = export(nets().small(), path)
+    (node,) = (n for n in model.graph.node if n.op_type == operator)
+    change(node)
+    del model.graph.value_info[:]
+    onnx.save(model, path)
+    report = run(path)
+    (finding,) = report.findings
+    assert finding.noise == noise and (finding.explained or 0) > 0.99
+    number = next(i for i, t in enumerate(NETS.read_text().splitlines(), 1) if line in t)
+    assert any(f"nets.py:{number}" in module for module in finding.modules)
+
+
+def test_gelu_by_tanh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = torch.nn.functional.gelu
+    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: exact(x, approximate="tanh"))
+    path = tmp_path / "m.onnx"
+    export(nets().small(), path)
+    (finding,) = run(path).findings
+    assert finding.noise == "implementation.approximation"
+    assert (finding.explained or 0) > 0.99
