@@ -50,6 +50,10 @@ IMPACT_SEGMENTS = 64
 # Telescoping costs half a reference run per group of segments: it is done on the first sample and
 # on as many of the next as keep within this many groups in all.
 BOOKED_GROUPS = 60
+# With more groups than this, only the segments that matter most are booked by themselves: booking
+# thousands would take thousands of half runs.
+MOST_GROUPS = 150
+ALONE = 20
 # The segments whose cause is also tested against rival causes and on every later sample, and
 # where the error's place inside the tensor is reported.
 TOP = 10
@@ -459,7 +463,10 @@ class Analysis:
         """
         if index == 0:
             unmeasured = {id for id, meter in self.meters.items() if meter.unmeasured}
-            self.ledger = Ledger(_groups(self.cuts, flagged.keys() | unmeasured))
+            groups = _groups(self.cuts, flagged.keys() | unmeasured)
+            if len(groups) > MOST_GROUPS:
+                groups = _groups(self.cuts, self._top(ALONE))
+            self.ledger = Ledger(groups)
         base, captured = chain.pick(chain.base), chain.pick(chain.captured)
         apart = metrics.relative_l2(captured, base, chain.outputs) > 0
         network = Parts({}, None)
@@ -539,9 +546,9 @@ class Analysis:
     def _gap(self, stage: str, reason: str) -> None:
         self._gaps.setdefault(Gap(self.tracer.id, stage, reason))
 
-    def _top(self) -> set[str]:
+    def _top(self, count: int = TOP) -> set[str]:
         effects = self.effects
-        return set(sorted(effects, key=effects.__getitem__, reverse=True)[:TOP])
+        return set(sorted(effects, key=effects.__getitem__, reverse=True)[:count])
 
     def _introduced(self, cut: Cut) -> float:
         meter = self.meters[cut.id]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from auditor import __version__
 from auditor.errors import UsageError
-from auditor.limits import Limits
+from auditor.limits import GIB, Limits
 from auditor.records import (
     AuditReport,
     BackendReport,
@@ -75,6 +75,7 @@ class AuditOptions:
         traces: what was recorded elsewhere: the name to report it under, and its file.
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         cache: folder in which builds and traces are remembered; None to make everything anew.
+        memory: bytes of weights that the reference holds; a model with more is run in pieces.
         limits: what each backend's process may use; as much memory as the machine has, and no
             network, when not given.
     """
@@ -101,6 +102,7 @@ class AuditOptions:
     traces: tuple[tuple[str, Path], ...] = ()
     trace_names: dict[str, str] = field(default_factory=dict)
     cache: Path | None = None
+    memory: int = 2 * GIB
     limits: Limits | None = None
 
 
@@ -183,7 +185,8 @@ def _run(
     }
     jobs |= {r.id: pool.submit(samples.trace, r, 0) for r in recordings}
     progress.update("reference", "run")
-    reference, truth = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
+    threads = options.threads or os.cpu_count() or 1
+    reference, truth = reference_of(model, threads, scratch, options.memory)
     constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
     sources: tuple[Source, ...] = (*tracers, *recordings)
@@ -457,16 +460,21 @@ def _named(
     )
 
 
-def reference_of(model: Model, threads: int, scratch: Path) -> tuple[Reference, Model]:
-    """The reference, and the model that it runs: in float32 where that can be had."""
+def reference_of(
+    model: Model, threads: int, scratch: Path, memory: int = 2 * GIB
+) -> tuple[Reference, Model]:
+    """The reference, and the model that it runs: in float32 where that can be had.
+
+    It holds ``memory`` bytes of weights at most.
+    """
     from auditor import widening
     from auditor.replay import Reference
 
     if widening.is_narrow(model):
         wide = widening.widened(model, scratch)
         with contextlib.suppress(UsageError):  # an operator that exists for narrow types only
-            return Reference(wide, threads, widening.declared(model)), wide
-    return Reference(model, threads), model
+            return Reference(wide, threads, widening.declared(model), memory), wide
+    return Reference(model, threads, budget=memory), model
 
 
 def _exported(model: Model, reference: Reference, wide: Model) -> Reference:

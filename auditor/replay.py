@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 # Patches one segment's outputs: (outputs of the reference segment, its inputs) → outputs.
 Patch = Callable[[Arrays, Arrays], Arrays]
 
+# Bytes of weights that sessions are kept for; each holds its own, packed for the processor. What
+# does not fit is compiled again when it is needed.
+BUDGET = 2 << 30
+
+_LARGE = 64 << 20
+
 # onnxruntime_session_options_config_keys.h
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -79,11 +85,16 @@ class Reference:
     Attributes:
         graph, replayer: its graph, and its segments ready to run.
         labels: by node key, what a person calls the node.
+        whole: whether one session runs the whole model; else it has more weights than may be held.
         narrow: by tensor, the format in which the model has it, where this one has float32.
     """
 
     def __init__(
-        self, model: Model, threads: int, narrow: Mapping[str, Format] | None = None
+        self,
+        model: Model,
+        threads: int,
+        narrow: Mapping[str, Format] | None = None,
+        budget: int = BUDGET,
     ) -> None:
         """Compile the reference.
 
@@ -91,17 +102,23 @@ class Reference:
             model: the model, widened if its floats are narrow (``auditor.widening``).
             threads: intra-op threads.
             narrow: of a widened model, the formats that its tensors have.
+            budget: bytes of weights to hold. A model that has more is run node by node.
 
         Raises:
             UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
         """
         self.graph = Graph(model.proto)
-        self.replayer = Replayer(self.graph, threads, model.weights, model.folder)
+        self.replayer = Replayer(self.graph, threads, model.weights, model.folder, budget)
         self.labels = model.labels
         self.narrow = narrow or {}
+        fits = self.graph.size(self.graph.initializers) <= budget
+        self.whole = fits or not all(map(self.computes, self.graph.outputs))
+        self._session: Any = None
+        if not self.whole:
+            return
         self._compile = partial(session, model.proto, threads, model.folder)
         try:
-            self._session: Any = self._compile()
+            self._session = self._compile()
         except Exception as error:  # ORT raises a family of classes that share no base
             raise UsageError(
                 f"the reference cannot load the model: {_first_line(error)}",
@@ -115,7 +132,10 @@ class Reference:
 
         names = " and ".join(sorted({form.name for form in self.narrow.values()}))
         precision = f"float32 for the model's {names}" if names else "the model's own types"
-        return ReferenceInfo("ONNX Runtime CPU, ORT_DISABLE_ALL", ort.__version__, precision)
+        engine = "ONNX Runtime CPU, ORT_DISABLE_ALL"
+        if not self.whole:
+            engine += ", node by node (its weights exceed --memory)"
+        return ReferenceInfo(engine, ort.__version__, precision)
 
     def wide(self, tensors: Arrays) -> Arrays:
         """Tensors of the model, or of a runtime, in the reference's types."""
@@ -131,6 +151,8 @@ class Reference:
         """
         names = list(self.graph.outputs)
         try:
+            if not self.whole:
+                return self.replayer.stream(self.wide(feeds))
             self._session = self._session or self._compile()
             return dict(zip(names, self._session.run(names, self.wide(feeds)), strict=True))
         except Exception as error:
@@ -156,7 +178,13 @@ class Reference:
 
 
 class Replayer:
-    """The reference's segments, ready to run; sessions are made at first use and shared."""
+    """The reference's segments, ready to run; sessions are made at first use and shared.
+
+    Those used last are kept, as many as ``budget`` bytes of weights allow.
+
+    Attributes:
+        held: bytes of weights that the sessions kept have.
+    """
 
     def __init__(
         self,
@@ -164,6 +192,7 @@ class Replayer:
         threads: int,
         weights: Mapping[str, Array] | None = None,
         folder: Path | None = None,
+        budget: int = BUDGET,
     ) -> None:
         """Make no session yet.
 
@@ -172,6 +201,7 @@ class Replayer:
             threads: intra-op threads of each session.
             weights: the graph's detached weights.
             folder: where the files with these are.
+            budget: bytes of weights that sessions are kept for.
         """
         self.graph = graph
         self.threads = threads
@@ -179,7 +209,9 @@ class Replayer:
         self.folder = folder
         self.types: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._sessions: dict[tuple[object, ...], Any] = {}
+        self._sessions: dict[tuple[object, ...], tuple[Any, int]] = {}  # the last used at the end
+        self._budget = budget
+        self.held = 0
 
     def model(self, cut: Cut, values: Mapping[str, Array]) -> onnx.ModelProto:
         """A segment as a stand-alone model for ``values``; it must have been run before."""
@@ -289,6 +321,23 @@ class Replayer:
             values.update(outputs)
         return values
 
+    def stream(self, feeds: Arrays) -> Arrays:
+        """Final outputs of the whole graph, run node by node; nothing is kept that is read no more.
+
+        Raises:
+            ReplayError: ONNX Runtime refused a node or the values.
+        """
+        cuts = self.graph.cut(self.graph.producer)
+        last = {name: cut.id for cut in cuts for name in cut.inputs}
+        last.update(dict.fromkeys(self.graph.outputs, ""))
+        values = dict(feeds)
+        for cut in cuts:
+            values |= self.run(cut, values)
+            for name in (*cut.inputs, *cut.outputs):
+                if last.get(name) in (None, cut.id):
+                    values.pop(name, None)
+        return {name: values[name] for name in self.graph.outputs if name in values}
+
     def _typed(self, name: str, value: Array) -> Array:
         kind = self.types.get(name)
         if kind is None or value.dtype.kind != "f":
@@ -303,10 +352,27 @@ class Replayer:
             self.shapes.setdefault(name, value.shape)
         shapes = self._shapes(cut, feeds)
         key = (cut.nodes, cut.inputs, cut.outputs, shapes is None)
-        if (made := self._sessions.get(key)) is None:
+        made = self._sessions.pop(key, None)
+        if made is None:
+            size = self.graph.size(
+                {n for i in (*cut.nodes, *cut.constants) for n in self.graph.reads[i]}
+            )
+            self._make_room(size)
             model = self.graph.extract(cut, self.types, shapes, {})
-            made = self._sessions[key] = session(model, self.threads, self.folder)
-        return made
+            made = session(model, self.threads, self.folder), size
+            self.held += size
+        self._sessions[key] = made
+        return made[0]
+
+    def _make_room(self, size: int) -> None:
+        """Give up the sessions that were not used for longest, until ``size`` more bytes fit."""
+        dropped = 0
+        while self._sessions and self.held + size > self._budget:
+            _, held = self._sessions.pop(next(iter(self._sessions)))
+            self.held -= held
+            dropped += held
+        if dropped > _LARGE:
+            memory.give_back()
 
     def _shapes(self, cut: Cut, values: Mapping[str, Array]) -> Mapping[str, Sequence[int]] | None:
         """Shapes to declare: none where a backend's tensor has another than the reference's."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from auditor.ports import Array
-from auditor.weights import attach
+from auditor.weights import attach, size_of
 
 # Operators that leave dequantised values on their grid.
 _ON_GRID = {"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -60,6 +60,10 @@ class Graph:
     def is_constant(self, tensor: str) -> bool:
         """Whether a tensor depends on weights alone."""
         return tensor in self._constant
+
+    def size(self, names: Iterable[str]) -> int:
+        """Bytes of the initialisers among some tensors."""
+        return sum(size_of(self.initializers[n]) for n in names if n in self.initializers)
 
     def cut(self, captured: Iterable[str]) -> tuple[Cut, ...]:
         """Segments between captured tensors, in topological order.

@@ -79,7 +79,7 @@ def detach(proto: onnx.ModelProto, folder: Path) -> Arrays:
         _constants_to_initializers(proto.graph)
     arrays: Arrays = {}
     for tensor in proto.graph.initializer:
-        if is_detached(tensor) and tensor.data_type in _PLAIN and _size(tensor) >= _SMALL:
+        if is_detached(tensor) and tensor.data_type in _PLAIN and size_of(tensor) >= _SMALL:
             try:
                 arrays[tensor.name] = _mapped(tensor, folder)
             except (ValueError, OSError) as error:
@@ -104,7 +104,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     kept = []
     for node in graph.node:
         value = next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
-        if node.op_type == "Constant" and value is not None and _size(value) >= _SMALL:
+        if node.op_type == "Constant" and value is not None and size_of(value) >= _SMALL:
             tensor = graph.initializer.add()
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
@@ -127,8 +127,8 @@ def _mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
     )
 
 
-def _size(tensor: onnx.TensorProto) -> int:
-    """Bytes of a tensor's values."""
+def size_of(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values, of types that take whole bytes."""
     itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
 
@@ -178,7 +178,7 @@ def _stub(data: bytes | mmap, start: int, end: int, file: str) -> bytes:
     ((field, value, after),) = places
     tensor = onnx.TensorProto.FromString(b"".join(rest))
     known = tensor.data_type in _VALUES[field]
-    if not known or after - value < _SMALL or _size(tensor) != after - value:
+    if not known or after - value < _SMALL or size_of(tensor) != after - value:
         return data[start:end]
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, text in (("location", file), ("offset", value), ("length", after - value)):

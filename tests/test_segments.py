@@ -1,12 +1,15 @@
 """Cutting a graph: every node is in a segment, and segments chain up to the whole model."""
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.replay import Replayer, session
+from auditor import model as models
+from auditor.metrics import bitwise_equal
+from auditor.replay import Reference, Replayer, session
 from auditor.segments import Graph
 
 
@@ -146,3 +149,50 @@ def test_two_backends_may_see_different_outputs_of_one_node(residual):
     for seen in ("e", "f"):
         found = replayer.walk(graph.cut(["d", seen]), feeds)
         np.testing.assert_array_equal(found[seen], whole[seen])
+
+
+@pytest.fixture
+def heavy(tmp_path):
+    """A chain of matrix products with 256 KiB of weights each, and its model file."""
+    rng = np.random.default_rng(0)
+    nodes, weights, last = [], [], "x"
+    for i in range(12):
+        values = rng.standard_normal((256, 256)).astype(np.float32) / 16
+        weights.append(numpy_helper.from_array(values, f"w{i}"))
+        nodes.append(helper.make_node("MatMul", [last, f"w{i}"], [f"h{i}"]))
+        nodes.append(helper.make_node("Tanh", [f"h{i}"], [f"t{i}"]))
+        last = f"t{i}"
+    graph = helper.make_graph(
+        nodes,
+        "heavy",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 256])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, [4, 256])],
+        weights,
+    )
+    path = tmp_path / "heavy.onnx"
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return models.load(path)
+
+
+def test_a_model_larger_than_the_budget_gives_the_same_bits(heavy):
+    feeds = {"x": np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)}
+    whole, pieces = Reference(heavy, 1), Reference(heavy, 1, budget=1 << 20)
+    assert whole.whole and not pieces.whole
+    assert "node by node" in pieces.info.engine
+    expected = whole.run(feeds)
+    assert bitwise_equal(pieces.run(feeds), expected)
+    cuts = pieces.graph.cut(pieces.graph.producer)
+    assert bitwise_equal({"t11": pieces.replayer.walk(cuts, feeds)["t11"]}, expected)
+
+
+def test_sessions_hold_no_more_weights_than_the_budget(heavy):
+    replayer = Replayer(Graph(heavy.proto), 1, heavy.weights, heavy.folder, budget=1 << 20)
+    feeds = {"x": np.ones((4, 256), np.float32)}
+    cuts = replayer.graph.cut(replayer.graph.producer)
+    first = replayer.walk(cuts, feeds)
+    assert 0 < replayer.held <= 1 << 20
+    assert len(replayer._sessions) < len(cuts)
+    again = replayer.walk(cuts, feeds)  # those given up are made again
+    assert bitwise_equal(first, again)
+    assert replayer.held <= 1 << 20

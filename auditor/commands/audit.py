@@ -121,6 +121,14 @@ def _audit(
         float,
         typer.Option(min=1, metavar="S", help="Seconds that one step of a backend may take."),
     ] = 600.0,
+    memory: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="GIB",
+            help="Memory for the reference's weights; a model with more is run in pieces.",
+        ),
+    ] = 2.0,
     worker_memory: Annotated[
         float | None,
         typer.Option(
