@@ -20,6 +20,7 @@ from auditor.records import (
     AuditReport,
     BackendReport,
     BuildRequest,
+    Finding,
     Gap,
     NoiseInfo,
     OutputKind,
@@ -153,7 +154,7 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import artefact, confirm, machine, origins, ranking
+    from auditor import artefact, confirm, machine, origins, ranking, second_shape
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -242,12 +243,19 @@ def _run(
     devices = {spec.label: spec.device or "" for spec in options.backends}
     reports = tuple(a.report(devices.get(who, "")) for who, a in analyses.items())
     measured = [origin for tracer in tracers for origin in tracer.origins]
-    reports = origins.attached(reports, origins.merged(origins.of(model), measured))
+    where = origins.merged(origins.of(model), measured)
+    reports = origins.attached(reports, where)
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
     pairs = agreements.pairs()
     clock.lap("report")
+    shapes: list[Gap] = []
+    for tracer in (t for t in tracers if t.id in training and t.gap is None):
+        report = next(r for r in reports if r.id == tracer.id)
+        more, gaps = second_shape.tried(tracer, report, exported, truth, stimulus.sample(0), where)
+        found, shapes = ranking.with_more(found, more), shapes + gaps
+        clock.lap("shapes")
     unconfirmed: tuple[Gap, ...] = ()
     if options.confirm:
 
@@ -283,6 +291,7 @@ def _run(
         gaps=(
             *(photographs.gaps if photographs else ()),
             *(gap for analysis in analyses.values() for gap in analysis.gaps()),
+            *shapes,
             *unconfirmed,
         ),
         verdict=decision,
@@ -290,7 +299,7 @@ def _run(
         timing=clock.laps,
         fail_on=options.fail_on,
         requested=tuple(requested),
-        noises=_named(reports, pipeline, catalogue),
+        noises=_named(reports, found, pipeline, catalogue),
         pipeline=pipeline,
         machine=machine.here(),
         threads=options.threads,
@@ -446,12 +455,14 @@ def _stimulus(
 
 def _named(
     reports: Sequence[BackendReport],
+    found: Sequence[Finding],
     pipeline: PipelineReport | None,
     catalogue: Mapping[str, Noise],
 ) -> tuple[NoiseInfo, ...]:
     """What the catalogue says of the causes named, ordered by id."""
     ids = {s.noise for b in reports for s in b.segments if s.noise}
     ids |= {c.noise for b in reports for c in b.categories}
+    ids |= {f.noise for f in found if f.noise}
     ids |= {step.noise for step in pipeline.steps} if pipeline else set()
     return tuple(
         NoiseInfo(n.id, n.stage, n.type, n.title, n.cause, n.source)

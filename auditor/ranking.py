@@ -92,7 +92,12 @@ def with_steps(
 ) -> tuple[Finding, ...]:
     """The steps around the network that change a bit, ranked among the findings."""
     steps = [_step(s, noises[s.noise]) for s in pipeline.steps if s.bit_identical < 1]
-    both = sorted((*found, *steps), key=_order)
+    return with_more(found, steps)
+
+
+def with_more(found: Sequence[Finding], others: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Findings made elsewhere, ranked among those there are."""
+    both = sorted((*found, *others), key=_order)
     return tuple(_ranked(finding, rank) for rank, finding in enumerate(both, 1))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -164,3 +165,48 @@ def test_gelu_by_tanh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (finding,) = run(path).findings
     assert finding.noise == "implementation.approximation"
     assert (finding.explained or 0) > 0.99
+
+
+def exported_open(module: torch.nn.Module, path: Path) -> Path:
+    ids = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (ids,),
+            str(path),
+            dynamo=False,
+            input_names=["ids"],
+            dynamic_axes={"ids": {0: "batch", 1: "tokens"}},
+        )
+    np.savez(path.with_suffix(".npz"), ids=ids.numpy()[None])
+    return path
+
+
+def test_a_frozen_size_shows_at_a_second_shape(tmp_path: Path) -> None:
+    frozen = nets().FrozenSequence()
+    frozen.load_state_dict(nets().sequence().state_dict())
+    path = exported_open(frozen.eval(), tmp_path / "m.onnx")
+    report = run(path, f"{NETS}:sequence", data=path.with_suffix(".npz"))
+    (finding,) = report.findings
+    assert finding.noise == "export.frozen_shape" and finding.severity == "critical"
+    assert finding.confidence == "high" and (finding.explained or 0) > 0.999
+    assert "Reshape" in finding.op_types
+    line = next(i for i, t in enumerate(NETS.read_text().splitlines(), 1) if "3, 4).softmax" in t)
+    assert any(f"nets.py:{line}" in m for m in finding.modules)
+    assert "at tokens = 8 the file computes what the module does, at 12 not" in finding.evidence[0]
+    assert report.exit_code == 1 and not report.gaps
+
+
+def test_a_frozen_branch_shows_at_a_second_shape(tmp_path: Path) -> None:
+    path = exported_open(nets().branching(), tmp_path / "m.onnx")
+    report = run(path, f"{NETS}:branching", data=path.with_suffix(".npz"))
+    (finding,) = report.findings
+    assert finding.noise == "export.frozen_shape" and finding.confidence == "medium"
+    assert finding.explained is None and finding.effect == pytest.approx(0.5, rel=1e-3)
+
+
+def test_open_dimensions_that_work_are_silent(tmp_path: Path) -> None:
+    path = exported_open(nets().sequence(), tmp_path / "m.onnx")
+    report = run(path, f"{NETS}:sequence", data=path.with_suffix(".npz"))
+    assert not report.findings and not report.gaps and report.exit_code == 0

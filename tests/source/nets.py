@@ -89,3 +89,48 @@ def branches() -> nn.Module:
     made = Branches()
     made.load_state_dict(small().state_dict())
     return made.eval()
+
+
+class Sequence(nn.Module):
+    """Tokens with positions and a reshape, whose sizes a tracer may hold fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 12)
+        self.places = nn.Embedding(64, 12)
+        self.mix = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.mix(x).reshape(ids.shape[0], ids.shape[1], 3, 4).softmax(-1)
+        return self.head(x.reshape(ids.shape[0], ids.shape[1], 12))
+
+
+class FrozenSequence(Sequence):
+    """The same with its size as a number, as exporting code may have it."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        tokens = int(ids.shape[1])
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.mix(x).reshape(ids.shape[0], tokens, 3, 4).softmax(-1)
+        return self.head(x.reshape(ids.shape[0], ids.shape[1], 12))
+
+
+class Branching(Sequence):
+    """What it does depends on the length."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        made = super().forward(ids)
+        return made * 2 if ids.shape[1] > 8 else made
+
+
+def sequence() -> nn.Module:
+    torch.manual_seed(0)
+    return Sequence().eval()
+
+
+def branching() -> nn.Module:
+    made = Branching()
+    made.load_state_dict(sequence().state_dict())
+    return made.eval()
