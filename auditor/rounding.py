@@ -46,6 +46,8 @@ _KEEP = _MOVES | {"Relu", "MaxPool"}
 _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 _NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
+# ReduceMean takes its axes as an input from here on.
+_AXES_OPSET = 18
 # Unsqueeze takes its axes as an input from here on.
 OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
@@ -97,6 +99,7 @@ class Sites:
             attention's scale: multiply it into one operand before rounding, or into the product.
         distributed: constant factors of sums with a constant are multiplied in, by kernels of
             their own (``algebra.distributed``).
+        steps: a layer normalisation is three kernels: mean, difference, and division.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Sites:
     sums: bool = False
     scales: Literal["operand", "product"] = "operand"
     distributed: bool = False
+    steps: bool = False
 
 
 _FLOAT32 = Format("float32", frozenset(), TensorProto.FLOAT, 6, 24)
@@ -312,6 +316,11 @@ class _Surgery:
             elif index in self.unscaled:
                 new.output[0] = self.at.nodes[self.unscaled[index]].output[0]
                 self.replaced.add(self.unscaled[index])
+            elif node.op_type == "MatMul" and self._has_weights(index):
+                if (shift := self._fold_factors(new, group)) is not None:
+                    self._finish(new, group)
+                    self._finish(shift, group)
+                    return
             elif node.op_type == "MatMul" and self.sites.scales == "operand":
                 self._move_scale(new, group)
             elif node.op_type == "LayerNormalization":
@@ -456,16 +465,47 @@ class _Surgery:
             del conv.input[2:]
             conv.input.append(bias)
 
-    def _affine_chain(self, conv: onnx.NodeProto, group: _Group) -> list[int]:
-        """Indices of the per-channel affine nodes fused behind a convolution."""
-        rank = len(self.constants.get(conv.input[1]) or ())
+    def _fold_factors(self, product: onnx.NodeProto, group: _Group) -> onnx.NodeProto | None:
+        """Factors after a product with weights go into these beforehand, and into the bias.
+
+        Returns:
+            The addition of the bias; None where there is no factor, and nothing was changed.
+        """
+        weights = self.constants.get(product.input[1])
+        if not weights or len(weights) != 2 or product.input[1] not in self.floats:
+            return None
+        chain = self._affine_chain(product, group, last=True)
+        pieces = [self.at.nodes[index] for index in chain]
+        if all(node.op_type in ("Add", "Sub") for node in pieces):
+            return None
+        scale = shift = ""
+        for node in pieces:
+            factor, more = self._affine(node)
+            if factor:
+                scale = self._new("Mul", scale, factor) if scale else factor
+                shift = self._new("Mul", shift, factor) if shift else ""
+            if more:
+                shift = self._new("Add", shift, more) if shift else more
+        self.replaced.update(chain)
+        product.input[1] = self._new("Mul", product.input[1], scale)
+        output = pieces[-1].output[0]
+        return helper.make_node("Add", [product.output[0], shift or self._scalar(0.0)], [output])
+
+    def _affine_chain(
+        self, product: onnx.NodeProto, group: _Group, *, last: bool = False
+    ) -> list[int]:
+        """Indices of the per-channel affine nodes fused behind a product.
+
+        ``last`` says that its channels are the last axis; else they are the second.
+        """
+        rank = len(self.constants.get(product.input[1]) or ())
         chain: list[int] = []
-        tensor = conv.output[0]
+        tensor = product.output[0]
         while (index := self.at.sole_reader(tensor)) is not None and self.groups[index] is group:
             node = self.at.nodes[index]
             others = [n for n in node.input if n != tensor]
             if node.op_type not in ("BatchNormalization", "Mul", "Div", "Add", "Sub") or any(
-                not self._per_channel(n, rank, node.op_type) for n in others
+                not self._per_channel(n, rank, node.op_type, last) for n in others
             ):
                 break
             if node.input[0] != tensor and node.op_type in ("Div", "Sub"):
@@ -474,12 +514,14 @@ class _Surgery:
             tensor = node.output[0]
         return chain
 
-    def _per_channel(self, name: str, rank: int, op_type: str) -> bool:
+    def _per_channel(self, name: str, rank: int, op_type: str, last: bool) -> bool:
         shape = self.constants.get(name)
         if shape is None or name not in self.floats:
             return False
         if op_type == "BatchNormalization":
-            return True
+            return not last
+        if last:
+            return all(d == 1 for d in shape[:-1])
         aligned = (1,) * (rank - len(shape)) + shape
         return len(aligned) == rank and all(d == 1 for i, d in enumerate(aligned) if i != 1)
 
@@ -580,21 +622,39 @@ class _Surgery:
         if shape is None or len([o for o in node.output if o]) > 1:
             self._finish(node, group)
             return
+        options = surgery.attributes(node)
+        axes = list(range(options.get("axis", -1), 0))  # a positive one says no number of axes
+        if self.sites.steps and axes:
+            x = self._input(node, 0, node.input[0], group)
+            centred = self._round(self._new("Sub", x, self._round(self._mean(x, axes))))
+            square = self._mean(self._new("Mul", centred, centred), axes)
+            epsilon = self._scalar(options.get("epsilon", 1e-5))
+            width = self._new("Sqrt", self._new("Add", square, epsilon))
+            scaled = self._new("Mul", self._new("Div", centred, width), gamma)
+            self._shift_normalized(self._round(scaled), node, group)
+            return
         ones = f"{self.mark}{output}/ones"
         self._initializer(ones, TensorProto.FLOAT, shape, [1.0] * math.prod(shape))
-        beta = list(node.input[2:])
-        node.input[1] = ones
-        del node.input[2:]
-        node.output[0] = f"{self.mark}{output}/normalized"
-        node.input[0] = self._input(node, 0, node.input[0], group)
-        self.nodes.append(node)
-        value = self._round(node.output[0])
-        if not beta:
-            self._outputs(helper.make_node("Mul", [value, gamma], [output]), group)
-            return
-        scaled = f"{self.mark}{output}/scaled"
-        self.nodes.append(helper.make_node("Mul", [value, gamma], [scaled]))
-        self._outputs(helper.make_node("Add", [scaled, beta[0]], [output]), group)
+        plain = onnx.NodeProto()
+        plain.CopyFrom(node)
+        del plain.input[2:]
+        plain.input[1] = ones
+        plain.output[0] = f"{self.mark}{output}/normalized"
+        plain.input[0] = self._input(node, 0, node.input[0], group)
+        self.nodes.append(plain)
+        value = self._round(plain.output[0])
+        self._shift_normalized(self._new("Mul", value, gamma), node, group)
+
+    def _mean(self, tensor: str, axes: list[int]) -> str:
+        if surgery.opset(self.at.model) < _AXES_OPSET:
+            return self._new("ReduceMean", tensor, axes=axes)
+        return self._new("ReduceMean", tensor, self._integers(axes))
+
+    def _shift_normalized(self, scaled: str, node: onnx.NodeProto, group: _Group) -> None:
+        """Beta of a layer normalisation, if it has one."""
+        beta = node.input[2:]
+        last = helper.make_node("Add" if beta else "Identity", [scaled, *beta], node.output[:1])
+        self._outputs(last, group)
 
     def _normalized(self, name: str, group: _Group) -> bool:
         """Whether a value inside a kernel is (x − mean) / deviation of a spelt-out LayerNorm."""

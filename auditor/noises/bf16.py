@@ -49,6 +49,15 @@ SITES = (
         outputs=True,
     ),
     Sites(
+        "operands and results of each kernel in bf16, layer normalisation in three kernels",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+        steps=True,
+    ),
+    Sites(
         "operands and results of each kernel in bf16, attention's scale in FP32 on its products",
         "kernel",
         inputs=True,
