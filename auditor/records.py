@@ -1020,7 +1020,8 @@ class SysnoiseReport:
         oddities: what is unusual about photographs, and how many are so.
         gaps: what was not measured, and why.
         notes: what a reader must know, as sentences.
-        seconds: wall time by stage.
+        network_runs: how often the network ran, by the forms in it ("" for none).
+        seconds: wall time by stage; of all threads together where it says so.
     """
 
     tool_version: str
@@ -1042,6 +1043,7 @@ class SysnoiseReport:
     oddities: dict[str, int]
     gaps: tuple[Gap, ...]
     notes: tuple[str, ...]
+    network_runs: dict[str, int]
     seconds: dict[str, float]
 
 
@@ -1091,6 +1093,54 @@ class ForensicsReport:
     slope: tuple[float, ...]
     offset: tuple[float, ...]
     whole_levels: bool
+    tried: int
+    skipped: int
+    gaps: tuple[Gap, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultVariant:
+    """One way from the network's outputs to a result.
+
+    Attributes:
+        name: its steps in words.
+        residual: how far its result is from the recorded one; unit as of the report.
+        mismatched: detections that only one of the two has; None where there are none to count.
+    """
+
+    name: str
+    residual: float
+    mismatched: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultForensics:
+    """What made a recorded result of the network's outputs, as far as can be told.
+
+    Attributes:
+        kind: of the result.
+        best: the closest way.
+        unit: of residuals.
+        exact: whether it reproduces the record.
+        differs: by step in which it is not as described: what the description says, what it does.
+        indistinguishable: others with the same result.
+        runners_up: the closest of the others.
+        threshold, overlap: lowest and highest value of the score threshold and of the limit of
+            suppression that reproduce the record, as far as they were tried; None where they do
+            not matter.
+        tried: ways compared; ``skipped`` were ruled out by an earlier step.
+        gaps: what could not be tried, and why.
+    """
+
+    kind: str
+    best: ResultVariant
+    unit: str
+    exact: bool
+    differs: dict[str, tuple[str, str]]
+    indistinguishable: tuple[str, ...]
+    runners_up: tuple[ResultVariant, ...]
+    threshold: tuple[float, float] | None
+    overlap: tuple[float, float] | None
     tried: int
     skipped: int
     gaps: tuple[Gap, ...]

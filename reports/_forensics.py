@@ -10,9 +10,10 @@ from reports import _words as words
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import ForensicsReport
+    from auditor.records import ForensicsReport, ResultForensics, ResultVariant
 
 FORMAT = "sysnoise-forensics/1"
+RESULT_FORMAT = "sysnoise-result-forensics/1"
 _ALIKE = 8
 _OTHERS = 5
 
@@ -73,6 +74,65 @@ def _certainty(report: ForensicsReport) -> str:
         f"the nearest of the catalogue, {words.plain(report.residual)} pixel levels (root mean "
         f"square) from the tensor{whole}: what made it is not in the catalogue"
     )
+
+
+def render_result(report: ResultForensics, width: int | None, color: bool) -> str:
+    """What made a result, as text; arguments as of ``render``."""
+    report = words.visible(report)
+    page = _Page(width, color)
+    page.rule(f"What made this result ({report.kind})")
+    page.say(_Span(report.best.name, "bold"), label=_Span("steps       ", "dim"))
+    page.say(_Span(_proof(report)), label=_Span("certainty   ", "dim"))
+    for label, limits in (("threshold", report.threshold), ("overlap", report.overlap)):
+        if limits is not None:
+            low, high = map(words.plain, limits)
+            page.say(
+                _Span(f"from {low} to {high} the result is the same"),
+                label=_Span(f"{label:12}", "dim"),
+            )
+    page.say(
+        _Span(f"{report.tried} ways compared, {report.skipped} ruled out by an earlier step"),
+        label=_Span("search      ", "dim"),
+    )
+    page.rule("Against the description")
+    if not report.differs:
+        page.say(_Span("Nothing differs."))
+    for step, (wanted, made) in report.differs.items():
+        page.say(_Span(f"{step}: ", "bold"), _Span(f"described {wanted}; made by {made}"))
+    if report.indistinguishable:
+        page.rule("Gives the same result")
+        for name in report.indistinguishable[:_ALIKE]:
+            page.say(_Span(name))
+        if (rest := len(report.indistinguishable) - _ALIKE) > 0:
+            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
+    if report.runners_up:
+        page.rule("Next")
+        for other in report.runners_up[:_OTHERS]:
+            page.say(_Span(other.name), _Span(f" ({_off(other, report.unit)})", "dim"))
+    if report.gaps:
+        page.rule("Not tried")
+        for gap in report.gaps:
+            page.say(_Span(f"{gap.subject}: ", "bold"), _Span(gap.reason, "dim"))
+    return page.text()
+
+
+def _proof(report: ResultForensics) -> str:
+    if report.exact:
+        return "reproduces the record"
+    return f"the nearest way, {_off(report.best, report.unit)}: what made it was not tried"
+
+
+def _off(variant: ResultVariant, unit: str) -> str:
+    said = f"{words.plain(variant.residual)} {unit} off"
+    if variant.mismatched is not None:
+        said += f", {variant.mismatched} detections on one side only"
+    return said
+
+
+def result_to_json(report: ResultForensics) -> str:
+    """The whole answer."""
+    document = {"format": RESULT_FORMAT, **dataclasses.asdict(report)}
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_json(report: ForensicsReport) -> str:

@@ -292,6 +292,7 @@ def to_json(report: SysnoiseReport) -> str:
         "advice": _advice(report),
         "gaps": [_gap(gap) for gap in report.gaps],
         "notes": list(report.notes),
+        "network_runs": report.network_runs,
         "seconds": report.seconds,
     }
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -156,6 +156,11 @@ class Networks:
         return time.perf_counter() - begun
 
 
+def name(forms: Forms) -> str:
+    """Several forms in words."""
+    return " + ".join(f"{form.noise}: {form.variant}" for form in forms)
+
+
 def in_order(forms: Iterable[Form]) -> Forms:
     """Forms in the order in which they are put into one network: precision last."""
     ranks = {group: rank for rank, group in enumerate(_GROUPS)}

@@ -361,6 +361,27 @@ def _rows(values: Array, post: Post) -> Array:
 
 
 def _boxes(outputs: Arrays, post: Post) -> Array:
+    corners, best, kind, classes = candidates(outputs, post)
+    columns = [corners, best[:, None]]
+    if classes > 1:
+        columns.append(kind[:, None])
+    every = np.concatenate(columns, axis=1).astype(np.float32)
+    made = np.zeros_like(every)
+    kept = left(corners, best, kind, post)
+    made[kept] = every[kept]
+    return made
+
+
+def candidates(outputs: Arrays, post: Post) -> tuple[Array, Array, Array, int]:
+    """Every box before any is left out.
+
+    Returns:
+        Corners ``[candidates, 4]``, best scores and their classes ``[candidates]``, and how many
+        classes there are.
+
+    Raises:
+        UsageError: the outputs are not what the description says.
+    """
     numbers = _output(outputs, post.output)
     rows = _rows(numbers, post)
     scores = _rows(_output(outputs, post.scores), post) if post.scores else rows[:, 4:]
@@ -380,16 +401,15 @@ def _boxes(outputs: Arrays, post: Post) -> Array:
         corners = np.clip(corners, 0, most)
     if post.rounding != "none":
         corners = np.rint(corners) if post.rounding == "nearest" else np.floor(corners)
+    return corners, best, kind, scores.shape[1]
+
+
+def left(corners: Array, best: Array, kind: Array, post: Post) -> Array:
+    """Indices of the detections among candidates, the best first."""
     kept = np.flatnonzero(best >= post.threshold)
     kept = kept[np.argsort(-best[kept], kind="stable")]
-    kept = kept[_suppressed(corners[kept], best[kept], kind[kept], post)][: post.top_k]
-    columns = [corners, best[:, None]]
-    if scores.shape[1] > 1:
-        columns.append(kind[:, None])
-    every = np.concatenate(columns, axis=1).astype(np.float32)
-    made = np.zeros_like(every)
-    made[kept] = every[kept]
-    return made
+    found: Array = kept[_suppressed(corners[kept], best[kept], kind[kept], post)][: post.top_k]
+    return found
 
 
 def _corners(numbers: Array, post: Post, shape: tuple[int, ...]) -> Array:

@@ -11,6 +11,7 @@ import hashlib
 import threading
 import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from auditor import metrics, sensitivity
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.post import result, text
 from auditor.pipeline.scoring import Case, Gallery
-from auditor.pipeline.steps import Placement, Preparation
+from auditor.pipeline.steps import Placement, Preparation, normalised
 from auditor.tasks import TaskMeter
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds
+_KEPT = 32 << 20  # bytes of outputs of one photograph
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ class Sweep:
         self._progress = progress
         self._stop = threading.Event()
         self.network_seconds = 0.0  # of all threads together
-        self.runs = 0
+        self.runs: Counter[Forms] = Counter()
         self._lock = threading.Lock()
 
     def run(self, trials: Sequence[Trial]) -> Table:
@@ -264,7 +266,8 @@ class Sweep:
             return index, None, known
         preparation = Preparation(data)
         cells: Cells = {}
-        made: dict[tuple[Forms, bytes], Arrays] = {}
+        made = _Made()
+        judged: dict[object, Measured] = {}
         expected: Arrays = {}
         for trial in trials:
             if self._stop.is_set():
@@ -273,14 +276,21 @@ class Sweep:
                 cells[trial.name] = known[trial.name]
                 continue
             try:
-                values = self._outputs(preparation.tensor(trial.pipeline), trial.forms, made)
+                pixels = preparation.pixels(trial.pipeline)
                 place = preparation.place(trial.pipeline)
+                key = _key(trial, pixels)
+                whole = key, trial.post, place
+                if whole in judged:
+                    cells[trial.name] = judged[whole]
+                    continue
+                values = self._outputs(key, pixels, trial, made)
                 if trial.post is not None:
                     values = result(values, trial.post, place)
                     if trial.post.kind == "mask" and trial.post.resize != "none":
                         place = Placement((1.0, 1.0), (0.0, 0.0), place.photo, place.photo)
                 case = self._case(name, place)
-                cells[trial.name] = self._compared(values, expected or values, case)
+                judged[whole] = self._compared(values, expected or values, case)
+                cells[trial.name] = judged[whole]
                 expected = expected or values
             except PhotoError as error:
                 cells[trial.name] = error.message
@@ -290,17 +300,18 @@ class Sweep:
                 break
         return index, stamp, cells
 
-    def _outputs(
-        self, tensor: Array, forms: Forms, made: dict[tuple[Forms, bytes], Arrays]
-    ) -> Arrays:
-        key = (forms, hashlib.blake2b(tensor.tobytes(), digest_size=16).digest())
-        if key not in made:
-            begun = time.perf_counter()
-            made[key] = self._networks.run(forms, tensor)
-            with self._lock:
-                self.network_seconds += time.perf_counter() - begun
-                self.runs += 1
-        return made[key]
+    def _outputs(self, key: object, pixels: Array, trial: Trial, made: _Made) -> Arrays:
+        """What the network gives, run once for each input with the same bits."""
+        if (known := made.get(key)) is not None:
+            return known
+        tensor = normalised(pixels, trial.pipeline)
+        begun = time.perf_counter()
+        values = self._networks.run(trial.forms, tensor)
+        with self._lock:
+            self.network_seconds += time.perf_counter() - begun
+            self.runs[trial.forms] += 1
+        made.put(key, values)
+        return values
 
     def _case(self, name: str, place: Placement) -> Case | None:
         if self._read.task is None or name not in self._photos.labels:
@@ -340,6 +351,36 @@ class Sweep:
         if kind == "embedding":
             return 1 - (read.cosine or 0.0)
         return (read.changed or 0) / read.items if read.items else 0.0
+
+
+class _Made:
+    """Outputs of one photograph, the first and the latest of them: dense ones are large."""
+
+    def __init__(self) -> None:
+        self._kept: dict[object, Arrays] = {}
+        self._bytes = 0
+
+    def get(self, key: object) -> Arrays | None:
+        return self._kept.get(key)
+
+    def put(self, key: object, values: Arrays) -> None:
+        self._kept[key] = values
+        self._bytes += _size(values)
+        while self._bytes > _KEPT and len(self._kept) > 2:
+            oldest = list(self._kept)[1]  # the first is the training pipeline's
+            self._bytes -= _size(self._kept.pop(oldest))
+
+
+def _size(values: Arrays) -> int:
+    return sum(value.nbytes for value in values.values())
+
+
+def _key(trial: Trial, pixels: Array) -> object:
+    """Equal where the network computes the same: its forms, and every bit of its input."""
+    p = trial.pipeline
+    line = p.channels, p.scale, p.mean, p.std, p.layout, p.dtype
+    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
+    return trial.forms, line, pixels.shape, digest
 
 
 def _overlap(value: Array, expected: Array) -> float:

@@ -110,6 +110,7 @@ def sysnoise(
     tensor = first.tensor(training)
     nets = Networks(model, noises, tensor, progress)
     clock.append(time.perf_counter())
+    processor = time.process_time()
     values, post = nets.run((), tensor), description.training_post
     if post is not None:  # or the description does not fit the network
         values = result(values, post, first.place(training))
@@ -170,6 +171,7 @@ def sysnoise(
         deployment = measured.option(_DEPLOYMENT, "as described", description.source)
     seconds = dict(zip(("prepare", "alone", "together"), np.diff(clock).tolist(), strict=True))
     seconds["network, all threads"] = sweep.network_seconds
+    seconds["processor, all threads"] = time.process_time() - processor
     return SysnoiseReport(
         tool_version=__version__,
         model=str(model.path),
@@ -192,6 +194,7 @@ def sysnoise(
         oddities=_oddities(photos, alone),
         gaps=(*gaps, *nets.gaps, *measured.refusals()),
         notes=tuple(notes),
+        network_runs={networks.name(forms): n for forms, n in sweep.runs.items()},
         seconds=seconds,
     )
 

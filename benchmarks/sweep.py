@@ -1,0 +1,157 @@
+"""What ``audit sysnoise`` costs beside its network inferences alone, and in memory.
+
+``python -m benchmarks.sweep [MODEL…] [--images DIR] [--photos N…]`` measures, for each model and
+number of photographs:
+
+- the command itself: wall and processor time of its sweep (without loading and compiling), and the
+  largest proportional set size of the process;
+- the same runs of the same networks (as written and under every form), with a ready tensor, on as
+  many threads: wall and processor time.
+
+On a machine that does other things as well, compare processor times. Without ``--images`` parts of
+scikit-image's photographs are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compare, sets, zoo
+
+SMALL = """\
+[training]
+decoder = "pillow"
+resize = { library = "pillow", interpolation = "bilinear", size = [48, 192] }
+channels = "bgr"
+normalise = { scale = 0.00784313725490196, mean = 1.0, std = 1.0 }
+"""
+PIPELINES = {"efficientnet_lite0": "efficientnet-lite", "ppocr_cls": SMALL}
+
+
+class Quiet:
+    """Shows nothing."""
+
+    def update(self, who: str, stage: str) -> None:
+        """Ignore it."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises: list[str]) -> None:
+    """Print the seconds that these runs take with nothing around them: wall, then processor."""
+    from auditor import discovery
+    from auditor import model as models
+    from auditor.pipeline import description, networks
+    from auditor.pipeline.steps import Preparation
+
+    training = description.load(pipeline).training
+    tensor = Preparation(photo.read_bytes()).tensor(training)
+    wanted = [discovery.noise(id) for id in noises]
+    nets = networks.Networks(models.load(model), wanted, tensor, Quiet())
+    single = {networks.name((form,)): form for form in nets.forms}
+    order: list[networks.Forms] = []
+    for name, count in runs.items():
+        forms = tuple(single[part] for part in name.split(" + ")) if name else ()
+        if not nets.combine(forms):
+            raise SystemExit(f"{name} cannot be run")
+        order += [forms] * count
+    order = [order[i] for start in range(97) for i in range(start, len(order), 97)]  # mixed
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        begun, used = time.perf_counter(), time.process_time()
+        for _ in pool.map(lambda forms: nets.run(forms, tensor), order):
+            pass
+        print(time.perf_counter() - begun, time.process_time() - used)
+
+
+def measure(
+    name: str, model: Path, images: Path, photos: int, noise: str | None, scratch: Path
+) -> dict[str, Any]:
+    """One sweep, and its inferences alone."""
+    from auditor.pipeline.networks import PAPER
+
+    pipeline = PIPELINES[name]
+    if pipeline.startswith("["):
+        path = scratch / f"{name}.toml"
+        path.write_text(pipeline)
+        pipeline = str(path)
+    table = scratch / "table.json"
+    command = [sys.executable, "-m", "auditor", "sysnoise", str(model), "--images", str(images)]
+    command += ["--pipeline", pipeline, "--samples", str(photos), "-o", str(table)]
+    command += ["--noise", noise] if noise else []
+    _, _, peak = compare.measure(compare.Work([command], product=table))
+    found = json.loads(table.read_text())
+    seconds = found["seconds"]
+    noises = [] if noise == "none" else (noise.split(",") if noise else list(PAPER))
+    first = next(p for p in sorted(images.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg"))
+    asked = json.dumps([str(model), pipeline, str(first), found["network_runs"], noises])
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.sweep", "--alone", asked],
+        cwd=zoo.ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    wall, processor = map(float, done.stdout.split()[-2:])
+    return {
+        "photos": found["photos"]["measured"],
+        "runs": sum(found["network_runs"].values()),
+        "sweep_s": seconds["alone"] + seconds["together"],
+        "sweep_cpu_s": seconds["processor, all threads"],
+        "alone_s": wall,
+        "alone_cpu_s": processor,
+        "peak_mib": peak,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(PIPELINES))
+    parser.add_argument("--images", type=Path, help="a folder with photographs")
+    parser.add_argument("--photos", type=int, nargs="+", default=[100, 500])
+    parser.add_argument("--noise", help="as of audit sysnoise")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.alone:
+        model, pipeline, photo, runs, noises = json.loads(arguments.alone)
+        alone(Path(model), pipeline, Path(photo), runs, noises)
+        return 0
+    facts = compare.machine()
+    print(f"{facts['cpu']}, {facts['cores']} cores, load {facts['load']:.1f} when started")
+    names = arguments.models or list(PIPELINES)
+    with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
+        scratch = Path(folder)
+        images = arguments.images
+        if images is None:
+            images = scratch / "photographs"
+            sets.made(images, sets.photographs, max(arguments.photos))
+        head = f"{'model':20}{'photos':>8}{'runs':>8}{'sweep s':>9}{'alone s':>9}{'ratio':>7}"
+        print(f"{head}{'cpu s':>9}{'alone':>9}{'ratio':>7}{'peak MiB':>10}")
+        for name, path in zip(names, zoo.obtain(names), strict=True):
+            for photos in arguments.photos:
+                f = measure(name, path, images, photos, arguments.noise, scratch)
+                wall, processor = (f["sweep_s"], f["alone_s"]), (f["sweep_cpu_s"], f["alone_cpu_s"])
+                line = f"{name:20}{f['photos']:8}{f['runs']:8}"
+                line += f"{wall[0]:9.1f}{wall[1]:9.1f}{wall[0] / wall[1]:7.2f}"
+                line += f"{processor[0]:9.1f}{processor[1]:9.1f}{processor[0] / processor[1]:7.2f}"
+                print(f"{line}{f['peak_mib']:10.0f}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""What made a result: every planted variant is found, and what cannot be told apart is named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from auditor.errors import UsageError
+from auditor.pipeline import post, result_forensics
+from auditor.pipeline.post import NAME, Post
+from auditor.pipeline.steps import Placement
+
+ROOT = Path(__file__).resolve().parents[2]
+RNG = np.random.default_rng(11)
+DESCRIBED = Post(
+    "boxes",
+    output="boxes",
+    scores="scores",
+    channels_first=True,
+    activation="softmax",
+    background=0,
+    threshold=0.55,
+    coding="corner-deltas",
+    stride=4,
+    cell=12,
+    offset=1,
+    nms="onnxruntime",
+    iou=0.5,
+)
+OUTPUTS = {
+    "boxes": RNG.normal(0, 0.15, (1, 4, 12, 12)).astype(np.float32),
+    "scores": RNG.normal(0, 1.5, (1, 3, 12, 12)).astype(np.float32),
+}
+
+
+def recorded(way: Post) -> np.ndarray:
+    """What an application keeps: detections only, in its own order."""
+    rows = post.result(OUTPUTS, way)[NAME][0]
+    rows = rows[rows.any(axis=1)]
+    return RNG.permutation(rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"offset": 0},
+        {"rounding": "floor"},
+        {"rounding": "nearest"},
+        {"coding": "centre-deltas"},
+        {"coding": "centre-deltas", "variances": (0.1, 0.2)},
+        {"nms": "none"},
+        {"iou": 0.2},
+        {"iou": 0.8},
+        {"iou_offset": 1, "iou": 0.35},
+        {"class_aware": False},
+        {"threshold": 0.7},
+        {"activation": "sigmoid"},
+        {"activation": "none"},
+        {"offset": 0, "rounding": "floor", "iou": 0.3, "threshold": 0.6},
+    ],
+)
+def test_a_planted_variant_is_found(change: dict[str, object]) -> None:
+    made = replace(DESCRIBED, **change)  # type: ignore[arg-type]
+    found = result_forensics.identify(recorded(made), OUTPUTS, DESCRIBED, None)
+    assert found.exact and found.best.mismatched == 0
+    assert found.threshold is not None
+    assert found.threshold[0] < made.threshold <= found.threshold[1] + 1e-4
+    if made.nms != "none":
+        assert found.overlap is not None
+        assert found.overlap[0] - 0.05 <= made.iou <= found.overlap[1] + 0.05
+    elif not found.indistinguishable:
+        assert "nms" in found.differs
+    # The planted steps are named, or a way that gives the very same result.
+    differing = {step.name for step in post.differing(DESCRIBED, made)} - {"threshold", "nms"}
+    names = " ".join((found.best.name, *found.indistinguishable))
+    for step in differing:
+        assert step in found.differs or made.steps()[step] in names
+    if not change:
+        assert not found.differs and found.best.residual < 1e-3
+
+
+def test_a_result_that_nothing_makes_is_not_claimed() -> None:
+    moved = recorded(DESCRIBED)
+    moved[:, :4] += RNG.normal(0, 2, (len(moved), 4))
+    found = result_forensics.identify(moved, OUTPUTS, DESCRIBED, None)
+    assert not found.exact and found.best.residual > 1
+    fewer = result_forensics.identify(recorded(DESCRIBED)[:5], OUTPUTS, DESCRIBED, None)
+    assert not fewer.exact and fewer.best.mismatched
+
+
+def test_ways_to_scores_texts_and_masks() -> None:
+    logits = {"s": RNG.normal(0, 3, (1, 9)).astype(np.float32)}
+    for activation in ("none", "softmax", "sigmoid"):
+        way = Post("scores", activation=activation)
+        value = post.result(logits, way)[NAME]
+        found = result_forensics.identify(value, logits, Post("scores"), None)
+        assert found.exact and bool(found.differs) == (activation != "none")
+    steps = {"s": RNG.normal(0, 1, (1, 30, 4)).astype(np.float32)}
+    for text, blank in product(("ctc", "argmax"), (0, 3)):
+        way = Post("text", text=text, blank=blank)
+        rows = post.result(steps, way)[NAME][0]
+        codes = rows[rows.any(axis=1)].argmax(axis=1)
+        found = result_forensics.identify(codes, steps, Post("text"), None)
+        assert found.exact
+        assert (text, blank) == ("ctc", 0) or f"{text}, blank {blank}" in found.best.name
+    place = Placement((0.5, 0.5), (-4.0, -8.0), (80, 96), (32, 32))
+    maps = {"m": RNG.random((1, 1, 16, 16), np.float32)}
+    described = Post("mask", resize="opencv")
+    for by, how, order in product(
+        ("opencv", "pillow", "torch"), ("nearest", "bilinear", "bicubic"), ("resize", "decide")
+    ):
+        way = replace(described, resize=by, interpolation=how, order=order)
+        mask = post.result(maps, way, place)[NAME][0, 0].astype(np.uint8) * 255
+        found = result_forensics.identify(mask, maps, described, place)
+        names = (found.best.name, *found.indistinguishable)
+        assert found.exact and any(way.steps()["mask_resize"] in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((3, 4)), "Save [detections, 5 or 6]"),
+        (np.full((3, 5), np.nan), "or not finite"),
+        (np.zeros((0, 5)), "or not finite"),
+        (np.array(["a"]), "or not finite"),
+    ],
+)
+def test_a_record_of_another_kind_is_refused(value: np.ndarray, said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        result_forensics.identify(value, OUTPUTS, DESCRIBED, None)
+    assert said in f"{error.value.message} {error.value.hint}"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    pipeline = tmp_path / "p.toml"
+    pipeline.write_text(
+        '[training]\ndecoder = "pillow"\npost = { kind = "boxes", output = "boxes", '
+        'scores = "scores", channels_first = true, activation = "softmax", background = 0, '
+        'threshold = 0.55, coding = "corner-deltas", stride = 4, cell = 12, offset = 1, '
+        'nms = "onnxruntime" }\n'
+    )
+    np.save(tmp_path / "result.npy", recorded(replace(DESCRIBED, offset=0)))
+    np.savez(tmp_path / "outputs.npz", **OUTPUTS)
+    line = [sys.executable, "-m", "auditor", "forensics", "--pipeline", str(pipeline)]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    given = ["--deployed-result", str(tmp_path / "result.npy")]
+    outputs = ["--outputs", str(tmp_path / "outputs.npz")]
+    done = run(*given, *outputs, "-o", str(tmp_path / "answer.json"))
+    assert done.returncode == 0, done.stderr
+    assert "box_offset: described offset 1; made by offset 0" in done.stdout
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["format"] == "sysnoise-result-forensics/1" and answer["exact"]
+    assert list(answer["differs"]) == ["box_offset"]
+    for arguments, said in (
+        ([], "either --deployed-input or --deployed-result"),
+        (given, "needs the network's outputs"),
+        ([*given, "--outputs", str(pipeline)], "cannot read"),
+        ([*given, "--model", "x.onnx"], "needs --image"),
+    ):
+        refused = run(*arguments)
+        assert (refused.returncode, refused.stdout) == (2, "") and said in refused.stderr
