@@ -151,6 +151,7 @@ def test_classes_suppress_each_other_only_where_told() -> None:
 
 
 @given(_POSTS, _POSTS)
+@settings(deadline=None)
 def test_all_steps_lead_from_training_to_deployment(a: Post, b: Post) -> None:
     reached = post.between(a, b)
     assert reached[0] == ("", a) and reached[-1][1] == b

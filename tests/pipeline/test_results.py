@@ -42,6 +42,7 @@ class Silent:
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 3))
+@settings(deadline=None)
 def test_connectionist_decoding_is_its_definition(path: list[int], blank: int) -> None:
     """Graves 2006, sec. 3.1: remove repeats, then blanks."""
     scores = np.full((1, len(path), 4), -1, np.float32)
