@@ -82,16 +82,20 @@ def _internal_error(error: Exception) -> int:
     import traceback
 
     stop.check()
-    with tempfile.NamedTemporaryFile(
-        "w",
-        prefix="audit-error-",
-        suffix=".txt",
-        delete=False,
-        encoding="utf-8",
-        dir=guard.outside() or None,
-    ) as file:
-        file.write(f"audit {__version__}, arguments: {sys.argv[1:]}\n")
-        traceback.print_exception(error, file=file)
     what = f"{type(error).__name__}: {error}".splitlines()[0]
-    hint = f"This is a bug in the auditor. Please report it with {file.name}."
+    hint = "This is a bug in the auditor. Please report it"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="audit-error-",
+            suffix=".txt",
+            delete=False,
+            encoding="utf-8",
+            dir=guard.outside() or None,
+        ) as file:
+            file.write(f"audit {__version__}, arguments: {sys.argv[1:]}\n")
+            traceback.print_exception(error, file=file)
+        hint += f" with {file.name}."
+    except OSError:  # a sandbox, or a full disk
+        hint += ", with what it prints without --sandbox."
     return _fail(f"internal error: {what}", hint, _INTERNAL_ERROR)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # sched.h
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4  # prctl.h
 _DESCRIPTORS = 4096
+_CPU = 24 * 3600  # seconds
 GIB = 1 << 30
 
 
@@ -59,6 +60,7 @@ def apply(limits: Limits) -> tuple[str, ...]:
     wanted = {
         resource.RLIMIT_CORE: 0,  # a crash becomes a gap in the report, not a file
         resource.RLIMIT_NOFILE: _DESCRIPTORS,
+        resource.RLIMIT_CPU: _CPU,
         resource.RLIMIT_DATA: limits.memory or resource.RLIM_INFINITY,
         resource.RLIMIT_FSIZE: limits.file_size or resource.RLIM_INFINITY,
     }
@@ -68,7 +70,7 @@ def apply(limits: Limits) -> tuple[str, ...]:
         bound = min(value, hard, key=lambda limit: limit % (1 << 64))
         resource.setrlimit(kind, (bound, bound))
     libc = ctypes.CDLL(None, use_errno=True)
-    if not limits.network and not _leave_network(libc):
+    if not limits.network and not leave_network(libc):
         missing.append(f"the network could not be closed to it ({os.strerror(ctypes.get_errno())})")
     # After the namespaces: entering one resets both.
     libc.prctl(_PR_SET_DUMPABLE, 1)
@@ -76,7 +78,7 @@ def apply(limits: Limits) -> tuple[str, ...]:
     return tuple(missing)
 
 
-def _leave_network(libc: ctypes.CDLL) -> bool:
+def leave_network(libc: ctypes.CDLL) -> bool:
     """Enter a network namespace of its own, without any interface (network_namespaces(7)).
 
     Without privileges that needs a user namespace as well, in which the process keeps its user.

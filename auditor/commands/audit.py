@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,7 @@ from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
 
 if TYPE_CHECKING:
+    from auditor.audit import AuditOptions
     from auditor.policy import Policy
     from auditor.records import AuditReport
 
@@ -36,6 +37,12 @@ Exit codes:
   2  wrong usage, or a bad model or data file
   3  incomplete: a backend named in --backends gave no comparison
   4  a bug in the auditor itself
+
+\b
+Limits of each backend's process:
+  memory --worker-memory, time --timeout for each step and 24 h of CPU in all,
+  64 GiB for one file, 4096 open files, no core files, no network, temporary
+  files in a folder of its own
 """
 
 
@@ -220,6 +227,16 @@ def _audit(
             help="Take builds and traces of the same things from the cache (see audit cache).",
         ),
     ] = True,
+    sandbox: Annotated[
+        bool,
+        typer.Option(
+            "--sandbox",
+            help="For models from strangers: close the network, and let the audit and its engines "
+            "read only the installed software and the folders of the files named here, and write "
+            "only to the folder of -o and a temporary folder; the cache is not used (Linux, "
+            "Landlock).",
+        ),
+    ] = False,
     version: Annotated[
         bool,
         typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version."),
@@ -235,6 +252,8 @@ def _audit(
     destination = destination_for(format, output, [model, candidate, data, policy, baseline])
     rules, earlier = _rules(policy, baseline, [name for name, _ in parse_traces(trace)])
     asked = asked_for(context.params, rules)
+    if sandbox:
+        asked = _closed_in(asked, context.params, output)
 
     from auditor.audit import audit
     from reports.terminal import LiveProgress
@@ -248,6 +267,27 @@ def _audit(
     report = _judged(report, rules, baseline, earlier)
     destination.deliver(report)
     return report.exit_code
+
+
+def _closed_in(asked: AuditOptions, given: Mapping[str, Any], output: Path | None) -> AuditOptions:
+    """Enter the sandbox; the options of an audit in it."""
+    from auditor import sandbox
+    from auditor.limits import Limits, physical_memory
+
+    sandbox.enter(_folders(given), [output.resolve().parent] if output else [])
+    limits = asked.limits or Limits(physical_memory())
+    # The network is closed to all by now. No cache: what an engine that was taken over wrote there
+    # would speak for other models.
+    return replace(asked, cache=None, limits=replace(limits, network=True))
+
+
+def _folders(given: Mapping[str, Any]) -> set[Path]:
+    """The folders of all files that the command line names: a model's weights lie beside it."""
+    words = [w for value in given.values() for w in (value if isinstance(value, list) else [value])]
+    paths = [Path(str(word).rpartition("=")[2]) for word in words if isinstance(word, str | Path)]
+    paths += [word for word in words if isinstance(word, Path)]
+    found = {path.resolve() for path in paths if path.exists()}
+    return {path if path.is_dir() else path.parent for path in found}
 
 
 def _rules(
