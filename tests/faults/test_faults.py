@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import run
+from tests.faults import run
 
 SEED = 8
 # As long as --timeout, much memory, or like others here: `run.py` has them all.

@@ -1,6 +1,6 @@
 """Feed damaged files to everything that reads them in the auditor's own process.
 
-``python tests/fuzz/run.py --count 2000 --seed 0`` tries so many inputs of each target and prints
+``python -m tests.fuzz.run --count 2000 --seed 0`` tries so many inputs of each target and prints
 what became of them. Each must load, or be refused with one message and a hint: anything else is a
 bug, and the exit code is 1. The inputs are tried in a child process, so that a crash is pinned to
 its seed; ``--target T --seed S --count 1`` repeats a single one.
@@ -23,10 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
-import mutations
 import numpy as np
 import onnx
 
+from tests.fuzz import mutations
+
+_ROOT = Path(__file__).parents[2]
 _SECONDS = 20  # after which an input hangs
 _MEMORY = 6 * 2**30
 _POLICY = """\
@@ -289,7 +291,15 @@ def trial(target: str, first: int, count: int, made: Path) -> dict[int, str]:
     while seed < first + count:
         arguments = ["--child", "--target", target, "--seed", str(seed), "--made", str(made)]
         child = subprocess.run(
-            [sys.executable, __file__, *arguments, "--count", str(first + count - seed)],
+            [
+                sys.executable,
+                "-m",
+                "tests.fuzz.run",
+                *arguments,
+                "--count",
+                str(first + count - seed),
+            ],
+            cwd=_ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

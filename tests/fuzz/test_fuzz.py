@@ -1,13 +1,8 @@
 """A short run of the fuzzer: ``run.py`` beside this file has the long one."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import run
+from tests.fuzz import run
 
 COUNT = {"audit": 60, "trace": 40, "report": 40}
 
