@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AuditReport,
         Availability,
         BuildRequest,
+        ExportRequest,
         Kernel,
         Origin,
         Probe,
@@ -156,6 +157,23 @@ class Training(Protocol):
     @property
     def sources(self) -> tuple[str, ...]:
         """What it can run, in words."""
+
+
+@runtime_checkable
+class Exporting(Training, Protocol):
+    """A training side that can export what it runs."""
+
+    @property
+    def exporters(self) -> tuple[str, ...]:
+        """Their names, the one to prefer first."""
+
+    def export(self, request: ExportRequest, feeds: Mapping[str, Array]) -> None:
+        """Write ``request.path``; ``feeds`` are the arguments it is captured with, by name.
+
+        Raises:
+            BackendError: the module or the exporter failed.
+            UsageError: there is no such source.
+        """
 
 
 @runtime_checkable

@@ -337,6 +337,16 @@ class _Session:
             "switches": encode(switches),
         }
 
+    def export(self, request: Any, feeds: Any) -> Any:
+        """Write an ONNX file of the source."""
+        from auditor.ports import Exporting
+        from auditor.records import ExportRequest
+        from auditor.wire import decode
+
+        assert isinstance(self.backend, Exporting)
+        self.backend.export(decode(ExportRequest, request), self._load(feeds))
+        return {}
+
     def constants(self) -> Any:
         """The constants of the file that was loaded."""
         from auditor.ports import Holding

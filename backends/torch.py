@@ -33,13 +33,13 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records import Availability, Device, Kernel, Origin, Probe, Provenance, Skipped
-from backends import _source
+from backends import _export, _source
 
 if TYPE_CHECKING:
     import onnx
 
     from auditor.pairing import Pairing, Value
-    from auditor.records import BuildRequest
+    from auditor.records import BuildRequest, ExportRequest
 
 _ENGINE: Final = "PyTorch"
 _REMEDY: Final = "pip install torch"
@@ -62,6 +62,7 @@ class TorchBackend:
 
     title = _ENGINE
     sources = _source.FORMS
+    exporters = _export.EXPORTERS
 
     def availability(self) -> Availability:
         """Whether torch imports here, its version and devices; never raises."""
@@ -105,6 +106,16 @@ class TorchBackend:
         # Parameters that want gradients make some kernels choose another way when watched.
         module.requires_grad_(False).to(device)
         return TorchBuild(request, source, device)
+
+    def export(self, request: ExportRequest, feeds: Mapping[str, Array]) -> None:
+        """Export the source, loaded anew: an exporter may leave traces in a module.
+
+        Raises:
+            UsageError: there is no such source.
+            BackendError: torch is missing, or the module or the exporter failed.
+        """
+        source = _source.load(request.source, trusted=request.trusted)
+        _export.export(source.module, request, feeds)
 
 
 BACKEND = TorchBackend()
@@ -251,7 +262,7 @@ class TorchBuild:
         Raises:
             BackendError: it returns fewer tensors than the model has outputs.
         """
-        tensors = list(_tensors(results))
+        tensors = list(_export.tensors(results))
         if len(tensors) < len(self._outputs):
             raise BackendError(
                 f"the module returns {len(tensors)} tensors, the model has "
@@ -481,20 +492,6 @@ def _kernels(found: Pairing, values: Sequence[Value]) -> Iterator[Kernel]:
     for index in sorted(tensors):
         value, names = values[index], tuple(tensors[index])
         yield Kernel(value.module, value.operation.removesuffix(".default"), names, names)
-
-
-def _tensors(results: Any) -> Iterator[Any]:
-    """All tensors in what a module returns, in order."""
-    import torch
-
-    if isinstance(results, torch.Tensor):
-        yield results
-    elif isinstance(results, Mapping):
-        for value in results.values():
-            yield from _tensors(value)
-    elif isinstance(results, (list, tuple)):
-        for value in results:
-            yield from _tensors(value)
 
 
 def _readable(value: Any) -> bool:

@@ -1,0 +1,95 @@
+"""Exports a module to ONNX with one of PyTorch's two exporters.
+
+The newer one (``dynamo=True``) writes what ``torch.export`` captured, the older one what TorchScript
+saw in one run. Sources: ``torch/onnx/__init__.py`` (``export``) and
+https://docs.pytorch.org/docs/stable/onnx.html.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from auditor.errors import BackendError
+from auditor.ports import Array
+from auditor.records import ExportRequest
+from backends import _source
+
+EXPORTERS: Final = ("dynamo", "torchscript")
+_INSIDE: Final = 1 << 30  # bytes of weights that go into the file itself
+
+
+def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> None:
+    """Write ``request.path``, and its weights beside it where they are large.
+
+    Args:
+        module: ``torch.nn.Module`` in evaluation mode.
+        request: how, and where to.
+        feeds: the arguments that it is captured or traced with, by name.
+
+    Raises:
+        BackendError: the module fails on them, or the exporter on the module.
+    """
+    import torch
+
+    given = {name: torch.from_numpy(value.copy()) for name, value in feeds.items()}
+    known = _parameters(module)
+    by_name = set(given) <= set(known)
+    if by_name:  # exporters take the inputs in the order of the signature
+        given = {name: given[name] for name in known if name in given}
+    args, kwargs = ((), given) if by_name else (tuple(given.values()), {})
+    axes = {n: {int(a): s for a, s in request.dynamic.get(n, {}).items()} for n in given}
+    newer = request.exporter == "dynamo"
+    how: dict[str, Any] = {
+        "opset_version": request.opset,
+        "input_names": list(given),
+        "dynamo": newer,
+        "external_data": sum(t.nbytes for t in module.state_dict().values()) > _INSIDE,
+        "verbose": False,
+    }
+    if request.dynamic:
+        shapes = axes if by_name else tuple(axes.values())
+        how |= {"dynamic_shapes": shapes} if newer else {"dynamic_axes": axes}
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the older exporter announces its successor each time
+            how["output_names"] = _outputs(module(*args, **kwargs))
+            torch.onnx.export(module, args, str(request.path), kwargs=kwargs or None, **how)
+    except Exception as error:  # exporters and the user's own code raise what they like
+        import traceback
+
+        traceback.print_exception(error)  # into the worker's log
+        raise BackendError(
+            f"{type(error).__name__}: {_source.first_line(error)}", stage="export"
+        ) from error
+
+
+def tensors(results: Any) -> Iterator[Any]:
+    """All tensors in what a module returns, in order."""
+    import torch
+
+    if isinstance(results, torch.Tensor):
+        yield results
+    elif isinstance(results, Mapping):
+        for value in results.values():
+            yield from tensors(value)
+    elif isinstance(results, (list, tuple)):
+        for value in results:
+            yield from tensors(value)
+
+
+def _outputs(results: Any) -> list[str]:
+    """What to call the outputs: as a module that returns a mapping does, else by number."""
+    count = sum(1 for _ in tensors(results))
+    if isinstance(results, Mapping) and len(results) == count:
+        return [str(name) for name in results]
+    return ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
+
+
+def _parameters(module: Any) -> list[str]:
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (ValueError, TypeError):
+        return []
