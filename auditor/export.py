@@ -61,7 +61,8 @@ def compare(
         options: of the audits: the training side first among the backends, its source, and the
             arguments as ``data``, samples stacked on the first axis of every array.
         dynamic: open dimensions, as in ``ExportRequest``.
-        folder: where the files go, each into a folder of its own; ``name`` is what they are called.
+        folder: where the files go, each into a folder of its own.
+        name: what they are called.
         noises: the catalogue.
         progress: told what is being done.
 

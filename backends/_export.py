@@ -1,7 +1,7 @@
 """Exports a module to ONNX with one of PyTorch's two exporters.
 
-The newer one (``dynamo=True``) writes what ``torch.export`` captured, the older one what TorchScript
-saw in one run. Sources: ``torch/onnx/__init__.py`` (``export``) and
+The newer one (``dynamo=True``) writes what ``torch.export`` captured, the older one what
+TorchScript saw in one run. Sources: ``torch/onnx/__init__.py`` (``export``) and
 https://docs.pytorch.org/docs/stable/onnx.html.
 """
 
