@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,6 +36,7 @@ class Shape:
     groups: int = 4  # key and value heads
     vocabulary: int = 32000
     tokens: int = 16
+    theta: float = 10000.0  # of the rotary positions
 
     @property
     def head(self) -> int:
@@ -45,12 +47,15 @@ class Shape:
 class _Writer:
     """Collects nodes, and puts weights into the data file."""
 
-    def __init__(self, data: IO[bytes], location: str, seed: int) -> None:
+    def __init__(
+        self, data: IO[bytes], location: str, seed: int, given: Mapping[str, np.ndarray]
+    ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.parameters = 0
         self._data = data
         self._location = location
+        self._given = given
         self._generator = np.random.default_rng(seed)
 
     def node(self, kind: str, inputs: list[str], name: str, **attributes: object) -> str:
@@ -61,11 +66,20 @@ class _Writer:
         self.constants.append(numpy_helper.from_array(values, name))
         return name
 
+    def gain(self, name: str, size: int) -> str:
+        """A vector: the one given, else ones."""
+        return self.constant(name, self._given.get(name, np.ones(size, np.float32)))
+
     def weight(self, name: str, *dims: int) -> str:
-        """A matrix of normal values with a standard deviation of 0.02."""
+        """A matrix: the one given, else normal values with a standard deviation of 0.02."""
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         start, left = self._data.tell(), math.prod(dims)
         self.parameters += left
+        if name in self._given:
+            values = self._given[name]
+            assert values.shape == dims
+            self._data.write(np.ascontiguousarray(values, np.float32).tobytes())
+            left = 0
         while left:
             count = min(left, _PIECE)
             values = self._generator.standard_normal(count, np.float32) * np.float32(0.02)
@@ -80,11 +94,20 @@ class _Writer:
         return name
 
 
-def write(path: Path, shape: Shape, seed: int = 0) -> int:
-    """Write the model and, beside it, its weights; returns how many parameters there are."""
+def write(
+    path: Path, shape: Shape, seed: int = 0, given: Mapping[str, np.ndarray] | None = None
+) -> int:
+    """Write the model and, beside it, its weights; returns how many parameters there are.
+
+    Args:
+        path: the ONNX file.
+        shape: its sizes.
+        seed: of the weights that are not given.
+        given: float32 weights by name; matrices as ``[into, out]``.
+    """
     location = f"{path.name}.data"
     with (path.parent / location).open("wb") as data:
-        writer = _Writer(data, location, seed)
+        writer = _Writer(data, location, seed, given or {})
         _constants(writer, shape)
         table = writer.weight("embedding", shape.vocabulary, shape.hidden)
         last = writer.node("Gather", [table, "input_ids"], "embedded")
@@ -112,7 +135,7 @@ def write(path: Path, shape: Shape, seed: int = 0) -> int:
 
 def _constants(writer: _Writer, shape: Shape) -> None:
     positions = np.arange(shape.tokens)[:, None]
-    frequencies = 10000.0 ** (-np.arange(0, shape.head, 2) / shape.head)
+    frequencies = shape.theta ** (-np.arange(0, shape.head, 2) / shape.head)
     angles = np.concatenate([positions * frequencies] * 2, axis=1)
     writer.constant("cos", np.cos(angles).astype(np.float32))
     writer.constant("sin", np.sin(angles).astype(np.float32))
@@ -200,7 +223,7 @@ def _normalised(writer: _Writer, shape: Shape, tensor: str, name: str) -> str:
         "Sqrt", [writer.node("Add", [mean, "epsilon"], f"{name}.shifted")], f"{name}.root"
     )
     unit = writer.node("Div", [tensor, root], f"{name}.unit")
-    gain = writer.constant(f"{name}.weight", np.ones(shape.hidden, np.float32))
+    gain = writer.gain(f"{name}.weight", shape.hidden)
     return writer.node("Mul", [unit, gain], name)
 
 
@@ -209,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoder", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
     for name, value in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
     path = arguments.pop("output")
     parameters = write(path, Shape(**arguments))

@@ -341,6 +341,55 @@ def _light_resnet50(path: Path, _: Path) -> Samples:
     return {"gpu_0/data_0": np.stack([_imagenet(name) for name in PHOTOS])}
 
 
+def _sounds(rate: int, size: int) -> NDArray[np.float32]:
+    """Voiced sounds with gliding pitch and formants, ``[samples, 1, size]``, within -1 and 1."""
+    time = np.arange(size) / rate
+    rng = np.random.default_rng(0)
+    made = np.zeros((4, 1, size))
+    for index in range(len(made)):
+        pitch = 2 * np.pi * np.cumsum(rng.uniform(90, 220) + 40 * np.sin(9 * time)) / rate
+        formants = rng.uniform(300, 3000, 3)
+        for harmonic in range(1, 30):
+            distance = np.abs(harmonic * 150 - formants).min()
+            made[index] += np.exp(-distance / 300) / harmonic * np.sin(harmonic * pitch)
+        made[index] += 0.01 * rng.standard_normal(size)
+    return (made / np.abs(made).max() / 1.5).astype(np.float32)
+
+
+def _silero(file: str) -> Callable[[Path, Path], Samples]:
+    def make(path: Path, _: Path) -> Samples:
+        shutil.copyfile(_package_file("silero_vad", "data", file), path)
+        state = np.random.default_rng(1).standard_normal((4, 2, 1, 128), np.float32) * 0.1
+        rates = np.full(4, 16000, np.int64)
+        return {"input": _sounds(16000, 576), "state": state, "sr": rates}
+
+    return make
+
+
+def _ddddocr(path: Path, _: Path) -> Samples:
+    """Grey, 64 pixels high, (x/255 - .5)/.5, as the package feeds it."""
+    from PIL import Image
+
+    shutil.copyfile(_package_file("ddddocr", "common_old.onnx"), path)
+    page = photo("page.png")
+    lines = [page.crop(box).resize((160, 64), Image.Resampling.LANCZOS) for box in PAGE_LINES]
+    return {"input1": np.stack([_nchw(line, 127.5, 127.5)[:, :1] for line in lines])}
+
+
+def _magika(path: Path, _: Path) -> Samples:
+    """The first and the last 1024 bytes of files, as the package feeds them."""
+    shutil.copyfile(_package_file("magika", "models", "standard_v3_3", "model.onnx"), path)
+    files = [
+        ROOT / "benchmarks" / "zoo.py",
+        ROOT / "pyproject.toml",
+        _package_file("skimage", "data", "coffee.png"),
+        _package_file("skimage", "data", "rocket.jpg"),
+    ]
+    contents = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
+    ends = [np.concatenate([c[:1024], c[-1024:]]) for c in contents]
+    return {"bytes": np.stack(ends)[:, None].astype(np.int32)}
+
+
 RECIPES: dict[str, Recipe] = {
     "ppocr_det": Recipe("PP-OCRv4 text detection, mobile", _ppocr_det),
     "ppocr_rec": Recipe("PP-OCRv4 text recognition, mobile", _ppocr_rec),
@@ -353,6 +402,10 @@ RECIPES: dict[str, Recipe] = {
     "mtcnn_p": Recipe("MTCNN proposal network", _mtcnn_p),
     "mtcnn_r": Recipe("MTCNN refinement network, 8 crops", _mtcnn_r),
     "mtcnn_o": Recipe("MTCNN output network, 8 crops", _mtcnn_o),
+    "silero_vad": Recipe("Silero VAD, LSTM", _silero("silero_vad_16k_op15.onnx")),
+    "silero_vad_if": Recipe("Silero VAD, LSTM inside If", _silero("silero_vad.onnx")),
+    "ddddocr": Recipe("ddddocr, dynamic int8 with LSTM", _ddddocr),
+    "magika": Recipe("Magika, bytes to file type", _magika),
     "light_resnet50": Recipe("ResNet-50 with constant weights: for timing only", _light_resnet50),
 }
 

@@ -1,0 +1,133 @@
+"""``audit generate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from auditor.commands._app import app
+from auditor.commands._options import Model, backend_specs, engine_options
+from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._stop import StoppableProgress
+from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@app.command("generate", short_help="Compare the text that a decoder writes on each backend.")
+def _generate(
+    model: Model,
+    prompt_ids: Annotated[
+        str | None,
+        typer.Option(metavar="ID,…", help="The prompt, as token ids."),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The prompt, with --tokenizer."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="tokenizer.json", help="Turns --prompt into ids, and shows tokens as text."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How many to write.")] = 32,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID[:DEVICE],…", help="Backends; all available when not given."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="ID.KEY=VALUE", help="Engine option; repeatable.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.json", help="Write everything as JSON too."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of each engine.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds that one step may take.")
+    ] = 600.0,
+) -> int:
+    """Write greedy text with a decoder on the reference and on each backend, and compare.
+
+    Says which token is the first to diverge, how far the distributions are apart at every step,
+    which layers made it, and which of them to compute in full precision. MODEL takes token ids (and
+    a mask and positions, if any) and returns logits, without a cache. Exit code 0 when all texts
+    are the same, 1 when not, 3 when a named backend gave none.
+    """
+    if output is not None:
+        check_writable(output.resolve())
+    encode, decode = _tokenizer(tokenizer)
+    ids = _prompt(prompt_ids, prompt, encode)
+    specs = backend_specs(backends)
+    options = engine_options(option, specs)
+
+    from auditor import discovery
+    from auditor.audit import AuditOptions
+    from auditor.generate import generate
+    from reports import _generate as table
+    from reports.terminal import LiveProgress
+
+    asked = AuditOptions(backends=specs, options=options, threads=threads, timeout=timeout)
+    progress = StoppableProgress(LiveProgress())
+    with TemporaryDirectory(prefix="audit-generate-") as scratch:
+        try:
+            report = generate(
+                model,
+                ids,
+                tokens,
+                asked,
+                noises=discovery.noises(),
+                progress=progress,
+                scratch=Path(scratch),
+            )
+        finally:
+            progress.close()
+    if output is not None:
+        write(output, table.render_json(report))
+    emit(table.render(report, *screen(), decode))
+    if any(part.first is not None for part in report.backends):
+        return 1
+    silent = [part for part in report.backends if not part.steps]
+    return 3 if (backends and silent) or len(silent) == len(report.backends) else 0
+
+
+def _tokenizer(path: Path | None) -> tuple[Any, Callable[[int], str] | None]:
+    if path is None:
+        return None, None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UsageError(
+            "--tokenizer needs the package tokenizers", "pip install tokenizers"
+        ) from error
+    try:
+        made = Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises Exception itself
+        raise UsageError(
+            f"--tokenizer {path} cannot be read: {error}", "Give a tokenizer.json."
+        ) from error
+    return made.encode, lambda token: str(made.decode([token], skip_special_tokens=False))
+
+
+def _prompt(ids: str | None, text: str | None, encode: Any) -> list[int]:
+    if (ids is None) == (text is None):
+        raise UsageError("give one of --prompt-ids and --prompt", "Such as --prompt-ids 1,15,27.")
+    if text is not None:
+        if encode is None:
+            raise UsageError("--prompt needs a --tokenizer", "Or give --prompt-ids.")
+        found = list(encode(text).ids)
+    else:
+        parts = [part.strip() for part in (ids or "").split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise UsageError(f"--prompt-ids `{ids}` are no token ids", "Such as 1,15,27.")
+        found = [int(part) for part in parts]
+    if not found:
+        raise UsageError("the prompt is empty", "Give one token at least.")
+    return found

@@ -1,0 +1,187 @@
+"""The greedy texts of a decoder: in a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from reports import _words as words
+from reports.terminal import _Column, _Page, _Row, _Span
+
+if TYPE_CHECKING:
+    from auditor.records import Generation, GenerationReport, KeptLayers
+
+FORMAT = "sysnoise-generation/1"
+_STEPS, _LAYERS = 6, 8
+
+
+def render(
+    report: GenerationReport,
+    width: int | None,
+    color: bool,
+    decode: Callable[[int], str] | None = None,
+) -> str:
+    """The comparison as text.
+
+    Args:
+        report: what was written.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+        decode: a token as text.
+    """
+    report = words.visible(report)
+    page = _Page(width, color)
+
+    def told(token: int) -> str:
+        return str(token) if decode is None else f"{token} {words.visible(decode(token))!r}"
+
+    page.rule(f"{report.model.path}: {words.count(len(report.text), 'token')} of greedy text")
+    page.say(_Span(_text(report.text, decode)), label=_Span("reference  ", "dim"))
+    for part in report.backends:
+        _draw(page, part, report, decode, told)
+    return page.text()
+
+
+def render_json(report: GenerationReport) -> str:
+    """Everything, as JSON."""
+    return json.dumps({"format": FORMAT} | dataclasses.asdict(report), indent=2) + "\n"
+
+
+def _draw(
+    page: _Page,
+    part: Generation,
+    report: GenerationReport,
+    decode: Callable[[int], str] | None,
+    told: Callable[[int], str],
+) -> None:
+    page.rule(part.id)
+    if not part.steps:
+        page.say(_Span(part.gap.reason if part.gap else "", "yellow"), label=_Span("gap  ", "dim"))
+        return
+    same = sum(a == b for a, b in zip(part.text, report.text, strict=True))
+    if part.first is None:
+        nearest = min(part.steps, key=lambda s: s.margin_after / max(s.margin, 1e-12))
+        page.say(
+            _Span("the same text", "green"),
+            _Span(
+                f"; closest call at token {nearest.number}: a lead of "
+                f"{words.plain(nearest.margin)} becomes {words.plain(nearest.margin_after)}"
+            ),
+        )
+    else:
+        step = part.steps[part.first]
+        page.say(_Span(_text(part.text, decode)), label=_Span("text       ", "dim"))
+        page.say(
+            _Span(f"token {step.number}: {told(step.other)} instead of {told(step.token)}", "red"),
+            _Span(f", whose lead was {words.plain(step.margin)}"),
+            label=_Span("diverges   ", "dim"),
+        )
+        turned = sum(not s.same for s in part.steps)
+        page.say(
+            _Span(
+                f"{same} of {len(report.text)} tokens of its own text; on the reference's text "
+                f"{len(part.steps) - turned} of {len(part.steps)} decisions"
+            ),
+            label=_Span("agrees     ", "dim"),
+        )
+    kl = [s.kl for s in part.steps]
+    proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
+    page.say(
+        _Span(
+            f"{words.error(sum(kl) / len(kl))} nats a step on average, {words.error(max(kl))} at "
+            f"most; logits {words.error(part.relative_l2)} relative L2{proof}"
+        ),
+        label=_Span("KL         ", "dim"),
+    )
+    shares = [f"{c.noise} {words.percent(c.share)}" for c in part.categories]
+    shares.append(f"unexplained {words.percent(part.unexplained_share)}")
+    page.say(_Span(", ".join(shares)), label=_Span("causes     ", "dim"))
+    if part.gap is not None:
+        page.say(_Span(part.gap.reason, "yellow"), label=_Span("gap        ", "dim"))
+    _draw_steps(page, part, told)
+    if part.effects:
+        _draw_layers(page, part)
+    if part.kept is not None:
+        _draw_kept(page, part, part.kept)
+
+
+def _draw_steps(page: _Page, part: Generation, told: Callable[[int], str]) -> None:
+    """The turned steps, then those with the largest divergence."""
+    chosen = sorted(part.steps, key=lambda s: (s.same, -s.kl))[:_STEPS]
+    columns = (
+        _Column("token", right=True),
+        _Column("reference"),
+        _Column("backend"),
+        _Column("lead", right=True),
+        _Column("becomes", right=True),
+        _Column("KL, nats", right=True),
+    )
+    rows = [
+        _Row(
+            (
+                _Span(str(s.number)),
+                _Span(told(s.token)),
+                _Span(told(s.other), "" if s.same else "red"),
+                _Span(words.plain(s.margin)),
+                _Span(words.plain(s.margin_after)),
+                _Span(words.error(s.kl)),
+            ),
+            (),
+        )
+        for s in sorted(chosen, key=lambda s: s.number)
+    ]
+    page.blank()
+    page.grid(columns, rows)
+
+
+def _draw_layers(page: _Page, part: Generation) -> None:
+    columns = (
+        _Column("layer, its error alone"),
+        _Column("segments", right=True),
+        _Column("changes the lead by", right=True),
+        _Column("of it", right=True),
+    )
+    rows = [
+        _Row(
+            (
+                _Span(e.layer),
+                _Span(str(e.segments)),
+                _Span(words.plain(e.change)),
+                _Span(words.percent(e.harm)),
+            ),
+            (),
+        )
+        for e in part.effects[:_LAYERS]
+    ]
+    page.blank()
+    page.grid(columns, rows)
+
+
+def _draw_kept(page: _Page, part: Generation, kept: KeptLayers) -> None:
+    page.blank()
+    page.say(
+        _Span(f"{len(kept.layers)} of {kept.among} layers: {', '.join(kept.layers)}"),
+        label=_Span("keep exact ", "bold"),
+    )
+    if kept.turned is None:
+        page.say(_Span(kept.failure or "", "yellow"), label=_Span("not built  ", "dim"))
+        return
+    id = part.id.partition(":")[0]
+    options = " ".join(f"--option {id}.{k}={v}" for k, v in kept.options.items())
+    page.say(
+        _Span(
+            f"in {words.count(kept.pieces, 'piece')}, those layers with {options}: "
+            f"{words.count(kept.turned, 'decision')} of {len(part.steps)} turned, "
+            f"{words.error(kept.kl)} nats at most",
+            "green" if kept.turned == 0 else "yellow",
+        ),
+        label=_Span("built      ", "dim"),
+    )
+
+
+def _text(tokens: Sequence[int], decode: Callable[[int], str] | None) -> str:
+    if decode is None:
+        return " ".join(map(str, tokens))
+    return words.visible("".join(map(decode, tokens)))
