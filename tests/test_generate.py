@@ -1,0 +1,99 @@
+"""`audit generate`: the greedy text of a decoder, and what turns one of its decisions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from auditor import discovery, generate, pieces
+from auditor import model as models
+from auditor.audit import AuditOptions, BackendSpec
+from auditor.errors import UsageError
+from auditor.records import GenerationReport
+from auditor.replay import Replayer
+from auditor.segments import Graph
+from benchmarks import decoder as writer
+from reports import _generate as table
+
+PROMPT = [1553, 1912, 528, 415]  # bfloat16 turns the eleventh token of this decoder
+SHAPE = writer.Shape(layers=2, hidden=64, inner=128, heads=4, groups=2, vocabulary=2000, tokens=24)
+
+
+class Quiet:
+    def update(self, who: str, stage: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("decoder") / "decoder.onnx"
+    writer.write(made, SHAPE, seed=2)
+    return made
+
+
+def written(path: Path, folder: Path, *backends: str, **options: str) -> GenerationReport:
+    asked = AuditOptions(
+        backends=tuple(BackendSpec(id) for id in backends),
+        threads=1,
+        options={"ov": options} if options else {},
+    )
+    return generate.generate(
+        path,
+        PROMPT,
+        12,
+        asked,
+        noises=discovery.noises(),
+        progress=Quiet(),
+        scratch=folder,
+    )
+
+
+def test_a_turned_decision_is_traced_to_layers_and_mended(path: Path, tmp_path: Path) -> None:
+    report = written(path, tmp_path, "ov", INFERENCE_PRECISION_HINT="bf16")
+    (turned,) = report.backends
+    assert turned.first is not None and turned.text[: turned.first] == report.text[: turned.first]
+    step = turned.steps[turned.first]
+    assert turned.text[turned.first] == step.other != step.token and step.margin_after < 0
+    assert turned.categories[0].noise == "precision.bf16" and turned.categories[0].share > 0.9
+    assert {effect.layer for effect in turned.effects} >= {"layer0", "layer1"}
+    kept = turned.kept
+    assert kept is not None and kept.failure is None and 0 < len(kept.layers) <= kept.among
+    assert kept.options == {"INFERENCE_PRECISION_HINT": "f32"} and kept.turned == 0
+    assert f"token {step.number}: {step.other}" in table.render(report, 100, False)
+
+
+def test_pieces_compute_what_the_whole_does(path: Path) -> None:
+    model = models.load(path)
+    graph = Graph(model.proto)
+    replayer = Replayer(graph, 1, model.weights, model.folder)
+    feeds = {"input_ids": np.arange(24)[None]}
+    whole = replayer.stream(feeds)
+    chosen = {i for i, node in enumerate(graph.nodes) if node.name.startswith("layer1")}
+    made = pieces.split(graph, chosen)
+    assert [piece.chosen for piece in made] == [False, True, False]
+    assert sorted(i for piece in made for i in piece.cut.nodes if piece.chosen) == sorted(chosen)
+    values = replayer.walk([piece.cut for piece in made], feeds)
+    assert np.array_equal(values["logits"], whole["logits"])
+
+
+def test_what_is_no_decoder_is_refused(path: Path, tmp_path: Path) -> None:
+    model = models.load(path)
+    with pytest.raises(UsageError, match="takes 24 tokens") as error:
+        generate.decoder_of(model, 10, 32)
+    assert "--tokens 14" in error.value.hint
+    cached = replace(model, inputs=(*model.inputs, replace(model.inputs[0], name="past.0.key")))
+    with pytest.raises(UsageError, match="no sequence of tokens"):
+        generate.decoder_of(cached, 4, 16)
+    proto = onnx.load(path)
+    mask = next(t for t in proto.graph.initializer if t.name == "mask")
+    mask.CopyFrom(onnx.numpy_helper.from_array(np.zeros((24, 24), np.float32), "mask"))
+    onnx.save(proto, tmp_path / "encoder.onnx")
+    with pytest.raises(UsageError, match="not causal"):
+        written(tmp_path / "encoder.onnx", tmp_path, "ort")
