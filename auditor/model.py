@@ -131,6 +131,7 @@ def load(path: Path) -> Model:
         _hash(file, digest)
     _check_names(path, proto.graph)
     _check_domains(path, proto)
+    _check_types(path, proto)
     inputs = _inputs(path, proto.graph)
     outputs = _outputs(path, proto.graph)
     info = ModelInfo(
@@ -384,6 +385,17 @@ def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None
 
 
 # --- checks ------------------------------------------------------------------------------------
+
+
+def _check_types(path: Path, proto: onnx.ModelProto) -> None:
+    """What ONNX's checker lets through: weights of a type that there is not."""
+    known = onnx.TensorProto.DataType.values()
+    for tensor in _tensors(proto):
+        if tensor.data_type not in known:
+            raise UsageError(
+                f"{path}: tensor `{tensor.name}` has the unknown type {tensor.data_type}",
+                f"Export the model again: this onnx {onnx.__version__} does not know the type.",
+            )
 
 
 def _check_sizes(path: Path, proto: onnx.ModelProto) -> None:

@@ -292,7 +292,9 @@ def _mask(values: Array, post: Post, place: Placement | None) -> Array:
 
 
 def _text(values: Array, post: Post) -> Array:
-    steps = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(0, 1)
+    if values.ndim == 0 or values.shape[-1] == 0:
+        raise _misdescribed(f"a text cannot be read off an output of shape {values.shape}")
+    steps = values.reshape(-1, values.shape[-1])
     if values.ndim > 2 and values.shape[0] != 1:
         raise _misdescribed(f"texts of {values.shape[0]} photographs at once: one was expected")
     if post.blank >= steps.shape[1]:

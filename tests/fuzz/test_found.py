@@ -8,7 +8,7 @@ import pytest
 
 from auditor import datafiles, model, policy, stimulus
 from auditor.errors import UsageError
-from auditor.pipeline import description
+from auditor.pipeline import description, post
 from tests.fuzz import mutations
 
 
@@ -38,6 +38,24 @@ def test_a_constant_with_fewer_bytes_than_its_shape(tmp_path, kind):
     weights.raw_data = weights.raw_data[:10]
     onnx.save(proto, tmp_path / "m.onnx")
     assert "`w`" in _refused(model.load, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("as_node", [False, True])
+def test_a_constant_of_no_type_there_is(tmp_path, as_node):
+    proto = mutations.network()
+    odd = onnx.TensorProto(data_type=99, name="odd", int64_data=[1])
+    if as_node:
+        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["odd"], value=odd))
+    else:
+        proto.graph.initializer.append(odd)
+    onnx.save(proto, tmp_path / "m.onnx")
+    assert "unknown type 99" in _refused(model.load, tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("shape", [(), (3, 0)])
+def test_a_text_of_an_output_without_classes(shape):
+    described = post.Post("text", text="ctc")
+    assert "shape" in _refused(post.result, {"y": np.zeros(shape, np.float32)}, described)
 
 
 @pytest.mark.parametrize("size", [2**40, 2**62])
