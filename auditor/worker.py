@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # -P keeps the user's current folder from shadowing the engines' modules.
 _COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker")
 _LOG_LINES = 12
+# What faulthandler and TVM's own handler say before the stack of a crash.
+_CRASHES = ("Fatal Python error", "!!!!!!! Segfault encountered")
 _POLL = 0.25  # seconds between looks at whether it still runs
 _LOG_BYTES = 1 << 16  # of the log's end are read
 _GRACE = 2.0  # seconds a worker may take to end by itself after its input is closed
@@ -211,16 +213,16 @@ class Worker:
         return self._failed(reason, stage)
 
     def _log_tail(self) -> tuple[str, ...]:
-        """The engine's last words; after a crash also what Python says of it."""
+        """The engine's last words; after a crash also the innermost part of its stack."""
         lines: list[str] = []
         with contextlib.suppress(OSError):
             text = self._log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
             lines = [line for line in text.splitlines() if line.strip()]
-        fatal = (i for i, line in enumerate(lines) if line.startswith("Fatal Python error"))
+        fatal = (i for i, line in enumerate(lines) if line.startswith(_CRASHES))
         crash = next(fatal, None)
         if crash is None:
             return tuple(lines[-_LOG_LINES:])
-        # faulthandler lists every thread's stack: the innermost place of the first will do.
+        # Whole stacks, of every thread, would push the words out: the innermost place will do.
         stack = [line for line in lines[crash:] if line.startswith('  File "')][:2]
         said = lines[: crash + 1][-_LOG_LINES + len(stack) :]
         return (*said, *stack)

@@ -38,6 +38,19 @@ def test_a_crash_names_stage_and_signal(ort, kind):
         assert any("Segmentation" in line for line in caught.value.log)
 
 
+@pytest.mark.parametrize(
+    "said", ["Fatal Python error: Segmentation fault", "!!!!!!! Segfault encountered !!!!!!!"]
+)
+def test_a_long_stack_leaves_the_last_words(ort, said):
+    """As faulthandler and TVM print it: its first lines are what matters."""
+    ort.kill()
+    stack = [f'  File "Python/ceval.c", line {n}, in frame{n}' for n in range(40)]
+    ort._log.write_text("\n".join(["fusing conv2d", said, *stack]))
+    log = ort._log_tail()
+    assert log[:3] == ("fusing conv2d", said, stack[0])
+    assert len(log) < 10
+
+
 def test_a_hang_is_stopped_and_named(ort):
     ort.call("availability", Availability, timeout=60)
     os.kill(ort._process.pid, signal.SIGSTOP)

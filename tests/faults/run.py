@@ -459,6 +459,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, help="only so many, chosen by the seed")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     asked = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     draw = random.Random(asked.seed)
     chosen = [
         case
