@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -122,6 +124,7 @@ def load(path: Path) -> Model:
     _check_file(path)
     home = path.resolve()  # a link's own name is not where the values are
     proto = _parse(path, home)
+    _check_text(path, proto)
     files = _external_files(path, proto, home)
     if files and home.parent != path.parent.resolve():
         home = path.parent.resolve() / path.name  # data files lie beside the link
@@ -385,6 +388,41 @@ def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None
 
 
 # --- checks ------------------------------------------------------------------------------------
+
+
+def _check_text(path: Path, proto: onnx.ModelProto) -> None:
+    """What no parser of the format looks at: strings that are UTF-8, as Protobuf demands."""
+    for message in _messages(proto):
+        for field in _fields(type(message))[0]:
+            value = getattr(message, field)
+            for text in (value,) if isinstance(value, str | bytes) else value:
+                if isinstance(text, bytes):  # how Protobuf hands out what it cannot decode
+                    raise UsageError(
+                        f"{path} is damaged: a {field} is not UTF-8 but {text[:40]!r}",
+                        "Export or copy the model again.",
+                    )
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A message and all inside it."""
+    yield message
+    for field in _fields(type(message))[1]:
+        value = getattr(message, field)
+        if not hasattr(value, "DESCRIPTOR"):
+            for item in value:
+                yield from _messages(item)
+        elif message.HasField(field):
+            yield from _messages(value)
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a message type's fields of text, and of those that hold messages."""
+    fields = kind.DESCRIPTOR.fields
+    return (
+        tuple(f.name for f in fields if f.type == f.TYPE_STRING),
+        tuple(f.name for f in fields if f.type == f.TYPE_MESSAGE),
+    )
 
 
 def _check_types(path: Path, proto: onnx.ModelProto) -> None:

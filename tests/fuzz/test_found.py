@@ -40,6 +40,14 @@ def test_a_constant_with_fewer_bytes_than_its_shape(tmp_path, kind):
     assert "`w`" in _refused(model.load, tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("name", ["sizes", "scale", "conv", "fuzzed", "kernel_shape"])
+def test_a_name_that_is_no_utf8(tmp_path, name):
+    whole = mutations.network().SerializeToString()
+    assert name.encode() in whole
+    (tmp_path / "m.onnx").write_bytes(whole.replace(name.encode(), b"\xff" * len(name)))
+    assert "not UTF-8" in _refused(model.load, tmp_path / "m.onnx")
+
+
 @pytest.mark.parametrize("as_node", [False, True])
 def test_a_constant_of_no_type_there_is(tmp_path, as_node):
     proto = mutations.network()

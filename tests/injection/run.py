@@ -30,24 +30,30 @@ from onnx import TensorProto, helper, numpy_helper
 ROOT = Path(__file__).parents[2]
 STRINGS = (
     # Rich markup
-    *("[red]x[/red]", "[/]", "[link=file:///etc/passwd]x[/link]", "[@click=app.quit]x[/]", "\\[red]"),
+    *("[red]x[/red]", "[/]", "[link=file:///etc/passwd]x[/link]", "[@click=app.quit]x[/]"),
+    "\\[red]",
     # terminals: clear, title, link, clipboard, cursor, bell, 8-bit escapes, answers
     *("\x1b[2J", "\x1b]0;pwned\x07", "\x1b]8;;file:///etc/passwd\x1b\\x", "\x1b]52;c;cHduZWQ=\x07"),
-    *("\x1b[1A\x1b[2K", "\x07\x08\x0c\x7f", "\x9b2J", "\x1b[6n", "\x1bP+q544e\x1b\\", "a\rb", "a\nb"),
+    *("\x1b[1A\x1b[2K", "\x07\x08\x0c\x7f", "\x9b2J", "\x1b[6n", "\x1bP+q544e\x1b\\"),
+    *("a\rb", "a\nb"),
     # HTML and script
     *("</script><script>window.pwned = 1</script>", "<img src=x onerror='window.pwned = 1'>"),
     *('"><svg onload=window.pwned=1>', "javascript:window.pwned=1", "'; window.pwned = 1; //"),
-    *("<!--<script>", "-->", "]]>", "</title></style></pre>", "<iframe src=//x.example>", "&lt;b&gt;"),
+    *("<!--<script>", "-->", "]]>", "</title></style></pre>", "<iframe src=//x.example>"),
+    "&lt;b&gt;",
     *("<a href=javascript:window.pwned=1>x</a>", "\u2028window.pwned = 1\u2029", "<base href=//x>"),
     *("__proto__", "constructor", "${window.pwned = 1}", "{{7*7}}", "{0}{script}%s%n"),
     # Markdown
-    *("![x](http://x.example/a.png)", "[x](javascript:window.pwned=1)", "`|`", "```\n# x", "| a | b |"),
+    *("![x](http://x.example/a.png)", "[x](javascript:window.pwned=1)", "`|`", "```\n# x"),
+    "| a | b |",
     *("<details open>", "@everyone #1 :x:", "http://x.example", "* a\n* b", "&#x1b;[2J"),
     # SARIF and XML
-    *('{"level": "none"}', "{0}", "[x](1)", "<?xml version='1.0'?>", "<!DOCTYPE a SYSTEM 'file:///etc/passwd'>"),
+    *('{"level": "none"}', "{0}", "[x](1)", "<?xml version='1.0'?>"),
+    "<!DOCTYPE a SYSTEM 'file:///etc/passwd'>",
     *("&xxe;", "<![CDATA[x", "\ufffe\uffff", "\x01\x02"),
     # paths and shells
-    *("../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "~root", "$(touch pwned)", "; touch pwned"),
+    *("../../etc/passwd", "/etc/passwd", "..\\..\\x", "C:\\x", "~root", "$(touch pwned)"),
+    "; touch pwned",
     *("-o", "--sandbox", "CON", "a" * 300, "%2e%2e%2f", "file:///etc/passwd"),
     # Unicode: direction, invisible, look-alikes, combining
     *("\u202egnp.exe", "a\u200bb\u2066c", "\ufeffx", "аudit", "e" + "\u0301" * 200, "\U000e0041x"),
