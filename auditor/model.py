@@ -393,7 +393,7 @@ def _embed(folder: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None
 def _check_text(path: Path, proto: onnx.ModelProto) -> None:
     """What no parser of the format looks at: strings that are UTF-8, as Protobuf demands."""
     for message in _messages(proto):
-        for field in _fields(type(message))[0]:
+        for field in _fields(message.DESCRIPTOR)[0]:
             value = getattr(message, field)
             for text in (value,) if isinstance(value, str | bytes) else value:
                 if isinstance(text, bytes):  # how Protobuf hands out what it cannot decode
@@ -406,7 +406,7 @@ def _check_text(path: Path, proto: onnx.ModelProto) -> None:
 def _messages(message: Any) -> Iterator[Any]:
     """A message and all inside it."""
     yield message
-    for field in _fields(type(message))[1]:
+    for field in _fields(message.DESCRIPTOR)[1]:
         value = getattr(message, field)
         if not hasattr(value, "DESCRIPTOR"):
             for item in value:
@@ -416,9 +416,9 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 @functools.cache
-def _fields(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _fields(descriptor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of a message type's fields of text, and of those that hold messages."""
-    fields = kind.DESCRIPTOR.fields
+    fields = descriptor.fields
     return (
         tuple(f.name for f in fields if f.type == f.TYPE_STRING),
         tuple(f.name for f in fields if f.type == f.TYPE_MESSAGE),
