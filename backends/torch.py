@@ -200,8 +200,9 @@ class TorchBuild:
         from backends import _parameters
 
         proto = weights.read(self.request.model_path)
-        large = weights.detach(proto, self.request.model_path.resolve().parent)
-        held = {t.name: _initializer(t, large) for t in proto.graph.initializer}
+        folder = self.request.model_path.resolve().parent
+        large = weights.detach(proto, folder)
+        held = {t.name: _initializer(t, large, folder) for t in proto.graph.initializer}
         floats = {n: v for n, v in held.items() if v is not None and v.dtype.kind == "f"}
         return _parameters.constants(self.source.module, floats)
 
@@ -536,14 +537,14 @@ def _caller() -> str | None:
     return None
 
 
-def _initializer(tensor: onnx.TensorProto, large: Arrays) -> Array | None:
-    """An initialiser's values; None for types that numpy lacks and those that are elsewhere."""
+def _initializer(tensor: onnx.TensorProto, large: Arrays, folder: Path) -> Array | None:
+    """An initialiser's values, from ``folder`` if need be; None for types that numpy lacks."""
     from onnx import numpy_helper
 
     if tensor.name in large:
         return large[tensor.name]
     with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-        return np.asarray(numpy_helper.to_array(tensor))
+        return np.asarray(numpy_helper.to_array(tensor, str(folder)))
     return None
 
 

@@ -314,7 +314,8 @@ def test_openvino_in_low_precision(tmp_path: Path, hint: str, id_: str) -> None:
         pytest.skip(f"this processor has no {hint}: OpenVINO runs {precision}")
     found = explain(of, x, observed, thorough=True)
     assert found.noise == id_ and found.explained > 0.99
-    assert all(h.explained <= 0.5 for h in found.hypotheses if h.noise != id_)
+    # TensorFloat-32 has float16's ten bits: it explains what the operands' rounding does, half.
+    assert all(h.explained < 0.6 for h in found.hypotheses if h.noise != id_)
 
 
 class Replaced:

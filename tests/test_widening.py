@@ -103,6 +103,7 @@ def report_of(
         backends=tuple(BackendSpec(id) for id in backends),
         data=folder / "x.npz",
         candidate=saved(folder, candidate, "c.onnx") if candidate else None,
+        options={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
     )
     path = saved(folder, model)
     return audit(path, options, noises=discovery.noises(), progress=Quiet())

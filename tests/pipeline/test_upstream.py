@@ -250,6 +250,7 @@ def test_by_command(network: Path, photos: Path, pipeline: Path, tmp_path: Path)
     path = deployed(pipeline, 'channels = "bgr"', "crop = 32")
     report = tmp_path / "report.json"
     made = [network, "--images", photos, "--pipeline", path, "--backends", "ort,ov"]
+    made += ["--option", "ov.INFERENCE_PRECISION_HINT=f32"]  # on every processor
     result = command(*made, "-o", report)
     assert result.returncode == 1, result.stderr
     assert "Around the network" in result.stdout and "preprocessing.channels" in result.stdout
