@@ -45,10 +45,18 @@ def severity(effect: float) -> Severity:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One piece of hardware an engine can use, as ``audit backends`` lists it."""
+    """One piece of hardware, or one way to use it, as ``audit backends`` lists it.
 
-    id: str  # what follows the colon in ``--backends ov:GPU``; "" for the default device
-    name: str  # the device's own full name
+    Attributes:
+        id: what follows the colon in ``--backends ov:GPU``; "" for the default device.
+        name: its own full name.
+        reason: why it cannot be used here; None where it can. ``remedy``: how to get it.
+    """
+
+    id: str
+    name: str
+    reason: str | None = None
+    remedy: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

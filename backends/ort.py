@@ -23,7 +23,7 @@ import platform
 import re
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +32,7 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
+from backends import _ort_providers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -159,36 +160,41 @@ class OrtBackend:
             version = str(ort.__version__)
         except Exception as error:  # a broken wheel raises more than ImportError
             return Availability(False, _ENGINE, reason=_first_line(error), remedy=_REMEDY)
-        return Availability(True, _ENGINE, version, (Device("", _cpu_name()),))
+        others = _ort_providers.devices(ort.get_available_providers())
+        return Availability(True, _ENGINE, version, (Device("", _cpu_name()), *others))
 
-    def build(self, request: BuildRequest) -> OrtBuild:
+    def build(self, request: BuildRequest) -> OrtBuild | OpaqueBuild:
         """Compile the user's file as it stands, at the level users deploy.
 
         A file that ONNX Runtime optimised before (``request.artifact``) is loaded with the
         optimiser off, as its documentation asks for, unless a level is given.
 
         Options: ``level`` (all, extended, basic, disable; default all) and raw session
-        configuration entries such as ``session.disable_prepacking``.
+        configuration entries such as ``session.disable_prepacking``; ``provider.KEY`` is an option
+        of the execution provider that the device names.
 
         Raises:
             UsageError: an unknown option, level or device.
-            BackendError: ONNX Runtime refused the model, or is not installed.
+            BackendError: ONNX Runtime refused the model, or it or the provider is not installed.
         """
-        if (request.device or "CPU").upper() != "CPU":
-            raise UsageError(
-                f"The ort backend has no device {request.device!r}.", "Use ort or ort:CPU."
-            )
         usual = "all" if request.artifact is None else "disable"
-        options = _Options.parse(request.options, request.threads, usual)
-        return OrtBuild(request, options)
+        options = _Options.parse(request.options, request.threads, usual, request.device)
+        try:
+            return OrtBuild(request, options)
+        except BackendError as error:
+            if not _ort_providers.compiles(error):
+                raise
+            return OpaqueBuild(request, options)
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """A session with the same level and configuration."""
-        made = _Options.parse(options, threads)
+        made = _Options.parse(options, threads, device=device)
         lines = [f"options.intra_op_num_threads = {made.threads}"] if made.threads else []
         lines += [f"options.add_session_config_entry({k!r}, {v!r})" for k, v in made.config.items()]
         source = _SCRIPT.format(
-            level=_LEVELS[made.level], more="".join(f"    {line}\n" for line in lines)
+            level=_LEVELS[made.level],
+            more="".join(f"    {line}\n" for line in lines),
+            providers=_ort_providers.listed(made.provider, made.provider_options),
         )
         return Script("ONNX Runtime", "onnxruntime", source)
 
@@ -200,7 +206,7 @@ import onnxruntime
 def run(path, feeds):
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.{level}
-{more}    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+{more}    session = onnxruntime.InferenceSession(path, options, providers={providers})
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds)))
 
@@ -219,14 +225,25 @@ class _Options:
     level: str
     config: dict[str, str]
     threads: int | None
+    provider: str = _ort_providers.CPU
+    provider_options: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, given: Mapping[str, str], threads: int | None, level: str = "all") -> _Options:
+    def parse(
+        cls,
+        given: Mapping[str, str],
+        threads: int | None,
+        level: str = "all",
+        device: str | None = None,
+    ) -> _Options:
         """Read the user's options; ``level`` is the one where none is given."""
-        config = {}
+        config, special = {}, {}
+        provider = _ort_providers.named(device)
         for key, value in given.items():
             if key.lower() == "level":
                 level = value.lower()
+            elif key.startswith(_ort_providers.OPTION) and provider != _ort_providers.CPU:
+                special[key.removeprefix(_ort_providers.OPTION)] = value
             elif key.startswith(_CONFIG_PREFIXES) and not key.startswith(_OWN_KEYS):
                 config[key] = value
             else:
@@ -239,7 +256,7 @@ class _Options:
             raise UsageError(
                 f"The ort backend has no level {level!r}.", f"Use one of {', '.join(_LEVELS)}."
             )
-        return cls(level, config, threads)
+        return cls(level, config, threads, provider, special)
 
     def session(
         self, model: Path, dump: Path | None, level: str, extra: Mapping[str, str], *, stage: str
@@ -257,14 +274,20 @@ class _Options:
         try:
             for key, value in {**self.config, **extra}.items():
                 options.add_session_config_entry(key, value)
-            return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            if self.provider != _ort_providers.CPU:
+                options.add_session_config_entry(_ort_providers.RECORD, "1")
+            providers = _ort_providers.listed(self.provider, self.provider_options)
+            session = ort.InferenceSession(str(model), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise _refusal(error, stage) from error
+        _ort_providers.require(session, self.provider)
+        return session
 
     def listed(self) -> dict[str, str]:
         """The options as a report shows them."""
         threads = {} if self.threads is None else {"intra_op_num_threads": str(self.threads)}
-        return {"level": self.level, **threads, **self.config}
+        special = {f"{_ort_providers.OPTION}{k}": v for k, v in self.provider_options.items()}
+        return {"level": self.level, **threads, **self.config, **special}
 
 
 class OrtBuild:
@@ -282,6 +305,7 @@ class OrtBuild:
         except ImportError as error:
             raise BackendError(_first_line(error), _REMEDY, stage="start") from error
         ort.set_default_logger_severity(3)  # else importing a model prints warnings
+        _ort_providers.check(options.provider, ort.get_available_providers())
 
         self._options = options
         self._folder = Path(tempfile.mkdtemp(prefix="ort-", dir=request.workdir)).resolve()
@@ -319,6 +343,7 @@ class OrtBuild:
             notes=(
                 *(_stored(self._compiled.graph, request.artifact) if request.artifact else ()),
                 *_notes(self._compiled.graph, self._session),
+                *_ort_providers.notes(self._session, options.provider),
             ),
         )
         own = {_primitive(node) for node in original.graph.node}
@@ -568,6 +593,66 @@ class OrtInstrumented:
             outputs={name: values[name] for name in self._outputs},
             tensors={r.tensor: r.decode(values[r.engine_name]) for r in self._readings},
         )
+
+
+class OpaqueBuild:
+    """A session in which a provider compiled parts of the model: only its outputs can be seen."""
+
+    blocked: str | None = None
+
+    def __init__(self, request: BuildRequest, options: _Options) -> None:
+        """Compile; raises ``BackendError``."""
+        import onnxruntime as ort
+
+        from auditor import weights
+
+        file = request.artifact or request.model_path
+        self._session = options.session(file, None, options.level, {}, stage="build")
+        self._outputs = [
+            o.name for o in self._session.get_outputs() if _COMPARABLE.fullmatch(o.type)
+        ]
+        graph = weights.read(request.model_path).graph
+        finals = {o.name for o in graph.output}
+        why = f"{options.provider} compiles parts of the model, and shows nothing inside them"
+        self.skipped = tuple(
+            Skipped(name, why)
+            for node in graph.node
+            if node.op_type != "Constant"
+            for name in node.output
+            if name and name not in finals
+        )
+        self.provenance = Provenance(
+            engine=_ENGINE,
+            version=str(ort.__version__),
+            device=options.provider,
+            options=options.listed(),
+            notes=tuple(_ort_providers.notes(self._session, options.provider)),
+        )
+
+    def run(self, feeds: Mapping[str, Array]) -> Arrays:
+        """Every graph output that is a tensor, by name; raises ``BackendError``."""
+        return _run(self._session, self._outputs, feeds)
+
+    def instrument(self, feeds: Mapping[str, Array]) -> _Seen:
+        """The same session: nothing can be added to it."""
+        return _Seen(self)
+
+
+class _Seen:
+    """A session as it is, as an instrumented one."""
+
+    probes: tuple[Probe, ...] = ()
+    program_unchanged = True
+    rebuilt = False
+
+    def __init__(self, build: OpaqueBuild) -> None:
+        self._build = build
+        self.skipped = build.skipped
+
+    def run(self, feeds: Mapping[str, Array]) -> Capture:
+        """One run; raises ``BackendError``."""
+        outputs = self._build.run(feeds)
+        return Capture(outputs, dict(outputs))
 
 
 # --- graphs --------------------------------------------------------------------------------------

@@ -148,12 +148,19 @@ def render_backends(
             cells = (_Span(id, "bold"), _Span(answer.engine), _Span("not available", "yellow"))
             table.append(_Row(cells, tuple(details)))
             continue
-        devices = [_Span(f"{id}:{d.id}  {d.name}" if d.id else d.name) for d in answer.devices] or [
+        here = [d for d in answer.devices if d.reason is None]
+        devices = [_Span(f"{id}:{d.id}  {d.name}" if d.id else d.name) for d in here] or [
             _Span(words.NONE)
         ]
         head = (_Span(id, "bold"), _Span(answer.engine), _Span(answer.version or words.NONE))
         table.append(_Row((*head, devices[0])))
         table += [_Row((_Span(""), _Span(""), _Span(""), device)) for device in devices[1:]]
+        absent = [d for d in answer.devices if d.reason is not None]
+        for device in absent:
+            said = f"{device.reason}; {device.remedy}" if device.remedy else device.reason or ""
+            table[-1] = table[-1]._replace(
+                details=(*table[-1].details, _detail(f"{id}:{device.id} ", _Span(said, "dim")))
+            )
     page.rule("Backends on this machine")
     page.grid(columns, table)
     for note in dict.fromkeys(note for _, answer in rows for note in answer.unlimited):

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import backends.ort as ort_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records import BuildRequest
+from backends import _ort_providers
 from backends.ort import BACKEND
 
 if TYPE_CHECKING:
@@ -435,8 +436,43 @@ def test_unknown_options_are_refused(tmp_path: Path, options: dict[str, str], me
 
 
 def test_unknown_device_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="CUDA"):
-        build(LIGHT / "light_squeezenet.onnx", tmp_path, device="CUDA")
+    with pytest.raises(UsageError, match="NPU") as error:
+        build(LIGHT / "light_squeezenet.onnx", tmp_path, device="NPU")
+    assert "xnnpack" in error.value.hint
+
+
+def test_every_provider_is_listed_and_an_absent_one_is_a_gap_with_its_remedy(
+    tmp_path: Path,
+) -> None:
+    listed = {d.id: d for d in BACKEND.availability().devices}
+    assert {"cuda", "tensorrt", "openvino", "xnnpack", "dml", "coreml"} < set(listed)
+    absent = [d for d in listed.values() if d.name not in ort.get_available_providers() and d.id]
+    for device in absent:
+        assert device.reason and device.remedy
+        with pytest.raises(BackendError, match=device.name) as error:
+            build(LIGHT / "light_squeezenet.onnx", tmp_path, device=device.id)
+        assert device.remedy in error.value.hint
+
+
+def test_a_session_that_went_on_without_its_provider_is_refused() -> None:
+    session = ort.InferenceSession(
+        LIGHT / "light_squeezenet.onnx", providers=["CPUExecutionProvider"]
+    )
+    with pytest.raises(BackendError, match="went on with the CPU"):
+        _ort_providers.require(session, "CUDAExecutionProvider")
+
+
+@pytest.mark.skipif(
+    "OpenVINOExecutionProvider" not in ort.get_available_providers(),
+    reason="needs onnxruntime-openvino, in place of onnxruntime",
+)
+def test_a_provider_that_compiles_is_compared_at_its_outputs(tmp_path: Path) -> None:
+    path = small_net(tmp_path / "m.onnx")
+    x = np.random.default_rng(0).standard_normal((1, 3, 16, 16), np.float32)
+    made = build(path, tmp_path, device="openvino")
+    seen = made.instrument({"x": x})
+    assert not seen.probes and all("compiles" in s.reason for s in seen.skipped)
+    assert "OpenVINOExecutionProvider" in made.provenance.notes[0]
 
 
 def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
