@@ -220,7 +220,7 @@ class Bench:
         if case.stage == "constants":
             return [
                 *("model.onnx", "--backends", "ov,ort", "--artifact", "ov=model.xml"),
-                # What the processor's own precision does would be a finding, which a gap takes away.
+                # What the processor's own precision does would be a finding; a gap takes it away.
                 *("--option", "ov.INFERENCE_PRECISION_HINT=f32", "--timeout", timeout),
             ]
         # Another export with one weight changed: it diverges on every backend, so that the stages
