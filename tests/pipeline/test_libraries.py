@@ -43,6 +43,8 @@ def test_every_variant_decodes_the_photograph(name, photo):
         ("opencv", "default", True),
         ("simplejpeg", "default", True),
         ("jpeglib", "6b", True),
+        ("dali", "default", True),
+        ("dali", "fastdct", False),
         ("simplejpeg", "fastdct", False),
         ("simplejpeg", "fastupsample", False),
         ("jpeglib", "8d", False),
