@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
+
+import reports
 
 PICTURES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PIPELINE = """\
@@ -93,3 +98,26 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def named_jpeg() -> Callable[..., bytes]:
     return jpeg
+
+
+@pytest.fixture
+def conforms() -> Callable[[object, str], None]:
+    """Holds a document against a published schema whose objects are closed: it is complete."""
+
+    def closed(schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [closed(item) for item in schema]
+        if not isinstance(schema, dict):
+            return schema
+        found = {key: closed(value) for key, value in schema.items()}
+        if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+            found["additionalProperties"] = False
+        return found
+
+    def check(document: object, name: str) -> None:
+        path = Path(reports.__file__).parent / f"{name}_v1.schema.json"
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        Draft202012Validator.check_schema(schema)
+        Draft202012Validator(closed(schema)).validate(document)
+
+    return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_record_of_another_kind_is_refused(value: np.ndarray, said: str) -> No
     assert said in f"{error.value.message} {error.value.hint}"
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, conforms: Callable[[object, str], None]) -> None:
     pipeline = tmp_path / "p.toml"
     pipeline.write_text(
         '[training]\ndecoder = "pillow"\npost = { kind = "boxes", output = "boxes", '
@@ -160,7 +161,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "box_offset: described offset 1; made by offset 0" in done.stdout
     answer = json.loads((tmp_path / "answer.json").read_text())
-    assert answer["format"] == "sysnoise-result-forensics/1" and answer["exact"]
+    conforms(answer, "result_forensics")
+    assert answer["exact"]
     assert list(answer["differs"]) == ["box_offset"]
     for arguments, said in (
         ([], "either --deployed-input or --deployed-result"),

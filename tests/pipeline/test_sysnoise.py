@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,16 +275,20 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def test_the_command_prints_a_table_and_writes_json(
-    network: Path, photos: Path, pipeline: Path, tmp_path: Path
+    network: Path,
+    photos: Path,
+    pipeline: Path,
+    tmp_path: Path,
+    conforms: Callable[[object, str], None],
 ) -> None:
     arguments = [str(network), "--images", str(photos), "--pipeline", str(pipeline)]
     process = command(*arguments, "--noise", "none", "-o", "table.json", cwd=tmp_path)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    for words in ("resize, mean of 15", "opencv nearest", "Added one at a time", "What to do"):
+    for words in ("resize, mean of 22", "opencv nearest", "Added one at a time", "What to do"):
         assert words in out
     found = json.loads((tmp_path / "table.json").read_text())
-    assert found["format"] == "sysnoise-table/1"
+    conforms(found, "sysnoise_table")
     assert {t["id"] for t in found["types"]} == {
         *("preprocessing.decoder", "preprocessing.colour", "preprocessing.resize"),
     }
