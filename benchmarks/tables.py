@@ -73,15 +73,19 @@ SUBJECTS = {
         "Second classifier: EfficientNet-Lite1", _LITE1, "cls", sets.photographs
     ),
     "ppocr_cls": Subject(
-        "Small classifier: PP-OCR's direction of writing (MobileNetV3)", _TURNED, "cls", sets.turned
+        "Small classifier: PP-OCR's direction of writing (MobileNetV3)",
+        _TURNED,
+        "cls",
+        sets.turned,
+        0.2,
     ),
     "mtcnn_p": Subject(
-        "Detector: MTCNN's P-Net, proposals of faces", _DETECT, "det", sets.photographs
+        "Detector: MTCNN's P-Net, proposals of faces", _DETECT, "det", sets.photographs, 0.2
     ),
     "ppocr_det": Subject(
-        "Segmentation: PP-OCRv4 text detection", _SEGMENT, "seg", sets.scenes, 0.5
+        "Segmentation: PP-OCRv4 text detection", _SEGMENT, "seg", sets.scenes, 0.1
     ),
-    "ppocr_rec": Subject("Text: PP-OCRv4 recognition", "ppocr-rec", "ocr", sets.lines),
+    "ppocr_rec": Subject("Text: PP-OCRv4 recognition", "ppocr-rec", "ocr", sets.lines, 0.1),
 }
 # The columns of the paper's tables, and what else is after the network here.
 COLUMNS = {
@@ -246,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(SUBJECTS))
     parser.add_argument("--table", type=Path, help="write the document to this file")
     parser.add_argument("--images", type=Path, help="photographs, named by their class")
-    parser.add_argument("--photos", type=int, default=100, help="pictures for each network")
+    parser.add_argument("--photos", type=int, default=500, help="pictures for a classifier")
     parser.add_argument(
         "--seconds", type=float, default=1e9, help="stop after so long; go on later"
     )
