@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import onnx
@@ -23,6 +22,7 @@ from auditor import model as models
 from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import BackendError, UsageError
 from auditor.fixes._view import MARK, View
+from auditor.ports import Keeping
 from auditor.records import FixAttempt, FixReport
 from auditor.rounding import upgraded
 from auditor.trace import Tracer
@@ -32,13 +32,15 @@ if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
     from auditor.ports import Arrays, Fix, Progress
-    from auditor.records import AuditReport, BackendReport, Finding
+    from auditor.records import AuditReport, BackendReport, Finding, Segment
     from auditor.replay import Reference
 
 BUILDS = 6
 SAMPLES = 4
 COMPARABLE = 1e-3  # the limit where nothing can be compared as it is, in shape or finiteness
 SAME = 1e-5  # a rewrite must keep the reference's outputs within this relative L2
+_MIXED = 4  # builds at most with single layers in float32
+_NARROW = ("precision.bf16", "precision.fp16")  # what these help against
 _OPSETS = (13, 17, 18, 21)
 _FASTER = 1.03  # a latency that is this much lower decides between two changes
 
@@ -53,6 +55,7 @@ class Change:
         nodes: labels of the nodes that are written otherwise.
         findings: ranks of the findings that it is meant for.
         model: the changed model; None where the file stays.
+        kept: the segments that stay in float32.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Change:
     options: dict[str, str] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
     model: onnx.ModelProto | None = None
+    kept: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,7 @@ class Attempt:
     latency_before: float | None = None
     latency_after: float | None = None
     failure: str | None = None
+    artifact: Path | None = None  # the engine's own file that was built
 
     @property
     def slower(self) -> float:
@@ -92,6 +97,7 @@ class Attempt:
             self.latency_before,
             self.latency_after,
             self.failure,
+            len(c.kept) or None,
         )
 
 
@@ -101,6 +107,7 @@ class Fixing:
 
     report: FixReport
     model: onnx.ModelProto | None
+    artifact: Path | None = None  # in the folder that was given to ``fix``
 
 
 def fix(
@@ -108,6 +115,7 @@ def fix(
     backend: BackendReport,
     options: AuditOptions,
     limit: float | None,
+    folder: Path,
     progress: Progress,
 ) -> Fixing:
     """Search the smallest change that brings a backend's divergence to ``limit``.
@@ -117,6 +125,7 @@ def fix(
         backend: its part about the backend to fix.
         options: the options of that audit.
         limit: relative L2 of the outputs; None for a tenth of what it is, or for ``COMPARABLE``.
+        folder: for the files that are made, the chosen one among them.
         progress: told what is being done.
 
     Raises:
@@ -135,16 +144,13 @@ def fix(
         )
     model = model_of(report)
     found = [f for f in report.findings if f.backend == backend.id]
-    with TemporaryDirectory(prefix="audit-fix-") as scratch:
-        bench = _Bench(model, spec, replace(options, traces=()), Path(scratch), progress)
-        with bench:
-            before = bench.before
-            tenth = before / 10 if math.isfinite(before) else COMPARABLE
-            target = tenth if limit is None else limit
-            if before <= target:
-                within = FixReport(backend.id, before, target, (), None, None, ())
-                return Fixing(within, None)
-            return _searched(backend, found, bench, before, target)
+    with _Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
+        before = bench.before
+        tenth = before / 10 if math.isfinite(before) else COMPARABLE
+        target = tenth if limit is None else limit
+        if before <= target:
+            return Fixing(FixReport(backend.id, before, target, (), None, None, ()), None)
+        return _searched(backend, found, bench, before, target)
 
 
 # --- the search ----------------------------------------------------------------------------------
@@ -167,7 +173,11 @@ def _searched(
     def within(attempt: Attempt | None) -> bool:
         return attempt is not None and attempt.after is not None and attempt.after <= limit
 
-    if within(made := tried(author.layers(_needed(found, before, limit)))):
+    if isinstance(discovery.backend(bench.spec.id), Keeping):
+        _mixed(backend.segments, found, before, limit, tried)
+    if any(map(within, attempts)):
+        pass
+    elif within(made := tried(author.layers(_needed(found, before, limit)))):
         assert made is not None
         _fewer(made.change, author, tried, within)
     for change in _by_options(backend, found, bench.spec.id):
@@ -193,11 +203,55 @@ def _searched(
         best=best,
         notes=tuple(notes),
     )
-    return Fixing(told, None if chosen is None else attempts[chosen].change.model)
+    if chosen is None:
+        return Fixing(told, None)
+    return Fixing(told, attempts[chosen].change.model, attempts[chosen].artifact)
 
 
 def _alike(a: Change, b: Change) -> bool:
     return (a.name, a.nodes, a.options) == (b.name, b.nodes, b.options)
+
+
+def _mixed(
+    segments: Sequence[Segment],
+    found: Sequence[Finding],
+    before: float,
+    limit: float,
+    tried: Callable[[Change | None], Attempt | None],
+) -> None:
+    """Search the fewest segments to keep in float32, where a precision is what is to blame.
+
+    Segments are taken by what each one's error alone does to the outputs. Such errors are nearly
+    independent, so squares add up to a prediction, which every build then corrects.
+    """
+    if not math.isfinite(before) or not any(f.noise in _NARROW for f in found):
+        return
+    order = sorted(segments, key=lambda s: -(s.leave_one_in or 0.0))
+    squares = [(s.leave_one_in or 0.0) ** 2 for s in order]
+    left = [sum(squares[number:]) for number in range(len(order) + 1)]  # kept first to the last
+    if not left[0] > 0:
+        return
+    predicted = [before * math.sqrt(rest / left[0]) for rest in left]
+    ranks = {key: f.rank for f in reversed(found) for key in f.nodes}
+    low, high, off = 0, len(order) + 1, 1.0
+    for _ in range(_MIXED):
+        fitting = (n for n in range(low + 1, high) if predicted[n] * off <= limit)
+        number = next(fitting, None)
+        if number is None:  # by the last build's correction nothing does: halve what is open
+            number = (low + min(high, len(order)) + 1) // 2
+        if not low < number < high:
+            return
+        taken = tuple(order[:number])
+        nodes = tuple(label for segment in taken for label in segment.nodes)
+        about = tuple(sorted({ranks[label] for label in nodes if label in ranks}))
+        made = tried(
+            Change(f"{number} of {len(order)} layers in float32", about, {}, nodes, kept=taken)
+        )
+        if made is None or made.after is None:
+            return
+        low, high = (low, number) if made.after <= limit else (number, high)
+        if predicted[number] > 0:
+            off = made.after / predicted[number]
 
 
 def _cost(attempt: Attempt) -> tuple[float, int]:
@@ -291,11 +345,20 @@ class _Author:
         replaced: dict[int, list[onnx.NodeProto]] = {}
         names: dict[str, None] = {}
         nodes, ranks = [], set()
-        for index, node in enumerate(model.graph.node):
-            finding = keys.get(models.key(node))
-            if finding is None:
-                continue
+        theirs = [
+            (i, n, keys[k]) for i, n in enumerate(model.graph.node) if (k := models.key(n)) in keys
+        ]
+        # Where a way that suits the cause exists, a finding's other nodes are left as they are.
+        suited = {
+            finding.rank
+            for _, node, finding in theirs
+            for fix in self._fixes
+            if finding.noise in fix.noises and fix.rewrite(node, View(model, self._bench.values))
+        }
+        for index, node, finding in theirs:
             for fix in self._suiting(finding):
+                if finding.rank in suited and finding.noise not in fix.noises:
+                    continue
                 if (written := fix.rewrite(node, view)) is not None:
                     replaced[index] = written
                     names[fix.title] = None
@@ -434,14 +497,23 @@ class _Bench:
         tracer = self._tracer or self._build()
         assert tracer.request is not None
         options = tracer.request.options | change.options
+        request = replace(tracer.request, model_path=path, options=options)
+        artifact = None
+        if change.kept:
+            backend = discovery.backend(self.spec.id)
+            assert isinstance(backend, Keeping)
+            self._files += 1
+            artifact = self._scratch / f"{self._files}{backend.keeps}"
+            keys = tuple(key for segment in change.kept for key in segment.node_keys)
+            request = replace(request, artifact=artifact, kept=keys)
         try:
-            tracer.beside(replace(tracer.request, model_path=path, options=options))
+            tracer.beside(request)
             outputs = [tracer.contrast(feeds)[1] for feeds in self._feeds]
             before, after = tracer.race(self._feeds[0])
         except (BackendError, UsageError) as error:
             self._end()  # its process may be gone
             return Attempt(change, failure=error.message)
-        return Attempt(change, self._apart(outputs), before, after)
+        return Attempt(change, self._apart(outputs), before, after, artifact=artifact)
 
     def _build(self) -> Tracer:
         options = self._options

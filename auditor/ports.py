@@ -132,6 +132,15 @@ class Loadable(Protocol):
 
 
 @runtime_checkable
+class Keeping(Protocol):
+    """A backend that can keep single nodes in float32 (``BuildRequest.kept``)."""
+
+    @property
+    def keeps(self) -> str:
+        """The ending of the name of the file that such a program is written to, with the dot."""
+
+
+@runtime_checkable
 class Holding(Protocol):
     """A build of such a file."""
 

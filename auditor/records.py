@@ -91,6 +91,8 @@ class BuildRequest:
         workdir: private folder for temporary files of this build.
         artifact: the engine's own file to load instead of compiling ``model_path``, which then
             only says what its tensors are called.
+        kept: keys of nodes; where there are any, ``artifact`` is first written from the model, with
+            these in float32 whatever the rest is computed in.
         source: what ``model_path`` was exported from, as after ``--source``; only the training
             side is given it.
         trusted: whether the user allowed to load a source that can run code of its own.
@@ -106,6 +108,7 @@ class BuildRequest:
     artifact: Path | None = None
     source: str | None = None
     trusted: bool = False
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1187,6 +1190,8 @@ class FixAttempt:
         options: engine options, as after ``--option ID.``.
         nodes: labels of the nodes that are written otherwise.
         rewritten: whether the model's file is another one.
+        kept: how many layers of the program stay in float32, in a file of the engine's own; None
+            for other changes.
         after: largest relative L2 of any output on any sample; None when it failed.
         latency_before, latency_after: median seconds of one run, both programs timed in turn.
         failure: why it could not be built or run.
@@ -1201,6 +1206,7 @@ class FixAttempt:
     latency_before: float | None = None
     latency_after: float | None = None
     failure: str | None = None
+    kept: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

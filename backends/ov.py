@@ -36,6 +36,7 @@ from auditor.records import (
     Skipped,
     Switch,
 )
+from backends import _ov_kept
 
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
@@ -1061,6 +1062,7 @@ class OpenVINO:
 
     title = "OpenVINO"
     artifacts = (".xml",)
+    keeps = ".xml"
 
     def availability(self) -> Availability:
         """Whether the package is installed, and the devices it finds."""
@@ -1102,6 +1104,8 @@ class OpenVINO:
         properties: dict[str, Any] = dict(_checked(core, device, request.options))
         if request.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = request.threads
+        if request.kept:
+            _keep(core, request, device)
         with ThreadPoolExecutor(1) as pool:
             # Reading the names overlaps with OpenVINO's own work.
             reading = pool.submit(_onnx_names, request.model_path)
@@ -1299,6 +1303,23 @@ def _read(core: Any, request: BuildRequest) -> Any:
             ) from error
         raise BackendError(f"OpenVINO cannot read the model: {_reason(error)}") from error
     return model
+
+
+def _keep(core: Any, request: BuildRequest, device: str) -> None:
+    """Write the model with these nodes in float32 to ``request.artifact``."""
+    assert request.artifact is not None
+    model = _read(core, replace(request, artifact=None, dynamic=False))
+    source = _Source(model, _onnx_names(request.model_path)[2])
+    wanted = set(request.kept)
+
+    def kept(name: str) -> bool | None:
+        numbers = [int(number) for number in _TOKEN.findall(name)]
+        return any(wanted.intersection(source.keys[n]) for n in numbers) if numbers else None
+
+    try:
+        _ov_kept.write(model, request.artifact, kept, products=device == _DEFAULT_DEVICE)
+    except RuntimeError as error:
+        raise BackendError(f"OpenVINO cannot write the model: {_reason(error)}") from error
 
 
 def _compile_error(error: RuntimeError, options: Mapping[str, str]) -> Exception:

@@ -57,7 +57,7 @@ def _row(number: int, made: FixAttempt, report: FixReport) -> _Row:
         _Span(str(number + 1), "bold" if number == report.chosen else ""),
         _Span(after, "green" if within else "yellow"),
         _Span(latency),
-        _Span(str(len(made.nodes)) if made.nodes else words.NONE),
+        _Span(str(made.kept or len(made.nodes) or words.NONE)),
         _Span(made.name),
     )
     return _Row(cells, tuple(details))
@@ -74,6 +74,8 @@ def _verdict(report: FixReport) -> tuple[_Span, ...]:
         said = [f"build {report.chosen + 1}: {made.name}"]
         if made.options:
             said.append(f"compile with {_options(made, report.backend)}")
+        if made.kept is not None:
+            said.append("ship the file that has it (-o FILE.xml writes it)")
         if made.rewritten:
             said.append("ship the changed model (-o FILE.onnx writes it)")
         return (_Span("; ".join(said), "green"),)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +16,9 @@ from auditor.commands._options import Report
 from auditor.commands._output import check_writable, emit, screen
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
+
+if TYPE_CHECKING:
+    from auditor.fix import Fixing
 
 
 @app.command("fix", short_help="Search and verify the smallest change within a limit.")
@@ -43,18 +48,21 @@ def _fix(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE.onnx", help="Write the model that the change makes."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write what the change makes: a FILE.onnx, or for layers "
+            "kept in float32 OpenVINO's FILE.xml and FILE.bin.",
         ),
     ] = None,
 ) -> int:
     """Search the smallest change that brings a backend near the reference, and build it.
 
-    Tried are engine options that leave a cause out, and equivalent ways to write the layers to
-    blame, in the order of their effect, six builds at most. A rewritten model must compute the
-    same on the reference. Exit code 0 when the limit is reached, 1 when not.
+    Tried are the layers to blame in float32 where OpenVINO computes in fewer bits, engine options
+    that leave a cause out, and equivalent ways to write the layers, in the order of their effect,
+    six builds at most. A rewritten model must compute the same on the reference. Exit code 0 when
+    the limit is reached, 1 when not.
     """
-    import onnx
-
     from auditor import policy as rulebook
     from auditor.fix import fix
     from reports import _fix as table
@@ -63,8 +71,8 @@ def _fix(
 
     if output is not None:
         check_writable(output.resolve())
-        if output.suffix.lower() != ".onnx" or output.exists():
-            raise UsageError(f"-o {output} is no new .onnx file", "Choose another name.")
+        if output.suffix.lower() not in (".onnx", ".xml") or output.exists():
+            raise UsageError(f"-o {output} is no new .onnx or .xml file", "Choose another name.")
     loaded = json_v1.load(report)
     audited = [b for b in loaded.backends if b.status == "audited" and b.outputs]
     worst = {b.id: max(o.distance.relative_l2 for o in b.outputs) for b in audited}
@@ -80,15 +88,34 @@ def _fix(
         limit = rulebook.tolerance(rules, chosen.id, [o.name for o in chosen.outputs])
     options = asked_for(again(loaded.command).params, None)
     progress = StoppableProgress(LiveProgress())
-    try:
-        found = fix(loaded, chosen, options, limit, progress)
-    finally:
-        progress.close()
-    emit(table.render(found.report, *screen()))
-    if output is not None and found.model is not None:
-        draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-        onnx.save(found.model, draft)
-        draft.replace(output)
-        emit(f"{output}: the model so changed")
+    with TemporaryDirectory(prefix="audit-fix-") as scratch:
+        try:
+            found = fix(loaded, chosen, options, limit, Path(scratch), progress)
+        finally:
+            progress.close()
+        emit(table.render(found.report, *screen()))
+        if output is not None:
+            emit(_written(found, output))
     reached = found.report.chosen is not None or found.report.before <= found.report.limit
     return 0 if reached else 1
+
+
+def _written(found: Fixing, output: Path) -> str:
+    """Write what the chosen change makes; what was done, or why nothing was."""
+    import onnx
+
+    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    if found.artifact is not None:
+        if output.suffix.lower() != found.artifact.suffix:
+            return f"{output} was not written: this change needs -o FILE{found.artifact.suffix}"
+        weights = output.with_suffix(".bin")
+        if weights.exists():
+            return f"{output} was not written: {weights} exists"
+        shutil.move(found.artifact.with_suffix(".bin"), weights)
+        shutil.move(found.artifact, draft)
+    elif found.model is not None and output.suffix.lower() == ".onnx":
+        onnx.save(found.model, draft)
+    else:
+        return f"{output} was not written: no change that makes such a file was chosen"
+    draft.replace(output)
+    return f"{output}: the model so changed"
