@@ -78,6 +78,13 @@ class Attempt:
     artifact: Path | None = None  # the engine's own file that was built
 
     @property
+    def form(self) -> str | None:
+        """The ending of the file that the change makes."""
+        if self.artifact is not None:
+            return self.artifact.suffix
+        return None if self.change.model is None else ".onnx"
+
+    @property
     def slower(self) -> float:
         """How many times as long a run takes."""
         if not self.latency_before or self.latency_after is None:
@@ -117,6 +124,7 @@ def fix(
     limit: float | None,
     folder: Path,
     progress: Progress,
+    form: str | None = None,
 ) -> Fixing:
     """Search the smallest change that brings a backend's divergence to ``limit``.
 
@@ -127,6 +135,8 @@ def fix(
         limit: relative L2 of the outputs; None for a tenth of what it is, or for ``COMPARABLE``.
         folder: for the files that are made, the chosen one among them.
         progress: told what is being done.
+        form: the ending of the file to make; of the changes within the limit those that make one
+            are preferred.
 
     Raises:
         UsageError: the model has changed, or there is nothing to fix.
@@ -144,20 +154,25 @@ def fix(
         )
     model = model_of(report)
     found = [f for f in report.findings if f.backend == backend.id]
-    with _Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
+    with Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
         before = bench.before
         tenth = before / 10 if math.isfinite(before) else COMPARABLE
         target = tenth if limit is None else limit
         if before <= target:
             return Fixing(FixReport(backend.id, before, target, (), None, None, ()), None)
-        return _searched(backend, found, bench, before, target)
+        return _searched(backend, found, bench, before, target, form)
 
 
 # --- the search ----------------------------------------------------------------------------------
 
 
 def _searched(
-    backend: BackendReport, found: Sequence[Finding], bench: _Bench, before: float, limit: float
+    backend: BackendReport,
+    found: Sequence[Finding],
+    bench: Bench,
+    before: float,
+    limit: float,
+    form: str | None,
 ) -> Fixing:
     attempts: list[Attempt] = []
     author = _Author(bench, found)
@@ -188,6 +203,7 @@ def _searched(
             if within(tried(more)):
                 break
     good = [i for i, a in enumerate(attempts) if within(a)]
+    good = [i for i in good if form and attempts[i].form == form] or good
     usable = [i for i, a in enumerate(attempts) if a.after is not None and a.after < before]
     chosen = min(good, key=lambda i: _cost(attempts[i]), default=None)
     best = min(usable, key=lambda i: attempts[i].after or 0.0, default=None)
@@ -237,15 +253,15 @@ def _mixed(
     for _ in range(_MIXED):
         fitting = (n for n in range(low + 1, high) if predicted[n] * off <= limit)
         number = next(fitting, None)
-        if number is None:  # by the last build's correction nothing does: halve what is open
-            number = (low + min(high, len(order)) + 1) // 2
+        if number is None:  # by the last build's correction: one fewer than enough, or far more
+            number = high - 1 if high <= len(order) else (low + high) // 2
         if not low < number < high:
             return
-        taken = tuple(order[:number])
+        taken = _with_passive(order[:number], segments)
         nodes = tuple(label for segment in taken for label in segment.nodes)
         about = tuple(sorted({ranks[label] for label in nodes if label in ranks}))
         made = tried(
-            Change(f"{number} of {len(order)} layers in float32", about, {}, nodes, kept=taken)
+            Change(f"{len(taken)} of {len(order)} layers in float32", about, {}, nodes, kept=taken)
         )
         if made is None or made.after is None:
             return
@@ -306,13 +322,28 @@ def _by_options(backend: BackendReport, found: Sequence[Finding], id: str) -> It
             yield Change(f"without {noise}", (rank,), dict(options))
 
 
+def _with_passive(taken: Sequence[Segment], segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """``taken``, and the layers that only hand on what those make, such as a pooling.
+
+    They show no error of their own where they are fed narrow values, and round wide ones.
+    """
+    ids = {segment.id for segment in taken}
+    made = {name for segment in taken for name in segment.outputs}
+    for segment in segments:
+        narrow = segment.precision != "f32"
+        if narrow and not segment.leave_one_in and made.intersection(segment.inputs):
+            ids.add(segment.id)
+            made.update(segment.outputs)
+    return tuple(segment for segment in segments if segment.id in ids)
+
+
 # --- rewriting -----------------------------------------------------------------------------------
 
 
 class _Author:
     """Writes the model anew, layer by layer, and keeps only what the reference agrees with."""
 
-    def __init__(self, bench: _Bench, found: Sequence[Finding]) -> None:
+    def __init__(self, bench: Bench, found: Sequence[Finding]) -> None:
         self.notes: list[str] = []
         if bench.whole is None:
             self.notes.append("The model's weights exceed 2 GB: it is not rewritten.")
@@ -346,7 +377,9 @@ class _Author:
         names: dict[str, None] = {}
         nodes, ranks = [], set()
         theirs = [
-            (i, n, keys[k]) for i, n in enumerate(model.graph.node) if (k := models.key(n)) in keys
+            (index, node, keys[models.key(node)])
+            for index, node in enumerate(model.graph.node)
+            if models.key(node) in keys
         ]
         # Where a way that suits the cause exists, a finding's other nodes are left as they are.
         suited = {
@@ -432,7 +465,7 @@ def _without_round_trips(model: onnx.ModelProto) -> None:
 # --- building and measuring ----------------------------------------------------------------------
 
 
-class _Bench:
+class Bench:
     """The backend with the plain program, beside which changed ones are built."""
 
     def __init__(
@@ -462,7 +495,7 @@ class _Bench:
             self.values = replay.inside(self.whole, self._threads, self._feeds[0])
         self.before = math.nan
 
-    def __enter__(self) -> _Bench:
+    def __enter__(self) -> Bench:
         """Build the plain program and measure it."""
         self._build()
         self.before = self._apart([self._plainly(feeds) for feeds in self._feeds])
@@ -493,6 +526,22 @@ class _Bench:
 
     def attempt(self, change: Change) -> Attempt:
         """Build a change beside the plain program; its divergence and latency, or why not."""
+        try:
+            after, artifact = self.distance(change)
+            tracer = self._tracer
+            assert tracer is not None
+            before, latency = tracer.race(self._feeds[0])
+        except (BackendError, UsageError) as error:
+            self._end()  # its process may be gone
+            return Attempt(change, failure=error.message)
+        return Attempt(change, after, before, latency, artifact=artifact)
+
+    def distance(self, change: Change) -> tuple[float, Path | None]:
+        """Build a change beside the plain program; its divergence, and the file it was built of.
+
+        Raises:
+            BackendError, UsageError: it could not be built or run.
+        """
         path = self._model.path if change.model is None else self._saved(change.model)
         tracer = self._tracer or self._build()
         assert tracer.request is not None
@@ -506,14 +555,8 @@ class _Bench:
             artifact = self._scratch / f"{self._files}{backend.keeps}"
             keys = tuple(key for segment in change.kept for key in segment.node_keys)
             request = replace(request, artifact=artifact, kept=keys)
-        try:
-            tracer.beside(request)
-            outputs = [tracer.contrast(feeds)[1] for feeds in self._feeds]
-            before, after = tracer.race(self._feeds[0])
-        except (BackendError, UsageError) as error:
-            self._end()  # its process may be gone
-            return Attempt(change, failure=error.message)
-        return Attempt(change, self._apart(outputs), before, after, artifact=artifact)
+        tracer.beside(request)
+        return self._apart([tracer.contrast(feeds)[1] for feeds in self._feeds]), artifact
 
     def _build(self) -> Tracer:
         options = self._options

@@ -17,11 +17,20 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
+
 _MARK = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
 _UNMARKED = ("Parameter", "Const", "Result")
 
 
-def write(model: Any, path: Path, kept: Callable[[str], bool | None], *, products: bool) -> None:
+def write(
+    model: Any,
+    path: Path,
+    kept: Callable[[str], bool | None],
+    called: Callable[[str], str],
+    *,
+    products: bool,
+) -> None:
     """Write ``model`` as OpenVINO's own file (``path`` and ``.bin``), with layers kept in float32.
 
     Args:
@@ -29,6 +38,7 @@ def write(model: Any, path: Path, kept: Callable[[str], bool | None], *, product
         path: where to write, ending in ``.xml``.
         kept: whether the layer of this friendly name is to be kept; None where it is no layer of
             the model's, which then is kept where everything that reads it is.
+        called: how to call the layer of a friendly name in the file.
         products: whether products with constant weights are written as the CPU device's own.
 
     Raises:
@@ -38,6 +48,9 @@ def write(model: Any, path: Path, kept: Callable[[str], bool | None], *, product
     from openvino._offline_transformations import apply_moc_transformations
 
     changed = model.clone()
+    for op in changed.get_ordered_ops():
+        if kept(op.get_friendly_name()):
+            _scaled_in_place(op)
     # Done now, not when it is compiled: these passes replace operations, and lose their marks.
     apply_moc_transformations(changed, False)
     ov.save_model(changed, path, compress_to_fp16=False)
@@ -54,7 +67,38 @@ def write(model: Any, path: Path, kept: Callable[[str], bool | None], *, product
         for id in [i for i, x in file.layers.items() if x.get("type") == "MatMul"]:
             if file.marked(id):
                 file.fully_connect(id)
+    for layer in file.layers.values():
+        layer.set("name", called(layer.get("name", "")))
     file.save()
+
+
+def _scaled_in_place(op: Any) -> None:
+    """A product that is divided by a constant, written so that it stays where it is.
+
+    When the model is compiled a factor moves to one of the operands, as a new operation without a
+    mark: attention's scale would round the keys. ``x - x·(1 - s)`` does not move.
+    """
+    from openvino import opset13 as opset
+
+    if op.get_type_name() not in ("Divide", "Multiply"):
+        return
+    product, constant = (op.input_value(i).get_node() for i in (0, 1))
+    if product.get_type_name() != "MatMul" or constant.get_type_name() != "Constant":
+        return
+    if product.input_value(1).get_node().get_type_name() == "Constant":
+        return
+    values = constant.data
+    if values.dtype != np.float32 or values.size != 1 or not values.all():
+        return
+    scale = values if op.get_type_name() == "Multiply" else 1 / values
+    source, name, made = op.input_value(0), op.get_friendly_name(), op.output(0)
+    part = opset.multiply(source, opset.constant(1 - scale))
+    rest = opset.subtract(source, part)
+    part.set_friendly_name(name)
+    rest.set_friendly_name(name)
+    rest.output(0).set_names(made.get_names())
+    for reader in made.get_target_inputs():
+        reader.replace_source_output(rest.output(0))
 
 
 class _File:
@@ -86,6 +130,26 @@ class _File:
             layer.insert(0 if layer.find("data") is None else 1, info)
         ET.SubElement(info, "attribute", _MARK)
         self._marked.add(id)
+        self._first_version(layer)
+
+    def _first_version(self, layer: ET.Element) -> None:
+        """What the device's own passes replace an operation with, without its mark."""
+        data, outputs = layer.find("data"), layer.find("output")
+        if data is None or outputs is None or layer.get("version") != "opset8":
+            return
+        if layer.get("type") == "SoftMax":
+            rank = sum(1 for _ in outputs[0].iter("dim"))
+            data.set("axis", str(int(data.get("axis", "1")) % rank))
+        elif layer.get("type") == "MaxPool":
+            indices = {e.get("from-port") for _, e in self.readers(layer.get("id", ""))}
+            if outputs[-1].get("id") in indices or set(data.get("dilations", "")) - set("1, "):
+                return
+            outputs.remove(outputs[-1])
+            for name in ("dilations", "axis", "index_element_type"):
+                data.attrib.pop(name, None)
+        else:
+            return
+        layer.set("version", "opset1")
 
     def fully_connect(self, id: str) -> None:
         """Write a product with constant weights, and the constant added to it, as one layer."""

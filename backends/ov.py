@@ -305,7 +305,8 @@ class _Source:
         """Values of the constants; float16 ones are what a compressed file stores of float32."""
         found: Arrays = {}
         for name, op in zip(self.names, self._ops, strict=True):
-            if op.get_type_name() == "Constant":
+            # A constant without a type stands for a bias that is not there.
+            if op.get_type_name() == "Constant" and not op.get_element_type().is_dynamic():
                 found[name.removesuffix(_COMPRESSED)] = np.array(op.data)
         return found
 
@@ -1317,7 +1318,8 @@ def _keep(core: Any, request: BuildRequest, device: str) -> None:
         return any(wanted.intersection(source.keys[n]) for n in numbers) if numbers else None
 
     try:
-        _ov_kept.write(model, request.artifact, kept, products=device == _DEFAULT_DEVICE)
+        own = device == _DEFAULT_DEVICE
+        _ov_kept.write(model, request.artifact, kept, source.display, products=own)
     except RuntimeError as error:
         raise BackendError(f"OpenVINO cannot write the model: {_reason(error)}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_a_resize_is_two_products(mode: str, how: str, size: tuple[int, ...] | N
     assert compare(model, changed, {"x": x}) <= 1e-5
 
 
+def test_a_mask_of_the_lowest_float_is_finite_in_bfloat16() -> None:
+    lowest = np.finfo(np.float32).min
+    x = np.array([[0, 1, 1]], np.float32)
+    model = model_of(helper.make_node("Mul", ["x", "k"], ["y"]), {"x": x}, k=np.float32([lowest]))
+    changed = rewritten("finite-masks", model, {"x": x})
+    assert changed is not None
+    (mask,) = replay.session(changed, 1).run(None, {"x": x})
+    narrow = (mask.view(np.uint32) >> 16 << 16).view(np.float32)
+    assert np.isfinite(mask).all() and np.array_equal(narrow, mask)
+    kept = model_of(helper.make_node("Mul", ["x", "k"], ["y"]), {"x": x}, k=np.float32([-1e9]))
+    assert rewritten("finite-masks", kept, {"x": x}) is None
+
+
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
 @pytest.mark.parametrize("kind", [np.uint8, np.int8])
 def test_narrow_integers_wrap(op: str, kind: Any) -> None:
@@ -208,6 +222,44 @@ def test_a_fix_is_found_verified_and_written(tmp_path: Path) -> None:
     assert beside.returncode == 0, beside.stdout
 
 
+def test_layers_stay_in_single_precision_in_a_file_that_ships(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    rng = np.random.default_rng(3)
+    weights = [(rng.standard_normal((64, 64)) / 8).astype(np.float32) * size for size in (1, 1, 30)]
+    nodes, name = [], "x"
+    for number in range(3):
+        nodes += [
+            helper.make_node("MatMul", [name, f"w{number}"], [f"m{number}"]),
+            helper.make_node("Tanh", [f"m{number}"], [f"t{number}"]),
+        ]
+        name = f"t{number}"
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [value("x", F, [8, 64])],
+        [value("t2", F, [8, 64])],
+        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    path, report = tmp_path / "net.onnx", tmp_path / "net.json"
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    first = audit(path, "--backends", "ov", "-o", report, "--no-confirm", "--fail-on", "low")
+    if first.returncode == 0:
+        pytest.skip("OpenVINO computes in float32 on this processor")
+    fixed = tmp_path / "net.xml"
+    done = audit("fix", report, "-o", fixed)
+    assert done.returncode == 0 and "layers in float32" in done.stdout, done.stdout + done.stderr
+    assert fixed.exists() and fixed.with_suffix(".bin").exists()
+    more = ("--no-confirm", "--format", "json")
+    again = audit(path, "--backends", "ov", "--artifact", f"ov={fixed}", *more)
+    before, after = (
+        json.loads(text)["backends"][0]["outputs"][0]["relative_l2"]
+        for text in (report.read_text(), again.stdout)
+    )
+    assert after <= before / 10
+
+
 def test_the_limit_is_that_of_the_policy(tmp_path: Path) -> None:
     report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
     policy = tmp_path / "policy.toml"
@@ -270,8 +322,8 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
     taken.write_bytes(b"mine")
     for arguments, said in (
         (["--backend", "tvm"], "compares no backend `tvm`"),
-        (["-o", taken], "is no new .onnx file"),
-        (["-o", tmp_path / "x.txt"], "is no new .onnx file"),
+        (["-o", taken], "is no new .onnx or .xml file"),
+        (["-o", tmp_path / "x.txt"], "is no new .onnx or .xml file"),
     ):
         done = audit("fix", report, *arguments)
         assert done.returncode == 2 and said in done.stderr

@@ -90,7 +90,8 @@ def _fix(
     progress = StoppableProgress(LiveProgress())
     with TemporaryDirectory(prefix="audit-fix-") as scratch:
         try:
-            found = fix(loaded, chosen, options, limit, Path(scratch), progress)
+            form = output.suffix.lower() if output else None
+            found = fix(loaded, chosen, options, limit, Path(scratch), progress, form)
         finally:
             progress.close()
         emit(table.render(found.report, *screen()))

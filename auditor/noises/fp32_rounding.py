@@ -31,14 +31,20 @@ def jitter(values: Array, generator: np.random.Generator, unit: float | None = N
     """``values`` × (1 + ε·U(−1, 1)); ε is ``unit``, or the unit in the last place at 1.
 
     Monte Carlo arithmetic (Parker 1997) restricted to a segment's inputs: what the outputs move
-    by is what rounding alone can do there. Tensors that are not floating point stay as they are.
+    by is what rounding alone can do there. Tensors that are not floating point stay as they are,
+    and masks of zeros and ones: they are exact, and attention multiplies what is left of one minus
+    such a mask with the lowest float.
     """
-    if values.dtype.kind != "f":
+    if values.dtype.kind != "f" or _mask(values):
         return values
     unit = unit or float(np.finfo(values.dtype).eps)
     noise = generator.uniform(-unit, unit, values.shape).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         return (values * (1 + noise)).astype(values.dtype, copy=False)
+
+
+def _mask(values: Array) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def scaled(values: Array) -> Array:
@@ -49,7 +55,7 @@ def scaled(values: Array) -> Array:
     most of the sum, that is what remains. Only for float32 and wider: a whole unit of float16 would
     hide what sums in half precision lose.
     """
-    if values.dtype.kind != "f" or values.dtype.itemsize < 4:
+    if values.dtype.kind != "f" or values.dtype.itemsize < 4 or _mask(values):
         return values
     with np.errstate(over="ignore", invalid="ignore"):
         moved: Array = values * (1 + np.finfo(values.dtype).eps)

@@ -42,3 +42,11 @@ def test_scaling_moves_float32_by_its_last_bit_and_leaves_float16_alone() -> Non
     assert 0 < np.max(np.abs(moved / wide - 1)) <= 2 * np.finfo(np.float32).eps
     half = wide.astype(np.float16)
     np.testing.assert_array_equal(fp32_rounding.scaled(half), half)
+
+
+def test_masks_are_exact() -> None:
+    mask = np.array([0, 1, 1, 0], np.float32)
+    generator = np.random.default_rng(0)
+    assert np.array_equal(fp32_rounding.jitter(mask, generator), mask)
+    assert np.array_equal(fp32_rounding.scaled(mask), mask)
+    assert not np.array_equal(fp32_rounding.scaled(mask + 1), mask + 1)
