@@ -16,6 +16,7 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.records import BackendReport
 from benchmarks import zoo
+from reports import _words as words
 
 BACKENDS = ("ort", "ov", "tvm", "trt")
 PAGE = zoo.ROOT / "docs" / "coverage.md"
@@ -29,7 +30,9 @@ unchanged program. What is not proved has its reason below; a backend that gives
 its gap.
 
 | model | """
-_INTERNAL = re.compile(r"'[^']*'|`[^`]*`")
+# A kernel that has a part of a node's work; which node it is the report of an audit says.
+_INSIDE = re.compile(r"inside ONNX node .*")
+_LONGEST = 240  # characters of a reason
 
 
 class _Quiet:
@@ -63,7 +66,7 @@ def cell(part: BackendReport) -> str:
 def reasons(part: BackendReport) -> Iterator[str]:
     """Why what is not proved is not, with how many tensors each reason is about."""
     if part.gap is not None:
-        yield f"{part.gap.stage}: {part.gap.reason}"
+        yield words.elide(f"{part.gap.stage}: {part.gap.reason}", _LONGEST)
     if part.fidelity is None:
         return
     proof = part.fidelity
@@ -71,7 +74,9 @@ def reasons(part: BackendReport) -> Iterator[str]:
         yield "the outputs with probes differ from the plain program's"
     if not proof.program_unchanged:
         yield "probes changed the compiled program"
-    counted = Counter(_INTERNAL.sub("…", skipped.reason) for skipped in proof.skipped)
+    counted = Counter(
+        _INSIDE.sub("inside what is one node in ONNX", skipped.reason) for skipped in proof.skipped
+    )
     yield from (f"{reason} ({count})" for reason, count in counted.most_common())
 
 
