@@ -98,6 +98,110 @@ def damaged_model(draw: random.Random) -> onnx.ModelProto:
     return model
 
 
+def odd_network(draw: random.Random) -> onnx.ModelProto:
+    """A valid network of drawn operators, whose numbers may be none, infinite, tiny or missing."""
+    numbers = np.random.default_rng(draw.getrandbits(32))
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, np.ndarray[Any, Any]] = {}
+    last = ["x"]
+
+    def constant(*shape: int) -> str:
+        value = numbers.standard_normal(shape).astype(np.float32)
+        if value.size and draw.random() < 0.3:
+            value.flat[draw.randrange(value.size)] = draw.choice(_ODD)
+        name = f"k{len(constants)}"
+        constants[name] = value
+        return name
+
+    def index(*values: int) -> str:
+        name = f"k{len(constants)}"
+        constants[name] = np.array(values, np.int64)
+        return name
+
+    def add(operator: str, *more: str, source: str = "", **attributes: Any) -> None:
+        made = f"t{len(nodes)}"
+        node = helper.make_node(operator, [source or last[0], *more], [made], **attributes)
+        nodes.append(node)
+        last.append(last[0])  # for those that take two
+        last[0] = made
+
+    def cast_and_back(kind: int) -> None:
+        add("Cast", to=kind)
+        add("Cast", to=TensorProto.FLOAT)
+
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: add("Conv", constant(4, 4, 3, 3), constant(4), pads=[1, 1, 1, 1]),
+        lambda: add("Conv", constant(4, 1, 3, 3), group=4, dilations=[2, 2], pads=[2, 2, 2, 2]),
+        lambda: add("ConvTranspose", constant(4, 4, 2, 2), strides=[2, 2]),
+        lambda: add("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=draw.randrange(2)),
+        lambda: add(
+            "AveragePool",
+            kernel_shape=[2, 2],
+            pads=[1, 1, 0, 0],
+            count_include_pad=draw.randrange(2),
+        ),
+        lambda: add(
+            draw.choice(["Relu", "Sigmoid", "Erf", "Tanh", "Exp", "Sqrt", "Floor", "Round"])
+        ),
+        lambda: add(draw.choice(["Add", "Mul", "Div", "Pow", "Max"]), constant(1, 4, 1, 1)),
+        lambda: add(draw.choice(["Add", "Sub"]), last[0]),
+        lambda: add("Softmax", axis=draw.choice([-1, 1, 2])),
+        lambda: add("Transpose", perm=[0, 1, 3, 2]),
+        lambda: add("Pad", index(0, 0, 1, 1, 0, 0, 0, 1), mode=draw.choice(["constant", "edge"])),
+        lambda: add("Slice", index(draw.randrange(3)), index(9), index(2)),
+        lambda: add("Resize", "", "", index(1, 4, 5, 7), mode=draw.choice(["nearest", "linear"])),
+        lambda: add("InstanceNormalization", constant(4), constant(4)),
+        lambda: add("Gather", index(3, 2, 1, 0), axis=1),
+        lambda: add("CumSum", index(2)),
+        lambda: add("Identity"),
+        lambda: cast_and_back(
+            draw.choice([TensorProto.FLOAT16, TensorProto.INT8, TensorProto.INT32])
+        ),
+    )
+    for _ in range(draw.randrange(1, 9)):
+        draw.choice(steps)()
+    if draw.random() < 0.1:
+        add("Slice", index(2), index(2), index(3))  # nothing is left
+    outputs = {last[0], *(n.output[0] for n in nodes if draw.random() < 0.1)}
+    names = draw.random() < 0.2
+    graph = helper.make_graph(
+        nodes,
+        draw.choice(NAMES[5:9]) if names else "odd",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in sorted(outputs)],
+        [numpy_helper.from_array(v, n) for n, v in constants.items()],
+    )
+    for node in graph.node:
+        node.name = f"{draw.choice(NAMES[5:])}{node.output[0]}" if names else ""
+    opset = [helper.make_opsetid("", draw.choice([13, 15, 17, 18, 19, 20, 21, 22]))]
+    return helper.make_model(graph, opset_imports=opset, ir_version=10)
+
+
+_ODD = (np.nan, np.inf, -np.inf, 1e-42, 3e38, 0.0, -0.0)
+
+
+def picture(draw: random.Random) -> tuple[bytes, str]:
+    """A small photograph in some format, sound or damaged, and its ending."""
+    import io
+
+    from PIL import Image
+
+    shape = (draw.choice([1, 7, 24]), draw.choice([1, 16, 33]), 3)
+    pixels = np.random.default_rng(draw.getrandbits(32)).integers(0, 256, shape, np.uint8)
+    image = Image.fromarray(pixels).convert(draw.choice(["RGB", "L", "CMYK", "P", "RGBA", "1"]))
+    kind = draw.choice(["JPEG", "JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+    if kind in ("JPEG", "WEBP", "BMP") and image.mode not in ("RGB", "L"):
+        image = image.convert("CMYK" if image.mode == "CMYK" and kind == "JPEG" else "RGB")
+    if image.mode == "CMYK" and kind in ("PNG", "GIF"):
+        image = image.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = draw.choice([0, 1, 3, 6, 8, 9, 255])  # how it is turned
+    file = io.BytesIO()
+    image.save(file, kind, **({"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}))
+    whole = file.getvalue()
+    return (whole if draw.random() < 0.1 else damaged_bytes(whole, draw)), kind.lower()
+
+
 def damaged_bytes(data: bytes, draw: random.Random) -> bytes:
     """``data`` with bits flipped, bytes put in or taken out, or its end cut off."""
     spoiled = bytearray(data)

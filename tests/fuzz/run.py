@@ -146,12 +146,21 @@ def _trace(draw: random.Random, folder: Path, made: Path) -> None:
 
 def _audit(draw: random.Random, folder: Path, _: Path) -> None:
     """A whole audit of what still loads, on the real runtimes, in every format."""
+    _whole_audit(mutations.damaged_model(draw), folder)
+
+
+def _graph(draw: random.Random, folder: Path, _: Path) -> None:
+    """The same of networks that are valid, but odd."""
+    _whole_audit(mutations.odd_network(draw), folder)
+
+
+def _whole_audit(proto: onnx.ModelProto, folder: Path) -> None:
     from auditor import discovery
     from auditor import model as models
     from auditor.audit import AuditOptions, BackendSpec, audit
 
     path = folder / "model.onnx"
-    path.write_bytes(mutations.damaged_model(draw).SerializeToString())
+    path.write_bytes(proto.SerializeToString())
     models.load(path)  # most are refused here, before a runtime starts
     options = AuditOptions(backends=(BackendSpec("ort"), BackendSpec("ov")), timeout=_SECONDS / 4)
     with warnings.catch_warnings():
@@ -159,6 +168,19 @@ def _audit(draw: random.Random, folder: Path, _: Path) -> None:
         report = audit(path, options, noises=discovery.noises(), progress=_Quiet())
     for renderer in discovery.renderers().values():
         renderer.render(report, width=80, color=False)
+
+
+def _image(draw: random.Random, folder: Path, _: Path) -> None:
+    """A photograph through one decoder, its header's oddities, and its orientation."""
+    from auditor.pipeline import libraries, photos, steps
+    from auditor.pipeline.description import Decode
+
+    data, ending = mutations.picture(draw)
+    photos.oddities(data, f"photo.{ending}")
+    name = draw.choice(["ffmpeg", "jpeglib", "opencv", "pillow", "simplejpeg"])
+    variant = draw.choice(libraries.decoder(name).variants)
+    pixels = steps.decoded(data, Decode(name, variant, draw.choice(["apply", "ignore"])))
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
 
 
 def _report(draw: random.Random, folder: Path, made: Path) -> None:
@@ -227,6 +249,8 @@ TARGETS: dict[str, Callable[[random.Random, Path, Path], None]] = {
     "model-bytes": _model_bytes,
     "data": _data,
     "audit": _audit,
+    "graph": _graph,
+    "image": _image,
     "trace": _trace,
     "report": _report,
     "policy": _policy,
@@ -256,6 +280,7 @@ def prepare(made: Path) -> None:
 def outcome(target: str, seed: int, made: Path) -> str:
     """``loaded``, ``refused``, or what went wrong."""
     from auditor.errors import AuditError
+    from auditor.pipeline.libraries import PhotoError
 
     def ring(signal: int, frame: FrameType | None) -> None:
         raise _HangError
@@ -265,6 +290,9 @@ def outcome(target: str, seed: int, made: Path) -> str:
         signal.alarm(_SECONDS)
         try:
             TARGETS[target](random.Random(f"{target} {seed}"), Path(folder), made)
+        except PhotoError as error:  # the report names the photograph beside it
+            text = str(error)
+            return f"message: {text!r}" if "\n" in text or not text or " 0x" in text else "refused"
         except AuditError as error:
             if error.message.strip() and error.hint.strip() and "\n" not in error.message:
                 return "refused"

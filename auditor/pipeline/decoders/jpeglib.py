@@ -47,7 +47,8 @@ class JpegLib:
                     read = jpeglib.read_spatial(file.name, jpeglib.JCS_RGB)
                     image = np.asarray(read.spatial)
             except (OSError, RuntimeError, ValueError) as error:
-                raise PhotoError(f"libjpeg {variant} cannot decode it: {error}") from error
+                why = str(error).replace(file.name, "the file")
+                raise PhotoError(f"libjpeg {variant} cannot decode it: {why}") from error
         if image.ndim != 3 or image.shape[2] != 3:
             raise PhotoError(f"libjpeg {variant} gives no RGB image for it")
         return image

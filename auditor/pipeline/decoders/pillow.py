@@ -26,11 +26,13 @@ class Pillow:
 
     def decode(self, data: bytes, variant: str) -> Array:
         """Pixels as stored; transparency is dropped, CMYK and grey are converted by Pillow."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             with Image.open(io.BytesIO(data)) as image:
                 return np.asarray(image.convert("RGB"))
+        except UnidentifiedImageError as error:  # whose text names an address in memory
+            raise PhotoError("Pillow cannot decode it: it is no image that Pillow knows") from error
         # Image formats raise whatever their parsers do.
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise PhotoError(f"Pillow cannot decode it: {error}") from error
