@@ -78,7 +78,7 @@ def assume(name: str, reference: Array) -> OutputKind:
         return "mask"
     if "boxes" in fits and values.ndim == 3:
         return "boxes"
-    if "embedding" in fits and _near_one(np.linalg.norm(values, axis=-1)):
+    if "embedding" in fits and _near_one(np.linalg.norm(values.astype(np.float64), axis=-1)):
         return "embedding"
     if values.ndim == 3 and values.shape[-1] >= _WIDE:
         return "embedding"

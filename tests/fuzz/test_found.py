@@ -1,14 +1,15 @@
 """What the fuzzer found, made small: each ended the auditor with a traceback once."""
 
+import warnings
 import zipfile
 
 import numpy as np
 import onnx
 import pytest
 
-from auditor import datafiles, model, policy, stimulus
+from auditor import datafiles, model, policy, stimulus, tasks
 from auditor.errors import UsageError
-from auditor.pipeline import description, post
+from auditor.pipeline import description, libraries, post
 from tests.fuzz import mutations
 
 
@@ -118,3 +119,16 @@ def test_a_name_with_line_breaks_stays_on_one_line(tmp_path):
     proto.graph.input[0].type.Clear()
     onnx.save(proto, tmp_path / "m.onnx")
     assert "\x1b" not in _refused(model.load, tmp_path / "m.onnx")
+
+
+def test_an_output_of_the_largest_numbers():
+    """Its length is no float any more; nothing of numpy's belongs on a screen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert tasks.assume("y", np.full((1, 4, 3, 4), 3e38, np.float32)) == "none"
+
+
+def test_what_a_decoder_says_is_the_same_from_run_to_run():
+    with pytest.raises(libraries.PhotoError) as refused:
+        libraries.decoder("pillow").decode(b"no picture", "default")
+    assert " at 0x" not in str(refused.value)
