@@ -1,6 +1,6 @@
 """Kill an audit at random moments: nothing may be damaged, and no report may be half.
 
-``python -m benchmarks.kills [--kills 50] [--seed 0] MODEL [AUDIT'S ARGUMENTS]`` starts the same
+``python -m benchmarks.kills [--kills 50] [--seed 0] [--json FILE] MODEL [AUDIT'S ARGUMENTS]`` starts the same
 audit again and again with a cache of its own and ends it with SIGKILL at a random moment of the
 time that it takes. After each kill every entry of the cache must have the digest in its name, a
 report must be whole or absent, and no worker may live on. At last the audit runs to its end, and
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _QUIET = subprocess.DEVNULL
@@ -120,6 +120,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="add what was seen to this file")
     parser.add_argument("model")
     known, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
@@ -128,6 +129,9 @@ def main() -> int:
         environment = os.environ | {"SYSNOISE_CACHE": str(cache)}
         told = campaign(line, environment, cache, report, known.kills, seed=known.seed)
         print(told)
+        if known.json:
+            earlier = json.loads(known.json.read_text()) if known.json.exists() else []
+            known.json.write_text(json.dumps([*earlier, asdict(told)]))
         return int(bool(told.damaged or told.half_reports or told.left_processes))
 
 
