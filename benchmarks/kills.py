@@ -1,8 +1,8 @@
 """Kill an audit at random moments: nothing may be damaged, and no report may be half.
 
-``python -m benchmarks.kills [--kills 50] [--seed 0] [--json FILE] MODEL [AUDIT'S ARGUMENTS]`` starts the same
-audit again and again with a cache of its own and ends it with SIGKILL at a random moment of the
-time that it takes. After each kill every entry of the cache must have the digest in its name, a
+``python -m benchmarks.kills [--kills 50] [--seed 0] [--json FILE] MODEL [ARGUMENTS]`` starts the
+same audit again and again with a cache of its own and ends it with SIGKILL at a random moment of
+the time that it takes. After each kill every entry of the cache must have the digest in its name, a
 report must be whole or absent, and no worker may live on. At last the audit runs to its end, and
 must say what an audit without the cache says.
 """

@@ -1,8 +1,8 @@
 """Everything that tries to break the auditor, and docs/reliability.md from what it showed.
 
-``python -m benchmarks.reliability`` runs the long forms of the fuzzer, the faults, the odd places, the
-kills, the endurance runs and the injections, some hours in all; ``--part NAME`` runs one of them,
-``--render`` none. Each leaves its results in ``.reliability/``; the page is written from what is
+``python -m benchmarks.reliability`` runs the long forms of the fuzzer, the faults, the odd places,
+the kills, the endurance runs and the injections, some hours in all; ``--part NAME`` runs one of
+them, ``--render`` none. Each leaves its results in ``.reliability/``; the page is written from what is
 there, and says itself where less was run than the aim.
 """
 
@@ -100,8 +100,10 @@ def fuzzed() -> tuple[str, str]:
     models = sum(tally[target]["inputs"] for target in MODELS)
     text = (
         "Structure and bytes damaged, and valid networks that are odd (`graph`: NaN, infinite and "
-        "denormal weights, nothing left of a tensor, operator sets 13 to 22). `audit` and `graph` are "
-        "whole audits on ONNX Runtime and OpenVINO with every report format. *Loaded* and *refused in "
+        "denormal weights, nothing left of a tensor, operator sets 13 to 22). `audit` and "
+        "`graph` are "
+        "whole audits on ONNX Runtime and OpenVINO with every report format. *Loaded* and "
+        "*refused in "
         "one message* are sound; the other columns are bugs, in the child process that reads.\n\n"
     )
     head = (
@@ -140,7 +142,8 @@ def faulted() -> tuple[str, str]:
     text = (
         "Survived of tried, a real fault each (the kinds: "
         + ", ".join(f"{kind} {shown(kinds[kind])}" for kind in (*KINDS, *OUTSIDE))
-        + "). The audit must end by itself, name the stage, the signal and the engine's last words, keep "
+        + "). The audit must end by itself, name the stage, the signal and the engine's last "
+        "words, keep "
         "the other backend's part bit for bit, and leave no process, file or shared memory. "
         "*Not reached*: without a GPU TensorRT builds and does nothing after.\n\n"
     )
@@ -162,7 +165,8 @@ def placed() -> tuple[str, str]:
         for place, r in latest.items()
     ]
     text = (
-        "Audits where something is missing, on ONNX Runtime, OpenVINO and TVM. *The same report* has the "
+        "Audits where something is missing, on ONNX Runtime, OpenVINO and TVM. *The same report* "
+        "has the "
         "bytes of the one made with nothing missing, what a clock says aside.\n\n"
     )
     sound = sum(not r["wrong"] for r in latest.values())
@@ -176,7 +180,8 @@ def killed() -> tuple[str, str]:
         f"`kill -9` at random moments of an audit of {_NETWORK} on ONNX Runtime and OpenVINO: "
         f"{total['kills']} killed, {total['finished']} had finished before. Damaged cache entries "
         f"{total['damaged']}, half reports {total['half_reports']}, processes left "
-        f"{total['left_processes']}; {total['resumed']} audits went on from what the one before had stored."
+        f"{total['left_processes']}; {total['resumed']} audits went on from what the one before "
+        "had stored."
     )
     return text, str(total["kills"])
 
@@ -224,13 +229,15 @@ def endured() -> tuple[str, dict[str, str]]:
             case "together":
                 counts["together"] = str(result["audits"])
                 parts.append(
-                    f"{result['audits']} audits, eight at once on one cache, on {backends}: different "
+                    f"{result['audits']} audits, eight at once on one cache, on {backends}: "
+                    "different "
                     f"reports: {result['reports']}.{wrong}"
                 )
             case "threads":
                 differ = ", ".join(result["differ"]) or "none"
                 parts.append(
-                    f"On {', '.join(map(str, result['threads']))} threads ({backends}), backends whose part "
+                    f"On {', '.join(map(str, result['threads']))} threads ({backends}), backends "
+                    "whose part "
                     f"of the report changes: {differ}.{_said(result['wrong'])}"
                 )
     return "\n\n".join(parts), counts
@@ -243,9 +250,11 @@ def injected() -> tuple[str, str]:
         return "not run", "0"
     last = results[-1]
     text = (
-        f"{last['strings']} strings (markup of Rich, terminal escapes, HTML and script, Markdown, SARIF, XML, "
+        f"{last['strings']} strings (markup of Rich, terminal escapes, HTML and script, "
+        "Markdown, SARIF, XML, "
         "paths, Unicode, 1 MB, bytes that are no UTF-8), each as every name of a model, its file's "
-        f"name, and its producer: {last['audited']} audited, {last['refused']} refused in one message. "
+        f"name, and its producer: {last['audited']} audited, {last['refused']} refused in one "
+        "message. "
         "What each format's own reader made of them:\n\n"
     )
     wrong: list[str] = last["wrong"]
@@ -294,7 +303,8 @@ def page() -> str:
     }
     text = [
         "# Reliability",
-        f"Written by `python -m benchmarks.reliability` on {date.today()}: {_machine()}. What is trusted, "
+        f"Written by `python -m benchmarks.reliability` on {date.today()}: {_machine()}. What is "
+        "trusted, "
         "and what the defences are: [security.md](security.md).",
         table(("", "aim", "run", ""), rows),
         *(f"## {title}\n\n{body}" for title, body in sections.items()),

@@ -214,7 +214,7 @@ CHECKS: dict[str, Callable[[str], list[str]]] = {
     "json": json_wrong,
     "sarif": sarif_wrong,
     "junit": junit_wrong,
-    "md": markdown_wrong,
+    "markdown": markdown_wrong,
     "model-explorer": json_wrong,
 }
 
