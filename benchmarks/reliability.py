@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.reliability`` runs the long forms of the fuzzer, the faults, the odd places,
 the kills, the endurance runs and the injections, some hours in all; ``--part NAME`` runs one of
-them, ``--render`` none. Each leaves its results in ``.reliability/``; the page is written from what is
-there, and says itself where less was run than the aim.
+them, ``--render`` none. Each leaves its results in ``.reliability/``; the page is written from what
+is there, and says itself where less was run than the aim.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -29,6 +30,8 @@ PAGE = ROOT / "docs" / "reliability.md"
 MODELS = ("model", "model-bytes", "audit", "graph")  # the fuzzer's targets that are models
 AIMS = {"models": 10_000, "kills": 50, "row": 1000, "together": 40}
 _NETWORK = "mtcnn_p"
+GUIDED = ("data", "npy", "report", "policy", "pipeline")
+_SECONDS = 60  # of each
 
 
 def commands() -> dict[str, list[list[str]]]:
@@ -50,6 +53,7 @@ def commands() -> dict[str, list[list[str]]]:
             ["tests.endurance.run", "threads", "--backends", "ort,ov,tvm"],
         ],
         "injection": [["tests.injection.run"]],
+        "guided": [],  # runs below
     }
 
 
@@ -57,12 +61,30 @@ def run(part: str) -> None:
     """Run one part anew."""
     file = STORE / f"{part}.json"
     file.unlink(missing_ok=True)
+    if part == "guided":
+        file.write_text(json.dumps([guide(target) for target in GUIDED]), "utf-8")
     for module, *arguments in commands()[part]:
         print(f"# python -m {module} {' '.join(arguments)}", flush=True)
         # The exit code says whether something was wrong, and so does the file.
         subprocess.run(
             [sys.executable, "-m", module, *arguments, "--json", str(file)], cwd=ROOT, check=False
         )
+
+
+def guide(target: str) -> dict[str, Any]:
+    """Coverage-guided fuzzing of one target, as its own output tells of it."""
+    module = ["-m", "tests.fuzz.guided", "--target", target, "--seconds", str(_SECONDS)]
+    done = subprocess.run(
+        [sys.executable, *module], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    runs = re.search(r"^Done (\d+) runs", done.stderr, re.MULTILINE)
+    covered = re.findall(r"cov: (\d+)", done.stderr)
+    return {
+        "target": target,
+        "runs": int(runs[1]) if runs else 0,
+        "covered": int(covered[-1]) if covered else 0,
+        "wrong": "" if done.returncode == 0 else done.stderr[-300:],
+    }
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -116,7 +138,12 @@ def fuzzed() -> tuple[str, str]:
         "tracebacks",
         "bad messages",
     )
-    return text + table(head, ([t, *(c[k] for k in kinds)] for t, c in tally.items())), str(models)
+    page = text + table(head, ([t, *(c[k] for k in kinds)] for t, c in tally.items()))
+    if guided := stored("guided"):
+        head = ("parser", "inputs", "edges covered", "verdict")
+        rows = ([g["target"], g["runs"], g["covered"], g["wrong"] or "sound"] for g in guided)
+        page += "\n\nGuided by coverage of our own code (atheris):\n\n" + table(head, rows)
+    return page, str(models)
 
 
 def faulted() -> tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 from tests.injection import run
 
 
-@pytest.mark.parametrize("text", ["</script>|`[red]\x1b[2J", "../../etc/passwd", run.BYTES[0]])
+@pytest.mark.parametrize("text", ["../../</script>|`[red]\x1b[2J", run.BYTES[0]])
 def test_names_stay_names(tmp_path: Path, text: str | bytes) -> None:
     what, wrong, reports = run.tried(text, tmp_path)
     assert wrong == []
