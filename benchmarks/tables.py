@@ -83,7 +83,7 @@ SUBJECTS = {
         "Detector: MTCNN's P-Net, proposals of faces", _DETECT, "det", sets.photographs, 0.2
     ),
     "ppocr_det": Subject(
-        "Segmentation: PP-OCRv4 text detection", _SEGMENT, "seg", sets.scenes, 0.1
+        "Segmentation: PP-OCRv4 text detection", _SEGMENT, "seg", sets.scenes, 0.032
     ),
     "ppocr_rec": Subject("Text: PP-OCRv4 recognition", "ppocr-rec", "ocr", sets.lines, 0.1),
 }
@@ -199,7 +199,24 @@ def _section(name: str, table: dict[str, Any]) -> list[str]:
         cells += ["", _figure(last["effect"]["drop"])] if metric else []
         lines.append(_row([*cells, "", _figure(last["effect"]["changed"]), ""]))
     lines += ["", *_pairs(table, metric), ""]
-    return lines
+    for gap in table["gaps"]:
+        lines.append(f"- Left out: {gap['subject']}: {gap['reason']}")
+    return [*lines, "", *_options(table, metric, READINGS[kind]), ""]
+
+
+def _options(table: dict[str, Any], metric: str | None, reading: str) -> list[str]:
+    """Every option alone, folded."""
+    head = ["type", "option", *([f"drop of {metric}"] if metric else []), reading, "same bits"]
+    lines = ["<details><summary>Every option</summary>", "", _row(head)]
+    lines.append(_row(["---"] * len(head)))
+    for found in table["types"]:
+        for option in found["options"]:
+            effect = option["effect"]
+            cells = [found["title"], option["name"]]
+            cells += [_figure(effect["drop"])] if metric else []
+            cells += [_figure(effect["changed"]), f"{option['same']} of {option['photos']}"]
+            lines.append(_row(cells))
+    return [*lines, "", "</details>"]
 
 
 def _cells(title: str, found: dict[str, Any], labelled: bool) -> list[str]:

@@ -65,13 +65,20 @@ def identify(
         place: where in the photograph the network's input is; for masks that were enlarged.
 
     Raises:
-        UsageError: the record is no such result, or the outputs are not as described.
+        UsageError: the record is no such result, or the outputs are not as described or not
+            finite.
     """
     if recorded.dtype.kind not in "fiub" or recorded.size == 0 or not np.isfinite(recorded).all():
         raise UsageError(
             f"the recorded result is {recorded.dtype} {shown(recorded.shape)}, or not finite",
             "Save what the application made, as numbers, with numpy.save.",
         )
+    for name, value in outputs.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise UsageError(
+                f"the network's output `{name}` holds NaN or infinity",
+                "A result of such outputs tells nothing about what made it; record others.",
+            )
     if described.kind == "boxes":
         return _Boxes(recorded, outputs, described).report()
     gaps: list[Gap] = []

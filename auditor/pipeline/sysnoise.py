@@ -165,7 +165,7 @@ def sysnoise(
             f"{checkpoint.reused} photographs had been measured before an interruption, and were "
             "not measured again."
         )
-    notes += measured.doubts(read)
+    notes += [*_strangers(photos, values, read), *measured.doubts(read)]
     deployment = None
     if differs:
         deployment = measured.option(_DEPLOYMENT, "as described", description.source)
@@ -512,6 +512,16 @@ def _read(values: Arrays, post: Post | None, wanted: str | None, *, labelled: bo
             'Name a file with `charset` in `post`, or charset = "model".',
         )
     return Read(name, kind, task if labelled else None, classes=classes)
+
+
+def _strangers(photos: Photos, values: Arrays, read: Read) -> list[str]:
+    """What labels name classes that the network does not have."""
+    if read.task is None or read.kind != "scores":
+        return []
+    classes = values[read.output].shape[-1]
+    beyond = [name for name, label in photos.labels.items() if int(label) >= classes]
+    said = f"photographs are labelled with a class that is none of the {classes} of the network"
+    return [scoring.said(said, beyond)] if beyond else []
 
 
 def _oddities(photos: Photos, table: Table) -> dict[str, int]:

@@ -140,6 +140,13 @@ def test_a_record_of_another_kind_is_refused(value: np.ndarray, said: str) -> No
     assert said in f"{error.value.message} {error.value.hint}"
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_refused(value: float) -> None:
+    broken = {**OUTPUTS, "boxes": np.full_like(OUTPUTS["boxes"], value)}
+    with pytest.raises(UsageError, match="output `boxes` holds NaN or infinity"):
+        result_forensics.identify(recorded(DESCRIBED), broken, DESCRIBED, None)
+
+
 def test_the_command(tmp_path: Path, conforms: Callable[[object, str], None]) -> None:
     pipeline = tmp_path / "p.toml"
     pipeline.write_text(

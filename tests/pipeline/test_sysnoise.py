@@ -190,7 +190,11 @@ def test_bad_photographs_are_named_and_never_fatal(
     exif[0x0112] = 6
     (photos / "i_turned.jpg").write_bytes(named_jpeg(tiles[5], exif=exif))
     Image.new("RGB", (1, 1), (9, 9, 9)).save(photos / "j_dot.png")
-    report = run(network, photos, pipeline)
+    labels = photos.parent / "labels.csv"
+    labels.write_text("00_tile.jpg,3\n01_tile.jpg,10\n")  # of ten classes
+    report = run(network, photos, pipeline, labels=str(labels))
+    assert any("none of the 10 of the network: 01_tile.jpg" in note for note in report.notes)
+    assert not any("0x" in gap.reason for gap in report.left_out)
     named = {gap.subject for gap in report.left_out}
     assert {"b_nothing.jpg", "c_text.png"} <= named <= {"a_cut.jpg", "b_nothing.jpg", "c_text.png"}
     assert report.photos == 22 - len(named)
