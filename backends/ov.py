@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -174,9 +174,20 @@ class _Program:
     def fingerprint(self, results: Iterable[str]) -> Counter[tuple[Any, ...]]:
         """What these Results depend on: every kernel, with the kernels it reads."""
         return Counter(
-            (kernel.key, tuple(sorted(p.end for p in self._sources(kernel, frozenset()))))
+            (kernel.key, tuple(sorted(p.end for p in self.sources(kernel))))
             for kernel in self.reach(results)
         )
+
+    def reads(self, results: Iterable[str]) -> dict[tuple[str, ...], Counter[str]]:
+        """What kernels on the way to these Results read, by their key."""
+        found: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for kernel in self.reach(results):
+            found[kernel.key].update(p.end for p in self.sources(kernel))
+        return found
+
+    def sources(self, node: _Executed) -> Iterator[_Executed]:
+        """The nearest kernels that feed it."""
+        return self._sources(node, frozenset())
 
     def aside(
         self, candidates: Iterable[_Candidate], results: Iterable[str]
@@ -781,7 +792,45 @@ class _Build:
                 read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
                 own = {max(kernel.operations)} if kernel.operations else set()
                 suspects |= (read & probed or own) if kernel.end in ends else own
-        return frozenset(suspects)
+        return frozenset(suspects) or self._crossed(changed, probed)
+
+    def _crossed(self, changed: _Program, probed: Collection[int]) -> frozenset[int]:
+        """Observed operations that a kernel moved past, in a program with the same kernels.
+
+        OpenVINO moves attention's scale from the keys to where they were repeated for all heads, or
+        not, depending on whether what lies between is read by others.
+        """
+        results = self._source.results
+        plain, other = self._program.reads(results), changed.reads(results)
+        moved = {key for key in (*plain, *other) if plain[key] != other[key]}
+        ends = {
+            end for key in moved for end in (plain[key] - other[key]) | (other[key] - plain[key])
+        }
+        kernels = self._program.kernels()
+        corners = {k.name for k in kernels if k.key in moved or k.end in ends}
+        between = {
+            max(step.operations)
+            for kernel in kernels
+            if kernel.name in corners
+            for source in self._program.sources(kernel)
+            for step in self._chain(source, corners)
+            if step.operations
+        }
+        found = between & set(probed)
+        return frozenset(found) or frozenset(
+            max(k.operations) for k in kernels if k.operations and k.end in ends
+        )
+
+    def _chain(self, kernel: _Executed, ends: Collection[str]) -> list[_Executed]:
+        """A kernel and what is above it, up to one of ``ends``; nothing where several feed one."""
+        chain = []
+        while kernel.name not in ends:
+            above = list(self._program.sources(kernel))
+            if len(above) != 1:
+                return []
+            chain.append(kernel)
+            kernel = above[0]
+        return chain
 
     def _bisect(
         self, kept: Sequence[_Candidate], plain: Arrays, feeds: Mapping[str, Array]
