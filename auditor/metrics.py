@@ -167,6 +167,39 @@ def distance(observed: Array, reference: Array) -> Distance:
     return moments.distance()
 
 
+def steps_apart(observed: Array, reference: Array) -> float | None:
+    """How many numbers of the reference's type lie between two tensors, at most.
+
+    Args:
+        observed: any shape and numeric dtype; cast to the reference's.
+        reference: float16, float32 or float64.
+
+    Returns:
+        None for other types; infinite where shapes differ, or NaN is on one side only.
+    """
+    if reference.dtype.kind != "f":
+        return None
+    if observed.shape != reference.shape:
+        return math.inf
+    with np.errstate(over="ignore"):
+        observed = observed.astype(reference.dtype)
+    nan = np.isnan(reference)
+    if not np.array_equal(nan, np.isnan(observed)):
+        return math.inf
+    one, other = _ordinal(observed)[~nan], _ordinal(reference)[~nan]
+    # Unsigned differences are exact where signed ones of float64 would overflow.
+    high, low = (f(one, other).astype(np.uint64) for f in (np.maximum, np.minimum))
+    return float((high - low).max(initial=0))
+
+
+def _ordinal(values: Array) -> Array:
+    """Position among the numbers of its type; both zeros are 0."""
+    bits = np.ascontiguousarray(values).view(f"i{values.dtype.itemsize}")
+    magnitude = (bits & np.iinfo(bits.dtype).max).astype(np.int64)
+    signed: Array = np.where(bits < 0, -magnitude, magnitude)
+    return signed
+
+
 def relative_l2(observed: Arrays, reference: Arrays, names: tuple[str, ...]) -> float:
     """Relative L2 over several tensors, each normalised by its own reference norm.
 

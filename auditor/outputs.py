@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from auditor.metrics import Moments, Running, Steps
+from auditor.metrics import Moments, Running, Steps, steps_apart
 from auditor.ports import Array
 from auditor.records import OutputDistance, OutputKind
 from auditor.tasks import TaskMeter, assume
@@ -25,6 +25,7 @@ class OutputMeter:
         self._moments = Moments()
         self._errors = Running()
         self._steps = Steps()
+        self._max_ulp: float | None = None
         self._task = TaskMeter(name, self.kind)
         self._nonfinite = 0
         self._first_nonfinite: int | None = None
@@ -37,6 +38,8 @@ class OutputMeter:
         relative = one.distance().relative_l2
         self._errors.add(relative, sample)
         self._steps.add(observed, reference)
+        if (apart := steps_apart(observed, reference)) is not None:
+            self._max_ulp = max(self._max_ulp or 0.0, apart)
         self._task.add(observed, reference, sample)
         # Shapes alike and yet no finite distance: NaN or infinity on one side only.
         if observed.shape == reference.shape and one.mismatch is not None:
@@ -67,4 +70,5 @@ class OutputMeter:
             nonfinite=self._nonfinite,
             first_nonfinite=self._first_nonfinite,
             one_step=self._steps.fraction,
+            max_ulp=self._max_ulp,
         )

@@ -56,6 +56,7 @@ _ACCEPT = ("fingerprint", "reason", "expires")
 _METRICS = {
     "relative_l2": True,
     "max_abs": True,
+    "max_ulp": True,
     "sqnr_db": False,
     "cosine": False,
     "top1_flips": True,
@@ -369,6 +370,8 @@ def _measured(output: OutputDistance, metric: str) -> float | None:
         return None if output.top1_agreement is None else 1.0 - output.top1_agreement
     if metric == "iou":
         return output.consequence.iou if output.consequence else None
+    if metric == "max_ulp":
+        return output.max_ulp
     value: float = getattr(output.distance, metric)
     return value
 

@@ -397,6 +397,8 @@ class OutputDistance:
         nonfinite: samples with NaN or infinity on one side only, of which ``first_nonfinite`` is
             the first.
         one_step: fraction of an integer output's elements that are off by exactly one.
+        max_ulp: representable numbers of the output's type between the two sides, at most; None
+            for types that are not floating point.
     """
 
     name: str
@@ -409,6 +411,7 @@ class OutputDistance:
     nonfinite: int = 0
     first_nonfinite: int | None = None
     one_step: float | None = None
+    max_ulp: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

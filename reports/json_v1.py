@@ -390,6 +390,7 @@ _OUTPUT = _record(
         "nonfinite": _INT,
         "first_nonfinite": _optional(_INT),
         "one_step": _MEASURED,
+        "max_ulp": _MEASURED,
     },
     "distance",
 )

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.diff import compare
@@ -133,6 +135,27 @@ def test_the_command(folder: Path) -> None:
     document = json.loads((folder / "diff.json").read_text())
     assert document["format"] == "audit-diff/1"
     assert document["findings"][0]["trend"] == "gone"
+    assert audit(folder, "diff", "clean.json", "off.json", "--format", "json", "-o", "worse.json")
+    schema = json.loads((ROOT / "reports" / "diff_v1.schema.json").read_text())
+    Draft202012Validator.check_schema(schema)
+    for text in ("diff.json", "worse.json"):
+        document = json.loads((folder / text).read_text())
+        Draft202012Validator(_closed(schema)).validate(document)
+        for key in document:
+            without = {name: value for name, value in document.items() if name != key}
+            assert not Draft202012Validator(schema).is_valid(without)
+
+
+def _closed(schema: Any) -> Any:
+    """The schema without room for keys that it does not describe."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: _closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict):
+        closed["additionalProperties"] = False
+    return closed
 
 
 def test_bad_input(folder: Path) -> None:

@@ -206,3 +206,16 @@ def test_steps_count_what_is_off_by_exactly_one():
     steps.add(np.ones(9, np.int8), np.zeros(8, np.int8))  # another shape
     assert steps.fraction == pytest.approx(2 / 6)
     assert metrics.Steps().fraction is None
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_steps_apart_are_representable_numbers(kind):
+    one = np.array([1, -0.0, -2, np.nan], kind)
+    assert metrics.steps_apart(one, one) == 0
+    moved = np.array([np.nextafter(kind(1), kind(2)), 0, np.nextafter(kind(-2), kind(0)), np.nan])
+    assert metrics.steps_apart(moved.astype(kind), one) == 1
+    tiny = np.finfo(kind).smallest_subnormal
+    assert metrics.steps_apart(np.array([tiny], kind), np.array([-tiny], kind)) == 2
+    assert metrics.steps_apart(one[:2], one) == np.inf
+    assert metrics.steps_apart(np.zeros(4, kind), one) == np.inf
+    assert metrics.steps_apart(np.zeros(4), np.zeros(4, np.int32)) is None

@@ -89,6 +89,8 @@ def rules(folder: Path, text: str) -> policy.Policy:
         ("[tolerance.ort]\nrelative_l2 = 1\n[tolerance.ort.outputs.y]\nrelative_l2 = 1e-4", 1),
         ("[tolerance]\nrelative_l2 = 0.02\nsqnr_db = 30", 0),
         ("[tolerance]\nrelative_l2 = 0.02\nsqnr_db = 60", 1),
+        ("[tolerance]\nrelative_l2 = 0.02\nmax_ulp = 1e9", 0),
+        ("[tolerance]\nrelative_l2 = 0.02\nmax_ulp = 4", 1),
         ("[tolerance]\nrelative_l2 = 0.02\ncosine = 0.999999\ntop1_flips = 0", 0),
         ("[tolerance]\nrelative_l2 = 0.02\niou = 0.5", 1),  # not a mask: not measured
         ("[tolerance.ov]\nrelative_l2 = 1e-9\n[tolerance.ort]\nrelative_l2 = 0.02", 0),
