@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from auditor.errors import BackendError, UsageError
-from auditor.ports import Array, Arrays, Capture
+from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 from backends import _trt_plan
 
@@ -1148,6 +1148,135 @@ class _OutputsOnly:
 # --- the backend -------------------------------------------------------------------------------
 
 
+_SCRIPT = """\
+import ctypes
+
+try:
+    import tensorrt as trt
+except ImportError:
+    import tensorrt_rtx as trt
+
+FLAGS = {flags!r}  # of the builder
+CAPABILITY = {capability!r}
+THREADS = {threads!r}
+DEVICE = {device!r}
+
+
+def plan_of(path, feeds):
+    log = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(log)
+    if THREADS:
+        builder.max_threads = THREADS
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(path):
+        raise SystemExit("TensorRT cannot parse it: " + parser.get_error(0).desc())
+    config = builder.create_builder_config()
+    for name, on in FLAGS.items():
+        (config.set_flag if on else config.clear_flag)(getattr(trt.BuilderFlag, name))
+    if CAPABILITY:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, CAPABILITY), 0)
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    dynamic = [tensor.name for tensor in inputs if -1 in tuple(tensor.shape)]
+    if dynamic:
+        profile = builder.create_optimization_profile()
+        for name in dynamic:
+            profile.set_shape(name, *[feeds[name].shape] * 3)
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise SystemExit("TensorRT did not build it")
+    return log, plan
+
+
+def run(path, feeds):
+    log, plan = plan_of(path, feeds)
+    cuda = driver()
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise SystemExit("the engine does not load on this GPU")
+    context = engine.create_execution_context()
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    device, arrays = {{}}, {{}}
+
+    def place(name, array):
+        arrays[name] = array
+        if engine.get_tensor_location(name) == trt.TensorLocation.HOST:
+            context.set_tensor_address(name, array.ctypes.data)
+            return
+        address = ctypes.c_uint64()
+        check(cuda.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(max(array.nbytes, 1))))
+        device[name] = address
+        context.set_tensor_address(name, address.value)
+
+    def memory(name):
+        return ctypes.c_void_p(arrays[name].ctypes.data), ctypes.c_size_t(arrays[name].nbytes)
+
+    outputs = []
+    for name in names:
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT:
+            outputs.append(name)
+            continue
+        if engine.get_tensor_dtype(name) == trt.DataType.BF16:
+            raise SystemExit(f"the input {{name}} is bfloat16, which numpy has not")
+        array = np.array(feeds[name], stored(engine.get_tensor_dtype(name)), order="C")
+        context.set_input_shape(name, array.shape)
+        place(name, array)
+        if name in device:
+            check(cuda.cuMemcpyHtoD_v2(device[name], *memory(name)))
+    if unknown := context.infer_shapes():
+        raise SystemExit(f"the shapes of {{unknown}} are unknown")
+    for name in outputs:
+        shape = tuple(context.get_tensor_shape(name))
+        place(name, np.empty(shape, stored(engine.get_tensor_dtype(name))))
+    stream = ctypes.c_void_p()
+    check(cuda.cuStreamCreate(ctypes.byref(stream), 0))
+    if not context.execute_async_v3(stream.value or 0):
+        raise SystemExit("TensorRT did not run")
+    check(cuda.cuStreamSynchronize(stream))
+    for name in outputs:
+        if name in device:
+            host, size = memory(name)
+            check(cuda.cuMemcpyDtoH_v2(host, device[name], size))
+    return {{name: widened(engine.get_tensor_dtype(name), arrays[name]) for name in outputs}}
+
+
+def stored(kind):
+    return np.uint16 if kind == trt.DataType.BF16 else trt.nptype(kind)
+
+
+def widened(kind, array):
+    if kind != trt.DataType.BF16:
+        return array
+    return (array.astype(np.uint32) << 16).view(np.float32)
+
+
+def driver():
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise SystemExit(f"no CUDA device: {{error}}") from error
+    if code := cuda.cuInit(0):
+        raise SystemExit(f"no CUDA device: cuInit returned {{code}}")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(cuda.cuDeviceGet(ctypes.byref(handle), DEVICE))
+    check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle))
+    check(cuda.cuCtxSetCurrent(context))
+    return cuda
+
+
+def check(code):
+    if code:
+        raise SystemExit(f"CUDA error {{code}}")
+
+
+def version():
+    return f"{{trt.__name__}} {{trt.__version__}}"
+"""
+
+
 class TensorRT:
     """The adapter."""
 
@@ -1167,6 +1296,22 @@ class TensorRT:
         blocked = None if gpus else f"no CUDA device ({why}): models are built, not run"
         remedy = None if gpus else "Run it on a machine with an NVIDIA GPU and its driver."
         return Availability(True, _engine_name(), version, devices, blocked, remedy)
+
+    def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
+        """The same builder flags on the same GPU; a model with bfloat16 inputs is refused.
+
+        Raises:
+            UsageError: this TensorRT has no such option.
+        """
+        asked = _options(options)
+        source = _SCRIPT.format(
+            flags=asked.flags,
+            capability=asked.capability,
+            threads=threads,
+            device=int(device or 0),
+        )
+        packages = "tensorrt" if _engine_name() == "TensorRT" else "tensorrt-rtx-cu13"
+        return Script(_engine_name(), packages, source)
 
     def build(self, request: BuildRequest) -> Build:
         """Parse and build, and load the engine where a CUDA device allows."""

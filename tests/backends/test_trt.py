@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +346,33 @@ def test_the_compute_capability_is_checked(tmp_path):
 def test_a_wrong_device_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no CUDA device `99`"):
         BACKEND.build(request(tmp_path, cnn(), device="99"))
+
+
+@needs_engine
+def test_the_script_of_a_reproducer_builds(tmp_path):
+    shape = ["batch", 8]
+    relu = helper.make_node("Relu", ["x"], ["y"])
+    onnx.save(model([relu], [value("x", shape)], [value("y", shape)]), tmp_path / "m.onnx")
+    script = BACKEND.script(None, 1, {"tf32": "off"})
+    source = f"""
+import numpy as np
+{script.source}
+x = np.arange(-8, 8, dtype=np.float32).reshape(2, 8)
+log, plan = plan_of("m.onnx", {{"x": x}})
+print(version(), FLAGS, memoryview(plan).nbytes > 0, flush=True)
+np.testing.assert_array_equal(run("m.onnx", {{"x": x}})["y"], np.maximum(x, 0))
+"""
+    (tmp_path / "run.py").write_text(source)
+    done = subprocess.run(
+        [sys.executable, "run.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "'TF32': False} True" in done.stdout, done.stderr
+    if GPU:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 1 and "no CUDA device" in done.stderr
