@@ -286,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables[name] = json.loads(found.read_text())
         print(f"{name}: {tables[name]['seconds']}", flush=True)
     if arguments.table and len(tables) == len(names):
-        given = " --images DIR" if arguments.images else ""
+        given = "".join(f" {name}" for name in arguments.models)
+        given += " --images DIR" if arguments.images else ""
         command = f"python -m benchmarks.tables{given} --photos {arguments.photos}"
         text = render(tables, f"{command} --table docs/sysnoise-tables.md")
         arguments.table.write_text(text + os.linesep, encoding="utf-8")
