@@ -80,7 +80,7 @@ SUBJECTS = {
         0.2,
     ),
     "mtcnn_p": Subject(
-        "Detector: MTCNN's P-Net, proposals of faces", _DETECT, "det", sets.photographs, 0.2
+        "Detector: MTCNN's P-Net, proposals of faces", _DETECT, "det", sets.photographs, 0.1
     ),
     "ppocr_det": Subject(
         "Segmentation: PP-OCRv4 text detection", _SEGMENT, "seg", sets.scenes, 0.032
@@ -221,6 +221,8 @@ def _options(table: dict[str, Any], metric: str | None, reading: str) -> list[st
 
 def _cells(title: str, found: dict[str, Any], labelled: bool) -> list[str]:
     cells = [title, str(len(found["options"]))]
+    if all(option["same"] == option["photos"] for option in found["options"]):
+        return [*cells, *[""] * (4 if labelled else 2), "none: the same bits on every picture"]
     for reading in (*(("drop",) if labelled else ()), "changed"):
         cells += [_figure(found[which][reading]) for which in ("mean", "max")]
     return [*cells, found["worst"]]
