@@ -289,6 +289,7 @@ def _run(
         agreement=pairs,
         outlier=ranking.outlier(pairs),
         gaps=(
+            *(Gap("model", "outputs", f"{why}.") for why in model.unread),
             *(photographs.gaps if photographs else ()),
             *(gap for analysis in analyses.values() for gap in analysis.gaps()),
             *shapes,

@@ -82,7 +82,8 @@ class Model:
         weights: the large weights by name, mapped into memory.
         folder: where the files with these weights are.
         inputs: what must be fed: the graph inputs that are not initialisers.
-        outputs: names of the graph outputs.
+        outputs: names of the graph outputs that are numeric tensors; ``proto`` has no others.
+        unread: the others, as sentences.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Model:
     info: ModelInfo
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def dynamic(self) -> bool:
@@ -136,7 +138,7 @@ def load(path: Path) -> Model:
     _check_domains(path, proto)
     _check_types(path, proto)
     inputs = _inputs(path, proto.graph)
-    outputs = _outputs(path, proto.graph)
+    outputs, unread = _outputs(path, proto.graph)
     info = ModelInfo(
         path=str(path),
         sha256=digest.hexdigest(),
@@ -159,7 +161,10 @@ def load(path: Path) -> Model:
         import onnx.inliner
 
         proto = onnx.inliner.inline_local_functions(proto)
-    return Model(path, proto, arrays, home.parent, info, inputs, outputs)
+    kept = [o for o in proto.graph.output if o.name in outputs]
+    del proto.graph.output[:]
+    proto.graph.output.extend(kept)
+    return Model(path, proto, arrays, home.parent, info, inputs, outputs, unread)
 
 
 def key(node: onnx.NodeProto) -> str:
@@ -581,22 +586,33 @@ def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
     return None if dimension.dim_param in ("", "?", "-1", "None") else str(dimension.dim_param)
 
 
-def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[str, ...]:
+def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the numeric outputs, and a sentence about each other one."""
     if not graph.output:
         raise UsageError(f"{path} has no output to compare", "Export it with its outputs.")
-    for value in graph.output:
-        _require_tensor(path, "output", value)
-    return tuple(value.name for value in graph.output)
+    others = {o.name: kind for o in graph.output if (kind := _not_numeric(o)) is not None}
+    if len(others) == len(graph.output):
+        _require_tensor(path, "output", graph.output[0])
+    return (
+        tuple(o.name for o in graph.output if o.name not in others),
+        tuple(f"output `{n}` is a {kind}, which is not compared" for n, kind in others.items()),
+    )
+
+
+def _not_numeric(value: onnx.ValueInfoProto) -> str | None:
+    """What a value is in words; None where it is a tensor of numbers."""
+    kind = value.type.WhichOneof("value") or "untyped"
+    if kind != "tensor_type":
+        return kind.removesuffix("_type").replace("_", " ")
+    type = value.type.tensor_type.elem_type
+    if type in _NUMERIC:
+        return None
+    return "string" if type == onnx.TensorProto.STRING else f"type {type}"
 
 
 def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
-    kind = value.type.WhichOneof("value") or "untyped"
-    text = kind.removesuffix("_type").replace("_", " ")
-    if kind == "tensor_type":
-        type = value.type.tensor_type.elem_type
-        if type in _NUMERIC:
-            return
-        text = "string" if type == onnx.TensorProto.STRING else f"type {type}"
+    if (text := _not_numeric(value)) is None:
+        return
     raise UsageError(
         f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
         "Export the numeric part of the model, without string, sequence or optional values.",

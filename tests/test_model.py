@@ -230,6 +230,20 @@ def test_inputs_that_cannot_be_fed(tmp_path: Path) -> None:
         models.load(save(proto, tmp_path))
 
 
+def test_outputs_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.node.append(helper.make_node("SplitToSequence", ["y"], ["q"], axis=0))
+    element = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    sequence = helper.make_value_info("q", helper.make_sequence_type_proto(element))
+    proto.graph.output.append(sequence)
+    model = models.load(save(proto, tmp_path))
+    assert model.outputs == ("y",) and [o.name for o in model.proto.graph.output] == ["y"]
+    assert model.unread == ("output `q` is a sequence, which is not compared",)
+    del proto.graph.output[0]
+    with pytest.raises(UsageError, match="sequence output, `q`"):
+        models.load(save(proto, tmp_path))
+
+
 def test_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
