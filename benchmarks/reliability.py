@@ -51,6 +51,7 @@ def commands() -> dict[str, list[list[str]]]:
             ["tests.endurance.run", "row", "--count", str(AIMS["row"])],
             ["tests.endurance.run", "together", "--count", "5", "--backends", "ort,ov"],
             ["tests.endurance.run", "threads", "--backends", "ort,ov,tvm"],
+            ["tests.endurance.run", "threads", "--backends", "ort,ov", "--model", network[0]],
         ],
         "injection": [["tests.injection.run"]],
         "guided": [],  # runs below
@@ -262,10 +263,12 @@ def endured() -> tuple[str, dict[str, str]]:
                 )
             case "threads":
                 differ = ", ".join(result["differ"]) or "none"
+                unsteady = ", ".join(result["unsteady"]) or "none"
                 parts.append(
-                    f"On {', '.join(map(str, result['threads']))} threads ({backends}), backends "
-                    "whose part "
-                    f"of the report changes: {differ}.{_said(result['wrong'])}"
+                    f"{result['model']} on {', '.join(map(str, result['threads']))} threads, twice "
+                    f"each ({backends}). Backends whose part of the report is another one from run "
+                    f"to run: {unsteady}; from one number of threads to another: {differ}."
+                    + _said(result["wrong"])
                 )
     return "\n\n".join(parts), counts
 
