@@ -74,9 +74,12 @@ def _use_model(path: Path) -> None:
 
     model = models.load(path)
     samples = stimulus.load(model, None, 0, 1, {})
-    inferred = onnx.shape_inference.infer_shapes(model.proto).graph
-    values = [tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in inferred.value_info]
-    if sum(np.prod(s, dtype=float) for s in (*samples.info.shapes.values(), *values)) > 1e7:
+    try:
+        values = onnx.shape_inference.infer_shapes(model.proto).graph.value_info
+    except onnx.shape_inference.InferenceError:
+        values = []  # the reference says it better
+    inferred = [tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values]
+    if sum(np.prod(s, dtype=float) for s in (*samples.info.shapes.values(), *inferred)) > 1e7:
         return  # as slow as it asks to be
     reference, _ = reference_of(model, 1, path.parent)
     feeds = reference.wide(samples.sample(0))
