@@ -297,7 +297,8 @@ def outcome(target: str, seed: int, made: Path) -> str:
             TARGETS[target](random.Random(f"{target} {seed}"), Path(folder), made)
         except PhotoError as error:  # the report names the photograph beside it
             text = str(error)
-            return f"message: {text!r}" if "\n" in text or not text or " at 0x" in text else "refused"
+            bad = "\n" in text or not text or " at 0x" in text
+            return f"message: {text!r}" if bad else "refused"
         except AuditError as error:
             if error.message.strip() and error.hint.strip() and "\n" not in error.message:
                 return "refused"
