@@ -132,3 +132,9 @@ def test_what_a_decoder_says_is_the_same_from_run_to_run():
     with pytest.raises(libraries.PhotoError) as refused:
         libraries.decoder("pillow").decode(b"no picture", "default")
     assert " at 0x" not in str(refused.value)
+
+
+def test_what_libjpeg_says_names_no_temporary_file():
+    with pytest.raises(libraries.PhotoError) as refused:
+        libraries.decoder("jpeglib").decode(b"\xff\xd8" + bytes(99) + b"\xff\xd9", "6b")
+    assert "/tmp" not in str(refused.value)
