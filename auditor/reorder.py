@@ -22,16 +22,16 @@ _SUMMED: dict[str, tuple[tuple[int, int], ...]] = {
 }
 _SPATIAL = 1 << 30  # stands for all axes behind the channels
 # Reversed outputs of these are the outputs of reversed inputs, along their own axis.
-_EQUIVARIANT = {"InstanceNormalization": (0,), "LayerNormalization": (0, 1, 2), "Softmax": (0,)}
+_EQUIVARIANT = {"InstanceNormalization": (0,), "LayerNormalization": (0, 1, 2)}
 OPSET = 13  # what the surgery below is written for
 
 
 def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """A copy of a segment (of opset 13 or later) with its sums in another order, None without any.
 
-    Conv and ConvTranspose (over channels), Gemm, MatMul, LayerNormalization,
-    InstanceNormalization and Softmax run backwards; GlobalAveragePool, and ReduceMean and
-    ReduceSum over one axis or all spatial ones, add one value after another.
+    Conv and ConvTranspose (over channels), Gemm, MatMul, LayerNormalization and
+    InstanceNormalization run backwards; Softmax, GlobalAveragePool, and ReduceMean and ReduceSum
+    over one axis or all spatial ones, add one value after another.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -44,6 +44,8 @@ def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
         new.CopyFrom(node)
         if (axis := _plain_sum(node, constants)) is not None:
             surgery.sequential(new, axis)
+        elif node.op_type == "Softmax":
+            surgery.softmax(new)
         elif axes := list(_axes(node)):
             surgery.reversed(new, axes, back=node.op_type in _EQUIVARIANT)
         else:
@@ -125,6 +127,18 @@ class _Surgery:
             number = self._node("Cast", [number], to=onnx.TensorProto.FLOAT)
             total = self._node("Div", [total, number])
         self._node("Reshape", [total, shape], output)
+
+    def softmax(self, node: onnx.NodeProto) -> None:
+        """Add ``node`` written out, with its exponentials added up one after another."""
+        axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
+        values = node.input[0]
+        # Instead of ReduceMax, whose axes are an attribute or an input depending on the opset.
+        where = self._node("ArgMax", [values], axis=axis, keepdims=1)
+        largest = self._node("GatherElements", [values, where], axis=axis)
+        powers = self._node("Exp", [self._node("Sub", [values, largest])])
+        running = self._node("CumSum", [powers, self._constant(axis, scalar=True)])
+        last = [self._constant(v) for v in (-1, 2**62, axis)]
+        self._node("Div", [powers, self._node("Slice", [running, *last])], node.output[0])
 
     def _node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
         output = output or self._fresh()

@@ -273,15 +273,18 @@ class Replayer:
             results = session(variant, self.threads).run(None, feeds)
             return dict(zip(cut.outputs, results, strict=True))
 
-        try:
-            for candidate in candidates:
+        refused: Exception | None = None
+        for candidate in candidates:
+            try:
                 changed = change(candidate)
                 if changed is None:
                     return replayed
                 if candidate is model or bitwise_equal(run(candidate), replayed):
                     return run(changed)
-        except Exception as error:  # ORT raises a family of classes that share no base
-            raise ReplayError(cut, how, error) from error
+            except Exception as error:  # ORT raises a family of classes that share no base
+                refused = error  # what a conversion made: another may do
+        if refused is not None:
+            raise ReplayError(cut, how, refused) from refused
         return replayed
 
     def walk(

@@ -63,6 +63,37 @@ def test_a_long_sum_moves_more_than_its_inputs_last_bits():
     assert abs(plain - exact) <= 20 * abs(moved - plain) + 1e-6 * exact
 
 
+def test_a_softmax_over_many_classes_loses_the_small_ones():
+    """Added one after another to the largest, they are rounded away: TVM adds them so."""
+    model = _model("Softmax", [1, 20_000], {}, {"axis": -1})
+    x = np.full((1, 20_000), -16, np.float32) + RNG.random((1, 20_000), np.float32)
+    x[0, 0] = 0
+    other = reordered(model)
+    plain = session(model, 1).run(None, {"x": x})[0]
+    moved = session(other, 1).run(None, {"x": x})[0]
+    exact = np.exp(x.astype(np.float64))
+    exact /= exact.sum()
+    assert np.abs(moved - exact).max() > 10 * np.abs(plain - exact).max()
+    np.testing.assert_allclose(moved, plain, rtol=1e-2)
+
+
+def test_an_operator_whose_attributes_became_inputs_is_no_obstacle():
+    """Squeeze takes its axes as an input from opset 13 on: a new label alone is refused."""
+    model = _model("Softmax", [1, 1, 500], {}, {"axis": -1})
+    model.opset_import[0].version = 11
+    model.graph.node[0].input[0] = "squeezed"
+    model.graph.node[0].attribute[0].i = 1
+    model.graph.node.insert(0, helper.make_node("Squeeze", ["x"], ["squeezed"], axes=[0]))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": 5 * RNG.standard_normal((1, 1, 500)).astype(np.float32)}
+    replayed = replayer.run(cut, feeds)
+    moved = replayer.run_reordered(cut, feeds, replayed)
+    assert moved["y"].tobytes() != replayed["y"].tobytes()
+    np.testing.assert_allclose(moved["y"], replayed["y"], rtol=1e-4)
+
+
 def test_nothing_to_reverse():
     assert reordered(_model("Relu", [3], {}, {})) is None
     depthwise = _model("Conv", [1, 8, 5, 5], {"w": (8, 1, 3, 3)}, {"group": 8})
