@@ -96,7 +96,8 @@ class Sites:
         sums: every product and every running sum of a sum of products, in order of input
             channel, then kernel row, then kernel column.
         scales: what kernels do with the constant factor of a product of two activations,
-            attention's scale: multiply it into one operand before rounding, or into the product.
+            attention's scale: multiply it into one operand, which fused attention reads rounded,
+            into the product, or into the keys before these are ever rounded.
         distributed: constant factors of sums with a constant are multiplied in, by kernels of
             their own (``algebra.distributed``).
         steps: a layer normalisation is three kernels: mean, difference, and division.
@@ -112,7 +113,7 @@ class Sites:
     outputs: bool = False
     products: bool = False
     sums: bool = False
-    scales: Literal["operand", "product"] = "operand"
+    scales: Literal["operand", "product", "keys"] = "operand"
     distributed: bool = False
     steps: bool = False
 
@@ -276,7 +277,7 @@ class _Surgery:
         self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
         self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
         self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
-        if sites.scope == "kernel" and sites.scales == "operand":
+        if sites.scope == "kernel" and sites.scales != "product":
             self._move_scales()
 
     def apply(self) -> onnx.ModelProto:
@@ -321,7 +322,7 @@ class _Surgery:
                     self._finish(new, group)
                     self._finish(shift, group)
                     return
-            elif node.op_type == "MatMul" and self.sites.scales == "operand":
+            elif node.op_type == "MatMul" and self.sites.scales != "product":
                 self._move_scale(new, group)
             elif node.op_type == "LayerNormalization":
                 self._split_normalization(new, group)
@@ -544,14 +545,16 @@ class _Surgery:
     def _move_scale(self, product: onnx.NodeProto, group: _Group) -> None:
         """Attention's scale is multiplied into the keys before they are rounded.
 
-        Fused attention reads them rounded; else a kernel of its own multiplies what is there.
+        Fused attention reads them rounded, unless ``Sites.scales`` says otherwise; else a kernel of
+        its own multiplies what is there.
         """
         index = self._scale_of(product, group)
         if index is None:
             return
         keys = product.input[1]
         entered = self.raw.get(keys, keys)
-        if self._has_softmax(group) and not self._inside(keys, group):
+        rounded = self._has_softmax(group) and self.sites.scales != "keys"
+        if rounded and not self._inside(keys, group):
             entered = self._round(keys)
         operator, factor = self._scaling(index, product.output[0])
         product.input[1] = self._new(operator, entered, factor)
@@ -559,17 +562,18 @@ class _Surgery:
         self.replaced.add(index)
 
     def _move_scales(self) -> None:
-        """Unfused attention's scale is applied by the kernel that projects the keys, if one does.
+        """Attention's scale is applied by the kernel that projects the keys, if one does.
 
         OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
-        of the product no longer has it.
+        of the product no longer has it: where attention is not fused, and with AMX where it is.
         """
         for index, product in enumerate(self.at.nodes):
             if product.op_type != "MatMul" or index in self.at.derived:
                 continue
             group = self.groups[index]
             scale = self._scale_of(product, group)
-            if scale is None or self._has_softmax(group):
+            fused = self._has_softmax(group) and self.sites.scales != "keys"
+            if scale is None or fused:
                 continue
             keys = product.input[1]
             while (

@@ -67,6 +67,15 @@ SITES = (
         scales="product",
     ),
     Sites(
+        "operands and results of each kernel in bf16, attention's scale in FP32 on its keys",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+        scales="keys",
+    ),
+    Sites(
         "operands and results of products in bf16, FP32 accumulation, bias and all else",
         "operator",
         inputs=True,
