@@ -446,6 +446,18 @@ def test_a_backend_that_dies_is_a_gap_with_its_stage(run, monkeypatch, stage):
     assert report.exit_code == 3
 
 
+@pytest.mark.parametrize("op", ["Div", "Mod"])
+def test_a_real_crash_is_a_gap(run, op):
+    """The quotient of int8's lowest number and -1 fits no int8: x86 traps, and TVM dies of it."""
+    ports = [helper.make_tensor_value_info(name, TensorProto.INT8, [2]) for name in "aby"]
+    graph = helper.make_graph([helper.make_node(op, ["a", "b"], ["y"])], "g", ports[:2], ports[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    data = {"a": np.array([[-128, 7]], np.int8), "b": np.array([[-1, 2]], np.int8)}
+    tvm, ort = run(model, "tvm", "ort", data=data).backends
+    assert (tvm.gap.stage, ort.status) == ("run", "audited")
+    assert "SIGFPE" in tvm.gap.reason
+
+
 def test_a_backend_that_hangs_is_a_gap(run, monkeypatch):
     original = Worker.call
 
