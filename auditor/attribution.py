@@ -130,6 +130,7 @@ class _Bench:
     observed: Arrays
     replayed: Arrays
     threads: int
+    keep: float = -math.inf  # share explained below which outputs and model are let go
     tested: list[_Tested] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _scales: dict[str, float] = field(default_factory=dict)
@@ -193,12 +194,17 @@ class _Bench:
             values = session.run(list(self.observed), self.inputs)
         except Exception:  # as above
             hypothesis = Hypothesis(noise, variant.name, -math.inf, 0.0)
-            self.tested.append(_Tested(hypothesis, self.replayed, variant))
+            self._note(hypothesis, self.replayed, variant)
             return
         outputs = dict(zip(self.observed, values, strict=True))
         explained = 1 - self._distance(outputs) / self._error
         same = sum(metrics.bit_identical(self.observed[n], v) for n, v in outputs.items())
         hypothesis = Hypothesis(noise, variant.name, explained, same / len(outputs))
+        self._note(hypothesis, outputs, variant)
+
+    def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
+        if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
+            outputs, variant = {}, Variant(variant.name, onnx.ModelProto())
         self.tested.append(_Tested(hypothesis, outputs, variant))
 
     def _session(self, model: onnx.ModelProto) -> Any:
@@ -254,7 +260,7 @@ def explain(
         prior: winners of earlier segments, tried first; this segment's winner is added.
         thorough: also test the most likely variant of every rival after a cause was found.
     """
-    bench = _Bench(segment, inputs, observed, replayed, threads)
+    bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL)
     if not bench.explainable:
         return _conclude(bench, None)
     prior = {} if prior is None else prior

@@ -318,6 +318,21 @@ def test_openvino_in_low_precision(tmp_path: Path, hint: str, id_: str) -> None:
     assert all(h.explained < 0.6 for h in found.hypotheses if h.noise != id_)
 
 
+def test_models_of_refuted_hypotheses_are_let_go(
+    dense: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds the segment's weights: fifty variants of a large one would fill the memory."""
+    seen: list[Any] = []
+    conclude = attribution._conclude
+    monkeypatch.setattr(attribution, "_conclude", lambda b, w: seen.append(b) or conclude(b, w))
+    of, x, w = dense
+    explain(of, x, {"y": x @ (w * np.float32(1.01))})
+    (bench,) = seen
+    refuted = [t for t in bench.tested if t.hypothesis.explained < attribution.PARTIAL]
+    assert len(refuted) > 5
+    assert not any(t.variant.model.ByteSize() or t.outputs for t in refuted)
+
+
 class Replaced:
     """A noise that replays one given node in place of the segment."""
 
