@@ -327,30 +327,38 @@ class Analysis:
 
     def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
         """Add to every segment's sums; returns the divergence of those above their floor."""
-        flagged: dict[str, Local] = {}
+        beside = chain.replayer.beside
+        kept: dict[str, Local] = {}
         known: dict[str, Moments] = {}
-        for cut in self.cuts:
-            meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
-            local = None
+        noisy = index == 0 and again is not None
+        renamed = self.reference.wide(self._renamed(again)) if again is not None else None
+
+        def replayed(cut: Cut) -> Local | ReplayError:
             try:
-                local = divergence.replay(chain.replayer, cut, chain.captured)
+                return divergence.replay(chain.replayer, cut, chain.captured)
             except ReplayError as error:
-                meter.unmeasured = meter.unmeasured or error.message
-            meter.add(local, chain.captured, chain.base, known)
-            if local is None:
+                return error
+
+        def floor(cut: Cut) -> float:
+            own = self.reference.own_type(cut)
+            local = kept[cut.id]
+            return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
+
+        for cut, local in zip(self.cuts, beside(replayed, self.cuts), strict=True):
+            meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
+            if isinstance(local, ReplayError):
+                meter.unmeasured = meter.unmeasured or local.message
+                meter.add(None, chain.captured, chain.base, known)
                 continue
-            # The floor is measured on the first sample that exceeds the smallest one there is.
-            noisy = index == 0 and again is not None
-            if cut.id not in self._floored and (meter.flagged or noisy):
-                self._floored.add(cut.id)
-                renamed = None
-                if again is not None:
-                    renamed = self.reference.wide(self._renamed(again))
-                own = self.reference.own_type(cut)
-                meter.floor = divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
-            if meter.flagged:  # only these are needed again
-                flagged[cut.id] = local
-        return flagged
+            meter.add(local, chain.captured, chain.base, known)
+            if meter.flagged or noisy:  # only these are needed again
+                kept[cut.id] = local
+        # The floor is measured on the first sample that exceeds the smallest one there is.
+        unknown = [c for c in self.cuts if c.id in kept and c.id not in self._floored]
+        for cut, value in zip(unknown, beside(floor, unknown), strict=True):
+            self._floored.add(cut.id)
+            self.meters[cut.id].floor = value
+        return {id: local for id, local in kept.items() if self.meters[id].flagged}
 
     def _add_impact(
         self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Upstream | None
@@ -367,21 +375,23 @@ class Analysis:
         whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
         cuts = sorted((c for c in self.cuts if c.id in flagged), key=self._introduced, reverse=True)
         for cut in cuts:
-            if cut.id not in self._effects and len(self._effects) >= IMPACT_SEGMENTS:
-                continue
-            effects = self._effects.get(cut.id, Running())
-            if effects.count >= IMPACT_SAMPLES:
-                continue
+            if len(self._effects) < IMPACT_SEGMENTS:
+                self._effects.setdefault(cut.id, Running())
+        measured = [
+            c for c in cuts if c.id in self._effects and self._effects[c.id].count < IMPACT_SAMPLES
+        ]
+
+        def alone(cut: Cut) -> tuple[float, Arrays]:
+            effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
+            if not values or upstream is None:
+                return effect, values
+            values = _read(upstream, values)
+            return metrics.relative_l2(values, base, tuple(base)) if values else math.inf, values
+
+        results = chain.replayer.beside(alone, measured)
+        for cut, (effect, values) in zip(measured, results, strict=True):
             self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
-            try:
-                effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
-            except ReplayError as error:
-                self._gap("impact", f"of {cut.id} alone is not known: {error.message}")
-                continue
-            if values and upstream is not None:
-                values = _read(upstream, values)
-                effect = metrics.relative_l2(values, base, tuple(base)) if values else math.inf
-            self._effects.setdefault(cut.id, effects).add(effect, index)
+            self._effects[cut.id].add(effect, index)
             if 0 < whole < math.inf:
                 self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
             meters = self.tasks.setdefault(cut.id, {})
@@ -397,33 +407,40 @@ class Analysis:
         """Look for causes, or test those found before; what each reproduces, by segment."""
         self.tracer.progress.update("reference", f"causes on {self.tracer.id}")
         top = self._top()
-        parts: dict[str, dict[str, Arrays]] = {}
-        for cut in (c for c in self.cuts if c.id in flagged):
-            local = flagged[cut.id]
+        cuts = [c for c in self.cuts if c.id in flagged]
+        known = [c.id for c in cuts if c.id in self.causes]
+        if index >= IMPACT_SAMPLES:
+            known = [id for id in known if id in top]
+        again = chain.replayer.beside(lambda id: self.causes.again(id, flagged[id], index), known)
+        found = dict(zip(known, again, strict=True))
+        for cut in cuts:
             if cut.id not in self.causes:
-                segment = SegmentGraph(
-                    chain.replayer.model(cut, local.inputs),
-                    self.kernels(cut),
-                    self._compiled,
-                    self._trained,
-                )
-                part, failures = self.causes.look(
-                    cut.id, segment, local, index, thorough=cut.id in top
-                )
-                for failure in failures:
-                    self._gap("explain", failure)
-                if self._compiled:
-                    self.constants[cut.id] = self._changed_constants(segment, local)
-                if self._trained:
-                    self.constants[cut.id] = artefact.sentences_of_trained(segment)
-            elif index < IMPACT_SAMPLES or cut.id in top:
-                part = self.causes.again(cut.id, local, index)
-            else:
-                continue
-            noise = self.causes.noise(cut.id)
+                found[cut.id] = self._look(index, chain, cut, flagged[cut.id], cut.id in top)
+        parts: dict[str, dict[str, Arrays]] = {}
+        for cut in cuts:
+            part, noise = found.get(cut.id), self.causes.noise(cut.id)
             if part is not None and noise is not None:
                 parts.setdefault(noise, {})[cut.id] = part
         return parts
+
+    def _look(
+        self, index: int, chain: Chain, cut: Cut, local: Local, thorough: bool
+    ) -> Arrays | None:
+        """Look for the cause of one segment's error; the part of it that the cause reproduces."""
+        segment = SegmentGraph(
+            chain.replayer.model(cut, local.inputs),
+            self.kernels(cut),
+            self._compiled,
+            self._trained,
+        )
+        part, failures = self.causes.look(cut.id, segment, local, index, thorough=thorough)
+        for failure in failures:
+            self._gap("explain", failure)
+        if self._compiled:
+            self.constants[cut.id] = self._changed_constants(segment, local)
+        if self._trained:
+            self.constants[cut.id] = artefact.sentences_of_trained(segment)
+        return part
 
     def _changed_constants(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """Which of a segment's constants the compiled file changed, and what that alone explains.

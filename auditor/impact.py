@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import or_
 
 import numpy as np
 
@@ -39,9 +41,19 @@ class Chain:
     captured: Arrays
     outputs: tuple[str, ...]
 
-    def final(self, patches: Mapping[str, Patch], base: Arrays | None = None) -> Arrays:
-        """Every tensor of the reference with some segments' outputs replaced."""
-        return self.replayer.walk(self.cuts, self.feeds, base or self.base, patches)
+    def final(self, patches: Mapping[str, Patch]) -> Arrays:
+        """The final outputs of the reference with some segments' outputs replaced."""
+        return self.replayer.walk(self.cuts, self.feeds, self.base, patches, self.outputs)
+
+    def following(self, cuts: Sequence[Cut]) -> Arrays:
+        """The final outputs of the reference with the backend's tensors up to some segments.
+
+        Args:
+            cuts: the segments that remain to be run.
+        """
+        left = {name for cut in cuts for name in cut.outputs}
+        known = {n: self.captured[n] for c in self.cuts for n in c.outputs if n not in left}
+        return self.replayer.walk(cuts, self.feeds | known, self.base, wanted=self.outputs)
 
     def pick(self, values: Arrays) -> Arrays:
         """The final outputs among ``values``."""
@@ -60,7 +72,7 @@ def leave_one_in(chain: Chain, cut: Cut, local: Local) -> tuple[float, Arrays]:
         values = chain.final({cut.id: patch})
     except ReplayError:
         return math.inf, {}
-    return metrics.relative_l2(values, chain.base, chain.outputs), chain.pick(values)
+    return metrics.relative_l2(values, chain.base, chain.outputs), values
 
 
 def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
@@ -76,13 +88,11 @@ def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
     """
     whole = difference(chain.pick(chain.captured), chain.pick(chain.base))
     shares: list[float] = []
-    before = chain.base
+    before = chain.pick(chain.base)
+    rest = [[c for group in groups[k:] for c in group] for k in range(1, len(groups) + 1)]
     try:
-        for number, group in enumerate(groups, 1):
-            patches = {cut.id: _replaced(chain.captured) for cut in group}
-            # With every segment replaced the outputs are the backend's: nothing is left to run.
-            after = chain.final(patches, before) if number < len(groups) else chain.captured
-            part = difference(chain.pick(after), chain.pick(before))
+        for after in chain.replayer.beside(chain.following, rest):
+            part = difference(after, before)
             shares.append(metrics.projection(part, whole, chain.base, chain.outputs))
             before = after
     except ReplayError:
@@ -135,23 +145,20 @@ def parts_by_category(
     Raises:
         ReplayError: the reference cannot follow the errors.
     """
-    before = chain.base
+    if not flagged:
+        return Parts({}, None)
 
-    def step(errors: Mapping[str, Arrays]) -> Arrays:
-        nonlocal before
-        patches = {s: _frozen(e, flagged[s].observed) for s, e in errors.items()}
-        after = chain.final(patches)
-        part = difference(chain.pick(after), chain.pick(before))
+    def switched_on(errors: Mapping[str, Arrays]) -> Arrays:
+        return chain.final({s: _frozen(e, flagged[s].observed) for s, e in errors.items()})
+
+    whole = {s: local.error for s, local in flagged.items()}
+    steps = [*accumulate(explained.values(), or_), whole]
+    before = chain.pick(chain.base)
+    added: list[Arrays] = []
+    for after in chain.replayer.beside(switched_on, steps):
+        added.append(difference(after, before))
         before = after
-        return part
-
-    named: dict[str, Arrays] = {}
-    errors: dict[str, Arrays] = {}
-    for noise, parts in explained.items():
-        errors |= parts
-        named[noise] = step(errors)
-    rest = step({s: local.error for s, local in flagged.items()}) if flagged else None
-    return Parts(named, rest)
+    return Parts(dict(zip(explained, added, strict=False)), added[-1])
 
 
 def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...]) -> Books:
@@ -264,13 +271,9 @@ def input_control(chain: Chain, clean: Arrays) -> float | None:
         else v
         for name, v in chain.feeds.items()
     }
-    values = chain.replayer.walk(chain.cuts, noisy)
+    values = chain.replayer.walk(chain.cuts, noisy, wanted=chain.outputs)
     return metrics.relative_l2(values, clean, chain.outputs) / CONTROL_NOISE
 
 
 def _frozen(error: Arrays, observed: Arrays) -> Patch:
     return lambda outputs, _: add(outputs, error, observed)
-
-
-def _replaced(captured: Arrays) -> Patch:
-    return lambda outputs, _: {name: captured[name] for name in outputs}

@@ -3,14 +3,20 @@
 Measured to be bitwise equal to running the whole graph (checked again in every audit), and it
 lets one segment be fed with a backend's own tensors, or rerun alone when only its inputs
 changed.
+
+Sessions have one thread each and segments run beside each other: a single layer is too little work
+to share, and the reference's bits do not depend on how many cores there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx
@@ -26,12 +32,18 @@ from auditor.segments import Cut, Graph
 if TYPE_CHECKING:
     from auditor.model import Model
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 # Patches one segment's outputs: (outputs of the reference segment, its inputs) → outputs.
 Patch = Callable[[Arrays, Arrays], Arrays]
 
 # Bytes of weights that sessions are kept for; each holds its own, packed for the processor. What
 # does not fit is compiled again when it is needed.
 BUDGET = 2 << 30
+
+# Bytes of tensors that walks beside each other may hold.
+WALKING = 1 << 30
 
 _LARGE = 64 << 20
 
@@ -100,7 +112,7 @@ class Reference:
 
         Args:
             model: the model, widened if its floats are narrow (``auditor.widening``).
-            threads: intra-op threads.
+            threads: how many threads may work.
             narrow: of a widened model, the formats that its tensors have.
             budget: bytes of weights to hold. A model that has more is run node by node.
 
@@ -116,7 +128,7 @@ class Reference:
         self._session: Any = None
         if not self.whole:
             return
-        self._compile = partial(session, model.proto, threads, model.folder)
+        self._compile = partial(session, model.proto, self.replayer.threads, model.folder)
         try:
             self._session = self._compile()
         except Exception as error:  # ORT raises a family of classes that share no base
@@ -180,9 +192,11 @@ class Reference:
 class Replayer:
     """The reference's segments, ready to run; sessions are made at first use and shared.
 
-    Those used last are kept, as many as ``budget`` bytes of weights allow.
+    Those used last are kept, as many as ``budget`` bytes of weights allow. Threads work on segments
+    beside each other where all can be kept, else inside of one.
 
     Attributes:
+        threads: intra-op threads of each session.
         held: bytes of weights that the sessions kept have.
     """
 
@@ -198,19 +212,24 @@ class Replayer:
 
         Args:
             graph: the reference's graph.
-            threads: intra-op threads of each session.
+            threads: how many threads may work.
             weights: the graph's detached weights.
             folder: where the files with these are.
             budget: bytes of weights that sessions are kept for.
         """
         self.graph = graph
-        self.threads = threads
+        fits = graph.size(graph.initializers) <= budget
+        self.threads = 1 if fits else threads
         self.weights = weights or {}
         self.folder = folder
         self.types: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._sessions: dict[tuple[object, ...], tuple[Any, int]] = {}  # the last used at the end
+        self._lock = threading.Lock()  # of the sessions
+        self._summing = threading.Lock()  # every product is held: one segment at a time
         self._budget = budget
+        self._workers = threads if fits else 1
+        self._live = 1  # bytes of tensors that a walk holds at once
         self.held = 0
 
     def model(self, cut: Cut, values: Mapping[str, Array]) -> onnx.ModelProto:
@@ -254,7 +273,10 @@ class Replayer:
         """
         from auditor.rounding import OPSET_OF_SUMS, in_order
 
-        return self._run_changed(cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order")
+        with self._summing:
+            return self._run_changed(
+                cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order"
+            )
 
     def _run_changed(
         self,
@@ -287,12 +309,35 @@ class Replayer:
             raise ReplayError(cut, how, refused) from refused
         return replayed
 
+    def beside(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """``work`` of each item, in order, done on several threads a few items ahead.
+
+        As many as tensors of as many walks may be held at once (``WALKING``).
+        """
+        workers = max(1, min(self._workers, WALKING // self._live))
+        if workers == 1:
+            yield from map(work, items)
+            return
+        ahead: deque[Future[R]] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for item in items:
+                    ahead.append(pool.submit(work, item))
+                    if len(ahead) > workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
     def walk(
         self,
         cuts: Sequence[Cut],
         feeds: Arrays,
         base: Arrays | None = None,
         patches: Mapping[str, Patch] | None = None,
+        wanted: Collection[str] | None = None,
     ) -> Arrays:
         """Evaluate segments in order, rerunning only what differs from ``base``.
 
@@ -302,13 +347,15 @@ class Replayer:
             base: tensors of an earlier walk; a segment whose inputs are all those very arrays
                 keeps its outputs. None runs everything.
             patches: by segment id, what replaces the segment's own outputs.
+            wanted: which tensors to return, so that others need not be held; None for all.
 
         Returns:
-            Every tensor of the walk, the stimulus included, by ONNX name.
+            The tensors of the walk, the stimulus included, by ONNX name.
         """
         values: Arrays = dict(base) if base else {}
         values.update(feeds)
         patches = patches or {}
+        last = _last_reads(cuts)
         for cut in cuts:
             patch = patches.get(cut.id)
             unchanged = base is not None and all(
@@ -322,7 +369,13 @@ class Replayer:
             if patch is not None:
                 outputs = patch(outputs, {name: values[name] for name in cut.inputs})
             values.update(outputs)
-        return values
+            if wanted is not None:
+                for name in (*cut.inputs, *cut.outputs):
+                    if last.get(name, cut.id) == cut.id and name not in wanted:
+                        del values[name]
+        if base is None and wanted is None:
+            self._live = max(self._live, _most_held(cuts, values, last))
+        return values if wanted is None else {n: v for n, v in values.items() if n in wanted}
 
     def stream(self, feeds: Arrays) -> Arrays:
         """Final outputs of the whole graph, run node by node; nothing is kept that is read no more.
@@ -331,8 +384,7 @@ class Replayer:
             ReplayError: ONNX Runtime refused a node or the values.
         """
         cuts = self.graph.cut(self.graph.producer)
-        last = {name: cut.id for cut in cuts for name in cut.inputs}
-        last.update(dict.fromkeys(self.graph.outputs, ""))
+        last = _last_reads(cuts) | dict.fromkeys(self.graph.outputs, "")
         values = dict(feeds)
         for cut in cuts:
             values |= self.run(cut, values)
@@ -350,6 +402,10 @@ class Replayer:
             return value.astype(dtype, copy=False) if dtype.kind == "f" else value
 
     def _session(self, cut: Cut, feeds: Arrays) -> Any:
+        with self._lock:
+            return self._session_of(cut, feeds)
+
+    def _session_of(self, cut: Cut, feeds: Arrays) -> Any:
         for name, value in feeds.items():
             self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
             self.shapes.setdefault(name, value.shape)
@@ -381,6 +437,23 @@ class Replayer:
         """Shapes to declare: none where a backend's tensor has another than the reference's."""
         expected = all(values[name].shape == self.shapes[name] for name in cut.inputs)
         return self.shapes if expected else None
+
+
+def _last_reads(cuts: Sequence[Cut]) -> dict[str, str]:
+    """By tensor, the id of the last segment that reads it."""
+    return {name: cut.id for cut in cuts for name in cut.inputs}
+
+
+def _most_held(cuts: Sequence[Cut], values: Arrays, last: Mapping[str, str]) -> int:
+    """The most bytes of tensors that are still to be read at any time of a walk."""
+    made = {name for cut in cuts for name in cut.outputs}
+    most = held = sum(values[name].nbytes for name in last.keys() - made)
+    for cut in cuts:
+        held += sum(values[name].nbytes for name in cut.outputs)
+        most = max(most, held)
+        done = {n for n in (*cut.inputs, *cut.outputs) if last.get(n, cut.id) == cut.id}
+        held -= sum(values[name].nbytes for name in done)
+    return most
 
 
 def inside(model: onnx.ModelProto, threads: int, feeds: Arrays) -> Arrays:

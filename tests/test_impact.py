@@ -1,5 +1,7 @@
 """Decomposition and impact on models where the right answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -106,6 +108,25 @@ def test_groups_of_segments_are_booked_together(chain):
     first, second = impact.telescope(made, [made.cuts[:2], made.cuts[2:]])
     assert first == pytest.approx(0.0, abs=1e-4)
     assert second == pytest.approx(1.0, abs=1e-4)
+
+
+def test_threads_change_no_bit_of_what_is_measured(chain):
+    """Segments run beside each other on any number of threads, each alone on one."""
+    made = chain(_network(scaled=1, factor=1.2))
+    locals_ = _replay(made)
+    many = replace(made, replayer=Replayer(made.replayer.graph, 3))
+    many.replayer.walk(many.cuts, many.feeds)
+    groups = [(cut,) for cut in made.cuts]
+    assert impact.telescope(many, groups) == impact.telescope(made, groups)
+    for one, other in zip(_alone(made, locals_), _alone(many, locals_), strict=True):
+        assert metrics.bitwise_equal(one, other)
+
+
+def _alone(made, locals_):
+    work = made.replayer.beside(
+        lambda cut: impact.leave_one_in(made, cut, locals_[cut.id])[1], made.cuts
+    )
+    return list(work)
 
 
 def booked(made, flagged, explained):

@@ -1,5 +1,7 @@
 """Cutting a graph: every node is in a segment, and segments chain up to the whole model."""
 
+import time
+
 import numpy as np
 import onnx
 import pytest
@@ -128,6 +130,40 @@ def test_a_walk_reruns_only_what_changed(residual, monkeypatch):
     )
     assert ran == ["s3", "s4"]
     np.testing.assert_allclose(patched["d"], base["d"] + 1, rtol=1e-6)
+
+
+def test_a_walk_returns_what_is_wanted(residual):
+    graph = Graph(residual)
+    cuts = graph.cut(["a", "b", "c", "d", "y"])
+    replayer = Replayer(graph, 1)
+    feeds = {"x": np.ones((2, 8), np.float32)}
+    full = replayer.walk(cuts, feeds)
+    some = replayer.walk(cuts, feeds, wanted=("b", "y"))
+    assert some.keys() == {"b", "y"}
+    assert bitwise_equal(some, {name: full[name] for name in some})
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_work_beside_each_other_comes_in_order_and_not_far_ahead(residual, threads):
+    replayer = Replayer(Graph(residual), threads)
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item * item
+
+    for number, result in enumerate(replayer.beside(work, range(20))):
+        assert result == number * number
+        assert len(begun) <= number + 2 + threads
+    with pytest.raises(ZeroDivisionError):
+        list(replayer.beside(lambda item: 1 // item, (1, 0, 1)))
+
+
+def test_a_model_larger_than_the_budget_uses_its_threads_inside_of_segments(heavy):
+    small = Replayer(Graph(heavy.proto), 4, heavy.weights, heavy.folder, budget=1 << 20)
+    large = Replayer(Graph(heavy.proto), 4, heavy.weights, heavy.folder)
+    assert (small.threads, large.threads) == (4, 1)
 
 
 def test_sparse_and_missing_optional_inputs_are_fine():
