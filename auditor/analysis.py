@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from auditor import artefact, attribution, divergence, impact, metrics, model, summary
+from auditor import artefact, attribution, divergence, impact, metrics, model, pictures, summary
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
@@ -31,6 +31,7 @@ from auditor.records import (
     Gap,
     Kernel,
     OutputKind,
+    Picture,
     Probe,
     Skipped,
     TensorStats,
@@ -84,6 +85,7 @@ class Analysis:
             network, where there is one.
         control: how much the reference itself amplifies noise on its input.
         tensors, concentrated: what the drill-down shows, of the first sample.
+        pictures: by segment, of the first sample on which it is above its floor.
         warnings: sentences the reader must not miss.
     """
 
@@ -96,6 +98,8 @@ class Analysis:
         kinds: Mapping[str, OutputKind] | None = None,
         samples: int = 1,
         compiled: Mapping[str, CompiledConstant] | None = None,
+        *,
+        pictured: bool = True,
     ) -> None:
         """Prepare for samples.
 
@@ -107,6 +111,7 @@ class Analysis:
             kinds: as what the user says that outputs are read, by name.
             samples: how many samples will be added.
             compiled: constants that the compiled file has otherwise, by the reference's names.
+            pictured: whether to keep small pictures of the tensors that diverge.
         """
         self.tracer = tracer
         self.reference = reference
@@ -129,10 +134,12 @@ class Analysis:
         self.control: float | None = None
         self.tensors: dict[str, TensorStats] = {}
         self.concentrated: dict[str, Concentration | None] = {}
+        self.pictures: dict[str, Picture] = {}
         self.warnings: list[str] = []
         self._rename = rename
         self._kinds = kinds or {}
         self._compiled = compiled or {}
+        self._pictured = pictured
         self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
@@ -196,6 +203,8 @@ class Analysis:
         chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
         flagged = self._decompose(index, chain, trace.again)
         self._add_impact(index, chain, flagged, upstream)
+        if self._pictured:
+            self._add_pictures(index, chain, flagged)
         parts = self._add_causes(index, chain, flagged)
         if index < IMPACT_SAMPLES:
             try:
@@ -400,6 +409,21 @@ class Analysis:
                     kinds = upstream.kinds if upstream else {}
                     meters[name] = TaskMeter(name, kinds.get(name) or self.outputs[name].kind)
                 meters[name].add(value, base[name], index)
+
+    def _add_pictures(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
+        """Keep a picture of the segments that matter most, as long as there is room for more."""
+        effects = self.effects
+        wanted = sorted(flagged.keys() & effects, key=effects.__getitem__, reverse=True)
+        for id in wanted:
+            if id in self.pictures or len(self.pictures) == pictures.MOST:
+                continue
+            local, introduced = flagged[id], self.meters[id].introduced
+            name = max(introduced, key=lambda n: introduced[n].distance().relative_l2)
+            made = pictures.picture(
+                name, index, local.observed[name], local.replayed[name], chain.base[name]
+            )
+            if made is not None:
+                self.pictures[id] = made
 
     def _add_causes(
         self, index: int, chain: Chain, flagged: Mapping[str, Local]

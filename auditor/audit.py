@@ -77,6 +77,7 @@ class AuditOptions:
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         cache: folder in which builds and traces are remembered; None to make everything anew.
         memory: bytes of weights that the reference holds; a model with more is run in pieces.
+        pictures: whether the report keeps small pictures of the tensors that diverge.
         limits: what each backend's process may use; as much memory as the machine has, and no
             network, when not given.
     """
@@ -104,6 +105,7 @@ class AuditOptions:
     trace_names: dict[str, str] = field(default_factory=dict)
     cache: Path | None = None
     memory: int = 2 * GIB
+    pictures: bool = True
     limits: Limits | None = None
 
 
@@ -202,6 +204,7 @@ def _run(
             options.output_kinds,
             len(stimulus),
             constants,
+            pictured=options.pictures,
         )
         for s in sources
     }

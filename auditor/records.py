@@ -464,6 +464,36 @@ class TensorStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """One plane of a segment's output on one sample, small (``auditor.pictures``).
+
+    Levels are bytes, row by row; 0 stands for what is no finite number. Values run from
+    ``range[0]`` (level 1) to ``range[1]`` (255), differences from -most (1) over none (128) to
+    +most (255).
+
+    Attributes:
+        tensor: the output; ``plane``: its part that is shown, as an index (``[0, 37, :, :]``).
+        size: rows and columns of that part; ``cells``: of the picture.
+        reference, deployed: levels of the values: means over each cell.
+        accumulated, introduced: levels of the differences, whose largest in each cell counts:
+            from the reference, and from the reference segment on the backend's own inputs.
+    """
+
+    tensor: str
+    sample: int
+    plane: str
+    size: tuple[int, int]
+    cells: tuple[int, int]
+    range: tuple[float, float]
+    most_accumulated: float
+    most_introduced: float
+    reference: bytes
+    deployed: bytes
+    accumulated: bytes
+    introduced: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Sensitivity:
     """What one form of a cause does to the outputs when the whole model has it.
 
@@ -535,6 +565,8 @@ class Segment:
         consequences: what its error alone does to what is read off the final outputs.
         constants: where the compiled file's constants differ from the model's here, as sentences.
         modules: where its nodes come from in the training code, as far as known.
+        picture: of the output with the largest introduced error, for the segments of a backend
+            that matter most.
     """
 
     id: str
@@ -570,6 +602,7 @@ class Segment:
     consequences: tuple[Consequence, ...] = ()
     constants: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    picture: Picture | None = None
 
 
 @dataclass(frozen=True, slots=True)

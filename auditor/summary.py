@@ -190,6 +190,7 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
         unmeasured=meter.unmeasured,
         one_step=meter.steps.fraction,
         consequences=_consequences(measured, cut),
+        picture=measured.pictures.get(cut.id),
     )
 
 

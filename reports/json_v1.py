@@ -23,6 +23,8 @@ every other number                     not measured
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -57,6 +59,7 @@ from auditor.records import (
     OutputChange,
     OutputDistance,
     OutputKind,
+    Picture,
     PipelineReport,
     PipelineStep,
     Provenance,
@@ -133,6 +136,17 @@ def _number(null: float) -> _Codec[float]:
     return _Codec(dump, load)
 
 
+def _dump_bytes(value: bytes) -> object:
+    return base64.b64encode(value).decode("ascii")
+
+
+def _load_bytes(data: object, path: str) -> bytes:
+    try:
+        return base64.b64decode(_TEXT.load(data, path), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _MalformedError(path, "base64 (RFC 4648)") from error
+
+
 def _choice(words: Any) -> _Codec[Any]:
     """One word of a ``Literal``."""
     known = get_args(words)
@@ -180,10 +194,10 @@ def _keyed(codec: _Codec[T]) -> _Codec[dict[str, T]]:
     return _Codec(dump, load)
 
 
-def _pair(codec: _Codec[float]) -> _Codec[tuple[float, float]]:
+def _pair(codec: _Codec[T]) -> _Codec[tuple[T, T]]:
     several = _many(codec)
 
-    def load(data: object, path: str) -> tuple[float, float]:
+    def load(data: object, path: str) -> tuple[T, T]:
         try:
             low, high = several.load(data, path)
         except ValueError as error:
@@ -233,6 +247,7 @@ def _record(kind: type[Any], keys: Mapping[str, _Codec[Any]], *inline: str) -> _
 # --- the mapping ---------------------------------------------------------------------------------
 
 _TEXT = _only(str, "text")
+_BYTES = _Codec(_dump_bytes, _load_bytes)
 _INT = _only(int, "an integer")
 _BOOL = _only(bool, "true or false")
 _TEXTS = _many(_TEXT)
@@ -431,6 +446,34 @@ _HYPOTHESIS = _record(
 _CONCENTRATION = _record(
     Concentration, {"axis": _INT, "index": _INT, "axis_size": _INT, "share": _SHARE}
 )
+_PLAIN_PICTURE = _record(
+    Picture,
+    {
+        "tensor": _TEXT,
+        "sample": _INT,
+        "plane": _TEXT,
+        "size": _pair(_INT),
+        "cells": _pair(_INT),
+        "range": _pair(_SHARE),
+        "most_accumulated": _SHARE,
+        "most_introduced": _SHARE,
+        "reference": _BYTES,
+        "deployed": _BYTES,
+        "accumulated": _BYTES,
+        "introduced": _BYTES,
+    },
+)
+
+
+def _load_picture(data: object, path: str) -> Picture:
+    found: Picture = _PLAIN_PICTURE.load(data, path)
+    for levels in (found.reference, found.deployed, found.accumulated, found.introduced):
+        if len(levels) != math.prod(found.cells):
+            raise _MalformedError(path, "a byte for each cell")
+    return found
+
+
+_PICTURE = _Codec(_PLAIN_PICTURE.dump, _load_picture)
 _SEGMENT = _record(
     Segment,
     {
@@ -467,6 +510,7 @@ _SEGMENT = _record(
         "consequences": _many(_CONSEQUENCE),
         "constants": _TEXTS,
         "modules": _TEXTS,
+        "picture": _optional(_PICTURE),
     },
 )
 _CATEGORY = _record(

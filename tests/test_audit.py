@@ -141,6 +141,17 @@ def test_a_defect_is_ranked_first_and_given_no_false_cause(run, backend, weight,
     assert all(f.segment == first.segment for f in report.findings[1:])
     assert report.backends[0].unexplained_share > 0.99
     assert report.exit_code == 1
+    pictured = [s for s in report.backends[0].segments if s.picture is not None]
+    assert [s.id for s in pictured] == [first.segment]
+    assert pictured[0].picture.tensor in pictured[0].outputs
+
+
+def test_pictures_are_left_out_on_request(run):
+    model = _cnn()
+    other = _changed(model, "stem.w", lambda w: w * 1.01)
+    report = run(model, "ort", candidate=other, pictures=False)
+    assert report.findings
+    assert not any(s.picture for s in report.backends[0].segments)
 
 
 @pytest.mark.parametrize("pooled_output", [False, True])

@@ -227,6 +227,14 @@ def _audit(
             help="Take builds and traces of the same things from the cache (see audit cache).",
         ),
     ] = True,
+    pictures: Annotated[
+        bool,
+        typer.Option(
+            "--pictures/--no-pictures",
+            help="Keep pictures of at most 40x40 cells of the tensors that diverge, for the HTML "
+            "report; in a network's first layers they resemble the inputs.",
+        ),
+    ] = True,
     sandbox: Annotated[
         bool,
         typer.Option(

@@ -72,7 +72,7 @@ function drawGraph(backend, choose) {
       node.element.replaceChildren(
         svg("title", null, `${clip(segment.id)}: ${clip(segment.nodes.join(", "), 200)}`),
         box,
-        svg("text", { y: -4 }, operators(segment, 24)),
+        svg("text", { y: -4 }, operators(segment, 20)),
         svg("text", { y: 12, class: "figure" }, `${clip(segment.id, 8)} · ${said}${rank}`));
     }
   }

@@ -21,6 +21,7 @@ function drawSegment(backend, segment, [before, after], open) {
       : "not an offender"),
     part("Divergence", divergence(segment)),
     part("Effect on the final outputs", effect(segment, finding)),
+    part("Pictures", pictures(segment, finding)),
     part("Cause", causeOf(segment, finding)),
     part("Replayed hypotheses", hypotheses(segment)),
     part("Evidence", finding && listed(finding.evidence.map((line) => clip(line, 600)), MOST_SHOWN)),
@@ -182,4 +183,63 @@ function histogram({ histogram: counts, histogram_edges: edges }) {
       "aria-label": `Elements by error: ${bins.filter((b) => b.number).map((b) => b.said).join("; ")}`,
     }, columns, svg("path", { class: "grid", d: `M0 ${height + 14}H${counts.length * column}` }), ticks),
     html("figcaption", { class: "quiet" }, "Elements by |difference| over the reference's root mean square"));
+}
+
+// --- pictures -----------------------------------------------------------------------------------
+
+// Of values: dark to bright, told apart in grey too (the stops of matplotlib's viridis).
+const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
+// Of differences: the sign's colour, the more of it the larger; the page shows through where there is
+// none, so that this reads on light and dark alike.
+const BELOW = [47, 126, 216];
+const ABOVE = [232, 113, 10];
+
+/** Red, green, blue and opacity of a level of a value. */
+function valueColour(level) {
+  const at = ((level - 1) / 254) * (VIRIDIS.length - 1);
+  const i = Math.min(Math.floor(at), VIRIDIS.length - 2);
+  return [...VIRIDIS[i].map((from, c) => from + (at - i) * (VIRIDIS[i + 1][c] - from)), 255];
+}
+
+/** The same of a difference; 128 is none. */
+const differenceColour = (level) =>
+  [...(level < 128 ? BELOW : ABOVE), Math.min(2 * Math.abs(level - 128), 255)];
+
+/** A segment's output on both sides, and how they differ. */
+function pictures({ picture }, finding) {
+  if (!picture) {
+    return finding && html("p", { class: "quiet" },
+      "None kept: the audit was told so, the sides have other shapes, or other segments matter more.");
+  }
+  const { cells, size, range: [low, high], most_accumulated: whole, most_introduced: own } = picture;
+  const values = `${plain(low)} to ${plain(high)}`;
+  const reduced = cells[0] < size[0] || cells[1] < size[1];
+  return [
+    html("p", { class: "quiet" }, code(picture.tensor), ` ${clip(picture.plane, 60)}, ${dims(size)} values`,
+      reduced && ` in ${dims(cells)} cells`, `, sample ${picture.sample}: where its own error is largest.`),
+    html("div", { class: cells[1] > 3 * cells[0] ? "pictures wide" : "pictures" },
+      [["reference", "reference", valueColour, values],
+        ["deployed", "here", valueColour, values],
+        ["accumulated", "difference", differenceColour, `at most ${error(whole)}`],
+        ["introduced", "its own part", differenceColour, `at most ${error(own)}`],
+      ].map(([key, title, colour, said]) => heatmap(picture[key], cells, colour, title, said))),
+    html("p", { class: "quiet" }, html("i", { class: "swatch below" }), "less than the reference ",
+      html("i", { class: "swatch above" }), "more", reduced && "; the largest in each cell",
+      ". Its own part is what the segment makes of the inputs that it was given."),
+  ];
+}
+
+/** Levels as a picture, a pixel for each cell. */
+function heatmap(levels, [rows, columns], colour, title, range) {
+  const cells = Array.from(atob(levels), (byte) => byte.charCodeAt(0));
+  const said = cells.every((level) => !level) ? "NaN or infinite throughout"
+    : range + (cells.includes(0) ? "; blank where NaN or infinite" : "");
+  const canvas = html("canvas", { width: columns, height: rows, role: "img", "aria-label": `${title}: ${said}` });
+  canvas.style.aspectRatio = `${columns} / ${Math.max(rows, columns / 16)}`; // a vector is a strip
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(columns, rows);
+  cells.forEach((level, i) => { if (level) image.data.set(colour(level), 4 * i); });
+  context.putImageData(image, 0, 0);
+  return html("figure", null, canvas,
+    html("figcaption", null, html("strong", null, title), html("br"), html("span", { class: "quiet" }, said)));
 }

@@ -30,6 +30,7 @@ from auditor.records import (
     NoiseInfo,
     OutputChange,
     OutputDistance,
+    Picture,
     Provenance,
     ReferenceInfo,
     Segment,
@@ -120,9 +121,29 @@ def _segment(index: int, *, bf16: bool) -> Segment:
         explained_on=1 if bf16 and index == 0 else None,
         contradicted=2 if bf16 and index == 0 else 0,
         one_step=0.0032 if bf16 and index == 0 else None,
+        picture=_picture(out) if bf16 and index == 0 else None,
         consequences=(_consequence(0, 0.69, "top-1 stays in all 4 rows; margin 0.71 → 0.69"),)
         if bf16 and index == 0
         else (),
+    )
+
+
+def _picture(tensor: str) -> Picture:
+    """Three rows of four cells, the last of which is no number on the backend."""
+    values, apart = bytes(range(1, 254, 23)) + b"\xff", bytes([128, 1, 255, *[128] * 8, 0])
+    return Picture(
+        tensor=tensor,
+        sample=1,
+        plane="[0, 37, :, :]",
+        size=(14, 14),
+        cells=(3, 4),
+        range=(-3.14, 5.99),
+        most_accumulated=4.1e-3,
+        most_introduced=2e-3,
+        reference=values,
+        deployed=values[:-1] + b"\0",
+        accumulated=apart,
+        introduced=bytes(12),
     )
 
 
@@ -405,6 +426,8 @@ def _values(hint: Any, field: str) -> st.SearchStrategy[Any]:
     """Values that a record's field can have."""
     if hint is Distance:
         return _distances()
+    if hint is Picture:
+        return _pictures()
     if is_dataclass(hint):
         return _records(hint)
     origin, inner = get_origin(hint), get_args(hint)
@@ -437,6 +460,23 @@ def _records(kind: type[Any]) -> st.SearchStrategy[Any]:
 def _with_edges(tensor: TensorStats) -> TensorStats:
     """A histogram has one edge more than counts."""
     return replace(tensor, histogram_edges=(-500.5, *map(float, range(len(tensor.histogram)))))
+
+
+def _pictures() -> st.SearchStrategy[Picture]:
+    """Pictures with a byte for each cell."""
+
+    @st.composite
+    def made(draw: st.DrawFn) -> Picture:
+        rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        levels = st.binary(min_size=rows * columns, max_size=rows * columns)
+        return Picture(
+            *(draw(_NAMES), draw(st.integers(0, 9)), draw(_NAMES)),
+            *((rows * 3, columns), (rows, columns), draw(st.tuples(_FINITE, _FINITE))),
+            *(draw(_POSITIVE), draw(_POSITIVE)),
+            *(draw(levels) for _ in range(4)),
+        )
+
+    return made()
 
 
 def _distances() -> st.SearchStrategy[Distance]:

@@ -333,6 +333,31 @@ def test_clicking_through_every_view(browser: Browser, report: AuditReport) -> N
         browser.click(f"[role=tabpanel]:not([hidden]) [aria-label='{title}']")
 
 
+def test_a_tensor_is_pictured_on_both_sides(browser: Browser, report: AuditReport) -> None:
+    browser.open(report, "#/ov/s0")
+    drawn = browser.all("#segment .pictures canvas")
+    assert [canvas.get_attribute("aria-label") for canvas in drawn] == [
+        "reference: -3.14 to 5.99",
+        "here: -3.14 to 5.99; blank where NaN or infinite",
+        "difference: at most 4.1e-3; blank where NaN or infinite",
+        "its own part: NaN or infinite throughout",
+    ]
+    pixels = browser.js(
+        "return [...document.querySelectorAll('#segment .pictures canvas')].map((canvas) =>"
+        " [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data])"
+    )
+    assert [len(each) for each in pixels] == [4 * 12] * 4
+    reference, here, difference, own = ([p[i : i + 4] for i in range(0, 48, 4)] for p in pixels)
+    assert reference[0] == [68, 1, 84, 255] and reference[11] == [253, 231, 37, 255]
+    assert here[:11] == reference[:11] and here[11][3] == 0  # no number: nothing is drawn
+    assert difference[1] == [47, 126, 216, 254] and difference[2] == [232, 113, 10, 254]
+    assert {pixel[3] for pixel in (*difference[3:], *own)} == {0}
+    said = browser.text("#segment")
+    assert "[0, 37, :, :], 14×14 values in 3×4 cells, sample 1" in said
+    browser.click("#segment [aria-label='Next segment']")
+    assert "None kept" in browser.text("#segment")
+
+
 def test_the_chart_tells_what_is_under_the_pointer(browser: Browser, report: AuditReport) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
 
