@@ -77,6 +77,7 @@ class AuditOptions:
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
         cache: folder in which builds and traces are remembered; None to make everything anew.
         memory: bytes of weights that the reference holds; a model with more is run in pieces.
+        latency: whether to time what is deployed beside ONNX Runtime's defaults.
         pictures: whether the report keeps small pictures of the tensors that diverge.
         limits: what each backend's process may use; as much memory as the machine has, and no
             network, when not given.
@@ -105,6 +106,7 @@ class AuditOptions:
     trace_names: dict[str, str] = field(default_factory=dict)
     cache: Path | None = None
     memory: int = 2 * GIB
+    latency: bool = False
     pictures: bool = True
     limits: Limits | None = None
 
@@ -156,7 +158,7 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import artefact, confirm, machine, origins, ranking, second_shape
+    from auditor import artefact, confirm, latency, machine, origins, ranking, second_shape
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -276,6 +278,10 @@ def _run(
             own_file=compiled is not model,
         )
         clock.lap("confirm")
+    untimed: tuple[Gap, ...] = ()
+    if options.latency:
+        reports, untimed = latency.timed(reports, {t.id: t for t in tracers}, samples.feeds(0))
+        clock.lap("latency")
     pipeline = photographs.report() if photographs else None
     if pipeline is not None:
         found = ranking.with_steps(found, pipeline, catalogue)
@@ -297,6 +303,7 @@ def _run(
             *(gap for analysis in analyses.values() for gap in analysis.gaps()),
             *shapes,
             *unconfirmed,
+            *untimed,
         ),
         verdict=decision,
         exit_code=exit_code,

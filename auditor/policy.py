@@ -8,6 +8,7 @@
     relative_l2 = 1e-3
     [tolerance.ov]                   # one backend
     relative_l2 = 2e-2
+    latency_ratio = 0.8              # of one run to ONNX Runtime's with its default options
     [tolerance.ov.outputs.logits]    # one output
     top1_flips = 0.01
     [categories]
@@ -62,6 +63,7 @@ _METRICS = {
     "top1_flips": True,
     "iou": False,
 }
+_LATENCY = "latency_ratio"  # of a backend, not of an output
 _EVERY = ""  # backend or output
 
 
@@ -94,6 +96,11 @@ class Policy:
     tolerances: Mapping[tuple[str, str], Mapping[str, float]]
     allowed: frozenset[str]
     accepted: tuple[Acceptance, ...]
+
+    @property
+    def limits_latency(self) -> bool:
+        """Whether any backend has a tolerance of its latency."""
+        return any(_LATENCY in limits for limits in self.tolerances.values())
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -173,6 +180,11 @@ def _tolerances(
         yield (backend, _EVERY), _limits(rest, where, source)
         for output in outputs:
             inner = _a_table(outputs, output, source, f"{where}.outputs")
+            if _LATENCY in inner:
+                raise UsageError(
+                    f"{source} has `{_LATENCY}` in `{where}.outputs.{output}`",
+                    f"A run has one latency for all outputs: write it in [{where}].",
+                )
             yield (backend, output), _limits(inner, f"{where}.outputs.{output}", source)
 
 
@@ -180,7 +192,7 @@ def _limits(
     table: Mapping[str, Any], where: str, source: str, skipped: type | tuple[()] = ()
 ) -> dict[str, float]:
     own = {key: value for key, value in table.items() if not isinstance(value, skipped)}
-    _known(own, tuple(_METRICS), source, where)
+    _known(own, (*_METRICS, _LATENCY), source, where)
     for key, value in own.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise _wrong(source, f"{where}.{key}", value, "a number")
@@ -260,6 +272,7 @@ def judged(report: AuditReport, policy: Policy, today: date) -> AuditReport:
         for output in backend.outputs
         for rule in _outputs(backend, output, report.fail_on, policy)
     ]
+    broken += [rule for backend in report.backends for rule in _slow(backend, policy)]
     broken += [
         rule
         for finding in report.findings
@@ -316,6 +329,8 @@ def _outputs(
 
     limits = _limits_of(backend.id, output.name, policy)
     for metric, limit in limits.items():
+        if metric == _LATENCY:
+            continue
         measured = _measured(output, metric)
         if measured is None:
             yield broken(f"{metric} has a tolerance, and was not measured there")
@@ -329,6 +344,20 @@ def _outputs(
         if _reaches(severity(left), fail_on):
             rest = " without the allowed categories" if share > 0 else ""
             yield broken(f"relative_l2 is {left:.3g}{rest}, severity {severity(left)}")
+
+
+def _slow(backend: BackendReport, policy: Policy) -> Iterator[Broken]:
+    limit = _limits_of(backend.id, _EVERY, policy).get(_LATENCY)
+    if limit is None or backend.status != "audited":
+        return
+    measured = backend.latency.ratio if backend.latency else None
+    if measured is None:
+        why = f"{_LATENCY} has a tolerance, and was not measured there"
+    elif measured > limit:
+        why = f"{_LATENCY} is {measured:.3g}, and its tolerance {limit:g}"
+    else:
+        return
+    yield Broken(f"{backend.id}: {why}", backend.id)
 
 
 def _finding(finding: Finding, fail_on: Severity, policy: Policy) -> Iterator[Broken]:
@@ -414,6 +443,13 @@ def proposed(report: AuditReport, source: str) -> str:
         ids = ", ".join(_quoted(backend.id) for backend in audited)
         lines += ["# Without these the audit is incomplete.", f"backends = [{ids}]"]
     for backend in audited:
+        if backend.latency:
+            limit = _MARGIN * backend.latency.ratio
+            lines += [
+                "",
+                f"[tolerance.{_quoted(backend.id)}]",
+                f"{_LATENCY} = {_rounded(limit)}  # measured {backend.latency.ratio:.2g}",
+            ]
         for output in backend.outputs:
             error = output.distance.relative_l2
             if not math.isfinite(error):

@@ -7,6 +7,7 @@ while tensor names are unique within a graph (ONNX IR specification, "Names With
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -663,6 +664,24 @@ class Counterfactual:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """How long a run of the deployed program takes, beside ONNX Runtime (``auditor.latency``).
+
+    Attributes:
+        seconds: median wall seconds of one run; ``reference_seconds``: of ONNX Runtime on the CPU
+            with its default options on the same file and inputs, in the same process.
+    """
+
+    seconds: float
+    reference_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """The one over the other; infinite where the clock saw nothing of the other."""
+        return self.seconds / self.reference_seconds if self.reference_seconds > 0 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
 class EndToEnd:
     """The deployed system, pipeline and backend, against the training pipeline and the reference.
 
@@ -710,6 +729,7 @@ class BackendReport:
     unexplained_spread: Spread | None = None
     booked_samples: int = 0
     counterfactuals: tuple[Counterfactual, ...] = ()
+    latency: Latency | None = None  # where it was asked for
     end_to_end: EndToEnd | None = None  # where photographs were fed through a pipeline
 
 

@@ -176,6 +176,12 @@ class Remembered(Tracer):
             self._cache.put(key, {"plain": plain, "ablated": ablated}, {})
         return plain, ablated
 
+    def against(self, request: BuildRequest, backend: str, feeds: Arrays) -> tuple[float, float]:
+        """Measure both programs; the machine's state today counts, so nothing is remembered."""
+        self._wake_or_raise()
+        self._ablated = False
+        return super().against(request, backend, feeds)
+
     def stated(self) -> Provenance | None:
         """The provenance, with a note where something came from the cache."""
         if self.provenance is None or self._known is None or not self.recalled:
@@ -211,11 +217,14 @@ class Remembered(Tracer):
         assert self._switch is not None
         if self._ablated:
             return
+        self._wake_or_raise()
+        super().ablate(self._switch)
+        self._ablated = True
+
+    def _wake_or_raise(self) -> None:
         if not self._awake():
             assert self.gap is not None
             raise BackendError(self.gap.reason, self.gap.remedy or "", stage=self.gap.stage)
-        super().ablate(self._switch)
-        self._ablated = True
 
     def _remember(self, key: str, trace: SampleTrace) -> None:
         groups = {"o": trace.outputs, "t": trace.tensors, "g": trace.again or {}}

@@ -31,7 +31,7 @@ _REPEATS = 3  # plain runs of the first sample: enough to see a program that is 
 # one took, and some seconds more.
 _PATIENCE = 10.0
 _LEAST_PATIENCE = 30.0
-_ROUNDS = 5  # runs of each program from which a median latency is taken,
+_ROUNDS = 5  # turns of each program from whose runs a median latency is taken,
 _ROUNDS_SECONDS = 5.0  # and the time after which there are fewer
 
 
@@ -265,13 +265,19 @@ class Tracer:
         options = self.request.options | switch.options
         self.beside(replace(self.request, options=options))
 
-    def beside(self, request: BuildRequest) -> None:
+    def beside(self, request: BuildRequest, backend: str | None = None) -> None:
         """Build another program beside the plain one, in place of an earlier such program.
+
+        Args:
+            request: what to build.
+            backend: the id of the backend to build it, when it is another.
 
         Raises:
             BackendError, UsageError: as for ``ablate``.
         """
-        answer = self._patiently("ablate", "build", _Ablated, request=encode(request))
+        answer = self._patiently(
+            "ablate", "build", _Ablated, request=encode(request), backend=backend
+        )
         if answer.blocked:
             raise BackendError(f"built, not run: {answer.blocked}", stage="ablate")
 
@@ -304,6 +310,17 @@ class Tracer:
                 rounds=_ROUNDS,
                 seconds=_ROUNDS_SECONDS,
             )
+
+    def against(self, request: BuildRequest, backend: str, feeds: Arrays) -> tuple[float, float]:
+        """Median seconds of one run of the plain program and of what another backend builds.
+
+        No sample can be traced after this.
+
+        Raises:
+            BackendError, UsageError: as for ``ablate`` and ``race``.
+        """
+        self.beside(request, backend)
+        return Tracer.race(self, feeds)
 
     def _patiently(self, stage: str, like: str, kind: type[T], **arguments: Any) -> T:
         patience = _LEAST_PATIENCE + _PATIENCE * self.seconds.get(like, 0.0)

@@ -207,6 +207,13 @@ def diverges(backend: BackendReport, output: OutputDistance, report: AuditReport
     return _reaches(severity_of(output.distance.relative_l2), report)
 
 
+def rules(backend: BackendReport, report: AuditReport) -> list[str]:
+    """Broken rules about a backend as a whole, such as its latency."""
+    broken = report.judgement.broken if report.judgement else ()
+    mine = [b for b in broken if b.backend == backend.id]
+    return [b.sentence for b in mine if b.output is None and b.fingerprint is None]
+
+
 def waived(finding: Finding, report: AuditReport) -> str | None:
     """Why a finding does not count; None where it does."""
     waivers = report.judgement.waived if report.judgement else ()
@@ -358,6 +365,17 @@ def latencies(made: Counterfactual) -> str:
     return f"{plain(1e3 * made.latency_before)} → {plain(1e3 * made.latency_after)}"
 
 
+def latency(backend: BackendReport) -> str:
+    """How long a run takes, beside ONNX Runtime; empty where that was not measured."""
+    made = backend.latency
+    if made is None:
+        return ""
+    return (
+        f"latency {plain(1e3 * made.seconds)} ms, {plain(made.ratio)} times the "
+        f"{plain(1e3 * made.reference_seconds)} ms of ONNX Runtime's defaults"
+    )
+
+
 def about(backend: BackendReport, finding: Finding | None) -> tuple[Counterfactual, ...]:
     """The counterfactuals that speak to a finding's cause; of an unexplained one, the others."""
     if finding is None:
@@ -395,7 +413,7 @@ def proof(found: FidelityProof) -> str:
 
 def notes(backend: BackendReport) -> tuple[str, ...]:
     """What the reader must know about a backend: its outputs, compile-time facts, warnings."""
-    read = (*map(told, backend.outputs), books(backend), *end_to_end(backend))
+    read = (*map(told, backend.outputs), books(backend), *end_to_end(backend), latency(backend))
     made = backend.provenance.notes if backend.provenance else ()
     return (*filter(None, read), *made, *backend.warnings)
 

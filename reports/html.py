@@ -103,7 +103,8 @@ def _told(backend: BackendReport) -> dict[str, object]:
         "proved": bool(proof and words.proved(proof)),
         "ran": words.ran(made, backend.status) if made else "",
         "told": [said for output in backend.outputs if (said := words.told(output))]
-        + words.end_to_end(backend),
+        + words.end_to_end(backend)
+        + [said for said in (words.latency(backend),) if said],
         "books": words.books(backend),
     }
 

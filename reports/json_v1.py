@@ -53,6 +53,7 @@ from auditor.records import (
     Hypothesis,
     Judgement,
     Kernel,
+    Latency,
     Machine,
     ModelInfo,
     NoiseInfo,
@@ -590,6 +591,7 @@ _PIPELINE = _record(
         "outputs": _many(_OUTPUT),
     },
 )
+_LATENCY = _record(Latency, {"seconds": _SHARE, "reference_seconds": _SHARE})
 _BACKEND = _record(
     BackendReport,
     {
@@ -611,6 +613,7 @@ _BACKEND = _record(
         "unexplained_spread": _SPREAD,
         "booked_samples": _INT,
         "counterfactuals": _many(_COUNTERFACTUAL),
+        "latency": _optional(_LATENCY),
         "end_to_end": _optional(_END_TO_END),
     },
 )

@@ -69,6 +69,10 @@ def _suite(root: Element, report: AuditReport, backend: BackendReport, number: i
         cases += (_divergence(report, backend), _proof(backend))
     else:
         cases.append(_absent(report, backend))
+    if rules := words.rules(backend, report):
+        case = _case(backend.id, "rules")
+        _outcome(case, "failure", "rule", rules[0], "\n".join(rules))
+        cases.append(case)
     cases += [
         _finding(finding)
         for finding in report.findings

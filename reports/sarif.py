@@ -47,6 +47,7 @@ _LEVELS: dict[Severity, str] = {
 }
 _UNEXPLAINED = "unexplained"
 _DIVERGENCE = "divergence"
+_RULE = "rule"
 
 _MOST_RESULTS = 5000
 _MOST_NODES = 100  # of one finding
@@ -143,6 +144,8 @@ def _rules(report: AuditReport) -> list[Object]:
     divergence = "An output of the compiled model differs from the reference's."
     more = "Relative L2 of the whole output: all layers together."
     rules.append(_rule(_DIVERGENCE, divergence, more, ()))
+    broken = "A rule of the policy or the baseline about a backend as a whole does not hold."
+    rules.append(_rule(_RULE, broken, "", ()))
     return rules
 
 
@@ -162,12 +165,14 @@ def _rule(id: str, short: str, more: str, tags: Sequence[str]) -> Object:
 
 
 def _results(report: AuditReport, place: Object) -> Iterator[Object]:
-    """Outputs whose divergence fails the audit, then every finding in its order."""
+    """Outputs and backends that fail the audit, then every finding in its order."""
     for backend in report.backends:
         for output in backend.outputs:
             if words.diverges(backend, output, report):
                 level = severity(output.distance.relative_l2)
                 yield _divergence(backend, output, level, place)
+        if rules := words.rules(backend, report):
+            yield _broken(backend, rules, place)
     segments = {(b.id, s.id): s for b in report.backends for s in b.segments}
     for finding in report.findings:
         found = (segments.get((finding.backend, id)) for id in finding.segments)
@@ -197,6 +202,18 @@ def _divergence(
         ],
         "partialFingerprints": _fingerprints(hashlib.sha256(identity.encode()).hexdigest()[:32]),
         "properties": {"backend": backend.id, "severity": level} | _figures(output),
+    }
+
+
+def _broken(backend: BackendReport, rules: Sequence[str], place: Object) -> Object:
+    identity = json.dumps([backend.id, _RULE])
+    return {
+        "ruleId": _RULE,
+        "level": "error",
+        "message": _message(". ".join(words.elide(rule, _TEXT) for rule in rules)),
+        "locations": [{"physicalLocation": place}],
+        "partialFingerprints": _fingerprints(hashlib.sha256(identity.encode()).hexdigest()[:32]),
+        "properties": {"backend": backend.id},
     }
 
 

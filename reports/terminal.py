@@ -756,6 +756,8 @@ def _backend_facts(backend: BackendReport) -> Iterable[_Span]:
         yield _Span(books, "dim")
     for line in words.end_to_end(backend):
         yield _Span(line)
+    if latency := words.latency(backend):
+        yield _Span(latency)
     for note in backend.provenance.notes if backend.provenance else ():
         yield _Span(f"note: {note}")
     for warning in backend.warnings:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import policy
 from auditor.errors import UsageError
 from auditor.policy import judged, load
-from auditor.records import AuditReport, CategoryShare
+from auditor.records import AuditReport, CategoryShare, Latency
 from reports import json_v1
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +101,44 @@ def test_tolerances(report: AuditReport, tmp_path: Path, text: str, code: int) -
     assert found.exit_code == code
     assert found.judgement is not None
     assert bool(found.judgement.broken) == (code == 1)
+
+
+def test_a_latency_is_limited_by_its_ratio(report: AuditReport, tmp_path: Path) -> None:
+    limited = rules(tmp_path, "[tolerance]\nrelative_l2 = 0.02\nlatency_ratio = 1.5")
+    assert limited.limits_latency
+    assert not rules(tmp_path, "[tolerance]\nrelative_l2 = 0.02").limits_latency
+
+    def broken(latency: Latency | None) -> list[str]:
+        backends = tuple(replace(b, latency=latency) for b in report.backends)
+        judgement = judged(replace(report, backends=backends), limited, TODAY).judgement
+        assert judgement is not None
+        return [rule.sentence for rule in judgement.broken]
+
+    assert broken(Latency(1.4e-3, 1e-3)) == []
+    assert broken(Latency(1.6e-3, 1e-3)) == ["ort: latency_ratio is 1.6, and its tolerance 1.5"]
+    assert broken(None) == ["ort: latency_ratio has a tolerance, and was not measured there"]
+    with pytest.raises(UsageError, match="latency_ratio"):
+        rules(tmp_path, "[tolerance.ort.outputs.y]\nlatency_ratio = 1")
+
+
+def test_a_policys_latency_is_measured(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "fast.toml").write_text(
+        "[tolerance]\nrelative_l2 = 1\n[tolerance.ov]\nlatency_ratio = 1e-9", "utf-8"
+    )
+    asked = ("--backends", "ort,ov", "--no-confirm", "--policy", "fast.toml", "-o", "r.json")
+    for _ in range(2):  # the second time everything but the latency is in the cache
+        done = audit(tmp_path, str(made / "m.onnx"), *asked)
+        assert done.returncode == 1, done.stderr
+        said = json_v1.load(tmp_path / "r.json")
+        assert said.judgement is not None
+        assert [(rule.backend, rule.output) for rule in said.judgement.broken] == [("ov", None)]
+        assert "latency_ratio" in said.judgement.broken[0].sentence
+        for backend in said.backends:
+            assert backend.latency is not None
+            assert backend.latency.seconds > 0
+        assert "latency" in done.stdout
+    proposed = tomllib.loads(policy.proposed(said, "r.json"))
+    assert proposed["tolerance"]["ov"]["latency_ratio"] > 0
 
 
 def test_acceptances_expire(report: AuditReport, tmp_path: Path) -> None:

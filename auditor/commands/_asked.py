@@ -102,6 +102,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         trace_names=_trace_names(names) if names else {},
         cache=kept,
         memory=int(given["memory"] * GIB),
+        latency=given["latency"] or (rules is not None and rules.limits_latency),
         pictures=given["pictures"],
         limits=None if memory is None else Limits(int(memory * GIB)),
     )

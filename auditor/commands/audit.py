@@ -227,6 +227,14 @@ def _audit(
             help="Take builds and traces of the same things from the cache (see audit cache).",
         ),
     ] = True,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="Time what is deployed beside ONNX Runtime with its default options, in turn; "
+            "done without asking where the policy limits latency_ratio.",
+        ),
+    ] = False,
     pictures: Annotated[
         bool,
         typer.Option(

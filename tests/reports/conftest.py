@@ -26,6 +26,7 @@ from auditor.records import (
     Hypothesis,
     Judgement,
     Kernel,
+    Latency,
     ModelInfo,
     NoiseInfo,
     OutputChange,
@@ -206,6 +207,7 @@ def _backend(id: str, engine: str, version: str, *, bf16: bool) -> BackendReport
             if bf16
             else (),
         ),
+        latency=Latency(2.1e-3, 5e-3) if bf16 else None,
         outputs=(
             OutputDistance(
                 "Softmax:0",
@@ -311,6 +313,7 @@ def judged(report: AuditReport) -> AuditReport:
         (
             Broken("output `Softmax:0` on ov: relative_l2 is 0.012", "ov", output="Softmax:0"),
             Broken("finding 2 on ov: severity low", "ov", fingerprint=second.fingerprint),
+            Broken("ov: latency_ratio is 0.42, and its tolerance 0.4", "ov"),
         ),
         (Waiver(first.fingerprint, "accepted: checked on the test set"),),
         ("The acceptance of 00000000000000000000000000000009 ended on 2026-01-01.",),
