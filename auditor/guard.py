@@ -146,6 +146,9 @@ def _work(work: Callable[[], int], folder: Path | None) -> NoReturn:
     import faulthandler
     import traceback
 
+    from auditor import memory
+
+    memory.one_heap()
     if folder:
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = None  # look at TMPDIR again
