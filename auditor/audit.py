@@ -72,6 +72,7 @@ class AuditOptions:
         confirm: whether to build what diverged again without single factors.
         artifacts: by a backend's label, the engine's own file that it audits.
         source: what the model was exported from, for the backends that run that;
+        custom_ops: libraries of operators for ONNX Runtime, which is also the reference.
         trust_source: allows one whose loading can run code that is in a file.
         traces: what was recorded elsewhere: the name to report it under, and its file.
         trace_names: names in a dump of another runtime → ONNX tensor names, where they differ.
@@ -102,6 +103,7 @@ class AuditOptions:
     artifacts: dict[str, Path] = field(default_factory=dict)
     source: str | None = None
     trust_source: bool = False
+    custom_ops: tuple[Path, ...] = ()
     traces: tuple[tuple[str, Path], ...] = ()
     trace_names: dict[str, str] = field(default_factory=dict)
     cache: Path | None = None
@@ -158,11 +160,21 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import artefact, confirm, latency, machine, origins, ranking, second_shape
+    from auditor import (
+        artefact,
+        confirm,
+        custom_ops,
+        latency,
+        machine,
+        origins,
+        ranking,
+        second_shape,
+    )
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
 
+    custom_ops.use(options.custom_ops)
     model = models.load(model_path)
     compiled = models.load(options.candidate) if options.candidate else model
     rename = _correspondence(model, compiled)
@@ -388,14 +400,16 @@ def _photographs(model: Model, options: AuditOptions) -> Photographs:
     return upstream.Photographs(model, described, found, options.output_kinds)
 
 
-def model_of(report: AuditReport) -> Model:
-    """The model that a report is about.
+def model_of(report: AuditReport, options: AuditOptions) -> Model:
+    """The model that a report is about; ``options`` are those of the report's audit.
 
     Raises:
         UsageError: it cannot be loaded, or is another one by now.
     """
+    from auditor import custom_ops
     from auditor import model as models
 
+    custom_ops.use(options.custom_ops)
     model = models.load(Path(report.model.path))
     if model.info.sha256 != report.model.sha256:
         raise UsageError(
@@ -419,6 +433,7 @@ def request_for(
         artifact=options.artifacts.get(spec.label),
         source=options.source if options.source and _trains(spec) else None,
         trusted=options.trust_source,
+        custom_ops=tuple(library.resolve() for library in options.custom_ops),
     )
 
 

@@ -152,7 +152,7 @@ def fix(
             f"{spec.label} audited {options.artifacts[spec.label].name}, which cannot be rewritten",
             "Follow the remedies in the report, make the file anew, and audit it again.",
         )
-    model = model_of(report)
+    model = model_of(report, options)
     found = [f for f in report.findings if f.backend == backend.id]
     with Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
         before = bench.before

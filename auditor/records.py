@@ -92,6 +92,7 @@ class BuildRequest:
         workdir: private folder for temporary files of this build.
         artifact: the engine's own file to load instead of compiling ``model_path``, which then
             only says what its tensors are called.
+        custom_ops: libraries of operators for ONNX Runtime.
         kept: keys of nodes; where there are any, ``artifact`` is first written from the model, with
             these in float32 whatever the rest is computed in.
         source: what ``model_path`` was exported from, as after ``--source``; only the training
@@ -110,6 +111,7 @@ class BuildRequest:
     source: str | None = None
     trusted: bool = False
     kept: tuple[str, ...] = ()
+    custom_ops: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +367,10 @@ class Consequence:
         iou: intersection over union: of the whole mask, or the mean over boxes.
         cosine: mean cosine similarity of the vectors.
         added: boxes that only the other side has; None for other kinds.
+        searched: vectors, at least three, each of which was searched for among the others; None for
+            other kinds and fewer vectors.
+        nearest_changed, ranks_changed: of how many of them the nearest other one, or any rank,
+            changed (``auditor.retrieval``).
         lowest: the smallest IoU of a box or of one sample's mask, or cosine of a vector.
         sentence: the same in words.
     """
@@ -383,6 +389,9 @@ class Consequence:
     lowest: float | None = None
     sentence: str = ""
     added: int | None = None
+    searched: int | None = None
+    nearest_changed: int | None = None
+    ranks_changed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -311,6 +311,7 @@ def _environment(tracer: Remembered, request: BuildRequest, identity: str) -> di
         "device": request.device,
         "threads": request.threads,
         "options": sorted(request.options.items()),
+        "custom operators": [_hash_of(library) for library in request.custom_ops],
         "cpu": [here.cpu, *here.flags],
         "cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "system": here.system,
@@ -326,6 +327,11 @@ def _own_code() -> str:
     for path in sorted((*root.glob("auditor/*.py"), *root.glob("backends/*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def _hash_of(library: Path) -> str:
+    with library.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _bits(feeds: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import onnx
 
-from auditor import memory, surgery
+from auditor import custom_ops, memory, surgery
 from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
@@ -86,6 +86,7 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if folder is not None:
         options.add_session_config_entry(_FOLDER, str(folder))
+    custom_ops.register(options)
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -103,7 +103,7 @@ def reproduce(
             f"no script can be written for the backend {spec.id}",
             "Reproducers are made for backends that run without a device of their own.",
         )
-    model = model_of(report)
+    model = model_of(report, options)
     options = replace(options, backends=(spec,), traces=(), confirm=False)
     with TemporaryDirectory(prefix="audit-repro-") as scratch:
         lab = _Lab(spec, options, Path(scratch), progress)

@@ -24,7 +24,8 @@ What is measured, where r is the reference:
   box whose best overlap is below 0.5 (the PASCAL VOC criterion) is lost; one of the other side's
   that overlaps none of r's so is new.
 * mask: intersection over union of what is above 0.5 (above 0 where values leave [0, 1]: a logit).
-* embedding: cosine similarity of each vector (last axis).
+* embedding: cosine similarity of each vector (last axis); and over at least three samples, for how
+  many the nearest of the others, or their order, changes (``auditor.retrieval``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 from auditor.metrics import Running, to_float
 from auditor.ports import Array
 from auditor.records import Consequence, OutputKind
+from auditor.retrieval import Retrieval
 
 # Words as the common exporters put them into the names of outputs.
 _WORDS: dict[str, OutputKind] = {
@@ -117,6 +119,7 @@ class TaskMeter:
         self._margin, self._margin_after, self._kl = Running(), Running(), Running()
         self._overlap, self._lowest = Running(), math.inf
         self._both = self._either = 0  # pixels
+        self._retrieval = Retrieval()
 
     def add(self, observed: Array, reference: Array, sample: int) -> None:
         """Add one sample; the two may differ in shape, which changes everything there is to read.
@@ -139,6 +142,7 @@ class TaskMeter:
         elif self.kind == "scores":
             items, changed = self._add_scores(_rows(b), _rows(r), sample)
         else:
+            self._retrieval.add(b, r)
             items, changed = self._add_vectors(_rows(b), _rows(r), sample)
         self._items += items
         self._changed += changed
@@ -216,6 +220,7 @@ class TaskMeter:
             iou = self._both / self._either if self._either else 1.0
         elif self.kind == "boxes" and self._overlap.count:
             iou = self._overlap.mean
+        searched, nearest, ranks = self._retrieval.result() or (None, None, None)
         made = Consequence(
             output=self.name,
             kind=self.kind,
@@ -230,6 +235,9 @@ class TaskMeter:
             cosine=_mean(self._overlap) if self.kind == "embedding" else None,
             lowest=self._lowest if self._lowest < math.inf else None,
             added=self._added if self.kind == "boxes" else None,
+            searched=searched,
+            nearest_changed=nearest,
+            ranks_changed=ranks,
         )
         # Written last, from the very figures it stands beside.
         return Consequence(
@@ -360,7 +368,11 @@ def _sentence(found: Consequence) -> str:
         if found.cosine is None:
             return "the vectors have another shape"
         which = _all(found.items, "vector")
-        return f"cosine {found.cosine:.6f} (lowest {found.lowest:.6f}, {which})"
+        said = f"cosine {found.cosine:.6f} (lowest {found.lowest:.6f}, {which})"
+        if found.searched is not None:
+            said += f"; the nearest other changes for {found.nearest_changed} of {found.searched}"
+            said += f", the order of the others for {found.ranks_changed}"
+        return said
     if found.iou is None:
         return f"the {found.kind} cannot be compared"
     if found.kind == "mask":

@@ -23,7 +23,7 @@ import platform
 import re
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -179,6 +179,7 @@ class OrtBackend:
         """
         usual = "all" if request.artifact is None else "disable"
         options = _Options.parse(request.options, request.threads, usual, request.device)
+        options = replace(options, custom_ops=request.custom_ops)
         try:
             return OrtBuild(request, options)
         except BackendError as error:
@@ -227,6 +228,7 @@ class _Options:
     threads: int | None
     provider: str = _ort_providers.CPU
     provider_options: dict[str, str] = field(default_factory=dict)
+    custom_ops: tuple[Path, ...] = ()
 
     @classmethod
     def parse(
@@ -272,6 +274,8 @@ class _Options:
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
         try:
+            for library in self.custom_ops:
+                options.register_custom_ops_library(str(library))
             for key, value in {**self.config, **extra}.items():
                 options.add_session_config_entry(key, value)
             if self.provider != _ort_providers.CPU:
@@ -287,7 +291,8 @@ class _Options:
         """The options as a report shows them."""
         threads = {} if self.threads is None else {"intra_op_num_threads": str(self.threads)}
         special = {f"{_ort_providers.OPTION}{k}": v for k, v in self.provider_options.items()}
-        return {"level": self.level, **threads, **self.config, **special}
+        libraries = {"custom_ops": " ".join(map(str, self.custom_ops))} if self.custom_ops else {}
+        return {"level": self.level, **threads, **self.config, **special, **libraries}
 
 
 class OrtBuild:

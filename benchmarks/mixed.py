@@ -83,7 +83,7 @@ def main() -> int:
             return int(number is None)
         begun = time.monotonic()
         with fix.Bench(
-            model_of(report), options.backends[0], options, Path(folder), _Silent()
+            model_of(report, options), options.backends[0], options, Path(folder), _Silent()
         ) as bench:
             size, built = fewest(bench, backend.segments, found.limit)
         print(f"fewest: {size}, after {built} builds, {time.monotonic() - begun:.0f} s")

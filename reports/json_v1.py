@@ -391,6 +391,9 @@ _CONSEQUENCE = _record(
         "lowest": _MEASURED,
         "sentence": _TEXT,
         "added": _optional(_INT),
+        "searched": _optional(_INT),
+        "nearest_changed": _optional(_INT),
+        "ranks_changed": _optional(_INT),
     },
 )
 _OUTPUT = _record(

@@ -191,6 +191,33 @@ def test_embeddings_are_compared_by_their_angle():
     assert found.changed is None
 
 
+def test_a_search_over_embeddings_finds_others():
+    """Three texts on a circle: the first moves past the middle between the other two."""
+    reference = _on_circle(0.0, 0.5, -0.6)
+    still = _measure("embedding", *((v, v) for v in reference))
+    assert (still.searched, still.nearest_changed, still.ranks_changed) == (3, 0, 0)
+    moved = _measure("embedding", *zip(_on_circle(-0.1, 0.5, -0.6), reference, strict=True))
+    # Of 0.5 and -0.6 each, the nearest is the first text before and after.
+    assert (moved.searched, moved.nearest_changed, moved.ranks_changed) == (3, 1, 1)
+    assert "nearest other changes for 1 of 3" in moved.sentence
+    assert _measure("embedding", *zip(reference[:2], reference[:2], strict=True)).searched is None
+
+
+def test_a_texts_vector_is_the_mean_of_its_tokens():
+    texts = [np.stack([v[0] * 2, v[0] * 0])[None] for v in _on_circle(0.0, 0.5, -0.6)]
+    other = [np.stack([v[0] * 0, v[0] * 4])[None] for v in _on_circle(0.1, 0.5, -0.3)]
+    found = _measure("embedding", *zip(other, texts, strict=True))
+    plain = _measure(
+        "embedding",
+        *zip(_on_circle(0.1, 0.5, -0.3), _on_circle(0.0, 0.5, -0.6), strict=True),
+    )
+    assert (found.searched, found.ranks_changed) == (plain.searched, plain.ranks_changed)
+
+
+def _on_circle(*angles):
+    return [np.asarray([[math.cos(a), math.sin(a)]], np.float32) for a in angles]
+
+
 @pytest.mark.parametrize("kind", ["scores", "mask", "embedding", "boxes"])
 def test_another_shape_changes_everything_and_does_not_fail(kind):
     reference = _corners(8)

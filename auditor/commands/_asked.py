@@ -98,6 +98,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         artifacts=parse_artifacts(given["artifact"], specs),
         source=source,
         trust_source=given["trust_source"],
+        custom_ops=tuple(given["custom_ops"] or ()),
         traces=traces,
         trace_names=_trace_names(names) if names else {},
         cache=kept,

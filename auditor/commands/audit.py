@@ -243,6 +243,14 @@ def _audit(
             "report; in a network's first layers they resemble the inputs.",
         ),
     ] = True,
+    custom_ops: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="LIBRARY",
+            help="Library of custom operators that the reference and ort load; its code runs with "
+            "your rights; repeatable.",
+        ),
+    ] = None,
     sandbox: Annotated[
         bool,
         typer.Option(
