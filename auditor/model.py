@@ -334,6 +334,17 @@ def _hash(file: Path, digest: hashlib._Hash) -> None:
 # --- external data -----------------------------------------------------------------------------
 
 
+def external_files(path: Path) -> tuple[Path, ...]:
+    """The data files of a model, all of them in its folder.
+
+    Raises:
+        UsageError: the model cannot be read, or a data file is missing or elsewhere.
+    """
+    _check_file(path)
+    home = path.resolve()
+    return _external_files(path, _parse(path, home), home)
+
+
 def _external_files(path: Path, proto: onnx.ModelProto, home: Path) -> tuple[Path, ...]:
     """The files beside ``home`` itself that hold its data, by name; each is in its folder.
 

@@ -28,10 +28,21 @@ def _show(
         typer.Option("--output", "-o", metavar="FILE", help="Write it to FILE."),
     ] = None,
 ) -> int:
-    """Show a saved report again, or one of its layers in full; needs no engine."""
-    from reports import json_v1
+    """Show a saved report again, or one of its layers in full; needs no engine.
+
+    The fleet.json of `audit fleet` is shown as a matrix.
+    """
+    from reports import _fleet, json_v1
     from reports.terminal import render_segment
 
+    if _fleet.is_fleet(report):
+        if layer or format or output:
+            raise UsageError(
+                "this is the report of a fleet, which is shown as a whole",
+                "Give the report of one cell, beside it.",
+            )
+        emit(_fleet.render(_fleet.load(report), report.parent, *screen()))
+        return 0
     destination = destination_for(format, output, [report])
     loaded = json_v1.load(report)
     if layer is None:

@@ -8,7 +8,6 @@ keys, their values and their order of execution are in docs/pipeline.md.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from auditor.errors import UsageError
+from auditor.lines import Lines
 from auditor.pipeline import libraries
 from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
 from auditor.pipeline.masks import Enlarger, Enlarging
@@ -209,7 +209,7 @@ def parse(text: str, source: str) -> Description:
         tables = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{source} is no TOML: {error}", "See docs/pipeline.md.") from error
-    lines = _Lines(text, source)
+    lines = Lines(text, source)
     for name in tables:
         if name not in ("training", "deployment"):
             raise _wrong(lines.where(name), name, "is no side of a pipeline", ("training",))
@@ -261,34 +261,7 @@ _RESETS = {
 }
 
 
-class _Lines:
-    """On which line of a text each key stands; TOML readers do not tell."""
-
-    _HEADER = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]")
-    _KEY = re.compile(r"\s*([A-Za-z0-9_.\"'-]+)\s*=")
-
-    def __init__(self, text: str, source: str) -> None:
-        self._source = source
-        self._found: dict[str, int] = {}
-        table = ""
-        for number, line in enumerate(text.splitlines(), 1):
-            if header := self._HEADER.match(line):
-                table = header[1]
-                self._found.setdefault(table, number)
-            elif key := self._KEY.match(line):
-                name = key[1].strip("\"'")
-                self._found.setdefault(f"{table}.{name}" if table else name, number)
-
-    def where(self, key: str) -> str:
-        """File and line of a dotted key, or of what it stands in."""
-        while key:
-            if key in self._found:
-                return f"{self._source}, line {self._found[key]}"
-            key = key.rpartition(".")[0]
-        return self._source
-
-
-def _side(tables: Mapping[str, Any], name: str, lines: _Lines) -> _Side:
+def _side(tables: Mapping[str, Any], name: str, lines: Lines) -> _Side:
     """The keys of one side, on top of its preset if it names one."""
     table = tables.get(name, {})
     if not isinstance(table, dict):
@@ -315,7 +288,7 @@ def _side(tables: Mapping[str, Any], name: str, lines: _Lines) -> _Side:
         if preset.value not in presets():
             raise _wrong(preset.where, str(preset.value), "is no preset", presets())
         base = _preset(preset.value)
-        inner_lines = _Lines(base, f"preset {preset.value}")
+        inner_lines = Lines(base, f"preset {preset.value}")
         side = _overridden(_side(tomllib.loads(base), "training", inner_lines), side)
     return side
 

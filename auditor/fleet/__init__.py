@@ -1,0 +1,1 @@
+"""Many models on many backends, on one machine or on several (``audit fleet``)."""
