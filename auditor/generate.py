@@ -14,12 +14,14 @@ each layer's own error (what its segments introduced, frozen) is put into the re
 Which layers to keep in full precision is found by leaving their errors out of all of them, most
 harmful first, until every decision is the reference's again; then the model is really built in
 pieces, those layers with the engine's option that avoids the cause, and run.
+
+A decoder that keeps caches is run as it is deployed instead: see ``auditor.cached``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,14 +101,14 @@ def decoder_of(model: Model, prompt: int, tokens: int) -> Decoder:
     """Find a decoder's inputs and output.
 
     Raises:
-        UsageError: the model is none, keeps a cache, or is too short for so many tokens.
+        UsageError: the model is none, or is too short for so many tokens.
     """
     places: dict[str, TensorSpec] = {}
     for spec in model.inputs:
         name = spec.name.lower()
         kind = "mask" if "mask" in name else "positions" if "position" in name else "ids"
         if len(spec.shape) != 2 or spec.dtype.kind not in "iub" or kind in places:
-            hint = "Export it without a cache: only token ids, and a mask and positions if any."
+            hint = "Give a decoder: token ids, a mask and positions if any, and caches if any."
             raise UsageError(f"{model.path} takes {spec}, which is no sequence of tokens", hint)
         places[kind] = spec
     if "ids" not in places:
@@ -172,6 +174,7 @@ def generate(
     noises: Sequence[Noise],
     progress: Progress,
     scratch: Path,
+    caches: Mapping[str, str] | None = None,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's.
 
@@ -183,13 +186,20 @@ def generate(
         noises: the catalogue.
         progress: told what is being done.
         scratch: a folder for temporary files.
+        caches: outputs by the inputs that they are fed back to, where names do not tell.
 
     Raises:
         UsageError: the model is no decoder, or the prompt does not fit it.
     """
     import os
 
+    from auditor import cached  # it builds on this module
+
     model = models.load(path)
+    if kept := cached.caches_of(model, caches or {}):
+        return cached.generate(
+            model, kept, prompt, count, options, noises=noises, progress=progress, scratch=scratch
+        )
     decoder = decoder_of(model, len(prompt), count)
     progress.update("reference", "run")
     reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
@@ -269,7 +279,7 @@ def _one(
         if outputs is None:
             return Generation(spec.label, gap=tracer.gap)
         ours, theirs = truth.steps(truth.expected), truth.steps(outputs)
-        steps = _steps(truth.text, ours, theirs)
+        steps = compared(truth.text, ours, theirs)
         turned = [s.number for s in steps if not s.same]
         own = list(truth.text)
         if turned:  # up to there both wrote the same, so both saw the same
@@ -325,7 +335,8 @@ def _one(
         )
 
 
-def _steps(text: Sequence[int], ours: Logits, theirs: Logits) -> list[GenerationStep]:
+def compared(text: Sequence[int], ours: Logits, theirs: Logits) -> list[GenerationStep]:
+    """A backend's decisions beside those that made a text, step by step."""
     kl = divergence_nats(ours, theirs)
     found = []
     for number, token in enumerate(text):
@@ -339,6 +350,7 @@ def _steps(text: Sequence[int], ours: Logits, theirs: Logits) -> list[Generation
                 float(best[1] - best[0]),
                 _lead(theirs[number], token),
                 float(kl[number]),
+                float(np.linalg.norm(theirs[number] - ours[number]) / np.linalg.norm(ours[number])),
             )
         )
     return found
@@ -353,39 +365,65 @@ def _lead(logits: NDArray[np.float64], token: int) -> float:
 # --- which layers -------------------------------------------------------------------------------
 
 
-class _Emulated:
+class Frozen:
     """The backend as the reference with every segment's own error added, frozen.
 
     With all errors it gives the backend's tensors; without those of some layers it says what
     computing these exactly would bring.
+
+    Attributes:
+        chain: the segments; ``patches``: their errors, by id; ``layers``: them by layer.
     """
 
     def __init__(
-        self, truth: _Truth, analysis: Analysis, tensors: Arrays, turned: dict[int, int]
+        self,
+        model: Model,
+        reference: Reference,
+        cuts: tuple[Cut, ...],
+        feeds: Arrays,
+        tensors: Arrays,
+        logits: str,
     ) -> None:
         """Measure every segment's error.
 
         Args:
-            truth: the reference's side.
-            analysis: the backend's, with the forced text added.
-            tensors: what was captured.
-            turned: by step at which the backend decided otherwise, the token it took.
+            model: what was audited.
+            reference: the reference.
+            cuts: the segments.
+            feeds: what the backend was fed, in the reference's types.
+            tensors: what was captured then.
+            logits: the output to look at.
 
         Raises:
             ReplayError: the reference cannot follow the backend's tensors.
         """
-        replayer, cuts = truth.reference.replayer, analysis.cuts
-        captured = truth.forced | truth.reference.wide(tensors)
-        base = replayer.walk(cuts, truth.forced)
-        self.chain = Chain(replayer, cuts, truth.forced, base, captured, (truth.decoder.logits,))
+        replayer = reference.replayer
+        captured = feeds | reference.wide(tensors)
+        base = replayer.walk(cuts, feeds)
+        self.chain = Chain(replayer, cuts, feeds, base, captured, (logits,))
         self.patches: dict[str, Patch] = {}
         for cut in cuts:
             local = divergence.replay(replayer, cut, captured)
             self.patches[cut.id] = _frozen(local.error, local.observed)
         self.layers: dict[str, list[Cut]] = {}
-        name = _Names(truth)
+        name = _Names(model, reference)
         for cut in cuts:
             self.layers.setdefault(name.of(cut), []).append(cut)
+
+    def alone(self, layer: str) -> Arrays:
+        """The logits that the reference gives with the errors of one layer."""
+        return self.chain.final({cut.id: self.patches[cut.id] for cut in self.layers[layer]})
+
+
+class _Emulated(Frozen):
+    """That of a whole text, with what the decisions in it need."""
+
+    def __init__(
+        self, truth: _Truth, analysis: Analysis, tensors: Arrays, turned: dict[int, int]
+    ) -> None:
+        """Measure; ``turned``: by step at which the backend decided otherwise, its token."""
+        logits = truth.decoder.logits
+        super().__init__(truth.model, truth.reference, analysis.cuts, truth.forced, tensors, logits)
         self.turned = turned
         self._truth = truth
         self._ours = truth.steps(truth.expected)
@@ -395,8 +433,7 @@ class _Emulated:
         found = []
         for layer, cuts in self.layers.items():
             progress.update("reference", f"effect of {layer}")
-            values = self.chain.final({cut.id: self.patches[cut.id] for cut in cuts})
-            steps = self._truth.steps(values)
+            steps = self._truth.steps(self.alone(layer))
             changes = [self._margin(steps, n) - self._margin(self._ours, n) for n in self.turned]
             shares = [
                 -change / max(self._margin(self._ours, n), 1e-12)
@@ -449,17 +486,21 @@ _PRUNED = 12  # with more layers than this it is not tried whether one of them c
 class _Names:
     """Which layer a segment belongs to: its module, or its node's name, up to the first number."""
 
-    def __init__(self, truth: _Truth) -> None:
-        self._graph = truth.reference.graph
-        self._labels = truth.reference.labels
-        self._origins = origins.of(truth.model)
+    def __init__(self, model: Model, reference: Reference) -> None:
+        self._graph = reference.graph
+        self._labels = reference.labels
+        self._origins = origins.of(model)
 
     def of(self, cut: Cut) -> str:
         keys = [models.key(self._graph.nodes[i]) for i in reversed(cut.nodes)]
         module = next((o.module for k in keys if (o := self._origins.get(k)) and o.module), None)
-        name = module or self._labels.get(keys[0], keys[0])
-        numbered = _NUMBERED.match(name)
-        return numbered[0] if numbered else name
+        return numbered(module or self._labels.get(keys[0], keys[0]))
+
+
+def numbered(name: str) -> str:
+    """A name up to the first number in it, which is that of the layer."""
+    found = _NUMBERED.match(name)
+    return found[0] if found else name
 
 
 def _frozen(error: Arrays, observed: Arrays) -> Patch:
@@ -513,7 +554,7 @@ def _built(
             values |= truth.reference.wide(outputs)
     except (UsageError, ReplayError) as error:
         return replace(kept, failure=error.message)
-    steps = _steps(truth.text, truth.steps(truth.expected), truth.steps(values))
+    steps = compared(truth.text, truth.steps(truth.expected), truth.steps(values))
     return replace(
         kept,
         turned=sum(not step.same for step in steps),

@@ -47,7 +47,7 @@ _LFS = b"version https://git-lfs"
 
 _BATCH, _CHANNELS, _IMAGE_SIDE, _SEQUENCE = 1, 3, 224, 16
 _SEQUENCE_NAME = re.compile(r"seq|len|token|time|frame|past|step", re.IGNORECASE)
-_BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
+BATCH_NAME = re.compile(r"batch|^n$|^b$", re.IGNORECASE)
 _SIDE_NAME = re.compile(r"height|width|^h$|^w$", re.IGNORECASE)
 
 Shape = tuple[int, ...]
@@ -688,7 +688,7 @@ def _default(spec: TensorSpec, axis: int) -> int:
     shape = spec.shape
     name = str(shape[axis] or "")
     for pattern, value in (
-        (_BATCH_NAME, _BATCH),
+        (BATCH_NAME, _BATCH),
         (_SIDE_NAME, _IMAGE_SIDE),
         (_SEQUENCE_NAME, _SEQUENCE),
     ):

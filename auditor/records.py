@@ -86,6 +86,8 @@ class BuildRequest:
         shapes: concrete shape of every graph input; differs from the model's own declaration
             only where that is symbolic.
         dynamic: whether any input of the model has a symbolic dimension.
+        open: whether symbolic dimensions stay open in the program, which then runs at any sizes;
+            else it is made for ``shapes``.
         device: the engine's device id, or None for its default.
         threads: worker threads of the engine, or None for the engine's own default.
         options: engine options as given on the command line (``ov.KEY=VALUE`` → KEY: VALUE).
@@ -112,6 +114,7 @@ class BuildRequest:
     trusted: bool = False
     kept: tuple[str, ...] = ()
     custom_ops: tuple[Path, ...] = ()
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -1363,6 +1366,8 @@ class GenerationStep:
         margin: lead of the token over the next in the reference's logits; ``margin_after`` over all
             others in the backend's, negative where that decides otherwise.
         kl: Kullback-Leibler divergence from the reference's distribution, in nats.
+        relative_l2: of the logits of this step.
+        caches: relative L2 of the caches that the step leaves; None where the model keeps none.
     """
 
     number: int
@@ -1371,6 +1376,8 @@ class GenerationStep:
     margin: float
     margin_after: float
     kl: float
+    relative_l2: float = 0.0
+    caches: float | None = None
 
     @property
     def same(self) -> bool:
@@ -1417,6 +1424,33 @@ class KeptLayers:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What a step's difference owes to the caches written before it, and what to the step itself.
+
+    The reference runs the step on the backend's caches: what differs from its own run came with
+    them, what then remains is the step's own. Both parts add up to the whole.
+
+    Attributes:
+        number: of the step; ``other``: the backend's token, or the reference's second where that
+            decides alike.
+        lead: of the reference's token over ``other`` in the reference's logits.
+        by_caches, by_step: what either part changes it by.
+        inherited, introduced: relative L2 of either part of the logits.
+        categories, unexplained_share: what causes the error of the caches that the prompt leaves.
+    """
+
+    number: int
+    other: int
+    lead: float
+    by_caches: float
+    by_step: float
+    inherited: float
+    introduced: float
+    categories: tuple[CategoryShare, ...] = ()
+    unexplained_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
     """One backend's part.
 
@@ -1427,6 +1461,8 @@ class Generation:
         relative_l2: of the logits of the whole text.
         categories, unexplained_share: what causes the logits' divergence, as in an audit.
         effects: layers, the most harmful first; empty where nothing turned.
+        carried: where one step's difference came from; None where the model keeps no caches. The
+            causes are then those of that step, and layers are also caches by themselves.
         gap: what could not be done.
     """
 
@@ -1441,6 +1477,7 @@ class Generation:
     provenance: Provenance | None = None
     effects: tuple[LayerEffect, ...] = ()
     kept: KeptLayers | None = None
+    carried: Carried | None = None
     gap: Gap | None = None
 
 
@@ -1450,7 +1487,8 @@ class GenerationReport:
 
     Attributes:
         prompt, text: token ids; the text is the reference's.
-        length: tokens that each run takes, padding included.
+        length: tokens that each run takes, padding included; with caches, all there are in the end.
+        caches: how many caches the model keeps.
     """
 
     model: ModelInfo
@@ -1458,6 +1496,7 @@ class GenerationReport:
     text: tuple[int, ...]
     length: int
     backends: tuple[Generation, ...]
+    caches: int = 0
 
 
 # --- many models on many machines (``audit fleet``) ----------------------------------------------

@@ -308,6 +308,7 @@ def _environment(tracer: Remembered, request: BuildRequest, identity: str) -> di
         "model": tracer.sha256,
         "shapes": {name: list(shape) for name, shape in sorted(request.shapes.items())},
         "dynamic": request.dynamic,
+        "open": request.open,
         "device": request.device,
         "threads": request.threads,
         "options": sorted(request.options.items()),

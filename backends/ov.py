@@ -1182,7 +1182,7 @@ class OpenVINO:
         }
         precision = effective.get(_PRECISION, "f32")
         session, program = _Session(compiled), _Program(compiled, source)
-        if request.dynamic:
+        if request.dynamic and not request.open:
             shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
             notes.insert(0, f"The model was compiled at these static shapes: {shapes}.")
         if precision != "f32" and _PRECISION not in request.options:
@@ -1342,7 +1342,7 @@ def _stored(model: Any, artifact: Path) -> str:
 def _read(core: Any, request: BuildRequest) -> Any:
     try:
         model = core.read_model(request.artifact or request.model_path)
-        if request.dynamic:
+        if request.dynamic and not request.open:
             names = {name for port in model.inputs for name in port.get_names()}
             model.reshape({n: list(s) for n, s in request.shapes.items() if n in names})
     except RuntimeError as error:

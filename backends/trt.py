@@ -1315,6 +1315,11 @@ class TensorRT:
 
     def build(self, request: BuildRequest) -> Build:
         """Parse and build, and load the engine where a CUDA device allows."""
+        if request.open:
+            raise BackendError(
+                "TensorRT's engines are built here for fixed shapes, and this must run at several",
+                "Export the decoder without caches, for one length.",
+            )
         try:
             _engine()
         except (ImportError, OSError) as error:

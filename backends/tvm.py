@@ -845,6 +845,11 @@ class TVM:
             BackendError: an operator has no converter, or TVM fails to import or compile.
             UsageError: an unknown option, value or device.
         """
+        if request.open:
+            raise BackendError(
+                "TVM's programs are compiled here for fixed shapes, and this must run at several",
+                "Export the decoder without caches, for one length.",
+            )
         if (request.device or "cpu").lower() != "cpu":
             raise UsageError(
                 f"TVM has no device {request.device!r} here.",

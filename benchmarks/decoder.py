@@ -1,10 +1,11 @@
 """A decoder of any size with Llama's architecture and generated weights, as external data.
 
 ``python -m benchmarks.decoder -o decoder.onnx`` writes TinyLlama's shape (22 layers, 1.1 billion
-parameters, 4.4 GB in float32). Grouped-query attention, rotary positions, RMS normalisation and
-SwiGLU as in Touvron et al., "Llama 2" (2023) and transformers' modeling_llama.py, written out in
-ONNX's own operators as torch exports them. Weights are drawn as Llama initialises them, with a
-standard deviation of 0.02, and go to disk piece by piece.
+parameters, 4.4 GB in float32). With ``--caches`` it takes one token or several, any number of
+earlier ones being in key and value caches that it takes and gives. Grouped-query attention, rotary
+positions, RMS normalisation and SwiGLU as in Touvron et al., "Llama 2" (2023) and transformers'
+modeling_llama.py, written out in ONNX's own operators as torch exports them. Weights are drawn as
+Llama initialises them, with a standard deviation of 0.02, and go to disk piece by piece.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Shape:
     vocabulary: int = 32000
     tokens: int = 16
     theta: float = 10000.0  # of the rotary positions
+    caches: bool = (
+        False  # take and give key and value caches; ``tokens`` is then the most there are
+    )
 
     @property
     def head(self) -> int:
@@ -116,45 +120,66 @@ def write(
         last = _normalised(writer, shape, last, "norm")
         head = writer.weight("head", shape.hidden, shape.vocabulary)
         writer.node("MatMul", [last, head], "logits")
-    graph = helper.make_graph(
-        writer.nodes,
-        "decoder",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, [1, shape.tokens])],
-        [
-            helper.make_tensor_value_info(
-                "logits", TensorProto.FLOAT, [1, shape.tokens, shape.vocabulary]
-            )
-        ],
-        writer.constants,
-    )
+    taken, given_back = _interface(shape)
+    graph = helper.make_graph(writer.nodes, "decoder", taken, given_back, writer.constants)
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="decoder")
     onnx.save(model, path)
     return writer.parameters
 
 
+def _interface(shape: Shape) -> tuple[list[onnx.ValueInfoProto], list[onnx.ValueInfoProto]]:
+    """Inputs and outputs; caches are named as transformers and optimum name them."""
+    tokens = "tokens" if shape.caches else shape.tokens
+
+    def ids(name: str, count: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.INT64, [1, count])
+
+    def cache(name: str, count: str) -> onnx.ValueInfoProto:
+        dims = [1, shape.groups, count, shape.head]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+
+    taken = [ids("input_ids", tokens)]
+    logits = [1, tokens, shape.vocabulary]
+    given = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits)]
+    if shape.caches:
+        taken += [ids("attention_mask", "all"), ids("position_ids", "tokens")]
+        parts = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
+        taken += [cache(f"past_key_values.{part}", "past") for part in parts]
+        given += [cache(f"present.{part}", "all") for part in parts]
+    return taken, given
+
+
 def _constants(writer: _Writer, shape: Shape) -> None:
     positions = np.arange(shape.tokens)[:, None]
     frequencies = shape.theta ** (-np.arange(0, shape.head, 2) / shape.head)
     angles = np.concatenate([positions * frequencies] * 2, axis=1)
-    writer.constant("cos", np.cos(angles).astype(np.float32))
-    writer.constant("sin", np.sin(angles).astype(np.float32))
+    tables = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     above = np.triu(np.ones((shape.tokens, shape.tokens), bool), 1)
-    writer.constant("mask", np.where(above, np.float32(-1e9), np.float32(0)))
+    tables["mask"] = np.where(above, np.float32(-1e9), np.float32(0))
+    for name, table in tables.items():  # [position, …]
+        if shape.caches:  # of the positions that are asked for
+            rows = f"{name}.rows" if name == "mask" else name
+            writer.node("Gather", [writer.constant(f"{name}.table", table), "position_ids"], rows)
+        else:
+            writer.constant(name, table)
     writer.constant("epsilon", np.float32(1e-5).reshape(()))
     writer.constant("two", np.float32(2).reshape(()))
     writer.constant("scale", np.float32(1 / math.sqrt(shape.head)).reshape(()))
+    tokens = -1 if shape.caches else shape.tokens
     for name, heads in (("heads", shape.heads), ("groups", shape.groups)):
-        writer.constant(name, np.array([1, shape.tokens, heads, shape.head], np.int64))
-    writer.constant("joined", np.array([1, shape.tokens, shape.hidden], np.int64))
+        writer.constant(name, np.array([1, tokens, heads, shape.head], np.int64))
+    writer.constant("joined", np.array([1, tokens, shape.hidden], np.int64))
     repeats = shape.heads // shape.groups
-    writer.constant(
-        "repeated", np.array([1, shape.groups, repeats, shape.tokens, shape.head], np.int64)
-    )
-    writer.constant("all_heads", np.array([1, shape.heads, shape.tokens, shape.head], np.int64))
+    writer.constant("repeated", np.array([1, shape.groups, repeats, 1, shape.head], np.int64))
+    writer.constant("all_heads", np.array([1, shape.heads, tokens, shape.head], np.int64))
     writer.constant("axis2", np.array([2], np.int64))
     for name, value in (("zero", 0), ("half", shape.head // 2), ("end", shape.head), ("last", 3)):
         writer.constant(name, np.array([value], np.int64))
+    if shape.caches:  # columns for all tokens, the earlier ones too
+        size = writer.node("Shape", ["attention_mask"], "mask.shape")
+        writer.node("Slice", [size, writer.constant("one", np.array([1])), "axis2", "zero"], "all")
+        writer.node("Slice", ["mask.rows", "zero", "all", "axis2"], "mask")
 
 
 def _layer(writer: _Writer, shape: Shape, last: str, name: str) -> str:
@@ -177,6 +202,17 @@ def _attention(writer: _Writer, shape: Shape, given: str, name: str) -> str:
     key = _heads(writer, _projected(writer, given, f"{name}.k", shape.hidden, narrow), "groups")
     value = _heads(writer, _projected(writer, given, f"{name}.v", shape.hidden, narrow), "groups")
     query, key = (_rotated(writer, tensor) for tensor in (query, key))
+    if shape.caches:
+        index = name.removeprefix("layer")
+        key, value = (
+            writer.node(
+                "Concat",
+                [f"past_key_values.{index}.{part}", new],
+                f"present.{index}.{part}",
+                axis=2,
+            )
+            for part, new in (("key", key), ("value", value))
+        )
     key, value = (_repeated(writer, tensor) for tensor in (key, value))
     turned = writer.node("Transpose", [key], f"{name}.keys", perm=[0, 1, 3, 2])
     scores = writer.node("MatMul", [query, turned], f"{name}.scores")
@@ -232,7 +268,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoder", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True)
     for name, value in vars(Shape()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        if isinstance(value, bool):
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
     path = arguments.pop("output")
     parameters = write(path, Shape(**arguments))

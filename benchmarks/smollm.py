@@ -42,8 +42,8 @@ def _gguf() -> Any:
     return GGUFReader(file)
 
 
-def write(folder: Path, tokens: int) -> Path:
-    """Write the model, for so many tokens a run, and its tokenizer; returns the model's path."""
+def write(folder: Path, tokens: int, *, caches: bool) -> Path:
+    """Write the model, for so many tokens, and its tokenizer; returns the model's path."""
     from gguf import dequantize
 
     reader = _gguf()
@@ -60,6 +60,7 @@ def write(folder: Path, tokens: int) -> Path:
         vocabulary=field("llama.vocab_size"),
         tokens=tokens,
         theta=field("llama.rope.freq_base"),
+        caches=caches,
     )
     given: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
@@ -122,9 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smollm", description=__doc__)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--tokens", type=int, default=64, help="that one run takes")
+    parser.add_argument(
+        "--caches", action="store_true", help="take and give caches, for --tokens tokens at most"
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    print(write(arguments.output, arguments.tokens))
+    print(write(arguments.output, arguments.tokens, caches=arguments.caches))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ from reports import _words as words
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import Generation, GenerationReport, KeptLayers
+    from auditor.records import (
+        Carried,
+        CategoryShare,
+        Generation,
+        GenerationReport,
+        GenerationStep,
+        KeptLayers,
+    )
 
 FORMAT = "sysnoise-generation/1"
 _STEPS, _LAYERS = 6, 8
@@ -37,7 +44,10 @@ def render(
     def told(token: int) -> str:
         return str(token) if decode is None else f"{token} {words.visible(decode(token))!r}"
 
-    page.rule(f"{report.model.path}: {words.count(len(report.text), 'token')} of greedy text")
+    caches = f", with {words.count(report.caches, 'cache')}" if report.caches else ""
+    page.rule(
+        f"{report.model.path}: {words.count(len(report.text), 'token')} of greedy text{caches}"
+    )
     page.say(_Span(_text(report.text, decode)), label=_Span("reference  ", "dim"))
     for part in report.backends:
         _draw(page, part, report, decode, told)
@@ -95,9 +105,10 @@ def _draw(
         ),
         label=_Span("KL         ", "dim"),
     )
-    shares = [f"{c.noise} {words.percent(c.share)}" for c in part.categories]
-    shares.append(f"unexplained {words.percent(part.unexplained_share)}")
-    page.say(_Span(", ".join(shares)), label=_Span("causes     ", "dim"))
+    if part.carried is not None:
+        _draw_carried(page, part, part.carried, told)
+    shares = _shares(part.categories, part.unexplained_share)
+    page.say(_Span(shares), label=_Span("causes     ", "dim"))
     if part.gap is not None:
         page.say(_Span(part.gap.reason, "yellow"), label=_Span("gap        ", "dim"))
     _draw_steps(page, part, told)
@@ -105,6 +116,40 @@ def _draw(
         _draw_layers(page, part)
     if part.kept is not None:
         _draw_kept(page, part, part.kept)
+
+
+def _shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
+    shares = [f"{c.noise} {words.percent(c.share)}" for c in categories]
+    return ", ".join([*shares, f"unexplained {words.percent(unexplained)}"])
+
+
+def _draw_carried(
+    page: _Page, part: Generation, carried: Carried, told: Callable[[int], str]
+) -> None:
+    """How errors grow along the text, and what one step owes to the caches before it."""
+    first, last = part.steps[0], part.steps[-1]
+
+    def grown(of: Callable[[GenerationStep], float]) -> str:
+        most = max(part.steps, key=of)
+        return (
+            f"{words.error(of(first))} at token {first.number}, {words.error(of(last))} at token "
+            f"{last.number}, at most {words.error(of(most))} at token {most.number}"
+        )
+
+    page.say(_Span(grown(lambda s: s.relative_l2)), label=_Span("logits     ", "dim"))
+    page.say(_Span(grown(lambda s: s.caches or 0.0)), label=_Span("caches     ", "dim"))
+    page.say(
+        _Span(
+            f"{words.error(carried.inherited)} of its logits' error came with the caches, "
+            f"{words.error(carried.introduced)} is its own; the lead over {told(carried.other)} "
+            f"of {words.plain(carried.lead)} changes by {words.plain(carried.by_caches)} and "
+            f"{words.plain(carried.by_step)}"
+        ),
+        label=_Span(f"token {carried.number:<4} ", "dim"),
+    )
+    if carried.categories:
+        shares = _shares(carried.categories, carried.unexplained_share)
+        page.say(_Span(f"of the prompt's caches: {shares}"), label=_Span("           ", "dim"))
 
 
 def _draw_steps(page: _Page, part: Generation, told: Callable[[int], str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import discovery, generate, pieces
+from auditor import cached, discovery, generate, pieces
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
@@ -67,6 +67,52 @@ def test_a_turned_decision_is_traced_to_layers_and_mended(path: Path, tmp_path: 
     assert kept is not None and kept.failure is None and 0 < len(kept.layers) <= kept.among
     assert kept.options == {"INFERENCE_PRECISION_HINT": "f32"} and kept.turned == 0
     assert f"token {step.number}: {step.other}" in table.render(report, 100, False)
+
+
+def test_caches_are_fed_back_to_each_backend(tmp_path: Path) -> None:
+    path = tmp_path / "cached.onnx"
+    writer.write(path, replace(SHAPE, caches=True), seed=2)
+    report = written(path, tmp_path, "ort", "ov", INFERENCE_PRECISION_HINT="bf16")
+    ort, ov = report.backends
+    assert report.caches == 4 and len(report.text) == 12
+    # In steps with caches and in one run with padding, the reference writes the same.
+    plain = tmp_path / "decoder.onnx"
+    writer.write(plain, SHAPE, seed=2)
+    assert written(plain, tmp_path).text == report.text
+    assert ort.first is None and ort.text == report.text
+    assert all((step.caches or 0) < 1e-5 for step in ort.steps)
+    assert ov.first is not None and ov.carried is not None and ov.carried.number == ov.first > 0
+    step, carried = ov.steps[ov.first], ov.carried
+    assert ov.text[: ov.first] == report.text[: ov.first] and ov.text[ov.first] == step.other
+    assert all(1e-4 < (s.caches or 0) < 1e-1 for s in ov.steps)
+    assert carried.inherited > 1e-4 and carried.introduced > 1e-4
+    assert carried.lead + carried.by_caches + carried.by_step < 0 < carried.lead
+    for causes in (ov.categories, carried.categories):
+        assert causes[0].noise == "precision.bf16" and causes[0].share > 0.9
+    assert {"layer0", "past_key_values.1 (caches)"} <= {effect.layer for effect in ov.effects}
+    assert f"token {ov.first}" in table.render(report, 100, False)
+
+
+def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cached.onnx"
+    writer.write(path, replace(SHAPE, caches=True), seed=2)
+    model = models.load(path)
+    past = [f"past_key_values.{i}.key" for i in range(2)]
+    crossed = {past[0]: "present.1.key", past[1]: "present.0.key"}
+    options = AuditOptions(backends=(), threads=1)
+    with pytest.raises(UsageError, match="not fed back") as error:
+        generate.generate(
+            path, PROMPT, 4, options, noises=(), progress=Quiet(), scratch=tmp_path, caches=crossed
+        )
+    assert "--cache" in error.value.hint
+    with pytest.raises(UsageError, match="no output of the model"):
+        cached.caches_of(model, {past[0]: "presents.0.key"})
+    # Without telling names, the order pairs them.
+    outputs = ("logits", *(f"out{i}" for i in range(4)))
+    pairs = cached.caches_of(replace(model, outputs=outputs), {past[1]: "out0"})
+    assert [c.present for c in pairs] == ["out1", "out2", "out0", "out3"]
+    with pytest.raises(UsageError, match="is fed back"):
+        cached.caches_of(replace(model, outputs=outputs[:-1]), {})
 
 
 def test_pieces_compute_what_the_whole_does(path: Path) -> None:

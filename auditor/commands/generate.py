@@ -36,6 +36,12 @@ def _generate(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How many to write.")] = 32,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PAST=PRESENT", help="Input and output of one cache, where names do not tell."
+        ),
+    ] = None,
     backends: Annotated[
         list[str] | None,
         typer.Option(metavar="ID[:DEVICE],…", help="Backends; all available when not given."),
@@ -58,8 +64,9 @@ def _generate(
 
     Says which token is the first to diverge, how far the distributions are apart at every step,
     which layers made it, and which of them to compute in full precision. MODEL takes token ids (and
-    a mask and positions, if any) and returns logits, without a cache. Exit code 0 when all texts
-    are the same, 1 when not, 3 when a named backend gave none.
+    a mask and positions, if any) and returns logits. One that keeps caches (past_key_values) is run
+    as it is deployed: the prompt at once, then token by token, each backend with its own caches.
+    Exit code 0 when all texts are the same, 1 when not, 3 when a named backend gave none.
     """
     if output is not None:
         check_writable(output.resolve())
@@ -67,6 +74,7 @@ def _generate(
     ids = _prompt(prompt_ids, prompt, encode)
     specs = backend_specs(backends)
     options = engine_options(option, specs)
+    pairs = dict(_pair(text) for text in cache or ())
 
     from auditor import discovery
     from auditor.audit import AuditOptions
@@ -86,6 +94,7 @@ def _generate(
                 noises=discovery.noises(),
                 progress=progress,
                 scratch=Path(scratch),
+                caches=pairs,
             )
         finally:
             progress.close()
@@ -96,6 +105,15 @@ def _generate(
         return 1
     silent = [part for part in report.backends if not part.steps]
     return 3 if (backends and silent) or len(silent) == len(report.backends) else 0
+
+
+def _pair(text: str) -> tuple[str, str]:
+    past, found, present = text.partition("=")
+    if not (past and found and present):
+        raise UsageError(
+            f"--cache `{text}` is no pair", "Such as --cache past.0.key=present.0.key."
+        )
+    return past, present
 
 
 def _tokenizer(path: Path | None) -> tuple[Any, Callable[[int], str] | None]:
