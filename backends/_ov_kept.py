@@ -20,6 +20,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 _MARK = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+_RANK = 7  # of tensors that elementwise operations are not gathered on
 _UNMARKED = ("Parameter", "Const", "Result")
 
 
@@ -51,6 +52,8 @@ def write(
     for op in changed.get_ordered_ops():
         if kept(op.get_friendly_name()):
             _scaled_in_place(op)
+            _out_of_reach(op)
+            _older_resize(op)
     # Done now, not when it is compiled: these passes replace operations, and lose their marks.
     apply_moc_transformations(changed, False)
     ov.save_model(changed, path, compress_to_fp16=False)
@@ -91,14 +94,73 @@ def _scaled_in_place(op: Any) -> None:
     if values.dtype != np.float32 or values.size != 1 or not values.all():
         return
     scale = values if op.get_type_name() == "Multiply" else 1 / values
-    source, name, made = op.input_value(0), op.get_friendly_name(), op.output(0)
+    source, name = op.input_value(0), op.get_friendly_name()
     part = opset.multiply(source, opset.constant(1 - scale))
     rest = opset.subtract(source, part)
     part.set_friendly_name(name)
     rest.set_friendly_name(name)
-    rest.output(0).set_names(made.get_names())
-    for reader in made.get_target_inputs():
-        reader.replace_source_output(rest.output(0))
+    _put_in_place_of(op, rest)
+
+
+def _out_of_reach(op: Any) -> None:
+    """A PReLU that is no part of a convolution, on tensors of rank 7.
+
+    When the model is compiled, elementwise operations of lower ranks are gathered in new ones
+    without a mark, but for those that become one kernel with a convolution or a product before
+    them; and a product is written as the device's own operation here, which that pass ignores.
+    """
+    from openvino import opset13 as opset
+
+    if op.get_type_name() != "PRelu":
+        return
+    before = op.input_value(0).get_node()
+    sources = [before, *(before.input_value(i).get_node() for i in range(before.get_input_size()))]
+    if any("Convolution" in node.get_type_name() for node in sources):
+        return
+    dimensions, slope = op.get_output_partial_shape(0).rank, op.input_value(1).get_node()
+    if slope.get_type_name() != "Constant" or not dimensions.is_static:
+        return
+    rank = dimensions.get_length()
+    if not 2 <= rank < _RANK or slope.data.ndim > 1:
+        return
+    along = np.reshape(slope.data, [1, -1] + [1] * (_RANK - 2))  # the channels
+    same = [0] * rank  # as the dimensions are, where some are open
+    wide = opset.reshape(op.input_value(0), same + [1] * (_RANK - rank), True)
+    done = opset.prelu(wide, opset.constant(along))
+    back = opset.reshape(done, same, True)
+    for made in (wide, done, back):
+        made.set_friendly_name(op.get_friendly_name())
+    _put_in_place_of(op, back)
+
+
+def _older_resize(op: Any) -> None:
+    """A resize as the operation that the device would replace it with, without its mark."""
+    from openvino import opset10, opset13
+
+    if op.get_type_name() != "Interpolate" or op.get_type_info().version_id != "opset11":
+        return
+    said = op.get_attributes()
+    given = op.input_value(1)
+    count = given.get_partial_shape()
+    if said["mode"] not in ("nearest", "linear", "linear_onnx", "cubic") or not count.is_static:
+        return
+    # The older one has an input for sizes and one for scales, and does not look at the other.
+    unread = np.ones(count.to_shape())
+    if said["shape_calculation_mode"] == "scales":
+        both = opset13.constant(unread.astype(np.int64)).output(0), given
+    else:
+        both = given, opset13.constant(unread.astype(np.float32)).output(0)
+    axes = [op.input_value(2)] if op.get_input_size() > 2 else []
+    made = opset10.interpolate(op.input_value(0), *both, axes=axes[0] if axes else None, **said)
+    made.set_friendly_name(op.get_friendly_name())
+    _put_in_place_of(op, made)
+
+
+def _put_in_place_of(op: Any, made: Any) -> None:
+    """Have what reads ``op``, which ``made`` itself must not do any more, read ``made``."""
+    made.output(0).set_names(op.output(0).get_names())
+    for reader in op.output(0).get_target_inputs():
+        reader.replace_source_output(made.output(0))
 
 
 class _File:

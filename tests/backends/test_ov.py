@@ -438,3 +438,39 @@ def test_efficientnet(efficientnet: Path) -> None:
     made = built.instrument(feeds)
     assert made.program_unchanged
     assert len(made.probes) + 1 >= 50, made.skipped
+
+
+def test_what_the_device_replaces_can_be_kept_too(tmp_path: Path) -> None:
+    """A resize, and a PReLU behind a product, whose marks the device would lose."""
+    rng = np.random.default_rng(5)
+    shapes = {"w": (8, 3, 3, 3), "b": (8,), "s": (8, 1, 1), "d": (8, 8), "e": (8,), "t": (8,)}
+    values = {name: rng.standard_normal(shape) / 3 for name, shape in shapes.items()}
+    values |= {"z": np.array([1, 1, 2, 2])}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"]),
+        helper.make_node("PRelu", ["c", "s"], ["p"]),
+        helper.make_node("Resize", ["p", "", "z"], ["r"], mode="nearest", nearest_mode="floor"),
+        helper.make_node("ReduceMax", ["r"], ["m"], axes=[2, 3], keepdims=0),
+        helper.make_node("Gemm", ["m", "d", "e"], ["g"], transB=1),
+        helper.make_node("PRelu", ["g", "t"], ["q"]),
+        helper.make_node("Gemm", ["q", "d", "e"], ["y"], transB=1),
+    ]
+    weights = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in values.items()]
+    ins, outs = [info("x", "batch", 3, 32, 32)], [info("y", "batch", 8)]
+    path = save(tmp_path / "net.onnx", nodes, ins, outs, tuple(weights))
+    options = {"INFERENCE_PRECISION_HINT": "bf16"}
+    if precision_of(build(path, shapes={"x": (1, 3, 32, 32)}, options=options)) != "bf16":
+        pytest.skip("this CPU does not compute in bf16")
+    everything = tuple(node.output[0] for node in nodes)
+    made = BACKEND.build(
+        BuildRequest(
+            *(path, {"x": (1, 3, 32, 32)}, True, None, 2, options, tmp_path),
+            artifact=tmp_path / "net.xml",
+            kept=everything,
+        )
+    )
+    ran = {k.precision for k in made.provenance.kernels if "bf16" in (k.precision, k.primitive)}
+    assert ran == set()
+    assert {n for k in made.provenance.kernels for n in k.nodes} >= {"q", "r"}
+    expected = reference(path, ("y",), X)["y"]
+    assert np.linalg.norm(made.run(X)["y"] - expected) < 2e-6 * np.linalg.norm(expected)
