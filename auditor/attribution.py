@@ -27,7 +27,7 @@ import onnx
 
 from auditor import metrics, replay, rounding, surgery
 from auditor.errors import NoiseError
-from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
+from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records import Hypothesis
 
 # A cause is named from this share on: right causes were measured at 0.999 and more, the best
@@ -280,6 +280,10 @@ def explain(
             bench.test(noise.id, variant)
             if bench.done or settled:
                 break
+    if bench.best is None or bench.best.hypothesis.explained < bench.named:
+        for noise in ordered:
+            for variant in noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ():
+                bench.test(noise.id, variant)
     if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
         _combine(bench, ordered, dict(prior.values()))
     winner = _winner(bench, noises)

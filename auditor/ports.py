@@ -375,6 +375,20 @@ class Noise(Protocol):
         """
 
 
+@runtime_checkable
+class Fitting(Protocol):
+    """A noise some of whose forms have numbers that only the backend knows, such as scales."""
+
+    def fits(self, segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
+        """Forms with the numbers that explain the backend's tensors best, to be replayed.
+
+        Args:
+            segment: as for ``Noise.variants``.
+            inputs: the backend's own tensors at the segment's inputs.
+            observed: what it made of them, at the segment's outputs.
+        """
+
+
 class Progress(Protocol):
     """Where the audit says what it is doing. Implementations write to standard error."""
 

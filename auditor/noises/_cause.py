@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from auditor import rounding
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.records import Kernel, Stage
 
 
@@ -31,6 +31,8 @@ class Cause:
             segment to segment.
         stated: how engines write the precision that this noise is; empty where none says so.
         variants: the forms to replay on a segment (see the Protocol).
+        fitted: forms whose numbers, such as scales, are read off a segment's inputs and what the
+            backend made of them (see the Protocol ``Fitting``).
         simulated: whether to simulate those forms on whole models: deployments choose it, while
             what is False is a defect that a backend has or has not.
     """
@@ -48,7 +50,12 @@ class Cause:
     stated: frozenset[str] = frozenset()
     forms: tuple[str, ...] = ()
     variants: Callable[[SegmentGraph], Iterable[Variant]]
+    fitted: Callable[[SegmentGraph, Arrays, Arrays], Iterable[Variant]] | None = None
     simulated: bool = True
+
+    def fits(self, segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
+        """Its forms with numbers that fit the backend's tensors."""
+        return () if self.fitted is None else self.fitted(segment, inputs, observed)
 
     def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
         """Its forms in a whole model, which is one segment without kernels."""

@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 
 from auditor import artefact, surgery
+from auditor.noises import _calibrated
+from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
-from auditor.ports import Array, SegmentGraph, Variant
+from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.quantised import Editor, Layout
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
@@ -62,14 +64,30 @@ SCHEMES = (
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """A float segment with its products quantised by each of ``SCHEMES``.
 
-    Scales come from the values themselves: those of a calibration on other data cannot be
-    known here.
+    Scales come from the values themselves; ``_fitted`` has those of a calibration.
     """
     yield from artefact.variants(segment, "8 bits")
-    model = segment.model
+    layout = Layout(segment.model)
+    weighted = _weighted(layout)
+    if weighted:
+        for scheme in SCHEMES:
+            yield Variant(scheme.name, _quantised(layout, weighted, scheme))
+
+
+def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
+    """One product on the grids that the backend's own tensors speak for."""
+    layout = Layout(segment.model)
+    weighted = _weighted(layout)
+    if weighted:
+        for fit in _calibrated.fits(segment.model, weighted, inputs, observed):
+            yield Variant(fit.name, _with(layout, fit))
+
+
+def _weighted(layout: Layout) -> dict[int, Array]:
+    """Weights of the products that can be quantised, by the position of their node."""
+    model = layout.model
     if surgery.opset(model) < _OPSET or any(True for _ in surgery.find(model, _QUANTISED)):
-        return
-    layout = Layout(model)
+        return {}
     weighted = {}
     for index, node in surgery.find(model, _WEIGHTED):
         weights = layout.constant(node.input[1])
@@ -77,10 +95,24 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             continue
         if np.all(np.abs(weights) <= _LARGEST):  # NaN and infinity have no 8 bits
             weighted[index] = weights
-    if not weighted:
-        return
-    for scheme in SCHEMES:
-        yield Variant(scheme.name, _quantised(layout, weighted, scheme))
+    return weighted
+
+
+def _with(layout: Layout, fit: Fit) -> onnx.ModelProto:
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        if index != fit.index:
+            editor.copy(node)
+            continue
+        x, _, *others = node.input
+        if fit.operand is not None:
+            step = editor.constant(fit.operand.step)
+            limits = (editor.constant(limit) for limit in (fit.operand.low, fit.operand.high))
+            integers = editor.add("Round", editor.add("Div", x, step))
+            x = editor.add("Mul", editor.add("Clip", integers, *limits), step)
+        inputs = (x, editor.constant(fit.weights), *others)
+        editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
+    return editor.model
 
 
 def _quantised(layout: Layout, weighted: dict[int, Array], scheme: _Scheme) -> onnx.ModelProto:
@@ -169,6 +201,7 @@ NOISE = Cause(
     },
     ablations={"ov": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}},
     stated=_STATED,
-    forms=(artefact.form("8 bits"), *(scheme.name for scheme in SCHEMES)),
+    forms=(artefact.form("8 bits"), *(scheme.name for scheme in SCHEMES), *_calibrated.FORMS),
     variants=_variants,
+    fitted=_fitted,
 )
