@@ -25,8 +25,9 @@ _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "U
 _ELEMENTWISE = frozenset(
     ("Add", "BatchNormalization", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish")
 ) | {"LeakyRelu", "Mul", "PRelu", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh"}
+_SYMMETRIC = frozenset(("Add", "Mul", "Sub", "Div"))
 # Errors of a product that 8 bits can make, relative L2.
-_SMALLEST, _LARGEST = 3e-4, 0.5
+_SMALLEST, _LARGEST = 3e-4, 1.5
 # Rows of equations looked at; fewer where products of all of them would cost more than that.
 _ROWS, _WORK = 256, 3e8
 # A step needs that many equations.
@@ -36,6 +37,8 @@ _EQUATIONS = 3
 _LEAST, _MOST = 0.25, 3.0
 # The distance of two steps tried: it moves a typical value by this part of a step.
 _SPACING = 0.25
+# That many of the steps tried are refined, four times as many where there are few equations.
+_LIKELY, _MANY = 3, 48
 # Calibration clips at most this fraction of the values.
 _CLIPPED = 0.05
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
@@ -93,8 +96,12 @@ class _Equations:
     valid: Array
 
     def half(self, which: int) -> _Equations:
-        """Every second row."""
-        return _Equations(*(a[:, which::2] for a in (self.x, self.result, self.valid)))
+        """Every second row; where there are few, those of every second channel."""
+        if self.x.shape[1] >= 2 * _EQUATIONS:
+            return _Equations(*(a[:, which::2] for a in (self.x, self.result, self.valid)))
+        groups, _, channels = self.valid.shape
+        mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
+        return _Equations(self.x, self.result, self.valid & mine)
 
     def left(self, weights: Array, operand: Grid | None = None) -> Array:
         """By channel [g, 1, c], the squared error that these operands leave."""
@@ -199,9 +206,21 @@ class _Steps:
         """The weights with the steps that explain most of what is known."""
         typical = np.sqrt(np.square(self.w).mean(axis=self.axes, keepdims=True)) / self.largest
         apart = _SPACING / np.maximum(typical, 1)
+        number = min(int(math.log(1 / _LEAST) / apart.min()), 400) + 4
+        tried = [self.largest * np.exp((3 - i) * apart) for i in range(number)]
+        lefts = np.stack([self._left(known, step) for step in tried])
+        equations = float(np.median(known.valid.sum(axis=1)))
+        likely = np.argsort(lefts, axis=0)[: _LIKELY if equations > _MANY else 4 * _LIKELY]
         best, left = self.largest, self._left(known, self.largest)
-        for number in range(min(int(math.log(1 / _LEAST) / apart.min()), 400) + 4):
-            best, left = self._better(known, best, left, self.largest * np.exp((3 - number) * apart))
+        for start in np.take_along_axis(np.stack(tried), likely, axis=0):
+            refined = self._refined(known, start, apart)
+            best, left = self._better(known, best, left, refined)
+        enough = known.valid.sum(axis=1, keepdims=True) >= _EQUATIONS
+        return self.rounded(np.where(enough | (len(self.axes) > 1), best, self.largest))
+
+    def _refined(self, known: _Equations, best: Array, apart: Array) -> Array:
+        """The best step near one."""
+        left = self._left(known, best)
         for part in np.linspace(-1, 1, 16):
             best, left = self._better(known, best, left, best * np.exp(part * apart))
         for _ in range(3):
@@ -214,8 +233,7 @@ class _Steps:
             with np.errstate(invalid="ignore", divide="ignore"):
                 nearer = np.where(square > 0, product / square, best)
             best, left = self._better(known, best, left, np.asarray(nearer, np.float32))
-        enough = known.valid.sum(axis=1, keepdims=True) >= _EQUATIONS
-        return self.rounded(np.where(enough, best, self.largest))
+        return best
 
     def _better(
         self, known: _Equations, best: Array, left: Array, step: Array
@@ -224,7 +242,8 @@ class _Steps:
         with np.errstate(invalid="ignore", divide="ignore"):
             now = self._left(known, step)
             clipped = (self.w / step < self.low - 1) | (self.w / step > self.high + 1)
-        allowed = clipped.mean(axis=self.axes, keepdims=True) <= _CLIPPED
+        size = self.w.size // self.largest.size
+        allowed = clipped.sum(axis=self.axes, keepdims=True) <= max(1, _CLIPPED * size)
         # A few weights of many may be clipped, not the one largest by half.
         allowed &= (step >= _LEAST * self.largest) & (step <= 1.05 * self.largest)
         take = allowed & (now < left)
@@ -239,7 +258,7 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     """The 8-bit grid of the operand that explains most of what is known, with these weights."""
     least, most = min(float(operand.min()), 0.0), max(float(operand.max()), 0.0)
     span = (most - least) / 255
-    if not (0 < span < math.inf) or known.valid.sum() < 4 * _EQUATIONS:
+    if not (0 < span < math.inf) or known.valid.sum() < 2 * _EQUATIONS:
         return None
     if weights.shape[0] > 1:
         some = slice(None, None, -(-weights.shape[0] // _CHANNELS))
@@ -249,7 +268,8 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
         some = slice(None, None, -(-weights.shape[2] // _CHANNELS))
         known = _Equations(known.x, known.result[..., some], known.valid[..., some])
         weights = weights[..., some]
-    typical = float(np.sqrt(np.square(known.x).mean())) or span
+    inner = np.quantile(operand, (_CLIPPED / 2, 1 - _CLIPPED / 2))
+    typical = float(np.sqrt(np.square(np.clip(known.x, *inner)).mean())) or span
     best, left = Grid(span, 0, 0), math.inf
 
     def attempt(step: float, lows: set[int]) -> None:
@@ -273,7 +293,7 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
             found.add(-127)
         return {low for low in found if -255 <= low <= 0}
 
-    step = 0.4 * span
+    step = max(0.02 * span, float(np.ptp(np.append(inner, 0))) / 255)
     while step < _MOST * span:
         attempt(step, lows(step))
         step *= 1 + min(_SPACING * step / typical, 0.05)
@@ -339,10 +359,10 @@ def _equations(
         else a.reshape(-1, 1, channels)
         for a in (*known, z)
     )
-    # At random, since neighbours say the same, and of these the ones that say most.
-    order = np.random.default_rng(0).permutation(len(result))[: 4 * rows]
-    order = order[np.argsort(-valid[order].sum(axis=(1, 2)), kind="stable")][:rows]
-    order = np.random.default_rng(1).permutation(order)
+    # At random, since neighbours say the same, and those first that know of channels of which few do.
+    order = np.random.default_rng(0).permutation(len(result))
+    says = (valid / np.maximum(valid.sum(axis=0), 1)).sum(axis=(1, 2))
+    order = np.sort(order[np.argsort(-says[order], kind="stable")][:rows])
     patches = _patches(node, x, z.shape, order, groups) if node.op_type == "Conv" else None
     if patches is None:
         patches = x.reshape(-1, size)[order][None]
@@ -355,7 +375,7 @@ def _equations(
     equations = _Equations(patches, np.where(valid, result - bias, 0).astype(np.float32), valid)
     error = math.sqrt(float(equations.left(w).sum()))
     norm = math.sqrt(float(np.square(np.where(valid, own, 0)).sum()))
-    fits_8_bits = len(order) >= 2 and _SMALLEST * norm <= error <= _LARGEST * norm and error > 0
+    fits_8_bits = _SMALLEST * norm <= error <= _LARGEST * norm and error > 0
     return equations if fits_8_bits else None
 
 
@@ -399,7 +419,7 @@ def _before(
     path, main = {z}, {}
     for position, node in enumerate(model.graph.node):
         on = [i for i in node.input if i in path]
-        if on and node.op_type in _MOVES | _ELEMENTWISE and node.input[0] in path | {on[0]}:
+        if on and node.op_type in _MOVES | (_SYMMETRIC if node.input[0] not in path else _ELEMENTWISE):
             main[position] = on[0]
             path.add(node.output[0])
     target = next((n for n in observed if n in path and observed[n].size == plain.size), None)
