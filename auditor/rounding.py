@@ -44,6 +44,8 @@ _MOVES = {
 _KEEP = _MOVES | {"Relu", "MaxPool"}
 # Operators whose constant inputs describe a shape, a table or a limit rather than a factor.
 _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
+# What rounds to 8 bits by itself reads its operand as it is.
+_QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 _NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
 # ReduceMean takes its axes as an input from here on.
@@ -355,7 +357,7 @@ class _Surgery:
             rounds = self.sites.inputs and (position in operands or self._normalized(name, group))
             name = self.raw.get(name, name)
             return self._round(name) if rounds else name
-        if not (self.sites.inputs and self._reduced(group)):
+        if not (self.sites.inputs and self._reduced(group)) or node.op_type in _QUANTISERS:
             return name
         if position not in operands and (
             self.sites.products or not (self.sites.elementwise or self._multiplies(group))

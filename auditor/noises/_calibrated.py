@@ -9,6 +9,7 @@ decided by a replay of the whole segment, as for every hypothesis.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "U
 _ELEMENTWISE = frozenset(
     ("Add", "BatchNormalization", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish")
 ) | {"LeakyRelu", "Mul", "PRelu", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh"}
+# … and of these, those that read it at any place.
 _SYMMETRIC = frozenset(("Add", "Mul", "Sub", "Div"))
 # Errors of a product that 8 bits can make, relative L2.
 _SMALLEST, _LARGEST = 3e-4, 1.5
@@ -33,12 +35,12 @@ _ROWS, _WORK = 256, 3e8
 # A step needs that many equations.
 _EQUATIONS = 3
 # Steps are looked for down to this part of the one that clips nothing; those of an operand, whose
-# range comes from other inputs, up to this multiple.
-_LEAST, _MOST = 0.25, 3.0
+# range comes from other inputs, up to this multiple. No more steps than these are tried first.
+_LEAST, _MOST, _TRIED = 0.02, 3.0, 400
 # The distance of two steps tried: it moves a typical value by this part of a step.
 _SPACING = 0.25
 # That many of the steps tried are refined, four times as many where there are few equations.
-_LIKELY, _MANY = 3, 48
+_LIKELY, _MANY = 2, 48
 # Calibration clips at most this fraction of the values.
 _CLIPPED = 0.05
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
@@ -103,11 +105,21 @@ class _Equations:
         mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
         return _Equations(self.x, self.result, self.valid & mine)
 
-    def left(self, weights: Array, operand: Grid | None = None) -> Array:
-        """By channel [g, 1, c], the squared error that these operands leave."""
+    def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
+        """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
         x = self.x if operand is None else operand(self.x)
         rest = np.where(self.valid, self.result - x @ weights, 0)
+        if about:
+            mean = rest.sum(axis=1, keepdims=True)
+            mean /= np.maximum(self.valid.sum(axis=1, keepdims=True), 1)
+            rest = np.where(self.valid, rest - mean, 0)
         return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
+
+    def of(self, some: tuple[slice, slice, slice]) -> _Equations:
+        """Those of some channels."""
+        groups, _, channels = some
+        x = self.x[groups] if len(self.x) > 1 else self.x
+        return _Equations(x, *(a[groups, :, channels] for a in (self.result, self.valid)))
 
     def on(self, operand: Grid) -> _Equations:
         """The same with an operand on a grid."""
@@ -131,49 +143,85 @@ def fits(
         if not {node.input[0], node.output[0]} <= values.keys():
             continue
         w = _grouped(node, weights)
-        equations = None if w is None else _equations(model, index, w, values, observed)
+        equations = None if w is None else _equations(model, index, weights, w, values, observed)
         if w is None or equations is None:
             continue
         for name, fitted, operand in _found(equations, w, values[node.input[0]]):
             yield Fit(index, name, _ungrouped(node, fitted, weights), operand)
 
 
+# Steps, and whether they were fitted.
+_Form = tuple["_Steps", bool]
+
+
 def _found(
     equations: _Equations, w: Array, operand: Array
 ) -> Iterator[tuple[str, Array, Grid | None]]:
-    fitted, held = equations.half(0), equations.half(1)
-    whole = float(held.left(w).sum())
+    """What was fitted, the weights, and the grid of the operand, likeliest first.
+
+    Everything is decided on some of the channels; then the others' steps are fitted too.
+    """
+    some = _some(w)
+    fitted, held = (equations.half(which).of(some) for which in (0, 1))
+    whole, around = (float(held.left(w[some], about=a).sum()) for a in (False, True))
+    if not whole > 0:
+        return
 
     def share(weights: Array, grid: Grid | None = None) -> float:
-        return 1 - float(held.left(weights, grid).sum()) / whole
+        explained = 1 - float(held.left(weights, grid).sum()) / whole
+        if around == 0:
+            return explained
+        # One number for each channel can give its mean error, whatever that comes from.
+        return min(explained, 1 - float(held.left(weights, grid, about=True).sum()) / around)
 
-    def best(known: _Equations, grid: Grid | None) -> tuple[float, str, Array]:
-        """The form of weights that explains most, on what was not fitted."""
-        found: list[tuple[float, str, Array]] = []
+    def best(grid: Grid | None) -> tuple[float, Array, _Form]:
+        """The form of weights that explains most of what was not fitted."""
+        known = fitted if grid is None else fitted.on(grid)
+        found: list[tuple[float, Array, _Form]] = []
         for symmetric, per_channel in itertools.product((True, False), (True, False)):
             steps = _Steps(w, per_channel=per_channel, symmetric=symmetric)
-            for weights in (steps.rounded(steps.largest), steps.fitted(known)):
-                name = _WEIGHTS[0 if per_channel else 1]
-                found.append((share(weights, grid), name, weights))
+            for clips in (False, True):
+                weights = steps.of(some).quantised(known if clips else None)
+                found.append((share(weights, grid), weights, (steps, clips)))
             if found[-1][0] >= _ENOUGH:
                 break
         return max(found, key=lambda f: f[0])
 
-    explained, name, weights = best(fitted, None)
+    def all_of(form: _Form, grid: Grid | None) -> Array:
+        steps, clips = form
+        known = equations.half(0)
+        return steps.quantised((known if grid is None else known.on(grid)) if clips else None)
+
+    explained, weights, form = best(None)
     if explained >= _WORTH:
-        yield name, weights, None
+        yield form[0].name, all_of(form, None), None
     if explained >= _ENOUGH:
         return
-    for named, start in ((name, weights), ("", w)):
-        grid = _grid(fitted, start, operand)
-        if grid is None:
-            continue
-        if named and share(start, grid) < _ENOUGH:
-            _, named, start = best(fitted.on(grid), grid)
-            grid = _grid(fitted, start, operand) or grid
-        if share(start, grid) >= max(_WORTH, explained):
-            yield f"{named}, {_INPUTS}" if named else _INPUTS, start, grid
-            return
+    found: list[tuple[float, Grid, _Form | None]] = []
+    if (grid := _grid(fitted, w[some], operand)) is not None:
+        found.append((share(w[some], grid), grid, None))
+    if (grid := _grid(fitted, weights, operand)) is not None:
+        if share(weights, grid) < _ENOUGH:
+            _, weights, form = best(grid)
+            grid = _grid(fitted, weights, operand) or grid
+        found.append((share(weights, grid), grid, form))
+    if not found:
+        return
+    now, grid, chosen = max(found, key=lambda f: f[0])
+    if now < max(_WORTH, explained):
+        return
+    if chosen is None:
+        yield _INPUTS, w, grid
+    else:
+        yield f"{chosen[0].name}, {_INPUTS}", all_of(chosen, grid), grid
+
+
+def _some(w: Array) -> tuple[slice, slice, slice]:
+    """Some of the channels of weights [g, k, c]."""
+    every = slice(None)
+    if len(w) > 1:
+        return slice(None, None, -(-len(w) // _CHANNELS)), every, every
+    return every, every, slice(None, None, -(-w.shape[2] // _CHANNELS))
 
 
 class _Steps:
@@ -181,20 +229,40 @@ class _Steps:
 
     def __init__(self, w: Array, *, per_channel: bool, symmetric: bool) -> None:
         self.w = w
+        self.name = _WEIGHTS[0 if per_channel else 1]
         self.axes: tuple[int, ...] = (1,) if per_channel else (0, 1, 2)
         if symmetric:
             span = np.abs(w).max(axis=self.axes, keepdims=True) / np.float32(127)
-            self.low, self.high = np.float32(-127), np.float32(127)
         else:
             least = np.minimum(w.min(axis=self.axes, keepdims=True), 0)
             most = np.maximum(w.max(axis=self.axes, keepdims=True), 0)
             span = (most - least) / np.float32(255)
-        span = np.where(span > 0, span, 1)
-        if not symmetric:
-            self.low = np.rint(least / span)
-            self.high = self.low + 255
-        # Of the step that clips nothing, [g, 1, c] or one for all.
-        self.largest = np.asarray(span, np.float32)
+        # Of the step that clips nothing, and the integers' limits: [g, 1, c] or one for all.
+        self.largest = np.asarray(np.where(span > 0, span, 1), np.float32)
+        self.low = np.full_like(span, -127) if symmetric else np.rint(least / self.largest)
+        self.high = self.low + (254 if symmetric else 255)
+        size = np.sort(np.abs(w), axis=1) if per_channel else np.sort(np.abs(w), axis=None)[None]
+        size = size if per_channel else size[..., None]
+        kept = size.shape[1] - 1 - max(1, int(_CLIPPED * size.shape[1]))
+        # The step that clips as many as there may be, and that moves a typical weight a little.
+        self.least = size[:, [max(kept, 0)]] / np.float32(127) if symmetric else self.largest / 2
+        self.least = np.clip(self.least, _LEAST * self.largest, self.largest)
+        self.typical = np.maximum(size[:, [size.shape[1] * 9 // 10]] / 2, self.largest)
+
+    def of(self, some: tuple[slice, slice, slice]) -> _Steps:
+        """The same steps for some of the weights."""
+        part = copy.copy(self)
+        part.w = self.w[some]
+        if len(self.axes) == 1:
+            part.largest, part.low, part.high = (
+                a[some] for a in (self.largest, self.low, self.high)
+            )
+            part.least, part.typical = self.least[some], self.typical[some]
+        return part
+
+    def quantised(self, known: _Equations | None) -> Array:
+        """The weights with the steps that explain most of what is known, or that clip nothing."""
+        return self.rounded(self.largest) if known is None else self.fitted(known)
 
     def rounded(self, step: Array) -> Array:
         return np.asarray(self._integers(step) * step, np.float32)
@@ -204,26 +272,31 @@ class _Steps:
 
     def fitted(self, known: _Equations) -> Array:
         """The weights with the steps that explain most of what is known."""
-        typical = np.sqrt(np.square(self.w).mean(axis=self.axes, keepdims=True)) / self.largest
-        apart = _SPACING / np.maximum(typical, 1)
-        number = min(int(math.log(1 / _LEAST) / apart.min()), 400) + 4
-        tried = [self.largest * np.exp((3 - i) * apart) for i in range(number)]
+        tried = [self.largest * np.float32(1.02)]
+        while len(tried) < _TRIED and (tried[-1] > self.least).any():
+            tried.append(tried[-1] * (1 - self._apart(tried[-1])))
         lefts = np.stack([self._left(known, step) for step in tried])
         equations = float(np.median(known.valid.sum(axis=1)))
         likely = np.argsort(lefts, axis=0)[: _LIKELY if equations > _MANY else 4 * _LIKELY]
         best, left = self.largest, self._left(known, self.largest)
         for start in np.take_along_axis(np.stack(tried), likely, axis=0):
-            refined = self._refined(known, start, apart)
+            refined = self._refined(known, start)
             best, left = self._better(known, best, left, refined)
         enough = known.valid.sum(axis=1, keepdims=True) >= _EQUATIONS
         return self.rounded(np.where(enough | (len(self.axes) > 1), best, self.largest))
 
-    def _refined(self, known: _Equations, best: Array, apart: Array) -> Array:
+    def _apart(self, step: Array) -> Array:
+        """How far steps to try are from each other, in steps."""
+        return np.asarray(np.minimum(_SPACING * step / self.typical, 0.05))
+
+    def _refined(self, known: _Equations, best: Array) -> Array:
         """The best step near one."""
         left = self._left(known, best)
-        for part in np.linspace(-1, 1, 16):
-            best, left = self._better(known, best, left, best * np.exp(part * apart))
-        for _ in range(3):
+        for part in (1.0, 0.15):
+            around, apart = best, self._apart(best)
+            for way in np.linspace(-part, part, 14):
+                best, left = self._better(known, best, left, around * np.exp(way * apart))
+        for _ in range(4):
             # The step for which these integers give the result is nearer to the one looked for.
             given = np.where(known.valid, known.x @ self._integers(best), 0)
             square = np.square(given).sum(axis=1, keepdims=True)
@@ -239,13 +312,8 @@ class _Steps:
         self, known: _Equations, best: Array, left: Array, step: Array
     ) -> tuple[Array, Array]:
         step = np.asarray(step, np.float32)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            now = self._left(known, step)
-            clipped = (self.w / step < self.low - 1) | (self.w / step > self.high + 1)
-        size = self.w.size // self.largest.size
-        allowed = clipped.sum(axis=self.axes, keepdims=True) <= max(1, _CLIPPED * size)
-        # A few weights of many may be clipped, not the one largest by half.
-        allowed &= (step >= _LEAST * self.largest) & (step <= 1.05 * self.largest)
+        now = self._left(known, step)
+        allowed = (step >= 0.99 * self.least) & (step <= 1.05 * self.largest)
         take = allowed & (now < left)
         return np.where(take, step, best), np.where(take, now, left)
 
@@ -260,14 +328,6 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     span = (most - least) / 255
     if not (0 < span < math.inf) or known.valid.sum() < 2 * _EQUATIONS:
         return None
-    if weights.shape[0] > 1:
-        some = slice(None, None, -(-weights.shape[0] // _CHANNELS))
-        known = _Equations(known.x[some], known.result[some], known.valid[some])
-        weights = weights[some]
-    else:
-        some = slice(None, None, -(-weights.shape[2] // _CHANNELS))
-        known = _Equations(known.x, known.result[..., some], known.valid[..., some])
-        weights = weights[..., some]
     inner = np.quantile(operand, (_CLIPPED / 2, 1 - _CLIPPED / 2))
     typical = float(np.sqrt(np.square(np.clip(known.x, *inner)).mean())) or span
     best, left = Grid(span, 0, 0), math.inf
@@ -275,7 +335,7 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     def attempt(step: float, lows: set[int]) -> None:
         nonlocal best, left
         for low in lows:
-            grid = Grid(step, low, low + (254 if low == -127 else 255))
+            grid = Grid(float(np.float32(step)), low, low + 255)
             outside = (known.x < (grid.low - 1) * step) | (known.x > (grid.high + 1) * step)
             if outside.mean() > _CLIPPED:
                 continue
@@ -290,21 +350,22 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
         if last - first > 255:
             found.add(min(last - 255, 0))
         if least < 0 or last > 127:
-            found.add(-127)
+            found.add(-128)
         return {low for low in found if -255 <= low <= 0}
 
-    step = max(0.02 * span, float(np.ptp(np.append(inner, 0))) / 255)
+    step = max(_LEAST * span, float(np.ptp(np.append(inner, 0))) / 255)
     while step < _MOST * span:
         attempt(step, lows(step))
         step *= 1 + min(_SPACING * step / typical, 0.05)
     if left == math.inf:
         return None
-    apart = min(_SPACING * best.step / typical, 0.05)
-    for part in np.linspace(-apart, apart, 17):
-        attempt(best.step * (1 + part), {best.low})
-    attempt(best.step, set(range(-255, 1, 8)) | {-128, 0})
-    attempt(best.step, set(range(max(best.low - 8, -255), min(best.low + 9, 1))))
-    for _ in range(3):
+    for part in (1.0, 0.15):
+        around, apart = best, part * min(_SPACING * best.step / typical, 0.05)
+        for way in np.linspace(-apart, apart, 14):
+            attempt(around.step * (1 + way), {around.low})
+        attempt(best.step, set(range(-255, 1, 8)))
+        attempt(best.step, set(range(max(best.low - 8, -255), min(best.low + 9, 1))))
+    for _ in range(4):
         integers = np.clip(np.rint(known.x / np.float32(best.step)), best.low, best.high)
         given = np.where(known.valid, integers @ weights, 0)
         square = float(np.square(given).sum())
@@ -341,7 +402,7 @@ def _ungrouped(node: onnx.NodeProto, w: Array, like: Array) -> Array:
 
 
 def _equations(
-    model: onnx.ModelProto, index: int, w: Array, values: Arrays, observed: Arrays
+    model: onnx.ModelProto, index: int, weights: Array, w: Array, values: Arrays, observed: Arrays
 ) -> _Equations | None:
     """What the backend's outputs say of one product."""
     node = model.graph.node[index]
@@ -359,11 +420,11 @@ def _equations(
         else a.reshape(-1, 1, channels)
         for a in (*known, z)
     )
-    # At random, since neighbours say the same, and those first that know of channels of which few do.
+    # At random, since neighbours say the same, and those first that know of rarely known channels.
     order = np.random.default_rng(0).permutation(len(result))
     says = (valid / np.maximum(valid.sum(axis=0), 1)).sum(axis=(1, 2))
     order = np.sort(order[np.argsort(-says[order], kind="stable")][:rows])
-    patches = _patches(node, x, z.shape, order, groups) if node.op_type == "Conv" else None
+    patches = _patches(node, x, z.shape, order, weights) if node.op_type == "Conv" else None
     if patches is None:
         patches = x.reshape(-1, size)[order][None]
     result, valid, plain = (a[order].transpose(1, 0, 2) for a in (result, valid, plain))
@@ -380,14 +441,13 @@ def _equations(
 
 
 def _patches(
-    node: onnx.NodeProto, x: Array, shape: tuple[int, ...], order: Array, groups: int
+    node: onnx.NodeProto, x: Array, shape: tuple[int, ...], order: Array, like: Array
 ) -> Array:
     """What a convolution reads for some of its results, [group, row, channel and tap]."""
     given = surgery.attributes(node)
-    rank = x.ndim - 2
+    rank, groups, size = x.ndim - 2, given.get("group", 1), like.shape[2:]
     pads = given.get("pads", [0] * (2 * rank))
     strides, dilations = (given.get(k, [1] * rank) for k in ("strides", "dilations"))
-    size = given["kernel_shape"]
     around = [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]
     padded = np.pad(x, around)
     rows = []
@@ -419,7 +479,9 @@ def _before(
     path, main = {z}, {}
     for position, node in enumerate(model.graph.node):
         on = [i for i in node.input if i in path]
-        if on and node.op_type in _MOVES | (_SYMMETRIC if node.input[0] not in path else _ELEMENTWISE):
+        if on and node.op_type in _MOVES | (
+            _SYMMETRIC if node.input[0] not in path else _ELEMENTWISE
+        ):
             main[position] = on[0]
             path.add(node.output[0])
     target = next((n for n in observed if n in path and observed[n].size == plain.size), None)
@@ -447,9 +509,9 @@ def _before(
             result[order.astype(np.int64).ravel()] = found.ravel()
             return result.reshape(plain.shape)
 
-        wanted = np.empty(plain.size, np.float64)
-        wanted[order.astype(np.int64).ravel()] = metrics.to_float(observed[target]).ravel()
-        wanted = wanted.reshape(plain.shape)
+        flat = np.empty(plain.size, np.float64)
+        flat[order.astype(np.int64).ravel()] = metrics.to_float(observed[target]).ravel()
+        wanted = flat.reshape(plain.shape)
         width = np.float32(1e-3 * (float(plain.std()) or 1))
         now = plain
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

@@ -107,9 +107,9 @@ def _with(layout: Layout, fit: Fit) -> onnx.ModelProto:
         x, _, *others = node.input
         if fit.operand is not None:
             step = editor.constant(fit.operand.step)
-            limits = (editor.constant(limit) for limit in (fit.operand.low, fit.operand.high))
-            integers = editor.add("Round", editor.add("Div", x, step))
-            x = editor.add("Mul", editor.add("Clip", integers, *limits), step)
+            zero = editor.constant(-fit.operand.low, np.uint8)
+            integers = editor.add("QuantizeLinear", x, step, zero)
+            x = editor.add("DequantizeLinear", integers, step, zero)
         inputs = (x, editor.constant(fit.weights), *others)
         editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
     return editor.model

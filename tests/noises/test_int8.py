@@ -112,3 +112,65 @@ def test_weights_that_no_8_bits_hold_are_not_quantised(make_segment: Any, odd: f
     w[3, 3] = -1.0
     segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
     assert list(int8.NOISE.variants(segment)) == []
+
+
+def clipped(w: Array, part: Array) -> Array:
+    """Weights on 255 levels up to a part of each column's largest, as a calibration may choose."""
+    limit = np.abs(w).max(axis=0) * part
+    levels = np.linspace(-limit, limit, 255, dtype=np.float64)  # [level, column]
+    nearest = np.abs(w[None].astype(np.float64) - levels[:, None]).argmin(axis=0)
+    return np.take_along_axis(levels, nearest, axis=0)
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+def test_weights_clipped_by_an_unknown_calibration(
+    make_segment: Any, run: Any, generator: np.random.Generator, rows: int
+) -> None:
+    x = generator.standard_normal((rows, 96)).astype(np.float32)
+    w = generator.standard_normal((96, 8)).astype(np.float32) * np.float32(0.1)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["z"]),
+        helper.make_node("Sigmoid", ["z"], ["y"]),
+    ]
+    segment = make_segment(nodes, {"w": w}, ["x"], ["y"])
+    planted = x @ clipped(w, generator.uniform(0.85, 1, 8))
+    observed = (1 / (1 + np.exp(-planted))).astype(np.float32)
+    found = explain(run, segment, {"x": x}, observed)
+    assert found.noise == ID and found.explained > 0.97
+    assert found.variant == "weights per channel, fitted"
+
+
+def test_one_equation_for_each_scale_proves_nothing(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((1, 96)).astype(np.float32)
+    w = generator.standard_normal((96, 8)).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    observed = (x @ clipped(w, generator.uniform(0.85, 1, 8))).astype(np.float32)
+    assert explain(run, segment, {"x": x}, observed).noise is None
+
+
+def test_inputs_clipped_by_an_unknown_calibration(
+    make_segment: Any, run: Any, conv: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
+    w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
+    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    grid = np.linspace(-1.87, 2.21, 256)
+    grid -= grid[np.abs(grid).argmin()]  # zero is one of the values
+    narrow = grid[np.abs(x[..., None] - grid).argmin(axis=-1)].astype(np.float32)
+    found = explain(run, segment, {"x": x}, conv(narrow, w))
+    assert found.noise == ID and found.explained > 0.99
+    assert found.variant == "inputs fitted"
+
+
+@pytest.mark.parametrize("factor", [1.003, 1.01, 1.05])
+def test_scaled_weights_are_no_clipping_where_inputs_are_much_alike(
+    make_segment: Any, run: Any, generator: np.random.Generator, factor: float
+) -> None:
+    """One number for each column can imitate one direction of the error, but no more."""
+    x = (generator.standard_normal((64, 96)) * 0.2 + generator.uniform(0, 2, 96)).astype(np.float32)
+    w = generator.standard_normal((96, 8)).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    observed = (x @ (w.astype(np.float64) * factor)).astype(np.float32)
+    assert explain(run, segment, {"x": x}, observed).noise is None
