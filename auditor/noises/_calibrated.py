@@ -359,6 +359,12 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
         step *= 1 + min(_SPACING * step / typical, 0.05)
     if left == math.inf:
         return None
+    for _ in range(2):  # one end of the range stays where it is, the other one moves
+        around, apart = best, min(_SPACING * best.step / typical, 0.05)
+        for way in np.arange(-0.15, 0.15, apart):
+            step = around.step * (1 + way)
+            ends = round(around.low / (1 + way)), round(around.high / (1 + way)) - 255
+            attempt(step, {min(max(low, -255), 0) for low in ends})
     for part in (1.0, 0.15):
         around, apart = best, part * min(_SPACING * best.step / typical, 0.05)
         for way in np.linspace(-apart, apart, 14):
