@@ -6,11 +6,12 @@ import errno
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -97,6 +98,25 @@ def test_help_answers_at_once_and_explains_everything(audit: Audit) -> None:
     ):
         assert word in result.stdout
     assert "..." not in result.stdout, "a sentence was cut off"
+
+
+def test_every_verb_tells_its_options_and_shows_examples_that_parse() -> None:
+    from typer.main import get_command
+
+    group: Any = get_command(cli.app)
+    above = group.make_context("audit", ["noises"])
+    assert len(group.commands) > 15
+    for name, verb in group.commands.items():
+        page = verb.get_help(verb.make_context(name, [], parent=above, resilient_parsing=True))
+        assert "<int" not in page and "<float" not in page, f"{name}: a number of what?"
+        for option in verb.params:
+            assert option.help or not hasattr(option, "help"), f"{name} {option.name}"
+        examples = [x.strip() for x in verb.epilog.splitlines() if x.startswith("  audit ")]
+        assert examples, f"{name} has no example"
+        for line in examples:
+            _, *words = shlex.split(line)
+            words = words[1:] if words[:1] == [name] else words
+            verb.make_context(name, words)  # raises where an option is not there
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -40,6 +40,11 @@ class MainVerb(TyperCommand):
         ctx.parent.command.format_commands(ctx.parent, formatter)
 
 
+def examples(*lines: str) -> str:
+    """The part of a help page that shows how a verb is used."""
+    return "\b\nExamples:\n" + "\n".join(f"  audit {line}" for line in lines)
+
+
 app = typer.Typer(
     cls=_Verbs,
     add_completion=False,

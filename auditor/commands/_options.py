@@ -42,6 +42,43 @@ Shapes = Annotated[
         help="Shape of an input whose dimensions the model leaves open; repeatable.",
     ),
 ]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID[:DEVICE],…",
+        help="Backends to compare with the reference, such as ort,ov:GPU,tvm; all that are "
+        "available here when not given.",
+    ),
+]
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ID.KEY=VALUE",
+        help="Engine option, such as ov.INFERENCE_PRECISION_HINT=f32; repeatable.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Threads of each engine and of the reference; the engines' own default when not "
+        "given.",
+    ),
+]
+Cores = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads; all cores when not given.")
+]
+Timeout = Annotated[
+    float, typer.Option(min=1, metavar="S", help="Seconds that one step of a backend may take.")
+]
+TrustSource = Annotated[
+    bool,
+    typer.Option(
+        "--trust-source",
+        help="Load a source file even though loading it can run code that is in it.",
+    ),
+]
 Format = Annotated[
     str | None,
     typer.Option(

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from auditor import __version__
-from auditor.commands._app import MAIN, MainVerb, app
+from auditor.commands._app import MAIN, MainVerb, app, examples
 from auditor.commands._asked import asked_for
 from auditor.commands._options import (
+    Backends,
     Data,
+    EngineOptions,
     Format,
     Model,
     Samples,
     Seed,
     Shapes,
+    Threads,
+    Timeout,
+    TrustSource,
     parse_traces,
 )
 from auditor.commands._output import destination_for, emit
@@ -29,7 +34,14 @@ if TYPE_CHECKING:
     from auditor.policy import Policy
     from auditor.records import AuditReport
 
-_EXIT_CODES = """\
+_MORE = (
+    examples(
+        "model.onnx --data inputs.npz --backends ort,ov -o report.json",
+        "model.onnx --images photos --pipeline imagenet-torchvision",
+        "model.onnx --artifact ov=model.xml --baseline release.json",
+    )
+    + """
+
 \b
 Exit codes:
   0  audited; nothing at or above --fail-on, or beyond the policy or the baseline
@@ -44,6 +56,7 @@ Limits of each backend's process:
   64 GiB for one file, 4096 open files, no core files, no network, temporary
   files in a folder of its own
 """
+)
 
 
 def _show_version(value: bool) -> None:
@@ -52,18 +65,11 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.command(MAIN, cls=MainVerb, hidden=True, epilog=_EXIT_CODES)
+@app.command(MAIN, cls=MainVerb, hidden=True, epilog=_MORE)
 def _audit(
     context: typer.Context,
     model: Model,
-    backends: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID[:DEVICE],…",
-            help="Backends to compare with the reference, such as ort,ov:GPU,tvm; "
-            "all that are available here when not given.",
-        ),
-    ] = None,
+    backends: Backends = None,
     candidate: Annotated[
         Path | None,
         typer.Option(
@@ -80,13 +86,7 @@ def _audit(
             "what the export changed is ranked too. Runs that code.",
         ),
     ] = None,
-    trust_source: Annotated[
-        bool,
-        typer.Option(
-            "--trust-source",
-            help="Load a --source file even though loading it can run code that is in it.",
-        ),
-    ] = False,
+    trust_source: TrustSource = False,
     data: Data = None,
     images: Annotated[
         Path | None,
@@ -124,10 +124,7 @@ def _audit(
             "printed as well.",
         ),
     ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option(min=1, metavar="S", help="Seconds that one step of a backend may take."),
-    ] = 600.0,
+    timeout: Timeout = 600.0,
     memory: Annotated[
         float,
         typer.Option(
@@ -145,22 +142,8 @@ def _audit(
             "not given, 0 for no limit.",
         ),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Threads of each engine and of the reference; the engines' own default when "
-            "not given.",
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID.KEY=VALUE",
-            help="Engine option, such as ov.INFERENCE_PRECISION_HINT=f32; repeatable.",
-        ),
-    ] = None,
+    threads: Threads = None,
+    option: EngineOptions = None,
     fail_on: Annotated[
         Literal["info", "low", "medium", "high", "critical"] | None,
         typer.Option(

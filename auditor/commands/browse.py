@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._options import Report
 from auditor.errors import UsageError
 
 
-@app.command("browse", short_help="Move about in a saved report, in the terminal.")
+@app.command(
+    "browse",
+    short_help="Move about in a saved report, in the terminal.",
+    epilog=examples("browse report.json"),
+)
 def _browse(report: Report) -> int:
     """Move about in a saved report: the ranking, the segments of a backend, one in full."""
     from reports import json_v1

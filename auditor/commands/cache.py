@@ -6,12 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import emit
 from auditor.errors import UsageError
 
 
-@app.command("cache", short_help="Show, clear or limit what audits remember.")
+@app.command(
+    "cache",
+    short_help="Show, clear or limit what audits remember.",
+    epilog=examples("cache", "cache limit 8G", "cache clear"),
+)
 def _cache(
     action: Annotated[
         Literal["show", "clear", "limit"],

@@ -7,11 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import check_writable, emit, screen, write
 
 
-@app.command("diff", short_help="Say what changed from one report to another.")
+@app.command(
+    "diff",
+    short_help="Say what changed from one report to another.",
+    epilog=examples(
+        "diff release.json next.json", "diff release.json next.json --format json -o changes.json"
+    ),
+)
 def _diff(
     old: Annotated[
         Path, typer.Argument(metavar="OLD.json", help="The earlier report, written by audit -o.")

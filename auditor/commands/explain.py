@@ -6,11 +6,15 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import emit, screen
 
 
-@app.command("explain", short_help="Explain one cause of divergence in full.")
+@app.command(
+    "explain",
+    short_help="Explain one cause of divergence in full.",
+    epilog=examples("explain precision.bf16"),
+)
 def _explain(
     id: Annotated[str, typer.Argument(metavar="ID", help="A cause that `audit noises` lists.")],
 ) -> int:

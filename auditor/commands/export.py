@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from auditor.commands._app import app
-from auditor.commands._options import backend_specs, engine_options, parse_shape, with_training
+from auditor.commands._app import app, examples
+from auditor.commands._options import (
+    Backends,
+    EngineOptions,
+    Seed,
+    Threads,
+    Timeout,
+    TrustSource,
+    backend_specs,
+    engine_options,
+    parse_shape,
+    with_training,
+)
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
@@ -20,7 +31,11 @@ if TYPE_CHECKING:
     from auditor.export import Exports
 
 
-@app.command("export", short_help="Export a PyTorch module in the most faithful way.")
+@app.command(
+    "export",
+    short_help="Export a PyTorch module in the most faithful way.",
+    epilog=examples("export net.py:build --example x:1x3x224x224 --backends ort,ov -o net.onnx"),
+)
 def _export(
     source: Annotated[
         str,
@@ -43,13 +58,7 @@ def _export(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.onnx", help="Write the chosen file here."),
     ] = None,
-    backends: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="ID[:DEVICE],…",
-            help="Backends to be faithful on; all that are available here when not given.",
-        ),
-    ] = None,
+    backends: Backends = None,
     exporter: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME,…", help="dynamo, torchscript; both when not given."),
@@ -74,28 +83,15 @@ def _export(
         Path | None,
         typer.Option(metavar="DIR", help="Write the report of each audit to DIR, as JSON."),
     ] = None,
-    trust_source: Annotated[
-        bool,
-        typer.Option(
-            "--trust-source",
-            help="Load a source file even though loading it can run code that is in it.",
-        ),
-    ] = False,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID.KEY=VALUE", help="Engine option; repeatable."),
-    ] = None,
+    trust_source: TrustSource = False,
+    option: EngineOptions = None,
     samples: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="How many samples to audit; 4 when not given."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of random arguments.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of each engine.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=1, metavar="S", help="Seconds that one step may take.")
-    ] = 600.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    timeout: Timeout = 600.0,
 ) -> int:
     """Export a PyTorch module with each exporter, audit each file, and keep the most faithful.
 

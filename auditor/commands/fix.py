@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._asked import again, asked_for
 from auditor.commands._options import Report
 from auditor.commands._output import check_writable, emit, screen
@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from auditor.fix import Fixing
 
 
-@app.command("fix", short_help="Search and verify the smallest change within a limit.")
+@app.command(
+    "fix",
+    short_help="Search and verify the smallest change within a limit.",
+    epilog=examples("fix report.json --backend ov -o model.xml", "fix report.json --to 1e-3"),
+)
 def _fix(
     report: Report,
     backend: Annotated[
         str | None,
-        typer.Option(metavar="ID[:DEVICE]", help="The backend; the one that diverges most."),
+        typer.Option(
+            metavar="ID[:DEVICE]", help="The backend; the one that diverges most when not given."
+        ),
     ] = None,
     to: Annotated[
         float | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.errors import UsageError
 
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from auditor.records import AuditReport, FleetCell
 
 
-@app.command("fleet", short_help="Audit many models on many backends, here or on a cluster.")
+@app.command(
+    "fleet",
+    short_help="Audit many models on many backends, here or on a cluster.",
+    epilog=examples("fleet fleet.toml --jobs 2 -o night", "fleet fleet.toml --address auto"),
+)
 def _fleet(
     worklist: Annotated[
         Path, typer.Argument(metavar="FLEET.toml", help="Which models on which backends.")

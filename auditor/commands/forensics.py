@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.errors import UsageError
 
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from auditor.records import ResultForensics
 
 
-@app.command("forensics", short_help="Find which decoder, resizer, colour … made a tensor.")
+@app.command(
+    "forensics",
+    short_help="Find which decoder, resizer, colour … made a tensor.",
+    epilog=examples(
+        "forensics --pipeline imagenet-torchvision --image photo.jpg --deployed-input fed.npy"
+    ),
+)
 def _forensics(
     pipeline: Annotated[
         str,

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from auditor.commands._app import app
-from auditor.commands._options import Model, backend_specs, engine_options
+from auditor.commands._app import app, examples
+from auditor.commands._options import (
+    Backends,
+    EngineOptions,
+    Model,
+    Threads,
+    Timeout,
+    backend_specs,
+    engine_options,
+)
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
@@ -18,7 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@app.command("generate", short_help="Compare the text that a decoder writes on each backend.")
+@app.command(
+    "generate",
+    short_help="Compare the text that a decoder writes on each backend.",
+    epilog=examples("generate decoder.onnx --prompt-ids 1,15,27 --tokens 16 --backends ov"),
+)
 def _generate(
     model: Model,
     prompt_ids: Annotated[
@@ -42,23 +54,14 @@ def _generate(
             metavar="PAST=PRESENT", help="Input and output of one cache, where names do not tell."
         ),
     ] = None,
-    backends: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID[:DEVICE],…", help="Backends; all available when not given."),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="ID.KEY=VALUE", help="Engine option; repeatable.")
-    ] = None,
+    backends: Backends = None,
+    option: EngineOptions = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE.json", help="Write everything as JSON too."),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of each engine.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=1, metavar="S", help="Seconds that one step may take.")
-    ] = 600.0,
+    threads: Threads = None,
+    timeout: Timeout = 600.0,
 ) -> int:
     """Write greedy text with a decoder on the reference and on each backend, and compare.
 

@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._options import Report
 from auditor.commands._output import check_writable, emit, write
 from auditor.errors import UsageError
 
 
-@app.command("init", short_help="Write a policy for releases from a first report.")
+@app.command(
+    "init",
+    short_help="Write a policy for releases from a first report.",
+    epilog=examples("init report.json"),
+)
 def _init(
     report: Report,
     output: Annotated[

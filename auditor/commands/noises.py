@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._output import emit, screen
 
 
-@app.command("noises")
+@app.command("noises", epilog=examples("noises"))
 def _noises() -> int:
     """List the causes of divergence that can be replayed."""
     from auditor import discovery

@@ -8,13 +8,16 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._options import (
     Data,
+    EngineOptions,
     Model,
     Samples,
     Seed,
     Shapes,
+    Threads,
+    Timeout,
     backend_specs,
     engine_options,
     parse_shape,
@@ -24,7 +27,11 @@ from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
 
-@app.command("record", short_help="Record what a backend computes, to audit it elsewhere.")
+@app.command(
+    "record",
+    short_help="Record what a backend computes, to audit it elsewhere.",
+    epilog=examples("record model.onnx --backend ov --data inputs.npz -o ov.npz"),
+)
 def _record(
     model: Model,
     backend: Annotated[
@@ -37,16 +44,9 @@ def _record(
     seed: Seed = 0,
     samples: Samples = None,
     shape: Shapes = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID.KEY=VALUE", help="Engine option; repeatable."),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of the engine.")
-    ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=1, metavar="S", help="Seconds that one step may take.")
-    ] = 600.0,
+    option: EngineOptions = None,
+    threads: Threads = None,
+    timeout: Timeout = 600.0,
 ) -> int:
     """Record the inputs, the captured tensors and the proofs of one backend in a trace.
 

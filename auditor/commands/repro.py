@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._asked import again, asked_for
 from auditor.commands._options import Report
 from auditor.commands._output import emit
@@ -15,7 +15,11 @@ from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
 
-@app.command("repro", short_help="A small model and script that show one finding.")
+@app.command(
+    "repro",
+    short_help="A small model and script that show one finding.",
+    epilog=examples("repro report.json --finding 1 -o repro"),
+)
 def _repro(
     report: Report,
     output: Annotated[

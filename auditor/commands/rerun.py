@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._asked import again
 from auditor.commands._options import Format, Report
 
 
-@app.command("rerun", short_help="Run the audit of a saved report again.")
+@app.command(
+    "rerun",
+    short_help="Run the audit of a saved report again.",
+    epilog=examples("rerun report.json --baseline"),
+)
 def _rerun(
     report: Report,
     format: Format = None,

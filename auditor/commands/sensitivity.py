@@ -7,13 +7,20 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
-from auditor.commands._options import Data, Model, Samples, Seed, Shapes, parse_shape
+from auditor.commands._app import app, examples
+from auditor.commands._options import Cores, Data, Model, Samples, Seed, Shapes, parse_shape
 from auditor.commands._output import emit, screen
 from auditor.commands._stop import StoppableProgress
 
 
-@app.command("sensitivity", short_help="Rank what each cause would do to a model's outputs.")
+@app.command(
+    "sensitivity",
+    short_help="Rank what each cause would do to a model's outputs.",
+    epilog=examples(
+        "sensitivity model.onnx --data inputs.npz",
+        "sensitivity model.onnx --noise precision.bf16,precision.fp16",
+    ),
+)
 def _sensitivity(
     model: Model,
     noise: Annotated[
@@ -28,9 +35,7 @@ def _sensitivity(
     seed: Seed = 0,
     samples: Samples = None,
     shape: Shapes = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads; all cores when not given.")
-    ] = None,
+    threads: Cores = None,
     timeout: Annotated[
         float, typer.Option(min=1, metavar="S", help="Seconds that one run may take.")
     ] = 60.0,

@@ -7,13 +7,17 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app
+from auditor.commands._app import app, examples
 from auditor.commands._options import Format, Report
 from auditor.commands._output import destination_for, emit, screen
 from auditor.errors import UsageError
 
 
-@app.command("show", short_help="Show a saved report again, or one layer in full.")
+@app.command(
+    "show",
+    short_help="Show a saved report again, or one layer in full.",
+    epilog=examples("show report.json --layer s3", "show report.json -o report.html"),
+)
 def _show(
     report: Report,
     layer: Annotated[

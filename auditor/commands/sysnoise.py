@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from auditor.commands._app import app
-from auditor.commands._options import Model
+from auditor.commands._app import app, examples
+from auditor.commands._options import Cores, Model
 from auditor.commands._output import check_writable, emit, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from auditor.pipeline.description import Description
 
 
-@app.command("sysnoise", short_help="What decoders, resizers, colours … do to a model's answers.")
+@app.command(
+    "sysnoise",
+    short_help="What decoders, resizers, colours … do to a model's answers.",
+    epilog=examples(
+        "sysnoise model.onnx --images photos --pipeline imagenet-torchvision --samples 100"
+    ),
+)
 def _sysnoise(
     model: Model,
     images: Annotated[
@@ -56,9 +62,7 @@ def _sysnoise(
             "INT8 when not given.",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads; all cores when not given.")
-    ] = None,
+    threads: Cores = None,
     format: Annotated[
         Literal["terminal", "json"] | None,
         typer.Option(help="What is printed; -o writes JSON."),
