@@ -31,7 +31,25 @@ def run_ov(model: str, feeds: dict[str, Any]) -> None:
     openvino.Core().compile_model(model, "CPU")(feeds)
 
 
-RUNTIMES = {"ort": run_ort, "ov": run_ov}
+def run_tvm(model: str, feeds: dict[str, Any]) -> None:
+    """Compile for this processor with the target's default pipeline and run once."""
+    import onnx
+    import tvm
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    shapes = {name: list(value.shape) for name, value in feeds.items()}
+    module = from_onnx(onnx.load(model), shapes)
+    processor = tvm.target.codegen.llvm_get_system_cpu()
+    target = tvm.target.Target({"kind": "llvm", "mcpu": processor})
+    with tvm.transform.PassContext(opt_level=3):
+        lowered = relax.get_default_pipeline(target)(module)
+        built = relax.build(lowered, target=target, relax_pipeline=None)
+    machine = relax.VirtualMachine(built, tvm.cpu())
+    machine["main"](*(tvm.runtime.tensor(value) for value in feeds.values()))
+
+
+RUNTIMES = {"ort": run_ort, "ov": run_ov, "tvm": run_tvm}
 
 
 def reference_run(model: str, feeds: dict[str, Any], repeats: int) -> float:
