@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for backend, own in shares.items():
             count, wrong = differing(into(backend, "alone"), into(backend, "beside"))
             print(f"{backend} on cores {own}: {count - len(wrong)} of {count} arrays the same bits")
-            for name in wrong[:5]:
-                print(f"  not {name}")
+            for tensor in wrong[:5]:
+                print(f"  not {tensor}")
             code |= bool(wrong)
     return code
 
