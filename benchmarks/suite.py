@@ -343,7 +343,7 @@ _PROOF = ("start", "build", "run", "instrument", "capture")
 
 
 def _growth(rows: Sequence[Row], by: str) -> str:
-    """The exponents of one series, in words; the first and the last show what a constant hides."""
+    """The exponents of one series, in words; the last two points, past what is constant, too."""
     found = []
     for what in ("floor", "audit"):
         for unit, name in (("wall", "time"), ("peak", "memory")):
@@ -425,7 +425,7 @@ def _targets(parts: Mapping[str, list[Row]]) -> list[str]:
         if value is not None:
             met = value <= limit if less else value >= limit
             sign = "≤" if less else "≥"
-            rows.append([what, f"{sign} {limit:g}", f"{value:.2g}", "yes" if met else "no"])
+            rows.append([what, f"{sign} {limit:.2g}", f"{value:.2g}", "yes" if met else "no"])
 
     def over(row: Row, a: str, b: str, unit: str) -> float | None:
         x, y = median(row, a, unit), median(row, b, unit)
