@@ -14,7 +14,7 @@ from auditor.errors import UsageError
 if TYPE_CHECKING:
     from auditor.fleet.run import Pool
     from auditor.fleet.worklist import Cell
-    from auditor.records import AuditReport, FleetCell
+    from auditor.records import AuditReport, FleetCell, FleetReport
 
 
 @app.command(
@@ -85,16 +85,21 @@ def _fleet(
         where = next((f" on {a.node}" for a in cell.attempts[-1:] if a.node), "")
         took = f", {sum(a.seconds for a in cell.attempts):.1f} s" if cell.attempts else ""
         ahead = f"; about {_spoken(seconds)} left" if left and seconds is not None else ""
+        save()
         typer.echo(f"[{done}/{len(cells)}] {table.line(cell)}{took}{where}{ahead}", err=True)
+
+    def save() -> FleetReport:
+        report = fleet.report(str(worklist))
+        write(output / "fleet.json", table.dump(report))
+        return report
 
     pool = _pool(address, jobs)
     fleet = Fleet(cells, pool, keep, tell, retries=retries, patience=wait)
     try:
         fleet.run()
     finally:  # what was measured before a Ctrl-C is kept, and the rest is named
-        report = fleet.report(str(worklist))
+        report = save()
         pool.close()
-        write(output / "fleet.json", table.dump(report))
     emit(table.dump(report) if format == "json" else table.render(report, output, *screen()))
     return report.exit_code
 

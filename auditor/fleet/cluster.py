@@ -16,6 +16,7 @@ import platform
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -86,11 +87,15 @@ class Cluster:
                 signal.signal(number, handler)
         self._task = ray.remote(run)
         self._seen: dict[str, FleetNode] = {}
+        self._fresh = 0.0  # until when what was seen last counts
         self._files: dict[str, tuple[File, ...]] = {}
         self._shipped: dict[str, list[Any]] = {}
 
     def nodes(self) -> tuple[FleetNode, ...]:
-        """Every node seen so far."""
+        """Every node seen so far; the cluster is asked once a second."""
+        if time.monotonic() < self._fresh:
+            return tuple(self._seen.values())
+        self._fresh = time.monotonic() + 1.0
         for node in self._ray.nodes():
             known = self._seen.get(node["NodeID"])
             had = known.resources if known else {}
@@ -112,7 +117,8 @@ class Cluster:
     def start(self, cell: Cell) -> Any:
         """Queue a cell with Ray, for a whole node unless it says how many threads it uses."""
         able = [node for node in self.nodes() if node.alive and _has(node, cell)]
-        processors = cell.threads or min(int(node.resources.get("CPU", 0)) for node in able)
+        every = (int(node.resources.get("CPU", 0)) for node in able)
+        processors = cell.threads or min(every, default=1)
         if cell.report not in self._files:
             self._files[cell.report] = _described(cell.files)
         files = self._files[cell.report]
