@@ -293,10 +293,10 @@ class Editor:
         self.model.graph.node.append(helper.make_node(op_type, inputs, [name], **attributes))
         return name
 
-    def split(self, op_type: str, *inputs: str, outputs: int) -> list[str]:
+    def split(self, op_type: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """Add a node with several outputs and return their names."""
         names = [self._fresh() for _ in range(outputs)]
-        self.model.graph.node.append(helper.make_node(op_type, inputs, names))
+        self.model.graph.node.append(helper.make_node(op_type, inputs, names, **attributes))
         return names
 
     def cast(self, value: str, kind: int, to: str = "") -> str:

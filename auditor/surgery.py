@@ -180,7 +180,7 @@ def enclosed(body: onnx.GraphProto) -> onnx.GraphProto:
     ONNX wants every name once, those of subgraphs included; a model may call anything ``sum``.
     """
     own = {value.name for value in (*body.input, *body.initializer)}
-    own.update(name for node in body.node for name in node.output)
+    own.update(name for node in body.node for name in node.output if name)
     for value in (*body.input, *body.initializer, *body.output):
         value.name = f"~body/{value.name}"
     for node in body.node:

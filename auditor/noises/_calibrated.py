@@ -388,7 +388,7 @@ def _grouped(node: onnx.NodeProto, weights: Array) -> Array | None:
     given = surgery.attributes(node)
     if node.op_type == "Conv":
         groups = given.get("group", 1)
-        if given.get("auto_pad", "NOTSET") not in ("NOTSET", b"NOTSET"):
+        if given.get("auto_pad", "NOTSET") != "NOTSET":
             return None
         parts = weights.reshape(groups, weights.shape[0] // groups, -1)
         return np.ascontiguousarray(parts.transpose(0, 2, 1))

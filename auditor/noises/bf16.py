@@ -6,13 +6,14 @@ from collections.abc import Iterable
 
 from onnx import TensorProto
 
-from auditor import artefact, rounding
+from auditor import artefact, recurrent, rounding
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
 
+RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all else in FP32"
 SITES = (
     Sites(
         "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
@@ -131,6 +132,9 @@ SITES = (
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with bf16 roundings at each of ``SITES``."""
     yield from artefact.variants(segment, "bfloat16")
+    recurrent_layers = recurrent.in_bfloat16(segment.model)
+    if recurrent_layers is not None:
+        yield Variant(RECURRENT, recurrent_layers)
     yield from rounding.variants(segment, FORMAT, SITES)
 
 
@@ -164,6 +168,6 @@ NOISE = Cause(
         "ort": {"mlas.enable_gemm_fastmath_arm64_bfloat16": "0"},
     },
     stated=FORMAT.stated,
-    forms=(artefact.form("bfloat16"), *(sites.name for sites in SITES)),
+    forms=(artefact.form("bfloat16"), RECURRENT, *(sites.name for sites in SITES)),
     variants=_variants,
 )

@@ -1,0 +1,239 @@
+"""Recurrent layers as OpenVINO's bfloat16 kernels compute them, step by step.
+
+Measured on OpenVINO 2026.4 with AMX, bit for bit: the sequence and the hidden state are rounded to
+bfloat16 in every step, bias, gates and cell state stay in float32, and GRU's reset hidden state is
+rounded before it is multiplied. Weights are converted by OpenVINO itself, which rounds to nearest
+only where the last bit that is kept is odd, and truncates where it is even.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from auditor import surgery
+from auditor.ports import Array
+from auditor.quantised import Editor, Layout
+
+# Scan, Squeeze and Cast with bfloat16 as they are written here.
+_OPSET = 13
+_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """A segment with its recurrent layers in bfloat16; None where it has none like these."""
+    if surgery.opset(model) < _OPSET:
+        return None
+    layout = Layout(model)
+    editor = Editor(model)
+    changed = False
+    for node in layout.nodes:
+        layer = _layer(layout, node) if node.op_type in _GATES else None
+        if layer is None:
+            editor.copy(node)
+        else:
+            layer.emit(editor)
+            changed = True
+    return editor.model if changed else None
+
+
+def _layer(layout: Layout, node: onnx.NodeProto) -> _Layer | None:
+    given = surgery.attributes(node)
+    names = [*node.input, *[""] * (8 - len(node.input))]
+    w, r = layout.constant(names[1]), layout.constant(names[2])
+    bias = layout.constant(names[3]) if names[3] else None
+    if w is None or r is None or (names[3] and bias is None) or given.get("layout", 0):
+        return None
+    if w.dtype != np.float32:
+        return None
+    explicit = node.op_type == "GRU" and not given.get("linear_before_reset", 0)
+    if explicit and (given.keys() & {"activations", "clip"}):
+        return None
+    if bias is None:
+        bias = np.zeros((len(w), 2 * w.shape[1]), np.float32)
+    return _Layer(node, given, names, w, r, bias, explicit)
+
+
+class _Layer:
+    """One recurrent layer."""
+
+    def __init__(
+        self,
+        node: onnx.NodeProto,
+        given: dict[str, Any],
+        names: Sequence[str],
+        w: Array,
+        r: Array,
+        bias: Array,
+        explicit: bool,
+    ) -> None:
+        self.node, self.given, self.names = node, given, names
+        self.w, self.r, self.bias = _converted(w), _converted(r), bias
+        self.explicit = explicit
+        self.states = 2 if node.op_type == "LSTM" else 1
+
+    def emit(self, editor: Editor) -> None:
+        """Add nodes that give the layer's outputs."""
+        x = _rounded(editor, self.names[0])
+        shape = editor.add("Shape", x)
+        steps, batch = (
+            editor.add("Gather", shape, editor.constant(i, np.int64), axis=0) for i in (0, 1)
+        )
+        zero, one = editor.constant(0, np.int64), editor.constant(1, np.int64)
+        times = editor.add("Range", zero, steps, one)
+        lengths = self.names[4] or editor.add("Expand", steps, self._vector(editor, batch))
+        lengths = editor.cast(lengths, TensorProto.INT64)
+        until = editor.add("Reshape", lengths, editor.constant([1, -1, 1], np.int64))
+        results = [
+            self._direction(editor, d, x, times, until, batch) for d in range(self.w.shape[0])
+        ]
+        axes = (1, *(0,) * self.states)
+        for output, parts, axis in zip(
+            self.node.output, zip(*results, strict=True), axes, strict=False
+        ):
+            if output:
+                editor.add("Concat", *parts, to=output, axis=axis)
+
+    def _vector(self, editor: Editor, number: str) -> str:
+        return editor.add("Reshape", number, editor.constant([1], np.int64))
+
+    def _direction(
+        self, editor: Editor, d: int, x: str, times: str, until: str, batch: str
+    ) -> list[str]:
+        """[steps, 1, batch, hidden], and the last states [1, batch, hidden]."""
+        hidden = self.r.shape[2]
+        states = []
+        for which in range(self.states):
+            name = self.names[5 + which]
+            if name:
+                index = editor.constant([d], np.int64)
+                value = editor.add("Gather", name, index, axis=0)
+                states.append(_rounded(editor, value) if which == 0 else value)
+                continue
+            one = editor.constant([1], np.int64)
+            width = editor.constant([hidden], np.int64)
+            shape = editor.add("Concat", one, self._vector(editor, batch), width, axis=0)
+            states.append(editor.add("ConstantOfShape", shape))
+        backwards = d == 1 or self.given.get("direction") == "reverse"
+        body = self._step(editor, d, until)
+        *last, every = editor.split(
+            "Scan",
+            *states,
+            x,
+            times,
+            outputs=self.states + 1,
+            body=body,
+            num_scan_inputs=2,
+            scan_input_directions=[int(backwards)] * 2,
+            scan_output_directions=[int(backwards)],
+        )
+        return [every, *last]
+
+    def _step(self, editor: Editor, d: int, until: str) -> onnx.GraphProto:
+        """One step: states and result from states, input and time."""
+        node = helper.make_node
+        nodes = [
+            node("Less", ["time", until], ["during"]),
+            node("Constant", [], ["zero"], value_float=0.0),
+        ]
+        if self.explicit:
+            nodes += self._gated(editor, d)
+        else:
+            nodes += self._plain(editor, d)
+        nodes += _narrowed("new", "h1")
+        held = [("h1", "h", "h2")] + ([("new_c", "c", "c2")] if self.states > 1 else [])
+        nodes += [node("Where", ["during", a, b], [to]) for a, b, to in held]
+        nodes.append(node("Where", ["during", "h1", "zero"], ["y"]))
+
+        def value(name: str, kind: int, dims: int) -> onnx.ValueInfoProto:
+            return helper.make_tensor_value_info(name, kind, [None] * dims)
+
+        inputs = [value(n, TensorProto.FLOAT, 3) for n in ("h", "c")[: self.states]]
+        inputs += [value("x", TensorProto.FLOAT, 2), value("time", TensorProto.INT64, 0)]
+        outputs = [value(n, TensorProto.FLOAT, 3) for n in ("h2", "c2")[: self.states]]
+        outputs.append(value("y", TensorProto.FLOAT, 3))
+        return surgery.enclosed(helper.make_graph(nodes, "step", inputs, outputs))
+
+    def _plain(self, editor: Editor, d: int) -> list[onnx.NodeProto]:
+        """The layer itself, over one step."""
+        kept = ("hidden_size", "clip", "input_forget", "linear_before_reset")
+        options = {k: v for k, v in self.given.items() if k in kept}
+        options.setdefault("hidden_size", self.r.shape[2])
+        for name in ("activations", "activation_alpha", "activation_beta"):
+            values = self.given.get(name, [])
+            if values:
+                size = len(values) // self.w.shape[0]
+                options[name] = values[d * size : (d + 1) * size]
+        weights = [editor.constant(a[d : d + 1]) for a in (self.w, self.r, self.bias)]
+        read = ["x1", *weights, "", "h"]
+        if self.states > 1:
+            read.append("c")
+            if self.names[7]:
+                index = editor.constant([d], np.int64)
+                read.append(editor.add("Gather", self.names[7], index, axis=0))
+        written = ["", "new", *(["new_c"] if self.states > 1 else [])]
+        return [
+            helper.make_node("Constant", [], ["first"], value_ints=[0]),
+            helper.make_node("Unsqueeze", ["x", "first"], ["x1"]),
+            helper.make_node(self.node.op_type, read, written, **options),
+        ]
+
+    def _gated(self, editor: Editor, d: int) -> list[onnx.NodeProto]:
+        """GRU whose reset gate is applied to the hidden state before that is multiplied."""
+        hidden = self.r.shape[2]
+        w, r = self.w[d].T, self.r[d].T
+        bias = self.bias[d, : 3 * hidden] + self.bias[d, 3 * hidden :]
+        both, last = slice(None, 2 * hidden), slice(2 * hidden, None)
+        node = helper.make_node
+        return [
+            node("MatMul", ["x", editor.constant(w)], ["wx"]),
+            node("Add", ["wx", editor.constant(bias)], ["biased"]),
+            node(
+                "Split",
+                ["biased", editor.constant([2 * hidden, hidden], np.int64)],
+                ["gates", "rest"],
+                axis=1,
+            ),
+            node("MatMul", ["h", editor.constant(r[:, both])], ["rh"]),
+            node("Add", ["gates", "rh"], ["sums"]),
+            node("Sigmoid", ["sums"], ["open"]),
+            node(
+                "Split",
+                ["open", editor.constant([hidden, hidden], np.int64)],
+                ["update", "reset"],
+                axis=2,
+            ),
+            node("Mul", ["reset", "h"], ["was"]),
+            *_narrowed("was", "was1"),
+            node("MatMul", ["was1", editor.constant(r[:, last])], ["rr"]),
+            node("Add", ["rest", "rr"], ["all"]),
+            node("Tanh", ["all"], ["next"]),
+            node("Mul", ["update", "h"], ["stays"]),
+            node("Constant", [], ["one"], value_float=1.0),
+            node("Sub", ["one", "update"], ["part"]),
+            node("Mul", ["part", "next"], ["comes"]),
+            node("Add", ["stays", "comes"], ["new"]),
+        ]
+
+
+def _narrowed(source: str, target: str) -> list[onnx.NodeProto]:
+    narrow = f"{target}/narrow"
+    return [
+        helper.make_node("Cast", [source], [narrow], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", [narrow], [target], to=TensorProto.FLOAT),
+    ]
+
+
+def _rounded(editor: Editor, name: str) -> str:
+    return editor.cast(editor.cast(name, TensorProto.BFLOAT16), TensorProto.FLOAT)
+
+
+def _converted(values: Array) -> Array:
+    """float32 values as OpenVINO's ov::bfloat16 takes them over."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    odd = (bits >> np.uint32(1)) & np.uint32(0x8000)  # half a unit, where the last bit kept is set
+    return np.asarray(((bits + odd) & np.uint32(0xFFFF0000)).view(np.float32))
