@@ -320,12 +320,16 @@ class Analysis:
                     self.skipped.append(Skipped(probe.tensor, f"cannot be cut at: {error.message}"))
 
     def _unconfirmed(self, captured: Arrays, base: Arrays) -> set[str]:
-        """Probes under a derived name whose values are neither the reference's nor a replay's."""
+        """Probes under a derived name whose values are neither the reference's nor a replay's.
+
+        A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose
+        past several operators, each of their results fits the other's and none fits its name.
+        """
         doubtful = set[str]()
         for cut in self.cuts:
             names = [n for n in cut.outputs if n in self.probes and self.probes[n].inferred]
             wrong = {n for n in names if _cosine(captured[n], base[n]) < CONFIRMED}
-            if wrong:
+            if wrong and doubtful.isdisjoint(cut.inputs):
                 try:
                     replayed = self.reference.replayer.run(cut, captured)
                     wrong = {n for n in wrong if _cosine(captured[n], replayed[n]) < CONFIRMED}

@@ -36,6 +36,10 @@ NAMED = 0.9
 # … and from this one where the shape differs: most of a tensor's own norm is explained by any
 # replay that is roughly right, a smooth image moved by a pixel for instance.
 NAMED_RESHAPED = 0.999
+# … and from a higher one where few elements differ: with tens of hypotheses on one number, one of
+# them is near it by chance. The share is such that random errors of n elements, Gaussian and of the
+# right size, would reach it with about this probability.
+CHANCE = 3e-4
 # … and only when it reproduces this fraction of the elements of integer and boolean outputs.
 EXACT = 0.9
 # From here on nothing is left to look for.
@@ -137,12 +141,15 @@ class _Bench:
     _weights: dict[str, float] = field(default_factory=dict)  # of one non-finite element
     _reshaped: set[str] = field(default_factory=set)
     _error: float = 0.0
+    _different: int = 0  # elements
 
     def __post_init__(self) -> None:
         for name, value in self.replayed.items():
             observed = self.observed[name]
             if observed.shape != value.shape:
                 self._reshaped.add(name)
+            else:
+                self._different += int(np.count_nonzero(observed != value))
             self._scales[name] = _scale(observed if name in self._reshaped else value)
             odd = (
                 np.count_nonzero(~(abs(observed) < _limit(observed)))
@@ -176,7 +183,9 @@ class _Bench:
     @property
     def named(self) -> float:
         """The share from which on a cause is named here."""
-        return NAMED_RESHAPED if self._reshaped else NAMED
+        if self._reshaped:
+            return NAMED_RESHAPED
+        return max(NAMED, 1 - math.pow(CHANCE, 2 / max(1, self._different)))
 
     def test(self, noise: str, variant: Variant) -> None:
         """Replay one variant, unless the engine refuses the model.

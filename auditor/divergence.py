@@ -147,9 +147,10 @@ def floor(
     """The introduced error below which nothing is blamed on this segment.
 
     The largest of what rounding can do there (replays with the inputs perturbed in their last
-    bit, and with every sum added up in reverse order), of what rounding to the model's own narrow
-    types does (unless that is far more than a few roundings: then it is worth a word), and, for a
-    program that does not repeat its own bits, how far two of its runs are apart.
+    bit, with every sum added up in reverse order, and with exponentials evaluated exactly), of what
+    rounding to the model's own narrow types does (unless that is far more than a few roundings:
+    then it is worth a word), and, for a program that does not repeat its own bits, how far two of
+    its runs are apart.
 
     Args:
         replayer: runs the reference's segments.
@@ -175,6 +176,9 @@ def floor(
     reorder = _movement(
         lambda: replayer.run_reordered(cut, local.inputs, local.replayed), local.replayed, scale
     )
+    exact = _movement(
+        lambda: replayer.run_exact(cut, local.inputs, local.replayed), local.replayed, scale
+    )
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
     model = replayer.model(cut, local.inputs)
     terms = longest_sum(model.graph.node, surgery.shapes(model))
@@ -183,7 +187,8 @@ def floor(
         half_unit = 2.0**-own.bits  # what one rounding does at most
         moved = _movement(lambda: _in_own_types(replayer, cut, local, own), local.replayed, scale)
         typed = max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
-    found = max(fp32_rounding.floor(jitter, reorder, terms, half=half), typed, 2 * repeat)
+    found = fp32_rounding.floor(jitter, reorder, terms, half=half, exact=exact)
+    found = max(found, typed, 2 * repeat)
     introduced = _distance(local.observed, local.replayed, scale)
     if found < introduced <= fp32_rounding.furthest(jitter, terms) and _quick(local, terms):
         in_order = _movement(

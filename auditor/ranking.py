@@ -22,6 +22,7 @@ from auditor.records import (
     Severity,
     Verdict,
     severity,
+    severity_of_output,
 )
 
 # What a person looks for first in a segment, and what last.
@@ -110,11 +111,11 @@ def verdict(
     """The verdict and the exit code: findings win over gaps.
 
     A backend's final divergence counts by the same scale as a finding, since many small errors
-    can add up to what none of them does alone.
+    can add up to what none of them does alone (``severity_of_output``).
     """
     limit = SEVERITIES.index(fail_on)
     worst = [f.severity for f in found]
-    worst += [severity(o.distance.relative_l2) for b in backends for o in b.outputs]
+    worst += [severity_of_output(b, o) for b in backends for o in b.outputs]
     worst += [
         severity(o.distance.relative_l2)
         for b in backends

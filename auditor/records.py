@@ -41,6 +41,18 @@ def severity(effect: float) -> Severity:
     return next((name for limit, name in _SEVERITY_FROM if effect >= limit), "info")
 
 
+def severity_of_output(backend: BackendReport, output: OutputDistance) -> Severity:
+    """How much a final output's divergence matters as a whole.
+
+    Nothing where it is no more than rounding can do in the output's own segment: what a sigmoid
+    makes of −14 has two digits in float32.
+    """
+    made_by = next((s for s in backend.segments if output.name in s.outputs), None)
+    if made_by is not None and made_by.accumulated <= made_by.floor:
+        return "info"
+    return severity(output.distance.relative_l2)
+
+
 # --- what is asked of a backend, and what it answers -------------------------------------
 
 

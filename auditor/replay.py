@@ -267,6 +267,15 @@ class Replayer:
 
         return self._run_changed(cut, values, replayed, reordered, OPSET, "reordered")
 
+    def run_exact(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
+        """Run one segment with exponentials and their like in double precision, if it has any.
+
+        The arguments and what it raises are those of ``run_reordered``.
+        """
+        from auditor.functions import OPSET, exact
+
+        return self._run_changed(cut, values, replayed, exact, OPSET, "evaluated exactly")
+
     def run_in_order(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
         """Run one segment with its products added up one after another, if it has any.
 

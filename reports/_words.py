@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from auditor.records import PIPELINE, SEVERITIES
-from auditor.records import severity as severity_of
+from auditor.records import PIPELINE, SEVERITIES, severity_of_output
 
 if TYPE_CHECKING:
     from auditor.records import (
@@ -139,19 +138,17 @@ def dims(shape: Iterable[int]) -> str:
 
 def headline(report: AuditReport) -> str:
     """The verdict's reason in one sentence."""
-    worst = max(
-        ((o.distance.relative_l2, b.id) for b in report.backends for o in b.outputs), default=None
-    )
-    if worst is None:
+    outputs = [(b, o) for b in report.backends for o in b.outputs]
+    if not outputs:
         return "no backend could be compared with the reference"
-    largest, who = worst
+    largest, who = max((o.distance.relative_l2, b.id) for b, o in outputs)
     if math.isinf(largest):
         said = f"an output of {who} cannot be compared with the reference's"
     elif largest == 0:
         said = "every backend's outputs equal the reference's"
     else:
         said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
-        level = severity_of(largest)
+        level = max((severity_of_output(b, o) for b, o in outputs), key=SEVERITIES.index)
         alone = not any(_reaches(f.severity, report) for f in report.findings)
         if report.judgement is None and alone and _reaches(level, report):
             said += f", {level} as a whole though no segment is"
@@ -204,7 +201,7 @@ def diverges(backend: BackendReport, output: OutputDistance, report: AuditReport
     if report.judgement is not None:
         broken = {(b.backend, b.output) for b in report.judgement.broken}
         return (backend.id, output.name) in broken
-    return _reaches(severity_of(output.distance.relative_l2), report)
+    return _reaches(severity_of_output(backend, output), report)
 
 
 def rules(backend: BackendReport, report: AuditReport) -> list[str]:

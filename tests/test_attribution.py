@@ -94,6 +94,20 @@ def test_what_the_engine_says_is_no_substitute_for_an_experiment(dense: Any) -> 
     assert found.noise == "precision.bf16" and found.explained > 0.999
 
 
+@pytest.mark.parametrize(("elements", "named"), [(1, False), (2, False), (64, True)])
+def test_few_elements_are_explained_by_chance(dense: Any, elements: int, named: bool) -> None:
+    """What reproduces 96 % of the error of 64 numbers is its cause; of one number, perhaps not."""
+    _, x, w = dense
+    of = segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w[:, :elements]})
+    exact = run(of.model, {"x": x[:1]})["y"]
+    rounded = r(r(x[:1]) @ r(w[:, :elements]))
+    found = explain(of, x[:1], {"y": exact + (rounded - exact) * np.float32(1.2)})
+    assert attribution.NAMED < found.hypotheses[0].explained < 0.99
+    assert (found.noise == "precision.bf16") is named
+    whole = explain(of, x[:1], {"y": rounded})  # and to the bit it is, of a single one too
+    assert whole.noise == "precision.bf16"
+
+
 def test_the_first_hypothesis_is_enough_where_it_is_right(dense: Any) -> None:
     of, x, w = dense
     says = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16"),)

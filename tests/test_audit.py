@@ -122,6 +122,56 @@ def test_a_clean_model_is_silent(run):
         assert {s.noise for s in backend.segments} == {"implementation.fp32_rounding"}
 
 
+def test_a_saturated_sigmoid_has_no_more_digits_than_it_has(run):
+    """Of −14 it is 8.3e-7, and each runtime's polynomial has another error there."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["logit"]),
+        helper.make_node("Sigmoid", ["logit"], ["y"]),
+    ]
+    weight = np.full((8, 1), -14 / 8, np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "saturated",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    data = {"x": np.linspace(0.9, 1.1, 8, dtype=np.float32)[None, None]}
+    report = run(model, "ort", "ov", "tvm", data=data, options=OV_F32)
+    assert max(o.distance.relative_l2 for b in report.backends for o in b.outputs) > 1e-3
+    assert report.findings == ()
+    assert (report.verdict, report.exit_code) == ("pass", 0)
+
+
+def test_a_transpose_that_the_optimiser_moved_past_others_is_no_fault(run):
+    """ONNX Runtime multiplies before it transposes, under names that the results no longer fit."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1, 3]),
+        helper.make_node("Mul", ["t", "k"], ["m"]),
+        helper.make_node("Mul", ["m", "m"], ["square"]),
+        helper.make_node("ReduceSum", ["square", "axes"], ["sum"], keepdims=0),
+        helper.make_node("Sqrt", ["sum"], ["root"]),
+        helper.make_node("Transpose", ["root"], ["y"], perm=[0, 2, 1]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "moved",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 6, 10, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 6, 10])],
+        [
+            numpy_helper.from_array(np.float32(0.3), "k"),
+            numpy_helper.from_array(np.array([3], np.int64), "axes"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=9)
+    report = run(model, "ort")
+    (backend,) = report.backends
+    assert "square" not in {p for s in backend.segments for p in s.outputs}
+    assert report.findings == ()
+    assert report.exit_code == 0
+
+
 @pytest.mark.parametrize("backend", ["ort", "ov", "tvm"])
 @pytest.mark.parametrize(
     ("weight", "change"),
