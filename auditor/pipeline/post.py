@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -448,10 +449,17 @@ def _anchors(post: Post, shape: tuple[int, ...]) -> Array:
     if not post.stride or len(shape) != 4:
         raise _misdescribed("deltas need anchors: name a file, or the stride and cell of a grid")
     height, width = shape[2:] if post.channels_first else shape[1:3]
+    return _grid(height, width, post.stride, post.cell - post.offset)
+
+
+@lru_cache(maxsize=4)
+def _grid(height: int, width: int, stride: int, extent: int) -> Array:
+    """Corners of the cells of a grid; read-only, since every photograph of this size shares it."""
     y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    start = np.stack([x, y], axis=-1).reshape(-1, 2) * post.stride
-    end = start + post.cell - post.offset
-    return np.concatenate([start, end], axis=1).astype(np.float32)
+    start = np.stack([x, y], axis=-1).reshape(-1, 2) * stride
+    found = np.concatenate([start, start + extent], axis=1).astype(np.float32)
+    found.flags.writeable = False
+    return found
 
 
 def _suppressed(corners: Array, best: Array, kind: Array, post: Post) -> Array:
@@ -473,6 +481,19 @@ def _suppressed(corners: Array, best: Array, kind: Array, post: Post) -> Array:
 
 def _by_operator(ends: Array, best: Array, iou: float) -> Array:
     """ONNX Runtime's NonMaxSuppression."""
+    feeds = {
+        "boxes": ends[None],
+        "scores": best[None, None],
+        "most": np.array([len(ends)]),
+        "iou": np.array([iou], np.float32),
+    }
+    left: Array = _operator().run(None, feeds)[0]
+    return left[:, 2]
+
+
+@cache
+def _operator() -> Any:
+    """The session of that operator: made once, since making one takes longer than running it."""
     import onnxruntime as ort
     from onnx import TensorProto, helper
 
@@ -487,12 +508,8 @@ def _by_operator(ends: Array, best: Array, iou: float) -> Array:
     ]
     graph = helper.make_graph([node], "nms", inputs, [value("left", TensorProto.INT64, [None, 3])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {
-        "boxes": ends[None],
-        "scores": best[None, None],
-        "most": np.array([len(ends)]),
-        "iou": np.array([iou], np.float32),
-    }
-    left: Array = session.run(None, feeds)[0]
-    return left[:, 2]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class Placement:
 class Preparation:
     """One photograph under several pipelines; what two in a row have in common is done once.
 
+    So is what the first one's decoder and another make alike: most decoders of today do.
     Memory: the photograph's bytes and at most two images of each stage.
     """
 
@@ -42,24 +44,44 @@ class Preparation:
         """``data`` are the bytes of the file."""
         self._data = data
         self._decoded: dict[Decode, Array] = {}
+        self._like: dict[Decode, Decode] = {}  # by decoder, one that gives the same pixels
         self._coloured: dict[tuple[Decode, Colour | None], Array] = {}
+        self._framed: dict[Pipeline, Array] = {}
         self._sizes: dict[Decode, Size] = {}
 
     def pixels(self, pipeline: Pipeline) -> Array:
-        """What enters normalisation: uint8, height x width x RGB.
+        """What enters normalisation: uint8, height x width x RGB; not to be written to.
 
         Raises:
             PhotoError: the decoder refuses the photograph, or it is too small.
         """
-        key = (pipeline.decode, pipeline.colour)
-        if (image := self._coloured.get(key)) is None:
-            if (image := self._decoded.get(pipeline.decode)) is None:
-                image = decoded(self._data, pipeline.decode)
-                _keep(self._decoded, pipeline.decode, image)
-                self._sizes[pipeline.decode] = image.shape[0], image.shape[1]
-            image = coloured(image, pipeline.colour)
-            _keep(self._coloured, key, image)
-        return framed(image, pipeline)
+        decode = self._like.get(pipeline.decode) or self._decode(pipeline.decode)
+        same = replace(pipeline, decode=decode)
+        if (framing := self._framed.get(same)) is None:
+            framing = framed(self._image(decode, pipeline.colour), pipeline)
+            _keep(self._framed, same, framing)
+        return framing
+
+    def _decode(self, decode: Decode) -> Decode:
+        """Decode, and say which decoder gave these pixels first."""
+        image = decoded(self._data, decode)
+        self._sizes[decode] = image.shape[0], image.shape[1]
+        first = next(iter(self._decoded), decode)
+        if first != decode and np.array_equal(image, self._decoded[first]):
+            self._like[decode] = first
+            return first
+        self._like[decode] = decode
+        _keep(self._decoded, decode, image)
+        return decode
+
+    def _image(self, decode: Decode, colour: Colour | None) -> Array:
+        """The decoded photograph after its colour conversion."""
+        if (image := self._coloured.get((decode, colour))) is None:
+            if decode not in self._decoded:
+                _keep(self._decoded, decode, decoded(self._data, decode))
+            image = coloured(self._decoded[decode], colour)
+            _keep(self._coloured, (decode, colour), image)
+        return image
 
     def tensor(self, pipeline: Pipeline) -> Array:
         """The network's input, its first axis of length 1; raises as ``pixels`` does."""
@@ -215,13 +237,25 @@ def normalised(image: Array, pipeline: Pipeline) -> Array:
     """The tensor: channels ordered, (x · scale − mean) / std in float32, laid out and typed."""
     if pipeline.channels == "bgr":
         image = image[..., ::-1]
-    if pipeline.dtype != "uint8":
-        mean, std = (np.array(v, np.float32) for v in (pipeline.mean, pipeline.std))
-        image = (image * np.float32(pipeline.scale) - mean) / std
-        image = image.astype(pipeline.dtype, copy=False)
     if pipeline.layout == "nchw":
         image = image.transpose(2, 0, 1)
-    return np.ascontiguousarray(image)[None]
+    if pipeline.dtype == "uint8":
+        return np.ascontiguousarray(image)[None]
+    levels = _levels(pipeline.scale, pipeline.mean, pipeline.std, pipeline.dtype)
+    tensor = np.empty((1, *image.shape), levels.dtype)
+    for channel in range(3):  # looked up: there are only 256 values
+        where = (0, channel) if pipeline.layout == "nchw" else (0, ..., channel)
+        tensor[where] = levels[channel].take(image[where[1:]])
+    return tensor
+
+
+@lru_cache(maxsize=16)
+def _levels(scale: float, mean: tuple[float, ...], std: tuple[float, ...], dtype: str) -> Array:
+    """What normalisation makes of each pixel level: [3, 256]."""
+    pixels = np.arange(256, dtype=np.uint8)[:, None]
+    over, under = (np.array(v, np.float32) for v in (mean, std))
+    made: Array = ((pixels * np.float32(scale) - over) / under).astype(dtype).T
+    return np.ascontiguousarray(np.broadcast_to(made, (3, 256)))
 
 
 def _keep(images: dict, key: object, image: Array) -> None:  # type: ignore[type-arg]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds
 _KEPT = 32 << 20  # bytes of outputs of one photograph
+_INPUTS = 8  # of one photograph
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,7 @@ class Sweep:
         known = self._checkpoint.known(name, stamp)
         if all(trial.name in known for trial in trials) or isinstance(known.get(BASE), str):
             return index, None, known
-        preparation = Preparation(data)
+        inputs = _Inputs(Preparation(data))
         cells: Cells = {}
         made = _Made()
         judged: dict[object, Measured] = {}
@@ -276,14 +277,14 @@ class Sweep:
                 cells[trial.name] = known[trial.name]
                 continue
             try:
-                pixels = preparation.pixels(trial.pipeline)
-                place = preparation.place(trial.pipeline)
-                key = _key(trial, pixels)
+                fed = inputs.get(trial.pipeline)
+                place = fed.place
+                key = trial.forms, fed.key
                 whole = key, trial.post, place
                 if whole in judged:
                     cells[trial.name] = judged[whole]
                     continue
-                values = self._outputs(key, pixels, trial, made)
+                values = self._outputs(key, fed, trial, made)
                 if trial.post is not None:
                     values = result(values, trial.post, place)
                     if trial.post.kind == "mask" and trial.post.resize != "none":
@@ -300,11 +301,11 @@ class Sweep:
                 break
         return index, stamp, cells
 
-    def _outputs(self, key: object, pixels: Array, trial: Trial, made: _Made) -> Arrays:
+    def _outputs(self, key: object, fed: _Input, trial: Trial, made: _Made) -> Arrays:
         """What the network gives, run once for each input with the same bits."""
         if (known := made.get(key)) is not None:
             return known
-        tensor = normalised(pixels, trial.pipeline)
+        tensor = fed.tensor(trial.pipeline)
         begun = time.perf_counter()
         values = self._networks.run(trial.forms, tensor)
         with self._lock:
@@ -353,6 +354,49 @@ class Sweep:
         return (read.changed or 0) / read.items if read.items else 0.0
 
 
+class _Input:
+    """What one pipeline makes of one photograph.
+
+    Attributes:
+        key: equal where every bit of two tensors is.
+        place: where in the photograph it is.
+    """
+
+    def __init__(self, pixels: Array, place: Placement, pipeline: Pipeline) -> None:
+        p = pipeline
+        line = p.channels, p.scale, p.mean, p.std, p.layout, p.dtype
+        digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
+        self.key: object = (line, pixels.shape, digest)
+        self.place = place
+        self._pixels = pixels
+        self._tensor: Array | None = None
+
+    def tensor(self, pipeline: Pipeline) -> Array:
+        """The tensor; made when it is first asked for."""
+        if self._tensor is None:
+            self._tensor = normalised(self._pixels, pipeline)
+        return self._tensor
+
+
+class _Inputs:
+    """Inputs of one photograph, the first and the latest of them: many trials share one."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        self._preparation = preparation
+        self._kept: dict[Pipeline, _Input] = {}
+
+    def get(self, pipeline: Pipeline) -> _Input:
+        """Raises as ``Preparation.pixels`` does."""
+        if (known := self._kept.get(pipeline)) is not None:
+            return known
+        pixels = self._preparation.pixels(pipeline)
+        made = _Input(pixels, self._preparation.place(pipeline), pipeline)
+        if len(self._kept) >= _INPUTS:
+            del self._kept[list(self._kept)[1]]  # the first is the training pipeline's
+        self._kept[pipeline] = made
+        return made
+
+
 class _Made:
     """Outputs of one photograph, the first and the latest of them: dense ones are large."""
 
@@ -373,14 +417,6 @@ class _Made:
 
 def _size(values: Arrays) -> int:
     return sum(value.nbytes for value in values.values())
-
-
-def _key(trial: Trial, pixels: Array) -> object:
-    """Equal where the network computes the same: its forms, and every bit of its input."""
-    p = trial.pipeline
-    line = p.channels, p.scale, p.mean, p.std, p.layout, p.dtype
-    digest = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).digest()
-    return trial.forms, line, pixels.shape, digest
 
 
 def _overlap(value: Array, expected: Array) -> float:
