@@ -1,4 +1,4 @@
-"""The table of ``audit sysnoise`` as pictures: effects, accumulation, and changes of pixels.
+"""The table of ``audit sysnoise`` as pictures: effects, accumulation, resizers, changed pixels.
 
 The only user of matplotlib. Names come from pipelines and photographs: they are made visible, and
 ``$``, which matplotlib reads as mathematics, is escaped.
@@ -7,7 +7,7 @@ The only user of matplotlib. Names come from pipelines and photographs: they are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ def draw(
     made = [_effects(report, folder / "effects.svg")]
     if report.accumulation:
         made.append(_accumulation(report, folder / "accumulation.svg"))
+    if (matrix := between(report)) is not None:
+        made.append(_matrix(report, *matrix, folder / "resize.svg"))
     if len(pixels) > 1:
         made.append(_pixels(pixels, folder / "pixels.png"))
     return tuple(made)
@@ -51,15 +53,17 @@ def draw(
 def _measure(report: SysnoiseReport) -> str:
     if report.accuracy is not None:
         return f"drop of {report.metric}, points"
-    if report.kind == "none":
-        return "relative L2"
+    return "relative L2" if report.kind == "none" else _flips(report.kind)
+
+
+def _flips(kind: str) -> str:
     return {
         "scores": "top-1 flips, %",
         "boxes": "boxes lost, %",
         "mask": "1 - IoU of the mask, %",
         "embedding": "1 - cosine, %",
         "text": "texts that differ, %",
-    }[report.kind]
+    }[kind]
 
 
 def _value(effect: SysnoiseEffect, report: SysnoiseReport) -> tuple[float, float, float]:
@@ -120,6 +124,67 @@ def _accumulation(report: SysnoiseReport, path: Path) -> Path:
     axes.set_ylim(bottom=min(0.0, *(value - below for value, below, _ in found)))
     axes.set_title("added one at a time, each with its worst option")
     axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def between(report: SysnoiseReport) -> tuple[list[str], NDArray[Any]] | None:
+    """How often the answers after one resizer differ from those after another, in per cent.
+
+    Returns:
+        The resizers, the training pipeline's first, and the matrix ``[trained on, deployed]``;
+        None where there is no other, or no answer to compare. Left out are those that
+        could not process every photograph.
+    """
+    import numpy as np
+
+    found = next((t for t in report.types if t.id == "preprocessing.resize"), None)
+    if found is None or report.kind not in ("scores", "text"):
+        return None
+    names = sorted(o.name for o in found.options if o.photos == report.photos)
+    answers: dict[str, dict[str, int | str]] = {name: {} for name in names}
+    for flip in report.flips:
+        name = flip.option.removeprefix(f"{found.id}: ")
+        if name != flip.option and name in answers:
+            answers[name][flip.photo] = flip.after
+    for option in found.options:  # where a photograph has many answers, flips do not tell them
+        told = option.effect.changed
+        if option.name in answers and (
+            told is None or round(told.value * report.photos) != len(answers[option.name])
+        ):
+            return None
+    every = [{}, *answers.values()]  # of the training pipeline nothing flips
+
+    def differ(a: dict[str, int | str], b: dict[str, int | str]) -> int:
+        return sum(a.get(photo) != b.get(photo) for photo in a.keys() | b.keys())
+
+    counts = np.array([[differ(a, b) for b in every] for a in every])
+    return ["training", *names], 100 * counts / report.photos
+
+
+def _matrix(report: SysnoiseReport, names: Sequence[str], rates: NDArray[Any], path: Path) -> Path:
+    """Each resizer against each other (paper, Table 7, of one network)."""
+    from matplotlib import pyplot
+
+    side = 0.42 * len(names) + 2.6
+    figure, axes = pyplot.subplots(figsize=(side + 1, side), layout="constrained")
+    shown = axes.imshow(rates, cmap="Blues", vmin=0)
+    labels = [_plain(name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=90)
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_xlabel("resized by")
+    axes.set_ylabel("instead of")
+    dark = rates.max() / 2
+    for row, values in enumerate(rates):
+        for column, value in enumerate(values):
+            if row != column:
+                colour = "white" if value > dark else "#222222"
+                axes.text(
+                    column, row, f"{value:.1f}", ha="center", va="center", size=6, color=colour
+                )
+    figure.colorbar(shown, ax=axes, shrink=0.7, label=_flips(report.kind))
+    axes.set_title(f"one resizer instead of another, {report.photos} photographs")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path

@@ -75,7 +75,8 @@ def _sysnoise(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Write pictures into DIR: effects.svg, accumulation.svg and pixels.png.",
+            help="Write pictures into DIR: effects.svg, accumulation.svg, resize.svg and "
+            "pixels.png.",
         ),
     ] = None,
 ) -> int:

@@ -350,8 +350,9 @@ def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -
         list(map(str, line)), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert {f.name for f in folder.iterdir()} == {"effects.svg", "accumulation.svg", "pixels.png"}
-    for name in ("effects.svg", "accumulation.svg"):
+    drawn_by_lines = {"effects.svg", "accumulation.svg", "resize.svg"}
+    assert {f.name for f in folder.iterdir()} == {*drawn_by_lines, "pixels.png"}
+    for name in drawn_by_lines:
         assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
     with Image.open(folder / "pixels.png") as drawn:
         assert np.asarray(drawn.convert("RGB")).std() > 10
@@ -365,6 +366,31 @@ def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -
     assert taken.read_text() == "mine"
 
 
+def test_resizers_are_held_against_each_other(network: Path, photos: Path, pipeline: Path) -> None:
+    found = _plots.between(run(network, photos, pipeline))
+    assert found is not None
+    names, rates = found
+    assert names[0] == "training" and np.array_equal(rates, rates.T) and not np.diag(rates).any()
+    by_hand = {
+        "training": answers(network, photos, pillow)[0],
+        "opencv nearest": answers(
+            network,
+            photos,
+            lambda i, s: cv2.resize(np.asarray(i), s, interpolation=cv2.INTER_NEAREST),
+        )[0],
+        "pillow lanczos": answers(
+            network, photos, lambda i, s: i.resize(s, Image.Resampling.LANCZOS)
+        )[0],
+    }
+    told = 0.0
+    for a, mine in by_hand.items():
+        for b, theirs in by_hand.items():
+            rate = rates[names.index(a), names.index(b)]
+            assert rate == pytest.approx(100 * np.mean(mine != theirs))
+            told += rate
+    assert told > 0  # or this test would compare zeros
+
+
 def test_pictures_of_hostile_names_and_nothing_to_add(
     network: Path, photos: Path, pipeline: Path, tmp_path: Path
 ) -> None:
@@ -374,5 +400,5 @@ def test_pictures_of_hostile_names_and_nothing_to_add(
     bare = replace(report, types=kinds, accumulation=(), model=f"/x/{evil}.onnx")
     image = np.zeros((8, 8, 3), np.uint8)
     made = _plots.draw(bare, {evil: image, f"{evil} 2": image + 3}, tmp_path)
-    assert [p.name for p in made] == ["effects.svg", "pixels.png"]
+    assert [p.name for p in made] == ["effects.svg", "resize.svg", "pixels.png"]
     ElementTree.parse(made[0])
