@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from auditor import algebra, surgery
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records import Kernel
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
@@ -54,6 +56,7 @@ _AXES_OPSET = 18
 OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 # Kernel types that stand for tensors rather than work.
+_LARGEST = 65504.0  # of float16
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 
 
@@ -103,6 +106,8 @@ class Sites:
         distributed: constant factors of sums with a constant are multiplied in, by kernels of
             their own (``algebra.distributed``).
         steps: a layer normalisation is three kernels: mean, difference, and division.
+        saturates: constants beyond the format's largest value become that value, as converters
+            store them, and not infinite.
     """
 
     name: str
@@ -118,6 +123,7 @@ class Sites:
     scales: Literal["operand", "product", "keys"] = "operand"
     distributed: bool = False
     steps: bool = False
+    saturates: bool = False
 
 
 _FLOAT32 = Format("float32", frozenset(), TensorProto.FLOAT, 6, 24)
@@ -225,6 +231,11 @@ class _Layout:
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
         self.reports = any(k.precision for k in self.kernels)
         self.reduced = any(k.precision in _NARROW for k in self.kernels)
+
+    @cached_property
+    def values(self) -> dict[str, Array]:
+        """The constants with few values."""
+        return surgery.constants(self.model)
 
     def groups(self, scope: Scope) -> list[_Group]:
         """The group of every node, by node index."""
@@ -352,7 +363,9 @@ class _Surgery:
             return name
         operands, _ = _CONTRACTIONS.get(node.op_type, ((), -1))
         if name in self.constants:
-            return self._round(name) if self._rounds_constant(node, position, name, group) else name
+            if not self._rounds_constant(node, position, name, group):
+                return name
+            return self._round(self._saturated(name) if self.sites.saturates else name)
         if self._inside(name, group):
             rounds = self.sites.inputs and (position in operands or self._normalized(name, group))
             name = self.raw.get(name, name)
@@ -805,6 +818,13 @@ class _Surgery:
             self.nodes.extend(self._rounding(name, target))
             self.exact.add(target)
         return self.rounded[name]
+
+    def _saturated(self, name: str) -> str:
+        """A constant within what float16 holds."""
+        if (value := self.at.values.get(name)) is None or not np.any(np.abs(value) > _LARGEST):
+            return name
+        least, most = self._scalar(-_LARGEST), self._scalar(_LARGEST)
+        return self._new("Max", self._new("Min", name, most), least)
 
     def _rounding(self, source: str, target: str) -> list[onnx.NodeProto]:
         if self.casts:

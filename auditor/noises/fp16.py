@@ -52,6 +52,14 @@ SITES = (
     ),
     Sites("every constant in fp16", "operator", weights=True, bias="all", constants=True),
     Sites(
+        "every constant in fp16, at most 65504",
+        "operator",
+        weights=True,
+        bias="all",
+        constants=True,
+        saturates=True,
+    ),
+    Sites(
         "inputs, weights, bias and outputs in fp16, FP32 in between",
         "segment",
         inputs=True,

@@ -55,6 +55,23 @@ def test_model_saved_with_half_precision_constants(
     assert found.explained > 0.9999
 
 
+def test_converters_store_what_is_too_large_as_the_largest(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    variance = np.array([3.0, 2e5, 9.8e7], np.float32)
+    ones = {n: np.full(3, v, np.float32) for n, v in (("s", 1), ("b", 0.5), ("m", 0.25))}
+    node = helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"])
+    segment = make_segment([node], {**ones, "v": variance}, ["x"], ["y"])
+    x = generator.standard_normal((1, 3, 5, 5)).astype(np.float32) * 1e4
+    stored = np.minimum(variance, np.float32(65504)).astype(np.float16).astype(np.float32)
+    y = (x - 0.25) / np.sqrt(stored + np.float32(1e-5))[None, :, None, None] + 0.5
+    found = explain(segment, {"x": x}, {"y": y})
+    assert (found.noise, found.variant) == (ID, "every constant in fp16, at most 65504")
+    assert found.explained > 0.9999
+    without = {h.variant: h.explained for h in found.hypotheses if h.noise == ID}
+    assert "every constant in fp16" not in without or without["every constant in fp16"] < 0.9
+
+
 def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
     x = np.linspace(-300, 300, 601, dtype=np.float32)[None]
     segment = make_segment([helper.make_node("Mul", ["x", "x"], ["y"])], {}, ["x"], ["y"])
