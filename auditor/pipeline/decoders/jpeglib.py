@@ -35,6 +35,7 @@ class JpegLib:
     def decode(self, data: bytes, variant: str) -> Array:
         """Pixels as stored."""
         import jpeglib
+        from PIL import Image
 
         # Its C code reads on after an error: what is no whole JPEG never reaches it.
         if not (data.startswith(b"\xff\xd8") and b"\xff\xd9" in data[-4096:]):
@@ -43,6 +44,9 @@ class JpegLib:
             file.write(data)
             file.flush()
             try:
+                with Image.open(file.name) as header:
+                    if header.mode == "CMYK":  # it would tell standard error, and no more
+                        raise ValueError("it does not turn CMYK into RGB")
                 with jpeglib.version(variant):
                     read = jpeglib.read_spatial(file.name, jpeglib.JCS_RGB)
                     image = np.asarray(read.spatial)
