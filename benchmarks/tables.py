@@ -89,13 +89,13 @@ SUBJECTS = {
         "seg",
         sets.scenes,
         0.032,
-        "What FP16 does here is one constant: the variances of `p2o.BatchNormalization.1` (the first "
-        "of the head) are 1.0e7 to 9.8e7, and float16 ends at 65504. Kept as IEEE has it they are "
-        "infinite (as PyTorch's `half()` makes them), the layer puts out its bias, and nothing is "
-        "left of the mask; at most 65504, as converters store them, the layer is up to 39 times too "
-        "loud. Checked on four pictures with tools that share no code with the simulation: 1 − IoU is "
-        "65.8, 86.5, 83.8 and 69.4 % of the model that ONNX Runtime's own float16 converter makes, "
-        "65.9, 86.5, 83.8 and 69.4 % on OpenVINO with its f16 hint, and 65.8, 86.5, 83.8 and 69.4 % "
+        "What FP16 does here is one constant: the variances of `p2o.BatchNormalization.1` are "
+        "1.0e7 to 9.8e7, and float16 ends at 65504. As IEEE has it they become infinite (as by "
+        "PyTorch's `half()`), the layer puts out its bias, and nothing is left of the mask; at "
+        "most 65504, as converters store them, the layer is up to 39 times too loud. Checked on "
+        "four pictures with tools that share no code with the simulation: 1 − IoU is 65.8, "
+        "86.5, 83.8 and 69.4 % of the model that ONNX Runtime's float16 converter makes, 65.9, "
+        "86.5, 83.8 and 69.4 % on OpenVINO with its f16 hint, and 65.8, 86.5, 83.8 and 69.4 % "
         "in the form *at most 65504*. Forms that leave this constant alone lose 0.1 %.",
     ),
     "ppocr_rec": Subject("Text: PP-OCRv4 recognition", "ppocr-rec", "ocr", sets.lines, 0.1),
