@@ -55,8 +55,9 @@ _AXES_OPSET = 18
 # Unsqueeze takes its axes as an input from here on.
 OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
-# Kernel types that stand for tensors rather than work.
 _LARGEST = 65504.0  # of float16
+_OPSET_OF_LIMITS = 8  # from which Min and Max broadcast
+# Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 
 
@@ -821,7 +822,10 @@ class _Surgery:
 
     def _saturated(self, name: str) -> str:
         """A constant within what float16 holds."""
-        if (value := self.at.values.get(name)) is None or not np.any(np.abs(value) > _LARGEST):
+        value = self.at.values.get(name)
+        if value is None or not np.any(np.abs(value) > _LARGEST):
+            return name
+        if surgery.opset(self.at.model) < _OPSET_OF_LIMITS:
             return name
         least, most = self._scalar(-_LARGEST), self._scalar(_LARGEST)
         return self._new("Max", self._new("Min", name, most), least)
