@@ -87,7 +87,7 @@ def made(folder: Path, make: Callable[[Path, int], Path | None], count: int) -> 
     """The folder filled by ``make`` with so many pictures, unless it is already; its labels."""
     note = folder.with_name(f"{folder.name}.json")
     if note.is_file() and (known := json.loads(note.read_text()))["count"] == count:
-        return Path(known["labels"]) if known["labels"] else None
+        return folder.with_name(Path(known["labels"]).name) if known["labels"] else None
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
