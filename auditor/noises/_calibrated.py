@@ -47,6 +47,8 @@ _CLIPPED = 0.05
 _WORTH, _ENOUGH = 0.2, 0.99
 # An operand is sought with that many channels of the product.
 _CHANNELS = 32
+# Squares of numbers up to here are finite.
+_HUGE = 1e15
 # Positions are exact in float32 up to here.
 _COUNTED = 2**24
 
@@ -413,7 +415,9 @@ def _equations(
     """What the backend's outputs say of one product."""
     node = model.graph.node[index]
     x, z = values[node.input[0]], values[node.output[0]]
-    if z.dtype != np.float32 or z.size > _COUNTED:
+    if z.dtype != np.float32 or x.dtype != np.float32 or z.size > _COUNTED:
+        return None
+    if not (np.abs(x).max(initial=0) < _HUGE and np.abs(z).max(initial=0) < _HUGE):
         return None
     known = _before(model, index, values, observed)
     if known is None:
@@ -528,6 +532,8 @@ def _before(
                 steep = np.abs(slope) > 0.02 * np.abs(slope).max(initial=0)
                 smooth = steep & (np.abs(slope - other) <= 0.1 * np.abs(slope))
                 now = np.where(smooth, now + (wanted - here) / slope, now).astype(np.float32)
+            # Where the curve goes both ways, only one of its branches is sure to be the right one.
+            smooth &= (slope > 0) == ((slope > 0).sum() >= (slope < 0).sum())
             missed = np.abs(behind(now) - wanted)
             off = np.abs(wanted - behind(plain))
     except Exception:  # what ORT refuses says nothing; its errors share no base
