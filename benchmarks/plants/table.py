@@ -41,13 +41,16 @@ def render(results: Sequence[Result], command: str) -> str:
         "",
         _machine(),
         "",
+        f"Seeds: {', '.join(str(s) for s in sorted({r.seed for r in results}))}.",
+        "",
         "The changed model is what the backend compiles, the original is the reference. *Located*: "
         "the top-ranked finding holds the changed node (of two faults: the first two findings hold "
         "both). *Right*: it also names a cause that is true, or none for a defect that is no known "
         "noise. A rewrite that changes nothing must give no finding at all.",
         "",
         "`bf16` builds round the operands of every product to bfloat16 and carry the fault on top; "
-        "there the findings that the build has without the fault do not count.",
+        "there the findings that the build has without the fault do not count. `native-bf16` is "
+        "OpenVINO's own bfloat16, where nearly every segment has such a finding.",
         "",
         "## Summary",
         "",
