@@ -139,6 +139,7 @@ class Analysis:
         self._rename = rename
         self._kinds = kinds or {}
         self._compiled = compiled or {}
+        self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
         self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
@@ -152,9 +153,16 @@ class Analysis:
         """By segment id, the mean relative L2 that its error alone causes in the outputs."""
         return {id: running.mean for id, running in self._effects.items()}
 
-    def hold(self, compiled: Mapping[str, CompiledConstant]) -> None:
-        """Say which constants the engine's own file has otherwise; before the first sample."""
-        self._compiled = compiled
+    def hold(
+        self, compiled: Mapping[str, CompiledConstant], grids: Mapping[str, Array] | None = None
+    ) -> None:
+        """Say what the engine's own file has otherwise; before the first sample.
+
+        Args:
+            compiled: constants.
+            grids: of a model quantised for the build, what activations are rounded to.
+        """
+        self._compiled, self._grids = compiled, grids or {}
 
     def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the module has otherwise; before the first sample."""
@@ -460,15 +468,32 @@ class Analysis:
             self.kernels(cut),
             self._compiled,
             self._trained,
+            self._grids,
         )
         part, failures = self.causes.look(cut.id, segment, local, index, thorough=thorough)
         for failure in failures:
             self._gap("explain", failure)
-        if self._compiled:
+        if self._grids:
+            self.constants[cut.id] = self._quantised(segment, local)
+        elif self._compiled:
             self.constants[cut.id] = self._changed_constants(segment, local)
         if self._trained:
             self.constants[cut.id] = artefact.sentences_of_trained(segment)
         return part
+
+    def _quantised(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
+        """How much of a segment's error its weights explain, and how much its activations."""
+        threads = self.reference.replayer.threads
+        said = []
+        for what, changed in artefact.quantised(segment).items():
+            explained = attribution.measured(
+                changed, local.inputs, local.observed, local.replayed, threads=threads
+            )
+            if explained is not None:
+                said.append(f"{what} {explained:.4f}")
+        if not said:
+            return ()
+        return ("of the error, replaying what the quantiser chose explains: " + ", ".join(said),)
 
     def _changed_constants(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """Which of a segment's constants the compiled file changed, and what that alone explains.

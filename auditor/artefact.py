@@ -127,10 +127,85 @@ def held_by(model: onnx.ModelProto) -> set[str]:
 
 def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
     """The segment with those constants of the compiled file that are the model's own, stored so."""
+    if segment.grids and storage == "8 bits":
+        for what, model in quantised(segment).items():
+            yield Variant(f"{what}, as the quantiser chose", model)
+        return
     values = {n: c.values for n, c in segment.compiled.items() if c.storage == storage}
-    model = replaced(segment.model, values)
-    if model is not None:
-        yield Variant(form(storage), model)
+    changed = replaced(segment.model, values)
+    if changed is not None:
+        yield Variant(form(storage), changed)
+
+
+def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
+    """A segment with what a quantiser chose: its weights, its activations, and both.
+
+    Activations are rounded where nodes read them; with results, also those that leave it.
+    """
+    weights = replaced(segment.model, {n: c.values for n, c in segment.compiled.items()})
+    found = {}
+    for what, base in (("weights", weights), ("activations", segment.model), ("both", weights)):
+        if what == "weights" and base is not None:
+            found[what] = base
+        elif what != "weights" and base is not None:
+            made, results = (_on_their_grids(base, segment.grids, results=r) for r in (False, True))
+            if made is not None:
+                found[what] = made
+            if results is not None and results != made:
+                found[f"{what}, with results"] = results
+    return found
+
+
+def _on_their_grids(
+    model: onnx.ModelProto, grids: Mapping[str, Array], *, results: bool
+) -> onnx.ModelProto | None:
+    """A copy whose tensors are rounded to their grids; None where none has one."""
+    made = surgery.copied(model)
+    graph = made.graph
+    finals = {o.name for o in graph.output}
+    inputs = [i.name for i in graph.input]
+    read = {n for node in graph.node for n in node.input}
+    nodes = list(graph.node)
+    del graph.node[:]
+    renamed: dict[str, str] = {}
+
+    def rounded(name: str, source: str, to: str) -> None:
+        low, high, levels = grids[name]
+        step = np.maximum((high - low) / (levels - 1), np.finfo(np.float32).tiny)
+        constants = {"low": np.rint(low / step), "high": np.rint(high / step), "step": step}
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value, np.float32), f"{to}/{key}")
+            for key, value in constants.items()
+        )
+        steps = (
+            ("Div", (source, f"{to}/step"), f"{to}/steps"),
+            ("Round", (f"{to}/steps",), f"{to}/whole"),
+            ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
+            ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
+            ("Mul", (f"{to}/within", f"{to}/step"), to),
+        )
+        graph.node.extend(helper.make_node(kind, list(given), [out]) for kind, given, out in steps)
+
+    def inner(name: str) -> None:
+        renamed[name] = f"{name}/rounded"
+        rounded(name, name, renamed[name])
+
+    for name in inputs:
+        if name in grids and name in read:
+            inner(name)
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        graph.node.append(node)
+        for i, name in enumerate(node.output):
+            if name not in grids:
+                continue
+            if name in finals and results:
+                graph.node[-1].output[i] = f"{name}/plain"
+                rounded(name, f"{name}/plain", name)
+            elif name in read:
+                inner(name)
+    return made if len(graph.node) > len(nodes) else None
 
 
 def form(storage: Storage) -> str:

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from auditor.trace import SampleTrace, Tracer
 
 
+# The engine option that quantises after training, on the backends that have it.
+_QUANTIZE = "quantize"
+
+
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
     """A backend as named in ``--backends``: ``ov`` or ``ov:GPU``."""
@@ -70,6 +74,8 @@ class AuditOptions:
         output_kinds: as what outputs are read, by name; assumed for the others.
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
+        calibration: what backends with the option ``quantize`` are calibrated on; the audit's own
+            inputs when not given.
         artifacts: by a backend's label, the engine's own file that it audits.
         source: what the model was exported from, for the backends that run that;
         custom_ops: libraries of operators for ONNX Runtime, which is also the reference.
@@ -100,6 +106,7 @@ class AuditOptions:
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
     confirm: bool = True
+    calibration: Path | None = None
     artifacts: dict[str, Path] = field(default_factory=dict)
     source: str | None = None
     trust_source: bool = False
@@ -188,13 +195,17 @@ def _run(
     for tracer in tracers:
         tracer.sha256 = compiled.info.sha256
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
+    calibration = _calibration(model, options, stimulus, samples, scratch)
     held: dict[str, Arrays] = {}
     jobs = {
         tracer.id: pool.submit(
             _begin,
             tracer,
             start,
-            request_for(spec, options, compiled, samples.feeds(0), tracer.worker.workdir),
+            replace(
+                request_for(spec, options, compiled, samples.feeds(0), tracer.worker.workdir),
+                calibration=calibration if _quantises(spec, options) else None,
+            ),
             samples,
             held,
         )
@@ -208,6 +219,7 @@ def _run(
     _check_outputs(options.output_kinds, reference.graph.outputs)
     sources: tuple[Source, ...] = (*tracers, *recordings)
     training = {spec.label for spec in options.backends if _trains(spec)}
+    quantised = {spec.label for spec in options.backends if _quantises(spec, options)}
     exported = _exported(model, reference, truth) if training else reference
     analyses = {
         s.id: Analysis(
@@ -245,8 +257,9 @@ def _run(
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
                 source = analyses[who].tracer
                 jobs[who] = pool.submit(samples.trace, source, index + 1)
-            if index == 0 and who in options.artifacts:
-                analyses[who].hold(artefact.held(truth, held[who]))
+            if index == 0 and (who in options.artifacts or who in quantised):
+                grids = next(t for t in tracers if t.id == who).grids()
+                analyses[who].hold(artefact.held(truth, held[who]), grids)
             if index == 0 and who in training:
                 analyses[who].hold_trained(artefact.trained(truth, held[who]))
             progress.update("reference", f"compare {who}")
@@ -303,7 +316,11 @@ def _run(
     return AuditReport(
         tool_version=__version__,
         model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
-        stimulus=replace(stimulus.info, sha256=digest.hexdigest()),
+        stimulus=replace(
+            stimulus.info,
+            sha256=digest.hexdigest(),
+            notes=(*stimulus.info.notes, *_calibrated(options, quantised, len(stimulus))),
+        ),
         reference=reference.info,
         backends=reports,
         findings=found,
@@ -332,16 +349,61 @@ def _run(
 def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: Progress) -> Tracer:
     """A backend's tracer, with a memory where there is a cache.
 
-    The training side has none: what the user's code computes rests on more than its name.
+    The training side has none: what the user's code computes rests on more than its name. What is
+    quantised rests on its calibration too.
     """
     from auditor.trace import Tracer
 
-    if options.cache is None or _trains(spec):
+    if options.cache is None or _trains(spec) or _quantises(spec, options):
         return Tracer(spec.label, worker, options.timeout, progress)
     from auditor.cache import Store
     from auditor.remembered import Remembered
 
     return Remembered(spec.label, worker, options.timeout, progress, Store(options.cache))
+
+
+def _quantises(spec: BackendSpec, options: AuditOptions) -> bool:
+    return _QUANTIZE in options.options.get(spec.id, {})
+
+
+def _calibration(
+    model: Model, options: AuditOptions, stimulus: Stimulus, samples: _Samples, scratch: Path
+) -> Path | None:
+    """A folder with the calibration samples, one a file; None where nothing is quantised.
+
+    Raises:
+        UsageError: data that don't fit the model, or that nobody needs.
+    """
+    import numpy as np
+
+    from auditor import stimulus as stimuli
+
+    if not any(_quantises(spec, options) for spec in options.backends):
+        if options.calibration:
+            raise UsageError(
+                "--calibration is there, but no backend quantises",
+                "Add --option ort.quantize=int8 or --option ov.quantize=int8.",
+            )
+        return None
+    if options.calibration:
+        first = stimuli.load(model, options.calibration, 0, 1, options.shapes)
+        stimulus = stimuli.load(model, options.calibration, 0, first.available, options.shapes)
+        samples = samples.of(stimulus)
+    folder = scratch / "calibration"
+    folder.mkdir()
+    for index in range(len(stimulus)):
+        np.savez(folder / f"{index:06}.npz", *samples.feeds(index).values())
+    return folder
+
+
+def _calibrated(options: AuditOptions, quantised: set[str], samples: int) -> tuple[str, ...]:
+    """What quantised backends were calibrated on, as a sentence."""
+    if not quantised:
+        return ()
+    on = f"all samples of {options.calibration}"
+    if options.calibration is None:
+        on = f"the {samples} audited samples themselves, which flatters them"
+    return (f"quantised to 8 bits on {', '.join(sorted(quantised))}: calibrated on {on}",)
 
 
 def _trains(spec: BackendSpec) -> bool:
@@ -572,6 +634,10 @@ class _Samples:
     def __init__(self, stimulus: Stimulus, names: dict[str, str]) -> None:
         self._stimulus = stimulus
         self._names = names
+
+    def of(self, stimulus: Stimulus) -> _Samples:
+        """Other samples under these names."""
+        return _Samples(stimulus, self._names)
 
     def feeds(self, index: int) -> Arrays:
         return {self._names.get(n, n): v for n, v in self._stimulus.sample(index).items()}

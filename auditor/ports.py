@@ -149,6 +149,17 @@ class Holding(Protocol):
 
 
 @runtime_checkable
+class Gridded(Protocol):
+    """A build that was quantised from the model (``BuildRequest.calibration``)."""
+
+    def grids(self) -> Arrays:
+        """The values that activations are rounded to, by ONNX name; none where not quantised.
+
+        ``[3, …]``: the smallest, the largest and how many, each for all or broadcast.
+        """
+
+
+@runtime_checkable
 class Scriptable(Protocol):
     """A backend whose programs a short script can make; a backend need not be one."""
 
@@ -249,12 +260,14 @@ class SegmentGraph:
         kernels: what the engine says it ran for these nodes, in execution order; may be empty.
         compiled: constants that the compiled file has otherwise, by their names here.
         trained: those that the module has otherwise which the model was exported from.
+        grids: what activations are rounded to in the compiled program (``Gridded``), by name.
     """
 
     model: onnx.ModelProto
     kernels: tuple[Kernel, ...]
     compiled: Mapping[str, CompiledConstant] = field(default_factory=dict)
     trained: Mapping[str, CompiledConstant] = field(default_factory=dict)
+    grids: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

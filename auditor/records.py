@@ -98,6 +98,8 @@ class BuildRequest:
         shapes: concrete shape of every graph input; differs from the model's own declaration
             only where that is symbolic.
         dynamic: whether any input of the model has a symbolic dimension.
+        calibration: folder of ``.npz`` files to quantise by, one a sample, with an array for each
+            of ``shapes``; None where nothing is to be quantised.
         open: whether symbolic dimensions stay open in the program, which then runs at any sizes;
             else it is made for ``shapes``.
         device: the engine's device id, or None for its default.
@@ -127,6 +129,7 @@ class BuildRequest:
     kept: tuple[str, ...] = ()
     custom_ops: tuple[Path, ...] = ()
     open: bool = False
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

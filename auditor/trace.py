@@ -234,10 +234,22 @@ class Tracer:
         request = self.request
         if request is None or self.gap is not None:
             return {}
-        if request.artifact is None and request.source is None:
+        if request.artifact is None and request.source is None and request.calibration is None:
             return {}
+        return self._fetched("constants")
+
+    def grids(self) -> Arrays:
+        """What activations are rounded to, where the model was quantised (``ports.Gridded``).
+
+        ``gap`` is set where the build fails.
+        """
+        if self.request is None or self.gap is not None or self.request.calibration is None:
+            return {}
+        return self._fetched("grids")
+
+    def _fetched(self, what: str) -> Arrays:
         try:
-            return self.worker.fetch("constants", self._call("constants", Sent))
+            return self.worker.fetch(what, self._call(what, Sent))
         except BackendError as error:
             self._fail(error)
             return {}

@@ -357,6 +357,12 @@ class _Session:
 
         return self._save(self.built.constants() if isinstance(self.built, Holding) else {})
 
+    def grids(self) -> Any:
+        """What activations are rounded to, of a model that was quantised for the build."""
+        from auditor.ports import Gridded
+
+        return self._save(self.built.grids() if isinstance(self.built, Gridded) else {})
+
     def run(self, feeds: Any, repeats: int) -> Any:
         """Run the plain program ``repeats`` times; the first run's outputs are kept."""
         from auditor import metrics

@@ -32,7 +32,7 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
-from backends import _ort_providers
+from backends import _int8, _ort_int8, _ort_providers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -169,19 +169,26 @@ class OrtBackend:
         A file that ONNX Runtime optimised before (``request.artifact``) is loaded with the
         optimiser off, as its documentation asks for, unless a level is given.
 
-        Options: ``level`` (all, extended, basic, disable; default all) and raw session
-        configuration entries such as ``session.disable_prepacking``; ``provider.KEY`` is an option
-        of the execution provider that the device names.
+        Options: ``quantize=int8`` (after training, see ``_ort_int8``), ``level`` (all, extended,
+        basic, disable; default all) and raw session configuration entries such as
+        ``session.disable_prepacking``; ``provider.KEY`` is an option of the execution provider that
+        the device names.
 
         Raises:
             UsageError: an unknown option, level or device.
             BackendError: ONNX Runtime refused the model, or it or the provider is not installed.
         """
         usual = "all" if request.artifact is None else "disable"
+        quantise, request = _int8.asked(request)
+        quantised = None
+        if quantise:
+            path = Path(tempfile.mkdtemp(prefix="int8-", dir=request.workdir)) / "int8.onnx"
+            quantised = _ort_int8.write(request, path)
+            request = replace(request, artifact=path)
         options = _Options.parse(request.options, request.threads, usual, request.device)
         options = replace(options, custom_ops=request.custom_ops)
         try:
-            return OrtBuild(request, options)
+            return OrtBuild(request, options, quantised)
         except BackendError as error:
             if not _ort_providers.compiles(error):
                 raise
@@ -189,6 +196,7 @@ class OrtBackend:
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """A session with the same level and configuration."""
+        _int8.refuse(options)
         made = _Options.parse(options, threads, device=device)
         lines = [f"options.intra_op_num_threads = {made.threads}"] if made.threads else []
         lines += [f"options.add_session_config_entry({k!r}, {v!r})" for k, v in made.config.items()]
@@ -300,8 +308,13 @@ class OrtBuild:
 
     blocked: str | None = None
 
-    def __init__(self, request: BuildRequest, options: _Options) -> None:
-        """Compile ``request.model_path``, or load ``request.artifact``; raises ``BackendError``."""
+    def __init__(
+        self, request: BuildRequest, options: _Options, quantised: _int8.Quantised | None = None
+    ) -> None:
+        """Compile ``request.model_path``, or load ``request.artifact``; raises ``BackendError``.
+
+        ``quantised``: what was chosen for it, where the artifact was quantised here.
+        """
         try:
             import onnx
             import onnxruntime as ort
@@ -313,6 +326,7 @@ class OrtBuild:
         _ort_providers.check(options.provider, ort.get_available_providers())
 
         self._options = options
+        self._quantised = quantised
         self._folder = Path(tempfile.mkdtemp(prefix="ort-", dir=request.workdir)).resolve()
         dump = self._folder / "optimised.onnx"
         # Weights beside the graph: the graph stays a few kB to parse and to load again, and
@@ -343,9 +357,10 @@ class OrtBuild:
             engine=_ENGINE,
             version=str(ort.__version__),
             device=_cpu_name(),
-            options=options.listed(),
+            options=options.listed() | ({_int8.OPTION: "int8"} if quantised else {}),
             kernels=tuple(_kernels(self._compiled, compiled, names)),
             notes=(
+                *((quantised.note,) if quantised else ()),
                 *(_stored(self._compiled.graph, request.artifact) if request.artifact else ()),
                 *_notes(self._compiled.graph, self._session),
                 *_ort_providers.notes(self._session, options.provider),
@@ -354,10 +369,19 @@ class OrtBuild:
         own = {_primitive(node) for node in original.graph.node}
         made = {k.primitive for k in self.provenance.kernels} - own
         self.switches = tuple(_switches(options, made, _Graph(original.graph)))
+        if quantised:
+            self.switches = (_int8.SWITCH, *self.switches)
+
+    def grids(self) -> Arrays:
+        """What activations are rounded to, where the model was quantised here."""
+        return self._quantised.grids if self._quantised else {}
 
     def constants(self) -> Arrays:
         """The loaded file's constants, dequantised and widened ones under their result's name."""
         import onnx
+
+        if self._quantised:
+            return self._quantised.weights
 
         model = onnx.load(self._folder / "optimised.onnx")
         found = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}

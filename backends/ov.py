@@ -36,7 +36,7 @@ from auditor.records import (
     Skipped,
     Switch,
 )
-from backends import _ov_kept
+from backends import _int8, _ov_int8, _ov_kept
 
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
@@ -704,6 +704,7 @@ class _Build:
     _finals: tuple[_Candidate, ...]
     _skipped: tuple[Skipped, ...]
     switches: tuple[Switch, ...]
+    _quantised: _int8.Quantised | None
     blocked: str | None = None
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
@@ -716,7 +717,11 @@ class _Build:
 
     def constants(self) -> Arrays:
         """The model's constants as it was read, by the names that they had in ONNX."""
-        return self._source.constants()
+        return self._quantised.weights if self._quantised else self._source.constants()
+
+    def grids(self) -> Arrays:
+        """What activations are rounded to, where the model was quantised here."""
+        return self._quantised.grids if self._quantised else {}
 
     def capture(
         self, session: _Session, probes: Sequence[_Candidate], feeds: Mapping[str, Array]
@@ -1135,7 +1140,8 @@ class OpenVINO:
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """The same properties on the same device."""
-        properties: dict[str, Any] = dict(options)
+        _int8.refuse(options)
+        properties: dict[str, Any] = {k: v for k, v in options.items() if k != _int8.OPTION}
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         source = _SCRIPT.format(device=device or _DEFAULT_DEVICE, properties=properties)
@@ -1151,11 +1157,17 @@ class OpenVINO:
         ov = _import()
         core = ov.Core()
         device = _device(core, request.device)
+        quantise, request = _int8.asked(request)
         properties: dict[str, Any] = dict(_checked(core, device, request.options))
         if request.threads is not None:
             properties["INFERENCE_NUM_THREADS"] = request.threads
         if request.kept:
             _keep(core, request, device)
+        quantised = None
+        if quantise:
+            path = request.workdir / "int8.xml"
+            quantised = _ov_int8.write(_read(core, request), request, path)
+            request = replace(request, artifact=path)
         with ThreadPoolExecutor(1) as pool:
             # Reading the names overlaps with OpenVINO's own work.
             reading = pool.submit(_onnx_names, request.model_path)
@@ -1167,6 +1179,8 @@ class OpenVINO:
         notes = list(_narrowed(source)) if device == _DEFAULT_DEVICE else []
         if request.artifact is not None:
             notes.append(_stored(model, request.artifact))
+        if quantised:
+            notes.insert(0, quantised.note)
 
         def compile_model(changed: Any) -> Any:
             return core.compile_model(changed, device, properties)
@@ -1207,7 +1221,9 @@ class OpenVINO:
                 engine=self.title,
                 version=_version(ov),
                 device=core.get_property(device, "FULL_DEVICE_NAME"),
-                options={k: _text(v) for k, v in properties.items()} | effective,
+                options=({_int8.OPTION: "int8"} if quantised else {})
+                | {k: _text(v) for k, v in properties.items()}
+                | effective,
                 kernels=tuple(_kernel(k, source) for k in program.kernels()),
                 notes=tuple(notes),
             ),
@@ -1220,7 +1236,11 @@ class OpenVINO:
             _candidates=tuple(candidates),
             _finals=tuple(finals),
             _skipped=tuple(skipped),
-            switches=tuple(_switches(compiled, request.options)),
+            switches=(
+                *((_int8.SWITCH,) if quantised else ()),
+                *_switches(compiled, request.options),
+            ),
+            _quantised=quantised,
         )
 
 

@@ -95,6 +95,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         fail_on=given["fail_on"] or (rules.fail_on if rules else None) or "medium",
         output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
         confirm=given["confirm"],
+        calibration=given["calibration"],
         artifacts=parse_artifacts(given["artifact"], specs),
         source=source,
         trust_source=given["trust_source"],

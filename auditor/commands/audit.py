@@ -144,6 +144,14 @@ def _audit(
     ] = None,
     threads: Threads = None,
     option: EngineOptions = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Inputs, as for --data, that --option ort.quantize=int8 or ov.quantize=int8 is "
+            "calibrated on; the audit's own inputs when not given.",
+        ),
+    ] = None,
     fail_on: Annotated[
         Literal["info", "low", "medium", "high", "critical"] | None,
         typer.Option(
