@@ -16,6 +16,10 @@ from auditor.errors import UsageError
 from auditor.records import AuditReport
 
 
+# Without quantisation nothing narrow is left, on a processor with bfloat16 either.
+MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
+
+
 class Quiet:
     def update(self, who: str, stage: str) -> None:
         pass
@@ -59,7 +63,7 @@ def audited(folder: Path, *ids: str, quantised: bool = True) -> AuditReport:
     options = AuditOptions(
         backends=tuple(BackendSpec(id) for id in ids),
         calibration=folder / "calibration.npz",
-        options={id: {"quantize": "int8"} for id in ids} if quantised else {},
+        options={id: {"quantize": "int8"} | MORE.get(id, {}) for id in ids} if quantised else {},
         threads=1,
         pictures=False,
     )
