@@ -15,7 +15,6 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.records import AuditReport
 
-
 # Without quantisation nothing narrow is left, on a processor with bfloat16 either.
 MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
 
