@@ -314,7 +314,7 @@ class Analysis:
         """
         graph, replayer = self.reference.graph, self.reference.replayer
         while True:
-            self.cuts = graph.cut(known)
+            self.cuts = graph.cut(known - graph.halves(known))
             try:
                 return replayer.walk(self.cuts, feeds)
             except ReplayError as error:

@@ -86,6 +86,22 @@ class Graph:
             for i, nodes in enumerate(outputs)
         )
 
+    def halves(self, captured: set[str]) -> set[str]:
+        """Quantised tensors whose real values, before and after, are all captured.
+
+        Whether a program rounds there shows across the pair only: a segment that begins at the
+        integers is told what they are.
+        """
+        found: dict[str, bool] = {}
+        for node in self.nodes:
+            if node.op_type == "QuantizeLinear" and node.input[0] in captured:
+                found[node.output[0]] = node.output[0] not in self.outputs
+        for node, reads in zip(self.nodes, self.reads, strict=True):
+            restored = node.op_type == "DequantizeLinear" and node.output[0] in captured
+            for name in found.keys() & reads:
+                found[name] &= restored
+        return {name for name, inner in found.items() if inner}
+
     def _cone(
         self, root: int, stops: set[str]
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]:

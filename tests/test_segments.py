@@ -232,3 +232,16 @@ def test_sessions_hold_no_more_weights_than_the_budget(heavy):
     again = replayer.walk(cuts, feeds)  # those given up are made again
     assert bitwise_equal(first, again)
     assert replayer.held <= 1 << 20
+
+
+def test_integers_between_captured_real_values_are_no_boundary() -> None:
+    """A program that does not round there holds integers all the same, where others read them."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[4] x) => (float[4] y)'
+        "<float s = {0.1}, uint8 z = {3}>"
+        "{ a = Relu(x) q = QuantizeLinear(a, s, z) d = DequantizeLinear(q, s, z) y = Relu(d) }"
+    )
+    graph = Graph(model)
+    assert graph.halves({"a", "q", "d", "y"}) == {"q"}
+    assert graph.halves({"q", "d", "y"}) == set()
+    assert graph.halves({"a", "q", "y"}) == set()
