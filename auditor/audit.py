@@ -197,6 +197,7 @@ def _run(
     samples = _Samples(stimulus, {ours: theirs for theirs, ours in rename.items()})
     calibration = _calibration(model, options, stimulus, samples, scratch)
     held: dict[str, Arrays] = {}
+    grids: dict[str, Arrays] = {}
     jobs = {
         tracer.id: pool.submit(
             _begin,
@@ -208,6 +209,7 @@ def _run(
             ),
             samples,
             held,
+            grids,
         )
         for tracer, spec, start in zip(tracers, options.backends, ready, strict=True)
     }
@@ -258,8 +260,7 @@ def _run(
                 source = analyses[who].tracer
                 jobs[who] = pool.submit(samples.trace, source, index + 1)
             if index == 0 and (who in options.artifacts or who in quantised):
-                grids = next(t for t in tracers if t.id == who).grids()
-                analyses[who].hold(artefact.held(truth, held[who]), grids)
+                analyses[who].hold(artefact.held(truth, held[who]), grids[who])
             if index == 0 and who in training:
                 analyses[who].hold_trained(artefact.trained(truth, held[who]))
             progress.update("reference", f"compare {who}")
@@ -605,15 +606,18 @@ def _begin(
     request: BuildRequest,
     samples: _Samples,
     held: dict[str, Arrays],
+    grids: dict[str, Arrays],
 ) -> SampleTrace | None:
     """Build and run the first sample; None when the backend has a gap instead.
 
-    ``held`` gets the constants of the artefact that was loaded, by the backend's id.
+    ``held`` gets the constants of the artefact that was loaded, by the backend's id; ``grids`` what
+    the activations of a quantised one are rounded to.
     """
     if not start.result():
         return None
     tracer.build(request)
     held[tracer.id] = tracer.constants()
+    grids[tracer.id] = tracer.grids()
     if tracer.gap is not None:
         return None
     return samples.trace(tracer, 0)

@@ -8,7 +8,6 @@ Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization
 
 from __future__ import annotations
 
-import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,6 @@ def write(request: BuildRequest, path: Path) -> _int8.Quantised:
         raise BackendError(f"ONNX Runtime cannot quantise the model: {error}") from error
     finally:
         logging.disable(logging.NOTSET)
-        gc.collect()  # the tool's sessions go now, not in the middle of a run
     weights, grids = _chosen(onnx.load(path).graph)
     note = (
         f"Quantised to 8 bits by onnxruntime.quantization.quantize_static with its defaults, on "
