@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Work:
     commands: Sequence[Sequence[str]]
     accepted: frozenset[int] = frozenset({0})  # exit codes
     product: Path | None = None  # a file that must be there afterwards
+    cleared: Path | None = None  # a folder that must not be there before
 
 
 class FailedError(RuntimeError):
@@ -96,6 +98,8 @@ def measure(work: Work) -> tuple[float, float, float]:
     """
     if work.product:
         work.product.unlink(missing_ok=True)
+    if work.cleared:
+        shutil.rmtree(work.cleared, ignore_errors=True)
     # Installed packages come with their bytecode; so does the auditor, after its first run.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     environment["SYSNOISE_CACHE"] = "off"  # or the second repeat would measure less than the first
@@ -144,7 +148,8 @@ def polygraphy(model: Path, inputs: Path, scratch: Path) -> Work:
         [*every, "ORT_DISABLE_ALL", "--save-outputs", str(golden)],
         [*every, "ORT_ENABLE_ALL", "--load-outputs", str(golden), *compared],
     )
-    return Work(commands, frozenset({0, 1}), accuracy)  # 1: some tensors differ
+    # 1: some tensors differ. It adds to a folder of outputs, and would compare earlier ones too.
+    return Work(commands, frozenset({0, 1}), accuracy, golden)
 
 
 def polygraphy_inputs(data: Path, target: Path) -> None:
