@@ -495,7 +495,7 @@ def _targets(parts: Mapping[str, list[Row]]) -> list[str]:
 REASONS = (
     "Why not, where it is not:",
     "",
-    "- *Audit / floor, small models.* One and a half to two seconds are the same for all: processes "
+    "- *Audit / floor, small models.* Up to two seconds are the same for all: processes "
     "that start and import their engines, and a race for the latency, in turns, on every backend "
     "that diverged.",
     "- *Audit / floor, OpenVINO.* Its default here is bfloat16, so that nearly every segment "
