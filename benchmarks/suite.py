@@ -508,7 +508,7 @@ REASONS = (
     "- *Beside Polygraphy.* It compares tensors of two runs; an audit also compiles and proves the "
     "program that ships, and runs the reference segment by segment on the backend's inputs. Its "
     "memory is two processes with an engine each; Polygraphy runs its engines one after another.",
-    "- *Further samples.* Each is captured and proved anew, every segment is run on it, and up to a "
+    "- *Further samples.* Each is captured and proved anew, each segment is run on it, and up to a "
     "few samples its impacts and causes are measured as well: dozens of reference runs.",
     "- *Nodes.* Beyond 1,000 nodes OpenVINO's compilations with probes grow faster than the plain "
     "one: each probe is one more output of the program.",
