@@ -38,8 +38,10 @@ NAMED = 0.9
 NAMED_RESHAPED = 0.999
 # … and from a higher one where few elements differ: with tens of hypotheses on one number, one of
 # them is near it by chance. The share is such that random errors of n elements, Gaussian and of the
-# right size, would reach it with about this probability.
+# right size, would reach it with about this probability. It may be larger where the engine itself
+# says that it computes in another precision: then one hypothesis is tested, not tens.
 CHANCE = 3e-4
+CHANCE_STATED = 3e-2
 # … and only when it reproduces this fraction of the elements of integer and boolean outputs.
 EXACT = 0.9
 # From here on nothing is left to look for.
@@ -87,6 +89,7 @@ class Contender:
     noise: str
     variant: Variant
     first: Retest
+    stated: bool  # whether the engine reports a precision in this segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ class _Bench:
     _reshaped: set[str] = field(default_factory=set)
     _error: float = 0.0
     _different: int = 0  # elements
+    stated: bool = False  # whether the engine reports a precision that would explain it
 
     def __post_init__(self) -> None:
         for name, value in self.replayed.items():
@@ -185,7 +189,8 @@ class _Bench:
         """The share from which on a cause is named here."""
         if self._reshaped:
             return NAMED_RESHAPED
-        return max(NAMED, 1 - math.pow(CHANCE, 2 / max(1, self._different)))
+        chance = CHANCE_STATED if self.stated else CHANCE
+        return max(NAMED, 1 - math.pow(chance, 2 / max(1, self._different)))
 
     def test(self, noise: str, variant: Variant) -> None:
         """Replay one variant, unless the engine refuses the model.
@@ -272,6 +277,9 @@ def explain(
     bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL)
     if not bench.explainable:
         return _conclude(bench, None)
+    bench.stated = any(
+        n.id.startswith("precision.") and n.stated_by(segment.kernels) for n in noises
+    )
     prior = {} if prior is None else prior
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
@@ -323,6 +331,7 @@ def retest(
     bench = _Bench(segment, inputs, observed, replayed, threads)
     if not bench.explainable:
         return []
+    bench.stated = contenders[0].stated
     for contender in contenders:
         bench.test(contender.noise, contender.variant)
     if len(bench.tested) < len(contenders):
@@ -466,7 +475,9 @@ def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
         if t.hypothesis.noise != winner.hypothesis.noise and t.hypothesis.explained >= bench.named
     ]
     close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
-    return tuple(Contender(t.hypothesis.noise, t.variant, _result(bench, t, {})) for t in close)
+    return tuple(
+        Contender(t.hypothesis.noise, t.variant, _result(bench, t, {}), bench.stated) for t in close
+    )
 
 
 def _result(bench: _Bench, tested: _Tested, outputs: Arrays) -> Retest:
