@@ -174,6 +174,7 @@ def _run(
         latency,
         machine,
         origins,
+        qdq,
         ranking,
         second_shape,
     )
@@ -236,6 +237,10 @@ def _run(
         )
         for s in sources
     }
+    if constants:
+        grids_there = qdq.grids(compiled.proto.graph, compiled.weights)
+        for analysis in analyses.values():
+            analysis.hold(constants, grids_there)
     agreements = Agreements()
     digest = hashlib.sha256()
     for index in range(len(stimulus)):

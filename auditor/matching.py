@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from auditor import qdq
 from auditor.segments import Graph
 
 
@@ -12,13 +13,16 @@ def match(reference: Graph, candidate: Graph) -> dict[str, str]:
 
     Equal names correspond. Of what is left, nodes are aligned as sequences of operator types
     (longest matching blocks, Ratcliff and Obershelp) and their outputs paired by position.
-    Graph inputs and outputs that differ in name correspond by position.
+    Graph inputs and outputs that differ in name correspond by position. Names that a quantiser
+    moved are moved back (``auditor.qdq``).
 
     Returns:
         Candidate tensor name → reference tensor name; what has no counterpart is left out.
     """
     known = _tensors(reference)
     mapping = {name: name for name in _tensors(candidate) if name in known}
+    if candidate is not reference:
+        mapping |= qdq.original_names(candidate.proto.graph, reference.proto.graph)
     if len(mapping) == len(known):
         return mapping
     pairs = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from auditor import qdq
 from auditor.errors import BackendError
 from backends import _int8
 
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
     from auditor.ports import Arrays
     from auditor.records import BuildRequest
-
-# What the tool appends to the names of tensors.
-_SUFFIXES = ("_DequantizeLinear_Output", "_QuantizeLinear_Input")
 
 
 def write(request: BuildRequest, path: Path) -> _int8.Quantised:
@@ -60,7 +58,15 @@ def write(request: BuildRequest, path: Path) -> _int8.Quantised:
         raise BackendError(f"ONNX Runtime cannot quantise the model: {error}") from error
     finally:
         logging.disable(logging.NOTSET)
-    weights, grids = _chosen(onnx.load(path).graph)
+    quantised = onnx.load(path)
+    weights, grids = _weights(quantised.graph), qdq.grids(quantised.graph)
+    before = onnx.load(prepared, load_external_data=False)
+    if names := qdq.original_names(quantised.graph, before.graph):
+        for node in quantised.graph.node:
+            for field in (node.input, node.output):
+                field[:] = [names.get(name, name) for name in field]
+        del quantised.graph.value_info[:]
+        onnx.save(quantised, path)
     note = (
         f"Quantised to 8 bits by onnxruntime.quantization.quantize_static with its defaults, on "
         f"{_int8.count(request)} calibration samples: {len(weights)} constants, {len(grids)} "
@@ -69,34 +75,20 @@ def write(request: BuildRequest, path: Path) -> _int8.Quantised:
     return _int8.Quantised(weights, grids, note)
 
 
-def _chosen(graph: onnx.GraphProto) -> tuple[Arrays, Arrays]:
+def _weights(graph: onnx.GraphProto) -> Arrays:
+    """The real values of the quantised constants."""
     from onnx import numpy_helper
 
     stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     weights: Arrays = {}
-    grids: Arrays = {}
     for node in graph.node:
-        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
         if node.op_type == "DequantizeLinear" and all(n in stored for n in node.input):
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
             integers, scale, zero = (stored[n] for n in node.input)
             across = [1] * integers.ndim
             if scale.size > 1:
                 across[axis] = -1
             offset = zero.astype(np.int32).reshape(across)
             real = (integers.astype(np.int32) - offset) * scale.reshape(across)
-            weights[_plain(node.output[0])] = real.astype(np.float32)
-        elif node.op_type == "QuantizeLinear" and all(n in stored for n in node.input[1:]):
-            scale, zero = (stored[n] for n in node.input[1:])
-            if scale.size == 1 and zero.dtype.itemsize == 1:
-                limits = np.iinfo(zero.dtype)
-                ends = [
-                    (float(end) - float(zero)) * float(scale) for end in (limits.min, limits.max)
-                ]
-                grids[_plain(node.input[0])] = np.array([*ends, 256.0])
-    return weights, grids
-
-
-def _plain(name: str) -> str:
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
+            weights[qdq.plain(node.output[0])] = real.astype(np.float32)
+    return weights

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import quantization
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
@@ -97,3 +98,34 @@ def test_what_cannot_be_quantised_is_said(folder: Path) -> None:
     )
     with pytest.raises(UsageError, match="quantize=int4"):
         audit(folder / "m.onnx", options, noises=(), progress=Quiet())
+
+
+class Calibration(quantization.CalibrationDataReader):
+    def __init__(self, samples: np.ndarray) -> None:
+        self._left = iter(samples)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        sample = next(self._left, None)
+        return None if sample is None else {"x": sample}
+
+
+def test_a_quantised_export_is_no_model_without_activations(folder: Path) -> None:
+    """The tool leaves out what quantising limits anyway, and moves the name of the result."""
+    samples = np.load(folder / "calibration.npz")["x"][:, None]
+    path = folder / "export.onnx"
+    quantization.quantize_static(str(folder / "m.onnx"), str(path), Calibration(samples))
+    assert "Relu" not in {node.op_type for node in onnx.load(path).graph.node}
+    options = AuditOptions(
+        backends=(BackendSpec("ort"),),
+        data=folder / "calibration.npz",
+        samples=1,
+        candidate=path,
+        threads=1,
+        pictures=False,
+    )
+    report = audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Quiet())
+    (part,) = report.backends
+    assert part.fidelity is not None and part.fidelity.outputs_bitwise_equal
+    assert {s.noise for s in part.segments if s.introduced > s.floor} == {"precision.int8"}
+    shares = {category.noise: category.share for category in part.categories}
+    assert shares["precision.int8"] > 0.9

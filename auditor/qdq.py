@@ -1,0 +1,75 @@
+"""What a quantiser did to a model, read from the QuantizeLinear and DequantizeLinear in it.
+
+ONNX Runtime's tool leaves out a Relu or Clip whose result a QuantizeLinear limits anyway, and lets
+what is before it write under the name of the result. In that file the name is of a value without
+the limit; the value that it names in the model is the one behind the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from auditor.ports import Array, Arrays
+
+_REMOVED = ("Clip", "Relu")
+# What ONNX Runtime's tool appends to the names of tensors.
+_SUFFIXES = ("_DequantizeLinear_Output", "_QuantizeLinear_Input")
+
+
+def original_names(quantised: onnx.GraphProto, before: onnx.GraphProto) -> dict[str, str]:
+    """Tensors around removed activations → what their values are called in the model before."""
+    makers = {name: node for node in before.node for name in node.output}
+    rounding = {n.input[0]: n.output[0] for n in quantised.node if n.op_type == "QuantizeLinear"}
+    widening = {n.input[0]: n.output[0] for n in quantised.node if n.op_type == "DequantizeLinear"}
+    finals = {value.name for value in quantised.output}
+    names: dict[str, str] = {}
+    for node in quantised.node:
+        for name in node.output:
+            maker = makers.get(name)
+            rounded = widening.get(rounding.get(name, ""))
+            if maker is None or rounded is None or {name, rounded} & finals:
+                continue
+            if maker.op_type in _REMOVED and maker.op_type != node.op_type:
+                names |= {name: maker.input[0], rounded: name}
+    return names
+
+
+def grids(quantised: onnx.GraphProto, weights: Mapping[str, Array] | None = None) -> Arrays:
+    """To what each activation is rounded, by its name in the model before.
+
+    Args:
+        quantised: the graph.
+        weights: its detached initialisers (``auditor.weights``).
+
+    Returns:
+        ``[3]`` for each QuantizeLinear with one scale: the smallest and the largest value, and how
+        many there are.
+    """
+    stored = {t.name: t for t in quantised.initializer}
+    found: Arrays = {}
+    for node in quantised.node:
+        if node.op_type != "QuantizeLinear" or not all(n in stored for n in node.input[1:]):
+            continue
+        values = [_value(stored[name], weights or {}) for name in node.input[1:]]
+        scale, zero = values if len(values) > 1 else (*values, np.zeros((), np.uint8))
+        if scale.size == 1 and zero.dtype.itemsize == 1 and zero.dtype.kind in "iu":
+            limits = np.iinfo(zero.dtype)
+            ends = [(float(e) - zero.item()) * scale.item() for e in (limits.min, limits.max)]
+            found[plain(node.input[0])] = np.array([*ends, 256.0])
+    return found
+
+
+def plain(name: str) -> str:
+    """A tensor's name without what the tool appended."""
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _value(tensor: onnx.TensorProto, weights: Mapping[str, Array]) -> Array:
+    value: Array = weights[tensor.name] if tensor.name in weights else numpy_helper.to_array(tensor)
+    return value
