@@ -237,10 +237,10 @@ def _run(
         )
         for s in sources
     }
-    if constants:
-        grids_there = qdq.grids(compiled.proto.graph, compiled.weights)
+    if compiled is not model:
+        rounded = qdq.grids(compiled.proto.graph, compiled.weights)
         for analysis in analyses.values():
-            analysis.hold(constants, grids_there)
+            analysis.hold(constants, rounded)
     agreements = Agreements()
     digest = hashlib.sha256()
     for index in range(len(stimulus)):

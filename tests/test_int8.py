@@ -129,3 +129,44 @@ def test_a_quantised_export_is_no_model_without_activations(folder: Path) -> Non
     assert {s.noise for s in part.segments if s.introduced > s.floor} == {"precision.int8"}
     shares = {category.noise: category.share for category in part.categories}
     assert shares["precision.int8"] > 0.9
+
+
+def test_a_name_before_the_limit_is_not_compared_with_what_is_behind(tmp_path: Path) -> None:
+    """Conv → Relu → Conv, exported as a float Conv that writes `r` → unsigned 8 bits → Conv."""
+    draw = np.random.default_rng(3)
+    kernels = [draw.standard_normal((8, 8, 1, 1)).astype(np.float32) / 3 for _ in range(2)]
+    weights = {"w": kernels[0], "v": kernels[1], "s": np.float32(0.02), "z": np.uint8(0)}
+    plain = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("Conv", ["r", "v"], ["y"]),
+    ]
+    export = [
+        helper.make_node("Conv", ["x", "w"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["r_QuantizeLinear_Output"]),
+        helper.make_node(
+            "DequantizeLinear", ["r_QuantizeLinear_Output", "s", "z"], ["r_DequantizeLinear_Output"]
+        ),
+        helper.make_node("Conv", ["r_DequantizeLinear_Output", "v"], ["y"]),
+    ]
+    for name, nodes in (("plain", plain), ("export", export)):
+        read = {n for node in nodes for n in node.input}
+        graph = helper.make_graph(
+            nodes,
+            name,
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8, 6, 6])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 6, 6])],
+            [numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items() if k in read],
+        )
+        opset = [helper.make_opsetid("", 17)]
+        made = helper.make_model(graph, opset_imports=opset, ir_version=9)
+        onnx.save(made, tmp_path / f"{name}.onnx")
+    options = AuditOptions(
+        backends=(BackendSpec("ort"),), candidate=tmp_path / "export.onnx", threads=1
+    )
+    report = audit(tmp_path / "plain.onnx", options, noises=discovery.noises(), progress=Quiet())
+    (part,) = report.backends
+    assert {name for s in part.segments for name in s.outputs} == {"c", "r", "y"}
+    (finding,) = report.findings
+    assert (finding.nodes, finding.noise) == (("Relu → r",), "precision.int8")
+    assert finding.explained == pytest.approx(1.0)
