@@ -81,7 +81,7 @@ def test_an_engine_that_needs_more_memory_is_a_gap(efficientnet: Path) -> None:
         def update(self, who: str, stage: str) -> None: ...
         def close(self) -> None: ...
 
-    options = AuditOptions(backends=(BackendSpec("ort"),), limits=Limits(100 << 20))
+    options = AuditOptions(backends=(BackendSpec("ort"),), limits=Limits(135 << 20))
     report = audit(efficientnet, options, noises=discovery.noises(), progress=Quiet())
     (gap,) = report.gaps
     assert (gap.stage, report.exit_code) == ("build", 3)
