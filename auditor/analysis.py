@@ -97,7 +97,6 @@ class Analysis:
         noises: Sequence[Noise],
         kinds: Mapping[str, OutputKind] | None = None,
         samples: int = 1,
-        compiled: Mapping[str, CompiledConstant] | None = None,
         *,
         pictured: bool = True,
     ) -> None:
@@ -110,7 +109,6 @@ class Analysis:
             noises: the catalogue of hypotheses.
             kinds: as what the user says that outputs are read, by name.
             samples: how many samples will be added.
-            compiled: constants that the compiled file has otherwise, by the reference's names.
             pictured: whether to keep small pictures of the tensors that diverge.
         """
         self.tracer = tracer
@@ -138,7 +136,7 @@ class Analysis:
         self.warnings: list[str] = []
         self._rename = rename
         self._kinds = kinds or {}
-        self._compiled = compiled or {}
+        self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
         self._trained: Mapping[str, CompiledConstant] = {}

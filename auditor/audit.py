@@ -218,7 +218,6 @@ def _run(
     progress.update("reference", "run")
     threads = options.threads or os.cpu_count() or 1
     reference, truth = reference_of(model, threads, scratch, options.memory)
-    constants = artefact.changed(truth, compiled, rename) if compiled is not model else {}
     _check_outputs(options.output_kinds, reference.graph.outputs)
     sources: tuple[Source, ...] = (*tracers, *recordings)
     training = {spec.label for spec in options.backends if _trains(spec)}
@@ -232,12 +231,12 @@ def _run(
             noises,
             options.output_kinds,
             len(stimulus),
-            constants,
             pictured=options.pictures,
         )
         for s in sources
     }
     if compiled is not model:
+        constants = artefact.changed(truth, compiled, rename)
         rounded = qdq.grids(compiled.proto.graph, compiled.weights)
         for analysis in analyses.values():
             analysis.hold(constants, rounded)

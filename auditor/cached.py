@@ -28,7 +28,7 @@ from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
-from auditor.generate import Frozen, Logits, Tokens, compared, numbered
+from auditor.generate import Frozen, Logits, Tokens, compared, numbered, plain_runs
 from auditor.records import (
     Carried,
     Gap,
@@ -382,11 +382,7 @@ def _one(
             request = request_for(spec, options, truth.model, prefill, worker.workdir)
             tracer.build(replace(request, open=True))
 
-        def run(feeds: Arrays) -> Arrays:
-            outputs = None if tracer.gap else tracer.plain(feeds)
-            if outputs is None:
-                raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
-            return outputs
+        run = plain_runs(tracer)
 
         def audited(feeds: Arrays, names: Sequence[str], *, last: bool) -> tuple[Analysis, Arrays]:
             """Capture one run, and find what causes the error of some outputs."""

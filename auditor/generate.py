@@ -283,18 +283,11 @@ def _one(
         turned = [s.number for s in steps if not s.same]
         own = list(truth.text)
         if turned:  # up to there both wrote the same, so both saw the same
-
-            def run(feeds: Arrays) -> Arrays:
-                made = tracer.plain(feeds)
-                if made is None:
-                    raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
-                return made
-
             at = turned[0]
             own[at] = int(theirs[at].argmax())
             try:
                 done = [*truth.prompt, *own[: at + 1]]
-                own[at + 1 :] = greedy(run, decoder, done, len(own) - at - 1)
+                own[at + 1 :] = greedy(plain_runs(tracer), decoder, done, len(own) - at - 1)
             except BackendError:
                 return Generation(spec.label, gap=tracer.gap)
         trace = tracer.sample(truth.forced, last=True)
@@ -333,6 +326,18 @@ def _one(
             kept=kept,
             gap=gap,
         )
+
+
+def plain_runs(tracer: Tracer) -> Callable[[Arrays], Arrays]:
+    """Runs of a backend's plain program; they raise ``BackendError`` once the backend has a gap."""
+
+    def run(feeds: Arrays) -> Arrays:
+        outputs = None if tracer.gap else tracer.plain(feeds)
+        if outputs is None:
+            raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
+        return outputs
+
+    return run
 
 
 def compared(text: Sequence[int], ours: Logits, theirs: Logits) -> list[GenerationStep]:

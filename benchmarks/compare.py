@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -135,6 +135,29 @@ def measure(work: Work) -> tuple[float, float, float]:
     return wall, cpu, peak
 
 
+def in_turn(works: Mapping[str, Work], repeats: int) -> tuple[dict[str, Cost], dict[str, str]]:
+    """Measure commands in turn, so that what else the machine does slows all alike.
+
+    Returns:
+        The costs of those that did their work every time, and why the others failed.
+    """
+    costs = {name: Cost() for name in works}
+    failed: dict[str, str] = {}
+    for _ in range(repeats):
+        for name, work in works.items():
+            if name in failed:
+                continue
+            try:
+                wall, cpu, peak = measure(work)
+            except FailedError as error:
+                failed[name] = str(error)
+                continue
+            costs[name].wall.append(wall)
+            costs[name].cpu.append(cpu)
+            costs[name].peak.append(peak)
+    return {name: cost for name, cost in costs.items() if name not in failed}, failed
+
+
 def polygraphy(model: Path, inputs: Path, scratch: Path) -> Work:
     """Save every tensor of the unoptimised model, then compare the optimised one's with them."""
     # Its command lies beside the interpreter of the environment that it was installed in.
@@ -191,23 +214,9 @@ def compare(model: Path, backends: str, repeats: int, further: int) -> dict[str,
         else:
             polygraphy_inputs(data, scratch / "inputs.json")
             works["polygraphy"] = polygraphy(model, scratch / "inputs.json", scratch)
-        costs = {name: Cost() for name in works}
-        failed: dict[str, str] = {}
-        for _ in range(repeats):
-            for name, work in works.items():
-                if name in failed:
-                    continue
-                try:
-                    wall, cpu, peak = measure(work)
-                except FailedError as error:
-                    failed[name] = str(error)
-                    continue
-                costs[name].wall.append(wall)
-                costs[name].cpu.append(cpu)
-                costs[name].peak.append(peak)
+        done, failed = in_turn(works, repeats)
         clock = [python, "-m", "benchmarks.floor", str(model), str(data), "--reference", "11"]
         unit = float(subprocess.run(clock, cwd=zoo.ROOT, check=True, capture_output=True).stdout)
-    done = {name: cost for name, cost in costs.items() if name not in failed}
     return {
         "costs": {name: asdict(cost) for name, cost in done.items()},
         "failed": failed,

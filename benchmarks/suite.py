@@ -34,7 +34,7 @@ import numpy as np
 import onnx
 
 from benchmarks import compare, decoder, deep, zoo
-from benchmarks.compare import Cost, FailedError, Work
+from benchmarks.compare import Work
 
 PAGE = zoo.ROOT / "docs" / "performance.md"
 MODELS = ("mtcnn_p", "minilm", "efficientnet_lite0", "ppocr_det")
@@ -49,21 +49,9 @@ Row = dict[str, Any]
 
 def costs(works: Mapping[str, Work], repeats: int) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure commands in turn; their costs, and why some failed."""
-    found = {name: Cost() for name in works}
-    failed: dict[str, str] = {}
-    for _ in range(repeats):
-        for name, work in works.items():
-            if name in failed:
-                continue
-            try:
-                wall, cpu, peak = compare.measure(work)
-            except FailedError as error:
-                failed[name] = str(error).splitlines()[-1]
-                continue
-            found[name].wall.append(wall)
-            found[name].cpu.append(cpu)
-            found[name].peak.append(peak)
-    return {name: asdict(cost) for name, cost in found.items() if name not in failed}, failed
+    done, failed = compare.in_turn(works, repeats)
+    reasons = {name: said.splitlines()[-1] for name, said in failed.items()}
+    return {name: asdict(cost) for name, cost in done.items()}, reasons
 
 
 def floor(model: Path, data: Path, backends: str) -> Work:

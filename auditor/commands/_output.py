@@ -86,6 +86,19 @@ def check_writable(output: Path) -> None:
         raise UsageError(f"cannot write to {output.parent}: {error.strerror}", hint) from error
 
 
+def make_folder(folder: Path, file: str, hint: str) -> None:
+    """Make the folder of an option, and refuse one that ``file`` could not be written to.
+
+    Raises:
+        UsageError: with ``hint``, what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {folder}: {error.strerror}", hint) from error
+    check_writable(folder.resolve() / file)
+
+
 def write(path: Path, text: str) -> None:
     """Write all of it or nothing: a temporary file beside it, then renamed over it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")

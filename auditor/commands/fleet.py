@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from auditor.commands._app import app, examples
-from auditor.commands._output import check_writable, emit, screen, write
-from auditor.errors import UsageError
+from auditor.commands._output import emit, make_folder, screen, write
 
 if TYPE_CHECKING:
     from auditor.fleet.run import Pool
@@ -68,7 +67,7 @@ def _fleet(
     from auditor.fleet import worklist as lists
 
     cells = lists.load(worklist)
-    _make(output)
+    make_folder(output, "fleet.json", "Choose another with -o.")
 
     from auditor.fleet.run import Fleet
     from reports import _fleet as table
@@ -76,7 +75,7 @@ def _fleet(
 
     def keep(cell: Cell, text: str) -> AuditReport:
         path = output / cell.report
-        _make(path.parent)
+        make_folder(path.parent, path.name, "Choose another with -o.")
         write(path, text)
         return json_v1.load(path)
 
@@ -112,16 +111,6 @@ def _pool(address: str | None, jobs: int) -> Pool:
     from auditor.fleet.local import Local
 
     return Local(jobs)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot make the folder {folder}: {error.strerror}", "Choose another with -o."
-        ) from error
-    check_writable(folder.resolve() / "fleet.json")
 
 
 def _spoken(seconds: float) -> str:

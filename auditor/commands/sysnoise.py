@@ -9,7 +9,7 @@ import typer
 
 from auditor.commands._app import app, examples
 from auditor.commands._options import Cores, Model
-from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._output import check_writable, emit, make_folder, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
@@ -158,13 +158,7 @@ def _check_plots(folder: Path) -> None:
         raise UsageError(
             "--plots needs matplotlib", "Install it: pip install 'sysnoise-auditor[plots]'."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot make the folder {folder}: {error.strerror}", "Choose another folder."
-        ) from error
-    check_writable(folder.resolve() / "effects.svg")
+    make_folder(folder, "effects.svg", "Choose another folder.")
 
 
 def _kept_in(model: Path, images: Path, output: Path | None) -> Path:
