@@ -481,7 +481,9 @@ class _Source:
                     yield origin
 
     def _readers(self, port: Any) -> list[int]:
-        return sorted(self._number[i.get_node().get_name()] for i in port.get_target_inputs())
+        # What nothing of the model needs still reads: the converter leaves it hanging.
+        names = (i.get_node().get_name() for i in port.get_target_inputs())
+        return sorted(self._number[name] for name in names if name in self._number)
 
 
 class _Copy:
