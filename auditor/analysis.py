@@ -14,7 +14,17 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from auditor import artefact, attribution, divergence, impact, metrics, model, pictures, summary
+from auditor import (
+    artefact,
+    attribution,
+    branches,
+    divergence,
+    impact,
+    metrics,
+    model,
+    pictures,
+    summary,
+)
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
@@ -583,7 +593,8 @@ class Analysis:
             for position, kernel in enumerate(kernels):
                 for node in kernel.nodes:
                     self._by_node.setdefault(node, []).append(position)
-        keys = (model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
+        nodes = [self.reference.graph.nodes[i] for i in cut.nodes]
+        keys = (*map(model.key, nodes), *branches.inner_names(nodes))
         found = {position for key in keys for position in self._by_node.get(key, ())}
         return tuple(kernels[position] for position in sorted(found))
 
@@ -591,10 +602,12 @@ class Analysis:
         """Every kernel of the build, by reference names."""
         if self._all_kernels is None:
             kernels = self.tracer.provenance.kernels if self.tracer.provenance else ()
+            inner = {n: n for n in branches.inner_names(self.reference.graph.nodes)}
+            names = {**inner, **self._rename}
             self._all_kernels = tuple(
                 replace(
                     kernel,
-                    nodes=tuple(self._rename[n] for n in kernel.nodes if n in self._rename),
+                    nodes=tuple(names[n] for n in kernel.nodes if n in names),
                     outputs=tuple(self._rename[n] for n in kernel.outputs if n in self._rename),
                 )
                 for kernel in kernels

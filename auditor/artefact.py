@@ -125,11 +125,25 @@ def held_by(model: onnx.ModelProto) -> set[str]:
     return {*(t.name for t in model.graph.initializer), *nodes}
 
 
+# What a quantiser's choices make of a segment, as ``quantised`` calls it.
+_CHOSEN = ", as the quantiser chose"
+CHOSEN_FORMS = tuple(
+    what + _CHOSEN
+    for what in (
+        "weights",
+        "activations",
+        "activations, with results",
+        "both",
+        "both, with results",
+    )
+)
+
+
 def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
     """The segment with those constants of the compiled file that are the model's own, stored so."""
     if segment.grids and storage == "8 bits":
         for what, model in quantised(segment).items():
-            yield Variant(f"{what}, as the quantiser chose", model)
+            yield Variant(what + _CHOSEN, model)
         return
     values = {n: c.values for n, c in segment.compiled.items() if c.storage == storage}
     changed = replaced(segment.model, values)

@@ -21,7 +21,7 @@ from auditor.quantised import Editor, Layout
 
 # Scan, Squeeze and Cast with bfloat16 as they are written here.
 _OPSET = 13
-_GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
 def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -32,7 +32,7 @@ def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto | None:
     editor = Editor(model)
     changed = False
     for node in layout.nodes:
-        layer = _layer(layout, node) if node.op_type in _GATES else None
+        layer = _layer(layout, node) if node.op_type in GATES else None
         if layer is None:
             editor.copy(node)
         else:

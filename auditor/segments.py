@@ -188,7 +188,7 @@ def _deterministic(node: onnx.NodeProto) -> bool:
 def reads_of(node: onnx.NodeProto) -> dict[str, None]:
     """Outer tensors a node reads, those its subgraphs read included, in order."""
     names = dict.fromkeys(name for name in node.input if name)
-    for graph in _bodies(node):
+    for graph in bodies_of(node):
         local = {t.name for t in graph.initializer} | {i.name for i in graph.input}
         for inner in graph.node:
             names.update(dict.fromkeys(n for n in reads_of(inner) if n not in local))
@@ -197,7 +197,8 @@ def reads_of(node: onnx.NodeProto) -> dict[str, None]:
     return names
 
 
-def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The subgraphs of a node."""
     return [
         graph
         for attribute in node.attribute

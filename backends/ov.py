@@ -11,6 +11,7 @@ reads it, gives the very bits that the real program computed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
@@ -287,12 +288,13 @@ _COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants s
 class _Source:
     """The model as read, its operations numbered, and what each is called in ONNX."""
 
-    def __init__(self, model: Any, nodes: Mapping[str, str]) -> None:
+    def __init__(self, model: Any, nodes: Mapping[str, str], inner: Mapping[str, str]) -> None:
         """Number ``model``'s operations.
 
         Args:
             model: an ``openvino.Model``; its friendly names are replaced.
             nodes: ONNX tensor name → key of the node that makes it, in graph order.
+            inner: the same of the nodes of subgraphs, whose operations keep their names.
         """
         self.model = model
         self._rank = {tensor: i for i, tensor in enumerate(nodes)}
@@ -310,7 +312,7 @@ class _Source:
             if op.get_type_name() not in ("Parameter", "Result"):
                 op.set_friendly_name(f"#{number}#")
         self._number = {op.get_name(): i for i, op in enumerate(self._ops)}
-        self._nodes = nodes
+        self._nodes, self.inner = nodes, inner
 
     def constants(self) -> Arrays:
         """Values of the constants; float16 ones are what a compressed file stores of float32."""
@@ -338,6 +340,25 @@ class _Source:
             later = [keys[n] for port in self._ops[number].outputs() for n in self._readers(port)]
             keys[number] = tuple(dict.fromkeys(named)) or next((k for k in later if k), ())
         return keys
+
+    def branches(self, compile_model: Callable[[Any], Any], notes: list[str]) -> Iterator[Kernel]:
+        """Kernels of both branches of what is an If, compiled alone: the program hides its own."""
+        found = 0
+        for op in self._ops:
+            if op.get_type_name() != "If":
+                continue
+            for body in op.get_then_body(), op.get_else_body():
+                try:
+                    program = _Program(compile_model(body.clone()), self)
+                except RuntimeError:  # it may not fit these shapes: a branch never taken
+                    continue
+                yield from (_kernel(kernel, self) for kernel in program.kernels())
+                found += 1
+        if found:
+            notes.append(
+                f"What runs inside If is stated by {found} branches compiled alone, as the program "
+                "does not say it."
+            )
 
     def needs(self, port: _Port, stops: Collection[_Port]) -> set[_Port]:
         """The ports among ``stops`` that the operation at ``port`` is computed from."""
@@ -1173,12 +1194,13 @@ class OpenVINO:
         with ThreadPoolExecutor(1) as pool:
             # Reading the names overlaps with OpenVINO's own work.
             reading = pool.submit(_onnx_names, request.model_path)
-            model = _read(core, request)
-            inputs, outputs, nodes = reading.result()
+            notes: list[str] = []
+            model = _read(core, request, notes)
+            inputs, outputs, nodes, inner = reading.result()
         if request.artifact is not None:
             _require_same(model, inputs, outputs, request.artifact)
-        source = _Source(model, nodes)
-        notes = list(_narrowed(source)) if device == _DEFAULT_DEVICE else []
+        source = _Source(model, nodes, inner)
+        notes += _narrowed(source) if device == _DEFAULT_DEVICE else ()
         if request.artifact is not None:
             notes.append(_stored(model, request.artifact))
         if quantised:
@@ -1226,7 +1248,10 @@ class OpenVINO:
                 options=({_int8.OPTION: "int8"} if quantised else {})
                 | {k: _text(v) for k, v in properties.items()}
                 | effective,
-                kernels=tuple(_kernel(k, source) for k in program.kernels()),
+                kernels=(
+                    *(_kernel(k, source) for k in program.kernels()),
+                    *source.branches(compile_model, notes),
+                ),
                 notes=tuple(notes),
             ),
             _compile=compile_model,
@@ -1308,17 +1333,29 @@ def _checked(core: Any, device: str, options: Mapping[str, str]) -> Mapping[str,
     return options
 
 
-def _onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str]]:
-    """Input names, output names, and for each tensor the key of the node that makes it."""
+def _onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str], dict[str, str]]:
+    """Input names, output names, and for each tensor the key of the node that makes it.
+
+    Those that nodes of subgraphs make come apart, last, with the names of the nodes too.
+    """
     from auditor import weights
 
     graph = weights.read(path).graph
     inputs = [i.name for i in graph.input]
-    nodes = {name: name for name in inputs}
-    for node in graph.node:
-        names = [name for name in node.output if name]
-        nodes |= dict.fromkeys(names, names[0]) if names else {}
-    return inputs, [o.name for o in graph.output], nodes
+    inner: dict[str, str] = {}
+
+    def named(nodes: Any) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for node in nodes:
+            names = [name for name in node.output if name]
+            found |= dict.fromkeys(names, names[0]) if names else {}
+            for body in (a.g for a in node.attribute if a.HasField("g")):
+                inner.update(named(body.node))
+                inner.update({n.name: n.output[0] for n in body.node if n.name and n.output})
+        return found
+
+    nodes = {name: name for name in inputs} | named(graph.node)
+    return inputs, [o.name for o in graph.output], nodes, inner
 
 
 # The two ways in which OpenVINO's ONNX front end lists what it cannot convert.
@@ -1361,27 +1398,60 @@ def _stored(model: Any, artifact: Path) -> str:
     return f"{artifact.name} was loaded instead of compiling the ONNX file; its constants: {said}."
 
 
-def _read(core: Any, request: BuildRequest) -> Any:
+def _read(core: Any, request: BuildRequest, notes: list[str] | None = None) -> Any:
+    """The model as OpenVINO reads it, at the request's shapes; ``notes`` gets what is to be said.
+
+    Some models convert only where the shapes are known from the start: what depends on them, an If
+    for instance, has no rank before.
+    """
+    shapes = request.shapes if request.dynamic and not request.open else {}
     try:
         model = core.read_model(request.artifact or request.model_path)
-        if request.dynamic and not request.open:
-            names = {name for port in model.inputs for name in port.get_names()}
-            model.reshape({n: list(s) for n, s in request.shapes.items() if n in names})
+        names = {name for port in model.inputs for name in port.get_names()}
+        if shapes:
+            model.reshape({n: list(s) for n, s in shapes.items() if n in names})
+        return model
     except RuntimeError as error:
+        if shapes and request.artifact is None:
+            with contextlib.suppress(RuntimeError):
+                model = _read_at(request.model_path, shapes)
+                if notes is not None:
+                    notes.append(
+                        "OpenVINO converts this model only with the shapes of its inputs given "
+                        "beforehand, as openvino.convert_model(..., input=...) does."
+                    )
+                return model
         if match := _UNCONVERTED.search(str(error)):
             raise BackendError(
                 f"OpenVINO has no conversion for {match[1].strip()} as it is used here",
                 "Export the model without it, or rewrite it with standard operators.",
             ) from error
         raise BackendError(f"OpenVINO cannot read the model: {_reason(error)}") from error
-    return model
+
+
+def _read_at(path: Path, shapes: Mapping[str, Sequence[int]]) -> Any:
+    """The model converted at these shapes of its inputs.
+
+    Raises:
+        RuntimeError: it cannot be.
+    """
+    ov = _import()
+    from openvino.frontend import FrontEndManager
+
+    frontend = FrontEndManager().load_by_framework("onnx")
+    model = frontend.load(str(path))
+    for place in model.get_inputs():
+        name = next((n for n in place.get_names() if n in shapes), None)
+        if name is not None:
+            model.set_partial_shape(place, ov.PartialShape(list(shapes[name])))
+    return frontend.convert(model)
 
 
 def _keep(core: Any, request: BuildRequest, device: str) -> None:
     """Write the model with these nodes in float32 to ``request.artifact``."""
     assert request.artifact is not None
     model = _read(core, replace(request, artifact=None, dynamic=False))
-    source = _Source(model, _onnx_names(request.model_path)[2])
+    source = _Source(model, *_onnx_names(request.model_path)[2:])
     wanted = set(request.kept)
 
     def kept(name: str) -> bool | None:
@@ -1445,6 +1515,9 @@ def _narrowed(source: _Source) -> Iterator[str]:
 
 def _kernel(executed: _Executed, source: _Source) -> Kernel:
     keys = dict.fromkeys(key for i in sorted(executed.operations) for key in source.keys[i])
+    # An If whose condition the engine knows is replaced by the branch when it compiles.
+    inner = (source.inner.get(name) for name in executed.original.split(","))
+    keys |= dict.fromkeys(key for key in inner if key is not None)
     ports = [port for port, _ in source.outputs(executed)]
     return Kernel(
         name=source.display(executed.name),

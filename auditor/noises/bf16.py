@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from onnx import TensorProto
 
@@ -14,6 +15,8 @@ from auditor.rounding import Format, Sites
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
 
 RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all else in FP32"
+# Recurrent layers beside other kernels in one segment: joined with each of ``SITES``.
+AROUND = f"{RECURRENT}; around them "
 SITES = (
     Sites(
         "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
@@ -135,6 +138,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     recurrent_layers = recurrent.in_bfloat16(segment.model)
     if recurrent_layers is not None:
         yield Variant(RECURRENT, recurrent_layers)
+        around = replace(segment, model=recurrent_layers)
+        for variant in rounding.variants(around, FORMAT, SITES):
+            yield Variant(AROUND + variant.name, variant.model)
     yield from rounding.variants(segment, FORMAT, SITES)
 
 
@@ -168,6 +174,11 @@ NOISE = Cause(
         "ort": {"mlas.enable_gemm_fastmath_arm64_bfloat16": "0"},
     },
     stated=FORMAT.stated,
-    forms=(artefact.form("bfloat16"), RECURRENT, *(sites.name for sites in SITES)),
+    forms=(
+        artefact.form("bfloat16"),
+        RECURRENT,
+        f"{AROUND}FORM",
+        *(sites.name for sites in SITES),
+    ),
     variants=_variants,
 )

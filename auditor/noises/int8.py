@@ -201,7 +201,12 @@ NOISE = Cause(
     },
     ablations={"ov": {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}},
     stated=_STATED,
-    forms=(artefact.form("8 bits"), *(scheme.name for scheme in SCHEMES), *_calibrated.FORMS),
+    forms=(
+        artefact.form("8 bits"),
+        *artefact.CHOSEN_FORMS,
+        *(scheme.name for scheme in SCHEMES),
+        *_calibrated.FORMS,
+    ),
     variants=_variants,
     fitted=_fitted,
 )

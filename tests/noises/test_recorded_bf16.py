@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import attribution, divergence
+from auditor import attribution, branches, divergence
 from auditor.model import key
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Arrays, SegmentGraph
@@ -44,7 +44,8 @@ class Recording:
 
     def kernels(self, cut: Cut) -> tuple[Kernel, ...]:
         """What the engine says it ran for a segment."""
-        keys = {key(self.graph.nodes[i]) for i in cut.nodes}
+        nodes = [self.graph.nodes[i] for i in cut.nodes]
+        keys = {*map(key, nodes), *branches.inner_names(nodes)}
         stated = (_kernel(k) for k in self.meta["provenance"]["kernels"])
         return tuple(k for k in stated if keys & set(k.nodes))
 
