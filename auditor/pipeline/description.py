@@ -73,13 +73,14 @@ class Colour:
 
 @dataclass(frozen=True, slots=True)
 class Resize:
-    """How the size changes; exactly one of the five targets is given.
+    """How the size changes; exactly one of the five targets is given, or two for a bounded side.
 
     Attributes:
         library, interpolation, antialias: one of ``resizers/`` and what it is asked for.
         size: height and width, whatever the photograph's proportions.
         short_side: its proportions kept, the shorter side has this length (torchvision).
-        long_side: its proportions kept, the longer side has at most this length.
+        long_side: its proportions kept, the longer side has at most this length; beside
+            ``short_side`` the bound where that would make it longer (R-CNN, DETR).
         height: its proportions kept, the height is this, the width rounded up (lines of text).
         letterbox: its proportions kept, fitted into this height and width and filled up.
         pad: grey level that fills a letterbox.
@@ -188,7 +189,7 @@ def load(source: str) -> Description:
         from auditor.pipeline import huggingface
 
         text, notes = huggingface.converted(text, source)
-        found = parse(text, source)
+        found = parse(text, source, Lines("", source))  # its lines are not the file's
         return Description(source, found.training, found.deployment, notes)
     return parse(text, source)
 
@@ -199,8 +200,13 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(f.name.removesuffix(".toml") for f in folder.iterdir()))
 
 
-def parse(text: str, source: str) -> Description:
-    """Read a description from its text; ``source`` is what errors call it.
+def parse(text: str, source: str, lines: Lines | None = None) -> Description:
+    """Read a description from its text.
+
+    Args:
+        text: as TOML.
+        source: what errors call it.
+        lines: where its keys stand; None for where they do in the text.
 
     Raises:
         UsageError: it says something impossible; names the line and the key.
@@ -209,7 +215,7 @@ def parse(text: str, source: str) -> Description:
         tables = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{source} is no TOML: {error}", "See docs/pipeline.md.") from error
-    lines = Lines(text, source)
+    lines = lines or Lines(text, source)
     for name in tables:
         if name not in ("training", "deployment"):
             raise _wrong(lines.where(name), name, "is no side of a pipeline", ("training",))
@@ -275,7 +281,7 @@ def _side(tables: Mapping[str, Any], name: str, lines: Lines) -> _Side:
                     raise _wrong(where, f"{key}.{inner}", "is no key", _TABLES[key])
                 inside = lines.where(f"{name}.{key}.{inner}")
                 side[f"{key}.{inner}"] = _Value(part, inside)
-        elif key in _TABLES and (key in ("normalise", "post") or value not in ("none", "rgb")):
+        elif key in _TABLES and (key == "normalise" or value not in ("none", "rgb")):
             raise UsageError(
                 f"{where}: `{key}` is {value!r}, but a table is expected",
                 f"Write {key} = {{ {_TABLES[key][0]} = … }}, or see docs/pipeline.md.",
@@ -345,6 +351,12 @@ class _Reader:
         value = self._get(key) if default is None or key in self._side else default
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise self._expected(key, f"a whole number of at least {low}")
+        return value
+
+    def bit(self, key: str) -> int:
+        value = self._side[key].value if key in self._side else 0
+        if type(value) is not int or value not in (0, 1):
+            raise self._expected(key, "0 or 1")
         return value
 
     def size(self, key: str) -> Size:
@@ -478,11 +490,13 @@ def _resize(read: _Reader) -> Resize | None:
             "Drop the key, or choose another library.",
         )
     given = [target for target in _TARGETS if read.has(target)]
-    if len(given) != 1:
+    bounded = given == ["resize.short_side", "resize.long_side"]
+    if len(given) != 1 and not bounded:
         raise UsageError(
             f"{read.where(given[-1] if given else 'resize.library')}: `resize` names "
             f"{len(given)} targets",
-            "Give exactly one of size, short_side, long_side, height and letterbox.",
+            "Give exactly one of size, short_side, long_side, height and letterbox; or short_side "
+            "with long_side as its bound.",
         )
     return Resize(
         library=library,
@@ -518,12 +532,12 @@ def _post(side: _Side, source: str) -> Post | None:
         cell=read.whole("post.cell", 0, low=0),
         anchors=_beside(source, read.text("post.anchors")),
         variances=variances,
-        offset=read.whole("post.offset", 0, low=0),
+        offset=read.bit("post.offset"),
         clip=read.size("post.clip") if read.has("post.clip") else None,
         rounding=cast(Rounding, read.choice("post.rounding", get_args(Rounding), "none")),
         nms=cast(Suppression, read.choice("post.nms", get_args(Suppression), "none")),
         iou=read.number("post.iou", default.iou, above=0),
-        iou_offset=read.whole("post.iou_offset", 0, low=0),
+        iou_offset=read.bit("post.iou_offset"),
         class_aware=read.boolean("post.class_aware", True),
         top_k=read.whole("post.top_k", default.top_k),
         mask=cast(Masking, read.choice("post.mask", get_args(Masking), default.mask)),
@@ -587,6 +601,8 @@ def _target(resize: Resize) -> str:
         return "x".join(map(str, resize.size))
     if resize.short_side:
         said = f"short side {resize.short_side}"
+        if resize.long_side:
+            said += f", long side at most {resize.long_side}"
     elif resize.height:
         said = f"height {resize.height}"
     elif resize.letterbox:

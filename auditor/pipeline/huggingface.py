@@ -17,11 +17,20 @@ _READ = frozenset(
     (
         *("do_resize", "size", "resample", "do_center_crop", "crop_size", "crop_pct"),
         *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
-        *("do_convert_rgb", "do_flip_channel_order"),
+        *("do_convert_rgb", "do_flip_channel_order", "do_flip_channels", "max_size"),
     )
 )
 # Keys that say nothing about pixels.
-_SILENT = ("processor_class", "image_processor_type", "feature_extractor_type", "auto_map")
+_SILENT = (
+    *("processor_class", "image_processor_type", "feature_extractor_type", "auto_map"),
+    *("do_convert_annotations", "do_reduce_labels", "reduce_labels", "format", "data_format"),
+    *("input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square"),
+)
+# Keys without `do_` that change pixels, or the size, where they are set.
+_CHANGING = (
+    *("rescale_offset", "include_top", "keep_aspect_ratio", "ensure_multiple_of"),
+    *("size_divisor", "pad_size"),
+)
 _HINT = "Write a pipeline.toml for it (docs/pipeline.md)."
 
 
@@ -54,9 +63,15 @@ def converted(text: str, source: str) -> tuple[str, tuple[str, ...]]:
     table["normalise"] = {"scale": scale}
     if config.get("do_normalize", True) and "image_mean" in config and "image_std" in config:
         table["normalise"] |= {"mean": config["image_mean"], "std": config["image_std"]}
-    table["channels"] = "bgr" if config.get("do_flip_channel_order") else "rgb"
-    ignored = [k for k in config if k not in _READ and not k.startswith("_") and k not in _SILENT]
-    changing = [k for k in ignored if k.startswith("do_") and config[k]]
+    flipped = config.get("do_flip_channel_order", config.get("do_flip_channels"))
+    table["channels"] = "bgr" if flipped else "rgb"
+    known = {*_READ, *_SILENT}
+    if "long_side" in table.get("resize", {}):
+        known.add("do_pad")  # to the largest of a batch: here it is one photograph
+    ignored = [
+        k for k, v in config.items() if k not in known and k[0] != "_" and v not in (None, False)
+    ]
+    changing = [k for k in ignored if k.startswith("do_") or k in _CHANGING]
     if changing:
         raise UsageError(
             f"{source}: `{changing[0]}` asks for a step that a description does not have", _HINT
@@ -75,15 +90,24 @@ def _resize(
     if not isinstance(number, int) or not 0 <= number < len(_RESAMPLE):
         raise UsageError(f"{source}: `resample` is {number!r}", "It takes 0 to 5, as in Pillow.")
     resize: dict[str, Any] = {"library": "pillow", "interpolation": _RESAMPLE[number]}
+    kind = str(config.get("image_processor_type", ""))
+    if kind.endswith("Fast"):
+        notes.append(f"{kind} resizes with torchvision; Pillow, which it follows, stands for it.")
     size = config["size"]
+    longest = config.get("max_size")  # of earlier versions, beside a number as `size`
     if isinstance(size, int):
-        size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+        shorter = crops or longest is not None or config.get("crop_pct") is not None
+        size = {"shortest_edge": size} if shorter else {"height": size, "width": size}
         notes.append(
             f"`size` in {source} is a number: taken as the "
-            f"{'shorter side' if crops else 'height and width'}."
+            f"{'shorter side' if shorter else 'height and width'}."
         )
     edge = size.get("shortest_edge") if isinstance(size, dict) else None
-    if isinstance(edge, int) and "longest_edge" not in size:
+    if isinstance(edge, int):
+        longest = size.get("longest_edge", longest)
+    if isinstance(edge, int) and isinstance(longest, int):
+        return resize | {"short_side": edge, "long_side": longest}, None
+    if isinstance(edge, int) and longest is None:
         fraction = config.get("crop_pct")
         if isinstance(fraction, int | float) and 0 < fraction <= 1 and edge < 384:
             return resize | {"short_side": int(edge / fraction)}, [edge, edge]

@@ -204,6 +204,9 @@ def target(shape: tuple[int, ...], step: Resize) -> Size:
     elif step.short_side is not None:  # the other side is cut off, as torchvision does
         short = min(height, width)
         size = (step.short_side * height // short, step.short_side * width // short)
+        if step.long_side is not None and max(size) > step.long_side:  # rounded, as for DETR
+            ratio = step.long_side / max(height, width)
+            size = (round(height * ratio), round(width * ratio))
     elif step.height is not None:
         size = step.height, max(1, math.ceil(step.height * width / height))
     elif step.letterbox is not None:
