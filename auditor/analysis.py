@@ -481,16 +481,19 @@ class Analysis:
         part, failures = self.causes.look(cut.id, segment, local, index, thorough=thorough)
         for failure in failures:
             self._gap("explain", failure)
-        if self._grids:
-            self.constants[cut.id] = self._quantised(segment, local)
-        elif self._compiled:
-            self.constants[cut.id] = self._changed_constants(segment, local)
+        if self._grids or self._compiled:
+            self.constants[cut.id] = (
+                *self._quantised(segment, local),
+                *self._changed_constants(segment, local),
+            )
         if self._trained:
             self.constants[cut.id] = artefact.sentences_of_trained(segment)
         return part
 
     def _quantised(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """How much of a segment's error its weights explain, and how much its activations."""
+        if not self._grids:
+            return ()
         threads = self.reference.replayer.threads
         said = []
         for what, changed in artefact.quantised(segment).items():
@@ -506,14 +509,16 @@ class Analysis:
     def _changed_constants(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """Which of a segment's constants the compiled file changed, and what that alone explains.
 
-        It is evidence and no name: a cause that is none of the catalogue stays unexplained.
+        It is evidence and no name: a cause that is none of the catalogue stays unexplained. What a
+        quantiser chose is none of these.
         """
-        values = {name: constant.values for name, constant in segment.compiled.items()}
+        changed = {n: c for n, c in segment.compiled.items() if not (c.quantised and self._grids)}
+        values = {name: constant.values for name, constant in changed.items()}
         model = artefact.replaced(segment.model, values)
         if model is None:
             return ()
         held = artefact.held_by(segment.model)
-        said = [artefact.sentence(n, c) for n, c in segment.compiled.items() if n in held]
+        said = [artefact.sentence(n, c) for n, c in changed.items() if n in held]
         threads = self.reference.replayer.threads
         explained = attribution.measured(
             model, local.inputs, local.observed, local.replayed, threads=threads

@@ -64,12 +64,19 @@ def changed(
             continue
         value = value.astype(original.dtype, copy=False)
         if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
-            found[name] = _compared(original, value)
+            constant = _compared(original, value)
+            rounded = constant.storage == "8 bits" or theirs.rounds(other, original)
+            found[name] = replace(constant, quantised=rounded)
     return found
 
 
-def held(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledConstant]:
-    """Those of an engine's own constants that differ from the reference's of the same name."""
+def held(
+    reference: Model, values: Mapping[str, Array], *, quantised: bool = False
+) -> dict[str, CompiledConstant]:
+    """Those of an engine's own constants that differ from the reference's of the same name.
+
+    ``quantised`` says that the engine's side had the reference quantised.
+    """
     ours = _Constants(reference)
     found: dict[str, CompiledConstant] = {}
     for name, stored in values.items():
@@ -78,7 +85,7 @@ def held(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledCon
             continue
         value = stored.astype(original.dtype, copy=False)
         if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
-            found[name] = _compared(original, value)
+            found[name] = replace(_compared(original, value), quantised=quantised)
     return found
 
 
@@ -156,7 +163,8 @@ def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
 
     Activations are rounded where nodes read them; with results, also those that leave it.
     """
-    weights = replaced(segment.model, {n: c.values for n, c in segment.compiled.items()})
+    chosen = {n: c.values for n, c in segment.compiled.items() if c.quantised}
+    weights = replaced(segment.model, chosen)
     found = {}
     for what, base in (("weights", weights), ("activations", segment.model), ("both", weights)):
         if what == "weights" and base is not None:
@@ -290,6 +298,24 @@ class _Constants:
             tensor = surgery.attributes(node).get("value")
             return None if tensor is None else numpy_helper.to_array(tensor)
         return self._dequantised(node)
+
+    def rounds(self, name: str, original: Array) -> bool:
+        """Whether a dequantised constant holds the nearest steps to other values, or its ends."""
+        node = self.nodes.get(name)
+        if node is None or node.op_type != "DequantizeLinear" or original.dtype.kind != "f":
+            return False
+        integers, scale = (self.value(n) for n in node.input[:2])
+        value = self._dequantised(node)
+        if integers is None or scale is None or value is None or value.shape != original.shape:
+            return False
+        across = [1] * integers.ndim
+        if scale.size > 1:
+            across[surgery.attributes(node).get("axis", 1)] = -1
+        steps = (original - value) / scale.reshape(across)
+        beyond = ((integers == integers.max()) & (steps > 0)) | (
+            (integers == integers.min()) & (steps < 0)
+        )
+        return bool(((np.abs(steps) <= 0.5 + _NEAR) | beyond).all())
 
     def _dequantised(self, node: onnx.NodeProto) -> Array | None:
         given = surgery.attributes(node)

@@ -237,7 +237,7 @@ def _run(
     }
     if compiled is not model:
         constants = artefact.changed(truth, compiled, rename)
-        rounded = qdq.grids(compiled.proto.graph, compiled.weights)
+        rounded = qdq.grids(compiled.proto.graph, compiled.weights, model.proto.graph)
         for analysis in analyses.values():
             analysis.hold(constants, rounded)
     agreements = Agreements()
@@ -264,7 +264,8 @@ def _run(
                 source = analyses[who].tracer
                 jobs[who] = pool.submit(samples.trace, source, index + 1)
             if index == 0 and (who in options.artifacts or who in quantised):
-                analyses[who].hold(artefact.held(truth, held[who]), grids[who])
+                there = artefact.held(truth, held[who], quantised=who in quantised)
+                analyses[who].hold(there, grids[who])
             if index == 0 and who in training:
                 analyses[who].hold_trained(artefact.trained(truth, held[who]))
             progress.update("reference", f"compare {who}")

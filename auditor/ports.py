@@ -241,12 +241,14 @@ class CompiledConstant:
             recognised.
         factor: what the reference's values are multiplied by, where that is all there is to it; of
             a module, what its values are multiplied by to give the reference's.
+        quantised: whether a quantiser chose these: the reference's values, rounded to a grid.
     """
 
     values: Array
     relative_l2: float
     storage: Storage | None
     factor: float | None
+    quantised: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,21 +38,30 @@ def original_names(quantised: onnx.GraphProto, before: onnx.GraphProto) -> dict[
     return names
 
 
-def grids(quantised: onnx.GraphProto, weights: Mapping[str, Array] | None = None) -> Arrays:
+def grids(
+    quantised: onnx.GraphProto,
+    weights: Mapping[str, Array] | None = None,
+    before: onnx.GraphProto | None = None,
+) -> Arrays:
     """To what each activation is rounded, by its name in the model before.
 
     Args:
         quantised: the graph.
         weights: its detached initialisers (``auditor.weights``).
+        before: the model before; what it rounds itself no quantiser chose.
 
     Returns:
         ``[3]`` for each QuantizeLinear with one scale: the smallest and the largest value, and how
         many there are.
     """
     stored = {t.name: t for t in quantised.initializer}
+    nodes = before.node if before is not None else ()
+    own = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
     found: Arrays = {}
     for node in quantised.node:
-        if node.op_type != "QuantizeLinear" or not all(n in stored for n in node.input[1:]):
+        if node.op_type != "QuantizeLinear" or node.input[0] in own:
+            continue
+        if not all(n in stored for n in node.input[1:]):
             continue
         values = [_value(stored[name], weights or {}) for name in node.input[1:]]
         scale, zero = values if len(values) > 1 else (*values, np.zeros((), np.uint8))
