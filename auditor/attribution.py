@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,12 @@ EXACT = 0.9
 ENOUGH = 0.995
 # A second cause is looked for beside one that explains at least this much but is not named.
 PARTIAL = 0.2
-# How many variants of each other noise are tried as that second cause.
+# How many variants of each other noise are tried as that second cause, and which part of what the
+# first leaves it must explain: a poor fit of one cause is no evidence of another.
 COMBINED = 2
+ADDS = 0.5
+# How many hypotheses, of all, are tried together with what the engine says it does.
+LIKELY = 8
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
 CLEARLY = 2.0
 # From this part of a type's largest number on, a value stands for infinity: what a maximum over
@@ -125,9 +128,16 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class _Tested:
+    """One hypothesis.
+
+    ``beside`` is what it would explain together with what the engine says, or else with the best
+    one before it; that is an estimate, as if both changed the outputs by themselves.
+    """
+
     hypothesis: Hypothesis
     outputs: Arrays
     variant: Variant
+    beside: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -148,6 +158,9 @@ class _Bench:
     _error: float = 0.0
     _different: int = 0  # elements
     stated: bool = False  # whether the engine reports a precision that would explain it
+    says: frozenset[str] = frozenset()  # which noises that are
+    base: _Tested | None = None  # the best of those
+    likely: list[_Tested] = field(default_factory=list)  # of the others, beside it
 
     def __post_init__(self) -> None:
         for name, value in self.replayed.items():
@@ -219,9 +232,29 @@ class _Bench:
         self._note(hypothesis, outputs, variant)
 
     def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
+        tested = _Tested(hypothesis, outputs, variant, self._beside(outputs))
+        if hypothesis.noise in self.says:
+            self.base = tested if self.base is None else max(self.base, tested, key=_merit)
+        elif self.base is not None:
+            self.likely = sorted((*self.likely, tested), key=lambda t: -t.beside)[:LIKELY]
         if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
-            outputs, variant = {}, Variant(variant.name, onnx.ModelProto())
-        self.tested.append(_Tested(hypothesis, outputs, variant))
+            tested = replace(
+                tested, outputs={}, variant=Variant(variant.name, onnx.ModelProto())
+            )
+        self.tested.append(tested)
+
+    def _beside(self, outputs: Arrays) -> float:
+        best = self.base or self.best
+        if best is None or not best.outputs or self._reshaped:
+            return -math.inf
+        both: Arrays = {}
+        with np.errstate(over="ignore", invalid="ignore"):
+            for name, value in outputs.items():
+                plain = self.replayed[name]
+                if value.shape != plain.shape or value.dtype.kind != "f":
+                    return -math.inf
+                both[name] = best.outputs[name] + (value - plain)
+        return 1 - self._distance(both) / self._error
 
     def _session(self, model: onnx.ModelProto) -> Any:
         """A session; with the inputs' shapes left open where they show already that none fits."""
@@ -279,9 +312,10 @@ def explain(
     bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL)
     if not bench.explainable:
         return _conclude(bench, None)
-    bench.stated = any(
-        n.id.startswith("precision.") and n.stated_by(segment.kernels) for n in noises
+    bench.says = frozenset(
+        n.id for n in noises if n.id.startswith("precision.") and n.stated_by(segment.kernels)
     )
+    bench.stated = bool(bench.says)
     prior = {} if prior is None else prior
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
@@ -305,6 +339,7 @@ def explain(
                 noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ()
             ):
                 bench.test(noise.id, variant)
+    _beneath(bench, noises)
     if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
         _combine(bench, ordered, dict(prior.values()))
     winner = _winner(bench, noises)
@@ -421,6 +456,39 @@ def _variants(
         bench.failures.append(f"{noise.id}: {error.message}")
 
 
+def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
+    """Test what the engine says it does on top of the causes that are likeliest beside it.
+
+    A small fault changes what every narrow rounding makes of its values, so that neither explains
+    anything by itself where both together explain all.
+    """
+    base = bench.base
+    if base is None or bench.best is None or bench.best.hypothesis.explained >= bench.named:
+        return
+    noise = next(n for n in noises if n.id == base.hypothesis.noise)
+    for first in bench.likely:
+        on_top = replace(bench.segment, model=first.variant.model)
+        for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
+            if variant.name == base.hypothesis.variant:
+                name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
+                _test_both(bench, first.hypothesis.noise, Variant(name, variant.model), base)
+            break
+        if bench.done:
+            return
+
+
+def _test_both(bench: _Bench, named: str, both: Variant, usual: _Tested) -> None:
+    """Test two causes, and forget it where the one that is named explains too little of the rest.
+
+    ``usual`` is the other one by itself.
+    """
+    tested = len(bench.tested)
+    bench.test(named, both)
+    least = 1 - (1 - ADDS) * (1 - usual.hypothesis.explained)
+    if any(t.hypothesis.explained < least for t in bench.tested[tested:]):
+        del bench.tested[tested:]
+
+
 def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
     """Test a second cause on top of the best one: the likeliest variants of every other noise.
 
@@ -430,8 +498,16 @@ def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -
     """
     first = bench.best
     assert first is not None
-    for noise in sorted(noises, key=lambda n: n.id not in usual):
-        _pair(bench, first, noise, usual)
+    likely: dict[str, list[tuple[float, str]]] = {}
+    for tested in bench.tested:
+        hypothesis = tested.hypothesis
+        likely.setdefault(hypothesis.noise, []).append((tested.beside, hypothesis.variant))
+    for found in likely.values():
+        found.sort(reverse=True)
+    most = {noise: found[0][0] for noise, found in likely.items()}
+    for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
+        names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
+        _pair(bench, first, noise, usual, names)
         if bench.done:
             return
     # What the engine says it does hides which of several forms of a fault is the right one.
@@ -442,17 +518,30 @@ def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -
             _pair(bench, other, noise, usual)
 
 
-def _pair(bench: _Bench, first: _Tested, noise: Noise, usual: Mapping[str, str]) -> None:
-    """Test the likeliest variants of a noise on top of a hypothesis."""
+def _pair(
+    bench: _Bench,
+    first: _Tested,
+    noise: Noise,
+    usual: Mapping[str, str],
+    likely: Sequence[str] = (),
+) -> None:
+    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named."""
     if noise.id == first.hypothesis.noise:
         return
     base = replace(bench.segment, model=first.variant.model)
     peculiar = first.hypothesis.noise in usual and noise.id not in usual
     named = noise.id if peculiar else first.hypothesis.noise
-    for variant in islice(_variants(bench, noise, base, usual.get(noise.id)), COMBINED):
+    expected = usual.get(noise.id)
+    for position, variant in enumerate(_variants(bench, noise, base, expected)):
+        if position >= COMBINED and variant.name not in likely:
+            continue
         name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
+        both = Variant(name, variant.model)
         tested = len(bench.tested)
-        bench.test(named, Variant(name, variant.model))
+        if peculiar:
+            _test_both(bench, named, both, first)
+        else:
+            bench.test(named, both)
         if any(metrics.bitwise_equal(t.outputs, first.outputs) for t in bench.tested[tested:]):
             del bench.tested[tested:]  # the second cause adds nothing to the first
         if bench.done:

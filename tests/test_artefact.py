@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import artefact, discovery, model
+from auditor import artefact, discovery, model, qdq
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
 from auditor.records import AuditReport
@@ -93,6 +93,20 @@ def test_eight_bits_as_integers_under_another_name(tmp_path: Path) -> None:
     found = changed(tmp_path, original(), name="w_dq", quantised=(integers, scale.reshape(-1)))
     assert found.keys() == {"w"} and found["w"].storage == "8 bits"
     assert np.allclose(found["w"].values, integers * scale, rtol=1e-6)
+
+
+def test_what_a_quantiser_chose(tmp_path: Path) -> None:
+    """Values on the nearest steps; not those of other steps, nor a scale that was changed."""
+    w = original()
+    integers, scale = rounded_to_8_bits(w, 100, 0)
+    for factor, chosen in ((1, True), (np.float32(1.02), False)):
+        (constant,) = changed(tmp_path, w, name="v", quantised=(integers, scale * factor)).values()
+        assert constant.quantised is chosen
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+    stored = {"s": np.float32(0.1), "z": np.uint8(3)}
+    tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in stored.items()]
+    graph = helper.make_graph([node], "g", [], [], tensors)
+    assert qdq.grids(graph).keys() == {"x"} and not qdq.grids(graph, before=graph)
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])

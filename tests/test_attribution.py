@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import attribution, replay
 from auditor.errors import NoiseError
-from auditor.noises import bf16, fp16, fp32_rounding, tf32
+from auditor.noises import bf16, fp16, fp32_rounding, normalisation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records import Kernel
 
@@ -141,6 +141,23 @@ def test_two_causes_together(dense: Any) -> None:
     assert all(h.explained < attribution.NAMED for h in single)
     both = [h.explained for h in found.hypotheses if ", and " in h.variant]
     assert not {h.explained for h in single} & set(both)  # a second cause that changes nothing
+
+
+@pytest.mark.parametrize("factor", [None, 1.0005])
+def test_a_fault_beside_the_rounding_of_the_whole_build(dense: Any, factor: float | None) -> None:
+    """Of a noise with many forms the likeliest is tried beside it, not the first ones."""
+    x = dense[1]
+    ones = {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)}
+    node = helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"], epsilon=1e-5)
+    of = segment([node], ones, [Kernel("k", "MVN", ("y",), ("y",), "", "bf16", "bf16")])
+    x = r(x)
+    epsilon = 1e-3 if factor is None else 1e-5
+    narrow = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
+    planted = r(r(narrow * (factor or 1)))
+    prior: attribution.Prior = {("Conv",): ("precision.bf16", bf16.SITES[0].name)}
+    noises = (normalisation.NOISE, *NOISES)
+    found = explain(of, x, {"y": planted}, noises=noises, prior=prior)
+    assert found.noise == ("implementation.normalisation" if factor is None else None)
 
 
 def test_non_finite_values_must_match_in_place() -> None:
