@@ -238,9 +238,7 @@ class _Bench:
         elif self.base is not None:
             self.likely = sorted((*self.likely, tested), key=lambda t: -t.beside)[:LIKELY]
         if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
-            tested = replace(
-                tested, outputs={}, variant=Variant(variant.name, onnx.ModelProto())
-            )
+            tested = replace(tested, outputs={}, variant=Variant(variant.name, onnx.ModelProto()))
         self.tested.append(tested)
 
     def _beside(self, outputs: Arrays) -> float:
