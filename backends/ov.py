@@ -71,8 +71,11 @@ _FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 
 _RETRIES = 3  # compilations that drop what a lost kernel depends on, before bisecting
 _BISECTIONS = 12  # compilations at most when bisecting
-_CONES = 16  # compilations at most of whole ancestor cones,
-_REFUSALS = 2  # and at most so many that prove nothing
+_NEAR = (
+    3  # kernels in a row that make a tensor; its whole cone is compiled when these don't prove it
+)
+_CONES = 16  # compilations at most of whole ancestor cones
+_REFUSALS = 2  # at most so many more that prove nothing than that do, and so many tensors given up
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
 # repeated or contain the commas that separate ``originalLayersNames``.
@@ -91,6 +94,7 @@ class _Executed:
 
     Attributes:
         original: names of the operations fused into it, as the engine states them.
+        outputs, layouts: precisions and memory layouts of its outputs.
         operations: numbers of the model's operations fused into it.
         parents: the executed nodes it reads.
         varying: whether it depends on the inputs.
@@ -103,6 +107,7 @@ class _Executed:
     primitive: str
     precision: str
     outputs: tuple[str, ...]
+    layouts: str
     operations: tuple[int, ...]
     parents: tuple[str, ...]
     varying: bool
@@ -148,6 +153,7 @@ class _Program:
                 primitive=info.get("primitiveType", ""),
                 precision=info.get("runtimePrecision", "").lower(),
                 outputs=tuple(info.get("outputPrecisions", "").lower().split(",")),
+                layouts=info.get("outputLayouts", ""),
                 operations=tuple(
                     int(i) for i in _TOKEN.findall(info.get("originalLayersNames", ""))
                 ),
@@ -185,6 +191,10 @@ class _Program:
         for kernel in self.reach(results):
             found[kernel.key].update(p.end for p in self.sources(kernel))
         return found
+
+    def reading(self, node: _Executed) -> Counter[tuple[str, ...]]:
+        """Precisions of what it reads that depends on the inputs."""
+        return Counter(self.nodes[p].outputs for p in node.parents if self.nodes[p].varying)
 
     def sources(self, node: _Executed) -> Iterator[_Executed]:
         """The nearest kernels that feed it."""
@@ -907,7 +917,7 @@ class _Build:
         observed: Sequence[_Candidate],
         known: Mapping[str, Array],
     ) -> tuple[list[_Cut], set[_Candidate]]:
-        """Make ``missing`` outside the whole program: each kernel alone, else with its cone.
+        """Make ``missing`` outside the whole program: each kernel alone, else with what feeds it.
 
         Returns:
             What to run, in order, and the candidates whose values it is proved to give.
@@ -917,12 +927,20 @@ class _Build:
         if not missing:
             return [], set()
         cuts, found, faithful = self._alone(missing, observed, known)
-        refused = 0
+        cones = refused = strayed = 0
+        copy = _Copy(self._source)
+        rest = [c for c in missing if c not in found]
         # What ran as another kernel when it was alone mostly does so at the end of its cone.
-        rest = sorted((c for c in missing if c not in found), key=lambda c: c not in faithful)
-        for candidate in rest[:_CONES]:
-            if (cone := self._cone(candidate, observed, known)) is not None:
-                cuts.append((cone, (candidate,)))
+        for candidate in sorted(rest, key=lambda c: c not in faithful):
+            cut = None
+            if strayed < _REFUSALS:
+                cut = self._near(candidate, observed, known, copy)
+                strayed += 1 if cut is None else -1
+            if cut is None and cones < _CONES:
+                cones += 1
+                cut = self._cone(candidate, observed, known)
+            if cut is not None:
+                cuts.append((cut, (candidate,)))
                 found.add(candidate)
             elif (refused := refused + 1) == _REFUSALS:
                 break
@@ -998,6 +1016,41 @@ class _Build:
         values = cut.run(known, witnesses)
         return [c for c in witnesses if _same_bits(values[c.tensor], known[c.tensor])]
 
+    def _near(
+        self,
+        candidate: _Candidate,
+        observed: Sequence[_Candidate],
+        known: Mapping[str, Array],
+        copy: _Copy,
+    ) -> _CutOut | None:
+        """Compile the last few kernels on the way to ``candidate``, fed with captured values.
+
+        Accepted when they are the plain program's, in its layouts (a kernel alone may be given
+        another, and a sum then rounds otherwise), read the same precisions, and every probe among
+        them gives the captured bits.
+        """
+        near = {candidate.maker}
+        rim = [self._maker(candidate)]
+        for _ in range(_NEAR - 1):
+            rim = [p for k in rim for p in self._program.parents(k) if p.operations]
+            near |= {max(k.operations) for k in rim}
+        stops = {c.port: c.tensor for c in observed if c.maker not in near}
+        checks = [c for c in observed if c.maker in near]
+        if not checks:
+            return None
+        cut = self._cut_out((*checks, candidate), stops, copy)
+        plain = {kernel.key: kernel for kernel in self._program.kernels()}
+        for kernel in cut.program.reach([candidate.probe]):
+            twin = plain.get(kernel.key)
+            if twin is None or twin.layouts != kernel.layouts:
+                return None
+            if cut.program.reading(kernel) != self._program.reading(twin):
+                return None
+            read = Counter(p.end for p in cut.program.sources(kernel))
+            if not read <= Counter(p.end for p in self._program.sources(twin)):
+                return None
+        return self._checked(cut, checks, known)
+
     def _cone(
         self, candidate: _Candidate, observed: Sequence[_Candidate], known: Mapping[str, Array]
     ) -> _CutOut | None:
@@ -1006,16 +1059,24 @@ class _Build:
         Accepted when its kernels are the plain program's and every upstream probe in it gives
         the captured bits.
         """
-        maker = next(k for k in self._program.kernels() if candidate.maker in k.operations)
+        maker = self._maker(candidate)
         upstream = {max(k.operations) for k in self._program.reach([maker.name]) if k.operations}
         checks = [c for c in observed if c.maker in upstream]
         cut = self._cut_out((*checks, candidate), {})
         cone = self._program.fingerprint([maker.name])
         if cut.program.fingerprint([candidate.probe]) != cone:
             return None
+        return self._checked(cut, checks, known)
+
+    def _maker(self, candidate: _Candidate) -> _Executed:
+        return next(k for k in self._program.kernels() if candidate.maker in k.operations)
+
+    def _checked(
+        self, cut: _CutOut, checks: Sequence[_Candidate], known: Mapping[str, Array]
+    ) -> _CutOut | None:
+        """A cut-out, if what it makes of ``checks`` are the captured bits."""
         values = cut.run(known, checks)
-        same = all(_same_bits(values[c.tensor], known[c.tensor]) for c in checks)
-        return cut if same else None
+        return cut if all(_same_bits(values[c.tensor], known[c.tensor]) for c in checks) else None
 
     def _readers(self) -> dict[int, set[int]]:
         """By operation, the makers (see ``_Candidate``) of the kernels that read what it makes."""
