@@ -71,9 +71,7 @@ _FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 
 _RETRIES = 3  # compilations that drop what a lost kernel depends on, before bisecting
 _BISECTIONS = 12  # compilations at most when bisecting
-_NEAR = (
-    3  # kernels in a row that make a tensor; its whole cone is compiled when these don't prove it
-)
+_NEAR = 3  # kernels in a row that make a tensor; where they prove nothing, its whole cone may
 _CONES = 16  # compilations at most of whole ancestor cones
 _REFUSALS = 2  # at most so many more that prove nothing than that do, and so many tensors given up
 
@@ -809,11 +807,24 @@ class _Build:
             trial = self._try(kept, plain, feeds)
             if trial.proved:
                 return trial
-            fewer = [c for c in kept if c.maker not in trial.suspects]
+            fewer = [c for c in kept if c.maker not in self._with_sums(trial.suspects)]
             if len(fewer) == len(kept):
                 break
             kept = fewer
         return self._bisect(kept, plain, feeds)
+
+    def _with_sums(self, suspects: frozenset[int]) -> frozenset[int]:
+        """With them, the sums over what they make.
+
+        With only a sum observed, OpenVINO leaves off rounding what it reads.
+        """
+        return suspects | {
+            max(kernel.operations)
+            for kernel in self._program.kernels()
+            if kernel.type == "Reduce" and kernel.operations
+            for parent in self._program.parents(kernel)
+            if suspects & {*parent.operations}
+        }
 
     def _suspects(self, changed: _Program, probes: Sequence[_Candidate]) -> frozenset[int]:
         """Which kernels' outputs to leave alone for the program to stay as it is.
