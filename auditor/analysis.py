@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -221,7 +222,11 @@ class Analysis:
         self._add_impact(index, chain, flagged, upstream)
         if self._pictured:
             self._add_pictures(index, chain, flagged)
-        parts = self._add_causes(index, chain, flagged)
+        # The search for causes keeps one core busy, and following the backend's tensors the others.
+        with ThreadPoolExecutor(1) as aside:
+            telescoped = aside.submit(self._telescope, index, chain, flagged)
+            parts = self._add_causes(index, chain, flagged)
+            telescoped.result()
         if index < IMPACT_SAMPLES:
             try:
                 self._keep_books(index, chain, flagged, parts, diverges, upstream)
@@ -530,16 +535,8 @@ class Analysis:
             )
         return tuple(said)
 
-    def _keep_books(
-        self,
-        index: int,
-        chain: Chain,
-        flagged: Mapping[str, Local],
-        parts: Mapping[str, Mapping[str, Arrays]],
-        diverges: bool,
-        upstream: Upstream | None,
-    ) -> None:
-        """Where this sample's whole divergence came from, by cause and by segment.
+    def _telescope(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
+        """Where this sample's whole divergence came from, by segment.
 
         A segment that only a later sample flags stays booked together with its neighbours, so
         that every share rests on the same samples and their means sum to 1.
@@ -550,6 +547,20 @@ class Analysis:
             if len(groups) > MOST_GROUPS:
                 groups = _groups(self.cuts, self._top(ALONE))
             self.ledger = Ledger(groups)
+        few = index < IMPACT_SAMPLES and (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS
+        if index == 0 or few:
+            self.ledger.telescope(chain, index)
+
+    def _keep_books(
+        self,
+        index: int,
+        chain: Chain,
+        flagged: Mapping[str, Local],
+        parts: Mapping[str, Mapping[str, Arrays]],
+        diverges: bool,
+        upstream: Upstream | None,
+    ) -> None:
+        """Where this sample's whole divergence came from, by cause."""
         base, captured = chain.pick(chain.base), chain.pick(chain.captured)
         apart = metrics.relative_l2(captured, base, chain.outputs) > 0
         network = Parts({}, None)
@@ -567,8 +578,6 @@ class Analysis:
                 last, names = upstream.deployed(captured), tuple(origin)
                 books = impact.booked(system, difference(last, origin), origin, names)
                 self.system.add(books, metrics.relative_l2(last, origin, names))
-        if index == 0 or (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS:
-            self.ledger.telescope(chain, index)
 
     def _describe(self, chain: Chain) -> None:
         """What the drill-down shows of the tensors."""

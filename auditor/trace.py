@@ -31,7 +31,7 @@ _REPEATS = 3  # plain runs of the first sample: enough to see a program that is 
 # one took, and some seconds more.
 _PATIENCE = 10.0
 _LEAST_PATIENCE = 30.0
-_ROUNDS = 3  # turns of each program from whose runs a median latency is taken,
+_ROUNDS = 2  # turns of each program from whose runs a median latency is taken,
 _ROUNDS_SECONDS = 5.0  # and the time after which there are fewer
 
 
