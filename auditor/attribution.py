@@ -161,6 +161,7 @@ class _Bench:
     says: frozenset[str] = frozenset()  # which noises that are
     base: _Tested | None = None  # the best of those
     likely: list[_Tested] = field(default_factory=list)  # of the others, beside it
+    branched: bool = False  # whether there are branches to look into
 
     def __post_init__(self) -> None:
         for name, value in self.replayed.items():
@@ -317,7 +318,9 @@ def explain(
     prior = {} if prior is None else prior
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
-    segment = _unbranched(bench, _modern(bench))
+    segment = _modern(bench)
+    unbranched = _unbranched(bench, segment)
+    bench.branched = unbranched is not segment
     ordered = sorted(
         noises,
         key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
@@ -327,7 +330,8 @@ def explain(
             break
         settled = bench.done  # not from NAMED on: another cause may explain the rest as well
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
-        for variant in _variants(bench, noise, segment, expected):
+        seen = unbranched if _tells(bench, noise) else segment
+        for variant in _variants(bench, noise, seen, expected):
             bench.test(noise.id, variant)
             if bench.done or settled:
                 break
@@ -429,6 +433,15 @@ def _unbranched(bench: _Bench, segment: SegmentGraph) -> SegmentGraph:
     return replace(segment, model=model)
 
 
+def _tells(bench: _Bench, noise: Noise) -> bool:
+    """Whether a noise is looked for inside branches.
+
+    One holds a whole network sometimes. A precision is that of all of it; of faults that may be
+    anywhere in it, one or the other would fit by chance.
+    """
+    return not bench.branched or noise.id.startswith("precision.")
+
+
 def _variants(
     bench: _Bench, noise: Noise, segment: SegmentGraph, expected: str | None
 ) -> Iterator[Variant]:
@@ -524,7 +537,7 @@ def _pair(
     likely: Sequence[str] = (),
 ) -> None:
     """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named."""
-    if noise.id == first.hypothesis.noise:
+    if noise.id == first.hypothesis.noise or not _tells(bench, noise):
         return
     base = replace(bench.segment, model=first.variant.model)
     peculiar = first.hypothesis.noise in usual and noise.id not in usual

@@ -1485,7 +1485,7 @@ def _read(core: Any, request: BuildRequest, notes: list[str] | None = None) -> A
         return model
     except RuntimeError as error:
         if shapes and request.artifact is None:
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(Exception):  # the front end's errors have no other base
                 model = _read_at(request.model_path, shapes)
                 if notes is not None:
                     notes.append(
@@ -1502,11 +1502,7 @@ def _read(core: Any, request: BuildRequest, notes: list[str] | None = None) -> A
 
 
 def _read_at(path: Path, shapes: Mapping[str, Sequence[int]]) -> Any:
-    """The model converted at these shapes of its inputs.
-
-    Raises:
-        RuntimeError: it cannot be.
-    """
+    """The model converted at these shapes of its inputs; raises what the front end does."""
     ov = _import()
     from openvino.frontend import FrontEndManager
 

@@ -107,8 +107,8 @@ def _draw(
     )
     if part.carried is not None:
         _draw_carried(page, part, part.carried, told)
-    shares = _shares(part.categories, part.unexplained_share)
-    page.say(_Span(shares), label=_Span("causes     ", "dim"))
+    causes = shares(part.categories, part.unexplained_share)
+    page.say(_Span(causes), label=_Span("causes     ", "dim"))
     if part.gap is not None:
         page.say(_Span(part.gap.reason, "yellow"), label=_Span("gap        ", "dim"))
     _draw_steps(page, part, told)
@@ -118,9 +118,10 @@ def _draw(
         _draw_kept(page, part, part.kept)
 
 
-def _shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
-    shares = [f"{c.noise} {words.percent(c.share)}" for c in categories]
-    return ", ".join([*shares, f"unexplained {words.percent(unexplained)}"])
+def shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
+    """Causes and their shares in one line."""
+    known = [f"{c.noise} {words.percent(c.share)}" for c in categories]
+    return ", ".join([*known, f"unexplained {words.percent(unexplained)}"])
 
 
 def _draw_carried(
@@ -148,8 +149,8 @@ def _draw_carried(
         label=_Span(f"token {carried.number:<4} ", "dim"),
     )
     if carried.categories:
-        shares = _shares(carried.categories, carried.unexplained_share)
-        page.say(_Span(f"of the prompt's caches: {shares}"), label=_Span("           ", "dim"))
+        causes = shares(carried.categories, carried.unexplained_share)
+        page.say(_Span(f"of the prompt's caches: {causes}"), label=_Span("           ", "dim"))
 
 
 def _draw_steps(page: _Page, part: Generation, told: Callable[[int], str]) -> None:

@@ -1,0 +1,117 @@
+"""A stream through a model that keeps a state: in a terminal, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from reports import _words as words
+from reports._generate import shares
+from reports.terminal import _Column, _Page, _Row, _Span
+
+if TYPE_CHECKING:
+    from auditor.records import Streamed, StreamReport, StreamStep
+
+FORMAT = "sysnoise-stream/1"
+_STEPS = 8
+
+
+def render(report: StreamReport, width: int | None, color: bool) -> str:
+    """The comparison as text.
+
+    Args:
+        report: what was fed and computed.
+        width: columns of the terminal, None where unknown.
+        color: whether to use colour.
+    """
+    report = words.visible(report)
+    page = _Page(width, color)
+    page.rule(f"{report.model.path}: a stream")
+    page.say(_Span(report.source), label=_Span("fed        ", "dim"))
+    pairs = ", ".join(f"{name} ← {output}" for name, output in report.states)
+    page.say(_Span(pairs), label=_Span("states     ", "dim"))
+    for part in report.backends:
+        page.rule(part.id)
+        if part.steps:
+            _draw(page, part, report.output)
+        else:
+            reason = part.gap.reason if part.gap else ""
+            page.say(_Span(reason, "yellow"), label=_Span("gap  ", "dim"))
+    return page.text()
+
+
+def render_json(report: StreamReport) -> str:
+    """Everything, as JSON."""
+    return json.dumps({"format": FORMAT} | dataclasses.asdict(report), indent=2) + "\n"
+
+
+def _draw(page: _Page, part: Streamed, output: str) -> None:
+    decided = part.steps[0].decision
+    turned = [s for s in part.steps if not s.same]
+    if turned:
+        said = (
+            f"{words.count(len(turned), 'step')} of {len(part.steps)}, the first {turned[0].number}"
+        )
+        page.say(_Span(said, "red"), label=_Span("turned     ", "dim"))
+    elif decided:
+        nearest = min(part.steps, key=lambda s: s.margin_after or 0.0)
+        left = words.plain(nearest.margin_after or 0.0)
+        page.say(
+            _Span(f"all {len(part.steps)} decisions alike", "green"),
+            _Span(f"; closest at step {nearest.number}: {left} away"),
+        )
+    else:
+        page.say(_Span(f"{len(part.steps)} steps; `{output}` is nothing to decide by"))
+
+    def grown(of: Callable[[StreamStep], float]) -> str:
+        first, last, most = part.steps[0], part.steps[-1], max(part.steps, key=of)
+        return (
+            f"{words.error(of(first))} at step {first.number}, {words.error(of(last))} at step "
+            f"{last.number}, at most {words.error(of(most))} at step {most.number}"
+        )
+
+    proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
+    page.say(_Span(grown(lambda s: s.relative_l2) + proof), label=_Span("output     ", "dim"))
+    page.say(_Span(grown(lambda s: s.states)), label=_Span("states     ", "dim"))
+    looked = part.steps[part.looked]
+    page.say(
+        _Span(
+            f"{words.error(looked.inherited)} of its output's error came with the states, "
+            f"{words.error(looked.introduced)} is its own"
+        ),
+        label=_Span(f"step {part.looked:<5} ", "dim"),
+    )
+    causes = shares(part.categories, part.unexplained_share)
+    page.say(_Span(f"of its own: {causes}"), label=_Span("causes     ", "dim"))
+    page.blank()
+    columns = (
+        _Column("step", right=True),
+        _Column("reference"),
+        _Column("backend"),
+        _Column("margin", right=True),
+        _Column("becomes", right=True),
+        _Column("output", right=True),
+        _Column("states", right=True),
+        _Column("inherited", right=True),
+        _Column("introduced", right=True),
+    )
+    worst = sorted(part.steps, key=lambda s: (s.same, -s.relative_l2))[:_STEPS]
+    page.grid(columns, [_row(s) for s in sorted(worst, key=lambda s: s.number)])
+
+
+def _row(step: StreamStep) -> _Row:
+    ours, theirs = (" ".join(map(str, d)) or "–" for d in (step.decision, step.other))
+    margins = (step.margin, step.margin_after)
+    parts = (step.relative_l2, step.states, step.inherited, step.introduced)
+    return _Row(
+        (
+            _Span(str(step.number)),
+            _Span(ours),
+            _Span(theirs, "" if step.same else "red"),
+            *(_Span("–" if m is None else words.plain(m)) for m in margins),
+            *(_Span(words.error(p)) for p in parts),
+        ),
+        (),
+    )
