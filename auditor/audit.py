@@ -489,7 +489,17 @@ def model_of(report: AuditReport, options: AuditOptions) -> Model:
 def request_for(
     spec: BackendSpec, options: AuditOptions, model: Model, feeds: Arrays, workdir: Path
 ) -> BuildRequest:
-    """What an audit with these options asks of a backend; ``feeds`` give the shapes."""
+    """What an audit with these options asks of a backend; ``feeds`` give the shapes.
+
+    Raises:
+        UsageError: the backend runs what the model was exported from, and that is not given.
+    """
+    trains = _trains(spec)
+    if trains and options.source is None:
+        raise UsageError(
+            f"the backend `{spec.id}` runs what the model was exported from",
+            "Say what that is: --source package.module:factory.",
+        )
     return BuildRequest(
         model_path=model.path,
         shapes={name: tuple(value.shape) for name, value in feeds.items()},
@@ -499,7 +509,7 @@ def request_for(
         options=options.options.get(spec.id, {}),
         workdir=workdir,
         artifact=options.artifacts.get(spec.label),
-        source=options.source if options.source and _trains(spec) else None,
+        source=options.source if trains else None,
         trusted=options.trust_source,
         custom_ops=tuple(library.resolve() for library in options.custom_ops),
     )
