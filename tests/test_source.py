@@ -187,8 +187,12 @@ def test_the_command_line_puts_the_training_side_first() -> None:
     assert [s.label for s in with_training(specs, "m:f")] == ["torch", "ort"]
     assert with_training(specs, None) == specs
     assert "torch" not in {s.id for s in backend_specs(None)}
+
+
+def test_a_training_side_without_a_source_is_one_clear_error(small: Path) -> None:
+    options = AuditOptions(backend_specs(["torch:cuda"]))
     with pytest.raises(UsageError, match="what the model was exported from"):
-        with_training(backend_specs(["torch:cuda"]), None)
+        audit(small, options, noises=(), progress=Quiet())
 
 
 def test_another_path_on_a_later_sample_is_a_gap(small: Path, tmp_path: Path) -> None:
