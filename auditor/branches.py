@@ -64,6 +64,8 @@ def taken(model: onnx.ModelProto, inputs: Arrays, run: Run) -> onnx.ModelProto |
 
 def _values(model: onnx.ModelProto, run: Run, names: Collection[str]) -> Arrays:
     """What some tensors of a model are on the segment's inputs."""
+    if not names:
+        return {}
     probed = surgery.copied(model)
     known = {o.name for o in probed.graph.output}
     probed.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known)

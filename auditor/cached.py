@@ -22,19 +22,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 
-from auditor import metrics
+from auditor import metrics, pieces
 from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
-from auditor.generate import Frozen, Logits, Tokens, compared, numbered, plain_runs
+from auditor.generate import (
+    Frozen,
+    Logits,
+    Tokens,
+    avoiding_options,
+    compared,
+    numbered,
+    plain_runs,
+)
 from auditor.records import (
     Carried,
     Gap,
     Generation,
     GenerationReport,
     GenerationStep,
+    KeptLayers,
     LayerEffect,
 )
 from auditor.replay import ReplayError
@@ -45,6 +55,7 @@ if TYPE_CHECKING:
     from auditor.model import Model, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
     from auditor.replay import Reference
+    from auditor.segments import Cut
 
 Run = Callable[["Arrays"], "Arrays"]
 
@@ -143,6 +154,8 @@ class Decoder:
     Attributes:
         ids, mask: inputs; the mask, of all tokens so far, may be missing.
         positions: inputs that say where the new tokens are.
+        branch: input of a decoder that is two in one (``use_cache_branch``), which says whether
+            there are caches yet; may be missing.
         logits: the output, ``[1, new tokens or 1, vocabulary]``.
     """
 
@@ -151,6 +164,7 @@ class Decoder:
     positions: tuple[TensorSpec, ...]
     logits: str
     caches: tuple[Cache, ...]
+    branch: TensorSpec | None = None
 
     def feeds(self, tokens: Sequence[int], before: int, outputs: Arrays | None) -> Arrays:
         """The inputs of a run.
@@ -166,6 +180,8 @@ class Decoder:
         for spec in self.positions:
             places = np.arange(before, before + len(tokens)).astype(spec.dtype)
             feeds[spec.name] = places if len(spec.shape) == 1 else places[None]
+        if self.branch:
+            feeds[self.branch.name] = np.full(len(self.branch.shape) * (1,), outputs is not None)
         for cache in self.caches:
             value = outputs[cache.present] if outputs else cache.empty()
             feeds[cache.past.name] = value.astype(cache.past.dtype, copy=False)
@@ -201,8 +217,12 @@ def decoder_of(model: Model, caches: tuple[Cache, ...]) -> Decoder:
     ids: list[TensorSpec] = []
     masks: list[TensorSpec] = []
     positions: list[TensorSpec] = []
+    branch: TensorSpec | None = None
     for spec in (s for s in model.inputs if s.name not in pasts):
         name = spec.name.lower()
+        if spec.dtype.kind == "b" and len(spec.shape) <= 1:
+            branch = spec
+            continue
         among = masks if "mask" in name else positions if "position" in name else ids
         ranks = (1, 2) if among is positions else (2,)
         fits = spec.dtype.kind in "iub" and len(spec.shape) in ranks
@@ -215,7 +235,8 @@ def decoder_of(model: Model, caches: tuple[Cache, ...]) -> Decoder:
         among.append(spec)
     if not ids:
         raise UsageError(f"{model.path} takes no token ids", "Give a decoder.")
-    return Decoder(ids[0], masks[0] if masks else None, tuple(positions), _logits(model), caches)
+    mask = masks[0] if masks else None
+    return Decoder(ids[0], mask, tuple(positions), _logits(model), caches, branch)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -302,7 +323,7 @@ def generate(
         text.append(step.token)
     _check(reference, decoder, [*prompt, *text[:-1]], step.logits)
     truth = _Truth(model, reference, decoder, list(prompt), text)
-    parts = [_one(spec, truth, options, noises, progress) for spec in options.backends]
+    parts = [_one(spec, truth, options, noises, progress, scratch) for spec in options.backends]
     return GenerationReport(
         model=model.info,
         prompt=tuple(prompt),
@@ -372,6 +393,7 @@ def _one(
     options: AuditOptions,
     noises: Sequence[Noise],
     progress: Progress,
+    scratch: Path,
 ) -> Generation:
     """One backend's text, and where its difference came from."""
     decoder, reference = truth.decoder, truth.reference
@@ -401,12 +423,13 @@ def _one(
             own = _own_text(run, truth, forced)
             carried = _carried(reference, decoder, forced)
             if forced.number:
-                before, _ = audited(prefill, [c.present for c in decoder.caches], last=False)
-                wrote = before.report(spec.device or "")
+                caches = [c.present for c in decoder.caches]
+                before, written = audited(prefill, caches, last=False)
+                prompt = before.report(spec.device or "")
                 carried = replace(
                     carried,
-                    categories=wrote.categories,
-                    unexplained_share=wrote.unexplained_share,
+                    categories=prompt.categories,
+                    unexplained_share=prompt.unexplained_share,
                 )
             feeds = forced.theirs.feeds
             analysis, tensors = audited(feeds, [decoder.logits], last=True)
@@ -414,20 +437,25 @@ def _one(
             return Generation(spec.label, gap=tracer.gap)
         part = analysis.report(spec.device or "")
         turned = not forced.steps[forced.number].same
-        gap = None
+        gap = kept = None
         effects: tuple[LayerEffect, ...] = ()
         if turned:
-            reason = (
-                "which layers to keep exact is not searched for with caches: export the decoder "
-                "without them (use_cache=False) for that"
-            )
             wide, cuts = reference.wide(feeds), analysis.cuts
             try:
-                frozen = Frozen(truth.model, reference, cuts, wide, tensors, decoder.logits)
+                frozen = Frozen(truth.model, reference, cuts, wide, tensors, (decoder.logits,))
                 effects = _effects(frozen, truth, forced, carried, progress)
+                harm = {effect.layer: effect.harm for effect in effects}
+                if forced.number:
+                    made = tuple(c.present for c in decoder.caches)
+                    first = reference.wide(prefill)
+                    wrote = Frozen(truth.model, reference, before.cuts, first, written, made)
+                    harm = _harm(wrote, truth, forced, carried, harm, progress)
+                names = sorted(frozen.layers, key=lambda name: -harm.get(name, 0.0))
+                avoiding = avoiding_options(tracer, part.categories, spec)
+                kept = _kept(names, frozen, truth, tracer, avoiding, spec, options, scratch)
             except ReplayError as error:
                 reason = f"which layers matter is not known: {error.message}"
-            gap = Gap(spec.label, "layers", reason)
+                gap = Gap(spec.label, "layers", reason)
         return Generation(
             spec.label,
             text=tuple(own),
@@ -439,6 +467,7 @@ def _one(
             fidelity=part.fidelity,
             provenance=tracer.provenance,
             effects=effects,
+            kept=kept,
             carried=carried,
             gap=gap,
         )
@@ -509,3 +538,141 @@ def _effects(
         feeds = forced.ours.feeds | {n: forced.theirs.feeds[n] for n in names}
         add(f"{group} (caches)", len(names), reference.run(feeds), carried.lead)
     return tuple(sorted(found, key=lambda effect: -effect.harm))
+
+
+# --- which layers to keep exact -----------------------------------------------------------------
+
+
+def _harm(
+    wrote: Frozen,
+    truth: _Truth,
+    forced: _Forced,
+    carried: Carried,
+    harm: Mapping[str, float],
+    progress: Progress,
+) -> dict[str, float]:
+    """What single layers do to the step that is looked at: in it, and when they wrote the prompt.
+
+    For the latter the reference goes from caches with the error of one layer to that step.
+    """
+    decoder, prompt = truth.decoder, len(truth.prompt)
+    found = dict(harm)
+    for layer in wrote.layers:
+        progress.update("reference", f"effect of {layer} on the prompt's caches")
+        caches = wrote.alone(layer)
+        first, *more = truth.text[: forced.number + 1]
+        again = steps(truth.reference.run, decoder, [first], len(more), more, (prompt, caches))
+        *_, last = again
+        token = forced.steps[forced.number].token
+        change = _margin(last.logits, token, carried.other) - carried.lead
+        found[layer] = found.get(layer, 0.0) - change / max(carried.lead, 1e-12)
+    return found
+
+
+def _kept(
+    names: Sequence[str],
+    frozen: Frozen,
+    truth: _Truth,
+    tracer: Tracer,
+    avoiding: dict[str, str] | None,
+    spec: BackendSpec,
+    options: AuditOptions,
+    scratch: Path,
+) -> KeptLayers:
+    """The fewest of the most harmful layers that must be exact for every decision to hold.
+
+    Found by building: the errors of all steps are not known apart, and caches carry them on.
+    """
+    if avoiding is None:
+        return KeptLayers(
+            tuple(names),
+            len(names),
+            failure="the backend has no option that avoids the causes named",
+        )
+    low, high, best = 0, len(names), None
+    while high - low > 1 or best is None:
+        middle = high if best is None else (low + high) // 2
+        tracer.progress.update(tracer.id, f"build with {middle} layers exact")
+        nodes = {i for name in names[:middle] for cut in frozen.layers[name] for i in cut.nodes}
+        tried = KeptLayers(tuple(names[:middle]), len(names), options=avoiding)
+        tried = _in_pieces(tried, nodes, truth, tracer, spec, options, scratch)
+        if tried.turned == 0:
+            high, best = middle, tried
+        elif best is None:
+            return tried
+        else:
+            low = middle
+    return best
+
+
+def _in_pieces(
+    kept: KeptLayers,
+    chosen: set[int],
+    truth: _Truth,
+    tracer: Tracer,
+    spec: BackendSpec,
+    options: AuditOptions,
+    scratch: Path,
+) -> KeptLayers:
+    """Build the model in pieces, and give it the reference's text, step by step.
+
+    One piece after the other takes all steps: each is compiled once, and only it is loaded.
+    """
+    reference, decoder = truth.reference, truth.decoder
+    made = pieces.split(reference.graph, chosen)
+    kept = replace(kept, pieces=len(made))
+    pasts = {cache.past.name: cache for cache in decoder.caches}
+    ours = list(steps(reference.run, decoder, truth.prompt, len(truth.text), truth.text))
+    values = [{n: v for n, v in step.feeds.items() if n not in pasts} for step in ours]
+
+    def inputs(cut: Cut, number: int) -> Arrays:
+        """What a piece reads in a step."""
+        found: Arrays = {}
+        for name in cut.inputs:
+            if name not in pasts:
+                found[name] = values[number][name]
+            elif number:
+                found[name] = values[number - 1][pasts[name].present]
+            else:
+                found[name] = pasts[name].empty()
+        return found
+
+    replayer = reference.replayer
+    cuts = [piece.cut for piece in made]
+    ends = [replayer.walk(cuts, reference.wide(s.feeds)) for s in (ours[0], ours[-1])]
+    path = scratch / f"{spec.id}-piece.onnx"
+    try:
+        for piece in made:
+            cut = piece.cut
+            shapes = {n: _open(ends[0][n].shape, ends[1][n].shape) for n in cut.inputs}
+            onnx.save(
+                reference.graph.extract(cut, replayer.types, shapes, truth.model.weights), path
+            )
+            feeds = inputs(cut, 0)
+            request = request_for(spec, options, truth.model, feeds, tracer.worker.workdir)
+            given = request.options | (kept.options if piece.chosen else {})
+            run = Tracer(tracer.id, tracer.worker, tracer.timeout, tracer.progress)
+            run.build(replace(request, model_path=path, dynamic=True, open=True, options=given))
+            for number in range(len(ours)):
+                outputs = None if run.gap else run.plain(inputs(cut, number))
+                if outputs is None:
+                    reason = run.gap.reason if run.gap else ""
+                    return replace(kept, failure=f"piece {cut.id} of {len(made)}: {reason}")
+                values[number] |= reference.wide(outputs)
+    except KeyError as error:  # a cache that a later piece writes
+        return replace(kept, failure=f"{error} is written by a later piece than reads it")
+    except (UsageError, ReplayError) as error:
+        return replace(kept, failure=error.message)
+    logits = [
+        np.concatenate([decoder.last(v) for v in side])
+        for side in ([step.outputs for step in ours], values)
+    ]
+    done = compared(truth.text, *logits)
+    return replace(
+        kept, turned=sum(not step.same for step in done), kl=max(step.kl for step in done)
+    )
+
+
+def _open(one: Sequence[int], other: Sequence[int]) -> tuple[int | None, ...]:
+    """A shape that is open where two differ."""
+    return tuple(a if a == b else None for a, b in zip(one, other, strict=True))

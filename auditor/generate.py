@@ -387,7 +387,7 @@ class Frozen:
         cuts: tuple[Cut, ...],
         feeds: Arrays,
         tensors: Arrays,
-        logits: str,
+        finals: tuple[str, ...],
     ) -> None:
         """Measure every segment's error.
 
@@ -397,7 +397,7 @@ class Frozen:
             cuts: the segments.
             feeds: what the backend was fed, in the reference's types.
             tensors: what was captured then.
-            logits: the output to look at.
+            finals: the outputs to look at.
 
         Raises:
             ReplayError: the reference cannot follow the backend's tensors.
@@ -405,7 +405,7 @@ class Frozen:
         replayer = reference.replayer
         captured = feeds | reference.wide(tensors)
         base = replayer.walk(cuts, feeds)
-        self.chain = Chain(replayer, cuts, feeds, base, captured, (logits,))
+        self.chain = Chain(replayer, cuts, feeds, base, captured, finals)
         self.patches: dict[str, Patch] = {}
         for cut in cuts:
             local = divergence.replay(replayer, cut, captured)
@@ -416,7 +416,7 @@ class Frozen:
             self.layers.setdefault(name.of(cut), []).append(cut)
 
     def alone(self, layer: str) -> Arrays:
-        """The logits that the reference gives with the errors of one layer."""
+        """The outputs that the reference gives with the errors of one layer."""
         return self.chain.final({cut.id: self.patches[cut.id] for cut in self.layers[layer]})
 
 
@@ -427,8 +427,14 @@ class _Emulated(Frozen):
         self, truth: _Truth, analysis: Analysis, tensors: Arrays, turned: dict[int, int]
     ) -> None:
         """Measure; ``turned``: by step at which the backend decided otherwise, its token."""
-        logits = truth.decoder.logits
-        super().__init__(truth.model, truth.reference, analysis.cuts, truth.forced, tensors, logits)
+        super().__init__(
+            truth.model,
+            truth.reference,
+            analysis.cuts,
+            truth.forced,
+            tensors,
+            (truth.decoder.logits,),
+        )
         self.turned = turned
         self._truth = truth
         self._ours = truth.steps(truth.expected)
@@ -530,7 +536,7 @@ def _built(
     scratch: Path,
 ) -> KeptLayers:
     """Build the model in pieces, the kept layers with the option that avoids the cause, and run."""
-    avoiding = _avoiding(tracer, categories, spec)
+    avoiding = avoiding_options(tracer, categories, spec)
     if avoiding is None:
         return replace(kept, failure="the backend has no option that avoids the causes named")
     made = pieces.split(truth.reference.graph, emulated.nodes(kept.layers))
@@ -567,7 +573,7 @@ def _built(
     )
 
 
-def _avoiding(
+def avoiding_options(
     tracer: Tracer, categories: Sequence[CategoryShare], spec: BackendSpec
 ) -> dict[str, str] | None:
     """Engine options that leave out the cause with the largest share that has any."""

@@ -1422,7 +1422,8 @@ class KeptLayers:
     """The layers to compute in full precision so that no decision turns.
 
     Attributes:
-        layers: chosen on the reference with all other layers' errors; ``among`` how many there are.
+        layers: chosen on the reference with all other layers' errors, or by building where there
+            are caches; ``among`` how many there are.
         options: what the kept layers were built with; ``pieces``: in how many pieces.
         turned: decisions that the model so built still turns; None where it was not built.
         kl: largest divergence of a step of it, in nats.

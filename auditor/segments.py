@@ -124,7 +124,7 @@ class Graph:
         self,
         cut: Cut,
         types: Mapping[str, int],
-        shapes: Mapping[str, Sequence[int]] | None,
+        shapes: Mapping[str, Sequence[int | None]] | None,
         weights: Mapping[str, Array],
     ) -> onnx.ModelProto:
         """A segment as a stand-alone model with the same tensor names.

@@ -47,7 +47,7 @@ def written(path: Path, folder: Path, *backends: str, **options: str) -> Generat
     return generate.generate(
         path,
         PROMPT,
-        12,
+        11,
         asked,
         noises=discovery.noises(),
         progress=Quiet(),
@@ -74,7 +74,11 @@ def test_caches_are_fed_back_to_each_backend(tmp_path: Path) -> None:
     writer.write(path, replace(SHAPE, caches=True), seed=2)
     report = written(path, tmp_path, "ort", "ov", INFERENCE_PRECISION_HINT="bf16")
     ort, ov = report.backends
-    assert report.caches == 4 and len(report.text) == 12
+    assert report.caches == 4 and len(report.text) == 11
+    # A decoder that is two in one is told whether it has caches yet.
+    merged = tmp_path / "merged.onnx"
+    onnx.save(two_in_one(onnx.load(path)), merged)
+    assert written(merged, tmp_path).text == report.text
     # In steps with caches and in one run with padding, the reference writes the same.
     plain = tmp_path / "decoder.onnx"
     writer.write(plain, SHAPE, seed=2)
@@ -90,7 +94,31 @@ def test_caches_are_fed_back_to_each_backend(tmp_path: Path) -> None:
     for causes in (ov.categories, carried.categories):
         assert causes[0].noise == "precision.bf16" and causes[0].share > 0.9
     assert {"layer0", "past_key_values.1 (caches)"} <= {effect.layer for effect in ov.effects}
+    kept = ov.kept
+    assert kept is not None and kept.failure is None and 0 < len(kept.layers) < kept.among
+    assert kept.turned == 0 and kept.pieces > 1
     assert f"token {ov.first}" in table.render(report, 100, False)
+
+
+def two_in_one(cached: onnx.ModelProto) -> onnx.ModelProto:
+    """A decoder as optimum merges it: one branch with caches, one without."""
+    graph = cached.graph
+    made = {name for node in graph.node for name in node.output}
+    branches = {}
+    for branch in ("then_branch", "else_branch"):
+        body = branches[branch] = onnx.GraphProto(name=branch)
+        for node in graph.node:
+            new = body.node.add()
+            new.CopyFrom(node)
+            new.input[:] = [f"{branch}/{n}" if n in made else n for n in node.input]
+            new.output[:] = [f"{branch}/{n}" for n in node.output]
+        body.output.extend(onnx.ValueInfoProto(name=f"{branch}/{o.name}") for o in graph.output)
+    outputs = [output.name for output in graph.output]
+    del graph.node[:]
+    graph.node.append(onnx.helper.make_node("If", ["use_cache_branch"], outputs, **branches))
+    kind = onnx.TensorProto.BOOL
+    graph.input.append(onnx.helper.make_tensor_value_info("use_cache_branch", kind, [1]))
+    return cached
 
 
 def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
