@@ -482,6 +482,8 @@ class Analysis:
             self._compiled,
             self._trained,
             self._grids,
+            chain.replayer.weights,
+            chain.replayer.folder,
         )
         part, failures = self.causes.look(cut.id, segment, local, index, thorough=thorough)
         for failure in failures:
@@ -503,7 +505,11 @@ class Analysis:
         said = []
         for what, changed in artefact.quantised(segment).items():
             explained = attribution.measured(
-                changed, local.inputs, local.observed, local.replayed, threads=threads
+                replace(segment, model=changed),
+                local.inputs,
+                local.observed,
+                local.replayed,
+                threads=threads,
             )
             if explained is not None:
                 said.append(f"{what} {explained:.4f}")
@@ -526,7 +532,11 @@ class Analysis:
         said = [artefact.sentence(n, c) for n, c in changed.items() if n in held]
         threads = self.reference.replayer.threads
         explained = attribution.measured(
-            model, local.inputs, local.observed, local.replayed, threads=threads
+            replace(segment, model=model),
+            local.inputs,
+            local.observed,
+            local.replayed,
+            threads=threads,
         )
         if explained is not None:
             said.append(

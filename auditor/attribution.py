@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,7 @@ class Contender:
     variant: Variant
     first: Retest
     stated: bool  # whether the engine reports a precision in this segment
+    folder: Path | None  # where the files with its weights are
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,12 +260,12 @@ class _Bench:
     def _session(self, model: onnx.ModelProto) -> Any:
         """A session; with the inputs' shapes left open where they show already that none fits."""
         try:
-            return replay.session(model, self.threads)
+            return replay.session(model, self.threads, self.segment.folder)
         except Exception:  # as above
             opened = surgery.copied(model)
             for value in opened.graph.input:
                 value.type.tensor_type.ClearField("shape")
-            return replay.session(opened, self.threads)
+            return replay.session(opened, self.threads, self.segment.folder)
 
     def _distance(self, outputs: Arrays) -> float:
         """Σ over outputs of ‖out_b − outputs‖² / ‖h‖².
@@ -366,7 +368,7 @@ def retest(
     """
     if not contenders:
         return []
-    segment = SegmentGraph(contenders[0].variant.model, ())
+    segment = SegmentGraph(contenders[0].variant.model, (), folder=contenders[0].folder)
     bench = _Bench(segment, inputs, observed, replayed, threads)
     if not bench.explainable:
         return []
@@ -379,16 +381,16 @@ def retest(
 
 
 def measured(
-    model: onnx.ModelProto, inputs: Arrays, observed: Arrays, replayed: Arrays, *, threads: int
+    segment: SegmentGraph, inputs: Arrays, observed: Arrays, replayed: Arrays, *, threads: int
 ) -> float | None:
-    """Share of a segment's error that running another model on its inputs explains.
+    """Share of a segment's error that running it, changed, on its inputs explains.
 
     None where there is no finite error or the model cannot be run; the other arguments are those
     of ``explain``.
     """
-    bench = _Bench(SegmentGraph(model, ()), inputs, observed, replayed, threads)
+    bench = _Bench(segment, inputs, observed, replayed, threads)
     if bench.explainable:
-        bench.test("", Variant("", model))
+        bench.test("", Variant("", segment.model))
     return bench.tested[0].hypothesis.explained if bench.tested else None
 
 
@@ -404,7 +406,8 @@ def _modern(bench: _Bench) -> SegmentGraph:
         return segment
     for model in rounding.upgraded(segment.model, OPSET):
         try:
-            values = replay.session(model, bench.threads).run(list(bench.replayed), bench.inputs)
+            session = replay.session(model, bench.threads, segment.folder)
+            values = session.run(list(bench.replayed), bench.inputs)
         except Exception:  # what ORT refuses is no conversion; its errors share no base
             continue
         outputs = dict(zip(bench.replayed, values, strict=True))
@@ -598,7 +601,14 @@ def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
     ]
     close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
     return tuple(
-        Contender(t.hypothesis.noise, t.variant, _result(bench, t, {}), bench.stated) for t in close
+        Contender(
+            t.hypothesis.noise,
+            t.variant,
+            _result(bench, t, {}),
+            bench.stated,
+            bench.segment.folder,
+        )
+        for t in close
     )
 
 

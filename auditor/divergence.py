@@ -219,7 +219,8 @@ def _in_own_types(replayer: Replayer, cut: Cut, local: Local, own: Format) -> Ar
     half_unit = 2.0**-own.bits
     inputs = {n: fp32_rounding.jitter(v, generator, half_unit) for n, v in local.inputs.items()}
     try:
-        values = session(own_types(plain, own) or plain, replayer.threads).run(None, inputs)
+        rounded = own_types(plain, own) or plain
+        values = session(rounded, replayer.threads, replayer.folder).run(None, inputs)
     except Exception as error:  # ORT raises a family of classes that share no base
         raise ReplayError(cut, "rounded", error) from error
     return dict(zip(cut.outputs, values, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -263,6 +264,8 @@ class SegmentGraph:
         compiled: constants that the compiled file has otherwise, by their names here.
         trained: those that the module has otherwise which the model was exported from.
         grids: what activations are rounded to in the compiled program (``Gridded``), by name.
+        weights: values of the initialisers that lie in files (``auditor.weights``), by name;
+        folder: where these files are.
     """
 
     model: onnx.ModelProto
@@ -270,6 +273,8 @@ class SegmentGraph:
     compiled: Mapping[str, CompiledConstant] = field(default_factory=dict)
     trained: Mapping[str, CompiledConstant] = field(default_factory=dict)
     grids: Mapping[str, Array] = field(default_factory=dict)
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ back: integer weights, scales, zero points, bias.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from auditor import surgery
 from auditor.ports import Array
 from auditor.records import Kernel
+from auditor.weights import is_detached
 
 # Operators between a DequantizeLinear and its reader that leave every value on its grid.
 _MOVES = frozenset(
@@ -79,8 +80,12 @@ class Product:
 class Layout:
     """A segment's constants, producers and readers."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, weights: Mapping[str, Array] | None = None
+    ) -> None:
+        """``weights`` are the values of initialisers that are detached from the segment."""
         self.model = model
+        self._detached = weights or {}
         self.nodes = list(model.graph.node)
         self.outputs = {o.name for o in model.graph.output}
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
@@ -94,7 +99,8 @@ class Layout:
     def constant(self, name: str) -> Array | None:
         """Value of an initialiser or Constant."""
         if name in self._tensors:
-            return numpy_helper.to_array(self._tensors[name])
+            tensor = self._tensors[name]
+            return self._detached.get(name) if is_detached(tensor) else numpy_helper.to_array(tensor)
         node = self.source(name)
         if node is None or node.op_type != "Constant":
             return None

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor import surgery
-from auditor.ports import Array
+from auditor.ports import Array, SegmentGraph
 from auditor.quantised import Editor, Layout
 
 # Scan, Squeeze and Cast with bfloat16 as they are written here.
@@ -24,11 +24,12 @@ _OPSET = 13
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
-def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def in_bfloat16(segment: SegmentGraph) -> onnx.ModelProto | None:
     """A segment with its recurrent layers in bfloat16; None where it has none like these."""
+    model = segment.model
     if surgery.opset(model) < _OPSET:
         return None
-    layout = Layout(model)
+    layout = Layout(model, segment.weights)
     editor = Editor(model)
     changed = False
     for node in layout.nodes:

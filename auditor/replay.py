@@ -234,8 +234,11 @@ class Replayer:
         self.held = 0
 
     def model(self, cut: Cut, values: Mapping[str, Array]) -> onnx.ModelProto:
-        """A segment as a stand-alone model for ``values``; it must have been run before."""
-        return self.graph.extract(cut, self.types, self._shapes(cut, values), self.weights)
+        """A segment as a stand-alone model for ``values``; it must have been run before.
+
+        Large weights stay in their files (``weights``, ``folder``).
+        """
+        return self.graph.extract(cut, self.types, self._shapes(cut, values), {})
 
     def run(self, cut: Cut, values: Mapping[str, Array]) -> Arrays:
         """Run one segment on ``values`` (at least its inputs) and return its outputs.
@@ -302,7 +305,7 @@ class Replayer:
         feeds = {name: values[name] for name in cut.inputs}
 
         def run(variant: onnx.ModelProto) -> Arrays:
-            results = session(variant, self.threads).run(None, feeds)
+            results = session(variant, self.threads, self.folder).run(None, feeds)
             return dict(zip(cut.outputs, results, strict=True))
 
         refused: Exception | None = None

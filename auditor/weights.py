@@ -99,6 +99,17 @@ def attach(tensor: onnx.TensorProto, arrays: Mapping[str, Array]) -> onnx.Tensor
     return tensor
 
 
+def inside(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.ModelProto:
+    """A segment with all weights inside: itself, or a copy where some were detached."""
+    if not any(map(is_detached, model.graph.initializer)):
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(attach(t, arrays) for t in model.graph.initializer)
+    return result
+
+
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     """Some exporters write weights as Constant nodes: the same values under the same names."""
     kept = []

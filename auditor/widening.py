@@ -92,15 +92,15 @@ def rounded(model: Model, wide: Model) -> Model:
     return replace(wide, proto=proto)
 
 
-def in_float32(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def in_float32(segment: SegmentGraph) -> onnx.ModelProto | None:
     """A copy of a segment, weights inside, that computes in float32; None where it does."""
-    graph = model.graph
+    graph = segment.model.graph
     kinds = {t.data_type for t in graph.initializer}
     if kinds.isdisjoint(FORMATS) and FORMATS.keys().isdisjoint(
         (*_value_types(graph), *_node_types(graph))
     ):
         return None
-    wider = surgery.copied(model)
+    wider = surgery.copied(weights.inside(segment.model, segment.weights))
     _widen(wider.graph)
     return wider
 

@@ -135,7 +135,7 @@ SITES = (
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with bf16 roundings at each of ``SITES``."""
     yield from artefact.variants(segment, "bfloat16")
-    recurrent_layers = recurrent.in_bfloat16(segment.model)
+    recurrent_layers = recurrent.in_bfloat16(segment)
     if recurrent_layers is not None:
         yield Variant(RECURRENT, recurrent_layers)
         around = replace(segment, model=recurrent_layers)

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.weights import inside
 
 # Attributes that name an element type.
 _NAME = "everything in float32"
@@ -21,7 +22,7 @@ _SINGLE = frozenset(("f32", "fp32", "float32", "float"))
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with float32 in place of float64; its inputs and outputs keep their types."""
     if _holds(segment.model):
-        yield Variant(_NAME, _narrowed(segment.model))
+        yield Variant(_NAME, _narrowed(inside(segment.model, segment.weights)))
 
 
 def _holds(model: onnx.ModelProto) -> bool:

@@ -14,7 +14,7 @@ _OWN = "in float32, with the module's own constants"
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment in float32, and with the constants as they were before they were rounded."""
-    wide = widening.in_float32(segment.model)
+    wide = widening.in_float32(segment)
     if wide is None:
         return
     values = {name: constant.values for name, constant in segment.trained.items()}

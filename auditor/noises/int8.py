@@ -15,6 +15,7 @@ from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.quantised import Editor, Layout
+from auditor.weights import inside
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
 # Operators with weights.
@@ -67,7 +68,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     Scales come from the values themselves; ``_fitted`` has those of a calibration.
     """
     yield from artefact.variants(segment, "8 bits")
-    layout = Layout(segment.model)
+    layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
     if weighted:
         for scheme in SCHEMES:
@@ -76,10 +77,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
 def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
     """One product on the grids that the backend's own tensors speak for."""
-    layout = Layout(segment.model)
+    layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
     if weighted:
-        for fit in _calibrated.fits(segment.model, weighted, inputs, observed):
+        whole = inside(segment.model, segment.weights)
+        for fit in _calibrated.fits(whole, weighted, inputs, observed):
             yield Variant(fit.name, _with(layout, fit))
 
 

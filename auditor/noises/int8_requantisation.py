@@ -49,7 +49,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
         name = "the range divides last: x · 255 / (max − min)"
         yield Variant(name, surgery.substituted(model, dynamic))
-    layout = Layout(model)
+    layout = Layout(model, segment.weights)
     grids = {
         i: grid
         for i, n in surgery.find(model, ("QuantizeLinear",))

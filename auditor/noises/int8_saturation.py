@@ -31,7 +31,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment's quantised products with what saturation would take away from them."""
     model = segment.model
     if surgery.opset(model) >= _OPSET:
-        layout = Layout(model)
+        layout = Layout(model, segment.weights)
         products = [p for p in layout.products() if _can_saturate(p)]
         padded = any(_channels(p) % 2 and p.weights[0, 0].size > 1 for p in products)
         for apart, name in (
@@ -45,7 +45,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             }
             if losses and (padded or not apart):
                 yield Variant(name, _saturated(layout, losses))
-    yield from _exact(model)
+    yield from _exact(segment)
 
 
 def _can_saturate(product: Product) -> bool:
@@ -229,12 +229,13 @@ def _step(summands: str, axis: int, mark: str) -> onnx.GraphProto:
     )
 
 
-def _exact(model: onnx.ModelProto) -> Iterator[Variant]:
+def _exact(segment: SegmentGraph) -> Iterator[Variant]:
     """Integer operators with weights as uint8, whose products the reference adds exactly.
 
     The reference runs on the same processor: on one without VNNI it saturates too.
     """
-    layout = Layout(model)
+    model = segment.model
+    layout = Layout(model, segment.weights)
     changed: dict[int, dict[int, Array]] = {}
     for index, node in surgery.find(model, _INTEGER):
         at, zero_at = _INTEGER[node.op_type]
