@@ -15,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import model as models
 from auditor import replay, weights
+from auditor.noises import bf16, int8
+from auditor.ports import SegmentGraph
 
 TYPES = ["float32", "float64", "float16", "int8", "uint8", "int32", "int64", "bool"]
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 32)
@@ -97,6 +99,20 @@ def test_the_file_holds_the_only_copy(tmp_path: Path) -> None:
     plain = replay.session(two_layers(), 1).run(None, {"x": X})[0]
     mapped = replay.session(model.proto, 1, model.folder).run(None, {"x": X})[0]
     assert plain.tobytes() == mapped.tobytes()
+
+
+def test_causes_are_replayed_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(two_layers().SerializeToString())
+    model = models.load(path)
+    within = SegmentGraph(weights.inside(model.proto, model.weights), ())
+    mapped = SegmentGraph(model.proto, (), weights=model.weights, folder=model.folder)
+    for noise in (bf16.NOISE, int8.NOISE):
+        for whole, light in zip(noise.variants(within), noise.variants(mapped), strict=True):
+            assert light.model.ByteSize() < whole.model.ByteSize()
+            plain = replay.session(whole.model, 1).run(None, {"x": X})[0]
+            found = replay.session(light.model, 1, model.folder).run(None, {"x": X})[0]
+            assert plain.tobytes() == found.tobytes()
 
 
 def linked(folder: Path, name: bytes | str) -> Path:
