@@ -423,7 +423,8 @@ def _unbranched(bench: _Bench, segment: SegmentGraph) -> SegmentGraph:
     """
 
     def run(model: onnx.ModelProto, names: Sequence[str]) -> Arrays:
-        values = replay.session(model, bench.threads).run(list(names), bench.inputs)
+        session = replay.session(model, bench.threads, segment.folder)
+        values = session.run(list(names), bench.inputs)
         return dict(zip(names, values, strict=True))
 
     names = tuple(bench.replayed)
