@@ -80,9 +80,7 @@ class Product:
 class Layout:
     """A segment's constants, producers and readers."""
 
-    def __init__(
-        self, model: onnx.ModelProto, weights: Mapping[str, Array] | None = None
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) -> None:
         """``weights`` are the values of initialisers that are detached from the segment."""
         self.model = model
         self._detached = weights or {}
@@ -100,7 +98,9 @@ class Layout:
         """Value of an initialiser or Constant."""
         if name in self._tensors:
             tensor = self._tensors[name]
-            return self._detached.get(name) if is_detached(tensor) else numpy_helper.to_array(tensor)
+            return (
+                self._detached.get(name) if is_detached(tensor) else numpy_helper.to_array(tensor)
+            )
         node = self.source(name)
         if node is None or node.op_type != "Constant":
             return None
