@@ -245,9 +245,11 @@ class _Layout:
         if scope == "operator":
             return [_Group(None, [i]) for i in range(len(self.nodes))]
         owner: dict[str, _Group] = {}
-        for kernel in self.kernels:
+        # The last one writes the tensor; but what two kernels compute, each for itself, is here the
+        # work of the one that leads to this segment's outputs.
+        for kernel in sorted(self.kernels, key=lambda k: not self.outputs.isdisjoint(k.nodes)):
             group = _Group(kernel)
-            owner.update(dict.fromkeys(kernel.nodes, group))  # the last one writes the tensor
+            owner.update(dict.fromkeys(kernel.nodes, group))
         found = [owner.get(_key(node)) for node in self.nodes]
         for index in reversed(range(len(self.nodes))):  # engines name the last node they fused
             if found[index] is None:

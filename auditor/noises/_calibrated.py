@@ -24,8 +24,8 @@ from auditor.ports import Array, Arrays
 # Operators that only move values, and those that compute each value from one of their operand's.
 _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _ELEMENTWISE = frozenset(
-    ("Add", "BatchNormalization", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish")
-) | {"LeakyRelu", "Mul", "PRelu", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh"}
+    ("Add", "BatchNormalization", "Cast", "Clip", "Div", "Elu", "Erf", "Gelu", "HardSigmoid")
+) | {"HardSwish", "LeakyRelu", "Mul", "PRelu", "Relu", "Sigmoid", "Softplus", "Sub", "Tanh"}
 # … and of these, those that read it at any place.
 _SYMMETRIC = frozenset(("Add", "Mul", "Sub", "Div"))
 # Errors of a product that 8 bits can make, relative L2.

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nulls", type=int, help="a third of --count unless given")
     parser.add_argument("--two", type=int, help="pairs of faults; a fifth of --count unless given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", default=",".join(suite.MODELS))
+    parser.add_argument("--models", help="all that the suite has unless given")
     parser.add_argument("--backends", default="ort,ov")
     parser.add_argument("--build", choices=suite.BUILDS, default="fp32")
     parser.add_argument("--results", type=Path, nargs="+", default=[DEFAULT_RESULTS])
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     end = time.monotonic() + 60 * arguments.minutes if arguments.minutes else float("inf")
     kept = results[0]
-    for name in arguments.models.split(","):
+    for name in (arguments.models or ",".join(suite.models(arguments.build))).split(","):
         subject = Subject(name)
         for backend in arguments.backends.split(","):
             for identity in suite.cases(subject, backend, arguments.build, counts, arguments.seed):

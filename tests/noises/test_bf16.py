@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -151,6 +152,9 @@ def test_elementwise_kernel_rounds_at_its_edges_only(
     )
     planted = r((r(x) * np.float32(0.7) + r(z)) ** 2)
     check(explain(segment, {"x": x, "z": z}, {"y": planted}))
+    # Another kernel that computes a part of it again, for itself, does not round it here.
+    twice = (*segment.kernels, kernel("Reduce", ("a", "b", "elsewhere"), "elsewhere"))
+    check(explain(replace(segment, kernels=twice), {"x": x, "z": z}, {"y": planted}))
 
 
 def test_two_kernels_in_one_segment_round_in_between(
