@@ -27,6 +27,7 @@ import onnx
 
 from auditor import branches, metrics, replay, rounding, surgery
 from auditor.errors import NoiseError
+from auditor.portions import Portions
 from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records import Hypothesis
 
@@ -54,6 +55,10 @@ COMBINED = 2
 ADDS = 0.5
 # How many hypotheses, of all, are tried together with what the engine says it does.
 LIKELY = 8
+# Causes of this family are tried on one product of several, in quantised segments those of 8 bits
+# only. So many elements must differ that none of these hypotheses, of which there are more than
+# before, is met by chance; and so many are tried at most.
+ALONE, ALONE_QUANTISED, ELEMENTS, TRIED = "precision.", "precision.int8", 100, 240
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
 CLEARLY = 2.0
 # From this part of a type's largest number on, a value stands for infinity: what a maximum over
@@ -346,6 +351,8 @@ def explain(
     _beneath(bench, noises)
     if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
         _combine(bench, ordered, dict(prior.values()))
+    if bench.best is None or bench.best.hypothesis.explained < bench.named:
+        _alone(bench, segment, ordered)
     winner = _winner(bench, noises)
     if winner is not None:
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
@@ -502,6 +509,23 @@ def _test_both(bench: _Bench, named: str, both: Variant, usual: _Tested) -> None
     least = 1 - (1 - ADDS) * (1 - usual.hypothesis.explained)
     if any(t.hypothesis.explained < least for t in bench.tested[tested:]):
         del bench.tested[tested:]
+
+
+def _alone(bench: _Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
+    """Test causes on one product of several: a runtime may treat one kernel alone so."""
+    if bench._different < ELEMENTS or bench._reshaped:
+        return
+    portions, most = Portions(segment), len(bench.tested) + TRIED
+    family = ALONE_QUANTISED if portions.quantised else ALONE
+    tried = [n for n in noises if n.id.startswith(family)]
+    for cut, portion in portions:
+        for noise in tried:
+            for variant in _variants(bench, noise, portion, None):
+                whole = portions.with_one(cut, variant.model)
+                if whole is not None:
+                    bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
+                if bench.done or len(bench.tested) >= most:
+                    return
 
 
 def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import attribution, replay
 from auditor.errors import NoiseError
-from auditor.noises import bf16, fp16, fp32_rounding, normalisation, tf32
+from auditor.noises import bf16, fp16, fp32_rounding, int8, normalisation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records import Kernel
 
@@ -158,6 +158,26 @@ def test_a_fault_beside_the_rounding_of_the_whole_build(dense: Any, factor: floa
     noises = (normalisation.NOISE, *NOISES)
     found = explain(of, x, {"y": planted}, noises=noises, prior=prior)
     assert found.noise == ("implementation.normalisation" if factor is None else None)
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_one_product_of_several(dense: Any, defect: bool) -> None:
+    """8-bit weights of the first one alone; and weights that lie on another grid."""
+    x, w = dense[1:]
+    back = np.ascontiguousarray(w.T)
+    of = segment(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["a"], name="same"),
+            helper.make_node("Relu", ["a"], ["b"]),
+            helper.make_node("MatMul", ["b", "v"], ["y"]),
+        ],
+        {"w": w, "v": back},
+    )
+    steps = abs(w).max(axis=0) / (90 if defect else 127)
+    planted = np.maximum(x @ (np.round(w / steps) * steps), 0) @ back
+    found = explain(of, x, {"y": planted.astype(np.float32)}, noises=(int8.NOISE, *NOISES))
+    assert found.noise == (None if defect else "precision.int8")
+    assert defect or found.variant == "weights per channel, up to a alone"
 
 
 def test_non_finite_values_must_match_in_place() -> None:

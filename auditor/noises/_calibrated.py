@@ -164,7 +164,7 @@ def _found(
     Everything is decided on some of the channels; then the others' steps are fitted too.
     """
     some = _some(w)
-    fitted, held = (equations.half(which).of(some) for which in (0, 1))
+    fitted, held = (equations.of(some).half(which) for which in (0, 1))
     whole, around = (float(held.left(w[some], about=a).sum()) for a in (False, True))
     if not whole > 0:
         return

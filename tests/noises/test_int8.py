@@ -148,6 +148,13 @@ def test_one_equation_for_each_scale_proves_nothing(
     segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
     observed = (x @ clipped(w, generator.uniform(0.85, 1, 8))).astype(np.float32)
     assert explain(run, segment, {"x": x}, observed).noise is None
+    # … but of one scale for all of many columns there are many equations.
+    w = generator.standard_normal((96, 128)).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    step = np.abs(w).max() * 0.9 / 127
+    planted = x @ np.clip(np.round(w / step) * step, -127 * step, 127 * step)
+    found = explain(run, segment, {"x": x}, planted.astype(np.float32))
+    assert found.variant == "weights per tensor, fitted" and found.explained > 0.99
 
 
 def test_inputs_clipped_by_an_unknown_calibration(
