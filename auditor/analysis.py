@@ -24,6 +24,7 @@ from auditor import (
     metrics,
     model,
     pictures,
+    qdq,
     summary,
 )
 from auditor.causes import Causes
@@ -313,6 +314,12 @@ class Analysis:
             if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
                 # A quantised tensor under the name of what it stands for.
                 doubtful[name] = f"the program holds {captured[name].dtype} under its name"
+        for name, grid in qdq.awaited(graph.proto.graph).items():
+            # Rounding it once more changes nothing: what is behind shows the same.
+            if name not in self.probes or name not in base:
+                continue
+            if qdq.lies_on(captured[name], grid) and not qdq.lies_on(base[name], grid):
+                doubtful[name] = "the program rounds it to 8 bits before it has this name"
         if doubtful:
             for name, reason in doubtful.items():
                 self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))

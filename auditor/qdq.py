@@ -16,6 +16,8 @@ from onnx import numpy_helper
 from auditor.ports import Array, Arrays
 
 _REMOVED = ("Clip", "Relu")
+# How near to the points of a grid values lie that are on it, in steps, and how many say so.
+_NEAR, _CHANCE = 1e-3, 16
 # What ONNX Runtime's tool appends to the names of tensors.
 _SUFFIXES = ("_DequantizeLinear_Output", "_QuantizeLinear_Input")
 
@@ -70,6 +72,24 @@ def grids(
             ends = [(float(e) - zero.item()) * scale.item() for e in (limits.min, limits.max)]
             found[plain(node.input[0])] = np.array([*ends, 256.0])
     return found
+
+
+def awaited(graph: onnx.GraphProto) -> Arrays:
+    """The grids, as ``grids`` gives them, of tensors that nothing reads but a QuantizeLinear."""
+    others = {n for node in graph.node if node.op_type != "QuantizeLinear" for n in node.input}
+    others.update(value.name for value in graph.output)
+    return {name: grid for name, grid in grids(graph).items() if name not in others}
+
+
+def lies_on(values: Array, grid: Array) -> bool:
+    """Whether values are on a grid; a few could be by chance."""
+    low, high, levels = grid
+    step = (high - low) / (levels - 1)
+    if values.dtype.kind != "f" or values.size < _CHANCE or not step > 0:
+        return False
+    steps = values / step
+    near = np.abs(steps - np.rint(steps)).max() <= _NEAR and np.unique(values).size > 1
+    return bool(near and values.min() >= low - step / 2 and values.max() <= high + step / 2)
 
 
 def plain(name: str) -> str:

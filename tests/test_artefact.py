@@ -107,6 +107,13 @@ def test_what_a_quantiser_chose(tmp_path: Path) -> None:
     tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in stored.items()]
     graph = helper.make_graph([node], "g", [], [], tensors)
     assert qdq.grids(graph).keys() == {"x"} and not qdq.grids(graph, before=graph)
+    values = np.random.default_rng(1).uniform(-0.3, 25, 100).astype(np.float32)
+    (awaited,) = qdq.awaited(graph).values()
+    steps = np.round(values / np.float32(0.1)) * np.float32(0.1)
+    assert qdq.lies_on(steps, awaited) and not qdq.lies_on(values, awaited)
+    assert not qdq.lies_on(steps - 1, awaited)  # beyond the smallest
+    graph.node.append(helper.make_node("Relu", ["x"], ["y"]))
+    assert not qdq.awaited(graph)
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
