@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import onnx
 
 from auditor import discovery, metrics, replay, surgery, weights
 from auditor import model as models
-from auditor.audit import model_of, reference_of, request_for, stimulus_of
+from auditor.audit import audit, model_of, reference_of, request_for, stimulus_of
 from auditor.errors import BackendError, UsageError
 from auditor.fixes._view import MARK, View
 from auditor.ports import Keeping
@@ -41,6 +41,7 @@ COMPARABLE = 1e-3  # the limit where nothing can be compared as it is, in shape 
 SAME = 1e-5  # a rewrite must keep the reference's outputs within this relative L2
 _MIXED = 4  # builds at most with single layers in float32
 _NARROW = ("precision.bf16", "precision.fp16")  # what these help against
+_NARROW_TYPES = ("bf16", "f16")
 _OPSETS = (13, 17, 18, 21)
 _FASTER = 1.03  # a latency that is this much lower decides between two changes
 
@@ -155,119 +156,207 @@ def fix(
     model = model_of(report, options)
     found = [f for f in report.findings if f.backend == backend.id]
     with Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
-        before = bench.before
-        tenth = before / 10 if math.isfinite(before) else COMPARABLE
-        target = tenth if limit is None else limit
-        if before <= target:
-            return Fixing(FixReport(backend.id, before, target, (), None, None, ()), None)
-        return _searched(backend, found, bench, before, target, form)
+        search = _Search(backend, found, bench, limit, form)
+        if bench.before <= search.limit:
+            told = FixReport(backend.id, bench.before, search.limit, (), None, None, ())
+            return Fixing(told, None)
+        return search.run()
 
 
 # --- the search ----------------------------------------------------------------------------------
 
 
-def _searched(
-    backend: BackendReport,
-    found: Sequence[Finding],
-    bench: Bench,
-    before: float,
-    limit: float,
-    form: str | None,
-) -> Fixing:
-    attempts: list[Attempt] = []
-    author = _Author(bench, found)
+class _Search:
+    """What was tried so far, and the limit that it is held against."""
 
-    def tried(change: Change | None) -> Attempt | None:
-        if change is None or len(attempts) >= BUILDS:
-            return None
-        if any(_alike(change, a.change) for a in attempts):
-            return None
-        attempts.append(bench.attempt(change))
-        return attempts[-1]
+    def __init__(
+        self,
+        backend: BackendReport,
+        found: Sequence[Finding],
+        bench: Bench,
+        limit: float | None,
+        form: str | None,
+    ) -> None:
+        self._backend = backend
+        self._found = found
+        self._bench = bench
+        self._author = _Author(bench, found)
+        self._asked = limit
+        self._form = form
+        self._attempts: list[Attempt] = []
+        before = bench.before
+        tenth = before / 10 if math.isfinite(before) else COMPARABLE
+        self.limit = tenth if limit is None else limit
 
-    def within(attempt: Attempt | None) -> bool:
-        return attempt is not None and attempt.after is not None and attempt.after <= limit
-
-    if isinstance(discovery.backend(bench.spec.id), Keeping):
-        _mixed(backend.segments, found, before, limit, tried)
-    if any(map(within, attempts)):
-        pass
-    elif within(made := tried(author.layers(_needed(found, before, limit)))):
-        assert made is not None
-        _fewer(made.change, author, tried, within)
-    for change in _by_options(backend, found, bench.spec.id):
-        if within(tried(change)):
-            break
-    if not any(map(within, attempts)):
-        for more in author.wider():
-            if within(tried(more)):
+    def run(self) -> Fixing:
+        """Search, and choose."""
+        before = self._bench.before
+        self._mixed(self._backend.segments, self._found, before)
+        if not self._reached():
+            made = self._tried(self._author.layers(_needed(self._found, before, self.limit)))
+            if self._within(made):
+                assert made is not None
+                self._fewer(made.change)
+            elif made is not None:
+                self._on_top(made)
+        for change in _by_options(self._backend, self._found, self._bench.spec.id):
+            if self._within(self._tried(change)):
                 break
-    good = [i for i, a in enumerate(attempts) if within(a)]
-    good = [i for i in good if form and attempts[i].form == form] or good
-    usable = [i for i, a in enumerate(attempts) if a.after is not None and a.after < before]
-    chosen = min(good, key=lambda i: _cost(attempts[i]), default=None)
-    best = min(usable, key=lambda i: attempts[i].after or 0.0, default=None)
-    notes = list(author.notes)
-    if len(attempts) >= BUILDS:
-        notes.append(f"No more than {BUILDS} builds are tried.")
-    told = FixReport(
-        backend=backend.id,
-        before=before,
-        limit=limit,
-        attempts=tuple(a.report() for a in attempts),
-        chosen=chosen,
-        best=best,
-        notes=tuple(notes),
-    )
-    if chosen is None:
-        return Fixing(told, None)
-    return Fixing(told, attempts[chosen].change.model, attempts[chosen].artifact)
+        if not self._reached():
+            for more in self._author.wider():
+                if self._within(self._tried(more)):
+                    break
+        return self._chosen()
+
+    def _tried(self, change: Change | None) -> Attempt | None:
+        if change is None or len(self._attempts) >= BUILDS:
+            return None
+        if any(_alike(change, a.change) for a in self._attempts):
+            return None
+        self._attempts.append(self._bench.attempt(change))
+        return self._attempts[-1]
+
+    def _within(self, attempt: Attempt | None) -> bool:
+        return attempt is not None and attempt.after is not None and attempt.after <= self.limit
+
+    def _reached(self) -> bool:
+        return any(map(self._within, self._attempts))
+
+    def _chosen(self) -> Fixing:
+        before, attempts = self._bench.before, self._attempts
+        good = [i for i, a in enumerate(attempts) if self._within(a)]
+        good = [i for i in good if self._form and attempts[i].form == self._form] or good
+        usable = [i for i, a in enumerate(attempts) if _nearer(a, before)]
+        chosen = min(good, key=lambda i: _cost(attempts[i]), default=None)
+        best = min(usable, key=lambda i: attempts[i].after or 0.0, default=None)
+        notes = list(self._author.notes)
+        if len(attempts) >= BUILDS:
+            notes.append(f"No more than {BUILDS} builds are tried.")
+        told = FixReport(
+            backend=self._backend.id,
+            before=before,
+            limit=self.limit,
+            attempts=tuple(a.report() for a in attempts),
+            chosen=chosen,
+            best=best,
+            notes=tuple(notes),
+        )
+        if chosen is None:
+            return Fixing(told, None)
+        return Fixing(told, attempts[chosen].change.model, attempts[chosen].artifact)
+
+    def _on_top(self, made: Attempt) -> None:
+        """Keep layers of a rewritten model in float32, where rewriting alone is not enough.
+
+        What each layer's error does there is another question than in the model as it was, where
+        the outputs may not even have been numbers: so the rewritten model is audited.
+        """
+        base, before = made.change, self._bench.before
+        narrow = any(s.precision in _NARROW_TYPES for s in self._backend.segments)
+        if made.after is None or not _nearer(made, before) or not narrow:
+            return
+        if not isinstance(discovery.backend(self._bench.spec.id), Keeping):
+            return
+        said = f"Build {len(self._attempts)} was audited, for what each of its layers does."
+        if not math.isfinite(before) and self._asked is None:
+            self.limit = made.after / 10
+            said += " The limit is a tenth of its divergence: the program as it is has none."
+        self._author.notes.append(said)
+        report = self._bench.audited(base)
+        self._mixed(report.backends[0].segments, report.findings, made.after, base)
+
+    def _mixed(
+        self,
+        segments: Sequence[Segment],
+        found: Sequence[Finding],
+        before: float,
+        base: Change | None = None,
+    ) -> None:
+        """Search the fewest segments to keep in float32, where a precision is what is to blame.
+
+        Segments are taken by what each one's error alone does to the outputs. Such errors are
+        nearly independent, so squares add up to a prediction, which every build then corrects.
+        Builds that are left try to do without single other layers: which of several outputs a
+        layer changes is not in that order.
+        """
+        if not isinstance(discovery.backend(self._bench.spec.id), Keeping):
+            return
+        if not math.isfinite(before) or not any(f.noise in _NARROW for f in found):
+            return
+        order = sorted(segments, key=lambda s: -(s.leave_one_in or 0.0))
+        squares = [(s.leave_one_in or 0.0) ** 2 for s in order]
+        left = [sum(squares[number:]) for number in range(len(order) + 1)]  # kept first to the last
+        if not left[0] > 0:
+            return
+        predicted = [before * math.sqrt(rest / left[0]) for rest in left]
+        low, high, off = 0, len(order) + 1, 1.0
+        best, builds = math.inf, 0  # ``best``: the divergence with the first ``high`` kept
+        while builds < _MIXED:
+            fitting = (n for n in range(low + 1, high) if predicted[n] * off <= self.limit)
+            number = next(fitting, None)
+            if number is None:  # by the last build's correction: one fewer than enough, or far more
+                number = high - 1 if high <= len(order) else (low + high) // 2
+            if not low < number < high:
+                break
+            made = self._tried(_keeping(order[:number], segments, found, base))
+            if made is None or made.after is None:
+                return
+            builds += 1
+            if made.after <= self.limit:
+                high, best = number, made.after
+            else:
+                low = number
+            if predicted[number] > 0:
+                off = made.after / predicted[number]
+        kept = order[:high]
+        for spare in order[: high - 1][::-1]:
+            alone = before * (spare.leave_one_in or 0.0)
+            if builds >= _MIXED or math.hypot(best, alone) > self.limit:
+                return
+            fewer = [segment for segment in kept if segment is not spare]
+            made = self._tried(_keeping(fewer, segments, found, base))
+            builds += 1
+            if made is not None and made.after is not None and made.after <= self.limit:
+                kept, best = fewer, made.after
+
+    def _fewer(self, change: Change) -> None:
+        """Halve the number of layers written otherwise as long as the limit holds."""
+        low, high = 0, len(change.findings)
+        while high - low > 1:
+            middle = (low + high) // 2
+            smaller = self._author.layers(middle)
+            if smaller is None:
+                return
+            made = self._tried(smaller)
+            if made is None:
+                return
+            low, high = (low, middle) if self._within(made) else (middle, high)
 
 
 def _alike(a: Change, b: Change) -> bool:
     return (a.name, a.nodes, a.options) == (b.name, b.nodes, b.options)
 
 
-def _mixed(
+def _nearer(made: Attempt, before: float) -> bool:
+    """Whether it diverges less than the plain program, which may give no numbers."""
+    return made.after is not None and not made.after >= before
+
+
+def _keeping(
+    taken: Sequence[Segment],
     segments: Sequence[Segment],
     found: Sequence[Finding],
-    before: float,
-    limit: float,
-    tried: Callable[[Change | None], Attempt | None],
-) -> None:
-    """Search the fewest segments to keep in float32, where a precision is what is to blame.
-
-    Segments are taken by what each one's error alone does to the outputs. Such errors are nearly
-    independent, so squares add up to a prediction, which every build then corrects.
-    """
-    if not math.isfinite(before) or not any(f.noise in _NARROW for f in found):
-        return
-    order = sorted(segments, key=lambda s: -(s.leave_one_in or 0.0))
-    squares = [(s.leave_one_in or 0.0) ** 2 for s in order]
-    left = [sum(squares[number:]) for number in range(len(order) + 1)]  # kept first to the last
-    if not left[0] > 0:
-        return
-    predicted = [before * math.sqrt(rest / left[0]) for rest in left]
+    base: Change | None,
+) -> Change:
+    """``taken`` in float32, on top of ``base``."""
+    kept = _with_passive(taken, segments)
+    nodes = tuple(label for segment in kept for label in segment.nodes)
+    name = f"{len(kept)} of {len(segments)} layers in float32"
+    if base is not None:
+        return replace(base, name=f"{base.name}; {name}", nodes=base.nodes + nodes, kept=kept)
     ranks = {key: f.rank for f in reversed(found) for key in f.nodes}
-    low, high, off = 0, len(order) + 1, 1.0
-    for _ in range(_MIXED):
-        fitting = (n for n in range(low + 1, high) if predicted[n] * off <= limit)
-        number = next(fitting, None)
-        if number is None:  # by the last build's correction: one fewer than enough, or far more
-            number = high - 1 if high <= len(order) else (low + high) // 2
-        if not low < number < high:
-            return
-        taken = _with_passive(order[:number], segments)
-        nodes = tuple(label for segment in taken for label in segment.nodes)
-        about = tuple(sorted({ranks[label] for label in nodes if label in ranks}))
-        made = tried(
-            Change(f"{len(taken)} of {len(order)} layers in float32", about, {}, nodes, kept=taken)
-        )
-        if made is None or made.after is None:
-            return
-        low, high = (low, number) if made.after <= limit else (number, high)
-        if predicted[number] > 0:
-            off = made.after / predicted[number]
+    about = tuple(sorted({ranks[label] for label in nodes if label in ranks}))
+    return Change(name, about, {}, nodes, kept=kept)
 
 
 def _cost(attempt: Attempt) -> tuple[float, int]:
@@ -288,25 +377,6 @@ def _needed(found: Sequence[Finding], before: float, limit: float) -> int:
         if left <= limit**2:
             return number
     return len(found)
-
-
-def _fewer(
-    change: Change,
-    author: _Author,
-    tried: Callable[[Change | None], Attempt | None],
-    within: Callable[[Attempt | None], bool],
-) -> None:
-    """Halve the number of layers written otherwise as long as the limit holds."""
-    low, high = 0, len(change.findings)
-    while high - low > 1:
-        middle = (low + high) // 2
-        smaller = author.layers(middle)
-        if smaller is None:
-            return
-        made = tried(smaller)
-        if made is None:
-            return
-        low, high = (low, middle) if within(made) else (middle, high)
 
 
 def _by_options(backend: BackendReport, found: Sequence[Finding], id: str) -> Iterator[Change]:
@@ -557,6 +627,19 @@ class Bench:
             request = replace(request, artifact=artifact, kept=keys)
         tracer.beside(request)
         return self._apart([tracer.contrast(feeds)[1] for feeds in self._feeds]), artifact
+
+    def audited(self, change: Change) -> AuditReport:
+        """An audit of the changed model on this backend, with the changed model's own reference.
+
+        Raises:
+            UsageError: it cannot be loaded.
+        """
+        assert change.model is not None
+        asked = replace(
+            self._options, backends=(self.spec,), confirm=False, latency=False, pictures=False
+        )
+        noises = discovery.noises()
+        return audit(self._saved(change.model), asked, noises=noises, progress=self._progress)
 
     def _build(self) -> Tracer:
         options = self._options

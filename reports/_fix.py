@@ -76,7 +76,7 @@ def _verdict(report: FixReport) -> tuple[_Span, ...]:
             said.append(f"compile with {_options(made, report.backend)}")
         if made.kept is not None:
             said.append("ship the file that has it (-o FILE.xml writes it)")
-        if made.rewritten:
+        elif made.rewritten:
             said.append("ship the changed model (-o FILE.onnx writes it)")
         return (_Span("; ".join(said), "green"),)
     if report.before <= report.limit:
