@@ -246,24 +246,32 @@ class _Search:
         return Fixing(told, attempts[chosen].change.model, attempts[chosen].artifact)
 
     def _on_top(self, made: Attempt) -> None:
-        """Keep layers of a rewritten model in float32, where rewriting alone is not enough.
+        """Where rewriting alone is not enough: the same with layers in float32, or an option."""
+        if not _nearer(made, self._bench.before):
+            return
+        self._mixed_on_top(made)
+        for change in _by_options(self._backend, self._found, self._bench.spec.id):
+            if self._reached():
+                return
+            name = f"{made.change.name}; {change.name}"
+            self._tried(replace(made.change, name=name, options=change.options))
 
-        What each layer's error does there is another question than in the model as it was, where
-        the outputs may not even have been numbers: so the rewritten model is audited.
+    def _mixed_on_top(self, made: Attempt) -> None:
+        """What each layer's error does in a rewritten model is another question than before.
+
+        The outputs may not even have been numbers. So the rewritten model is audited.
         """
-        base, before = made.change, self._bench.before
-        narrow = any(s.precision in _NARROW_TYPES for s in self._backend.segments)
-        if made.after is None or not _nearer(made, before) or not narrow:
+        narrow = any(map(_is_narrow, self._backend.segments))
+        if not narrow or not isinstance(discovery.backend(self._bench.spec.id), Keeping):
             return
-        if not isinstance(discovery.backend(self._bench.spec.id), Keeping):
-            return
+        assert made.after is not None
         said = f"Build {len(self._attempts)} was audited, for what each of its layers does."
-        if not math.isfinite(before) and self._asked is None:
+        if not math.isfinite(self._bench.before) and self._asked is None:
             self.limit = made.after / 10
             said += " The limit is a tenth of its divergence: the program as it is has none."
         self._author.notes.append(said)
-        report = self._bench.audited(base)
-        self._mixed(report.backends[0].segments, report.findings, made.after, base)
+        report = self._bench.audited(made.change)
+        self._mixed(report.backends[0].segments, report.findings, made.after, made.change)
 
     def _mixed(
         self,
@@ -283,12 +291,15 @@ class _Search:
             return
         if not math.isfinite(before) or not any(f.noise in _NARROW for f in found):
             return
-        order = sorted(segments, key=lambda s: -(s.leave_one_in or 0.0))
-        squares = [(s.leave_one_in or 0.0) ** 2 for s in order]
-        left = [sum(squares[number:]) for number in range(len(order) + 1)]  # kept first to the last
-        if not left[0] > 0:
+        order = sorted(filter(_is_narrow, segments), key=lambda s: -_alone(s))
+        squares = [_alone(s) ** 2 for s in order]
+        whole = sum(_alone(s) ** 2 for s in segments)
+        if not whole > 0:
             return
-        predicted = [before * math.sqrt(rest / left[0]) for rest in left]
+        left = [whole - sum(squares[:number]) for number in range(len(order) + 1)]
+        predicted = [before * math.sqrt(max(rest, 0.0) / whole) for rest in left]
+        if predicted[-1] > self.limit:  # most is of another cause
+            return
         low, high, off = 0, len(order) + 1, 1.0
         best, builds = math.inf, 0  # ``best``: the divergence with the first ``high`` kept
         while builds < _MIXED:
@@ -310,8 +321,7 @@ class _Search:
                 off = made.after / predicted[number]
         kept = order[:high]
         for spare in order[: high - 1][::-1]:
-            alone = before * (spare.leave_one_in or 0.0)
-            if builds >= _MIXED or math.hypot(best, alone) > self.limit:
+            if builds >= _MIXED or math.hypot(best, before * _alone(spare)) > self.limit:
                 return
             fewer = [segment for segment in kept if segment is not spare]
             made = self._tried(_keeping(fewer, segments, found, base))
@@ -333,6 +343,17 @@ class _Search:
             low, high = (low, middle) if self._within(made) else (middle, high)
 
 
+def _alone(segment: Segment) -> float:
+    return segment.leave_one_in or 0.0
+
+
+def _is_narrow(segment: Segment) -> bool:
+    """Whether float32 may help; its precision is that of the last of its kernels only."""
+    if _alone(segment):
+        return segment.noise is None or segment.noise in _NARROW
+    return any(name in segment.precision for name in _NARROW_TYPES)
+
+
 def _alike(a: Change, b: Change) -> bool:
     return (a.name, a.nodes, a.options) == (b.name, b.nodes, b.options)
 
@@ -351,7 +372,7 @@ def _keeping(
     """``taken`` in float32, on top of ``base``."""
     kept = _with_passive(taken, segments)
     nodes = tuple(label for segment in kept for label in segment.nodes)
-    name = f"{len(kept)} of {len(segments)} layers in float32"
+    name = f"{len(kept)} of {sum(map(_is_narrow, segments))} layers in float32"
     if base is not None:
         return replace(base, name=f"{base.name}; {name}", nodes=base.nodes + nodes, kept=kept)
     ranks = {key: f.rank for f in reversed(found) for key in f.nodes}
@@ -400,8 +421,8 @@ def _with_passive(taken: Sequence[Segment], segments: Sequence[Segment]) -> tupl
     ids = {segment.id for segment in taken}
     made = {name for segment in taken for name in segment.outputs}
     for segment in segments:
-        narrow = segment.precision != "f32"
-        if narrow and not segment.leave_one_in and made.intersection(segment.inputs):
+        passive = _is_narrow(segment) and not _alone(segment)
+        if passive and made.intersection(segment.inputs):
             ids.add(segment.id)
             made.update(segment.outputs)
     return tuple(segment for segment in segments if segment.id in ids)

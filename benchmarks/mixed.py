@@ -76,7 +76,7 @@ def main() -> int:
             after = made.failure or f"{made.after:.2e}"
             print(f"  {made.name}: {after}, {_ratio(made.latency_after, made.latency_before)}")
         print(
-            f"audit fix: {number} of {len(backend.segments)} layers in float32 after {builds} "
+            f"audit fix: {number} layers in float32 after {builds} "
             f"builds, {time.monotonic() - begun:.0f} s"
         )
         if number is None or len(backend.segments) > known.most:

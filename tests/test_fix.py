@@ -210,23 +210,31 @@ def averaging() -> onnx.ModelProto:
     return model_of(node, {"x": np.ones((1, 3, 7, 7), np.float32)})
 
 
-def test_a_fix_is_found_verified_and_written(tmp_path: Path) -> None:
-    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on ``averaging``, beside its model."""
+    return report_of(averaging(), tmp_path_factory.mktemp("pooled") / "pool.onnx", "ov")
+
+
+def test_a_fix_is_found_verified_and_written(pooled: Path, tmp_path: Path) -> None:
     fixed = tmp_path / "fixed.onnx"
-    done = audit("fix", report, "-o", fixed)
+    done = audit("fix", pooled, "-o", fixed)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "explicit padding" in done.stdout
     again = audit(fixed, "--backends", "ov")
     assert again.returncode == 0, again.stdout
-    beside = audit(tmp_path / "pool.onnx", "--candidate", fixed, "--backends", "ort,ov")
+    beside = audit(pooled.with_suffix(".onnx"), "--candidate", fixed, "--backends", "ort,ov")
     assert beside.returncode == 0, beside.stdout
 
 
 def test_layers_stay_in_single_precision_in_a_file_that_ships(tmp_path: Path) -> None:
+    """On top of a pooling written anew, which alone is not enough."""
     pytest.importorskip("openvino")
     rng = np.random.default_rng(3)
-    weights = [(rng.standard_normal((64, 64)) / 8).astype(np.float32) * size for size in (1, 1, 30)]
-    nodes, name = [], "x"
+    weights = [(rng.standard_normal((64, 64)) / 8).astype(np.float32) for _ in range(3)]
+    pool, shape = averaging().graph.node[0], np.array([3, 64])
+    pool.input[0], pool.output[0] = "x", "pooled"
+    nodes, name = [pool, helper.make_node("Reshape", ["pooled", "shape"], ["t"])], "t"
     for number in range(3):
         nodes += [
             helper.make_node("MatMul", [name, f"w{number}"], [f"m{number}"]),
@@ -237,37 +245,35 @@ def test_layers_stay_in_single_precision_in_a_file_that_ships(tmp_path: Path) ->
     graph = helper.make_graph(
         nodes,
         "g",
-        [value("x", F, [8, 64])],
-        [value("t2", F, [8, 64])],
-        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+        [value("x", F, [1, 3, 15, 15])],
+        [value("t2", F, [3, 64])],
+        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
+        + [numpy_helper.from_array(shape, "shape")],
     )
-    opset = [helper.make_opsetid("", 17)]
+    opset = [helper.make_opsetid("", 19)]
     path, report = tmp_path / "net.onnx", tmp_path / "net.json"
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
-    first = audit(path, "--backends", "ov", "-o", report, "--no-confirm", "--fail-on", "low")
-    if first.returncode == 0:
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    first = audit(path, "--backends", "ov", "-o", report, "--no-confirm")
+    (backend,) = json.loads(report.read_text())["backends"]
+    if first.returncode == 0 or "bf16" not in str(backend["categories"]):
         pytest.skip("OpenVINO computes in float32 on this processor")
     fixed = tmp_path / "net.xml"
-    done = audit("fix", report, "-o", fixed)
-    assert done.returncode == 0 and "layers in float32" in done.stdout, done.stdout + done.stderr
+    done = audit("fix", report, "--to", 2e-3, "-o", fixed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ceil mode or auto_pad; " in done.stdout and "layers in float32" in done.stdout
     assert fixed.exists() and fixed.with_suffix(".bin").exists()
     more = ("--no-confirm", "--format", "json")
     again = audit(path, "--backends", "ov", "--artifact", f"ov={fixed}", *more)
-    before, after = (
-        json.loads(text)["backends"][0]["outputs"][0]["relative_l2"]
-        for text in (report.read_text(), again.stdout)
-    )
-    assert after <= before / 10
+    assert json.loads(again.stdout)["backends"][0]["outputs"][0]["relative_l2"] <= 2e-3
 
 
-def test_the_limit_is_that_of_the_policy(tmp_path: Path) -> None:
-    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+def test_the_limit_is_that_of_the_policy(pooled: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy.toml"
     policy.write_text("[tolerance.ov]\nrelative_l2 = 0.9\n")
-    within = audit("fix", report, "--policy", policy)
+    within = audit("fix", pooled, "--policy", policy)
     assert within.returncode == 0 and "within the limit as it is" in within.stdout, within.stderr
     policy.write_text("[tolerance.ov]\nrelative_l2 = 1e-5\n")
-    assert "to 1.0e-5" in audit("fix", report, "--policy", policy).stdout
+    assert "to 1.0e-5" in audit("fix", pooled, "--policy", policy).stdout
 
 
 def test_layers_of_a_half_precision_model_go_to_single(tmp_path: Path) -> None:
@@ -316,8 +322,7 @@ def test_a_limit_that_nothing_reaches_is_said(tmp_path: Path) -> None:
     assert done.returncode == 1 and "nothing" in done.stdout, done.stdout
 
 
-def test_bad_requests_are_named(tmp_path: Path) -> None:
-    report = report_of(averaging(), tmp_path / "pool.onnx", "ov")
+def test_bad_requests_are_named(pooled: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken.onnx"
     taken.write_bytes(b"mine")
     for arguments, said in (
@@ -325,11 +330,12 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
         (["-o", taken], "is no new .onnx or .xml file"),
         (["-o", tmp_path / "x.txt"], "is no new .onnx or .xml file"),
     ):
-        done = audit("fix", report, *arguments)
+        done = audit("fix", pooled, *arguments)
         assert done.returncode == 2 and said in done.stderr
     assert taken.read_bytes() == b"mine"
-    assert audit("fix", report, "--to", 9).stdout.count("within the limit as it is") == 1
-    changed = onnx.load(tmp_path / "pool.onnx")
-    changed.producer_name = "another"
-    onnx.save(changed, tmp_path / "pool.onnx")
-    assert "has changed since" in audit("fix", report).stderr
+    assert audit("fix", pooled, "--to", 9).stdout.count("within the limit as it is") == 1
+    changed = tmp_path / "changed.onnx"
+    onnx.save(helper.make_model(averaging().graph, producer_name="another"), changed)
+    moved = tmp_path / "moved.json"
+    moved.write_text(pooled.read_text().replace(str(pooled.with_suffix(".onnx")), str(changed)))
+    assert "has changed since" in audit("fix", moved).stderr
