@@ -121,6 +121,12 @@ class _Executed:
         return self.type in _PASSIVE or (self.type == "Convert" and not self.operations)
 
     @property
+    def narrows(self) -> bool:
+        """Whether it only rounds to float16, as before a Result where that is asked for."""
+        names = self.original.split(",")
+        return all(_NARROWED.search(name) for name in names)
+
+    @property
     def end(self) -> str:
         """What it computes: its last operation, or the engine's name for it."""
         if self.operations:
@@ -214,6 +220,8 @@ class _Program:
             for node in (self.nodes[name] for name in self.nodes[todo.pop()].parents):
                 if candidate.maker in node.operations and node.name in useful:
                     return True
+                if node.narrows and candidate.precision != "f16":
+                    continue  # a rounded copy
                 if node.varying and set(node.operations) <= {*candidate.path, candidate.maker}:
                     todo.append(self._by_friendly_name[node.name])
         return False
@@ -290,6 +298,7 @@ class _Candidate:
         return "probe {}.{}".format(*self.port)
 
 
+_NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
 _COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants stored in float16
 
 

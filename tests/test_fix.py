@@ -335,7 +335,9 @@ def test_bad_requests_are_named(pooled: Path, tmp_path: Path) -> None:
     assert taken.read_bytes() == b"mine"
     assert audit("fix", pooled, "--to", 9).stdout.count("within the limit as it is") == 1
     changed = tmp_path / "changed.onnx"
-    onnx.save(helper.make_model(averaging().graph, producer_name="another"), changed)
+    other = onnx.load(pooled.with_suffix(".onnx"))
+    other.producer_name = "another"
+    onnx.save(other, changed)
     moved = tmp_path / "moved.json"
     moved.write_text(pooled.read_text().replace(str(pooled.with_suffix(".onnx")), str(changed)))
     assert "has changed since" in audit("fix", moved).stderr
