@@ -474,3 +474,14 @@ def test_what_the_device_replaces_can_be_kept_too(tmp_path: Path) -> None:
     assert {n for k in made.provenance.kernels for n in k.nodes} >= {"q", "r"}
     expected = reference(path, ("y",), X)["y"]
     assert np.linalg.norm(made.run(X)["y"] - expected) < 2e-6 * np.linalg.norm(expected)
+    halves = {"INFERENCE_PRECISION_HINT": "f16"}
+    shipped = BACKEND.build(
+        BuildRequest(
+            *(path, {"x": (1, 3, 32, 32)}, True, None, 2, halves, tmp_path),
+            artifact=tmp_path / "net.xml",
+        )
+    )
+    seen = shipped.instrument(X)
+    why = {skipped.tensor: skipped.reason for skipped in seen.skipped}
+    assert not seen.probes, "a copy rounded to float16 for the probe is not the tensor"
+    assert "for the probe alone" in why["p"], why
