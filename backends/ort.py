@@ -35,7 +35,7 @@ from auditor.records import Availability, Device, Kernel, Probe, Provenance, Ski
 from backends import _int8, _ort_int8, _ort_providers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     import onnx
 
@@ -114,6 +114,12 @@ _RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 # Their output has another rank than their input, so a permutation does not pass through.
 _RANK_CHANGING: Final = _RESHAPES | {"MatMul", "Gemm", "QGemm", "Shape", "Size"}
+# Their output is laid out as what they read.
+_ELEMENTWISE: Final = _ACTIVATIONS | {
+    *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "Neg", "Abs", "Exp", "Log"),
+    *("Sqrt", "Erf", "Softplus", "HardSwish", "Gelu", "QuickGelu", "Cast", "Where", "Identity"),
+    *("QuantizeLinear", "DequantizeLinear", "Reciprocal", "Sin", "Cos", "Ceil", "Floor", "Round"),
+}
 _KEEP_CHANNELS: Final = (
     _ACTIVATIONS
     | {"BatchNormalization", "Add", "Sum", "Mul", "MaxPool", "AveragePool", "GlobalAveragePool"}
@@ -572,10 +578,14 @@ class _Reading:
     int8: bool
 
     def decode(self, value: Array) -> Array:
-        """The ONNX tensor: NCHW, true channels, own type."""
+        """The ONNX tensor: NCHW, true channels, own type.
+
+        A permutation that ends at an operator which takes axes away is left off: such a name is
+        derived, and believed only when the values agree.
+        """
         if self.layout == "blocked":
             value = _unblock(value, self.channels, _block_size())
-        elif self.layout is not None:
+        elif self.layout is not None and len(self.layout) == value.ndim:
             value = np.transpose(value, np.argsort(self.layout))
         if self.int8 and value.dtype == np.uint8:
             value = (value ^ np.uint8(0x80)).view(np.int8)
@@ -612,7 +622,10 @@ class OrtInstrumented:
         self._readings = readings
         self.skipped = skipped
         self.program_unchanged = unchanged
-        self.probes = tuple(Probe(r.tensor, inferred=r.tensor != r.engine_name) for r in readings)
+        self.probes = tuple(
+            Probe(r.tensor, inferred=r.tensor != r.engine_name or isinstance(r.layout, tuple))
+            for r in readings
+        )
 
     def run(self, feeds: Mapping[str, Array]) -> Capture:
         """One run: the outputs and every probe in ONNX's layout; raises ``BackendError``."""
@@ -697,6 +710,7 @@ class _Graph:
         self.constants |= {i.values.name for i in graph.sparse_initializer}
         self.inputs = [i.name for i in graph.input if i.name not in self.constants]
         self.int8 = {i.name for i in graph.initializer if i.data_type == 3}
+        self.ranks = {i.name: len(i.dims) for i in graph.initializer}
         self.producer: dict[str, onnx.NodeProto] = {}
         self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         self.reads: dict[int, list[str]] = {}
@@ -1114,6 +1128,9 @@ def _core(op_type: str) -> str:
 def _layouts(original: _Graph, compiled: _Graph) -> dict[str, _Layout]:
     """Layout of every tensor of the compiled graph, relative to the tensor it is in ONNX."""
     layouts: dict[str, _Layout] = defaultdict(lambda: None)
+    # A transpose of quantised values keeps its name, but what it makes is called otherwise.
+    permutations = {_permutation(n) for n in original.nodes if n.op_type == "Transpose" and n.name}
+    named = {n.name: n for n in original.nodes if n.name}
     for node in compiled.nodes:
         given = next((p for n in node.input if (p := layouts[n]) is not None), None)
         layout: _Layout = None
@@ -1123,21 +1140,62 @@ def _layouts(original: _Graph, compiled: _Graph) -> dict[str, _Layout]:
             layout = "blocked"
         elif node.op_type == "Transpose":
             order = _attribute(node, "perm")
-            if node.output[0] not in original.producer and order is not None:
+            own = node.output[0] in original.producer or _permutation(node) in permutations
+            if not own and order is not None:
                 before = given if isinstance(given, tuple) else range(len(order.ints))
-                composed = tuple(before[axis] for axis in order.ints)
-                layout = None if composed == tuple(sorted(composed)) else composed
+                layout = _composed(before, order.ints)
         elif _channels_last(node):
-            kernel = _attribute(node, "kernel_shape")
-            spatial = 2 if kernel is None else len(kernel.ints)
-            layout = (0, *range(2, spatial + 2), 1)
+            layout = (0, *range(2, _rank(node, compiled)), 1)
         elif node.op_type == "Reshape" and given in ("blocked", "flat"):
             layout = "flat" if given == "blocked" else "blocked"
         elif node.op_type not in _RANK_CHANGING:
             layout = given
+            origin = original.producer.get(node.output[0]) or named.get(node.name)
+            taken = origin and _taken_out(origin, original, compiled)
+            if taken and (given or node.op_type in _ELEMENTWISE):
+                before = given if isinstance(given, tuple) else range(len(taken))
+                if not isinstance(given, str) and len(before) == len(taken):
+                    layout = _composed(np.argsort(taken).tolist(), before)
         for name in node.output:
             layouts[name] = layout
     return layouts
+
+
+def _composed(first: Sequence[int], second: Sequence[int]) -> _Layout:
+    """The permutation that does one and then the other; None where nothing moves."""
+    both = tuple(int(first[axis]) for axis in second)
+    return None if both == tuple(range(len(both))) else both
+
+
+def _taken_out(origin: onnx.NodeProto, original: _Graph, compiled: _Graph) -> Sequence[int] | None:
+    """The permutation of the transpose before ``origin`` that the optimiser took out.
+
+    It moves transposes past operators until two of them meet; what lies between is computed the
+    other way round. None where there is none, or several that differ.
+    """
+    before = [original.producer[name] for name in origin.input if name in original.producer]
+    orders = {
+        _permutation(node)[1]
+        for node in before
+        if node.op_type == "Transpose"
+        and node.output[0] not in original.constants
+        and node.output[0] not in compiled.producer
+    }
+    return orders.pop() if len(orders) == 1 else None
+
+
+def _permutation(node: onnx.NodeProto) -> tuple[str, tuple[int, ...]]:
+    order = _attribute(node, "perm")
+    return _TOKEN.sub("", node.name), () if order is None else tuple(order.ints)
+
+
+def _rank(node: onnx.NodeProto, graph: _Graph) -> int:
+    """Rank of what a convolution or pooling reads; 4 where the file does not say."""
+    given = (_attribute(node, name) for name in ("kernel_shape", "strides", "dilations"))
+    spatial = next((len(found.ints) for found in given if found is not None), None)
+    if spatial is not None:
+        return spatial + 2
+    return max([r for name in node.input if (r := graph.ranks.get(name, 0)) > 2], default=4)
 
 
 def _channels_last(node: onnx.NodeProto) -> bool:

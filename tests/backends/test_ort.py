@@ -252,6 +252,50 @@ def test_blocked_sum_of_dynamic_size_is_named(tmp_path: Path) -> None:
     assert max(relative(v, truth[n]) for n, v in tensors.items()) < 1e-5
 
 
+def test_what_lies_between_transposes_taken_out_is_turned_back(tmp_path: Path) -> None:
+    """A quantised sequence network: the optimiser runs its convolution with channels last."""
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="needs its dependencies")
+    rng = np.random.default_rng(0)
+    node = helper.make_node
+    nodes = [
+        conv("x", "c", "w", pads=[1, 1]),  # without kernel_shape
+        node("Erf", ["c"], ["e"]),
+        node("Mul", ["c", "e"], ["m"]),
+        node("Transpose", ["m"], ["t"], perm=[0, 2, 1]),
+        node("Add", ["t", "place"], ["a"]),
+        node("MatMul", ["a", "v"], ["y"]),
+    ]
+    shapes = {"w": (8, 4, 3), "w_b": (8,), "place": (12, 8), "v": (8, 5)}
+    weights = [weight(rng, n, *s) for n, s in shapes.items()]
+    graph = helper.make_graph(
+        nodes, "turned", [info("x", 1, 4, 12)], [info("y", 1, 12, 5)], weights
+    )
+    path = tmp_path / "qdq.onnx"
+    feeds = {"x": rng.standard_normal((1, 4, 12)).astype(np.float32)}
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.batches = iter([feeds])
+
+        def get_next(self) -> Arrays | None:
+            return next(self.batches, None)
+
+    quantization.quantize_static(
+        save(tmp_path / "float.onnx", graph),
+        path,
+        Reader(),
+        op_types_to_quantize=["Conv", "MatMul"],
+        activation_type=quantization.QuantType.QUInt8,
+    )
+    observed = build(path, tmp_path).instrument(feeds)
+    tensors = observed.run(feeds).tensors
+    truth = reference(path, feeds)
+    assert "QLinearConv" in {k.type for k in build(path, tmp_path).provenance.kernels}
+    assert {"e", "m", "a"} <= tensors.keys()
+    assert all(tensors[n].shape == truth[n].shape for n in tensors if n in truth)
+    assert max(relative(tensors[n], truth[n]) for n in ("e", "m", "a")) < 0.05
+
+
 def test_marking_a_qdq_model_measures_another_program_and_capturing_does_not(
     tmp_path: Path,
 ) -> None:
