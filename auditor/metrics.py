@@ -312,6 +312,8 @@ def value_range(values: Array) -> tuple[float, float]:
     """Smallest and largest finite value, (nan, nan) where there is none."""
     if values.size == 0:
         return (math.nan, math.nan)
+    if values.dtype.kind == "U":
+        return 0.0, 0.0
     low, high = float(np.min(values)), float(np.max(values))
     if not (math.isfinite(low) and math.isfinite(high)):
         finite = values[np.isfinite(values)]
@@ -330,6 +332,8 @@ def to_float(values: Array) -> Array:
     """The same numbers as float32, or as float64 where float32 would change them."""
     if values.dtype == np.float32:
         return values
+    if values.dtype.kind == "U":  # only inputs are texts, and the same on both sides
+        return np.zeros(values.shape, np.float32)
     if values.dtype.kind == "b" or values.dtype.itemsize <= 2:
         return values.astype(np.float32)
     return values.astype(np.float64)

@@ -58,7 +58,7 @@ class TensorSpec:
     """A graph input as the model declares it.
 
     Attributes:
-        dtype: numpy type of its elements (``ml_dtypes`` for those numpy lacks).
+        dtype: numpy type of its elements (``ml_dtypes`` for those numpy lacks; ``str`` for texts).
         shape: a number per fixed dimension, a name per symbolic one, None per unnamed one.
     """
 
@@ -68,7 +68,7 @@ class TensorSpec:
 
     def __str__(self) -> str:
         """Name, type and shape as messages show them."""
-        return f"`{self.name}` ({self.dtype}, {shown(self.shape)})"
+        return f"`{self.name}` ({self.dtype.name}, {shown(self.shape)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,10 +586,13 @@ def _inputs(path: Path, graph: onnx.GraphProto) -> tuple[TensorSpec, ...]:
 
 
 def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
-    _require_tensor(path, "input", value)
     tensor = value.type.tensor_type
+    texts = tensor.elem_type == onnx.TensorProto.STRING
+    if not texts:
+        _require_tensor(path, "input", value)
     shape = tuple(_dimension(d) for d in tensor.shape.dim)
-    return TensorSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape)
+    numbers = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+    return TensorSpec(value.name, np.dtype(str) if texts else numbers, shape)
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:

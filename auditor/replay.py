@@ -92,6 +92,13 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
     )
 
 
+def _element_type(value: Array) -> int:
+    """ONNX element type of an array; texts are numpy's ``str``."""
+    if value.dtype.kind == "U":
+        return onnx.TensorProto.STRING
+    return onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+
+
 class Reference:
     """The model as written: ONNX Runtime on the CPU without optimisation, in its own precision.
 
@@ -420,7 +427,7 @@ class Replayer:
 
     def _session_of(self, cut: Cut, feeds: Arrays) -> Any:
         for name, value in feeds.items():
-            self.types.setdefault(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+            self.types.setdefault(name, _element_type(value))
             self.shapes.setdefault(name, value.shape)
         shapes = self._shapes(cut, feeds)
         key = (cut.nodes, cut.inputs, cut.outputs, shapes is None)

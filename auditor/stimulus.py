@@ -27,6 +27,12 @@ _DEFAULT_RECORDED = 4
 _DEFAULT_SYNTHETIC = 1
 _DRAWN = 8  # bytes of a number as it is drawn
 _MASK = re.compile(r"attention|attn|pad", re.IGNORECASE)
+# Lengths tried where a model does not take the default: frames of sound as usual at 16 kHz,
+# powers of two, then seconds.
+_LENGTHS = (
+    *(64, 160, 256, 320, 400, 480, 512, 576, 640, 768, 1024, 1280, 1536, 2048, 4096, 8000),
+    *(16000, 24000, 32000, 48000, 80000, 160000),
+)
 # Operators whose output is their first input's numbers, in another shape or type.
 _TRANSPARENT = frozenset(
     {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand"}
@@ -111,7 +117,7 @@ class _Column:
     def sample(self, index: int) -> Array:
         """Sample ``index`` in the type of the graph input, contiguous and in memory."""
         array = self.stored.read(index if self.stacked else None).reshape(self.shape)
-        if array.dtype == self.spec.dtype:
+        if array.dtype == self.spec.dtype or self.spec.dtype.kind == "U":
             return np.asarray(array, order="C")
         with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused by name
             cast = array.astype(self.spec.dtype)
@@ -223,7 +229,7 @@ def _check_type(column: _Column) -> tuple[str, ...]:
             (but for float64, numpy's default, which is what people save by accident).
     """
     have, want = column.stored.dtype, column.spec.dtype
-    if have == want:
+    if have == want or have.kind == want.kind == "U":
         return ()
     name = column.spec.name
     integers = have.kind in "iu" and want.kind in "iu"  # sample() checks that the values fit
@@ -282,27 +288,11 @@ def _named(model: Model, data: Path) -> dict[str, Stored]:
 
 
 def _synthetic(model: Model, seed: int, samples: int, shapes: Mapping[str, Shape]) -> Stimulus:
-    resolved, notes = resolve_shapes(model, shapes, {})
-    for spec in model.inputs:
-        size = math.prod(resolved[spec.name]) * max(spec.dtype.itemsize, _DRAWN)
-        if 0 < physical_memory() < size:
-            raise UsageError(
-                f"input {spec} would need {size / 2**30:,.0f} GiB, more memory than there is",
-                "Give it smaller sizes with --shape where the model leaves them open, or export "
-                "the model with the sizes that you deploy.",
-            )
-    limits = {spec.name: _index_limit(model.proto.graph, spec.name) for spec in model.inputs}
+    resolved, notes = _shaped(model, seed, shapes)
+    limits = _index_limits(model)
 
     def sample(index: int) -> Arrays:
-        return {
-            spec.name: _draw(
-                np.random.default_rng([seed, index, position]),
-                spec,
-                resolved[spec.name],
-                limits[spec.name],
-            )
-            for position, spec in enumerate(model.inputs)
-        }
+        return _drawn(model, seed, index, resolved, limits)
 
     drawn = tuple(_drawn_from(spec, limits[spec.name]) for spec in model.inputs)
     info = StimulusInfo(
@@ -311,7 +301,97 @@ def _synthetic(model: Model, seed: int, samples: int, shapes: Mapping[str, Shape
     return Stimulus(info, sample)
 
 
-def _draw(rng: np.random.Generator, spec: TensorSpec, shape: Shape, limit: int | None) -> Array:
+def _shaped(
+    model: Model, seed: int, given: Mapping[str, Shape]
+) -> tuple[dict[str, Shape], tuple[str, ...]]:
+    """Every input's shape; of sounds and the like, the first length that the reference takes.
+
+    Raises:
+        UsageError: as ``resolve_shapes``, or there is not so much memory.
+    """
+    resolved, notes = resolve_shapes(model, given, {})
+    _check_memory(model, resolved)
+    long = [
+        spec.name
+        for spec in model.inputs
+        if spec.name not in given
+        and _is_float(spec.dtype)
+        and 2 <= len(spec.shape) <= 3
+        and not isinstance(spec.shape[-1], int)
+    ]
+    if not long or (refusal := _refusal(model, seed, resolved)) is None:
+        return resolved, notes
+    for length in _LENGTHS:
+        tried = {name: (*resolved[name][:-1], length) for name in long}
+        shapes, said = resolve_shapes(model, {**given, **tried}, {})
+        if _refusal(model, seed, shapes) is None:
+            names = ", ".join(f"`{name}`" for name in long)
+            note = (
+                f"input {names}: last dimension set to {length}, the first length tried that the "
+                f"model takes; with {resolved[long[0]][-1]}: {refusal}"
+            )
+            return shapes, (*said, note)
+    return resolved, notes
+
+
+def _check_memory(model: Model, shapes: Mapping[str, Shape]) -> None:
+    for spec in model.inputs:
+        size = math.prod(shapes[spec.name]) * max(spec.dtype.itemsize, _DRAWN)
+        if 0 < physical_memory() < size:
+            raise UsageError(
+                f"input {spec} would need {size / 2**30:,.0f} GiB, more memory than there is",
+                "Give it smaller sizes with --shape where the model leaves them open, or export "
+                "the model with the sizes that you deploy.",
+            )
+
+
+def _refusal(model: Model, seed: int, shapes: Mapping[str, Shape]) -> str | None:
+    """Why the model as written cannot be run at these shapes; None where it can."""
+    from auditor import replay
+
+    feeds = _drawn(model, seed, 0, shapes, _index_limits(model))
+    try:
+        replay.session(model.proto, 1, model.folder).run(None, feeds)
+    except Exception as error:  # ORT raises a family of classes that share no base
+        return (str(error).splitlines() or [type(error).__name__])[0].rpartition("Message: ")[2]
+    return None
+
+
+def _index_limits(model: Model) -> dict[str, int | None]:
+    return {spec.name: _index_limit(model.proto.graph, spec.name) for spec in model.inputs}
+
+
+def _drawn(
+    model: Model,
+    seed: int,
+    index: int,
+    shapes: Mapping[str, Shape],
+    limits: Mapping[str, int | None],
+) -> Arrays:
+    return {
+        spec.name: _draw(
+            np.random.default_rng([seed, index, position]),
+            spec,
+            shapes[spec.name],
+            limits[spec.name],
+            _texts(model),
+        )
+        for position, spec in enumerate(model.inputs)
+    }
+
+
+def _texts(model: Model) -> list[str]:
+    """Texts that the model knows, those of its tables; a letter where it has none."""
+    attributes = (a for node in model.proto.graph.node for a in node.attribute)
+    found = {text for a in attributes for text in a.strings}
+    return sorted(text.decode(errors="replace") for text in found) or ["a"]
+
+
+def _draw(
+    rng: np.random.Generator, spec: TensorSpec, shape: Shape, limit: int | None, texts: list[str]
+) -> Array:
+    if spec.dtype.kind == "U":
+        return rng.choice(np.asarray(texts), shape)
     if _is_mask(spec):
         return np.ones(shape, spec.dtype)
     if _is_float(spec.dtype) or spec.dtype.kind == "c":
@@ -321,6 +401,8 @@ def _draw(rng: np.random.Generator, spec: TensorSpec, shape: Shape, limit: int |
 
 
 def _drawn_from(spec: TensorSpec, limit: int | None) -> str:
+    if spec.dtype.kind == "U":
+        return f"input `{spec.name}`: texts from the model's own tables; give yours with --data"
     if _is_mask(spec):
         return f"input `{spec.name}`: all ones, as a mask that hides nothing"
     if _is_float(spec.dtype) or spec.dtype.kind == "c":

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from auditor.ports import Arrays
+from auditor.ports import Array, Arrays
 
 
 def encode(value: object) -> Any:
@@ -82,10 +83,18 @@ def save(path: Path, tensors: Arrays) -> list[str]:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    # Not np.ascontiguousarray: that would turn a scalar into a vector.
-    arrays = (np.asarray(value, order="C") for value in tensors.values())
+    stored: Arrays = {}
+    for i, value in enumerate(tensors.values()):
+        # Not np.ascontiguousarray: that would turn a scalar into a vector.
+        array = np.asarray(value, order="C")
+        if array.dtype.kind == "U":  # the format has no texts: their code points, by letter
+            width = max(array.dtype.itemsize // 4, 1)
+            points = array.astype(f"U{width}").reshape(-1).view(np.uint32)
+            stored[f"{i}/text"] = points.reshape(*array.shape, width)
+        else:
+            stored[str(i)] = array
     try:
-        save_file({str(i): array for i, array in enumerate(arrays)}, str(path))
+        save_file(stored, str(path))
     except SafetensorError as error:  # it knows no other error; the system's number is in words
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
@@ -110,4 +119,28 @@ def load(path: Path, names: Sequence[str]) -> Arrays:
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
     path.unlink()
-    return {name: stored[str(i)] for i, name in enumerate(names)}
+    return named(stored, names)
+
+
+def named(stored: Arrays, names: Sequence[str]) -> Arrays:
+    """What a file of ``save`` holds, by the names that it returned.
+
+    Raises:
+        KeyError, ValueError: as ``load``.
+    """
+    return {
+        name: _texts(stored[f"{i}/text"]) if f"{i}/text" in stored else stored[str(i)]
+        for i, name in enumerate(names)
+    }
+
+
+def _texts(points: Array) -> Array:
+    """Texts of their code points.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if points.dtype != np.uint32 or points.ndim == 0 or points.max(initial=0) > sys.maxunicode:
+        raise ValueError("texts are damaged")
+    width = points.shape[-1]
+    return np.ascontiguousarray(points).view(f"<U{width}").reshape(points.shape[:-1])

@@ -481,8 +481,10 @@ class _Session:
     def _load(message: Any) -> Any:
         from safetensors.numpy import load_file
 
+        from auditor.wire import named
+
         stored = load_file(message["path"])  # the parent's file: read again by other requests
-        return {name: stored[str(i)] for i, name in enumerate(message["names"])}
+        return named(stored, message["names"])
 
 
 def _serve(backend: str, limits: Limits) -> None:

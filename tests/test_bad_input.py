@@ -115,12 +115,6 @@ def unknown_domain(model: Path) -> None:
     model.write_bytes(proto.SerializeToString())
 
 
-def string_input(model: Path) -> None:
-    proto = linear()
-    proto.graph.input[0].type.tensor_type.elem_type = TensorProto.STRING
-    model.write_bytes(proto.SerializeToString())
-
-
 BAD_MODELS = [
     (missing, "does not exist"),
     (a_directory, "is a directory"),
@@ -134,7 +128,6 @@ BAD_MODELS = [
     (external_outside, "outside the model's folder"),
     (external_link, "outside the model's folder"),
     (unknown_domain, "unknown domain `com.acme`"),
-    (string_input, "string input, `x`"),
 ]
 
 

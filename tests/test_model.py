@@ -215,7 +215,7 @@ def test_two_nodes_computing_one_tensor(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_fed(tmp_path: Path) -> None:
     text = helper.make_tensor_value_info("s", TensorProto.STRING, [1])
-    with pytest.raises(UsageError, match="string input, `s`"):
+    with pytest.raises(UsageError, match="string output, `s_out`"):
         models.load(save(identity_of(text), tmp_path))
     proto = linear()
     element = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])

@@ -225,3 +225,32 @@ def test_what_is_kept_does_not_grow_with_the_samples(run, monkeypatch):
     run(_model(), _model(limit=0.5, bias=0.1), _inputs(60))
     assert kept[59][0] <= kept[5][0]
     assert kept[59][1] <= kept[5][1] + 20  # numbers that were one object become two
+
+
+def _reader(*, bias):
+    """Words to numbers by a table, and from there to one score."""
+    table = np.float32([[0.0, 1.0], [2.0, -1.0], [0.5, 3.0]])
+    tensors = [
+        numpy_helper.from_array(table, "table"),
+        numpy_helper.from_array(np.float32([1.5, -0.5]) + np.float32(bias), "w"),
+    ]
+    words = {"keys_strings": ["cat", "sat"], "values_int64s": [1, 2], "default_int64": 0}
+    nodes = [
+        helper.make_node("LabelEncoder", ["x"], ["ids"], domain="ai.onnx.ml", **words),
+        helper.make_node("Gather", ["table", "ids"], ["found"]),
+        helper.make_node("MatMul", ["found", "w"], ["scores"]),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.STRING, [3])
+    made = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [3])
+    graph = helper.make_graph(nodes, "g", [given], [made], tensors)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 2)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+def test_texts_are_fed_where_a_backend_takes_them(run):
+    words = np.array([["a", "cat", "sat"], ["sat", "caf\u00e9", ""]])
+    report, backend = run(_reader(bias=0.0), _reader(bias=0.25), words)
+    assert report.stimulus.samples == 2 and not report.gaps
+    # "sat" is [0.5, 3] in the table, and each number counts for 0.25 more.
+    assert backend.outputs[0].distance.max_abs == pytest.approx(3.5 * 0.25)
+    assert [s.op_types for s in backend.segments if s.introduced] == [("MatMul",)]

@@ -397,3 +397,15 @@ def test_an_inner_dimension_may_be_empty_where_the_model_leaves_it_open(
         stimuli.load(model, npz(tmp_path, {"x": np.zeros((0, 2, 0, 3), np.float32)}), 0, None, {})
     with pytest.raises(UsageError, match="fixed at 3"):
         stimuli.load(model, npz(tmp_path, {"x": np.zeros((2, 5, 0), np.float32)}), 0, None, {})
+
+
+def test_sounds_get_a_length_that_the_model_takes(tmp_path: Path) -> None:
+    sound = helper.make_tensor_value_info("sound", FLOAT, ["batch", "samples"])
+    out = helper.make_tensor_value_info("y", FLOAT, [None, None])
+    pads = numpy_helper.from_array(np.array([0, 100, 0, 100]), "pads")
+    node = helper.make_node("Pad", ["sound", "pads"], ["y"], mode="reflect")
+    model = save(tmp_path, helper.make_graph([node], "g", [sound], [out], [pads]))
+    made = stimuli.load(model, None, 0, None, {})
+    assert made.sample(0)["sound"].shape == (1, 160)
+    assert any("set to 160" in note and "reflect" in note for note in made.info.notes)
+    assert stimuli.load(model, None, 0, None, {"sound": (1, 101)}).info.shapes["sound"] == (1, 101)

@@ -82,6 +82,8 @@ def test_arrays_travel_without_changing_a_bit(tmp_path):
         "scalar": np.asarray(3.5, np.float64),
         "empty": np.zeros((0, 4), np.float16),
         "flag": np.asarray([True, False]),
+        "texts": np.asarray([["a", "caf\u00e9"], ["", "\U0001f408"]]),
+        "no letter": np.asarray(""),
     }
     path = tmp_path / "t.safetensors"
     back = wire.load(path, wire.save(path, tensors))
