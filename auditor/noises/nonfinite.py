@@ -37,8 +37,9 @@ _READ_AS = (
     "(x) => (y) {{ nan = IsNaN(x) c = Constant <value = float {{{value}}}> () "
     "k = Cast <to = $T> (c) y = Where(nan, k, x) }}"
 )
+# IsInf takes no float16 before operator set 20.
 _FINITE = """(x) => (y) {
-    infinite = IsInf(x) s = Sign(x) c = Constant <value = float {3.4028234663852886e+38}> ()
+    wide = Cast <to = 1> (x) infinite = IsInf(wide) s = Sign(x) c = Constant <value = float {3.4028234663852886e+38}> ()
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
