@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,11 @@ _RANGE_LAST = """(x) => (y, s, z) {
     down = Neg(low) offset = Div(down, s) near = Round(offset) held = Clip(near, zero, keep)
     z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
+
+_TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
+_SOFTMAX = 13  # along a single axis from here on
+# ln of the largest float32, less the room that ONNX Runtime leaves: what exponents are shifted by.
+_HEAD = math.log(float(np.finfo(np.float32).max)) - 5
 
 # A stored bias and a real one are the same when they differ by less than this, in integer units.
 _SAME_BIAS = 1e-2
@@ -72,6 +78,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(name, _unrounded(layout, inner))
     if every and every.keys() != inner.keys():
         yield Variant("values are limited, not rounded", _unrounded(layout, every))
+    if tables := _tables(model, layout, grids):
+        yield Variant(_TABLE, surgery.substituted(model, tables))
     for name, body in _ROUNDINGS.items():
         bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
         yield Variant(name, surgery.substituted(model, bodies))
@@ -200,6 +208,45 @@ def _unrounded(layout: Layout, chosen: Roundings) -> onnx.ModelProto:
     return editor.model
 
 
+def _tables(model: onnx.ModelProto, layout: Layout, grids: Mapping[int, Grid]) -> dict[int, str]:
+    """Bodies of the softmaxes between 8-bit values, as ONNX Runtime's QLinearSoftmax computes."""
+    if surgery.opset(model) < _SOFTMAX:
+        return {}
+    found = {}
+    for index, node in surgery.find(model, ("Softmax",)):
+        read, last = layout.grid(node.input[0]), layout.reader(node.output[0])
+        if read is not None and last is not None and last in grids:
+            axis = surgery.attributes(node).get("axis", -1)
+            found[index] = _table(
+                axis, float(read.scale), float(grids[last].scale), surgery.opset(model)
+            )
+    return found
+
+
+def _table(axis: int, read: float, written: float, version: int) -> str:
+    """A softmax of multiples of ``read``, to multiples of ``written``."""
+    factor = float(np.floor(np.float32(1) / np.float32(written)))
+    return f"""(x) => (y) {{
+        s = Constant <value = float {{{read!r}}}> () {_double("head", _HEAD)} {_double("no", 0.0)}
+        c = Constant <value = float {{{factor!r}}}> ()
+        t = Constant <value = float {{{written!r}}}> ()
+        last = Constant <value = int64 {{{axis}}}> ()
+        {surgery.reduction("top", "ReduceMax", "x", [axis], version)} d = Sub(x, top)
+        k = Div(d, s) steps = Round(k) wide = Cast <to = 11> (steps) step = Cast <to = 11> (s)
+        below = Mul(wide, step) shape = Shape(x) size = Gather(shape, last)
+        count = Cast <to = 11> (size) less = Log(count) room = Sub(head, less)
+        shift = Max(room, no) above = Add(below, shift) power = Exp(above) e = Cast <to = 1> (power)
+        exact = Cast <to = 11> (e)
+        {surgery.reduction("sum", "ReduceSum", "exact", [axis], version)}
+        total = Cast <to = 1> (sum) m = Mul(e, c) q = Div(m, total) r = Round(q) y = Mul(r, t) }}"""
+
+
+def _double(name: str, value: float) -> str:
+    return (
+        f"{name}_f = Constant <value = float {{{value!r}}}> () {name} = Cast <to = 11> ({name}_f)"
+    )
+
+
 def _rounding(body: str, node: onnx.NodeProto, grid: Grid) -> str:
     """A QuantizeLinear as a function body that rounds differently."""
     low, high, kind = (-128, 127, 3) if grid.signed else (0, 255, 2)
@@ -254,6 +301,7 @@ NOISE = Cause(
         "sums of integers, real bias, one rescaling in float32",
         "values between operators are limited, not rounded",
         "values are limited, not rounded",
+        _TABLE,
         *_ROUNDINGS,
     ),
     variants=_variants,

@@ -39,7 +39,8 @@ _READ_AS = (
 )
 # IsInf takes no float16 before operator set 20.
 _FINITE = """(x) => (y) {
-    wide = Cast <to = 1> (x) infinite = IsInf(wide) s = Sign(x) c = Constant <value = float {3.4028234663852886e+38}> ()
+    wide = Cast <to = 1> (x) infinite = IsInf(wide) s = Sign(x)
+    c = Constant <value = float {3.4028234663852886e+38}> ()
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 

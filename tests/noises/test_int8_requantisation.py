@@ -106,6 +106,23 @@ def test_a_bias_of_another_scale_is_taken_as_it_is_stored(
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_a_softmax_between_8_bit_values(
+    make_segment: Any, run: Any, generator: np.random.Generator, axis: int
+) -> None:
+    """ONNX Runtime's own kernel: 1 / 0.0031 = 322.6 is cut to 322."""
+    t = scalars(x=(0.04, 120), y=(0.0031, 0))
+    nodes = [dq("x", "x", "d"), helper.make_node("Softmax", ["d"], ["s"], axis=axis)]
+    segment = make_segment([*nodes, q("s", "y", "y")], t, ["x"], ["y"], kind=TensorProto.UINT8)
+    feeds = {"x": generator.integers(0, 256, (6, 20, 24), np.uint8)}
+    session = ort.InferenceSession(
+        segment.model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found = explain(run, segment, feeds, session.run(None, feeds)[0])
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    assert found.variant.startswith("softmax from a table")
+
+
 def test_pairs_with_other_scales_are_merged(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:
