@@ -1191,7 +1191,7 @@ class ForensicsReport:
         normalisation: its name where it is a usual one; the tensor is
             ``slope · pixel + offset`` by channel.
         whole_levels: whether the tensor's pixels are whole numbers, as 8-bit pipelines make them.
-        tried: combinations compared; ``skipped`` were farther than the best by a bound.
+        tried: combinations compared; ``skipped`` were farther than the second best by a bound.
         gaps: what could not be tried, and why.
     """
 

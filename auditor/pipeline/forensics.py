@@ -5,16 +5,16 @@ layout and normalisation are searched.
 
 1. Every decoder × resizer without a colour conversion, compared with the tensor after the best
    straight line per channel. The closest one tells the normalisation, and so the tensor's pixels.
-2. Colour conversions. A combination is left out when it cannot be the best: by the triangle
-   inequality it is at least as far from the tensor as without the conversion, minus what the
-   conversion changes. What it changes is measured on the closest resizer and on nearest neighbour,
-   which smooths nothing away.
+2. Colour conversions, each measured on the closest resizer and on nearest neighbour, which smooths
+   nothing away. The other resizers follow, the closest conversion first. A combination is left out
+   when it can be neither the best nor the second: by the triangle inequality it is at least as far
+   from the tensor as without the conversion, minus what the conversion changes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,6 +76,23 @@ class _Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class _Conversion:
+    """One conversion of one decoded photograph.
+
+    Attributes:
+        colour: the conversion.
+        change: how much it changes, in pixel levels, where it was measured.
+        measured: its candidates there.
+        rest: the photograph's other candidates, without it.
+    """
+
+    colour: Colour
+    change: float
+    measured: list[_Candidate]
+    rest: list[_Candidate]
+
+
+@dataclass(frozen=True, slots=True)
 class _Normalisation:
     """The straight line from pixels to the tensor, ``[3]`` each, by channel of the tensor."""
 
@@ -119,14 +136,30 @@ def identify(tensor: Array, photo: bytes, geometry: Pipeline) -> ForensicsReport
     layout, fed = _laid_out(tensor, plain[0][2].shape)
     normalisation = _normalisation(fed, [pixels for _, _, pixels in plain])
     levels, whole = _levels(fed, normalisation)
-    found = [_Candidate(i, None, r, pixels, _far(pixels, levels)) for i, r, pixels in plain]
+    planes = _planes(levels)
+    found = [_Candidate(i, None, r, pixels, _far(pixels, planes)) for i, r, pixels in plain]
+    by_image = [[c for c in found if c.image is image] for image in images]
+    conversions = [one for mine in by_image for one in _converted(mine, colours, geometry, planes)]
+    found += [candidate for one in conversions for candidate in one.measured]
+    # The closest first: what it leaves as the two nearest rules the others out.
+    conversions.sort(key=lambda one: min(c.residual for c in one.measured))
     skipped = 0
-    for image in sorted(images, key=lambda i: min(c.residual for c in found if c.image is i)):
-        mine = [c for c in found if c.image is image]
-        nearest = min(c.residual for c in found)
-        more, left_out = _with_colours(mine, colours, geometry, levels, nearest)
-        found += more
-        skipped += left_out * len(image.decoders)
+    best, second = _nearest_two(found)
+    for one in conversions:
+        pixels = None
+        for candidate in one.rest:
+            image = candidate.image
+            if candidate.residual - _SAFE * one.change > second:
+                skipped += len(image.decoders)
+                continue
+            if pixels is None:
+                pixels = steps.coloured(image.pixels, one.colour)
+            made = steps.framed(pixels, replace(geometry, resize=candidate.resize))
+            residual = _far(made, planes, limit=second + _ROUGHLY)
+            kept = made if residual <= best else None
+            found.append(replace(candidate, colour=one.colour, pixels=kept, residual=residual))
+            if residual < second:
+                best, second = _nearest_two(found)
     return _report(found, levels, layout, normalisation, whole, skipped, gaps)
 
 
@@ -198,43 +231,40 @@ def _decoded(
     return list(found.values())
 
 
-def _with_colours(
-    plain: Sequence[_Candidate],
-    colours: Sequence[Colour],
-    geometry: Pipeline,
-    levels: Array,
-    best: float,
-) -> tuple[list[_Candidate], int]:
-    """What conversions make of one decoded photograph; and how many cannot be the best.
+def _converted(
+    plain: Sequence[_Candidate], colours: Sequence[Colour], geometry: Pipeline, levels: Array
+) -> Iterator[_Conversion]:
+    """Every conversion of one decoded photograph, measured on two resizers.
 
     Args:
         plain: its candidates without a conversion.
         colours: the conversions.
         geometry: sizes and crops.
-        levels: the tensor in pixel levels.
-        best: the smallest residual so far.
+        levels: the tensor in pixel levels, channels first.
     """
     closest = min(plain, key=lambda c: c.residual)
     rough = next((c for c in plain if c.resize and c.resize.interpolation == "nearest"), closest)
     measured = [closest] if rough is closest else [closest, rough]
-    rest = [c for c in plain if not any(c is one for one in measured)]
-    found: list[_Candidate] = []
-    skipped = 0
+    rest = sorted(
+        (c for c in plain if not any(c is one for one in measured)), key=lambda c: c.residual
+    )
     for colour in colours:
-        pixels = steps.coloured(plain[0].image.pixels, colour)
-        change = 0.0
-        for place, candidate in enumerate((*measured, *rest)):
-            if place >= len(measured) and candidate.residual - _SAFE * change > best:
-                skipped += 1
-                continue
+        pixels = steps.coloured(closest.image.pixels, colour)
+        change, found = 0.0, []
+        for candidate in measured:
             made = steps.framed(pixels, replace(geometry, resize=candidate.resize))
-            if candidate.pixels is not None:
-                change = max(change, _far(made, candidate.pixels.astype(np.float32)))
-            residual = _far(made, levels, limit=best + _ROUGHLY)
-            best = min(best, residual)
-            kept = made if residual == best else None
-            found.append(_Candidate(candidate.image, colour, candidate.resize, kept, residual))
-    return found, skipped
+            assert candidate.pixels is not None  # those of plain candidates are kept
+            change = max(change, _far(made, _planes(candidate.pixels)))
+            residual = _far(made, levels)
+            kept = made if residual <= closest.residual else None
+            found.append(replace(candidate, colour=colour, pixels=kept, residual=residual))
+        yield _Conversion(colour, change, found, rest)
+
+
+def _nearest_two(found: Sequence[_Candidate]) -> tuple[float, float]:
+    """The smallest residual, and the smallest above it."""
+    best = min(c.residual for c in found)
+    return best, min((c.residual for c in found if c.residual > best), default=best)
 
 
 # --- the tensor ------------------------------------------------------------------------------
@@ -350,13 +380,33 @@ def _far(pixels: Array, levels: Array, limit: float = 0.0) -> float:
 
     Of what the normalisation subtracts, whole levels cannot be told before the pixels are known.
     What is more than ``limit`` away on every fourth row and column is not compared on the others.
+
+    Args:
+        pixels: height x width x 3.
+        levels: the tensor's, as ``_planes``.
+        limit: 0 to compare all.
     """
-    sparse = _deviation(pixels[::_SPARSE, ::_SPARSE] - levels[::_SPARSE, ::_SPARSE])
-    return sparse if sparse > limit > 0 else _deviation(pixels - levels)
+    planes = pixels.transpose(2, 0, 1)
+    if limit > 0:
+        sparse = (slice(None), slice(None, None, _SPARSE), slice(None, None, _SPARSE))
+        far = _deviation(planes[sparse] - levels[sparse])
+        if far > limit:
+            return far
+    return _deviation(planes - levels)
 
 
 def _deviation(difference: Array) -> float:
-    return float(np.sqrt(np.mean(difference.var(axis=(0, 1)))))
+    """Of [3, ...] in float64; exact, and so 0 or not, where the differences are whole."""
+    flat = difference.reshape(3, -1)
+    count = flat.shape[1]
+    squares = np.einsum("cn,cn->c", flat, flat)  # not BLAS, which would start threads
+    spread = (count * squares - flat.sum(axis=1) ** 2).sum()
+    return float(np.sqrt(max(0.0, spread / (3 * count * count))))
+
+
+def _planes(pixels: Array) -> Array:
+    """[3, height, width] in float64 of height x width x 3."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float64)
 
 
 def _digest(pixels: Array) -> bytes:
