@@ -32,8 +32,9 @@ _READINGS = {
     "none": "",
 }
 _OPTIONS = 6  # of a type, in the terminal; the JSON has all of them
-_MOST = 8  # of left-out photographs and gaps
+_MOST = 8  # of reasons why photographs or options are left out, and of those that share one
 _MOST_PAIRS = 6
+_MOVED = 3  # types named where none changes a reading
 _NEGLIGIBLE = 1e-3  # of a reading
 _SMALL = 1e-3  # relative L2, where an output is read as nothing
 
@@ -197,15 +198,22 @@ def _advice(report: SysnoiseReport) -> list[str]:
             "the deployment first."
         )
     else:
-        said.append("No type changes a reading by more than chance on these photographs.")
+        moved = sorted(report.types, key=lambda t: t.max.relative_l2.value, reverse=True)[:_MOVED]
+        most = ", ".join(f"{t.title} ({words.error(t.max.relative_l2.value)})" for t in moved)
+        said.append(
+            "No type changes a reading by more than chance on these photographs. What moves the "
+            f"outputs most, by relative L2: {most}. More photographs show rarer changes."
+        )
     for type in mattering:
-        if not type.id.startswith("preprocessing."):
-            continue
+        title = type.title[0].upper() + type.title[1:]
         mild = [o.name for o in reversed(type.options) if not _reads_differently(o.effect)]
         if mild:
+            said.append(f"{title}: no reading differs beyond chance with {', '.join(mild[:4])}.")
+        elif len(type.options) > 1 and report.kind != "none":
+            least = type.options[-1]
             said.append(
-                f"{type.title.capitalize()}: no reading differs beyond chance with "
-                f"{', '.join(mild[:4])}."
+                f"{title}: every option changes readings, {least.name} least: "
+                f"{_figure(least.effect.changed)} % {_READINGS[report.kind]}."
             )
     if any(t.id in ("preprocessing.decoder", "preprocessing.resize") for t in mattering):
         said.append(
@@ -217,7 +225,7 @@ def _advice(report: SysnoiseReport) -> list[str]:
 
 
 def _matters(type: SysnoiseType) -> bool:
-    return _reads_differently(type.options[0].effect)
+    return any(_reads_differently(option.effect) for option in type.options)
 
 
 def _reads_differently(effect: SysnoiseEffect) -> bool:
@@ -230,20 +238,31 @@ def _draw_gaps(page: _Page, report: SysnoiseReport) -> None:
         return
     page.rule("Not measured, and what to know")
     for title, gaps in (("left out", report.left_out), ("gap", report.gaps)):
-        for gap in gaps[:_MOST]:
+        alike: dict[str, list[str]] = {}
+        for gap in gaps:
             remedy = f" ({gap.remedy})" if gap.remedy else ""
+            alike.setdefault(f"{gap.reason}{remedy}", []).append(gap.subject)
+        for reason, subjects in list(alike.items())[:_MOST]:
             page.say(
-                _Span(f"{gap.subject}: ", "bold"),
-                _Span(f"{gap.reason}{remedy}", "dim"),
+                _Span(f"{_listed(subjects)}: ", "bold"),
+                _Span(reason, "dim"),
                 label=_Span(f"{title}  ", "dim"),
             )
-        if len(gaps) > _MOST:
-            page.say(_Span(f"and {len(gaps) - _MOST} more; --format json has all of them", "dim"))
+        if rest := sum(map(len, list(alike.values())[_MOST:])):
+            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
     if report.oddities:
         counted = ", ".join(f"{name}: {n}" for name, n in report.oddities.items())
         page.say(_Span(f"Unusual photographs: {counted}.", "dim"))
     for note in report.notes:
         page.say(_Span(note, "dim"))
+
+
+def _listed(subjects: list[str]) -> str:
+    """``decoder: a, b and 2 more``: what stands before the colon is said once."""
+    kind, colon, _ = subjects[0].partition(": ")
+    rest = [s.removeprefix(kind + colon) if colon else s for s in subjects[1:_MOST]]
+    more = f" and {len(subjects) - _MOST} more" if len(subjects) > _MOST else ""
+    return ", ".join((subjects[0], *rest)) + more
 
 
 # --- JSON ----------------------------------------------------------------------------------------

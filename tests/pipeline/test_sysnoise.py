@@ -26,7 +26,13 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, libraries
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
-from auditor.records import SysnoiseOption, SysnoiseReport
+from auditor.records import (
+    Interval,
+    SysnoiseEffect,
+    SysnoiseOption,
+    SysnoiseReport,
+    SysnoiseType,
+)
 from reports import _plots
 from reports import _sysnoise as table
 
@@ -208,7 +214,32 @@ def test_bad_photographs_are_named_and_never_fatal(
     assert any(gap.subject == "preprocessing.decoder: simplejpeg" for gap in report.gaps)
     turned = option(report, "preprocessing.orientation", "orientation apply")
     assert turned.same == turned.photos - 1
-    assert "left out" in table.render(report, 100, False)
+    said = table.render(report, 100, False)
+    assert "left out" in said and "preprocessing.decoder: jpeglib:6b, jpeglib:7, jpeglib:8d" in said
+
+
+def test_advice_names_the_mildest_option_of_every_type_that_matters() -> None:
+    def effect(flips: float, far: float) -> SysnoiseEffect:
+        return SysnoiseEffect(None, Interval(flips, flips / 2, 2 * flips), Interval(far, far, far))
+
+    def option(name: str, flips: float) -> SysnoiseOption:
+        return SysnoiseOption(name, "tool", 9, 0, 0, effect(flips, 0.1))
+
+    def type(id: str, title: str, *options: SysnoiseOption) -> SysnoiseType:
+        worst = options[0].effect
+        return SysnoiseType(id, title, options, worst, worst, options[0].name)
+
+    types = (
+        type("precision.int8", "INT8", option("per tensor", 0.2), option("per channel", 0)),
+        type("postprocessing.nms", "suppression", option("a", 0.3), option("b", 0.1)),
+    )
+    head = ("0", "m.onnx", "p.toml", {}, 9, 0, "out", "scores", None, None, None)
+    report = SysnoiseReport(*head, types, (), (), (), (), {}, (), (), {}, {})
+    said = table._advice(report)
+    assert "INT8: no reading differs beyond chance with per channel." in said
+    assert any(text.startswith("Suppression: every option") and "b least" in text for text in said)
+    quiet = replace(report, types=(type("precision.int8", "INT8", option("per tensor", 0)),))
+    assert "INT8 (1.0e-1)" in table._advice(quiet)[0]
 
 
 def test_nothing_left_is_an_error(network: Path, tmp_path: Path, pipeline: Path) -> None:
