@@ -36,15 +36,14 @@ class Portions:
         self._graph = Graph(segment.model)
         nodes = segment.model.graph.node
         inner = {o for node in nodes for o in node.output}
-        seams = {n.input[0] for n in nodes if n.op_type == _ROUNDING} & inner
-        self.quantised = bool(seams)
-        if not seams:
-            seams = {n.output[0] for n in nodes if n.op_type in _PRODUCTS}
+        roundings = {n.input[0] for n in nodes if n.op_type == _ROUNDING}
+        self.quantised = bool(roundings)
+        seams = roundings or {n.output[0] for n in nodes if n.op_type in _PRODUCTS}
+        several = len(seams) > 1
         readers = Counter(name for node in nodes for name in set(node.input))
         seams |= {name for name in inner if readers[name] > 1}  # so that no two portions overlap
-        self._cuts = self._graph.cut(seams.union(self._graph.outputs))
-        if not 1 < len(self._cuts) <= MOST:
-            self._cuts = ()
+        cuts = self._graph.cut(seams.union(self._graph.outputs)) if several else ()
+        self._cuts = cuts if 1 < len(cuts) <= MOST else ()
 
     def __iter__(self) -> Iterator[tuple[Cut, SegmentGraph]]:
         """Each portion as a segment of its own, the last one first."""
