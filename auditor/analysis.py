@@ -26,6 +26,7 @@ from auditor import (
     pictures,
     qdq,
     summary,
+    surgery,
 )
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
@@ -484,7 +485,7 @@ class Analysis:
     ) -> Arrays | None:
         """Look for the cause of one segment's error; the part of it that the cause reproduces."""
         segment = SegmentGraph(
-            chain.replayer.model(cut, local.inputs),
+            surgery.without_copies(chain.replayer.model(cut, local.inputs)),
             self.kernels(cut),
             self._compiled,
             self._trained,

@@ -174,6 +174,26 @@ def copied(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def without_copies(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without its Identity nodes, which hide what engines fuse; outputs keep theirs."""
+    kept = {output.name for output in model.graph.output}
+    copies: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.output[0] not in kept:
+            copies[node.output[0]] = copies.get(node.input[0], node.input[0])
+    if not copies or any(a.HasField("g") for n in model.graph.node for a in n.attribute):
+        return model
+    result = copied(model)
+    del result.graph.node[:]
+    for node in model.graph.node:
+        if node.output[0] not in copies:
+            made = result.graph.node.add()
+            made.CopyFrom(node)
+            for position, name in enumerate(node.input):
+                made.input[position] = copies.get(name, name)
+    return result
+
+
 def enclosed(body: onnx.GraphProto) -> onnx.GraphProto:
     """A subgraph after renaming its own tensors, so that they meet none of the graph outside.
 

@@ -95,3 +95,14 @@ def test_who_takes_another_shape() -> None:
     assert surgery.takes_any_shape(added, added.graph.node[0], broadcast=True)
     assert not surgery.takes_any_shape(product, product.graph.node[0], broadcast=True)
     assert surgery.constants(added)["two"].tolist() == [2.0]
+
+
+def test_copies_are_left_out_but_for_outputs() -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y, float[2] z) {
+        a = Identity(x) b = Identity(a) c = Relu(b) d = Identity(c) y = Neg(d) z = Identity(d) }"""
+    made = surgery.without_copies(onnx.parser.parse_model(text))
+    assert [(n.op_type, list(n.input)) for n in made.graph.node] == [
+        ("Relu", ["x"]),
+        ("Neg", ["c"]),
+        ("Identity", ["c"]),
+    ]
