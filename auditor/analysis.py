@@ -50,6 +50,7 @@ from auditor.records import (
     TensorStats,
 )
 from auditor.replay import Reference, ReplayError, difference
+from auditor.screening import Screening
 from auditor.segments import Cut
 from auditor.tasks import TaskMeter
 from auditor.trace import SampleTrace
@@ -58,9 +59,11 @@ if TYPE_CHECKING:
     from auditor.pipeline.upstream import Upstream
 
 # Leave-one-in is averaged over this many samples (it was stable from four on) and measured for
-# this many segments, those with the largest introduced error. Causes are booked on as many.
+# this many segments, chosen by ``screening`` where there are more; on the later samples for the
+# first few alone. Causes are booked on as many samples.
 IMPACT_SAMPLES = 4
 IMPACT_SEGMENTS = 64
+IMPACT_TOP = 20
 # Telescoping costs half a reference run per group of segments: it is done on the first sample and
 # on as many of the next as keep within this many groups in all.
 BOOKED_GROUPS = 60
@@ -405,7 +408,7 @@ class Analysis:
     def _add_impact(
         self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Upstream | None
     ) -> None:
-        """Leave-one-in of each flagged segment, on its first few samples.
+        """Leave-one-in of flagged segments: once, and of those that matter on a few more samples.
 
         Where a post-processing is described it is measured on the result, as are its steps.
         """
@@ -415,13 +418,10 @@ class Analysis:
         else:  # without all outputs there is no result to measure on
             upstream = None
         whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
-        cuts = sorted((c for c in self.cuts if c.id in flagged), key=self._introduced, reverse=True)
-        for cut in cuts:
-            if len(self._effects) < IMPACT_SEGMENTS:
-                self._effects.setdefault(cut.id, Running())
-        measured = [
-            c for c in cuts if c.id in self._effects and self._effects[c.id].count < IMPACT_SAMPLES
-        ]
+        known, top = self._effects.copy(), self._top(IMPACT_TOP)
+        cuts = [c for c in self.cuts if c.id in flagged]
+        again = [c for c in cuts if c.id in top and known[c.id].count < IMPACT_SAMPLES]
+        new = [c for c in cuts if c.id not in known]
 
         def alone(cut: Cut) -> tuple[float, Arrays]:
             effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
@@ -430,18 +430,34 @@ class Analysis:
             values = _read(upstream, values)
             return metrics.relative_l2(values, base, tuple(base)) if values else math.inf, values
 
-        results = chain.replayer.beside(alone, measured)
-        for cut, (effect, values) in zip(measured, results, strict=True):
-            self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
-            self._effects[cut.id].add(effect, index)
-            if 0 < whole < math.inf:
-                self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
-            meters = self.tasks.setdefault(cut.id, {})
-            for name, value in values.items():
-                if name not in meters:
-                    kinds = upstream.kinds if upstream else {}
-                    meters[name] = TaskMeter(name, kinds.get(name) or self.outputs[name].kind)
-                meters[name].add(value, base[name], index)
+        def measure(chosen: Sequence[Cut]) -> list[float]:
+            effects = []
+            results = chain.replayer.beside(alone, chosen)
+            for cut, (effect, values) in zip(chosen, results, strict=True):
+                self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
+                self._effects.setdefault(cut.id, Running()).add(effect, index)
+                if 0 < whole < math.inf:
+                    self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
+                meters = self.tasks.setdefault(cut.id, {})
+                for name, value in values.items():
+                    if name not in meters:
+                        kinds = upstream.kinds if upstream else {}
+                        meters[name] = TaskMeter(name, kinds.get(name) or self.outputs[name].kind)
+                    meters[name].add(value, base[name], index)
+                effects.append(effect)
+            return effects
+
+        measure(again)
+        room = IMPACT_SEGMENTS - len(known)
+        if len(new) <= room:
+            measure(new)
+            return
+        nodes = self.reference.graph.nodes
+        kinds = [tuple(nodes[i].op_type for i in cut.nodes) for cut in new]
+        screening = Screening(kinds, [_norm(flagged[cut.id].error) for cut in new], room)
+        while chosen := screening.more():
+            for position, effect in zip(chosen, measure([new[i] for i in chosen]), strict=True):
+                screening.add(position, effect)
 
     def _add_pictures(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Keep a picture of the segments that matter most, as long as there is room for more."""
@@ -663,9 +679,9 @@ class Analysis:
         effects = self.effects
         return set(sorted(effects, key=effects.__getitem__, reverse=True)[:count])
 
-    def _introduced(self, cut: Cut) -> float:
-        meter = self.meters[cut.id]
-        return meter.relative(meter.introduced)
+
+def _norm(tensors: Arrays) -> float:
+    return math.sqrt(sum(metrics.square_sum(metrics.to_float(v)) for v in tensors.values()))
 
 
 def _read(upstream: Upstream, outputs: Arrays) -> Arrays:

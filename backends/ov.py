@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -74,6 +75,9 @@ _BISECTIONS = 12  # compilations at most when bisecting
 _NEAR = 3  # kernels in a row that make a tensor; where they prove nothing, its whole cone may
 _CONES = 16  # compilations at most of whole ancestor cones
 _REFUSALS = 2  # at most so many more that prove nothing than that do, and so many tensors given up
+
+# Elements of tensors that kernels compiled apart may make beyond what they are compiled for.
+_TOGETHER = 1 << 18
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
 # repeated or contain the commas that separate ``originalLayersNames``.
@@ -658,9 +662,14 @@ class _CutOut:
     targets: tuple[_Candidate, ...]
 
     def run(self, known: Mapping[str, Array], wanted: Collection[_Candidate]) -> Arrays:
-        """Values of the targets ``wanted``, by tensor name."""
+        """Values of the targets ``wanted``, by tensor name.
+
+        Other targets may be what they are made from. While these are not known, their readers run
+        on zeros, to no effect: no kernel serves two targets.
+        """
+        waiting = {c.tensor for c in self.targets} - known.keys()
         feeds = [
-            _held(known[name], port)
+            _zeros(port) if name in waiting else _held(known[name], port)
             for name, port in zip(self.feeds, self.session.inputs, strict=True)
         ]
         indices = [i for i, c in enumerate(self.targets) if c in wanted]
@@ -677,6 +686,10 @@ def _held(value: Array, port: Any) -> Array:
     if port.get_element_type().get_type_name() == "bf16":
         return value
     return value.astype(port.get_element_type().to_dtype(), copy=False)
+
+
+def _zeros(port: Any) -> Array:
+    return np.zeros(tuple(port.get_shape()), port.get_element_type().to_dtype())
 
 
 def _shown(value: Array, candidate: _Candidate) -> Array:
@@ -987,13 +1000,14 @@ class _Build:
         values: Arrays = {}
         faithful: list[_Candidate] = []
         copy = _Copy(self._source)
-        for level in self._levels(missing, stops):
-            cut = self._cut_out(level, stops, copy)
-            values |= cut.run({**known, **values}, level)
-            cuts.append((cut, tuple(level)))
-            faithful += [
-                c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
-            ]
+        for levels in self._together(self._levels(missing, stops), stops):
+            cut = self._cut_out([c for level in levels for c in level], stops, copy)
+            for level in levels:
+                values |= cut.run({**known, **values}, level)
+                cuts.append((cut, tuple(level)))
+                faithful += [
+                    c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
+                ]
         reading = self._readers()
         readers = {c: reading.get(c.maker, set()) for c in faithful}
         # One reader each is proof enough; one that sums over its input is the worst, because
@@ -1014,14 +1028,44 @@ class _Build:
 
     def _levels(
         self, missing: Sequence[_Candidate], stops: Mapping[_Port, str]
-    ) -> Iterator[list[_Candidate]]:
+    ) -> list[list[_Candidate]]:
         """``missing`` in groups, each of which reads tensors of earlier groups only."""
-        waiting = {c: self._source.needs(c.port, stops) for c in missing}
-        while waiting:
-            ports = {c.port for c in waiting}
-            level = [c for c, needs in waiting.items() if not needs & ports]
-            yield level
-            waiting = {c: needs for c, needs in waiting.items() if c not in level}
+        levels: list[list[_Candidate]] = []
+        depth: dict[_Port, int] = {}
+        for candidate in sorted(missing, key=lambda c: c.port):  # operations are in order
+            needs = self._source.needs(candidate.port, stops)
+            depth[candidate.port] = level = max((depth.get(p, -1) for p in needs), default=-1) + 1
+            if level == len(levels):
+                levels.append([])
+            levels[level].append(candidate)
+        return levels
+
+    def _together(
+        self, levels: Sequence[list[_Candidate]], stops: Mapping[_Port, str]
+    ) -> Iterator[list[list[_Candidate]]]:
+        """Levels in a row to compile as one model, which runs once for each of them.
+
+        They share no operation, and are so small that running all of them each time costs less than
+        compiling them one by one.
+        """
+        part: list[list[_Candidate]] = []
+        size = 0
+        used = set[int]()
+        for level in levels:
+            behind = self._behind(level, stops)
+            more = sum(self._elements(c) for c in level)
+            if part and ((len(part) + 1) * (size + more) > _TOGETHER or used & behind):
+                yield part
+                part, size, used = [], 0, set()
+            part.append(level)
+            size += more
+            used |= behind
+        if part:
+            yield part
+
+    def _elements(self, candidate: _Candidate) -> int:
+        shape = self._source.shape(candidate.port)
+        return math.prod(shape.to_shape()) if shape.is_static else _TOGETHER
 
     def _witnessed(
         self,
