@@ -122,7 +122,8 @@ function drawChart(backend, choose) {
   }
 
   point(0);
-  new ResizeObserver(draw).observe(view);
+  // In the next frame: a size that changes while sizes are told is an error of the page.
+  new ResizeObserver(() => requestAnimationFrame(draw)).observe(view);
   const buttons = html("span", { class: "buttons" },
     html("button", { type: "button", title: "Narrower", "aria-label": "Narrower chart", click: () => zoomBy(-1) }, "−"),
     html("button", { type: "button", title: "Wider", "aria-label": "Wider chart", click: () => zoomBy(1) }, "+"));

@@ -189,10 +189,13 @@ function drawGraph(backend, choose) {
   const first = new ResizeObserver(() => {
     if (!frame.clientWidth || !current) return;
     first.disconnect();
+    requestAnimationFrame(centre);
+  });
+  function centre() {
     if (width > frame.clientWidth) setZoom(Math.max(frame.clientWidth / width, 0.6));
     frame.scrollLeft = (width * zoom - frame.clientWidth) / 2;
     show(current);
-  });
+  }
   first.observe(frame);
 
   const ofSegment = new Map(boxes.map((node) => [node.index, node]));

@@ -208,7 +208,9 @@ class Browser:
         return self.driver.switch_to.active_element
 
     def logged(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        """What the console has since this was last called, and errors that it is not told of."""
+        said = [entry["message"] for entry in self.driver.get_log("browser")]
+        return said + self.driver.execute_script("return (window.failed || []).splice(0)")
 
     def requested(self) -> list[str]:
         """Addresses that the page has asked for since this was last called, blocked ones too."""
@@ -239,6 +241,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=Service(helper))
     started.set_script_timeout(30)
+    source = "window.failed = []; addEventListener('error', e => failed.push(e.message))"
+    started.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
     yield started
     started.quit()
 
