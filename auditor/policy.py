@@ -29,7 +29,7 @@ import math
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +420,8 @@ def _notes(report: AuditReport, policy: Policy, today: date) -> Iterator[str]:
 
 # --- proposing -----------------------------------------------------------------------------------
 
+_SHOWN = 10  # findings that a proposal could accept
+_ACCEPTED_FOR = timedelta(days=90)
 _MARGIN = 2.0  # of what was measured, up
 _LEAST = 1e-5  # relative L2 that float32 rounding may make anywhere
 
@@ -470,7 +472,8 @@ def proposed(report: AuditReport, source: str) -> str:
         "[categories]",
         '# "precision.bf16" = "allow"',
     ]
-    for finding in report.findings:
+    ends = date.today() + _ACCEPTED_FOR
+    for finding in report.findings[:_SHOWN]:
         lines += [
             "",
             f"# {_comment(finding.backend)}: {_comment(finding.nodes[0])}, "
@@ -478,8 +481,10 @@ def proposed(report: AuditReport, source: str) -> str:
             "# [[accept]]",
             f'# fingerprint = "{finding.fingerprint}"',
             '# reason = ""',
-            "# expires = 2027-01-31",
+            f"# expires = {ends}",
         ]
+    if (more := len(report.findings) - _SHOWN) > 0:
+        lines += ["", f"# And {more} more findings: their fingerprints are in the JSON report."]
     return "\n".join(lines) + "\n"
 
 

@@ -244,6 +244,15 @@ def test_a_proposal_passes(names: list[str], error: float) -> None:
     assert all(limit <= max(4.1 * error, 1.1e-5) for limit in limits)
 
 
+def test_a_proposal_lists_the_first_findings_and_counts_the_others(report: AuditReport) -> None:
+    many = replace(report, findings=report.findings[:1] * 12)
+    text = policy.proposed(many, "first.json")
+    assert text.count("# [[accept]]") == 10 and "And 2 more findings" in text
+    offered = "\n".join(line.removeprefix("# ") for line in text.splitlines()[-6:-2])
+    (taken,) = tomllib.loads(offered)["accept"]
+    assert taken["expires"] > date.today()
+
+
 _EMPTY: list[AuditReport] = []
 
 
