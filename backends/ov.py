@@ -363,12 +363,14 @@ class _Source:
         return keys
 
     def branches(self, compile_model: Callable[[Any], Any], notes: list[str]) -> Iterator[Kernel]:
-        """Kernels of both branches of what is an If, compiled alone: the program hides its own."""
+        """Kernels of branches and of loops' bodies, compiled alone: the program hides its own."""
         found = 0
         for op in self._ops:
-            if op.get_type_name() != "If":
+            kind = op.get_type_name()
+            if kind not in ("If", "Loop", "TensorIterator"):
                 continue
-            for body in op.get_then_body(), op.get_else_body():
+            two = kind == "If"
+            for body in map(op.get_function, range(2)) if two else (op.get_function(),):
                 try:
                     program = _Program(compile_model(body.clone()), self)
                 except RuntimeError:  # it may not fit these shapes: a branch never taken
@@ -377,8 +379,8 @@ class _Source:
                 found += 1
         if found:
             notes.append(
-                f"What runs inside If is stated by {found} branches compiled alone, as the program "
-                "does not say it."
+                f"What runs inside If and loops is stated by {found} of their bodies compiled "
+                "alone, as the program does not say it."
             )
 
     def needs(self, port: _Port, stops: Collection[_Port]) -> set[_Port]:

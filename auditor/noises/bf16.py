@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from onnx import TensorProto
 
-from auditor import artefact, recurrent, rounding
+from auditor import artefact, loops, recurrent, rounding
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.rounding import Format, Sites
@@ -17,6 +17,8 @@ FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, o
 RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all else in FP32"
 # Recurrent layers beside other kernels in one segment: joined with each of ``SITES``.
 AROUND = f"{RECURRENT}; around them "
+# … and for the bodies of loops and what is around them.
+INSIDE = "inside the bodies of loops, too: "
 SITES = (
     Sites(
         "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
@@ -141,6 +143,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         around = replace(segment, model=recurrent_layers)
         for variant in rounding.variants(around, FORMAT, SITES):
             yield Variant(AROUND + variant.name, variant.model)
+    for variant in loops.inside(segment, lambda body: rounding.variants(body, FORMAT, SITES)):
+        yield Variant(INSIDE + variant.name, variant.model)
     yield from rounding.variants(segment, FORMAT, SITES)
 
 
@@ -178,6 +182,7 @@ NOISE = Cause(
         artefact.form("bfloat16"),
         RECURRENT,
         f"{AROUND}FORM",
+        f"{INSIDE}FORM",
         *(sites.name for sites in SITES),
     ),
     variants=_variants,
