@@ -49,7 +49,7 @@ from auditor.records import (
     Skipped,
     TensorStats,
 )
-from auditor.replay import Reference, ReplayError, difference
+from auditor.replay import Block, Reference, ReplayError, difference
 from auditor.screening import Screening
 from auditor.segments import Cut
 from auditor.tasks import TaskMeter
@@ -158,6 +158,7 @@ class Analysis:
         self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
+        self._blocks: Mapping[str, Block] = {}
         self._all_kernels: tuple[Kernel, ...] | None = None
         self._by_node: dict[str, list[int]] | None = None  # positions in these, by node key
         self._gaps: dict[Gap, None] = {}  # in order, each once
@@ -222,7 +223,11 @@ class Analysis:
             self._gap("compare", f"sample {index} is compared at the outputs only: {error.message}")
             return
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
-        chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
+        if index == 0:
+            self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
+        chain = Chain(
+            self.reference.replayer, self.cuts, feeds, base, captured, outputs, self._blocks
+        )
         flagged = self._decompose(index, chain, trace.again)
         self._add_impact(index, chain, flagged, upstream)
         if self._pictured:

@@ -19,7 +19,7 @@ from auditor import metrics
 from auditor.divergence import Local
 from auditor.metrics import Running
 from auditor.ports import Arrays
-from auditor.replay import Patch, Replayer, ReplayError, add, difference
+from auditor.replay import Block, Patch, Replayer, ReplayError, add, difference
 from auditor.segments import Cut
 
 CONTROL_NOISE = 1e-3  # relative noise put on the stimulus alone by ``input_control``
@@ -32,6 +32,7 @@ class Chain:
     Attributes:
         base: the reference's tensors; ``captured``: the backend's; both with the stimulus.
         outputs: the final outputs that segments compute (a constant output has no segment).
+        blocks: runs of segments that may be run as one (``Replayer.blocks``).
     """
 
     replayer: Replayer
@@ -40,10 +41,13 @@ class Chain:
     base: Arrays
     captured: Arrays
     outputs: tuple[str, ...]
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     def final(self, patches: Mapping[str, Patch]) -> Arrays:
         """The final outputs of the reference with some segments' outputs replaced."""
-        return self.replayer.walk(self.cuts, self.feeds, self.base, patches, self.outputs)
+        return self.replayer.walk(
+            self.cuts, self.feeds, self.base, patches, self.outputs, self.blocks
+        )
 
     def following(self, cuts: Sequence[Cut]) -> Arrays:
         """The final outputs of the reference with the backend's tensors up to some segments.
@@ -53,7 +57,9 @@ class Chain:
         """
         left = {name for cut in cuts for name in cut.outputs}
         known = {n: self.captured[n] for c in self.cuts for n in c.outputs if n not in left}
-        return self.replayer.walk(cuts, self.feeds | known, self.base, wanted=self.outputs)
+        return self.replayer.walk(
+            cuts, self.feeds | known, self.base, wanted=self.outputs, blocks=self.blocks
+        )
 
     def pick(self, values: Arrays) -> Arrays:
         """The final outputs among ``values``."""

@@ -10,10 +10,20 @@ to share, and the reference's bits do not depend on how many cores there are.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +56,11 @@ BUDGET = 2 << 30
 WALKING = 1 << 30
 
 _LARGE = 64 << 20
+
+# In networks of more segments than the first, runs of so many are also one session each, where
+# nothing is patched: for small layers, handing tensors over costs more than the layers do. It is
+# done up to so many bytes of weights, which these sessions hold once more.
+_MANY, _IN_ONE, _LIGHT = 150, 32, 64 << 20
 
 # onnxruntime_session_options_config_keys.h
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -97,6 +112,14 @@ def _element_type(value: Array) -> int:
     if value.dtype.kind == "U":
         return onnx.TensorProto.STRING
     return onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Segments in a row, and the same nodes as one segment."""
+
+    cuts: tuple[Cut, ...]
+    merged: Cut
 
 
 class Reference:
@@ -358,6 +381,7 @@ class Replayer:
         base: Arrays | None = None,
         patches: Mapping[str, Patch] | None = None,
         wanted: Collection[str] | None = None,
+        blocks: Mapping[str, Block] | None = None,
     ) -> Arrays:
         """Evaluate segments in order, rerunning only what differs from ``base``.
 
@@ -368,6 +392,7 @@ class Replayer:
                 keeps its outputs. None runs everything.
             patches: by segment id, what replaces the segment's own outputs.
             wanted: which tensors to return, so that others need not be held; None for all.
+            blocks: runs of segments that may be run as one (``blocks``); only with ``wanted``.
 
         Returns:
             The tensors of the walk, the stimulus included, by ONNX name.
@@ -375,6 +400,7 @@ class Replayer:
         values: Arrays = dict(base) if base else {}
         values.update(feeds)
         patches = patches or {}
+        cuts = _in_blocks(cuts, patches, blocks) if blocks else cuts
         last = _last_reads(cuts)
         for cut in cuts:
             patch = patches.get(cut.id)
@@ -396,6 +422,41 @@ class Replayer:
         if base is None and wanted is None:
             self._live = max(self._live, _most_held(cuts, values, last))
         return values if wanted is None else {n: v for n, v in values.items() if n in wanted}
+
+    def blocks(
+        self, cuts: Sequence[Cut], base: Arrays, outputs: Collection[str]
+    ) -> dict[str, Block]:
+        """Runs of segments that are quicker as one, by their first segment's id.
+
+        Those that give the very bits of ``base``; none in networks of few segments or large ones.
+
+        Args:
+            cuts: all segments of one cut of the graph, in topological order.
+            base: the reference's tensors.
+            outputs: the tensors that walks return.
+        """
+        if len(cuts) <= _MANY or self.graph.size(self.graph.initializers) > _LIGHT:
+            return {}
+        found: dict[str, Block] = {}
+        order = {cut.id: position for position, cut in enumerate(cuts)}
+        last = {name: order[id] for name, id in _last_reads(cuts).items()}
+        for start in range(0, len(cuts), _IN_ONE):
+            part = tuple(cuts[start : start + _IN_ONE])
+            made = [name for cut in part for name in cut.outputs]
+            reads = dict.fromkeys(name for cut in part for name in cut.inputs)
+            end = start + len(part)
+            merged = Cut(
+                f"{part[0].id}–{part[-1].id}",
+                tuple(sorted({i for cut in part for i in cut.nodes})),
+                tuple(sorted({i for cut in part for i in cut.constants})),
+                tuple(reads.keys() - set(made)),
+                tuple(n for n in made if last.get(n, 0) >= end or n in outputs),
+            )
+            with contextlib.suppress(ReplayError):
+                same = self.run(merged, base)
+                if merged.outputs and bitwise_equal(same, {n: base[n] for n in same}):
+                    found[part[0].id] = Block(part, merged)
+        return found
 
     def stream(self, feeds: Arrays) -> Arrays:
         """Final outputs of the whole graph, run node by node; nothing is kept that is read no more.
@@ -457,6 +518,23 @@ class Replayer:
         """Shapes to declare: none where a backend's tensor has another than the reference's."""
         expected = all(values[name].shape == self.shapes[name] for name in cut.inputs)
         return self.shapes if expected else None
+
+
+def _in_blocks(
+    cuts: Sequence[Cut], patched: Container[str], blocks: Mapping[str, Block]
+) -> list[Cut]:
+    """The segments of a walk, those of blocks without a patch as one; ``cuts`` end as they do."""
+    steps: list[Cut] = []
+    position = 0
+    while position < len(cuts):
+        block = blocks.get(cuts[position].id)
+        if block is None or any(cut.id in patched for cut in block.cuts):
+            steps.append(cuts[position])
+            position += 1
+        else:
+            steps.append(block.merged)
+            position += len(block.cuts)
+    return steps
 
 
 def _last_reads(cuts: Sequence[Cut]) -> dict[str, str]:

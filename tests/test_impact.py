@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import divergence, impact, metrics
+from auditor import divergence, impact, metrics, replay
 from auditor.divergence import Local, Meter
 from auditor.impact import Chain
 from auditor.replay import Replayer, ReplayError, difference
@@ -120,6 +120,23 @@ def test_threads_change_no_bit_of_what_is_measured(chain):
     assert impact.telescope(many, groups) == impact.telescope(made, groups)
     for one, other in zip(_alone(made, locals_), _alone(many, locals_), strict=True):
         assert metrics.bitwise_equal(one, other)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_segments_run_as_one_change_no_bit_of_what_is_measured(chain, monkeypatch, length):
+    monkeypatch.setattr(replay, "_MANY", 1)
+    monkeypatch.setattr(replay, "_IN_ONE", length)
+    made = chain(_network(scaled=1, factor=1.2))
+    locals_ = _replay(made)
+    blocks = made.replayer.blocks(made.cuts, made.base, made.outputs)
+    assert [len(block.cuts) for block in blocks.values()] == [length, 4 - length]
+    joined = replace(made, blocks=blocks)
+    groups = [(cut,) for cut in made.cuts]
+    assert impact.telescope(joined, groups) == impact.telescope(made, groups)
+    for one, other in zip(_alone(made, locals_), _alone(joined, locals_), strict=True):
+        assert metrics.bitwise_equal(one, other)
+    other = made.base | {"h1": made.base["h1"] + 1}  # no run of segments gives these
+    assert not made.replayer.blocks(made.cuts, other, made.outputs).keys() & {made.cuts[0].id}
 
 
 def _alone(made, locals_):
