@@ -103,7 +103,7 @@ class Library:
         feeds = _arbitrary(graph, request.shapes, self._inputs)
         events = self._observe_once(feeds)
         expected = _reference(request, self._model, feeds)
-        named = _name([r for e in events for r in e.results], expected)
+        named = iter(_name([r for e in events for r in e.results], expected))
         self._steps: list[_Step] = []
         for event in events:
             names = tuple(next(named) for _ in event.results)
@@ -380,28 +380,36 @@ def _reference(request: BuildRequest, model: onnx.ModelProto, feeds: Arrays) -> 
     return {n: v for n, v in zip(names, values, strict=True) if isinstance(v, np.ndarray)}
 
 
-def _name(results: Sequence[Array], expected: Arrays) -> Iterator[str | None]:
-    """The ONNX tensor that each result is, or None; each tensor is named once."""
-    taken: set[str] = set()
-    for value in results:
-        near = [
-            (distance, name)
+def _name(results: Sequence[Array], expected: Arrays) -> list[str | None]:
+    """The ONNX tensor that each result is, or None; each tensor is the result nearest to it.
+
+    A product before its bias is near to what it is after it, where the bias is small: what is
+    nearest to another tensor's result has no second choice.
+    """
+    near = [
+        {
+            name: distance
             for name, other in expected.items()
-            if name not in taken
-            and other.shape == value.shape
-            and (distance := _distance(value, other)) <= _NEAR
+            if other.shape == value.shape and (distance := _distance(value, other)) <= _NEAR
+        }
+        for value in results
+    ]
+    pairs = [(d, index, name) for index, found in enumerate(near) for name, d in found.items()]
+    named: list[str | None] = [None] * len(results)
+    taken: set[str] = set()
+    # Of copies of one tensor (Identity, Dropout), equally near, the first in graph order.
+    for distance, index, name in sorted(pairs, key=lambda pair: pair[:2]):
+        if named[index] is not None or name in taken or distance > min(near[index].values()):
+            continue
+        rivals = [
+            d
+            for other, d in near[index].items()
+            if not np.array_equal(expected[other], expected[name])
         ]
-        if not near:
-            yield None
-            continue
-        best, name = min(near, key=lambda pair: pair[0])  # the first in graph order of equals
-        # Copies of one tensor (Identity, Dropout) are equally near and mean the same.
-        rivals = [d for d, other in near if not np.array_equal(expected[other], expected[name])]
-        if rivals and min(rivals) < _APART * best:
-            yield None
-            continue
-        taken.add(name)
-        yield name
+        if not rivals or min(rivals) >= _APART * distance:
+            named[index] = name
+            taken.add(name)
+    return named
 
 
 def _distance(value: Array, other: Array) -> float:

@@ -19,6 +19,8 @@ from tvm import relax
 from tvm.relax.frontend.onnx import from_onnx
 from tvm.target import codegen
 
+from backends import _tvm_library
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -219,6 +221,14 @@ def test_a_library_of_other_weights_is_evidence(model: Path) -> None:
     code, data, _ = backend_of(model, library(other, "lib.so"), backend="tvm")
     said = " ".join(line for f in data["findings"] for line in f["evidence"])
     assert code == 1 and "1.02 times the model's" in said
+
+
+def test_a_tensor_is_the_result_nearest_to_it() -> None:
+    """Not the product before its bias, which is near enough and comes first."""
+    product = np.arange(1, 9, dtype=np.float32)
+    expected = {"biased": product + np.float32(0.01), "copy": product + np.float32(0.01)}
+    results = [product, expected["biased"] * np.float32(1 + 1e-6), expected["copy"], product * 3]
+    assert _tvm_library._name(results, expected) == [None, "copy", "biased", None]
 
 
 def test_no_library_is_a_gap(model: Path) -> None:
