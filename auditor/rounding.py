@@ -50,9 +50,14 @@ _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape"
 _QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 _NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
+_REDUCTIONS = {
+    *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
+    *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
+}
+_VECTOR = 16  # float32 values in a vector register of 512 bits
 # ReduceMean takes its axes as an input from here on.
 _AXES_OPSET = 18
-# Unsqueeze takes its axes as an input from here on.
+# Unsqueeze and ReduceSum take their axes as an input from here on.
 OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 _LARGEST = 65504.0  # of float16
@@ -109,6 +114,8 @@ class Sites:
         steps: a layer normalisation is three kernels: mean, difference, and division.
         saturates: constants beyond the format's largest value become that value, as converters
             store them, and not infinite.
+        cuts: what reductions write beyond whole vectors of a row is cut off after the format's
+            last bit, not rounded.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Sites:
     distributed: bool = False
     steps: bool = False
     saturates: bool = False
+    cuts: bool = False
 
 
 _FLOAT32 = Format("float32", frozenset(), TensorProto.FLOAT, 6, 24)
@@ -232,6 +240,11 @@ class _Layout:
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
         self.reports = any(k.precision for k in self.kernels)
         self.reduced = any(k.precision in _NARROW for k in self.kernels)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors whose whole shape is known."""
+        return surgery.shapes(self.model)
 
     @cached_property
     def values(self) -> dict[str, Array]:
@@ -343,6 +356,9 @@ class _Surgery:
             elif node.op_type == "LayerNormalization":
                 self._split_normalization(new, group)
                 return
+            elif node.op_type == "ReduceSumSquare":
+                self._sum_squares(new, group)
+                return
         self._finish(new, group)
 
     def _finish(self, node: onnx.NodeProto, group: _Group) -> None:
@@ -424,7 +440,11 @@ class _Surgery:
                 if name in self.scaled:
                     operator, factor = self.scaled[name]
                     written = self._new(operator, written, factor)
-                self.nodes.extend(self._rounding(written, name))
+                tail = self._tail(name, group) if self.sites.cuts else None
+                if tail is None:
+                    self.nodes.extend(self._rounding(written, name))
+                else:
+                    self.nodes.extend(self._cut(written, name, tail))
                 self.exact.add(name)
 
     def _inside(self, name: str, group: _Group) -> bool:
@@ -667,6 +687,20 @@ class _Surgery:
         value = self._round(plain.output[0])
         self._shift_normalized(self._new("Mul", value, gamma), node, group)
 
+    def _sum_squares(self, node: onnx.NodeProto, group: _Group) -> None:
+        """OpenVINO's frontend makes a multiplication and a sum of it: two kernels."""
+        x = self._input(node, 0, node.input[0], group)
+        square = self._new("Mul", x, x)
+        node.op_type = "ReduceSum"
+        node.input[0] = self._round(square) if self.sites.outputs else square
+        axes = surgery.attributes(node).get("axes")
+        if axes is not None and surgery.opset(self.at.model) >= OPSET_OF_SUMS:
+            node.input.append(self._integers(axes))
+            kept = [a for a in node.attribute if a.name != "axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        self._outputs(node, group)
+
     def _mean(self, tensor: str, axes: list[int]) -> str:
         if surgery.opset(self.at.model) < _AXES_OPSET:
             return self._new("ReduceMean", tensor, axes=axes)
@@ -840,6 +874,42 @@ class _Surgery:
                 helper.make_node("Cast", [narrow], [target], to=TensorProto.FLOAT),
             ]
         return self._split(source, target)
+
+    def _tail(self, name: str, group: _Group) -> str | None:
+        """Which elements of a reduction's result lie beyond whole vectors of their row."""
+        shape = self.at.shapes.get(name)
+        if not shape or not any(self.at.nodes[i].op_type in _REDUCTIONS for i in group.nodes):
+            return None
+        axis = max((i for i, size in enumerate(shape) if size > 1), default=0)
+        size, broadcast = shape[axis], [1] * len(shape)
+        if size % _VECTOR == 0:
+            return None
+        broadcast[axis] = size
+        beyond = [i >= size - size % _VECTOR for i in range(size)]
+        return self._initializer(
+            f"{self.mark}tail {broadcast}", TensorProto.BOOL, broadcast, beyond
+        )
+
+    def _cut(self, source: str, target: str, where: str) -> list[onnx.NodeProto]:
+        """Rounds, and where it is so said towards zero: what was rounded up goes back one step.
+
+        A share 2⁻ᵇ of a value with b significant bits is half a step to one step of its own, so
+        that what is left rounds to the value before it, whichever of two binades that is in.
+        """
+        marked = f"{self.mark}{target}"
+        near, less, below = f"{marked}/near", f"{marked}/less", f"{marked}/below"
+        sizes = (f"{marked}/size", f"{marked}/true size")
+        up, back = f"{marked}/up", f"{marked}/back"
+        return [
+            *self._rounding(source, near),
+            helper.make_node("Mul", [near, self._scalar(1 - 2.0**-self.to.bits)], [less]),
+            *self._rounding(less, below),
+            helper.make_node("Abs", [near], [sizes[0]]),
+            helper.make_node("Abs", [source], [sizes[1]]),
+            helper.make_node("Greater", sizes, [up]),
+            helper.make_node("And", [up, where], [back]),
+            helper.make_node("Where", [back, below, near], [target]),
+        ]
 
     def _split(self, source: str, target: str) -> list[onnx.NodeProto]:
         """Veltkamp's splitting: rounds to nearest with FP32 arithmetic alone.

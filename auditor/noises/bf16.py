@@ -131,6 +131,15 @@ SITES = (
         outputs=True,
         distributed=True,
     ),
+    Sites(
+        "operands and results of each kernel in bf16, reductions cut the ends of their rows off",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        outputs=True,
+        cuts=True,
+    ),
 )
 
 

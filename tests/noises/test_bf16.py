@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from auditor.attribution import Explanation
 from auditor.noises import bf16
@@ -88,6 +88,43 @@ def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
     assert (found.noise, found.variant) == (ID, bf16.SITES[0].name)
     assert found.explained > 0.999
     assert len(found.hypotheses) == 1
+
+
+@pytest.mark.parametrize("size", [5, 44])
+def test_reductions_cut_off_what_lies_beyond_whole_vectors(
+    make_segment: Any, explain: Any, generator: np.random.Generator, size: int
+) -> None:
+    x = r(generator.standard_normal((40, size, 3)) ** 2)
+    segment = make_segment(
+        [
+            helper.make_node("ReduceSum", ["x", "axes"], ["s"], keepdims=0),
+            helper.make_node("Sqrt", ["s"], ["y"]),
+        ],
+        {"axes": np.array([2], np.int64)},
+        ["x"],
+        ["y"],
+        [kernel("Reduce", ("s", "y"), "y")],
+    )
+    sized = helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)
+    segment.model.graph.input[0].CopyFrom(sized)
+    exact = np.sqrt(x.sum(2, dtype=np.float64)).astype(np.float32)
+    cut = (exact.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    planted = np.where(np.arange(size) >= size // 16 * 16, cut, r(exact))
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
+def test_a_sum_of_squares_is_two_kernels(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((4, 2, 160)))
+    segment = make_segment(
+        [helper.make_node("ReduceSumSquare", ["x"], ["y"], axes=[1], keepdims=0)],
+        {},
+        ["x"],
+        ["y"],
+        [kernel("Reduce", ("y",), "y")],
+    )
+    check(explain(segment, {"x": x}, {"y": r(r(x * x).sum(1))}))
 
 
 def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.Generator) -> None:
