@@ -479,8 +479,10 @@ class Replayer:
         if kind is None or value.dtype.kind != "f":
             return value
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        if value.dtype == dtype or dtype.kind != "f":
+            return value
         with np.errstate(over="ignore"):
-            return value.astype(dtype, copy=False) if dtype.kind == "f" else value
+            return value.astype(dtype)
 
     def _session(self, cut: Cut, feeds: Arrays) -> Any:
         with self._lock:
@@ -488,7 +490,8 @@ class Replayer:
 
     def _session_of(self, cut: Cut, feeds: Arrays) -> Any:
         for name, value in feeds.items():
-            self.types.setdefault(name, _element_type(value))
+            if name not in self.types:
+                self.types[name] = _element_type(value)
             self.shapes.setdefault(name, value.shape)
         shapes = self._shapes(cut, feeds)
         key = (cut.nodes, cut.inputs, cut.outputs, shapes is None)

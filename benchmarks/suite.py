@@ -545,9 +545,12 @@ REASONS = (
     "program that ships, and runs the reference segment by segment on the backend's inputs. Its "
     "memory is two processes with an engine each; Polygraphy runs its engines one after another.",
     "- *Further samples.* Each is captured and proved anew, each segment is run on it, and up to a "
-    "few samples its impacts and causes are measured as well: dozens of reference runs.",
-    "- *Nodes.* Beyond 1,000 nodes OpenVINO's compilations with probes grow faster than the plain "
-    "one: each probe is one more output of the program.",
+    "few samples causes and the twenty largest impacts are measured as well: dozens of reference "
+    "runs.",
+    "- *Nodes.* OpenVINO computes every residual sum of these networks in place, so that what it "
+    "is added to cannot be observed: at 5,000 nodes a thousand kernels are compiled apart, eight "
+    "at a time, and run one after another for every capture. And each probe is one more output of "
+    "the program with probes.",
     "- *TVM.* Its importer refuses EfficientNet-Lite0 as it is exported (dynamic pads): there is "
     "no plain floor. The audit folds shapes first.",
     "",
