@@ -739,8 +739,11 @@ class _Instrumented:
             BackendError: the engine failed.
         """
         outputs, tensors = self._build.capture(self._trial.session, self._trial.probes, feeds)
+        known = {**feeds, **outputs, **tensors}
         for cut, wanted in self._cuts:
-            tensors |= cut.run({**feeds, **outputs, **tensors}, wanted)
+            made = cut.run(known, wanted)
+            tensors |= made
+            known |= made
         return Capture(outputs, {p.tensor: tensors[p.tensor] for p in self.probes})
 
 
@@ -999,13 +1002,13 @@ class _Build:
         stops |= {port: name for port, name in self._source.tensors.items() if name in known}
         plain = {kernel.key for kernel in self._program.kernels()}
         cuts: list[_Cut] = []
-        values: Arrays = {}
+        known = dict(known)
         faithful: list[_Candidate] = []
         copy = _Copy(self._source)
         for levels in self._together(self._levels(missing, stops), stops):
             cut = self._cut_out([c for level in levels for c in level], stops, copy)
             for level in levels:
-                values |= cut.run({**known, **values}, level)
+                known |= cut.run(known, level)
                 cuts.append((cut, tuple(level)))
                 faithful += [
                     c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
@@ -1022,7 +1025,7 @@ class _Build:
             able = [c for c in (*observed, *self._finals) if c.maker in makers]
             witnesses += sorted(able, key=lambda c: (c.maker in lossy, c.port))[:1]
         unique = tuple(dict.fromkeys(witnesses))
-        proved = {c.maker for c in self._witnessed(unique, stops, {**known, **values})}
+        proved = {c.maker for c in self._witnessed(unique, stops, known)}
         for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
             if readers[candidate] & proved:
                 proved.add(candidate.maker)
