@@ -74,7 +74,7 @@ _RETRIES = 3  # compilations that drop what a lost kernel depends on, before bis
 _BISECTIONS = 12  # compilations at most when bisecting
 _NEAR = 3  # kernels in a row that make a tensor; where they prove nothing, its whole cone may
 _CONES = 16  # compilations at most of whole ancestor cones
-_REFUSALS = 2  # at most so many more that prove nothing than that do, and so many tensors given up
+_REFUSALS = 2  # at most so many more that prove nothing than that do, and tensors in a row given up
 
 # Elements of tensors that kernels compiled apart may make beyond what they are compiled for.
 _TOGETHER = 1 << 18
@@ -425,13 +425,22 @@ class _Source:
         return found if any(self.type(n) in _HEAVY for n in found) else set()
 
     def following(self, base: Collection[int], owned: Collection[int]) -> set[int]:
-        """The unowned operations computed from ``base`` alone, up to the next kernel's start."""
+        """The unowned operations computed from ``base`` alone, up to the next kernel's start.
+
+        Seen through data movement: the engine moves reshapes past what it fuses.
+        """
         found = set[int]()
+        passed = set[int]()
         todo = list(base)
         while todo:
-            for n in self.read_by(todo.pop()) - set(owned) - found:
+            for n in self.read_by(todo.pop()) - found - passed:
                 needs = {port[0] for port in self.inputs(n)} & self._varying
-                if self.type(n) not in _HEAVY | {"Result"} and needs <= found | set(base):
+                if not needs <= found | passed | set(base):
+                    continue
+                if n in owned and self.type(n) in _MOVEMENT:
+                    passed.add(n)
+                    todo.append(n)
+                elif n not in owned and self.type(n) not in _HEAVY | {"Result"}:
                     found.add(n)
                     todo.append(n)
         return found
@@ -968,8 +977,10 @@ class _Build:
         cones = refused = strayed = 0
         copy = _Copy(self._source)
         rest = [c for c in missing if c not in found]
-        # What ran as another kernel when it was alone mostly does so at the end of its cone.
-        for candidate in sorted(rest, key=lambda c: c not in faithful):
+        # What ran as another kernel when it was alone mostly does so at the end of its cone, and a
+        # reduction reads what nothing else asks for in another precision.
+        last = {c: self._maker(c).type in _LOSSY for c in rest}
+        for candidate in sorted(rest, key=lambda c: (last[c], c not in faithful)):
             cut = None
             if strayed < _REFUSALS:
                 cut = self._near(candidate, observed, known, copy)
@@ -980,6 +991,7 @@ class _Build:
             if cut is not None:
                 cuts.append((cut, (candidate,)))
                 found.add(candidate)
+                refused = 0
             elif (refused := refused + 1) == _REFUSALS:
                 break
         return cuts, found
