@@ -10,6 +10,7 @@ matrix units accumulate in FP32 (Intel SDM, TDPBF16PS; NVIDIA PTX ISA, mma).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,8 @@ OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 _LARGEST = 65504.0  # of float16
 _OPSET_OF_LIMITS = 8  # from which Min and Max broadcast
+# Kernel types that convolve.
+_CONVOLVING = {"Convolution"}
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 
@@ -146,7 +149,8 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     that take the whole segment for one kernel where it does. Narrow running sums cost much to
     replay and are tested only where the engine does not report another precision.
     """
-    plain = _Layout(segment)
+    segment, apart = _biases_apart(segment)
+    plain = _Layout(segment, alone=apart)
     spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
@@ -154,7 +158,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if where.distributed:
             if spread is None:
                 continue
-            layout = _Layout(replace(segment, model=spread[0]), alone=spread[1])
+            layout = _Layout(replace(segment, model=spread[0]), alone=spread[1] | apart)
         if where.scope == ("segment" if layout.kernels else "kernel"):
             continue
         if where.sums and layout.reports and not stated(layout.kernels, to.stated):
@@ -164,6 +168,51 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if len(nodes) > len(segment.model.graph.node) and nodes not in seen:
             seen.append(nodes)
             yield Variant(where.name, model)
+
+
+def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
+    """A segment with the biases of convolutions added by nodes of their own, where a kernel does.
+
+    An engine that computes every other element of a convolution and then leaves out some (OpenVINO
+    moves the strides of a pointwise convolution ahead) adds the bias behind that: the convolution
+    is named by two kernels, and what it hands over is rounded.
+
+    Returns:
+        The segment, and what these convolutions write.
+    """
+    by_key = Counter(key for kernel in segment.kernels for key in kernel.nodes)
+    starts = {k for kernel in segment.kernels if kernel.type in _CONVOLVING for k in kernel.nodes}
+    split = [
+        (index, node)
+        for index, node in surgery.find(segment.model, ("Conv",))
+        if len(node.input) > 2 and node.input[2] and _key(node) in starts and by_key[_key(node)] > 1
+    ]
+    if not split:
+        return segment, frozenset()
+    model = surgery.copied(segment.model)
+    nodes = list(model.graph.node)
+    shapes = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    made = set[str]()
+    for index, node in reversed(split):
+        rank = shapes.get(node.input[1], 0)
+        if not rank:
+            continue
+        conv, whole = nodes[index], _key(node)
+        bare, bias, shape = (f"{whole}/{part}" for part in ("bare", "bias", "shape"))
+        sizes = helper.make_tensor(shape, TensorProto.INT64, [rank - 1], [-1] + [1] * (rank - 2))
+        model.graph.initializer.append(sizes)
+        add = helper.make_node("Add", [bare, bias], [whole])
+        nodes[index : index + 1] = [
+            helper.make_node("Reshape", [node.input[2], shape], [bias]),
+            conv,
+            add,
+        ]
+        del conv.input[2:]
+        conv.output[0] = bare
+        made.add(bare)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return replace(segment, model=model), frozenset(made)
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:
