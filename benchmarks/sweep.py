@@ -9,7 +9,8 @@ number of photographs:
   many threads: wall and processor time;
 - what the libraries themselves take: every decoder and colour conversion and resizer once on each
   photograph, on as many threads. With a tiny network that is more than its inferences, and no
-  sweep can do without it: ``of need`` is the sweep's processor time by that of both.
+  sweep can do without it: ``floor`` is what both take by the runs alone, the least ratio that any
+  sweep could reach, and ``of need`` the sweep's processor time by that of both.
 
 The largest photograph decides on the memory: a folder of equal ones shows whether their number
 does. On a machine that does other things as well, compare processor times. Without ``--images``
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             images = scratch / "photographs"
             sets.made(images, sets.photographs, max(arguments.photos))
         head = f"{'model':20}{'photos':>8}{'runs':>8}{'sweep s':>9}{'alone s':>9}{'ratio':>7}"
-        head += f"{'cpu s':>9}{'alone':>9}{'ratio':>7}{'libraries':>11}{'of need':>9}"
+        head += f"{'cpu s':>9}{'alone':>9}{'ratio':>7}{'libraries':>11}{'floor':>7}{'of need':>9}"
         print(f"{head}{'peak MiB':>10}")
         for name, path in zip(names, zoo.obtain(names), strict=True):
             for photos in arguments.photos:
@@ -205,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 line += f"{wall[0]:9.1f}{wall[1]:9.1f}{wall[0] / wall[1]:7.2f}"
                 line += f"{processor[0]:9.1f}{processor[1]:9.1f}{processor[0] / processor[1]:7.2f}"
                 need = f["alone_cpu_s"] + f["libraries_cpu_s"]
-                line += f"{f['libraries_cpu_s']:11.1f}{processor[0] / need:9.2f}"
+                line += f"{f['libraries_cpu_s']:11.1f}{need / processor[1]:7.2f}"
+                line += f"{processor[0] / need:9.2f}"
                 print(f"{line}{f['peak_mib']:10.0f}", flush=True)
     return 0
 

@@ -102,18 +102,25 @@ def render_result(report: ResultForensics, width: int | None, color: bool) -> st
     if report.indistinguishable:
         page.rule("Gives the same result")
         for name in report.indistinguishable[:_ALIKE]:
-            page.say(_Span(name))
+            page.say(_Span(_unlike(name, report.best.name)))
         if (rest := len(report.indistinguishable) - _ALIKE) > 0:
             page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
     if report.runners_up:
         page.rule("Next")
         for other in report.runners_up[:_OTHERS]:
-            page.say(_Span(other.name), _Span(f" ({_off(other, report.unit)})", "dim"))
+            said = _unlike(other.name, report.best.name)
+            page.say(_Span(said), _Span(f" ({_off(other, report.unit)})", "dim"))
     if report.gaps:
         page.rule("Not tried")
         for gap in report.gaps:
             page.say(_Span(f"{gap.subject}: ", "bold"), _Span(gap.reason, "dim"))
     return page.text()
+
+
+def _unlike(name: str, best: str) -> str:
+    """The steps of a way that are not those of the best."""
+    steps = best.split("; ")
+    return "; ".join(part for part in name.split("; ") if part not in steps) or name
 
 
 def _proof(report: ResultForensics) -> str:

@@ -365,13 +365,11 @@ def _rows(values: Array, post: Post) -> Array:
 
 def _boxes(outputs: Arrays, post: Post) -> Array:
     corners, best, kind, classes = candidates(outputs, post)
-    columns = [corners, best[:, None]]
-    if classes > 1:
-        columns.append(kind[:, None])
-    every = np.concatenate(columns, axis=1).astype(np.float32)
-    made = np.zeros_like(every)
+    made = np.zeros((len(best), 6 if classes > 1 else 5), np.float32)
     kept = left(corners, best, kind, post)
-    made[kept] = every[kept]
+    made[kept, :4], made[kept, 4] = corners[kept], best[kept]
+    if classes > 1:
+        made[kept, 5] = kind[kept]
     return made
 
 

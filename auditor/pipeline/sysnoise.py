@@ -109,6 +109,7 @@ def sysnoise(
     first = _first(photos, training)
     tensor = first.tensor(training)
     nets = Networks(model, noises, tensor, progress)
+    switches, gaps = options.switches(training)  # loads the libraries
     clock.append(time.perf_counter())
     processor = time.process_time()
     values, post = nets.run((), tensor), description.training_post
@@ -119,7 +120,6 @@ def sysnoise(
         metadata = {entry.key: entry.value for entry in model.proto.metadata_props}
         named = characters(post, metadata, values[NAME].shape[-1])
         read = replace(read, characters=named)
-    switches, gaps = options.switches(training)
     after = options.post_switches(description.training_post)
     choices = [
         *(_Choice(s.type, s.type, s.name, s.tool, s) for s in switches),

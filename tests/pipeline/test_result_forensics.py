@@ -167,6 +167,7 @@ def test_the_command(tmp_path: Path, conforms: Callable[[object, str], None]) ->
     done = run(*given, *outputs, "-o", str(tmp_path / "answer.json"))
     assert done.returncode == 0, done.stderr
     assert "box_offset: described offset 1; made by offset 0" in done.stdout
+    assert done.stdout.count("4/12") == 1  # of other ways only what they do otherwise
     answer = json.loads((tmp_path / "answer.json").read_text())
     conforms(answer, "result_forensics")
     assert answer["exact"]
