@@ -173,7 +173,7 @@ _SIDE = '[training]\ndecoder = "pillow"\n'
         ('post = { kind = "texts" }', "`texts` is no value of `post.kind`"),
         ('post = { kind = "mask", treshold = 0.5 }', "`post.treshold` is no key"),
         ('post = { kind = "boxes", coding = "centre-deltas" }', "needs anchors"),
-        ('post = { kind = "boxes", offset = 0.5 }', "a whole number"),
+        ('post = { kind = "boxes", offset = 0.5 }', "0 or 1"),
         ('post = { kind = "boxes", variances = [1, 2, 3] }', "two numbers"),
         ('post = { kind = "boxes", output = 3 }', "a name in quotes"),
         ('post = "softmax"', "a table is expected"),
