@@ -228,7 +228,9 @@ def result(outputs: Arrays, post: Post, place: Placement | None = None) -> Array
 
 def _misdescribed(message: str) -> UsageError:
     return UsageError(
-        message, "Change `post` of the pipeline to what the network gives (docs/pipeline.md)."
+        message,
+        'Change `post` of the pipeline to what the network gives, or say post = "none" '
+        "(docs/pipeline.md).",
     )
 
 
@@ -387,8 +389,9 @@ def candidates(outputs: Arrays, post: Post) -> tuple[Array, Array, Array, int]:
     rows = _rows(numbers, post)
     scores = _rows(_output(outputs, post.scores), post) if post.scores else rows[:, 4:]
     if rows.shape[1] < 4 or len(scores) != len(rows) or scores.shape[1] == 0:
+        where = f"output `{post.output}`" if post.output else "the first output"
         raise _misdescribed(
-            f"output `{post.output}` makes {len(rows)} boxes of {rows.shape[1]} numbers, with "
+            f"{where} makes {len(rows)} boxes of {rows.shape[1]} numbers, with "
             f"{len(scores)} scores of {scores.shape[1]} classes"
         )
     scores = _activated(scores, post.activation, axis=1)
