@@ -293,11 +293,11 @@ class _Search:
             return
         order = sorted(filter(_is_narrow, segments), key=lambda s: -_alone(s))
         squares = [_alone(s) ** 2 for s in order]
-        others = sum(_alone(s) ** 2 for s in segments if not _is_narrow(s))
-        left = [others + sum(squares[number:]) for number in range(len(order) + 1)]
-        if not left[0] > 0:
+        whole = sum(_alone(s) ** 2 for s in segments)
+        if not whole > 0:
             return
-        predicted = [before * math.sqrt(rest / left[0]) for rest in left]
+        left = [whole - sum(squares[:number]) for number in range(len(order) + 1)]
+        predicted = [before * math.sqrt(max(rest, 0.0) / whole) for rest in left]
         if predicted[-1] > self.limit:  # most is of another cause
             return
         low, high, off = 0, len(order) + 1, 1.0
@@ -360,7 +360,7 @@ def _alike(a: Change, b: Change) -> bool:
 
 def _nearer(made: Attempt, before: float) -> bool:
     """Whether it diverges less than the plain program, which may give no numbers."""
-    return made.after is not None and math.isfinite(made.after) and not made.after >= before
+    return made.after is not None and not made.after >= before
 
 
 def _keeping(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from auditor import datafiles, metrics, stimulus, surgery
+from auditor import datafiles, metrics, stimulus
 from auditor.datafiles import Stored
 from auditor.errors import UsageError
 from auditor.model import Model, Shape, suggestion
@@ -63,7 +63,6 @@ class Recording:
     _stored: dict[str, Stored] = field(default_factory=dict)
     _runs: tuple[_Run, ...] = ()
     _names: dict[str, str] = field(default_factory=dict)  # a dump's names → the model's
-    _ranks: dict[str, int] = field(default_factory=dict)  # of the model's tensors, where known
 
     def stated(self) -> Provenance | None:
         """What made it, as the report says it."""
@@ -83,7 +82,6 @@ class Recording:
                     "Audit the very file that was recorded, or name it with --candidate.",
                 )
             return
-        self._ranks = surgery.ranks(model.proto)
         known = {*graph.inputs, *graph.producer}
         mapped = dict(self._names)
         self._names = {mapped.get(name, name): name for name in self._stored}
@@ -204,8 +202,6 @@ class Recording:
             if available > 1:
                 step = array.shape[0] // available
                 array = array[index * step : (index + 1) * step]
-                if array.ndim == self._ranks.get(name, array.ndim) + 1 and step == 1:
-                    array = array[0]  # stacked, not concatenated
             arrays[name] = np.ascontiguousarray(array) if array.shape else array
         self._check_inputs(feeds, {n: a for n, a in arrays.items() if n in feeds})
         tensors = {n: a for n, a in arrays.items() if n not in feeds}

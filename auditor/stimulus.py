@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -37,6 +38,9 @@ _LENGTHS = (
 _TRANSPARENT = frozenset(
     {"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Expand"}
 )
+
+
+_Range = tuple[int, int]  # both included
 
 
 class Stimulus:
@@ -289,12 +293,12 @@ def _named(model: Model, data: Path) -> dict[str, Stored]:
 
 def _synthetic(model: Model, seed: int, samples: int, shapes: Mapping[str, Shape]) -> Stimulus:
     resolved, notes = _shaped(model, seed, shapes)
-    limits = _index_limits(model)
+    ranges = _integer_ranges(model)
 
     def sample(index: int) -> Arrays:
-        return _drawn(model, seed, index, resolved, limits)
+        return _drawn(model, seed, index, resolved, ranges)
 
-    drawn = tuple(_drawn_from(spec, limits[spec.name]) for spec in model.inputs)
+    drawn = tuple(_drawn_from(spec, ranges[spec.name]) for spec in model.inputs)
     info = StimulusInfo(
         "synthetic", samples, seed, "seeded random numbers", resolved, notes + drawn
     )
@@ -321,9 +325,15 @@ def _shaped(
     ]
     if not long or (refusal := _refusal(model, seed, resolved)) is None:
         return resolved, notes
-    for length in _LENGTHS:
+    # States of a recurrent layer have their batch inside.
+    narrow = {
+        spec.name: tuple(size if isinstance(size, int) else 1 for size in spec.shape)
+        for spec in model.inputs
+        if spec.name not in given and None in spec.shape[1:-1]
+    }
+    for more, length in itertools.product(({}, narrow) if narrow else ({},), _LENGTHS):
         tried = {name: (*resolved[name][:-1], length) for name in long}
-        shapes, said = resolve_shapes(model, {**given, **tried}, {})
+        shapes, said = resolve_shapes(model, {**given, **more, **tried}, {})
         if _refusal(model, seed, shapes) is None:
             names = ", ".join(f"`{name}`" for name in long)
             note = (
@@ -349,7 +359,7 @@ def _refusal(model: Model, seed: int, shapes: Mapping[str, Shape]) -> str | None
     """Why the model as written cannot be run at these shapes; None where it can."""
     from auditor import replay
 
-    feeds = _drawn(model, seed, 0, shapes, _index_limits(model))
+    feeds = _drawn(model, seed, 0, shapes, _integer_ranges(model))
     try:
         replay.session(model.proto, 1, model.folder).run(None, feeds)
     except Exception as error:  # ORT raises a family of classes that share no base
@@ -357,8 +367,25 @@ def _refusal(model: Model, seed: int, shapes: Mapping[str, Shape]) -> str | None
     return None
 
 
-def _index_limits(model: Model) -> dict[str, int | None]:
-    return {spec.name: _index_limit(model.proto.graph, spec.name) for spec in model.inputs}
+def _integer_ranges(model: Model) -> dict[str, _Range]:
+    """Smallest and largest value of each input, where it is drawn from integers.
+
+    A number that the model compares it with, such as a sampling rate; indices where it is used as
+    such; pixels for 8 bits; else 0 or 1.
+    """
+    pixels = {"uint8": (0, 255), "int8": (-128, 127)}
+    found = {}
+    for spec in model.inputs:
+        limit, compared = _index_limit(model.proto.graph, spec.name), None
+        if spec.dtype.kind in "iu" and set(spec.shape) <= {1}:
+            compared = _compared(model.proto.graph, spec.name)
+        if compared is not None:
+            found[spec.name] = (compared, compared)
+        elif limit is not None:
+            found[spec.name] = (0, limit - 1)
+        else:
+            found[spec.name] = pixels.get(spec.dtype.name, (0, 1))
+    return found
 
 
 def _drawn(
@@ -366,14 +393,14 @@ def _drawn(
     seed: int,
     index: int,
     shapes: Mapping[str, Shape],
-    limits: Mapping[str, int | None],
+    ranges: Mapping[str, _Range],
 ) -> Arrays:
     return {
         spec.name: _draw(
             np.random.default_rng([seed, index, position]),
             spec,
             shapes[spec.name],
-            limits[spec.name],
+            ranges[spec.name],
             _texts(model),
         )
         for position, spec in enumerate(model.inputs)
@@ -388,7 +415,7 @@ def _texts(model: Model) -> list[str]:
 
 
 def _draw(
-    rng: np.random.Generator, spec: TensorSpec, shape: Shape, limit: int | None, texts: list[str]
+    rng: np.random.Generator, spec: TensorSpec, shape: Shape, integers: _Range, texts: list[str]
 ) -> Array:
     if spec.dtype.kind == "U":
         return rng.choice(np.asarray(texts), shape)
@@ -396,27 +423,20 @@ def _draw(
         return np.ones(shape, spec.dtype)
     if _is_float(spec.dtype) or spec.dtype.kind == "c":
         return rng.standard_normal(shape).astype(spec.dtype)
-    low, high = _integer_range(spec, limit)
-    return rng.integers(low, high, shape, endpoint=True).astype(spec.dtype)
+    return rng.integers(*integers, shape, endpoint=True).astype(spec.dtype)
 
 
-def _drawn_from(spec: TensorSpec, limit: int | None) -> str:
+def _drawn_from(spec: TensorSpec, integers: _Range) -> str:
     if spec.dtype.kind == "U":
         return f"input `{spec.name}`: texts from the model's own tables; give yours with --data"
     if _is_mask(spec):
         return f"input `{spec.name}`: all ones, as a mask that hides nothing"
     if _is_float(spec.dtype) or spec.dtype.kind == "c":
         return f"input `{spec.name}`: standard normal"
-    low, high = _integer_range(spec, limit)
+    low, high = integers
+    if low == high:
+        return f"input `{spec.name}`: {low}, which the model compares it with"
     return f"input `{spec.name}`: uniform integers {low} to {high}"
-
-
-def _integer_range(spec: TensorSpec, limit: int | None) -> tuple[int, int]:
-    """Smallest and largest value: pixels for 8 bits, indices where used as such, else 0 or 1."""
-    if limit is not None:
-        return 0, limit - 1
-    pixels = {"uint8": (0, 255), "int8": (-128, 127)}
-    return pixels.get(spec.dtype.name, (0, 1))
 
 
 def _is_mask(spec: TensorSpec) -> bool:
@@ -450,3 +470,21 @@ def _index_limit(graph: onnx.GraphProto, name: str) -> int | None:
             if value is not None:
                 tables[node.output[0]] = tuple(value.dims)
     return min(limits, default=None)
+
+
+def _compared(graph: onnx.GraphProto, name: str) -> int | None:
+    """The first stored number that the model tests an input of one number against."""
+    from onnx import numpy_helper
+
+    numbers = {t.name: t for t in graph.initializer if math.prod(t.dims) == 1}
+    followed = {name}
+    for node in graph.node:
+        if node.op_type in _TRANSPARENT and node.input[0] in followed:
+            followed.add(node.output[0])
+        elif node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            numbers[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Equal" and followed.intersection(node.input):
+            against = next((numbers[i] for i in node.input if i in numbers), None)
+            if against is not None and math.prod(against.dims) == 1:
+                return int(numpy_helper.to_array(against).item())
+    return None

@@ -148,12 +148,6 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def ranks(model: onnx.ModelProto) -> dict[str, int]:
-    """Number of dimensions of every tensor of which it can be inferred."""
-    kinds = ((value.name, value.type.tensor_type) for value in _inferred(model))
-    return {name: len(kind.shape.dim) for name, kind in kinds if kind.HasField("shape")}
-
-
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """What ONNX infers of every tensor.
 

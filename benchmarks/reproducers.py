@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--backends", default="ort,ov,tvm")
     parser.add_argument("--json", type=Path, help="write every row to this file")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parser.parse_args(argv)
     backends = arguments.backends.split(",")
     models = sorted(arguments.folder.glob("*.onnx"))
     rows: list[dict[str, Any]] = []

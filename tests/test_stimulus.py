@@ -409,3 +409,34 @@ def test_sounds_get_a_length_that_the_model_takes(tmp_path: Path) -> None:
     assert made.sample(0)["sound"].shape == (1, 160)
     assert any("set to 160" in note and "reflect" in note for note in made.info.notes)
     assert stimuli.load(model, None, 0, None, {"sound": (1, 101)}).info.shapes["sound"] == (1, 101)
+
+
+def test_a_number_is_what_the_model_compares_it_with_and_a_state_has_a_batch_of_one(
+    tmp_path: Path,
+) -> None:
+    inputs = [
+        helper.make_tensor_value_info("sound", FLOAT, [None, None]),
+        helper.make_tensor_value_info("state", FLOAT, [2, None, 3]),
+        helper.make_tensor_value_info("rate", TensorProto.INT64, []),
+    ]
+    nodes = [
+        helper.make_node("Equal", ["rate", "kilohertz"], ["yes"]),
+        helper.make_node("Pad", ["sound", "pads"], ["padded"], mode="reflect"),
+        helper.make_node("Reshape", ["state", "six"], ["kept"]),
+    ]
+    constants = {"kilohertz": np.array(16000), "pads": np.array([0, 99, 0, 0]), "six": [6]}
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        inputs,
+        [
+            helper.make_tensor_value_info("yes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("padded", FLOAT, [None, None]),
+            helper.make_tensor_value_info("kept", FLOAT, [6]),
+        ],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
+    )
+    made = stimuli.load(save(tmp_path, graph), None, 0, None, {})
+    assert made.sample(0)["rate"] == 16000
+    assert made.info.shapes == {"sound": (1, 160), "state": (2, 1, 3), "rate": ()}
+    assert any("16000, which the model compares it with" in note for note in made.info.notes)
