@@ -101,13 +101,7 @@ def caches_of(model: Model, named: Mapping[str, str]) -> tuple[Cache, ...]:
         UsageError: a cache that has no output, or an axis that has no size.
     """
     inputs = {spec.name: spec for spec in model.inputs}
-    for name, present in named.items():
-        for wrong, known, kind in ((name, inputs, "input"), (present, model.outputs, "output")):
-            if wrong not in known:
-                raise UsageError(
-                    f"--cache names `{wrong}`, which is no {kind} of the model",
-                    models.suggestion(wrong, known),
-                )
+    models.check_pairs(model, named, "--cache")
     pasts = [
         n for n, s in inputs.items() if n in named or _PAST.match(n) or s.dtype.kind not in "iub"
     ]

@@ -177,6 +177,22 @@ def shown(shape: tuple[int | str | None, ...]) -> str:
     return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
 
 
+def check_pairs(model: Model, pairs: Mapping[str, str], option: str) -> None:
+    """Check outputs by input, as a user named them with ``option``.
+
+    Raises:
+        UsageError: one of them is no input or no output of the model.
+    """
+    inputs = [spec.name for spec in model.inputs]
+    for name, output in pairs.items():
+        for wrong, known, kind in ((name, inputs, "input"), (output, model.outputs, "output")):
+            if wrong not in known:
+                raise UsageError(
+                    f"{option} names `{wrong}`, which is no {kind} of the model",
+                    suggestion(wrong, known),
+                )
+
+
 def suggestion(wrong: str, known: Iterable[str]) -> str:
     """``Did you mean `x`? `` when something known resembles ``wrong``, else nothing."""
     import difflib

@@ -56,16 +56,9 @@ def states_of(model: Model, named: Mapping[str, str]) -> dict[str, str]:
     Raises:
         UsageError: there is no such input or output, or no state at all.
     """
-    inputs = {spec.name: spec for spec in model.inputs}
-    for name, output in named.items():
-        for wrong, known, kind in ((name, inputs, "input"), (output, model.outputs, "output")):
-            if wrong not in known:
-                raise UsageError(
-                    f"--state names `{wrong}`, which is no {kind} of the model",
-                    models.suggestion(wrong, known),
-                )
+    models.check_pairs(model, named, "--state")
     pairs = dict(named)
-    for name in inputs:
+    for name in (spec.name for spec in model.inputs):
         free = [output for output in model.outputs if output not in pairs.values()]
         same = [output for output in free if _of_one_state(name, output)]
         if name not in pairs and len(same) == 1:

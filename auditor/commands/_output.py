@@ -70,6 +70,22 @@ def destination_for(
     return Destination(renderers["terminal"], endings[ending], output)
 
 
+def exit_code(turned: bool, measured: Sequence[bool], named: bool) -> int:
+    """What a verb that compares decisions ends with.
+
+    Args:
+        turned: whether any decision differs from the reference's.
+        measured: of each backend, whether it made decisions.
+        named: whether the user named the backends.
+
+    Returns:
+        1 where one turned; 3 where a named backend made none, or no backend at all; else 0.
+    """
+    if turned:
+        return 1
+    return 3 if (named and not all(measured)) or not any(measured) else 0
+
+
 def check_writable(output: Path) -> None:
     """Refuse, before any work is done, a file that could not be written."""
     import tempfile

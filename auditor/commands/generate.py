@@ -18,7 +18,7 @@ from auditor.commands._options import (
     backend_specs,
     engine_options,
 )
-from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._output import check_writable, emit, exit_code, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
@@ -104,10 +104,8 @@ def _generate(
     if output is not None:
         write(output, table.render_json(report))
     emit(table.render(report, *screen(), decode))
-    if any(part.first is not None for part in report.backends):
-        return 1
-    silent = [part for part in report.backends if not part.steps]
-    return 3 if (backends and silent) or len(silent) == len(report.backends) else 0
+    turned = any(part.first is not None for part in report.backends)
+    return exit_code(turned, [bool(part.steps) for part in report.backends], bool(backends))
 
 
 def _pair(text: str) -> tuple[str, str]:

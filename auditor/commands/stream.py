@@ -21,7 +21,7 @@ from auditor.commands._options import (
     engine_options,
     parse_shape,
 )
-from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._output import check_writable, emit, exit_code, screen, write
 from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
@@ -146,10 +146,8 @@ def _stream(
     if output is not None:
         write(output, table.render_json(report))
     emit(table.render(report, *screen()))
-    if any(not step.same for part in report.backends for step in part.steps):
-        return 1
-    silent = [part for part in report.backends if not part.steps]
-    return 3 if (backends and silent) or len(silent) == len(report.backends) else 0
+    turned = any(not step.same for part in report.backends for step in part.steps)
+    return exit_code(turned, [bool(part.steps) for part in report.backends], bool(backends))
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -89,29 +89,34 @@ def small_net(path: Path, *, height: int | str = 16, **options: object) -> Path:
     return save(path, graph, **options)
 
 
-def quantised_net(tmp_path: Path, *, signed: bool, reduce_range: bool) -> Path:
-    """``small_net`` in QDQ form."""
+def quantise(source: Path, path: Path, samples: list[Arrays], **options: Any) -> Path:
+    """A float model in QDQ form, calibrated on ``samples``; types by their ``QuantType`` names."""
     quantization = pytest.importorskip("onnxruntime.quantization", reason="needs its dependencies")
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            self.batches = iter([X, {"x": -X["x"]}])
+            self.batches = iter(samples)
 
         def get_next(self) -> Arrays | None:
             return next(self.batches, None)
 
-    path = tmp_path / "qdq.onnx"
-    kind = quantization.QuantType
-    quantization.quantize_static(
+    for key in options.keys() & {"weight_type", "activation_type"}:
+        options[key] = quantization.QuantType[options[key]]
+    quantization.quantize_static(source, path, Reader(), **options)
+    return path
+
+
+def quantised_net(tmp_path: Path, *, signed: bool, reduce_range: bool) -> Path:
+    """``small_net`` in QDQ form."""
+    return quantise(
         small_net(tmp_path / "float.onnx"),
-        path,
-        Reader(),
+        tmp_path / "qdq.onnx",
+        [X, {"x": -X["x"]}],
         per_channel=True,
         reduce_range=reduce_range,
-        weight_type=kind.QInt8,
-        activation_type=kind.QInt8 if signed else kind.QUInt8,
+        weight_type="QInt8",
+        activation_type="QInt8" if signed else "QUInt8",
     )
-    return path
 
 
 def marked(path: Path, only: Iterable[str] | None = None) -> onnx.ModelProto:
@@ -254,7 +259,6 @@ def test_blocked_sum_of_dynamic_size_is_named(tmp_path: Path) -> None:
 
 def test_what_lies_between_transposes_taken_out_is_turned_back(tmp_path: Path) -> None:
     """A quantised sequence network: the optimiser runs its convolution with channels last."""
-    quantization = pytest.importorskip("onnxruntime.quantization", reason="needs its dependencies")
     rng = np.random.default_rng(0)
     node = helper.make_node
     nodes = [
@@ -270,27 +274,18 @@ def test_what_lies_between_transposes_taken_out_is_turned_back(tmp_path: Path) -
     graph = helper.make_graph(
         nodes, "turned", [info("x", 1, 4, 12)], [info("y", 1, 12, 5)], weights
     )
-    path = tmp_path / "qdq.onnx"
     feeds = {"x": rng.standard_normal((1, 4, 12)).astype(np.float32)}
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            self.batches = iter([feeds])
-
-        def get_next(self) -> Arrays | None:
-            return next(self.batches, None)
-
-    quantization.quantize_static(
+    path = quantise(
         save(tmp_path / "float.onnx", graph),
-        path,
-        Reader(),
+        tmp_path / "qdq.onnx",
+        [feeds],
         op_types_to_quantize=["Conv", "MatMul"],
-        activation_type=quantization.QuantType.QUInt8,
+        activation_type="QUInt8",
     )
-    observed = build(path, tmp_path).instrument(feeds)
-    tensors = observed.run(feeds).tensors
+    built = build(path, tmp_path)
+    tensors = built.instrument(feeds).run(feeds).tensors
     truth = reference(path, feeds)
-    assert "QLinearConv" in {k.type for k in build(path, tmp_path).provenance.kernels}
+    assert "QLinearConv" in {k.type for k in built.provenance.kernels}
     assert {"e", "m", "a"} <= tensors.keys()
     assert all(tensors[n].shape == truth[n].shape for n in tensors if n in truth)
     assert max(relative(tensors[n], truth[n]) for n in ("e", "m", "a")) < 0.05
