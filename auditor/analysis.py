@@ -15,19 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from auditor import (
-    artefact,
-    attribution,
-    branches,
-    divergence,
-    impact,
-    metrics,
-    model,
-    pictures,
-    qdq,
-    summary,
-    surgery,
-)
+from auditor import artefact, attribution, divergence, impact, metrics, model, pictures, summary
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
@@ -49,7 +37,8 @@ from auditor.records import (
     Skipped,
     TensorStats,
 )
-from auditor.replay import Block, Reference, ReplayError, difference
+from auditor.replays import branches, qdq, surgery
+from auditor.replays.replay import Block, Reference, ReplayError, difference
 from auditor.screening import Screening
 from auditor.segments import Cut
 from auditor.tasks import TaskMeter

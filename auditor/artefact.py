@@ -16,8 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import surgery
 from auditor.ports import Array, CompiledConstant, SegmentGraph, Storage, Variant
+from auditor.replays import surgery
 from auditor.weights import attach
 
 if TYPE_CHECKING:

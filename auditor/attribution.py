@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from auditor import branches, metrics, replay, rounding, surgery
+from auditor import metrics
 from auditor.errors import NoiseError
-from auditor.portions import Portions
 from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records import Hypothesis
+from auditor.replays import branches, replay, rounding, surgery
+from auditor.replays.portions import Portions
 
 # A cause is named from this share on: right causes were measured at 0.999 and more, the best
 # wrong one at 0.38 (docs/method.md).

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from auditor import __version__
 from auditor.errors import UsageError
-from auditor.limits import GIB, Limits
+from auditor.processes.limits import GIB, Limits
+from auditor.processes.worker import Worker, workers
 from auditor.records import (
     AuditReport,
     BackendReport,
@@ -27,14 +28,13 @@ from auditor.records import (
     PipelineReport,
     Severity,
 )
-from auditor.worker import Worker, workers
 
 if TYPE_CHECKING:
     from auditor.model import Model
     from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Noise, Progress
     from auditor.recording import Recording, Source
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
     from auditor.stimulus import Stimulus
     from auditor.trace import SampleTrace, Tracer
 
@@ -167,20 +167,13 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import (
-        artefact,
-        confirm,
-        custom_ops,
-        latency,
-        machine,
-        origins,
-        qdq,
-        ranking,
-        second_shape,
-    )
+    from auditor import artefact, confirm, custom_ops, latency, ranking
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
+    from auditor.processes import machine
+    from auditor.replays import qdq
+    from auditor.training import origins, second_shape
 
     custom_ops.use(options.custom_ops)
     model = models.load(model_path)
@@ -362,8 +355,8 @@ def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: 
 
     if options.cache is None or _trains(spec) or _quantises(spec, options):
         return Tracer(spec.label, worker, options.timeout, progress)
-    from auditor.cache import Store
-    from auditor.remembered import Remembered
+    from auditor.processes.cache import Store
+    from auditor.processes.remembered import Remembered
 
     return Remembered(spec.label, worker, options.timeout, progress, Store(options.cache))
 
@@ -582,8 +575,8 @@ def reference_of(
 
     It holds ``memory`` bytes of weights at most.
     """
-    from auditor import widening
-    from auditor.replay import Reference
+    from auditor.replays import widening
+    from auditor.replays.replay import Reference
 
     if widening.is_narrow(model):
         wide = widening.widened(model, scratch)
@@ -598,8 +591,8 @@ def _exported(model: Model, reference: Reference, wide: Model) -> Reference:
     Runtimes may keep a narrow float wide, so their reference does; but that an export narrowed
     what was trained in float32 is the export's doing, and must show.
     """
-    from auditor import widening
-    from auditor.replay import Reference
+    from auditor.replays import widening
+    from auditor.replays.replay import Reference
 
     if not reference.narrow:
         return reference

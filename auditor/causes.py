@@ -21,7 +21,7 @@ from auditor.divergence import Local
 from auditor.metrics import Running
 from auditor.ports import Arrays, Noise, SegmentGraph
 from auditor.records import Hypothesis, Spread
-from auditor.replay import difference
+from auditor.replays.replay import difference
 
 
 @dataclass(frozen=True, slots=True)

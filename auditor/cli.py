@@ -21,7 +21,7 @@ from auditor.commands._app import app
 from auditor.commands._output import UNENCODABLE
 from auditor.commands._stop import stop
 from auditor.errors import AuditError
-from auditor.guard import guard
+from auditor.processes.guard import guard
 
 _INTERNAL_ERROR = 4
 # The disk's faults, not ours.

@@ -17,15 +17,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from auditor import metrics, surgery
+from auditor import metrics
 from auditor.metrics import Moments, Steps
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
-from auditor.reorder import longest_sum
-from auditor.replay import Replayer, ReplayError, difference, session
-from auditor.rounding import Format
+from auditor.replays import surgery
+from auditor.replays.reorder import longest_sum
+from auditor.replays.replay import Replayer, ReplayError, difference, session
+from auditor.replays.rounding import Format
+from auditor.replays.widening import own_types
 from auditor.segments import Cut
-from auditor.widening import own_types
 
 # Operators that draw numbers.
 _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")

@@ -17,23 +17,24 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from auditor import discovery, metrics, replay, surgery, weights
+from auditor import discovery, metrics, weights
 from auditor import model as models
 from auditor.audit import audit, model_of, reference_of, request_for, stimulus_of
 from auditor.errors import BackendError, UsageError
 from auditor.fixes._view import MARK, View
 from auditor.ports import Keeping
+from auditor.processes.worker import workers
 from auditor.records import FixAttempt, FixReport
-from auditor.rounding import upgraded
+from auditor.replays import replay, surgery
+from auditor.replays.rounding import upgraded
 from auditor.trace import Tracer
-from auditor.worker import workers
 
 if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
     from auditor.ports import Arrays, Fix, Progress
     from auditor.records import AuditReport, BackendReport, Finding, Segment
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
 
 BUILDS = 6
 SAMPLES = 4

@@ -19,7 +19,7 @@ from auditor import metrics
 from auditor.divergence import Local
 from auditor.metrics import Running
 from auditor.ports import Arrays
-from auditor.replay import Block, Patch, Replayer, ReplayError, add, difference
+from auditor.replays.replay import Block, Patch, Replayer, ReplayError, add, difference
 from auditor.segments import Cut
 
 CONTROL_NOISE = 1e-3  # relative noise put on the stimulus alone by ``input_control``

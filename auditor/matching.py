@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from auditor import qdq
+from auditor.replays import qdq
 from auditor.segments import Graph
 
 
@@ -14,7 +14,7 @@ def match(reference: Graph, candidate: Graph) -> dict[str, str]:
     Equal names correspond. Of what is left, nodes are aligned as sequences of operator types
     (longest matching blocks, Ratcliff and Obershelp) and their outputs paired by position.
     Graph inputs and outputs that differ in name correspond by position. Names that a quantiser
-    moved are moved back (``auditor.qdq``).
+    moved are moved back (``auditor.replays.qdq``).
 
     Returns:
         Candidate tensor name → reference tensor name; what has no counterpart is left out.

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from auditor import custom_ops, surgery, weights
+from auditor import custom_ops, weights
 from auditor.errors import UsageError
 from auditor.ports import Arrays
 from auditor.records import ModelInfo
+from auditor.replays import surgery
 from auditor.segments import reads_of
 
 # What ONNX itself defines, and the domain of the contributed operators that ONNX Runtime, our

@@ -26,10 +26,10 @@ from auditor.datafiles import Stored
 from auditor.errors import UsageError
 from auditor.model import Model, Shape, suggestion
 from auditor.ports import Array, Arrays, Progress
+from auditor.processes.wire import decode, encode
 from auditor.records import Gap, Probe, Provenance, Skipped, StimulusInfo
 from auditor.segments import Graph
 from auditor.trace import SampleTrace, Tracer
-from auditor.wire import decode, encode
 
 _HEADER = "audit-trace"
 _FORMAT = "audit-trace/1"

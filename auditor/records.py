@@ -388,7 +388,7 @@ class Consequence:
         searched: vectors, at least three, each of which was searched for among the others; None for
             other kinds and fewer vectors.
         nearest_changed, ranks_changed: of how many of them the nearest other one, or any rank,
-            changed (``auditor.retrieval``).
+            changed (``auditor.sequences.retrieval``).
         lowest: the smallest IoU of a box or of one sample's mask, or cosine of a vector.
         sentence: the same in words.
     """

@@ -23,16 +23,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from auditor import discovery, metrics, replay
+from auditor import discovery, metrics
 from auditor import model as models
 from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import UsageError
-from auditor.limits import Limits, physical_memory
 from auditor.ports import Script, Scriptable
+from auditor.processes.limits import Limits, physical_memory
+from auditor.processes.worker import module_path, workers
 from auditor.records import PIPELINE, Provenance
+from auditor.replays import replay
 from auditor.segments import Cut, Graph
 from auditor.trace import Tracer
-from auditor.worker import module_path, workers
 
 if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
@@ -425,7 +426,7 @@ def _write(folder: Path, case: _Case, script: Script, limit: float) -> None:
 # The limits of a backend's process, then the script as if it had been called.
 _BOOTSTRAP = """
 import json, runpy, sys
-from auditor.limits import Limits, apply
+from auditor.processes.limits import Limits, apply
 apply(Limits(**json.loads(sys.argv[1])))
 runpy.run_path(sys.argv[2], run_name="__main__")
 """

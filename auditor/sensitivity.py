@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from auditor import attribution, metrics, replay, rounding, surgery, weights
+from auditor import attribution, metrics, weights
 from auditor.errors import NoiseError, UsageError
 from auditor.outputs import OutputMeter
 from auditor.records import Sensitivity, StimulusInfo
+from auditor.replays import replay, rounding, surgery
 
 if TYPE_CHECKING:
     from auditor.model import Model

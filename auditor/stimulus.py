@@ -15,8 +15,8 @@ import numpy as np
 from auditor import datafiles
 from auditor.datafiles import Stored
 from auditor.errors import UsageError
-from auditor.limits import physical_memory
 from auditor.model import Model, Shape, TensorSpec, resolve_shapes, shown, suggestion
+from auditor.processes.limits import physical_memory
 from auditor.records import StimulusInfo
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ def _check_memory(model: Model, shapes: Mapping[str, Shape]) -> None:
 
 def _refusal(model: Model, seed: int, shapes: Mapping[str, Shape]) -> str | None:
     """Why the model as written cannot be run at these shapes; None where it can."""
-    from auditor import replay
+    from auditor.replays import replay
 
     feeds = _drawn(model, seed, 0, shapes, _integer_ranges(model))
     try:

@@ -25,7 +25,7 @@ What is measured, where r is the reference:
   that overlaps none of r's so is new.
 * mask: intersection over union of what is above 0.5 (above 0 where values leave [0, 1]: a logit).
 * embedding: cosine similarity of each vector (last axis); and over at least three samples, for how
-  many the nearest of the others, or their order, changes (``auditor.retrieval``).
+  many the nearest of the others, or their order, changes (``auditor.sequences.retrieval``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import numpy as np
 from auditor.metrics import Running, to_float
 from auditor.ports import Array
 from auditor.records import Consequence, OutputKind
-from auditor.retrieval import Retrieval
+from auditor.sequences.retrieval import Retrieval
 
 # Words as the common exporters put them into the names of outputs.
 _WORDS: dict[str, OutputKind] = {

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 from auditor.errors import BackendError
 from auditor.ports import Arrays, Progress
+from auditor.processes.wire import Sent, encode, save
+from auditor.processes.worker import MAKE_ROOM, Worker
 from auditor.records import (
     Availability,
     BuildRequest,
@@ -21,8 +23,6 @@ from auditor.records import (
     Skipped,
     Switch,
 )
-from auditor.wire import Sent, encode, save
-from auditor.worker import MAKE_ROOM, Worker
 
 T = TypeVar("T")
 

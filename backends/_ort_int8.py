@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from auditor import qdq
 from auditor.errors import BackendError
+from auditor.replays import qdq
 from backends import _int8
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ operations as the module calls them (``conv2d``, ``layer_norm``), the smallest u
 value. That this changed nothing is proved by the profiler: both runs executed the same kernels.
 (It can: with parameters that require gradients, a mode makes ``matmul`` choose another kernel.)
 
-Which value is which ONNX tensor is found by evaluating the graph beside it (``auditor.pairing``).
+Which value is which ONNX tensor is found by evaluating the graph beside it
+(``auditor.training.pairing``).
 
 Sources: ``torch/utils/_python_dispatch.py``, ``torch/autograd/profiler.py`` and
 ``torch/nn/modules/module.py`` (global hooks) of pytorch/pytorch.
@@ -38,8 +39,8 @@ from backends import _export, _source
 if TYPE_CHECKING:
     import onnx
 
-    from auditor.pairing import Pairing, Value
     from auditor.records import BuildRequest, ExportRequest
+    from auditor.training.pairing import Pairing, Value
 
 _ENGINE: Final = "PyTorch"
 _REMEDY: Final = "pip install torch"
@@ -295,7 +296,7 @@ class TorchInstrumented:
 
     def __init__(self, build: TorchBuild, feeds: Mapping[str, Array]) -> None:
         """Run once with everything copied, pair, and keep what is paired."""
-        from auditor import pairing
+        from auditor.training import pairing
 
         self._build = build
         spool = build.request.workdir / "values.bin"
@@ -427,7 +428,7 @@ class _Recorder:
 
     def _at(self, node: Any) -> None:
         """An exported program is at this node of its graph."""
-        from auditor.origins import place_of
+        from auditor.training.origins import place_of
 
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         self._scope = [str(stack[-1][0]).removeprefix("L['self'].") if stack else ""]

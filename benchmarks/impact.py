@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from auditor import analysis, audit, discovery, impact, replay
+from auditor import analysis, audit, discovery, impact
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.divergence import Local
 from auditor.impact import Chain
+from auditor.replays import replay
 from benchmarks import deep
 
 TOP = 10

@@ -108,7 +108,7 @@ def _workers(mark: bytes) -> int:
     count = 0
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            worker = b"auditor.worker" in (entry / "cmdline").read_bytes()
+            worker = b"auditor.processes.worker" in (entry / "cmdline").read_bytes()
             count += worker and mark in (entry / "environ").read_bytes()
         except OSError:
             continue

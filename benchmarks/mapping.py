@@ -18,7 +18,7 @@ import numpy as np
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec
-from auditor.export import compare
+from auditor.training.export import compare
 from benchmarks import zoo
 
 WAYS = (("dynamo", 18), ("torchscript", 17))

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import artefact, discovery, model, qdq
+from auditor import artefact, discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
 from auditor.records import AuditReport
+from auditor.replays import qdq
 
 
 class Silent:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.worker import Worker
+from auditor.processes.worker import Worker
 
 CHANNELS = 8
 
@@ -420,7 +420,7 @@ def test_integers_under_a_floats_name_are_no_divergence(run):
 
 
 def test_a_piece_that_cannot_run_alone_is_joined_to_what_feeds_it(run, monkeypatch):
-    from auditor.replay import Replayer, ReplayError
+    from auditor.replays.replay import Replayer, ReplayError
 
     plain = Replayer.run
 
@@ -438,7 +438,7 @@ def test_a_piece_that_cannot_run_alone_is_joined_to_what_feeds_it(run, monkeypat
 
 
 def test_a_reference_that_runs_only_whole_is_compared_at_the_outputs(run, monkeypatch):
-    from auditor.replay import Replayer, ReplayError
+    from auditor.replays.replay import Replayer, ReplayError
 
     def refuse(self, cut, values):
         raise ReplayError(cut, "replayed", RuntimeError("not on its own"))

@@ -16,9 +16,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import cache
-from auditor.cache import Store
 from auditor.errors import UsageError
+from auditor.processes import cache
+from auditor.processes.cache import Store
 from auditor.records import BuildRequest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,7 +134,7 @@ def test_no_sizes(text: str) -> None:
 
 
 def test_everything_that_decides_a_program_is_in_the_key(tmp_path: Path) -> None:
-    from auditor import remembered
+    from auditor.processes import remembered
 
     class Worker:
         backend = "ort"

@@ -10,8 +10,8 @@ import onnx
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec
-from auditor.export import Exports, _chosen, compare
 from auditor.records import ExportTrial
+from auditor.training.export import Exports, _chosen, compare
 from reports import _export as table
 
 NETS = Path(__file__).parent / "source" / "nets.py"

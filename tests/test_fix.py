@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import discovery, replay
+from auditor import discovery
 from auditor.fixes._view import View
+from auditor.replays import replay
 
 ROOT = Path(__file__).resolve().parents[1]
 F, H, U = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8

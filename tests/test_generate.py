@@ -9,13 +9,14 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import cached, discovery, generate, pieces
+from auditor import discovery, pieces
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
 from auditor.records import GenerationReport
-from auditor.replay import Replayer
+from auditor.replays.replay import Replayer
 from auditor.segments import Graph
+from auditor.sequences import cached, generate
 from benchmarks import decoder as writer
 from reports import _generate as table
 

@@ -26,7 +26,7 @@ def guarded(
     """Run ``body`` as the command's work."""
     code = (
         "import ctypes, os, signal, sys, time\n"
-        "from auditor.guard import guard\n"
+        "from auditor.processes.guard import guard\n"
         "def tell(message, hint, code):\n"
         "    print(message, '|', hint, file=sys.stderr)\n"
         "    return code\n"

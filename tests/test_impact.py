@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import divergence, impact, metrics, replay
+from auditor import divergence, impact, metrics
 from auditor.divergence import Local, Meter
 from auditor.impact import Chain
-from auditor.replay import Replayer, ReplayError, difference
+from auditor.replays import replay
+from auditor.replays.replay import Replayer, ReplayError, difference
 from auditor.segments import Graph
 
 WIDTH = 16

@@ -77,7 +77,7 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
         "import json, sys\n"
         "sys.argv[0] = 'audit'\n"
         "from auditor.cli import main\n"
-        "from auditor.guard import guard\n"
+        "from auditor.processes.guard import guard\n"
         "guard.run = lambda work, tell: sys.exit(work())\n"  # here, to see what it loads
         "try:\n"
         "    main()\n"

@@ -13,7 +13,7 @@ import pytest
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.limits import GIB, Limits, physical_memory
+from auditor.processes.limits import GIB, Limits, physical_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
 
@@ -22,7 +22,7 @@ def under(limits: Limits, code: str, *arguments: str) -> subprocess.CompletedPro
     """Run code in a process that has put itself under limits."""
     start = (
         "import json, sys\n"
-        "from auditor.limits import Limits, apply\n"
+        "from auditor.processes.limits import Limits, apply\n"
         "missing = apply(Limits(**json.loads(sys.argv[1])))\n"
     )
     return subprocess.run(

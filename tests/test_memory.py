@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
-from auditor import memory
+from auditor.processes import memory
+from auditor.processes.worker import workers
 from auditor.records import BuildRequest
 from auditor.trace import Tracer
-from auditor.worker import workers
 
 
 def _resident() -> int:

@@ -5,8 +5,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import divergence
-from auditor.reorder import longest_sum, reordered
-from auditor.replay import Replayer, session
+from auditor.replays.reorder import longest_sum, reordered
+from auditor.replays.replay import Replayer, session
 from auditor.segments import Graph
 
 RNG = np.random.default_rng(0)

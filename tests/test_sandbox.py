@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import auditor
 import auditor.errors
-from auditor import sandbox
+from auditor.processes import sandbox
 
 ROOT = Path(auditor.__file__).parent.parent
 _TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
@@ -93,7 +93,7 @@ def test_what_is_closed(folder: Path) -> None:
     code = f"""
 import os, signal, socket, subprocess
 from pathlib import Path
-from auditor import sandbox
+from auditor.processes import sandbox
 
 folder = Path({str(folder)!r})
 sandbox.enter([folder / "in"], [folder / "out"])

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import model as models
 from auditor.metrics import bitwise_equal
-from auditor.replay import Reference, Replayer, session
+from auditor.replays.replay import Reference, Replayer, session
 from auditor.segments import Graph
 
 

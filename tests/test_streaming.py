@@ -11,11 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import discovery, streaming
+from auditor import discovery
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
-from auditor.streaming import Asked
+from auditor.sequences import streaming
+from auditor.sequences.streaming import Asked
 from reports import _stream as table
 from tests.test_generate import Quiet
 

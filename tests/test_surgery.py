@@ -7,8 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import replay, surgery
 from auditor.ports import Array
+from auditor.replays import replay, surgery
 
 
 def model(

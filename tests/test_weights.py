@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import model as models
-from auditor import replay, weights
+from auditor import weights
 from auditor.noises import bf16, int8
 from auditor.ports import SegmentGraph
+from auditor.replays import replay
 
 TYPES = ["float32", "float64", "float16", "int8", "uint8", "int32", "int64", "bool"]
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 32)

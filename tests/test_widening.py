@@ -11,11 +11,12 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from auditor import discovery, replay, widening
+from auditor import discovery
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
 from auditor.records import AuditReport
+from auditor.replays import replay, widening
 
 RNG = np.random.default_rng(3)
 KINDS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

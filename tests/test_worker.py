@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from auditor import limits, wire, worker
 from auditor.errors import BackendError
+from auditor.processes import limits, wire, worker
 from auditor.records import Availability, BuildRequest, Kernel, Probe, Provenance
 
 

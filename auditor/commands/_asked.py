@@ -55,9 +55,9 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     Raises:
         UsageError: they contradict one another, or name what there is not.
     """
-    from auditor import cache
     from auditor.audit import AuditOptions
-    from auditor.limits import GIB, Limits
+    from auditor.processes import cache
+    from auditor.processes.limits import GIB, Limits
 
     traces = parse_traces(given["trace"])
     backends = given["backends"] or (list(rules.backends) if rules else None)

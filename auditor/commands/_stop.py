@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from auditor.guard import guard
+from auditor.processes.guard import guard
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -286,8 +286,8 @@ def _audit(
 
 def _closed_in(asked: AuditOptions, given: Mapping[str, Any], output: Path | None) -> AuditOptions:
     """Enter the sandbox; the options of an audit in it."""
-    from auditor import sandbox
-    from auditor.limits import Limits, physical_memory
+    from auditor.processes import sandbox
+    from auditor.processes.limits import Limits, physical_memory
 
     sandbox.enter(_folders(given), [output.resolve().parent] if output else [])
     limits = asked.limits or Limits(physical_memory())

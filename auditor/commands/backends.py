@@ -13,7 +13,8 @@ from auditor.commands._output import emit, screen
 )
 def _backends() -> int:
     """List the backends and their devices here, or why one is missing and how to get it."""
-    from auditor import discovery, worker
+    from auditor import discovery
+    from auditor.processes import worker
     from reports.terminal import render_backends
 
     rows = worker.probe(discovery.backend_ids())

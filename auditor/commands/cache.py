@@ -31,7 +31,7 @@ def _cache(
     before from there, with its proof, and say so; `--no-cache` leaves it out. SYSNOISE_CACHE names
     another folder, or `off`.
     """
-    from auditor import cache
+    from auditor.processes import cache
 
     if (size is None) == (action == "limit"):
         raise UsageError(

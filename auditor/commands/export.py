@@ -28,7 +28,7 @@ from auditor.commands._stop import StoppableProgress
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
-    from auditor.export import Exports
+    from auditor.training.export import Exports
 
 
 @app.command(
@@ -113,7 +113,7 @@ def _export(
 
     from auditor import discovery
     from auditor.audit import AuditOptions
-    from auditor.export import compare
+    from auditor.training.export import compare
     from reports import _export as table
     from reports.terminal import LiveProgress
 
@@ -159,7 +159,8 @@ def _export(
 
 def _ways(exporter: Sequence[str] | None, opset: Sequence[str] | None) -> list[tuple[str, int]]:
     """Exporters and operator sets, in the order to prefer."""
-    from auditor import discovery, export
+    from auditor import discovery
+    from auditor.training import export
 
     usual = export.USUAL
     known = list(dict.fromkeys(name for name, _ in usual))

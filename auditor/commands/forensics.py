@@ -148,8 +148,8 @@ def _result(
             ) from error
     else:
         from auditor import model as models
-        from auditor import replay
         from auditor.pipeline.networks import network_input
+        from auditor.replays import replay
 
         assert model is not None and tensor is not None
         loaded = models.load(model)

@@ -81,7 +81,7 @@ def _generate(
 
     from auditor import discovery
     from auditor.audit import AuditOptions
-    from auditor.generate import generate
+    from auditor.sequences.generate import generate
     from reports import _generate as table
     from reports.terminal import LiveProgress
 

@@ -110,8 +110,9 @@ def _stream(
     named = dict(_pair("--state", text) for text in state or ())
     numbers = {name: _number(text) for name, text in (_pair("--set", t) for t in value or ())}
 
-    from auditor import discovery, streaming
+    from auditor import discovery
     from auditor.audit import AuditOptions
+    from auditor.sequences import streaming
     from reports import _stream as table
     from reports.terminal import LiveProgress
 

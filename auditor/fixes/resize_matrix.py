@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor import replay, surgery
 from auditor.ports import Array, Surroundings
+from auditor.replays import replay, surgery
 
 
 class _ResizeMatrix:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from auditor import metrics, replay, surgery
+from auditor import metrics
 from auditor.ports import Array, Arrays
+from auditor.replays import replay, surgery
 
 # Operators that only move values, and those that compute each value from one of their operand's.
 _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))

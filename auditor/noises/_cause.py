@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from auditor import rounding
 from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.records import Kernel, Stage
+from auditor.replays import rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from math import prod
 import onnx
 from onnx import TensorProto
 
-from auditor import rounding, surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays import rounding, surgery
 
 _HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.

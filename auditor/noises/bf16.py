@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from onnx import TensorProto
 
-from auditor import artefact, loops, recurrent, rounding
+from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.rounding import Format, Sites
+from auditor.replays import loops, recurrent, rounding
+from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
 

@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.replays import surgery
 from auditor.weights import inside
 
 # Attributes that name an element type.

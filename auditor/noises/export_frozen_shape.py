@@ -1,8 +1,8 @@
 """An export that holds one shape fast where its inputs are declared open.
 
-It shows at no single shape, so it is not replayed on segments: ``auditor.second_shape`` runs the
-module and the file at another size of every open dimension, and then the file with the constants
-changed that hold the traced size.
+It shows at no single shape, so it is not replayed on segments: ``auditor.training.second_shape``
+runs the module and the file at another size of every open dimension, and then the file with the
+constants changed that hold the traced size.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays import surgery
 
 FORM = "constants that hold the traced size hold the other one"
 # Constants that say sizes have few elements; ranges and masks have as many as the size says.

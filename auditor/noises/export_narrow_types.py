@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from auditor import artefact, widening
+from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.replays import widening
 
 _WIDE = "in float32"
 _OWN = "in float32, with the module's own constants"

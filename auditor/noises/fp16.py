@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from onnx import TensorProto
 
-from auditor import artefact, rounding
+from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.rounding import Format, Sites
+from auditor.replays import rounding
+from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format(
     "fp16", frozenset({"f16", "fp16", "float16", "half"}), TensorProto.FLOAT16, opset=6, bits=11

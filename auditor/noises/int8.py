@@ -9,12 +9,13 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from auditor import artefact, surgery
+from auditor import artefact
 from auditor.noises import _calibrated
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
-from auditor.quantised import Editor, Layout
+from auditor.replays import surgery
+from auditor.replays.quantised import Editor, Layout
 from auditor.weights import inside
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))

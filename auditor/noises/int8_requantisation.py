@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.quantised import Editor, Grid, Layout, Product, Roundings
+from auditor.replays import surgery
+from auditor.replays.quantised import Editor, Grid, Layout, Product, Roundings
 
 # Round and Clip with limits as inputs exist from here on.
 _OPSET = 11

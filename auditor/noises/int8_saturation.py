@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.quantised import Editor, Layout, Product
+from auditor.replays import surgery
+from auditor.replays.quantised import Editor, Layout, Product
 
 # Operators of the integer format, with the position of their int8 weights and zero point.
 _INTEGER = {"ConvInteger": (1, 3), "MatMulInteger": (1, 3), "QLinearConv": (3, 5)} | {

@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 
-from auditor import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays import surgery
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")

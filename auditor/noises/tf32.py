@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from auditor import rounding
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.rounding import Format, Sites
+from auditor.replays import rounding
+from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format("tf32", frozenset({"tf32"}), cast=None, opset=7, bits=11)
 

@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from auditor import rounding, surgery
 from auditor.noises import bf16, fp16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.quantised import Editor
-from auditor.rounding import Format
+from auditor.replays import rounding, surgery
+from auditor.replays.quantised import Editor
+from auditor.replays.rounding import Format
 
 # Cast knows bfloat16 from here on.
 _OPSET = 13

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from auditor import replay, sensitivity
+from auditor import sensitivity
 from auditor.errors import NoiseError, UsageError
 from auditor.model import shown
 from auditor.records import Gap
+from auditor.replays import replay
 
 if TYPE_CHECKING:
     import onnx

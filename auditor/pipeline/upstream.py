@@ -23,7 +23,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
 from auditor.pipeline.steps import Placement, Preparation
 from auditor.records import Gap, OutputKind, PipelineReport, PipelineStep, StimulusInfo
-from auditor.replay import difference
+from auditor.replays.replay import difference
 from auditor.stimulus import Stimulus
 from auditor.tasks import TaskMeter
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
     from auditor.ports import Array, Arrays
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
 
 SAMPLES = 4  # photographs where the user names no number, as of recorded samples
 

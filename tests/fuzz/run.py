@@ -70,7 +70,7 @@ def _use_model(path: Path) -> None:
     from auditor import model as models
     from auditor import stimulus
     from auditor.audit import reference_of
-    from auditor.replay import ReplayError
+    from auditor.replays.replay import ReplayError
 
     model = models.load(path)
     samples = stimulus.load(model, None, 0, 1, {})

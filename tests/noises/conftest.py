@@ -8,11 +8,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution, discovery, replay
+from auditor import attribution, discovery
 from auditor.attribution import Explanation
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records import Kernel
+from auditor.replays import replay
 
 NOISES = (bf16.NOISE, fp16.NOISE, tf32.NOISE)
 

@@ -10,12 +10,13 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import attribution, branches, divergence
+from auditor import attribution, divergence
 from auditor.model import key
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Arrays, SegmentGraph
 from auditor.records import Kernel
-from auditor.replay import Replayer
+from auditor.replays import branches
+from auditor.replays.replay import Replayer
 from auditor.segments import Cut, Graph
 
 DATA = Path(__file__).parents[1] / "data" / "openvino_bf16"

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import replay, rounding, surgery
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, SegmentGraph
-from auditor.rounding import Format, Sites
+from auditor.replays import replay, rounding, surgery
+from auditor.replays.rounding import Format, Sites
 
 EVERYTHING = Sites("every operator", "operator", inputs=True, outputs=True)
 BITS = arrays(np.uint32, st.integers(1, 40), elements=st.integers(0, 2**32 - 1))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from auditor import discovery, model, replay
+from auditor import discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.pipeline import description, post
@@ -22,6 +22,7 @@ from auditor.pipeline.post import NAME, Post
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.records import AuditReport
+from auditor.replays import replay
 
 _CORNERS = hnp.arrays(
     np.float32, (6, 4), elements=st.floats(1, 100, width=32, allow_nan=False)

@@ -200,7 +200,7 @@ _FAULTS = {
 
 def _cut(answer: object) -> object:
     """Half a line."""
-    from auditor import worker
+    from auditor.processes import worker
 
     worker_json = sys.modules["__main__"].json  # type: ignore[attr-defined]
     assert worker_json is not None and worker is not None
@@ -258,7 +258,7 @@ _ANSWERS = {
 
 
 _COMMAND = sys.orig_argv[-4:-1] if len(sys.orig_argv) > 4 else []
-if os.environ.get("FAULT") and _COMMAND[:2] == ["-m", "auditor.worker"]:
+if os.environ.get("FAULT") and _COMMAND[:2] == ["-m", "auditor.processes.worker"]:
     _plan = json.loads(os.environ["FAULT"])
     if _plan["backend"] == _COMMAND[2]:
         _arm(_plan)

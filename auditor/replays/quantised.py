@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from auditor import surgery
 from auditor.ports import Array
 from auditor.records import Kernel
+from auditor.replays import surgery
 from auditor.weights import is_detached
 
 # Operators between a DequantizeLinear and its reader that leave every value on its grid.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import metrics, replay
+from auditor import metrics
 from auditor import model as models
 from auditor.errors import UsageError
 from auditor.fingerprint import fingerprint
@@ -24,10 +24,11 @@ from auditor.noises import export_frozen_shape
 from auditor.noises.export_frozen_shape import Frozen
 from auditor.ports import Array, Arrays
 from auditor.records import BackendReport, Finding, Gap, Origin, Segment, severity
+from auditor.replays import replay
 
 if TYPE_CHECKING:
     from auditor.model import Model
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
     from auditor.trace import Tracer
 
 # Divergence at another shape that counts: this much, and this many times that at the audited one.

@@ -26,15 +26,15 @@ from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
-from auditor.generate import plain_runs
+from auditor.processes.worker import workers
 from auditor.records import Gap, Streamed, StreamReport, StreamStep
+from auditor.sequences.generate import plain_runs
 from auditor.trace import Tracer
-from auditor.worker import workers
 
 if TYPE_CHECKING:
     from auditor.model import Model, Shape, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
 
 Run = Callable[["Arrays"], "Arrays"]
 

@@ -21,12 +21,14 @@ from typing import Literal
 
 import numpy as np
 
-from auditor import metrics, origins, widening
+from auditor import metrics
 from auditor import model as models
 from auditor.ports import Array, Arrays
 from auditor.records import Origin
-from auditor.replay import Replayer, ReplayError
+from auditor.replays import widening
+from auditor.replays.replay import Replayer, ReplayError
 from auditor.segments import Cut, Graph
+from auditor.training import origins
 
 How = Literal["value", "context", "name", "position"]
 

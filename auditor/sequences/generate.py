@@ -15,7 +15,7 @@ Which layers to keep in full precision is found by leaving their errors out of a
 harmful first, until every decision is the reference's again; then the model is really built in
 pieces, those layers with the engine's option that avoids the cause, and run.
 
-A decoder that keeps caches is run as it is deployed instead: see ``auditor.cached``.
+A decoder that keeps caches is run as it is deployed instead: see ``auditor.sequences.cached``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from auditor import discovery, divergence, origins, pieces
+from auditor import discovery, divergence, pieces
 from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
 from auditor.impact import Chain
+from auditor.processes.worker import workers
 from auditor.records import (
     CategoryShare,
     Gap,
@@ -45,14 +46,14 @@ from auditor.records import (
     KeptLayers,
     LayerEffect,
 )
-from auditor.replay import Patch, ReplayError, add
+from auditor.replays.replay import Patch, ReplayError, add
 from auditor.trace import Tracer
-from auditor.worker import workers
+from auditor.training import origins
 
 if TYPE_CHECKING:
     from auditor.model import Model, TensorSpec
     from auditor.ports import Arrays, Noise, Progress
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
     from auditor.segments import Cut
 
 Tokens = list[int]
@@ -193,7 +194,7 @@ def generate(
     """
     import os
 
-    from auditor import cached  # it builds on this module
+    from auditor.sequences import cached  # it builds on this module
 
     model = models.load(path)
     if kept := cached.caches_of(model, caches or {}):

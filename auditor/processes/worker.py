@@ -1,8 +1,8 @@
 """One process per backend: a crash, a hang or a full memory becomes a named gap.
 
-The parent talks to ``python -m auditor.worker ID`` in JSON lines over the child's standard
-input and output; arrays travel in safetensors files inside a private folder. Whatever the
-engine prints goes to a log file, whose last lines are kept with the gap.
+The parent talks to ``python -m auditor.processes.worker ID`` in JSON lines over the child's
+standard input and output; arrays travel in safetensors files inside a private folder. Whatever
+the engine prints goes to a log file, whose last lines are kept with the gap.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from auditor import memory
 from auditor.errors import AuditError, BackendError, UsageError
-from auditor.limits import Limits, apply, physical_memory
+from auditor.processes import memory
+from auditor.processes.limits import Limits, apply, physical_memory
 from auditor.records import Availability
 
 if TYPE_CHECKING:
     from auditor.ports import Arrays
-    from auditor.wire import Sent
+    from auditor.processes.wire import Sent
 
 # -P keeps the user's current folder from shadowing the engines' modules.
-_COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.worker")
+_COMMAND = (sys.executable, "-P", "-X", "faulthandler", "-m", "auditor.processes.worker")
 _LOG_LINES = 12
 # What faulthandler and TVM's own handler say before the stack of a crash.
 _CRASHES = ("Fatal Python error", "!!!!!!! Segfault encountered")
@@ -101,7 +101,7 @@ class Worker:
             line = b""
         if not line:
             raise self._crashed(do)
-        from auditor.wire import decode
+        from auditor.processes.wire import decode
 
         with self._believed(do):
             answer = json.loads(line)
@@ -119,7 +119,7 @@ class Worker:
         Raises:
             BackendError: they are damaged, or a ``needed`` one is missing.
         """
-        from auditor.wire import load
+        from auditor.processes.wire import load
 
         with self._believed(stage):  # never a file outside its own folder, whatever it says
             if missing := sorted(set(needed).difference(sent.names)):
@@ -260,7 +260,7 @@ def workers(backends: Sequence[str], limits: Limits | None = None) -> Iterator[t
 def module_path() -> str:
     """Where the child finds this very package, installed or run from a checkout."""
     inherited = os.environ.get("PYTHONPATH")
-    here = str(Path(__file__).resolve().parents[1])
+    here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join([here, inherited] if inherited else [here])
 
 
@@ -305,7 +305,7 @@ class _Session:
         self.files = 0
 
     def availability(self) -> Any:
-        from auditor.wire import encode
+        from auditor.processes.wire import encode
 
         return encode(replace(self.backend.availability(), unlimited=self.unlimited))
 
@@ -329,8 +329,8 @@ class _Session:
 
     def build(self, request: Any) -> Any:
         from auditor.ports import Switchable
+        from auditor.processes.wire import decode, encode
         from auditor.records import BuildRequest
-        from auditor.wire import decode, encode
 
         self.built = self.backend.build(decode(BuildRequest, request))
         memory.give_back()  # what compiling took and left
@@ -344,8 +344,8 @@ class _Session:
     def export(self, request: Any, feeds: Any) -> Any:
         """Write an ONNX file of the source."""
         from auditor.ports import Exporting
+        from auditor.processes.wire import decode
         from auditor.records import ExportRequest
-        from auditor.wire import decode
 
         assert isinstance(self.backend, Exporting)
         self.backend.export(decode(ExportRequest, request), self._load(feeds))
@@ -379,7 +379,7 @@ class _Session:
     def instrument(self, feeds: Any, last: bool) -> Any:
         """Add probes; ``last``: no other sample will be run plainly."""
         from auditor.ports import Releasable, Traced
-        from auditor.wire import encode
+        from auditor.processes.wire import encode
 
         if last and isinstance(self.built, Releasable):
             self.built.release()  # or two programs would be in memory
@@ -421,8 +421,8 @@ class _Session:
         ``backend``: the one to build it, when it is another.
         """
         from auditor import discovery
+        from auditor.processes.wire import decode
         from auditor.records import BuildRequest
-        from auditor.wire import decode
 
         self.instrumented = self.ablated = None  # never three programs in memory
         maker = discovery.backend(backend) if backend else self.backend
@@ -471,7 +471,7 @@ class _Session:
         return [statistics.median(times) for times in taken]
 
     def _save(self, tensors: Any) -> Any:
-        from auditor.wire import save
+        from auditor.processes.wire import save
 
         self.files += 1
         path = Path(os.environ["TMPDIR"]) / f"from-worker-{self.files}.safetensors"
@@ -481,7 +481,7 @@ class _Session:
     def _load(message: Any) -> Any:
         from safetensors.numpy import load_file
 
-        from auditor.wire import named
+        from auditor.processes.wire import named
 
         stored = load_file(message["path"])  # the parent's file: read again by other requests
         return named(stored, message["names"])

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from auditor.errors import UsageError
-from auditor.limits import leave_network
+from auditor.processes.limits import leave_network
 
 # landlock.h
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
@@ -142,7 +142,7 @@ def _software() -> set[Path]:
     places |= {place for place in sys.path if place}
     for name in ("LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_PATH", "CUDA_HOME"):
         places |= set(filter(None, os.environ.get(name, "").split(os.pathsep)))
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     own = {root / package for package in ("auditor", "backends", "reports")}
     # A folder on the path may hold more than software; links lead to where the software is.
     found = {Path(place) for place in places} | own

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from auditor import surgery
+from auditor.replays import surgery
 
 
 def distributed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, frozenset[str]] | None:

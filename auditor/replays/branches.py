@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from auditor import surgery
 from auditor.ports import Arrays
-from auditor.recurrent import GATES
+from auditor.replays import surgery
+from auditor.replays.recurrent import GATES
 from auditor.segments import bodies_of, reads_of
 
 Run = Callable[[onnx.ModelProto, Sequence[str]], Arrays]

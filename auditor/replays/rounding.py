@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor import algebra, surgery
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records import Kernel
+from auditor.replays import algebra, surgery
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
 # of their bias.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import onnx
 
-from auditor import surgery
 from auditor.ports import SegmentGraph, Variant
+from auditor.replays import surgery
 from auditor.segments import reads_of
 
 _LOOPS = ("Loop", "Scan")

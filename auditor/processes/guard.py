@@ -146,7 +146,7 @@ def _work(work: Callable[[], int], folder: Path | None) -> NoReturn:
     import faulthandler
     import traceback
 
-    from auditor import memory
+    from auditor.processes import memory
 
     memory.one_heap()
     if folder:

@@ -31,12 +31,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import onnx
 
-from auditor import custom_ops, memory, surgery
+from auditor import custom_ops
 from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
+from auditor.processes import memory
 from auditor.records import ReferenceInfo
-from auditor.rounding import Format, upgraded
+from auditor.replays import surgery
+from auditor.replays.rounding import Format, upgraded
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ class Reference:
         """Compile the reference.
 
         Args:
-            model: the model, widened if its floats are narrow (``auditor.widening``).
+            model: the model, widened if its floats are narrow (``auditor.replays.widening``).
             threads: how many threads may work.
             narrow: of a widened model, the formats that its tensors have.
             budget: bytes of weights to hold. A model that has more is run node by node.
@@ -182,7 +184,7 @@ class Reference:
 
     def wide(self, tensors: Arrays) -> Arrays:
         """Tensors of the model, or of a runtime, in the reference's types."""
-        from auditor.widening import wide
+        from auditor.replays.widening import wide
 
         return wide(tensors) if self.narrow else tensors
 
@@ -296,7 +298,7 @@ class Replayer:
         Raises:
             ReplayError: ONNX Runtime refused the reordered segment.
         """
-        from auditor.reorder import OPSET, reordered
+        from auditor.replays.reorder import OPSET, reordered
 
         return self._run_changed(cut, values, replayed, reordered, OPSET, "reordered")
 
@@ -305,7 +307,7 @@ class Replayer:
 
         The arguments and what it raises are those of ``run_reordered``.
         """
-        from auditor.functions import OPSET, exact
+        from auditor.replays.functions import OPSET, exact
 
         return self._run_changed(cut, values, replayed, exact, OPSET, "evaluated exactly")
 
@@ -314,7 +316,7 @@ class Replayer:
 
         The arguments and what it raises are those of ``run_reordered``.
         """
-        from auditor.rounding import OPSET_OF_SUMS, in_order
+        from auditor.replays.rounding import OPSET_OF_SUMS, in_order
 
         with self._summing:
             return self._run_changed(

@@ -29,15 +29,7 @@ from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
-from auditor.generate import (
-    Frozen,
-    Logits,
-    Tokens,
-    avoiding_options,
-    compared,
-    numbered,
-    plain_runs,
-)
+from auditor.processes.worker import workers
 from auditor.records import (
     Carried,
     Gap,
@@ -47,14 +39,22 @@ from auditor.records import (
     KeptLayers,
     LayerEffect,
 )
-from auditor.replay import ReplayError
+from auditor.replays.replay import ReplayError
+from auditor.sequences.generate import (
+    Frozen,
+    Logits,
+    Tokens,
+    avoiding_options,
+    compared,
+    numbered,
+    plain_runs,
+)
 from auditor.trace import Tracer
-from auditor.worker import workers
 
 if TYPE_CHECKING:
     from auditor.model import Model, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
-    from auditor.replay import Reference
+    from auditor.replays.replay import Reference
     from auditor.segments import Cut
 
 Run = Callable[["Arrays"], "Arrays"]
@@ -303,7 +303,7 @@ def generate(
     progress: Progress,
     scratch: Path,
 ) -> GenerationReport:
-    """Compare the greedy text of every backend with the reference's; see ``auditor.generate``.
+    """Compare the greedy text of every backend with the reference's (see ``generate``).
 
     Raises:
         UsageError: the model is no decoder, its caches are paired wrongly, or the prompt does not

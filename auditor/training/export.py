@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from auditor import datafiles
 from auditor.audit import AuditOptions, audit
 from auditor.errors import BackendError, UsageError
-from auditor.limits import Limits, physical_memory
+from auditor.processes.limits import Limits, physical_memory
+from auditor.processes.wire import encode, save
+from auditor.processes.worker import Worker, availability, workers
 from auditor.records import AuditReport, ExportReport, ExportRequest, ExportTrial
-from auditor.wire import encode, save
-from auditor.worker import Worker, availability, workers
 
 if TYPE_CHECKING:
     from auditor.ports import Noise, Progress

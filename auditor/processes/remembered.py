@@ -22,16 +22,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from auditor import machine
 from auditor.errors import BackendError
+from auditor.processes import machine
+from auditor.processes.wire import decode, encode
 from auditor.records import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
 from auditor.trace import SampleTrace, Tracer
-from auditor.wire import decode, encode
 
 if TYPE_CHECKING:
-    from auditor.cache import Store
     from auditor.ports import Arrays, Progress
-    from auditor.worker import Worker
+    from auditor.processes.cache import Store
+    from auditor.processes.worker import Worker
 
 _FORMAT = 1
 # Environment variables that the engines, their kernels or their thread pools read.
@@ -323,10 +323,10 @@ def _environment(tracer: Remembered, request: BuildRequest, identity: str) -> di
 @cache
 def _own_code() -> str:
     """Hash of the code that makes and reads traces."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("auditor/*.py"), *root.glob("backends/*.py"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted((*root.glob("auditor/**/*.py"), *root.glob("backends/*.py"))):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

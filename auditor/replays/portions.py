@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import onnx
 
-from auditor import surgery
 from auditor.ports import SegmentGraph
+from auditor.replays import surgery
 from auditor.segments import Cut, Graph
 
 # What ends a portion; where values are rounded to 8 bits, a portion begins there.

@@ -1,0 +1,1 @@
+"""What runs where: workers, their limits and sandbox, what passes between them, what is kept."""
