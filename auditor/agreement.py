@@ -6,7 +6,7 @@ from itertools import combinations
 
 from auditor.metrics import Moments
 from auditor.ports import Arrays
-from auditor.records import Agreement
+from auditor.records.report import Agreement
 
 
 class Agreements:

@@ -25,18 +25,10 @@ from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.recording import Source
-from auditor.records import (
-    BackendReport,
-    Concentration,
-    Distance,
-    Gap,
-    Kernel,
-    OutputKind,
-    Picture,
-    Probe,
-    Skipped,
-    TensorStats,
-)
+from auditor.records.backend import Gap, Kernel, Probe, Skipped
+from auditor.records.measured import Concentration, Distance, Picture, TensorStats
+from auditor.records.report import BackendReport
+from auditor.records.terms import OutputKind
 from auditor.replays import branches, qdq, surgery
 from auditor.replays.replay import Block, Reference, ReplayError, difference
 from auditor.screening import Screening

@@ -28,7 +28,7 @@ import onnx
 from auditor import metrics
 from auditor.errors import NoiseError
 from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
-from auditor.records import Hypothesis
+from auditor.records.measured import Hypothesis
 from auditor.replays import branches, replay, rounding, surgery
 from auditor.replays.portions import Portions
 

@@ -17,17 +17,9 @@ from auditor import __version__
 from auditor.errors import UsageError
 from auditor.processes.limits import GIB, Limits
 from auditor.processes.worker import Worker, workers
-from auditor.records import (
-    AuditReport,
-    BackendReport,
-    BuildRequest,
-    Finding,
-    Gap,
-    NoiseInfo,
-    OutputKind,
-    PipelineReport,
-    Severity,
-)
+from auditor.records.backend import BuildRequest, Gap
+from auditor.records.report import AuditReport, BackendReport, Finding, NoiseInfo, PipelineReport
+from auditor.records.terms import OutputKind, Severity
 
 if TYPE_CHECKING:
     from auditor.model import Model

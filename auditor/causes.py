@@ -20,7 +20,7 @@ from auditor.attribution import Explanation, Retest
 from auditor.divergence import Local
 from auditor.metrics import Running
 from auditor.ports import Arrays, Noise, SegmentGraph
-from auditor.records import Hypothesis, Spread
+from auditor.records.measured import Hypothesis, Spread
 from auditor.replays.replay import difference
 
 

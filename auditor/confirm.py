@@ -18,17 +18,10 @@ from dataclasses import dataclass, replace
 from auditor.errors import AuditError, BackendError
 from auditor.metrics import Moments
 from auditor.ports import Arrays
-from auditor.records import (
-    BackendReport,
-    Conclusion,
-    Confidence,
-    Counterfactual,
-    Finding,
-    Gap,
-    OutputChange,
-    Switch,
-    severity,
-)
+from auditor.records.backend import Gap, Switch
+from auditor.records.measured import Counterfactual, OutputChange
+from auditor.records.report import BackendReport, Finding
+from auditor.records.terms import Conclusion, Confidence, severity
 from auditor.trace import Tracer
 
 SAMPLES = 4  # as many as leave-one-in is measured on

@@ -11,21 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from auditor.records import (
-    SEVERITIES,
-    AuditReport,
-    BackendReport,
-    Broken,
-    Comparison,
-    DivergenceChange,
-    Finding,
-    FindingChange,
-    Gap,
-    Kernel,
-    Provenance,
-    Trend,
-    severity,
-)
+from auditor.records.backend import Gap, Kernel, Provenance
+from auditor.records.comparison import Comparison, DivergenceChange, FindingChange, Trend
+from auditor.records.report import AuditReport, BackendReport, Broken, Finding
+from auditor.records.terms import SEVERITIES, severity
 
 FACTOR = 1.5
 _MATTERS = SEVERITIES.index("low")

@@ -24,7 +24,7 @@ from auditor.errors import BackendError, UsageError
 from auditor.fixes._view import MARK, View
 from auditor.ports import Keeping
 from auditor.processes.worker import workers
-from auditor.records import FixAttempt, FixReport
+from auditor.records.fix import FixAttempt, FixReport
 from auditor.replays import replay, surgery
 from auditor.replays.rounding import upgraded
 from auditor.trace import Tracer
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
     from auditor.ports import Arrays, Fix, Progress
-    from auditor.records import AuditReport, BackendReport, Finding, Segment
+    from auditor.records.measured import Segment
+    from auditor.records.report import AuditReport, BackendReport, Finding
     from auditor.replays.replay import Reference
 
 BUILDS = 6

@@ -13,7 +13,9 @@ from dataclasses import replace
 
 from auditor.errors import AuditError, BackendError
 from auditor.ports import Arrays
-from auditor.records import BackendReport, Gap, Latency
+from auditor.records.backend import Gap
+from auditor.records.measured import Latency
+from auditor.records.report import BackendReport
 from auditor.trace import Tracer
 
 YARDSTICK = "ort"  # id of the backend that all are held against

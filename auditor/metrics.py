@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from auditor.ports import Array, Arrays
-from auditor.records import Concentration, Distance, Spread
+from auditor.records.measured import Concentration, Distance, Spread
 
 # float32 dot products lose nothing that matters here unless squares leave this range.
 _SAFE_SQUARE = (1e-30, 1e37)

@@ -19,7 +19,7 @@ import onnx
 from auditor import custom_ops, weights
 from auditor.errors import UsageError
 from auditor.ports import Arrays
-from auditor.records import ModelInfo
+from auditor.records.model import ModelInfo
 from auditor.replays import surgery
 from auditor.segments import reads_of
 

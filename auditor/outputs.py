@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from auditor.metrics import Moments, Running, Steps, steps_apart
 from auditor.ports import Array
-from auditor.records import OutputDistance, OutputKind
+from auditor.records.measured import OutputDistance
+from auditor.records.terms import OutputKind
 from auditor.tasks import TaskMeter, assume
 
 

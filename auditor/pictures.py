@@ -15,7 +15,7 @@ import numpy as np
 
 from auditor import metrics
 from auditor.ports import Array
-from auditor.records import Picture
+from auditor.records.measured import Picture
 
 MOST = 40  # pictures kept of one backend: 256 KiB, and a third more in JSON
 SIDE = 40  # cells along an axis; more columns where there are few rows,

@@ -34,20 +34,10 @@ from pathlib import Path
 from typing import Any
 
 from auditor.errors import UsageError
-from auditor.records import (
-    SEVERITIES,
-    AuditReport,
-    BackendReport,
-    Broken,
-    Comparison,
-    Finding,
-    Judgement,
-    OutputDistance,
-    Severity,
-    Verdict,
-    Waiver,
-    severity,
-)
+from auditor.records.comparison import Comparison
+from auditor.records.measured import OutputDistance
+from auditor.records.report import AuditReport, BackendReport, Broken, Finding, Judgement, Waiver
+from auditor.records.terms import SEVERITIES, Severity, Verdict, severity
 
 FILE = "audit.toml"
 _PYPROJECT = "pyproject.toml"

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
-    from auditor.records import (
-        AuditReport,
+    from auditor.records.backend import (
         Availability,
         BuildRequest,
         ExportRequest,
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
         Probe,
         Provenance,
         Skipped,
-        Stage,
         Switch,
     )
+    from auditor.records.report import AuditReport
+    from auditor.records.terms import Stage
 
 # A tensor's type is only known at run time, so arithmetic on it cannot be checked statically.
 Array = NDArray[Any]

@@ -8,22 +8,17 @@ from dataclasses import replace
 
 from auditor.fingerprint import fingerprint
 from auditor.ports import Noise
-from auditor.records import (
-    PIPELINE,
-    SEVERITIES,
+from auditor.records.backend import Kernel
+from auditor.records.measured import Segment
+from auditor.records.report import (
     Agreement,
     BackendReport,
-    Confidence,
     Finding,
-    Kernel,
     PipelineReport,
     PipelineStep,
-    Segment,
-    Severity,
-    Verdict,
-    severity,
     severity_of_output,
 )
+from auditor.records.terms import PIPELINE, SEVERITIES, Confidence, Severity, Verdict, severity
 
 # What a person looks for first in a segment, and what last.
 _CONTRACTIONS = frozenset(

@@ -27,7 +27,8 @@ from auditor.errors import UsageError
 from auditor.model import Model, Shape, suggestion
 from auditor.ports import Array, Arrays, Progress
 from auditor.processes.wire import decode, encode
-from auditor.records import Gap, Probe, Provenance, Skipped, StimulusInfo
+from auditor.records.backend import Gap, Probe, Provenance, Skipped
+from auditor.records.model import StimulusInfo
 from auditor.segments import Graph
 from auditor.trace import SampleTrace, Tracer
 

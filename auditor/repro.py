@@ -30,7 +30,8 @@ from auditor.errors import UsageError
 from auditor.ports import Script, Scriptable
 from auditor.processes.limits import Limits, physical_memory
 from auditor.processes.worker import module_path, workers
-from auditor.records import PIPELINE, Provenance
+from auditor.records.backend import Provenance
+from auditor.records.terms import PIPELINE
 from auditor.replays import replay
 from auditor.segments import Cut, Graph
 from auditor.trace import Tracer
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
     from auditor.ports import Array, Arrays, Progress
-    from auditor.records import AuditReport, Finding, Segment
+    from auditor.records.measured import Segment
+    from auditor.records.report import AuditReport, Finding
 
 MODEL, INPUTS, EXPECTED = "model.onnx", "inputs.safetensors", "expected.safetensors"
 SCRIPT, ISSUE = "repro.py", "ISSUE.md"

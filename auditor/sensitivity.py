@@ -16,7 +16,8 @@ import onnx
 from auditor import attribution, metrics, weights
 from auditor.errors import NoiseError, UsageError
 from auditor.outputs import OutputMeter
-from auditor.records import Sensitivity, StimulusInfo
+from auditor.records.measured import Sensitivity
+from auditor.records.model import StimulusInfo
 from auditor.replays import replay, rounding, surgery
 
 if TYPE_CHECKING:

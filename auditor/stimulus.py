@@ -17,7 +17,7 @@ from auditor.datafiles import Stored
 from auditor.errors import UsageError
 from auditor.model import Model, Shape, TensorSpec, resolve_shapes, shown, suggestion
 from auditor.processes.limits import physical_memory
-from auditor.records import StimulusInfo
+from auditor.records.model import StimulusInfo
 
 if TYPE_CHECKING:
     import onnx

@@ -9,16 +9,10 @@ from typing import TYPE_CHECKING
 
 from auditor import model
 from auditor.noises import fp32_rounding
-from auditor.records import (
-    BackendReport,
-    CategoryShare,
-    Consequence,
-    EndToEnd,
-    Fidelity,
-    FidelityProof,
-    Kernel,
-    Segment,
-)
+from auditor.records.backend import Kernel
+from auditor.records.measured import CategoryShare, Consequence, EndToEnd, FidelityProof, Segment
+from auditor.records.report import BackendReport
+from auditor.records.terms import Fidelity
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis

@@ -38,7 +38,8 @@ import numpy as np
 
 from auditor.metrics import Running, to_float
 from auditor.ports import Array
-from auditor.records import Consequence, OutputKind
+from auditor.records.measured import Consequence
+from auditor.records.terms import OutputKind
 from auditor.sequences.retrieval import Retrieval
 
 # Words as the common exporters put them into the names of outputs.

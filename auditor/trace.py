@@ -12,7 +12,7 @@ from auditor.errors import BackendError
 from auditor.ports import Arrays, Progress
 from auditor.processes.wire import Sent, encode, save
 from auditor.processes.worker import MAKE_ROOM, Worker
-from auditor.records import (
+from auditor.records.backend import (
     Availability,
     BuildRequest,
     Gap,

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from auditor.errors import BackendError
 from auditor.ports import Array
-from auditor.records import ExportRequest
+from auditor.records.backend import ExportRequest
 from backends import _source
 
 EXPORTERS: Final = ("dynamo", "torchscript")

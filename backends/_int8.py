@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from auditor.errors import UsageError
-from auditor.records import Switch
+from auditor.records.backend import Switch
 
 if TYPE_CHECKING:
     from auditor.ports import Arrays
-    from auditor.records import BuildRequest
+    from auditor.records.backend import BuildRequest
 
 OPTION = "quantize"
 # What the build is confirmed with: the same without quantisation.

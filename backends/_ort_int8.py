@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import onnx
 
     from auditor.ports import Arrays
-    from auditor.records import BuildRequest
+    from auditor.records.backend import BuildRequest
 
 
 def write(request: BuildRequest, path: Path) -> _int8.Quantised:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from auditor.errors import BackendError, UsageError
-from auditor.records import Device
+from auditor.records.backend import Device
 
 CPU: Final = "CPUExecutionProvider"
 OPTION: Final = "provider."  # prefix of options that go to the provider, such as use_tf32

@@ -15,7 +15,7 @@ from backends import _int8
 
 if TYPE_CHECKING:
     from auditor.ports import Array, Arrays
-    from auditor.records import BuildRequest
+    from auditor.records.backend import BuildRequest
 
 _PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 _MOVES = ("Reshape", "Convert", "Unsqueeze", "Squeeze")

@@ -20,7 +20,7 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
-from auditor.records import BuildRequest, Kernel, Probe, Provenance, Skipped
+from auditor.records.backend import BuildRequest, Kernel, Probe, Provenance, Skipped
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,7 +31,7 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
-from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
+from auditor.records.backend import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 from backends import _int8, _ort_int8, _ort_providers
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from auditor.records import BuildRequest
+    from auditor.records.backend import BuildRequest
 
 _ENGINE: Final = "ONNX Runtime"
 _REMEDY: Final = "pip install onnxruntime"

@@ -28,7 +28,7 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
-from auditor.records import (
+from auditor.records.backend import (
     Availability,
     BuildRequest,
     Device,

@@ -33,13 +33,13 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
-from auditor.records import Availability, Device, Kernel, Origin, Probe, Provenance, Skipped
+from auditor.records.backend import Availability, Device, Kernel, Origin, Probe, Provenance, Skipped
 from backends import _export, _source
 
 if TYPE_CHECKING:
     import onnx
 
-    from auditor.records import BuildRequest, ExportRequest
+    from auditor.records.backend import BuildRequest, ExportRequest
     from auditor.training.pairing import Pairing, Value
 
 _ENGINE: Final = "PyTorch"

@@ -22,7 +22,7 @@ import numpy as np
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
-from auditor.records import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
+from auditor.records.backend import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 from backends import _trt_plan
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import onnx
 
     from auditor.ports import Build, Instrumented
-    from auditor.records import BuildRequest
+    from auditor.records.backend import BuildRequest
 
 # The engine's spellings of a type ("Datatype: Float", "Format/Datatype: ... FP32 format"); one
 # that contains another comes first.

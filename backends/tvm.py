@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
-from auditor.records import (
+from auditor.records.backend import (
     Availability,
     BuildRequest,
     Device,

@@ -20,7 +20,7 @@ from pathlib import Path
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import AuditError
-from auditor.records import AuditReport, Finding
+from auditor.records.report import AuditReport, Finding
 from benchmarks.plants.suite import Quiet
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.records import BackendReport
+from auditor.records.report import BackendReport
 from benchmarks import zoo
 from reports import _words as words
 

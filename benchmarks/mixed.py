@@ -20,7 +20,8 @@ import auditor.cli  # noqa: F401  registers the verbs that a report's command is
 from auditor import fix
 from auditor.audit import model_of
 from auditor.commands._asked import again, asked_for
-from auditor.records import FixReport, Segment
+from auditor.records.fix import FixReport
+from auditor.records.measured import Segment
 from reports import json_v1
 
 

@@ -14,12 +14,13 @@ from textual.binding import Binding
 from textual.containers import Horizontal, VerticalScroll
 from textual.widgets import DataTable, Footer, Input, Static
 
-from auditor.records import Finding
+from auditor.records.report import Finding
 from reports import _words as words
 from reports.terminal import _COLORS, _cause, _draw_segment, _draw_step, _Page
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, BackendReport, Segment
+    from auditor.records.measured import Segment
+    from auditor.records.report import AuditReport, BackendReport
 
 _FINDINGS = ("#", "severity", "backend", "impact", "cause", "where")
 _SEGMENTS = ("segment", "introduced", "accumulated", "impact", "cause", "where")

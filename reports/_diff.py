@@ -11,7 +11,7 @@ from reports import _words as words
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import Comparison, FindingChange, Trend
+    from auditor.records.comparison import Comparison, FindingChange, Trend
 
 FORMAT = "audit-diff/1"
 _COLORS: dict[Trend, str] = {"new": "red", "worse": "red", "better": "green", "gone": "green"}

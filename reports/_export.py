@@ -8,7 +8,7 @@ from reports import _words as words
 from reports.terminal import _Column, _detail, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import ExportReport, ExportTrial
+    from auditor.records.export import ExportReport, ExportTrial
 
 
 def render(report: ExportReport, width: int | None, color: bool) -> str:

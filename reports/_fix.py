@@ -8,7 +8,7 @@ from reports import _words as words
 from reports.terminal import _Column, _detail, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import FixAttempt, FixReport
+    from auditor.records.fix import FixAttempt, FixReport
 
 _NODES = 4
 

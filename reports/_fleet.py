@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from auditor.errors import UsageError
-from auditor.records import (
-    SEVERITIES,
-    FleetAttempt,
-    FleetCell,
-    FleetNode,
-    FleetReport,
-    Verdict,
-)
+from auditor.records.fleet import FleetAttempt, FleetCell, FleetNode, FleetReport
+from auditor.records.terms import SEVERITIES, Verdict
 from reports import _words as words
 from reports import json_v1
 from reports.json_v1 import _ERROR, _GAP, _INT, _MAYBE_TEXT, _MEASURED, _TEXT

@@ -10,7 +10,7 @@ from reports import _words as words
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import ForensicsReport, ResultForensics, ResultVariant
+    from auditor.records.forensics import ForensicsReport, ResultForensics, ResultVariant
 
 FORMAT = "sysnoise-forensics/1"
 RESULT_FORMAT = "sysnoise-result-forensics/1"

@@ -11,14 +11,14 @@ from reports import _words as words
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import (
+    from auditor.records.generation import (
         Carried,
-        CategoryShare,
         Generation,
         GenerationReport,
         GenerationStep,
         KeptLayers,
     )
+    from auditor.records.measured import CategoryShare
 
 FORMAT = "sysnoise-generation/1"
 _STEPS, _LAYERS = 6, 8

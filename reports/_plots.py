@@ -16,7 +16,7 @@ from reports import _words as words
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from auditor.records import Interval, SysnoiseEffect, SysnoiseReport
+    from auditor.records.sysnoise import Interval, SysnoiseEffect, SysnoiseReport
 
 _NAME = 44
 _AMPLIFIED = 8  # differences of pixels are hard to see as they are

@@ -12,7 +12,7 @@ from reports._generate import shares
 from reports.terminal import _Column, _Page, _Row, _Span
 
 if TYPE_CHECKING:
-    from auditor.records import Streamed, StreamReport, StreamStep
+    from auditor.records.stream import Streamed, StreamReport, StreamStep
 
 FORMAT = "sysnoise-stream/1"
 _STEPS = 8

@@ -12,8 +12,8 @@ from reports.terminal import _Column, _Page, _Row, _Span
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from auditor.records import (
-        Gap,
+    from auditor.records.backend import Gap
+    from auditor.records.sysnoise import (
         Interval,
         SysnoiseEffect,
         SysnoiseOption,

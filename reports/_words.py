@@ -12,24 +12,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from auditor.records import PIPELINE, SEVERITIES, severity_of_output
+from auditor.records.report import severity_of_output
+from auditor.records.terms import PIPELINE, SEVERITIES
 
 if TYPE_CHECKING:
-    from auditor.records import (
-        AuditReport,
-        BackendReport,
+    from auditor.records.backend import Provenance, Skipped
+    from auditor.records.measured import (
         CategoryShare,
         Consequence,
         Counterfactual,
         FidelityProof,
-        Finding,
         OutputDistance,
-        Provenance,
-        Severity,
-        Skipped,
         Spread,
-        Status,
     )
+    from auditor.records.report import AuditReport, BackendReport, Finding
+    from auditor.records.terms import Severity, Status
 
 NONE = "-"  # in the place of a figure that was not measured
 

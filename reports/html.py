@@ -22,7 +22,7 @@ from reports import _words as words
 from reports.json_v1 import dump
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, BackendReport
+    from auditor.records.report import AuditReport, BackendReport
 
 _SCRIPTS = ("base.js", "chart.js", "graph.js", "segment.js", "page.js")  # later ones use earlier
 _TITLE = 200  # characters

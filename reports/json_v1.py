@@ -33,48 +33,46 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 from auditor.errors import UsageError
-from auditor.records import (
-    Agreement,
-    AuditReport,
-    BackendReport,
-    Broken,
+from auditor.records.backend import Gap, Kernel, Provenance, Skipped
+from auditor.records.measured import (
     CategoryShare,
     Concentration,
-    Conclusion,
-    Confidence,
     Consequence,
     Counterfactual,
     Distance,
     EndToEnd,
-    Fidelity,
     FidelityProof,
-    Finding,
-    Gap,
     Hypothesis,
-    Judgement,
-    Kernel,
     Latency,
-    Machine,
-    ModelInfo,
-    NoiseInfo,
     OutputChange,
     OutputDistance,
-    OutputKind,
     Picture,
+    Segment,
+    Spread,
+    TensorStats,
+)
+from auditor.records.model import Machine, ModelInfo, ReferenceInfo, StimulusInfo
+from auditor.records.report import (
+    Agreement,
+    AuditReport,
+    BackendReport,
+    Broken,
+    Finding,
+    Judgement,
+    NoiseInfo,
     PipelineReport,
     PipelineStep,
-    Provenance,
-    ReferenceInfo,
-    Segment,
+    Waiver,
+)
+from auditor.records.terms import (
+    Conclusion,
+    Confidence,
+    Fidelity,
+    OutputKind,
     Severity,
-    Skipped,
-    Spread,
     Stage,
     Status,
-    StimulusInfo,
-    TensorStats,
     Verdict,
-    Waiver,
 )
 
 SCHEMA_VERSION = 1

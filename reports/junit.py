@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
-from auditor.records import PIPELINE, SEVERITIES, severity
+from auditor.records.terms import PIPELINE, SEVERITIES, severity
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, BackendReport, Finding, Gap, PipelineReport
+    from auditor.records.backend import Gap
+    from auditor.records.report import AuditReport, BackendReport, Finding, PipelineReport
 
 _NAME = 200  # characters of a name
 _TEXT = 2000  # characters of a message

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, Finding, Gap, PipelineStep
+    from auditor.records.backend import Gap
+    from auditor.records.report import AuditReport, Finding, PipelineStep
 
 LIMIT = 65_000  # bytes, hence characters too; leaves room for a marker that a bot adds
 

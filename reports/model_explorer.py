@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import AuditReport, BackendReport
+    from auditor.records.report import AuditReport, BackendReport
 
 # Colours up to a value, from nothing to see to nothing to ship.
 _COLOURS = (

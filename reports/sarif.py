@@ -24,18 +24,13 @@ from itertools import islice
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from auditor.records import severity
+from auditor.records.terms import severity
 from reports import _words as words
 
 if TYPE_CHECKING:
-    from auditor.records import (
-        AuditReport,
-        BackendReport,
-        Finding,
-        OutputDistance,
-        Segment,
-        Severity,
-    )
+    from auditor.records.measured import OutputDistance, Segment
+    from auditor.records.report import AuditReport, BackendReport, Finding
+    from auditor.records.terms import Severity
 
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _LEVELS: dict[Severity, str] = {

@@ -25,20 +25,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from auditor.ports import Noise
-    from auditor.records import (
+    from auditor.records.backend import Availability, Gap
+    from auditor.records.measured import Counterfactual, Distance, Segment, Sensitivity, TensorStats
+    from auditor.records.report import (
         AuditReport,
-        Availability,
         BackendReport,
-        Counterfactual,
-        Distance,
         Finding,
-        Gap,
         Judgement,
         PipelineReport,
         PipelineStep,
-        Segment,
-        Sensitivity,
-        TensorStats,
     )
 
 DEFAULT_WIDTH = 100

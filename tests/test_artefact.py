@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import artefact, discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from auditor.replays import qdq
 
 

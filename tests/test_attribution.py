@@ -14,7 +14,7 @@ from auditor import attribution
 from auditor.errors import NoiseError
 from auditor.noises import bf16, fp16, fp32_rounding, int8, normalisation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 from auditor.replays import replay
 
 NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.errors import UsageError
 from auditor.processes import cache
 from auditor.processes.cache import Store
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "ab" * 32

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import confirm, discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import BackendError
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from auditor.trace import Tracer
 
 KEY = "optimization.enable_gelu_approximation"

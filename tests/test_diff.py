@@ -16,7 +16,9 @@ from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.diff import compare
-from auditor.records import AuditReport, Gap, Machine
+from auditor.records.backend import Gap
+from auditor.records.model import Machine
+from auditor.records.report import AuditReport
 from reports import json_v1
 
 ROOT = Path(__file__).parents[1]

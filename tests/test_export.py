@@ -10,7 +10,7 @@ import onnx
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec
-from auditor.records import ExportTrial
+from auditor.records.export import ExportTrial
 from auditor.training.export import Exports, _chosen, compare
 from reports import _export as table
 

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.records import AuditReport, Finding
+from auditor.records.report import AuditReport, Finding
 
 NETS = Path(__file__).parent / "source" / "nets.py"
 SHAPE = (2, 3, 10, 10)

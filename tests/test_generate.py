@@ -13,7 +13,7 @@ from auditor import discovery, pieces
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
-from auditor.records import GenerationReport
+from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
 from auditor.segments import Graph
 from auditor.sequences import cached, generate

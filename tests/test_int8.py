@@ -14,7 +14,7 @@ from onnxruntime import quantization
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 
 # Without quantisation nothing narrow is left, on a processor with bfloat16 either.
 MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from auditor.processes import memory
 from auditor.processes.worker import workers
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from auditor.trace import Tracer
 
 

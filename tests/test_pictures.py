@@ -7,7 +7,7 @@ import pytest
 
 from auditor.pictures import SIDE, picture
 from auditor.ports import Array
-from auditor.records import Picture
+from auditor.records.measured import Picture
 
 
 def made(observed: Array, replayed: Array, reference: Array) -> Picture:

@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import policy
 from auditor.errors import UsageError
 from auditor.policy import judged, load
-from auditor.records import AuditReport, CategoryShare, Latency
+from auditor.records.measured import CategoryShare, Latency
+from auditor.records.report import AuditReport
 from reports import json_v1
 
 ROOT = Path(__file__).parents[1]
@@ -226,7 +227,8 @@ def test_one_policy_at_most(tmp_path: Path) -> None:
 
 @given(names=st.lists(st.text(), min_size=1, max_size=3), error=st.floats(1e-9, 10))
 def test_a_proposal_passes(names: list[str], error: float) -> None:
-    from auditor.records import BackendReport, Distance, OutputDistance
+    from auditor.records.measured import Distance, OutputDistance
+    from auditor.records.report import BackendReport
 
     outputs = tuple(
         OutputDistance(name, Distance(error, error, 10.0, 0.9)) for name in dict.fromkeys(names)

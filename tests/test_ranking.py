@@ -4,8 +4,11 @@ import math
 
 import pytest
 
-from auditor import ranking, records
-from auditor.records import Agreement, BackendReport, Distance, Gap, OutputDistance, Segment
+from auditor import ranking
+from auditor.records import terms
+from auditor.records.backend import Gap
+from auditor.records.measured import Distance, OutputDistance, Segment
+from auditor.records.report import Agreement, BackendReport
 
 
 def _segment(id, *, introduced, floor=3e-6, nodes=("n",), ops=None, noise=None, **more):
@@ -85,7 +88,7 @@ def test_a_finding_leads_with_the_node_a_person_looks_for():
     [(0.0, "info"), (2e-4, "low"), (2e-3, "medium"), (0.02, "high"), (math.inf, "critical")],
 )
 def test_severity_follows_the_effect(relative, severity):
-    assert records.severity(relative) == severity
+    assert terms.severity(relative) == severity
 
 
 def test_exit_codes():

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import discovery, model, sensitivity, stimulus
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
-from auditor.records import Sensitivity
+from auditor.records.measured import Sensitivity
 
 
 class Silent:

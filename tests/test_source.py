@@ -18,7 +18,7 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.commands._options import backend_specs, with_training
 from auditor.errors import UsageError
-from auditor.records import AuditReport, BackendReport
+from auditor.records.report import AuditReport, BackendReport
 from backends import _source
 
 NETS = Path(__file__).parent / "source" / "nets.py"

@@ -15,7 +15,7 @@ from auditor import discovery
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Array
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from auditor.replays import replay, widening
 
 RNG = np.random.default_rng(3)

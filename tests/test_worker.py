@@ -10,7 +10,7 @@ import pytest
 
 from auditor.errors import BackendError
 from auditor.processes import limits, wire, worker
-from auditor.records import Availability, BuildRequest, Kernel, Probe, Provenance
+from auditor.records.backend import Availability, BuildRequest, Kernel, Probe, Provenance
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from auditor.errors import UsageError
 
 if TYPE_CHECKING:
     from auditor.audit import BackendSpec
-    from auditor.records import OutputKind
+    from auditor.records.terms import OutputKind
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The exported ONNX model.")]
 Report = Annotated[
@@ -161,7 +161,7 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 def parse_kind(text: str) -> tuple[str, OutputKind]:
     from typing import cast, get_args
 
-    from auditor.records import OutputKind
+    from auditor.records.terms import OutputKind
 
     name, _, kind = text.rpartition(":")  # names may contain colons
     if not name or kind not in get_args(OutputKind):

@@ -13,7 +13,7 @@ from auditor.errors import UsageError
 
 if TYPE_CHECKING:
     from auditor.ports import Renderer
-    from auditor.records import AuditReport
+    from auditor.records.report import AuditReport
 
 UNENCODABLE = "backslashreplace"  # file names need not be UTF-8, nor the terminal
 

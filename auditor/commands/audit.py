@@ -32,7 +32,7 @@ from auditor.commands._stop import StoppableProgress
 if TYPE_CHECKING:
     from auditor.audit import AuditOptions
     from auditor.policy import Policy
-    from auditor.records import AuditReport
+    from auditor.records.report import AuditReport
 
 _MORE = (
     examples(
@@ -311,7 +311,7 @@ def _rules(
     """The policy and the baseline, read before any work is done."""
     from auditor import discovery
     from auditor import policy as rulebook
-    from auditor.records import PIPELINE
+    from auditor.records.terms import PIPELINE
 
     earlier = None
     if baseline:

@@ -13,7 +13,8 @@ from auditor.commands._output import emit, make_folder, screen, write
 if TYPE_CHECKING:
     from auditor.fleet.run import Pool
     from auditor.fleet.worklist import Cell
-    from auditor.records import AuditReport, FleetCell, FleetReport
+    from auditor.records.fleet import FleetCell, FleetReport
+    from auditor.records.report import AuditReport
 
 
 @app.command(

@@ -14,7 +14,7 @@ from auditor.errors import UsageError
 if TYPE_CHECKING:
     from auditor.pipeline.description import Description
     from auditor.ports import Array
-    from auditor.records import ResultForensics
+    from auditor.records.forensics import ResultForensics
 
 
 @app.command(

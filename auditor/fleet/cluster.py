@@ -28,7 +28,7 @@ from auditor.errors import UsageError
 from auditor.fleet.node import Outcome, audit
 from auditor.fleet.run import LostError
 from auditor.fleet.worklist import Cell
-from auditor.records import FleetNode
+from auditor.records.fleet import FleetNode
 
 _REACHED = 5.0  # seconds that a cluster has to answer in
 _PIECE = 1 << 28  # bytes of one object in the store

@@ -13,7 +13,7 @@ from contextlib import suppress
 from auditor.fleet import node
 from auditor.fleet.node import Outcome
 from auditor.fleet.worklist import Cell
-from auditor.records import FleetNode
+from auditor.records.fleet import FleetNode
 
 _DERIVED = ("backend_", "device_")  # whether they are here an audit finds out itself
 

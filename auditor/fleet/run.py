@@ -12,16 +12,10 @@ from auditor import __version__
 from auditor.errors import UsageError
 from auditor.fleet.node import Outcome
 from auditor.fleet.worklist import Cell
-from auditor.records import (
-    SEVERITIES,
-    AuditReport,
-    FleetAttempt,
-    FleetCell,
-    FleetNode,
-    FleetReport,
-    Gap,
-    Verdict,
-)
+from auditor.records.backend import Gap
+from auditor.records.fleet import FleetAttempt, FleetCell, FleetNode, FleetReport
+from auditor.records.report import AuditReport
+from auditor.records.terms import SEVERITIES, Verdict
 
 _TICK = 2.0  # seconds after which it is looked again which nodes there are
 _BUG = 4  # exit code of an internal error

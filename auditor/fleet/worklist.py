@@ -309,7 +309,7 @@ def _switch(on: str, off: str) -> _Words:
 
 
 def _severity(value: Any) -> Sequence[str]:
-    from auditor.records import SEVERITIES
+    from auditor.records.terms import SEVERITIES
 
     if value not in SEVERITIES:
         raise ValueError(value)
@@ -328,7 +328,7 @@ def _shapes(value: Any) -> Sequence[str]:
 def _kinds(value: Any) -> Sequence[str]:
     from typing import get_args
 
-    from auditor.records import OutputKind
+    from auditor.records.terms import OutputKind
 
     words: list[str] = []
     for name, kind in value.items():

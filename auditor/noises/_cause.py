@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import onnx
 
 from auditor.ports import Arrays, SegmentGraph, Variant
-from auditor.records import Kernel, Stage
+from auditor.records.backend import Kernel
+from auditor.records.terms import Stage
 from auditor.replays import rounding
 
 

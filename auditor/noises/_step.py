@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.records import Stage
+from auditor.records.terms import Stage
 
 _APPLIES = "photographs given with `--images` and `--pipeline`, where the two sides differ in it"
 

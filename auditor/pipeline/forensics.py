@@ -25,7 +25,8 @@ from auditor.pipeline import options, steps
 from auditor.pipeline.description import Channels, Colour, Decode, Layout, Pipeline, Resize
 from auditor.pipeline.libraries import PhotoError
 from auditor.ports import Array
-from auditor.records import ForensicsCandidate, ForensicsReport, Gap
+from auditor.records.backend import Gap
+from auditor.records.forensics import ForensicsCandidate, ForensicsReport
 
 # What people normalise with, by name: scale, mean and deviation by channel (red first).
 _KNOWN: dict[str, tuple[float, tuple[float, float, float], tuple[float, float, float]]] = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from auditor import sensitivity
 from auditor.errors import NoiseError, UsageError
 from auditor.model import shown
-from auditor.records import Gap
+from auditor.records.backend import Gap
 from auditor.replays import replay
 
 if TYPE_CHECKING:

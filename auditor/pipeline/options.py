@@ -10,7 +10,7 @@ from auditor.pipeline import libraries
 from auditor.pipeline.description import Colour, Decode, Orientation, Pipeline, Resize
 from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import Order, Post, Rounding, Suppression
-from auditor.records import Gap
+from auditor.records.backend import Gap
 
 DECODER = "preprocessing.decoder"
 ORIENTATION = "preprocessing.orientation"

@@ -24,7 +24,8 @@ from auditor.model import shown
 from auditor.pipeline import post as posts
 from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import Activation, Coding, Order, Post, Rounding, Spelling, Suppression
-from auditor.records import Gap, ResultForensics, ResultVariant
+from auditor.records.backend import Gap
+from auditor.records.forensics import ResultForensics, ResultVariant
 
 if TYPE_CHECKING:
     from auditor.pipeline.steps import Placement

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from auditor.errors import UsageError
 from auditor.pipeline.steps import Placement
 from auditor.ports import Array
-from auditor.records import Reading
+from auditor.records.terms import Reading
 
 Label = Any  # what a task's own ``read`` makes; its ``repr`` tells two of them apart
 Verdict = list[float]  # what a task says of one result; JSON

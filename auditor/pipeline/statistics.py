@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from auditor.ports import Array
-from auditor.records import Interval
+from auditor.records.sysnoise import Interval
 
 DRAWS = 1000
 _LEVELS = (2.5, 97.5)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Arrays, Progress
-    from auditor.records import Reading
+    from auditor.records.terms import Reading
 
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds

@@ -32,8 +32,8 @@ from auditor.pipeline.post import NAME, characters, result
 from auditor.pipeline.statistics import Drawn, Means, weights
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sweep import BASE, Read, Sweep, Table, Trial
-from auditor.records import (
-    Gap,
+from auditor.records.backend import Gap
+from auditor.records.sysnoise import (
     Interval,
     SysnoiseEffect,
     SysnoiseFlip,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Arrays, Noise, Progress
-    from auditor.records import Reading
+    from auditor.records.terms import Reading
 
 _DEPLOYMENT = "deployment"
 _CHANCE = 5  # times the accuracy of guessing: below it the labels are not the model's

@@ -22,7 +22,10 @@ from auditor.pipeline import post as posts
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
 from auditor.pipeline.steps import Placement, Preparation
-from auditor.records import Gap, OutputKind, PipelineReport, PipelineStep, StimulusInfo
+from auditor.records.backend import Gap
+from auditor.records.model import StimulusInfo
+from auditor.records.report import PipelineReport, PipelineStep
+from auditor.records.terms import OutputKind
 from auditor.replays.replay import difference
 from auditor.stimulus import Stimulus
 from auditor.tasks import TaskMeter

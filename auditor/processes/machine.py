@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-from auditor.records import Machine
+from auditor.records.model import Machine
 
 # Instruction sets by which the audited runtimes choose kernels or a default precision.
 _FLAGS = frozenset(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from auditor.errors import BackendError
 from auditor.processes import machine
 from auditor.processes.wire import decode, encode
-from auditor.records import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
+from auditor.records.backend import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
 from auditor.trace import SampleTrace, Tracer
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from auditor.errors import AuditError, BackendError, UsageError
 from auditor.processes import memory
 from auditor.processes.limits import Limits, apply, physical_memory
-from auditor.records import Availability
+from auditor.records.backend import Availability
 
 if TYPE_CHECKING:
     from auditor.ports import Arrays
@@ -330,7 +330,7 @@ class _Session:
     def build(self, request: Any) -> Any:
         from auditor.ports import Switchable
         from auditor.processes.wire import decode, encode
-        from auditor.records import BuildRequest
+        from auditor.records.backend import BuildRequest
 
         self.built = self.backend.build(decode(BuildRequest, request))
         memory.give_back()  # what compiling took and left
@@ -345,7 +345,7 @@ class _Session:
         """Write an ONNX file of the source."""
         from auditor.ports import Exporting
         from auditor.processes.wire import decode
-        from auditor.records import ExportRequest
+        from auditor.records.backend import ExportRequest
 
         assert isinstance(self.backend, Exporting)
         self.backend.export(decode(ExportRequest, request), self._load(feeds))
@@ -422,7 +422,7 @@ class _Session:
         """
         from auditor import discovery
         from auditor.processes.wire import decode
-        from auditor.records import BuildRequest
+        from auditor.records.backend import BuildRequest
 
         self.instrumented = self.ablated = None  # never three programs in memory
         maker = discovery.backend(backend) if backend else self.backend

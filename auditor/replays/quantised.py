@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from auditor.ports import Array
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 from auditor.replays import surgery
 from auditor.weights import is_detached
 

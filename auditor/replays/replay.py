@@ -36,7 +36,7 @@ from auditor.errors import AuditError, UsageError
 from auditor.metrics import bitwise_equal
 from auditor.ports import Array, Arrays
 from auditor.processes import memory
-from auditor.records import ReferenceInfo
+from auditor.records.model import ReferenceInfo
 from auditor.replays import surgery
 from auditor.replays.rounding import Format, upgraded
 from auditor.segments import Cut, Graph

@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 from auditor.replays import algebra, surgery
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and

@@ -30,9 +30,9 @@ from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
 from auditor.processes.worker import workers
-from auditor.records import (
+from auditor.records.backend import Gap
+from auditor.records.generation import (
     Carried,
-    Gap,
     Generation,
     GenerationReport,
     GenerationStep,

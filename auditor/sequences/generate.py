@@ -37,15 +37,15 @@ from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
 from auditor.impact import Chain
 from auditor.processes.worker import workers
-from auditor.records import (
-    CategoryShare,
-    Gap,
+from auditor.records.backend import Gap
+from auditor.records.generation import (
     Generation,
     GenerationReport,
     GenerationStep,
     KeptLayers,
     LayerEffect,
 )
+from auditor.records.measured import CategoryShare
 from auditor.replays.replay import Patch, ReplayError, add
 from auditor.trace import Tracer
 from auditor.training import origins

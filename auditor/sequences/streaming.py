@@ -27,7 +27,8 @@ from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
 from auditor.errors import BackendError, UsageError
 from auditor.processes.worker import workers
-from auditor.records import Gap, Streamed, StreamReport, StreamStep
+from auditor.records.backend import Gap
+from auditor.records.stream import Streamed, StreamReport, StreamStep
 from auditor.sequences.generate import plain_runs
 from auditor.trace import Tracer
 

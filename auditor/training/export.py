@@ -19,7 +19,9 @@ from auditor.errors import BackendError, UsageError
 from auditor.processes.limits import Limits, physical_memory
 from auditor.processes.wire import encode, save
 from auditor.processes.worker import Worker, availability, workers
-from auditor.records import AuditReport, ExportReport, ExportRequest, ExportTrial
+from auditor.records.backend import ExportRequest
+from auditor.records.export import ExportReport, ExportTrial
+from auditor.records.report import AuditReport
 
 if TYPE_CHECKING:
     from auditor.ports import Noise, Progress

@@ -19,7 +19,9 @@ import onnx
 
 from auditor import model as models
 from auditor.model import Model
-from auditor.records import BackendReport, Origin, Segment
+from auditor.records.backend import Origin
+from auditor.records.measured import Segment
+from auditor.records.report import BackendReport
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _STACK = "pkg.torch.onnx.stack_trace"

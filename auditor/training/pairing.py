@@ -24,7 +24,7 @@ import numpy as np
 from auditor import metrics
 from auditor import model as models
 from auditor.ports import Array, Arrays
-from auditor.records import Origin
+from auditor.records.backend import Origin
 from auditor.replays import widening
 from auditor.replays.replay import Replayer, ReplayError
 from auditor.segments import Cut, Graph

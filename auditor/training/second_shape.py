@@ -23,7 +23,10 @@ from auditor.fingerprint import fingerprint
 from auditor.noises import export_frozen_shape
 from auditor.noises.export_frozen_shape import Frozen
 from auditor.ports import Array, Arrays
-from auditor.records import BackendReport, Finding, Gap, Origin, Segment, severity
+from auditor.records.backend import Gap, Origin
+from auditor.records.measured import Segment
+from auditor.records.report import BackendReport, Finding
+from auditor.records.terms import severity
 from auditor.replays import replay
 
 if TYPE_CHECKING:

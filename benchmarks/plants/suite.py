@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from benchmarks import zoo
 from benchmarks.plants import faults
 from benchmarks.plants.faults import PLANTS, Plant, Site, UnsuitableError

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import backends.ort as ort_backend
 from auditor.errors import BackendError, UsageError
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from backends import _ort_providers
 from backends.ort import BACKEND
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import backends.ov as ov_backend
 from auditor.errors import BackendError, UsageError
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from backends.ov import BACKEND
 from benchmarks import decoder, deep
 

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.errors import BackendError, UsageError
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from backends import trt
 from backends.trt import BACKEND
 

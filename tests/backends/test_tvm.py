@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import backends.tvm as tvm_backend
 from auditor.errors import BackendError, UsageError
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from backends.tvm import BACKEND
 
 if TYPE_CHECKING:

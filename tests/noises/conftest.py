@@ -12,7 +12,7 @@ from auditor import attribution, discovery
 from auditor.attribution import Explanation
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 from auditor.replays import replay
 
 NOISES = (bf16.NOISE, fp16.NOISE, tf32.NOISE)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import accumulation
 from auditor.ports import Array
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "implementation.accumulation"
 HALF = np.float16

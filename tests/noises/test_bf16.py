@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from auditor.attribution import Explanation
 from auditor.noises import bf16
 from auditor.ports import Array
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "precision.bf16"
 

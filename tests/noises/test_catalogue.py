@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from auditor import discovery, model
 from auditor.noises import __main__ as generator
 from auditor.ports import Noise, SegmentGraph
-from auditor.records import BuildRequest
+from auditor.records.backend import BuildRequest
 from auditor.segments import Graph
 
 ROOT = Path(__file__).parents[2]

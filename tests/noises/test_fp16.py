@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import fp16
 from auditor.ports import Array
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "precision.fp16"
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import attribution
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "precision.int8_requantisation"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)

@@ -14,7 +14,7 @@ from auditor import attribution, divergence
 from auditor.model import key
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Arrays, SegmentGraph
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 from auditor.replays import branches
 from auditor.replays.replay import Replayer
 from auditor.segments import Cut, Graph

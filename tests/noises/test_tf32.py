@@ -10,7 +10,7 @@ from onnx import helper
 
 from auditor.noises import tf32
 from auditor.ports import Array, Arrays
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "precision.tf32"
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import winograd
 from auditor.ports import Array
-from auditor.records import Kernel
+from auditor.records.backend import Kernel
 
 ID = "implementation.winograd"
 POINTS = {2: [0, 1, -1], 4: [0, 1, -1, 2, -2]}

@@ -21,7 +21,7 @@ from auditor.pipeline import photos as folders
 from auditor.pipeline.post import NAME, Post
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sysnoise import sysnoise
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from auditor.replays import replay
 
 _CORNERS = hnp.arrays(

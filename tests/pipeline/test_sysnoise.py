@@ -26,7 +26,7 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, libraries
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
-from auditor.records import (
+from auditor.records.sysnoise import (
     Interval,
     SysnoiseEffect,
     SysnoiseOption,

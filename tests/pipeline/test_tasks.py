@@ -26,7 +26,7 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, post
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
-from auditor.records import SysnoiseOption, SysnoiseReport
+from auditor.records.sysnoise import SysnoiseOption, SysnoiseReport
 from reports import _sysnoise as table
 
 # Of the tiles, 121x150 pixels, the network sees 32x32 of 40x49, from 4, 8 on.

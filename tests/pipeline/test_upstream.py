@@ -22,7 +22,7 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, upstream
 from auditor.pipeline.description import Colour, Conversion, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
-from auditor.records import AuditReport, PipelineStep
+from auditor.records.report import AuditReport, PipelineStep
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each mistake alone, and the step that must be named for it.

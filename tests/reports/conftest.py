@@ -10,35 +10,32 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 from hypothesis import strategies as st
 
-from auditor.records import (
-    Agreement,
-    AuditReport,
-    BackendReport,
-    Broken,
+from auditor.records.backend import Gap, Kernel, Provenance, Skipped
+from auditor.records.measured import (
     CategoryShare,
     Concentration,
     Consequence,
     Counterfactual,
     Distance,
     FidelityProof,
-    Finding,
-    Gap,
     Hypothesis,
-    Judgement,
-    Kernel,
     Latency,
-    ModelInfo,
-    NoiseInfo,
     OutputChange,
     OutputDistance,
     Picture,
-    Provenance,
-    ReferenceInfo,
     Segment,
-    Skipped,
     Spread,
-    StimulusInfo,
     TensorStats,
+)
+from auditor.records.model import ModelInfo, ReferenceInfo, StimulusInfo
+from auditor.records.report import (
+    Agreement,
+    AuditReport,
+    BackendReport,
+    Broken,
+    Finding,
+    Judgement,
+    NoiseInfo,
     Waiver,
 )
 
@@ -450,7 +447,7 @@ def _values(hint: Any, field: str) -> st.SearchStrategy[Any]:
     if hint is float and field in _SHARES:
         return _FINITE | st.just(math.nan)
     if hint is int:
-        return st.integers(1, 2**40)
+        return st.integers(3, 2**40)  # the least that every count may be: a search has 3 items
     return {float: _FINITE, bool: st.booleans(), str: _NAMES}[hint]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Input, Static
 
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from reports import json_v1
 from reports._browse import Browser
 

@@ -23,7 +23,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from auditor.records import AuditReport, BackendReport, Segment
+from auditor.records.measured import Segment
+from auditor.records.report import AuditReport, BackendReport
 from reports import _words as words
 from reports import html, json_v1
 

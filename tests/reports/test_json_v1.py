@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator
 
 import reports as package
 from auditor.errors import UsageError
-from auditor.records import AuditReport, Distance, OutputDistance
+from auditor.records.measured import Distance, OutputDistance
+from auditor.records.report import AuditReport
 from reports import json_v1
 
 _SCHEMA: dict[str, Any] = json.loads(

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from reports import json_v1, junit, markdown, sarif, terminal
 
 

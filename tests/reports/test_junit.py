@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from auditor import ranking
-from auditor.records import SEVERITIES, AuditReport, Gap, Severity
+from auditor.records.backend import Gap
+from auditor.records.report import AuditReport
+from auditor.records.terms import SEVERITIES, Severity
 from reports import _words as words
 from reports.junit import RENDERER
 

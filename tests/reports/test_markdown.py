@@ -11,7 +11,9 @@ from cmarkgfm.cmark import Options
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from auditor.records import AuditReport, Consequence, Gap
+from auditor.records.backend import Gap
+from auditor.records.measured import Consequence
+from auditor.records.report import AuditReport
 from reports import _words as words
 from reports.markdown import LIMIT, RENDERER
 

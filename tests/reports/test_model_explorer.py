@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, given, settings
 
 from auditor import discovery
-from auditor.records import AuditReport
+from auditor.records.report import AuditReport
 from reports.model_explorer import RENDERER
 
 

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from auditor.records import AuditReport, Distance, OutputDistance, Skipped
+from auditor.records.backend import Skipped
+from auditor.records.measured import Distance, OutputDistance
+from auditor.records.report import AuditReport
 from reports import _words as words
 from reports.sarif import RENDERER
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from auditor.errors import UsageError
-from auditor.records import AuditReport, Availability, Device, Distance, Gap, OutputDistance
+from auditor.records.backend import Availability, Device, Gap
+from auditor.records.measured import Distance, OutputDistance
+from auditor.records.report import AuditReport
 from reports import _words as words
 from reports import terminal
 

@@ -10,7 +10,7 @@ import numpy as np
 from auditor.pipeline import labels
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.ports import Array
-from auditor.records import Reading
+from auditor.records.terms import Reading
 
 
 class Classification:

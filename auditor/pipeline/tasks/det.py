@@ -17,7 +17,7 @@ from auditor.errors import UsageError
 from auditor.pipeline.labels import match
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
 from auditor.ports import Array
-from auditor.records import Reading
+from auditor.records.terms import Reading
 
 _NUMBERS = 6  # of a detection: x, y, width, height, score, class
 _MOST = 100  # detections of a photograph, as COCO has it

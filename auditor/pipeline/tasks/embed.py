@@ -15,7 +15,7 @@ from auditor.pipeline import labels
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.pipeline.tasks.cls import mean
 from auditor.ports import Array
-from auditor.records import Reading
+from auditor.records.terms import Reading
 
 
 class Embedding:

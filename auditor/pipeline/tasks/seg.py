@@ -18,7 +18,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
 from auditor.pipeline.steps import Placement
 from auditor.ports import Array
-from auditor.records import Reading
+from auditor.records.terms import Reading
 
 _IGNORED = 255  # pixels without a label (PASCAL VOC, Cityscapes)
 
