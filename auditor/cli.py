@@ -69,7 +69,7 @@ def _run() -> int:
 def _fail(message: str, hint: str, code: int) -> int:
     stop.check()  # the error may be what an extension module made of the signal
     try:
-        from reports.terminal import print_error
+        from reports._progress import print_error
 
         print_error(message, hint)
     except Exception:  # the reports may be what is broken, or shadowed by another package

@@ -16,7 +16,8 @@ from textual.widgets import DataTable, Footer, Input, Static
 
 from auditor.records.report import Finding
 from reports import _words as words
-from reports.terminal import _COLORS, _cause, _draw_segment, _draw_step, _Page
+from reports._page import COLORS, Page
+from reports._segment import cause_of, draw_segment, draw_step
 
 if TYPE_CHECKING:
     from auditor.records.measured import Segment
@@ -130,7 +131,7 @@ class Browser(App[None]):
     def _head(self) -> Text:
         report = self._report
         return Text.assemble(
-            (f" {report.verdict.upper()} ", _COLORS[report.verdict]),
+            (f" {report.verdict.upper()} ", COLORS[report.verdict]),
             f"  {report.model.path}: {words.headline(report)}",
         )
 
@@ -160,14 +161,14 @@ class Browser(App[None]):
     def _detail(self, row: Finding | Segment) -> None:
         side = self.query_one("#side")
         width = side.content_size.width - 2  # the scroll bar may come
-        page = _Page(width if width > 0 else None, color=True)
+        page = Page(width if width > 0 else None, color=True)
         pipeline = self._report.pipeline
         segment, backend = self._of(row)
         if segment is not None and backend is not None:
-            _draw_segment(page, self._report, backend, segment)
+            draw_segment(page, self._report, backend, segment)
         elif pipeline is not None:
             for step in (s for s in pipeline.steps if s.noise == getattr(row, "noise", None)):
-                _draw_step(page, self._report, step)
+                draw_step(page, self._report, step)
         self.query_one("#detail", Static).update(Text.from_ansi(page.text()))
         side.scroll_home(animate=False)
 
@@ -192,7 +193,7 @@ def _text(row: Finding | Segment) -> str:
 def _finding_cells(finding: Finding) -> tuple[Text, ...]:
     return (
         Text(str(finding.rank)),
-        Text(finding.severity, _COLORS[finding.severity]),
+        Text(finding.severity, COLORS[finding.severity]),
         Text(words.elide(finding.backend, _NAME)),
         Text(words.percent(finding.leave_one_in)),
         Text(words.elide(finding.noise or "unexplained", _NAME)),
@@ -206,6 +207,6 @@ def _segment_cells(segment: Segment) -> tuple[Text, ...]:
         Text(words.error(segment.introduced)),
         Text(words.error(segment.accumulated)),
         Text(words.percent(segment.leave_one_in)),
-        Text(words.elide(_cause(segment), _NAME)),
+        Text(words.elide(cause_of(segment), _NAME)),
         Text(words.elide(" + ".join(segment.nodes) or words.NONE, _NAME)),
     )

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from reports import _words as words
-from reports.terminal import _Column, _Page, _Row, _Span
+from reports._page import Column, Page, Row, Span
 
 if TYPE_CHECKING:
     from auditor.records.comparison import Comparison, FindingChange, Trend
@@ -27,15 +27,15 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
         color: whether to use colour.
     """
     comparison = words.visible(comparison)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule(f"From {comparison.old} to {comparison.new}")
     count = len(comparison.regressions)
     said = f"{count} regression{'s' if count != 1 else ''}" if count else "nothing is new or worse"
-    page.say(_Span(said, "bold red" if count else "bold green"))
+    page.say(Span(said, "bold red" if count else "bold green"))
     for broken in comparison.regressions[:_MOST]:
-        page.say(_Span(broken.sentence), label=_Span("  • "))
+        page.say(Span(broken.sentence), label=Span("  • "))
     if count > _MOST:
-        page.say(_Span(f"  and {count - _MOST} more; --format json has all of them", "dim"))
+        page.say(Span(f"  and {count - _MOST} more; --format json has all of them", "dim"))
     for title, sentences in (
         ("Not comparable", comparison.incomparable),
         ("What else differs", comparison.provenance),
@@ -43,23 +43,23 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
         if sentences:
             page.rule(title)
             for sentence in sentences:
-                page.say(_Span(sentence))
+                page.say(Span(sentence))
     page.rule("Final divergence: relative L2")
     columns = (
-        _Column("backend"),
-        _Column("output"),
-        _Column("before", right=True),
-        _Column("after", right=True),
-        _Column(""),
+        Column("backend"),
+        Column("output"),
+        Column("before", right=True),
+        Column("after", right=True),
+        Column(""),
     )
     rows = [
-        _Row(
+        Row(
             (
-                _Span(change.backend, "bold"),
-                _Span(change.output),
-                _Span(words.error(change.before)),
-                _Span(words.error(change.after)),
-                _Span(change.trend, _COLORS.get(change.trend, "dim")),
+                Span(change.backend, "bold"),
+                Span(change.output),
+                Span(words.error(change.before)),
+                Span(words.error(change.after)),
+                Span(change.trend, _COLORS.get(change.trend, "dim")),
             )
         )
         for change in comparison.outputs
@@ -70,28 +70,28 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
     return page.text()
 
 
-def _draw_findings(page: _Page, changes: tuple[FindingChange, ...]) -> None:
+def _draw_findings(page: Page, changes: tuple[FindingChange, ...]) -> None:
     if not changes:
-        page.say(_Span("Neither report has any."))
+        page.say(Span("Neither report has any."))
         return
     columns = (
-        _Column(""),
-        _Column("backend"),
-        _Column("before", right=True),
-        _Column("after", right=True),
-        _Column("cause"),
-        _Column("nodes"),
+        Column(""),
+        Column("backend"),
+        Column("before", right=True),
+        Column("after", right=True),
+        Column("cause"),
+        Column("nodes"),
     )
     told = [change for change in changes if change.trend != "same"]
     rows = [
-        _Row(
+        Row(
             (
-                _Span(change.trend, _COLORS.get(change.trend, "dim")),
-                _Span(change.finding.backend, "bold"),
-                _Span(words.error(change.before)),
-                _Span(words.error(change.after)),
-                _Span(change.finding.noise or "unexplained"),
-                _Span(change.finding.nodes[0] if change.finding.nodes else words.NONE),
+                Span(change.trend, _COLORS.get(change.trend, "dim")),
+                Span(change.finding.backend, "bold"),
+                Span(words.error(change.before)),
+                Span(words.error(change.after)),
+                Span(change.finding.noise or "unexplained"),
+                Span(change.finding.nodes[0] if change.finding.nodes else words.NONE),
             )
         )
         for change in told[:_MOST]
@@ -99,9 +99,9 @@ def _draw_findings(page: _Page, changes: tuple[FindingChange, ...]) -> None:
     if rows:
         page.grid(columns, rows)
     if len(told) > _MOST:
-        page.say(_Span(f"and {len(told) - _MOST} more; --format json has all of them", "dim"))
+        page.say(Span(f"and {len(told) - _MOST} more; --format json has all of them", "dim"))
     if same := len(changes) - len(told):
-        page.say(_Span(f"{same} unchanged", "dim"))
+        page.say(Span(f"{same} unchanged", "dim"))
 
 
 def dump(comparison: Comparison) -> str:

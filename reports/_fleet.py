@@ -16,8 +16,8 @@ from auditor.records.fleet import FleetAttempt, FleetCell, FleetNode, FleetRepor
 from auditor.records.terms import SEVERITIES, Verdict
 from reports import _words as words
 from reports import json_v1
+from reports._page import COLORS, Column, Page, Row, Span
 from reports.json_v1 import _ERROR, _GAP, _INT, _MAYBE_TEXT, _MEASURED, _TEXT
-from reports.terminal import _COLORS, _Column, _Page, _Row, _Span
 
 FORMAT = "audit-fleet/1"
 _MOST = 12  # cells and gaps shown; the JSON has all of them
@@ -106,13 +106,13 @@ def render(report: FleetReport, folder: Path, width: int | None, color: bool) ->
         color: whether to use colour.
     """
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule(f"Fleet of {report.source}")
     where = f"on {report.cluster}" if report.cluster else "on this machine"
     said = f"{len(report.cells)} cells {where} in {report.seconds:.0f} s"
     page.say(
-        _Span(f" {report.verdict.upper()} ", _COLORS[report.verdict]),
-        _Span(f"  exit code {report.exit_code}; {said}"),
+        Span(f" {report.verdict.upper()} ", COLORS[report.verdict]),
+        Span(f"  exit code {report.exit_code}; {said}"),
     )
     page.rule("Largest divergence of an output, relative L2")
     _draw_matrix(page, report)
@@ -140,18 +140,18 @@ def _style(cell: FleetCell) -> str:
     return {"pass": "green", "fail": "red"}.get(cell.verdict or "", "yellow")
 
 
-def _draw_matrix(page: _Page, report: FleetReport) -> None:
+def _draw_matrix(page: Page, report: FleetReport) -> None:
     names = list(dict.fromkeys(cell.column for cell in report.cells))
     rows: dict[str, dict[str, FleetCell]] = defaultdict(dict)
     for cell in report.cells:
         rows[cell.model][cell.column] = cell
-    columns = (_Column("model"), *(_Column(name, right=True) for name in names))
+    columns = (Column("model"), *(Column(name, right=True) for name in names))
     lines = [
-        _Row(
+        Row(
             (
-                _Span(model, "bold"),
+                Span(model, "bold"),
                 *(
-                    _Span(_figure(cells[name]), _style(cells[name])) if name in cells else _Span("")
+                    Span(_figure(cells[name]), _style(cells[name])) if name in cells else Span("")
                     for name in names
                 ),
             )
@@ -161,13 +161,13 @@ def _draw_matrix(page: _Page, report: FleetReport) -> None:
     page.grid(columns, lines)
 
 
-def _draw_worst(page: _Page, report: FleetReport, folder: Path) -> None:
+def _draw_worst(page: Page, report: FleetReport, folder: Path) -> None:
     def rank(cell: FleetCell) -> tuple[bool, float]:
         return cell.mismatch is None, -(cell.relative_l2 or 0.0)
 
     worst = sorted((cell for cell in report.cells if cell.verdict == "fail"), key=rank)
     page.rule("Look closer")
-    page.say(_Span(f"audit show {folder}/MODEL/BACKEND.json [--layer NAME]", "bold"))
+    page.say(Span(f"audit show {folder}/MODEL/BACKEND.json [--layer NAME]", "bold"))
     for cell in worst[:_MOST]:
         counts = ", ".join(
             f"{cell.findings[s]} {s}" for s in SEVERITIES[::-1] if s in cell.findings
@@ -175,17 +175,17 @@ def _draw_worst(page: _Page, report: FleetReport, folder: Path) -> None:
         cause = f"{cell.noise} {words.percent(cell.share)}" if cell.noise else "unexplained"
         first = f"; first {cell.offender}" if cell.offender else ""
         page.say(
-            _Span(f"{cell.model} on {cell.column}", "bold"),
-            _Span(f": {_figure(cell)}, {cause}; {counts or 'no findings'}{first}"),
-            label=_Span("  • "),
+            Span(f"{cell.model} on {cell.column}", "bold"),
+            Span(f": {_figure(cell)}, {cause}; {counts or 'no findings'}{first}"),
+            label=Span("  • "),
         )
         if cell.report:
-            page.say(_Span(f"{folder}/{cell.report}", "dim"), indent=4)
+            page.say(Span(f"{folder}/{cell.report}", "dim"), indent=4)
     if len(worst) > _MOST:
-        page.say(_Span(f"and {len(worst) - _MOST} more that fail; fleet.json has all", "dim"))
+        page.say(Span(f"and {len(worst) - _MOST} more that fail; fleet.json has all", "dim"))
 
 
-def _draw_gaps(page: _Page, report: FleetReport) -> None:
+def _draw_gaps(page: Page, report: FleetReport) -> None:
     found: dict[tuple[str, str, str | None], list[str]] = defaultdict(list)
     for cell in report.cells:
         if cell.gap:
@@ -196,15 +196,15 @@ def _draw_gaps(page: _Page, report: FleetReport) -> None:
     for (column, reason, remedy), models in list(found.items())[:_MOST]:
         names = ", ".join(models[:3]) + (f" and {n} more" if (n := len(models) - 3) > 0 else "")
         page.say(
-            _Span(f"{names} on {column}: ", "bold"),
-            _Span(f"{reason} ({remedy})" if remedy else reason, "dim"),
-            label=_Span("gap  ", "dim"),
+            Span(f"{names} on {column}: ", "bold"),
+            Span(f"{reason} ({remedy})" if remedy else reason, "dim"),
+            label=Span("gap  ", "dim"),
         )
     if len(found) > _MOST:
-        page.say(_Span(f"and {len(found) - _MOST} more reasons; fleet.json has all", "dim"))
+        page.say(Span(f"and {len(found) - _MOST} more reasons; fleet.json has all", "dim"))
 
 
-def _draw_nodes(page: _Page, report: FleetReport) -> None:
+def _draw_nodes(page: Page, report: FleetReport) -> None:
     counted: dict[str, int] = defaultdict(int)
     lost = 0
     for cell in report.cells:
@@ -217,8 +217,8 @@ def _draw_nodes(page: _Page, report: FleetReport) -> None:
         gone = "" if node.alive else ", lost"
         count = counted[node.name]
         page.say(
-            _Span(node.name, "bold"),
-            _Span(f": {count} cell{'s' if count != 1 else ''}{gone}; {has or 'declares nothing'}"),
+            Span(node.name, "bold"),
+            Span(f": {count} cell{'s' if count != 1 else ''}{gone}; {has or 'declares nothing'}"),
         )
     if lost:
-        page.say(_Span(f"{lost} attempt{'s' if lost != 1 else ''} lost and made again."))
+        page.say(Span(f"{lost} attempt{'s' if lost != 1 else ''} lost and made again."))

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports.terminal import _Column, _Page, _Row, _Span
+from reports._page import Column, Page, Row, Span
 
 if TYPE_CHECKING:
     from auditor.records.forensics import ForensicsReport, ResultForensics, ResultVariant
@@ -27,41 +27,41 @@ def render(report: ForensicsReport, width: int | None, color: bool) -> str:
         color: whether to use colour.
     """
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule("What made this tensor")
-    page.say(_Span(report.best, "bold"), label=_Span("pixels      ", "dim"))
-    page.say(_Span(_certainty(report)), label=_Span("certainty   ", "dim"))
+    page.say(Span(report.best, "bold"), label=Span("pixels      ", "dim"))
+    page.say(Span(_certainty(report)), label=Span("certainty   ", "dim"))
     scale = ", ".join(words.plain(v) for v in report.slope)
     shift = ", ".join(words.plain(v) for v in report.offset)
     page.say(
-        _Span(f"{report.normalisation or 'none of the usual ones'}: "),
-        _Span(f"slope {scale}; offset {shift}", "dim"),
-        label=_Span("normalised  ", "dim"),
+        Span(f"{report.normalisation or 'none of the usual ones'}: "),
+        Span(f"slope {scale}; offset {shift}", "dim"),
+        label=Span("normalised  ", "dim"),
     )
-    page.say(_Span(f"{report.layout}, {report.channels}"), label=_Span("layout      ", "dim"))
+    page.say(Span(f"{report.layout}, {report.channels}"), label=Span("layout      ", "dim"))
     page.say(
-        _Span(f"{report.tried} combinations compared, {report.skipped} too far by a bound"),
-        label=_Span("search      ", "dim"),
+        Span(f"{report.tried} combinations compared, {report.skipped} too far by a bound"),
+        label=Span("search      ", "dim"),
     )
     if report.indistinguishable:
         page.rule("Gives the same pixels of this photograph")
         for name in report.indistinguishable[:_ALIKE]:
-            page.say(_Span(name))
+            page.say(Span(name))
         if (rest := len(report.indistinguishable) - _ALIKE) > 0:
-            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
+            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
     if report.runners_up:
         page.rule("Next")
         page.grid(
-            (_Column("decoder → colour → resizer"), _Column("off by, levels", right=True)),
+            (Column("decoder → colour → resizer"), Column("off by, levels", right=True)),
             [
-                _Row((_Span(c.name), _Span(words.plain(c.residual))), ())
+                Row((Span(c.name), Span(words.plain(c.residual))), ())
                 for c in report.runners_up[:_OTHERS]
             ],
         )
     if report.gaps:
         page.rule("Not tried")
         for gap in report.gaps:
-            page.say(_Span(f"{gap.subject}: ", "bold"), _Span(gap.reason, "dim"))
+            page.say(Span(f"{gap.subject}: ", "bold"), Span(gap.reason, "dim"))
     return page.text()
 
 
@@ -79,41 +79,41 @@ def _certainty(report: ForensicsReport) -> str:
 def render_result(report: ResultForensics, width: int | None, color: bool) -> str:
     """What made a result, as text; arguments as of ``render``."""
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule(f"What made this result ({report.kind})")
-    page.say(_Span(report.best.name, "bold"), label=_Span("steps       ", "dim"))
-    page.say(_Span(_proof(report)), label=_Span("certainty   ", "dim"))
+    page.say(Span(report.best.name, "bold"), label=Span("steps       ", "dim"))
+    page.say(Span(_proof(report)), label=Span("certainty   ", "dim"))
     for label, limits in (("threshold", report.threshold), ("overlap", report.overlap)):
         if limits is not None:
             low, high = map(words.plain, limits)
             page.say(
-                _Span(f"from {low} to {high} the result is the same"),
-                label=_Span(f"{label:12}", "dim"),
+                Span(f"from {low} to {high} the result is the same"),
+                label=Span(f"{label:12}", "dim"),
             )
     page.say(
-        _Span(f"{report.tried} ways compared, {report.skipped} ruled out by an earlier step"),
-        label=_Span("search      ", "dim"),
+        Span(f"{report.tried} ways compared, {report.skipped} ruled out by an earlier step"),
+        label=Span("search      ", "dim"),
     )
     page.rule("Against the description")
     if not report.differs:
-        page.say(_Span("Nothing differs."))
+        page.say(Span("Nothing differs."))
     for step, (wanted, made) in report.differs.items():
-        page.say(_Span(f"{step}: ", "bold"), _Span(f"described {wanted}; made by {made}"))
+        page.say(Span(f"{step}: ", "bold"), Span(f"described {wanted}; made by {made}"))
     if report.indistinguishable:
         page.rule("Gives the same result")
         for name in report.indistinguishable[:_ALIKE]:
-            page.say(_Span(_unlike(name, report.best.name)))
+            page.say(Span(_unlike(name, report.best.name)))
         if (rest := len(report.indistinguishable) - _ALIKE) > 0:
-            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
+            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
     if report.runners_up:
         page.rule("Next")
         for other in report.runners_up[:_OTHERS]:
             said = _unlike(other.name, report.best.name)
-            page.say(_Span(said), _Span(f" ({_off(other, report.unit)})", "dim"))
+            page.say(Span(said), Span(f" ({_off(other, report.unit)})", "dim"))
     if report.gaps:
         page.rule("Not tried")
         for gap in report.gaps:
-            page.say(_Span(f"{gap.subject}: ", "bold"), _Span(gap.reason, "dim"))
+            page.say(Span(f"{gap.subject}: ", "bold"), Span(gap.reason, "dim"))
     return page.text()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports.terminal import _Column, _Page, _Row, _Span
+from reports._page import Column, Page, Row, Span
 
 if TYPE_CHECKING:
     from auditor.records.generation import (
@@ -39,7 +39,7 @@ def render(
         decode: a token as text.
     """
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
 
     def told(token: int) -> str:
         return str(token) if decode is None else f"{token} {words.visible(decode(token))!r}"
@@ -48,7 +48,7 @@ def render(
     page.rule(
         f"{report.model.path}: {words.count(len(report.text), 'token')} of greedy text{caches}"
     )
-    page.say(_Span(_text(report.text, decode)), label=_Span("reference  ", "dim"))
+    page.say(Span(_text(report.text, decode)), label=Span("reference  ", "dim"))
     for part in report.backends:
         _draw(page, part, report, decode, told)
     return page.text()
@@ -60,7 +60,7 @@ def render_json(report: GenerationReport) -> str:
 
 
 def _draw(
-    page: _Page,
+    page: Page,
     part: Generation,
     report: GenerationReport,
     decode: Callable[[int], str] | None,
@@ -68,49 +68,49 @@ def _draw(
 ) -> None:
     page.rule(part.id)
     if not part.steps:
-        page.say(_Span(part.gap.reason if part.gap else "", "yellow"), label=_Span("gap  ", "dim"))
+        page.say(Span(part.gap.reason if part.gap else "", "yellow"), label=Span("gap  ", "dim"))
         return
     same = sum(a == b for a, b in zip(part.text, report.text, strict=True))
     if part.first is None:
         nearest = min(part.steps, key=lambda s: s.margin_after / max(s.margin, 1e-12))
         page.say(
-            _Span("the same text", "green"),
-            _Span(
+            Span("the same text", "green"),
+            Span(
                 f"; closest call at token {nearest.number}: a lead of "
                 f"{words.plain(nearest.margin)} becomes {words.plain(nearest.margin_after)}"
             ),
         )
     else:
         step = part.steps[part.first]
-        page.say(_Span(_text(part.text, decode)), label=_Span("text       ", "dim"))
+        page.say(Span(_text(part.text, decode)), label=Span("text       ", "dim"))
         page.say(
-            _Span(f"token {step.number}: {told(step.other)} instead of {told(step.token)}", "red"),
-            _Span(f", whose lead was {words.plain(step.margin)}"),
-            label=_Span("diverges   ", "dim"),
+            Span(f"token {step.number}: {told(step.other)} instead of {told(step.token)}", "red"),
+            Span(f", whose lead was {words.plain(step.margin)}"),
+            label=Span("diverges   ", "dim"),
         )
         turned = sum(not s.same for s in part.steps)
         page.say(
-            _Span(
+            Span(
                 f"{same} of {len(report.text)} tokens of its own text; on the reference's text "
                 f"{len(part.steps) - turned} of {len(part.steps)} decisions"
             ),
-            label=_Span("agrees     ", "dim"),
+            label=Span("agrees     ", "dim"),
         )
     kl = [s.kl for s in part.steps]
     proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
     page.say(
-        _Span(
+        Span(
             f"{words.error(sum(kl) / len(kl))} nats a step on average, {words.error(max(kl))} at "
             f"most; logits {words.error(part.relative_l2)} relative L2{proof}"
         ),
-        label=_Span("KL         ", "dim"),
+        label=Span("KL         ", "dim"),
     )
     if part.carried is not None:
         _draw_carried(page, part, part.carried, told)
     causes = shares(part.categories, part.unexplained_share)
-    page.say(_Span(causes), label=_Span("causes     ", "dim"))
+    page.say(Span(causes), label=Span("causes     ", "dim"))
     if part.gap is not None:
-        page.say(_Span(part.gap.reason, "yellow"), label=_Span("gap        ", "dim"))
+        page.say(Span(part.gap.reason, "yellow"), label=Span("gap        ", "dim"))
     _draw_steps(page, part, told)
     if part.effects:
         _draw_layers(page, part)
@@ -125,7 +125,7 @@ def shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
 
 
 def _draw_carried(
-    page: _Page, part: Generation, carried: Carried, told: Callable[[int], str]
+    page: Page, part: Generation, carried: Carried, told: Callable[[int], str]
 ) -> None:
     """How errors grow along the text, and what one step owes to the caches before it."""
     first, last = part.steps[0], part.steps[-1]
@@ -137,42 +137,42 @@ def _draw_carried(
             f"{last.number}, at most {words.error(of(most))} at token {most.number}"
         )
 
-    page.say(_Span(grown(lambda s: s.relative_l2)), label=_Span("logits     ", "dim"))
-    page.say(_Span(grown(lambda s: s.caches or 0.0)), label=_Span("caches     ", "dim"))
+    page.say(Span(grown(lambda s: s.relative_l2)), label=Span("logits     ", "dim"))
+    page.say(Span(grown(lambda s: s.caches or 0.0)), label=Span("caches     ", "dim"))
     page.say(
-        _Span(
+        Span(
             f"{words.error(carried.inherited)} of its logits' error came with the caches, "
             f"{words.error(carried.introduced)} is its own; the lead over {told(carried.other)} "
             f"of {words.plain(carried.lead)} changes by {words.plain(carried.by_caches)} and "
             f"{words.plain(carried.by_step)}"
         ),
-        label=_Span(f"token {carried.number:<4} ", "dim"),
+        label=Span(f"token {carried.number:<4} ", "dim"),
     )
     if carried.categories:
         causes = shares(carried.categories, carried.unexplained_share)
-        page.say(_Span(f"of the prompt's caches: {causes}"), label=_Span("           ", "dim"))
+        page.say(Span(f"of the prompt's caches: {causes}"), label=Span("           ", "dim"))
 
 
-def _draw_steps(page: _Page, part: Generation, told: Callable[[int], str]) -> None:
+def _draw_steps(page: Page, part: Generation, told: Callable[[int], str]) -> None:
     """The turned steps, then those with the largest divergence."""
     chosen = sorted(part.steps, key=lambda s: (s.same, -s.kl))[:_STEPS]
     columns = (
-        _Column("token", right=True),
-        _Column("reference"),
-        _Column("backend"),
-        _Column("lead", right=True),
-        _Column("becomes", right=True),
-        _Column("KL, nats", right=True),
+        Column("token", right=True),
+        Column("reference"),
+        Column("backend"),
+        Column("lead", right=True),
+        Column("becomes", right=True),
+        Column("KL, nats", right=True),
     )
     rows = [
-        _Row(
+        Row(
             (
-                _Span(str(s.number)),
-                _Span(told(s.token)),
-                _Span(told(s.other), "" if s.same else "red"),
-                _Span(words.plain(s.margin)),
-                _Span(words.plain(s.margin_after)),
-                _Span(words.error(s.kl)),
+                Span(str(s.number)),
+                Span(told(s.token)),
+                Span(told(s.other), "" if s.same else "red"),
+                Span(words.plain(s.margin)),
+                Span(words.plain(s.margin_after)),
+                Span(words.error(s.kl)),
             ),
             (),
         )
@@ -182,20 +182,20 @@ def _draw_steps(page: _Page, part: Generation, told: Callable[[int], str]) -> No
     page.grid(columns, rows)
 
 
-def _draw_layers(page: _Page, part: Generation) -> None:
+def _draw_layers(page: Page, part: Generation) -> None:
     columns = (
-        _Column("layer, its error alone"),
-        _Column("segments", right=True),
-        _Column("changes the lead by", right=True),
-        _Column("of it", right=True),
+        Column("layer, its error alone"),
+        Column("segments", right=True),
+        Column("changes the lead by", right=True),
+        Column("of it", right=True),
     )
     rows = [
-        _Row(
+        Row(
             (
-                _Span(e.layer),
-                _Span(str(e.segments)),
-                _Span(words.plain(e.change)),
-                _Span(words.percent(e.harm)),
+                Span(e.layer),
+                Span(str(e.segments)),
+                Span(words.plain(e.change)),
+                Span(words.percent(e.harm)),
             ),
             (),
         )
@@ -205,25 +205,25 @@ def _draw_layers(page: _Page, part: Generation) -> None:
     page.grid(columns, rows)
 
 
-def _draw_kept(page: _Page, part: Generation, kept: KeptLayers) -> None:
+def _draw_kept(page: Page, part: Generation, kept: KeptLayers) -> None:
     page.blank()
     page.say(
-        _Span(f"{len(kept.layers)} of {kept.among} layers: {', '.join(kept.layers)}"),
-        label=_Span("keep exact ", "bold"),
+        Span(f"{len(kept.layers)} of {kept.among} layers: {', '.join(kept.layers)}"),
+        label=Span("keep exact ", "bold"),
     )
     if kept.turned is None:
-        page.say(_Span(kept.failure or "", "yellow"), label=_Span("not built  ", "dim"))
+        page.say(Span(kept.failure or "", "yellow"), label=Span("not built  ", "dim"))
         return
     id = part.id.partition(":")[0]
     options = " ".join(f"--option {id}.{k}={v}" for k, v in kept.options.items())
     page.say(
-        _Span(
+        Span(
             f"in {words.count(kept.pieces, 'piece')}, those layers with {options}: "
             f"{words.count(kept.turned, 'decision')} of {len(part.steps)} turned, "
             f"{words.error(kept.kl)} nats at most",
             "green" if kept.turned == 0 else "yellow",
         ),
-        label=_Span("built      ", "dim"),
+        label=Span("built      ", "dim"),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reports import _words as words
 from reports._generate import shares
-from reports.terminal import _Column, _Page, _Row, _Span
+from reports._page import Column, Page, Row, Span
 
 if TYPE_CHECKING:
     from auditor.records.stream import Streamed, StreamReport, StreamStep
@@ -27,18 +27,18 @@ def render(report: StreamReport, width: int | None, color: bool) -> str:
         color: whether to use colour.
     """
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule(f"{report.model.path}: a stream")
-    page.say(_Span(report.source), label=_Span("fed        ", "dim"))
+    page.say(Span(report.source), label=Span("fed        ", "dim"))
     pairs = ", ".join(f"{name} ← {output}" for name, output in report.states)
-    page.say(_Span(pairs), label=_Span("states     ", "dim"))
+    page.say(Span(pairs), label=Span("states     ", "dim"))
     for part in report.backends:
         page.rule(part.id)
         if part.steps:
             _draw(page, part, report.output)
         else:
             reason = part.gap.reason if part.gap else ""
-            page.say(_Span(reason, "yellow"), label=_Span("gap  ", "dim"))
+            page.say(Span(reason, "yellow"), label=Span("gap  ", "dim"))
     return page.text()
 
 
@@ -47,23 +47,23 @@ def render_json(report: StreamReport) -> str:
     return json.dumps({"format": FORMAT} | dataclasses.asdict(report), indent=2) + "\n"
 
 
-def _draw(page: _Page, part: Streamed, output: str) -> None:
+def _draw(page: Page, part: Streamed, output: str) -> None:
     decided = part.steps[0].decision
     turned = [s for s in part.steps if not s.same]
     if turned:
         said = (
             f"{words.count(len(turned), 'step')} of {len(part.steps)}, the first {turned[0].number}"
         )
-        page.say(_Span(said, "red"), label=_Span("turned     ", "dim"))
+        page.say(Span(said, "red"), label=Span("turned     ", "dim"))
     elif decided:
         nearest = min(part.steps, key=lambda s: s.margin_after or 0.0)
         left = words.plain(nearest.margin_after or 0.0)
         page.say(
-            _Span(f"all {len(part.steps)} decisions alike", "green"),
-            _Span(f"; closest at step {nearest.number}: {left} away"),
+            Span(f"all {len(part.steps)} decisions alike", "green"),
+            Span(f"; closest at step {nearest.number}: {left} away"),
         )
     else:
-        page.say(_Span(f"{len(part.steps)} steps; `{output}` is nothing to decide by"))
+        page.say(Span(f"{len(part.steps)} steps; `{output}` is nothing to decide by"))
 
     def grown(of: Callable[[StreamStep], float]) -> str:
         first, last, most = part.steps[0], part.steps[-1], max(part.steps, key=of)
@@ -73,45 +73,45 @@ def _draw(page: _Page, part: Streamed, output: str) -> None:
         )
 
     proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
-    page.say(_Span(grown(lambda s: s.relative_l2) + proof), label=_Span("output     ", "dim"))
-    page.say(_Span(grown(lambda s: s.states)), label=_Span("states     ", "dim"))
+    page.say(Span(grown(lambda s: s.relative_l2) + proof), label=Span("output     ", "dim"))
+    page.say(Span(grown(lambda s: s.states)), label=Span("states     ", "dim"))
     looked = part.steps[part.looked]
     page.say(
-        _Span(
+        Span(
             f"{words.error(looked.inherited)} of its output's error came with the states, "
             f"{words.error(looked.introduced)} is its own"
         ),
-        label=_Span(f"step {part.looked:<5} ", "dim"),
+        label=Span(f"step {part.looked:<5} ", "dim"),
     )
     causes = shares(part.categories, part.unexplained_share)
-    page.say(_Span(f"of its own: {causes}"), label=_Span("causes     ", "dim"))
+    page.say(Span(f"of its own: {causes}"), label=Span("causes     ", "dim"))
     page.blank()
     columns = (
-        _Column("step", right=True),
-        _Column("reference"),
-        _Column("backend"),
-        _Column("margin", right=True),
-        _Column("becomes", right=True),
-        _Column("output", right=True),
-        _Column("states", right=True),
-        _Column("inherited", right=True),
-        _Column("introduced", right=True),
+        Column("step", right=True),
+        Column("reference"),
+        Column("backend"),
+        Column("margin", right=True),
+        Column("becomes", right=True),
+        Column("output", right=True),
+        Column("states", right=True),
+        Column("inherited", right=True),
+        Column("introduced", right=True),
     )
     worst = sorted(part.steps, key=lambda s: (s.same, -s.relative_l2))[:_STEPS]
     page.grid(columns, [_row(s) for s in sorted(worst, key=lambda s: s.number)])
 
 
-def _row(step: StreamStep) -> _Row:
+def _row(step: StreamStep) -> Row:
     ours, theirs = (" ".join(map(str, d)) or "–" for d in (step.decision, step.other))
     margins = (step.margin, step.margin_after)
     parts = (step.relative_l2, step.states, step.inherited, step.introduced)
-    return _Row(
+    return Row(
         (
-            _Span(str(step.number)),
-            _Span(ours),
-            _Span(theirs, "" if step.same else "red"),
-            *(_Span("–" if m is None else words.plain(m)) for m in margins),
-            *(_Span(words.error(p)) for p in parts),
+            Span(str(step.number)),
+            Span(ours),
+            Span(theirs, "" if step.same else "red"),
+            *(Span("–" if m is None else words.plain(m)) for m in margins),
+            *(Span(words.error(p)) for p in parts),
         ),
         (),
     )

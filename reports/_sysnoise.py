@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from reports import _words as words
-from reports.terminal import _Column, _Page, _Row, _Span
+from reports._page import Column, Page, Row, Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,10 +51,10 @@ def render(report: SysnoiseReport, width: int | None, color: bool) -> str:
         color: whether to use colour.
     """
     report = words.visible(report)
-    page = _Page(width, color)
+    page = Page(width, color)
     page.rule(f"SysNoise of {report.model}")
     for label, text in _head(report):
-        page.say(_Span(text), label=_Span(f"{label}  ", "dim"), begin=12)
+        page.say(Span(text), label=Span(f"{label}  ", "dim"), begin=12)
     page.rule("Each type, its options switched alone")
     columns = _columns(report)
     page.grid(columns, [row for t in report.types for row in _type_rows(t, report)])
@@ -76,7 +76,7 @@ def render(report: SysnoiseReport, width: int | None, color: bool) -> str:
     _draw_pairs(page, report)
     page.rule("What to do")
     for sentence in _advice(report):
-        page.say(_Span(sentence))
+        page.say(Span(sentence))
     _draw_gaps(page, report)
     return page.text()
 
@@ -104,26 +104,26 @@ def _head(report: SysnoiseReport) -> list[tuple[str, str]]:
     return head
 
 
-def _columns(report: SysnoiseReport) -> tuple[_Column, ...]:
-    found = [_Column("")]
+def _columns(report: SysnoiseReport) -> tuple[Column, ...]:
+    found = [Column("")]
     if report.accuracy is not None:
-        found.append(_Column(f"drop of {report.metric}, points", right=True))
+        found.append(Column(f"drop of {report.metric}, points", right=True))
     if report.kind != "none":
-        found.append(_Column(_READINGS[report.kind] + ", %", right=True))
-    return (*found, _Column("relative L2", right=True))
+        found.append(Column(_READINGS[report.kind] + ", %", right=True))
+    return (*found, Column("relative L2", right=True))
 
 
-def _row(name: str, effect: SysnoiseEffect, report: SysnoiseReport, style: str = "") -> _Row:
-    cells = [_Span(name, style)]
+def _row(name: str, effect: SysnoiseEffect, report: SysnoiseReport, style: str = "") -> Row:
+    cells = [Span(name, style)]
     if report.accuracy is not None:
-        cells.append(_Span(_figure(effect.drop)))
+        cells.append(Span(_figure(effect.drop)))
     if report.kind != "none":
-        cells.append(_Span(_figure(effect.changed)))
-    cells.append(_Span(words.error(effect.relative_l2.value)))
-    return _Row(tuple(cells), ())
+        cells.append(Span(_figure(effect.changed)))
+    cells.append(Span(words.error(effect.relative_l2.value)))
+    return Row(tuple(cells), ())
 
 
-def _type_rows(type: SysnoiseType, report: SysnoiseReport) -> list[_Row]:
+def _type_rows(type: SysnoiseType, report: SysnoiseReport) -> list[Row]:
     """The type's own lines, then its options, the worst first."""
     if len(type.options) == 1:
         return [_row(f"{type.title}: {_named(type.options[0], report)}", type.max, report, "bold")]
@@ -134,7 +134,7 @@ def _type_rows(type: SysnoiseType, report: SysnoiseReport) -> list[_Row]:
     for option in type.options[:_OPTIONS]:
         rows.append(_row(f"  {_named(option, report)}", option.effect, report, "dim"))
     if (rest := len(type.options) - _OPTIONS) > 0:
-        rows.append(_Row((_Span(f"  and {rest} with less effect", "dim"),), ()))
+        rows.append(Row((Span(f"  and {rest} with less effect", "dim"),), ()))
     return rows
 
 
@@ -155,7 +155,7 @@ def _figure(value: Interval | None) -> str:
     return f"{100 * value.value:.1f} ({low} … {high})"
 
 
-def _draw_pairs(page: _Page, report: SysnoiseReport) -> None:
+def _draw_pairs(page: Page, report: SysnoiseReport) -> None:
     """Pairs that do more, or less, together than alone."""
     titles = {t.id: t.title for t in report.types}
     reading = _READINGS[report.kind]
@@ -165,7 +165,7 @@ def _draw_pairs(page: _Page, report: SysnoiseReport) -> None:
     page.rule("Interaction of two types")
     if not decided:
         page.say(
-            _Span(
+            Span(
                 f"Of {len(report.pairs)} pairs none differs from the sum of its parts by more than "
                 "chance on these photographs."
             )
@@ -175,8 +175,8 @@ def _draw_pairs(page: _Page, report: SysnoiseReport) -> None:
         names = " and ".join(titles[t] for t in pair.types)
         unit = f"of {report.metric}" if pair.surplus and pair.surplus.drop else f"of {reading}"
         page.say(
-            _Span(names, "bold"),
-            _Span(f": {_figure(surplus)} points {unit} beyond the sum of what each does alone"),
+            Span(names, "bold"),
+            Span(f": {_figure(surplus)} points {unit} beyond the sum of what each does alone"),
         )
 
 
@@ -233,7 +233,7 @@ def _reads_differently(effect: SysnoiseEffect) -> bool:
     return value.low > _NEGLIGIBLE if value is not None else effect.relative_l2.value > _SMALL
 
 
-def _draw_gaps(page: _Page, report: SysnoiseReport) -> None:
+def _draw_gaps(page: Page, report: SysnoiseReport) -> None:
     if not (report.gaps or report.left_out or report.notes or report.oddities):
         return
     page.rule("Not measured, and what to know")
@@ -244,17 +244,17 @@ def _draw_gaps(page: _Page, report: SysnoiseReport) -> None:
             alike.setdefault(f"{gap.reason}{remedy}", []).append(gap.subject)
         for reason, subjects in list(alike.items())[:_MOST]:
             page.say(
-                _Span(f"{_listed(subjects)}: ", "bold"),
-                _Span(reason, "dim"),
-                label=_Span(f"{title}  ", "dim"),
+                Span(f"{_listed(subjects)}: ", "bold"),
+                Span(reason, "dim"),
+                label=Span(f"{title}  ", "dim"),
             )
         if rest := sum(map(len, list(alike.values())[_MOST:])):
-            page.say(_Span(f"and {rest} more; --format json has all of them", "dim"))
+            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
     if report.oddities:
         counted = ", ".join(f"{name}: {n}" for name, n in report.oddities.items())
-        page.say(_Span(f"Unusual photographs: {counted}.", "dim"))
+        page.say(Span(f"Unusual photographs: {counted}.", "dim"))
     for note in report.notes:
-        page.say(_Span(note, "dim"))
+        page.say(Span(note, "dim"))
 
 
 def _listed(subjects: list[str]) -> str:

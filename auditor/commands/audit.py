@@ -271,7 +271,7 @@ def _audit(
         asked = _closed_in(asked, context.params, output)
 
     from auditor.audit import audit
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     progress = StoppableProgress(LiveProgress())
     try:

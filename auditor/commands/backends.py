@@ -15,7 +15,7 @@ def _backends() -> int:
     """List the backends and their devices here, or why one is missing and how to get it."""
     from auditor import discovery
     from auditor.processes import worker
-    from reports.terminal import render_backends
+    from reports._lists import render_backends
 
     rows = worker.probe(discovery.backend_ids())
     width, color = screen()

@@ -20,7 +20,7 @@ def _explain(
 ) -> int:
     """Explain one cause: what it is, where it applies, the forms tested, and what to do."""
     from auditor import discovery
-    from reports.terminal import render_noise
+    from reports._lists import render_noise
 
     emit(render_noise(discovery.noise(id), *screen()))
     return 0

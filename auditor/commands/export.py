@@ -115,7 +115,7 @@ def _export(
     from auditor.audit import AuditOptions
     from auditor.training.export import compare
     from reports import _export as table
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     with TemporaryDirectory(prefix="audit-export-") as scratch:
         folder = Path(scratch)

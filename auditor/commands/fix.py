@@ -73,7 +73,7 @@ def _fix(
     from auditor.fix import fix
     from reports import _fix as table
     from reports import json_v1
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     if output is not None:
         check_writable(output.resolve())

@@ -83,7 +83,7 @@ def _generate(
     from auditor.audit import AuditOptions
     from auditor.sequences.generate import generate
     from reports import _generate as table
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     asked = AuditOptions(backends=specs, options=options, threads=threads, timeout=timeout)
     progress = StoppableProgress(LiveProgress())

@@ -10,7 +10,7 @@ from auditor.commands._output import emit, screen
 def _noises() -> int:
     """List the causes of divergence that can be replayed."""
     from auditor import discovery
-    from reports.terminal import render_noises
+    from reports._lists import render_noises
 
     width, color = screen()
     emit(render_noises(discovery.noises(), width, color))

@@ -64,7 +64,7 @@ def _record(
     shapes = dict(parse_shape(text) for text in shape or ())
 
     from auditor.audit import AuditOptions, record
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     asked = AuditOptions(
         backends=specs,

@@ -38,7 +38,7 @@ def _repro(
     """
     from auditor.repro import ISSUE, SCRIPT, reproduce
     from reports import json_v1
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     loaded = json_v1.load(report)
     chosen = next((f for f in loaded.findings if f.rank == finding), None)

@@ -55,7 +55,8 @@ def _sensitivity(
     from auditor import model as models
     from auditor import sensitivity
     from auditor import stimulus as stimuli
-    from reports.terminal import LiveProgress, render_sensitivities
+    from reports._lists import render_sensitivities
+    from reports._progress import LiveProgress
 
     progress = StoppableProgress(LiveProgress())
     try:

@@ -37,7 +37,7 @@ def _show(
     The fleet.json of `audit fleet` is shown as a matrix.
     """
     from reports import _fleet, json_v1
-    from reports.terminal import render_segment
+    from reports._segment import render_segment
 
     if _fleet.is_fleet(report):
         if layer or format or output:

@@ -114,7 +114,7 @@ def _stream(
     from auditor.audit import AuditOptions
     from auditor.sequences import streaming
     from reports import _stream as table
-    from reports.terminal import LiveProgress
+    from reports._progress import LiveProgress
 
     asked = streaming.Asked(
         data=data,

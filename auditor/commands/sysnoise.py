@@ -98,7 +98,7 @@ def _sysnoise(
     from auditor.pipeline import description, networks, photos
     from auditor.pipeline.sysnoise import pixels, sysnoise
     from reports import _sysnoise as table
-    from reports.terminal import LiveProgress, print_error
+    from reports._progress import LiveProgress, print_error
 
     ids = given if noise else list(networks.PAPER)
     noises = [discovery.noise(id) for id in ids if ids != ["none"]]

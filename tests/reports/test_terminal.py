@@ -20,8 +20,8 @@ from auditor.errors import UsageError
 from auditor.records.backend import Availability, Device, Gap
 from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
+from reports import _lists, _progress, _segment, terminal
 from reports import _words as words
-from reports import terminal
 
 _WIDTHS = (80, 120, 200)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -101,7 +101,7 @@ def test_everything_that_matters_is_there(report: AuditReport, width: int, color
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_a_segment_says_how_its_figures_vary_over_samples(report: AuditReport, width: int) -> None:
-    text = terminal.render_segment(report, "s0", width, False)
+    text = _segment.render_segment(report, "s0", width, False)
     _assert_clean(text, width)
     said = _flat(text)
     for fact in (
@@ -169,7 +169,7 @@ def test_any_report_renders_cleanly_at_any_width(
     _assert_clean(_render(report, width, color), width)
     names = {n for b in report.backends for s in b.segments for n in (s.id, *s.op_types)}
     for name in sorted(names)[:2]:
-        _assert_clean(terminal.render_segment(report, name, width, color), width)
+        _assert_clean(_segment.render_segment(report, name, width, color), width)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_many_participants_become_a_list(report: AuditReport) -> None:
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_a_segment_in_full(report: AuditReport, width: int) -> None:
-    text = terminal.render_segment(report, "s3", width, False)
+    text = _segment.render_segment(report, "s3", width, False)
     _assert_clean(text, width)
     said = _flat(text)
     for fact in (
@@ -318,7 +318,7 @@ def test_a_segment_in_full(report: AuditReport, width: int) -> None:
 
 
 def test_histogram_bars_follow_the_counts(report: AuditReport) -> None:
-    text = terminal.render_segment(report, "s3", 100, False)
+    text = _segment.render_segment(report, "s3", 100, False)
     bars = [line.count("█") for line in text.splitlines() if " to " in line and "█" in line]
     assert bars and max(bars) == bars[bars.index(max(bars))] == 50
     assert "2.4e-4 to 2.0e-3" in next(x for x in text.splitlines() if x.count("█") == 50)
@@ -337,19 +337,19 @@ def test_histogram_bars_follow_the_counts(report: AuditReport) -> None:
     ],
 )
 def test_a_segment_is_found_by_any_of_its_names(report: AuditReport, name: str) -> None:
-    text = terminal.render_segment(report, name, 120, False)
+    text = _segment.render_segment(report, name, 120, False)
     assert "ort, segment s7" in text
     assert "ov, segment s7" in text
     assert "segment s8" not in text
 
 
 def test_an_input_is_found_where_nothing_produces_it(report: AuditReport) -> None:
-    text = terminal.render_segment(report, "images:0", 120, False)
+    text = _segment.render_segment(report, "images:0", 120, False)
     assert "ov, segment s0" in text
 
 
 def test_an_operator_lists_its_segments_worst_first(report: AuditReport) -> None:
-    text = terminal.render_segment(report, "conv", 120, False)
+    text = _segment.render_segment(report, "conv", 120, False)
     _assert_clean(text, 120)
     assert "32 segments match conv" in text
     assert "…/blocks_15/depthwise_conv2d/depthwise + 2 more" in text
@@ -358,20 +358,20 @@ def test_an_operator_lists_its_segments_worst_first(report: AuditReport) -> None
 
 def test_an_unknown_name_gets_suggestions(report: AuditReport) -> None:
     with pytest.raises(UsageError, match="called `blocks_7/Relu`") as caught:
-        terminal.render_segment(report, "blocks_7/Relu", 80, False)
+        _segment.render_segment(report, "blocks_7/Relu", 80, False)
     assert "`efficientnet-lite0/model/blocks_7/Relu6`" in caught.value.hint
     with pytest.raises(UsageError) as caught:
-        terminal.render_segment(report, "Cnv", 80, False)
+        _segment.render_segment(report, "Cnv", 80, False)
     assert "Did you mean `Conv`" in caught.value.hint
     with pytest.raises(UsageError) as caught:
-        terminal.render_segment(report, "\x1b[2J", 80, False)
+        _segment.render_segment(report, "\x1b[2J", 80, False)
     assert caught.value.message.isprintable()
 
 
 def test_a_report_without_segments_says_so(report: AuditReport) -> None:
     bare = replace(report, backends=report.backends[2:])
     with pytest.raises(UsageError, match="no segments"):
-        terminal.render_segment(bare, "s0", 80, False)
+        _segment.render_segment(bare, "s0", 80, False)
 
 
 # --- the other lists -----------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
         ),
         ("ort", Availability(True, "ONNX Runtime", "1.32.0")),
     ]
-    text = terminal.render_backends(rows, width, False)
+    text = _lists.render_backends(rows, width, False)
     _assert_clean(text, width)
     said = _flat(text)
     assert "ov OpenVINO 2026.4.1 Intel(R) Xeon(R) Platinum 8488C ov:GPU Intel(R) Arc(TM)" in said
@@ -415,8 +415,8 @@ def test_noises_are_listed_and_explained() -> None:
         ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
         source="SysNoise, section 3.2",
     )
-    listed = terminal.render_noises([noise], 80, False)  # type: ignore[list-item]
-    shown = terminal.render_noise(noise, 80, False)  # type: ignore[arg-type]
+    listed = _lists.render_noises([noise], 80, False)  # type: ignore[list-item]
+    shown = _lists.render_noise(noise, 80, False)  # type: ignore[arg-type]
     facts = (noise.id, noise.stage, noise.type, noise.title)
     switch = "--option ov.INFERENCE_PRECISION_HINT=f32"
     more = (noise.cause, noise.applies, *noise.forms, noise.advice, noise.source)
@@ -429,8 +429,8 @@ def test_noises_are_listed_and_explained() -> None:
 
 
 def test_errors_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_error("no such file: [bold]x\x1b[2J.onnx", "Check the path.")
-    terminal.print_error("line one\nline two", "")
+    _progress.print_error("no such file: [bold]x\x1b[2J.onnx", "Check the path.")
+    _progress.print_error("line one\nline two", "")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == (
@@ -440,7 +440,7 @@ def test_errors_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_progress_is_silent_when_not_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    progress = terminal.LiveProgress()
+    progress = _progress.LiveProgress()
     progress.update("ov", "build")
     progress.close()
     assert capfd.readouterr() == ("", "")
@@ -464,7 +464,7 @@ def test_progress_shows_each_backend_and_restores_the_terminal(
     monkeypatch.setenv("TERM", "xterm-256color")
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = terminal.LiveProgress()
+        progress = _progress.LiveProgress()
         callers = [
             threading.Thread(target=progress.update, args=(who, "build[red]"))
             for who in ("ort", "ov:GPU", "tvm")
