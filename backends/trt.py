@@ -11,11 +11,8 @@ Source: TensorRT documentation, "Python API" (``Builder``, ``OnnxParser``, ``IDe
 from __future__ import annotations
 
 import ctypes
-import importlib
 import re
-from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +21,16 @@ from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records.backend import Availability, Device, Kernel, Probe, Provenance, Skipped, Switch
 from backends import _trt_plan
+from backends._trt_cuda import (
+    Cuda,
+    engine,
+    engine_name,
+    logger,
+    storage_dtype,
+    visible_gpus,
+    widened,
+)
+from backends._trt_layers import LATE_TACTIC, ORIGIN, Graph, attribute, node_key, parse_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,22 +40,7 @@ if TYPE_CHECKING:
     from auditor.ports import Build, Instrumented
     from auditor.records.backend import BuildRequest
 
-# The engine's spellings of a type ("Datatype: Float", "Format/Datatype: ... FP32 format"); one
-# that contains another comes first.
-_PRECISIONS = (
-    *(("BFloat16", "bf16"), ("BF16", "bf16"), ("Half", "f16"), ("FP16", "f16")),
-    *(("FP8", "f8"), ("FP4", "f4"), ("Float", "f32"), ("FP32", "f32")),
-    *(("UInt8", "u8"), ("UINT8", "u8"), ("Int8", "i8"), ("INT8", "i8"), ("Int4", "i4")),
-    *(("INT4", "i4"), ("Int32", "i32"), ("INT32", "i32"), ("Int64", "i64"), ("INT64", "i64")),
-    ("Bool", "bool"),
-)
-_NARROW_FIRST = ("f4", "f8", "f16", "bf16", "f32")
-# Operators whose FP32 products TensorRT may compute in TF32 (BuilderFlag.TF32).
-_PRODUCTS = frozenset(
-    ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN")
-)
-# Stands for a kernel that TensorRT for RTX picks on the user's GPU, when the engine is loaded.
-_LATE_TACTIC = "__myelin_CASK_STUB"
+
 _ON_OFF = {"on": True, "off": False}
 # Builder flags that change numbers: the factor to leave out, its option, the causes it can bring.
 # Source: ``BuilderFlag`` in TensorRT's Python API.
@@ -60,381 +52,6 @@ _FACTORS = {
         ("implementation.nonfinite",),
     ),
 }
-
-
-# --- the program, as the builder describes it --------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EngineTensor:
-    """A tensor of the engine: its internal name, its shape and its precision (``f32``)."""
-
-    name: str
-    shape: tuple[int, ...]
-    precision: str
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLayer:
-    """One layer of a built engine; ``origins`` are names of ONNX nodes, as in its metadata."""
-
-    name: str
-    type: str
-    inputs: tuple[EngineTensor, ...]
-    constants: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
-    tactic: str
-    origins: tuple[str, ...]
-
-
-_LAYER = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), "
-    r"Inputs: \[(?P<inputs>| ?\{.*?\})\], "
-    r"(?:Constants: \[(?P<constants>| ?\{.*?\})\], )?"
-    r"Outputs: \[(?P<outputs>| ?\{.*?\})\](?P<rest>.*)"
-)
-_TENSOR = re.compile(
-    r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?"
-    r"Dimensions: \[(?P<shape>[-\d,]*)\](?:.*?Datatype: (?P<type>[^,}]*))?.*?\}"
-)
-_ORIGIN = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*(?:\[|\x1e|$))")
-
-
-def parse_layers(text: str) -> tuple[EngineLayer, ...]:
-    """Read the one-line-per-layer description that ends a VERBOSE build.
-
-    Synchronisation between streams and jumps produce nothing and are left out.
-
-    Args:
-        text: the log message that starts with ``Layers:``, at ``ProfilingVerbosity.DETAILED``;
-            ``EngineInspector`` returns the same (``LayerInformationFormat.ONELINE``).
-    """
-    found = (_LAYER.match(line) for line in text.splitlines())
-    layers = tuple(
-        EngineLayer(
-            match["name"],
-            match["type"],
-            _tensors(match["inputs"]),
-            _tensors(match["constants"] or ""),
-            _tensors(match["outputs"]),
-            _after("TacticName", match["rest"]),
-            tuple(_ORIGIN.findall(match["rest"])),
-        )
-        for match in found
-        if match
-    )
-    return tuple(layer for layer in layers if layer.outputs)
-
-
-def _tensors(text: str) -> tuple[EngineTensor, ...]:
-    return tuple(
-        EngineTensor(
-            match["name"],
-            tuple(int(size) for size in match["shape"].split(",") if size),
-            _precision(match["type"] or ""),
-        )
-        for match in _TENSOR.finditer(text)
-    )
-
-
-def _after(label: str, text: str) -> str:
-    match = re.search(rf"{label}: ([^,]*)", text)
-    return match[1].strip() if match else ""
-
-
-def _precision(type_text: str) -> str:
-    """``f32`` for ``Float`` or ``... FP32 format``; "" for a spelling not met before."""
-    return next((name for part, name in _PRECISIONS if part in type_text), "")
-
-
-# --- from engine layers back to ONNX -----------------------------------------------------------
-
-
-class Graph:
-    """What mapping engine layers back to ONNX needs to know of a model's main graph.
-
-    Attributes:
-        operators: operator of every node by its key, in graph order.
-    """
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        """Index ``graph``; its weights are not needed."""
-        self.operators: dict[str, str] = {}
-        self._produces: dict[str, tuple[str, ...]] = {}
-        self._consumers: dict[str, set[str]] = {}
-        self._outputs = {output.name for output in graph.output}
-        # A finished plan speaks of nodes by the names that they had in the file.
-        self._named = {node.name: _key(node) for node in graph.node if node.name}
-        for node in graph.node:
-            key = _key(node)
-            self.operators[key] = node.op_type
-            self._produces[key] = tuple(filter(None, node.output))
-            for tensor in _reads(node):
-                self._consumers.setdefault(tensor, set()).add(key)
-
-    def resolve(self, origin: str) -> str | None:
-        """Key of the main graph's node that a name in the engine's metadata stands for.
-
-        Nodes inside an If, a Loop or a function are written ``NAME | GRAPH | KEY (If)``.
-        """
-        outer = origin.rsplit(" | ", 1)[-1].rsplit(" (", 1)[0]
-        names = (self._named.get(name, name) for name in (origin, outer))
-        return next((name for name in names if name in self.operators), None)
-
-    def nodes(self, layer: EngineLayer) -> tuple[str, ...]:
-        """Keys of the nodes fused into a layer, in graph order."""
-        keys = {self.resolve(origin) for origin in layer.origins}
-        return tuple(key for key in self.operators if key in keys)
-
-    def boundaries(self, layers: Sequence[EngineLayer]) -> list[tuple[str, ...]]:
-        """The ONNX tensors that each layer hands to others, or to the caller.
-
-        A node spread over several layers is finished by the last of them.
-        """
-        fused = [self.nodes(layer) for layer in layers]
-        last = {key: index for index, keys in enumerate(fused) for key in keys}
-        return [
-            tuple(
-                tensor
-                for key in keys
-                if last[key] == index
-                for tensor in self._produces[key]
-                if tensor in self._outputs or self._consumers.get(tensor, set()) - set(keys)
-            )
-            for index, keys in enumerate(fused)
-        ]
-
-    def kernels(self, layers: Sequence[EngineLayer], tf32: bool) -> tuple[Kernel, ...]:
-        """The layers as records; ``tf32`` is whether the build allowed it."""
-        return tuple(
-            Kernel(
-                name=layer.name,
-                type=layer.type,
-                nodes=(nodes := self.nodes(layer)),
-                outputs=outputs,
-                primitive="" if layer.tactic == _LATE_TACTIC else layer.tactic,
-                precision=self._computes_in(layer, nodes, tf32),
-                output_precision=layer.outputs[0].precision,
-            )
-            for layer, outputs in zip(layers, self.boundaries(layers), strict=True)
-        )
-
-    def _computes_in(self, layer: EngineLayer, nodes: Iterable[str], tf32: bool) -> str:
-        if "tf32" in layer.tactic:
-            return "tf32"
-        seen = [tensor.precision for tensor in (*layer.inputs, *layer.constants)]
-        narrowest = next((name for name in _NARROW_FIRST if name in seen), next(iter(seen), ""))
-        products = any(self.operators[key] in _PRODUCTS for key in nodes)
-        # With TF32 allowed, FP32 tensors say nothing of the product unless the tactic does.
-        if narrowest == "f32" and products and tf32 and "f32" not in layer.tactic:
-            return ""
-        return narrowest
-
-
-def attribute(
-    layers: Sequence[EngineLayer],
-    boundaries: Sequence[tuple[str, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[str, str], tuple[Skipped, ...]]:
-    """Find which ONNX tensor each engine tensor holds.
-
-    The engine names its tensors freely, so an ONNX tensor is paired with the one output of its
-    layer that has as many elements; where that is not unique nothing is claimed.
-
-    Args:
-        layers: the engine's layers.
-        boundaries: the ONNX tensors that each layer hands on.
-        shapes: shape of each ONNX tensor; −1 where it is only known at run time.
-
-    Returns:
-        ONNX name by engine name, and the boundary tensors left out, with the reason.
-    """
-    written = Counter(tensor.name for layer in layers for tensor in layer.outputs)
-    names: dict[str, str] = {}
-    skipped = []
-    for layer, tensors in zip(layers, boundaries, strict=True):
-        claims = {
-            tensor: [out for out in layer.outputs if _holds(out, shapes.get(tensor))]
-            for tensor in tensors
-        }
-        rivals = Counter(out.name for outs in claims.values() for out in outs)
-        for tensor, outs in claims.items():
-            if len(outs) != 1 or rivals[outs[0].name] > 1:
-                skipped.append(Skipped(tensor, f"no tensor of its own in layer {layer.name}"))
-            elif written[outs[0].name] > 1:
-                skipped.append(Skipped(tensor, f"part of the shared tensor {outs[0].name}"))
-            else:
-                names[outs[0].name] = tensor
-    return names, tuple(skipped)
-
-
-def _holds(tensor: EngineTensor, shape: tuple[int, ...] | None) -> bool:
-    known = shape is not None and min((*shape, *tensor.shape), default=0) >= 0
-    return not known or np.prod(tensor.shape) == np.prod(shape or ())
-
-
-def _key(node: onnx.NodeProto) -> str:
-    key: str = next(filter(None, node.output))
-    return key
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Tensors a node reads, those captured by its subgraphs included."""
-    names = set(filter(None, node.input))
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names.update(*(_reads(inner) for inner in graph.node))
-            names.update(output.name for output in graph.output)
-    return names
-
-
-# --- the engine's module, its log, and CUDA ----------------------------------------------------
-
-
-@cache
-def _engine() -> Any:
-    """NVIDIA's ``tensorrt`` where it is installed, else ``tensorrt_rtx``."""
-    try:
-        return importlib.import_module("tensorrt")
-    except ImportError:
-        return importlib.import_module("tensorrt_rtx")
-
-
-def _engine_name() -> str:
-    return "TensorRT" if _engine().__name__ == "tensorrt" else "TensorRT for RTX"
-
-
-@cache
-def _logger() -> Any:
-    """The process's logger: TensorRT keeps the first it is given and ignores later ones."""
-    trt = _engine()
-
-    class Log(trt.ILogger):  # type: ignore[misc,name-defined]
-        """Keeps the engine's description, and what went wrong."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.reset()
-
-        def reset(self) -> None:
-            self.layers = ""
-            self.parsing = ""  # the node being parsed, "KEY [Operator]"
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif message.startswith("Layers:"):
-                self.layers = message
-            elif message.startswith("Parsing node: "):
-                self.parsing = message.removeprefix("Parsing node: ")
-
-    return Log()
-
-
-def _driver() -> ctypes.CDLL:
-    """The CUDA driver, initialised.
-
-    Raises:
-        OSError: there is none, or it has no device.
-    """
-    driver = ctypes.CDLL("libcuda.so.1")
-    if code := driver.cuInit(0):
-        raise OSError(f"cuInit returned {code}, {_cuda_error(driver, code)}")
-    return driver
-
-
-def _cuda_error(driver: ctypes.CDLL, code: int) -> str:
-    name = ctypes.c_char_p()
-    driver.cuGetErrorName(code, ctypes.byref(name))
-    return (name.value or b"an unknown error").decode()
-
-
-def _gpus() -> tuple[tuple[str, ...], str]:
-    """Names of the CUDA devices, and why there are none."""
-    try:
-        driver = _driver()
-    except OSError as error:
-        return (), str(error)
-    count = ctypes.c_int()
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    names = []
-    for index in range(count.value):
-        device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
-        driver.cuDeviceGet(ctypes.byref(device), index)
-        driver.cuDeviceGetName(name, len(name), device)
-        names.append(name.value.decode())
-    return tuple(names), "" if names else "the driver lists none"
-
-
-class _Cuda:
-    """The CUDA driver calls that a run needs, on one device and one stream of its own.
-
-    Source: CUDA Driver API, "Primary Context", "Memory Management" and "Stream Management". The
-    primary context is the one the runtime API, and so TensorRT, works in.
-    """
-
-    def __init__(self, index: int) -> None:
-        self._driver = _driver()
-        device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), index)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-        self._call("cuCtxSetCurrent", context)
-        # A blocking stream: it waits for uploads, which go through the default stream.
-        self._call("cuStreamCreate", ctypes.byref(stream), 0)
-        self.stream = stream.value or 0
-
-    def allocate(self, size: int) -> int:
-        address = ctypes.c_uint64()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
-        return address.value
-
-    def free(self, address: int) -> None:
-        self._call("cuMemFree_v2", ctypes.c_uint64(address))
-
-    def upload(self, address: int, array: Array) -> None:
-        source = ctypes.c_void_p(array.ctypes.data)
-        size = ctypes.c_size_t(array.nbytes)
-        self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), source, size)
-
-    def download(self, array: Array, address: int) -> None:
-        target = ctypes.c_void_p(array.ctypes.data)
-        size = ctypes.c_size_t(array.nbytes)
-        self._call("cuMemcpyDtoH_v2", target, ctypes.c_uint64(address), size)
-
-    def wait(self, stream: int) -> None:
-        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        if code := getattr(self._driver, function)(*arguments):
-            raise BackendError(f"{function} failed: {_cuda_error(self._driver, code)}", stage="run")
-
-
-def storage_dtype(type_name: str) -> np.dtype[Any] | None:
-    """The numpy dtype of an element in memory, or None where elements share bytes (4 bits).
-
-    Args:
-        type_name: member of TensorRT's ``DataType`` (``FLOAT``, ``BF16`` …).
-    """
-    import ml_dtypes
-
-    return {
-        "FLOAT": np.dtype(np.float32),
-        "HALF": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "FP8": np.dtype(ml_dtypes.float8_e4m3fn),
-        "E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-        "INT8": np.dtype(np.int8),
-        "UINT8": np.dtype(np.uint8),
-        "INT32": np.dtype(np.int32),
-        "INT64": np.dtype(np.int64),
-        "BOOL": np.dtype(np.bool_),
-    }.get(type_name)
-
-
-def widened(array: Array) -> Array:
-    """Types that numpy does not have (bfloat16, float8) as float32, exactly; others as is."""
-    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 # --- options -----------------------------------------------------------------------------------
@@ -454,7 +71,7 @@ def _options(given: Mapping[str, str]) -> _Options:
     Raises:
         UsageError: this TensorRT has no such option, or not with that value.
     """
-    trt = _engine()
+    trt = engine()
     known = set(_members(trt.BuilderFlag))
     capabilities = [n for n in _members(getattr(trt, "ComputeCapability", None)) if n != "NONE"]
     flags = {}
@@ -465,7 +82,7 @@ def _options(given: Mapping[str, str]) -> _Options:
             capability = value.upper()
             if capability not in capabilities:
                 raise UsageError(
-                    f"{_engine_name()} does not build for compute capability `{value}`",
+                    f"{engine_name()} does not build for compute capability `{value}`",
                     f"It builds for: {', '.join(capabilities)}.",
                 )
         elif member in known:
@@ -476,7 +93,7 @@ def _options(given: Mapping[str, str]) -> _Options:
             valid = [flag.lower().replace("_", "-") for flag in sorted(known)]
             valid += ["compute-capability"] if capabilities else []
             raise UsageError(
-                f"{_engine_name()} has no option `{name}`", f"Options: {', '.join(valid)}."
+                f"{engine_name()} has no option `{name}`", f"Options: {', '.join(valid)}."
             )
     return _Options(flags, capability)
 
@@ -535,7 +152,7 @@ class _Compiler:
         self.graph = Graph(self.model.graph)
         # Node names may be empty or repeated; the engine refers to nodes by name alone.
         for node in self.model.graph.node:
-            node.name = _key(node)
+            node.name = node_key(node)
         self.split_symbols = _split_symbols(self.model.graph, request.shapes)
         self._timings = b""
 
@@ -545,7 +162,7 @@ class _Compiler:
         Raises:
             BackendError: TensorRT refused the model.
         """
-        trt, log, request = _engine(), _logger(), self._request
+        trt, log, request = engine(), logger(), self._request
         log.reset()
         builder = trt.Builder(log)
         if builder is None:
@@ -636,7 +253,7 @@ class _Compiler:
         """The nodes behind the layers that the builder's errors mention."""
         layers = [network.get_layer(i) for i in range(network.num_layers)]
         named = [layer for layer in layers if _mentions(errors, layer.name)]
-        origins = [name for layer in named for name in _ORIGIN.findall(layer.metadata)]
+        origins = [name for layer in named for name in ORIGIN.findall(layer.metadata)]
         keys = dict.fromkeys(filter(None, map(self.graph.resolve, origins)))
         reason = _reason(errors[0]) if errors else "no reason given"
         nodes = ", ".join(map(self._label, keys)) or "this model"
@@ -676,7 +293,7 @@ def _unsupported(nodes: bool, problems: Sequence[str], log: tuple[str, ...]) -> 
     """``nodes`` is whether the problems name any."""
     hint = "Replace these operators in the export, or leave them to code after the network."
     return BackendError(
-        f"{_engine_name()} {_engine().__version__} cannot build {'; '.join(problems)}",
+        f"{engine_name()} {engine().__version__} cannot build {'; '.join(problems)}",
         hint if nodes else "",
         stage="build",
         log=log,
@@ -756,7 +373,7 @@ def _notes(compiler: _Compiler, compiled: _Compiled, kernels: Sequence[Kernel]) 
     if compiled.profiled:
         shapes = ", ".join(f"{n}:{'x'.join(map(str, s))}" for n, s in compiled.profiled.items())
         notes.append(f"Dynamic dimensions are specialised by an optimisation profile at {shapes}.")
-    late = sum(layer.tactic == _LATE_TACTIC for layer in parse_layers(compiled.layers))
+    late = sum(layer.tactic == LATE_TACTIC for layer in parse_layers(compiled.layers))
     if late:
         notes.append(f"The implementation of {late} kernels is chosen on the GPU, at load time.")
     placed = {key for kernel in kernels for key in kernel.nodes}
@@ -780,8 +397,8 @@ class _Runner:
     Source: TensorRT Python API, ``ICudaEngine`` and ``IExecutionContext``.
     """
 
-    def __init__(self, plan: Any, cuda: _Cuda, observer: Any = None) -> None:
-        trt, log = _engine(), _logger()
+    def __init__(self, plan: Any, cuda: Cuda, observer: Any = None) -> None:
+        trt, log = engine(), logger()
         log.reset()
         self._cuda = cuda
         self._runtime = trt.Runtime(log)
@@ -806,7 +423,7 @@ class _Runner:
 
     def description(self) -> str:
         """The engine's layers, one a line; only their names where it was built without detail."""
-        trt = _engine()
+        trt = engine()
         inspector = self._engine.create_engine_inspector()
         text: str = inspector.get_engine_information(trt.LayerInformationFormat.ONELINE)
         return text
@@ -831,7 +448,7 @@ class _Runner:
             }
             for name, array in outputs.items():
                 self._place(name, array, device)
-            log = _logger()
+            log = logger()
             log.reset()
             if not context.execute_async_v3(cuda.stream):
                 raise BackendError("TensorRT did not run", stage="run", log=tuple(log.errors))
@@ -846,7 +463,7 @@ class _Runner:
 
     def _place(self, name: str, array: Array, device: dict[str, int]) -> int | None:
         """Bind a tensor to memory where the engine wants it; its address if on the device."""
-        if self._engine.get_tensor_location(name) == _engine().TensorLocation.HOST:
+        if self._engine.get_tensor_location(name) == engine().TensorLocation.HOST:
             self._context.set_tensor_address(name, array.ctypes.data)
             return None
         device[name] = self._cuda.allocate(array.nbytes)
@@ -867,13 +484,13 @@ class _Runner:
         return shape
 
 
-def _observer(cuda: _Cuda, names: Iterable[str]) -> Any:
+def _observer(cuda: Cuda, names: Iterable[str]) -> Any:
     """A debug listener that copies the tensors of these engine names to ``received``.
 
     A debug tensor is read as dense and row-major, as NVIDIA's own listeners do (trtexec and
     Polygraphy); its address holds only during the call.
     """
-    trt = _engine()
+    trt = engine()
     wanted = frozenset(names)
 
     class Observer(trt.IDebugListener):  # type: ignore[misc,name-defined]
@@ -937,7 +554,7 @@ class _Observed:
     def __init__(
         self,
         compiled: _Compiled,
-        cuda: _Cuda,
+        cuda: Cuda,
         names: Mapping[str, str],
         feeds: Mapping[str, Array],
     ) -> None:
@@ -987,24 +604,24 @@ class _Build:
     """A compiled model, loaded where a CUDA device allows."""
 
     def __init__(self, request: BuildRequest) -> None:
-        gpus, why = _gpus()
+        gpus, why = visible_gpus()
         index = _index(request.device, gpus)
         # TensorRT builds for, and loads on, the device that is current.
-        cuda = _Cuda(index) if gpus else None
+        cuda = Cuda(index) if gpus else None
         self._compiler = _Compiler(request)
         self._compiled = self._compiler.compile(observed=False)
         self._layers = parse_layers(self._compiled.layers)
         kernels = self._compiler.graph.kernels(self._layers, self._compiled.tf32)
         self._provenance = Provenance(
-            engine=_engine_name(),
-            version=_engine().__version__,
+            engine=engine_name(),
+            version=engine().__version__,
             device=gpus[index] if gpus else "no CUDA device",
             options={"tf32": "on" if self._compiled.tf32 else "off"} | request.options,
             kernels=kernels,
             notes=_notes(self._compiler, self._compiled, kernels),
         )
         self._blocked = None if gpus else f"no CUDA device ({why})"
-        self._loaded: tuple[_Runner, _Cuda] | None = None
+        self._loaded: tuple[_Runner, Cuda] | None = None
         if cuda is not None:
             try:
                 self._loaded = _Runner(self._compiled.plan, cuda), cuda
@@ -1037,7 +654,7 @@ class _Build:
         unchanged = bool(self._layers) and marked.program == self._compiled.program
         return _Instrumented(observed.probes, skipped + observed.missed, unchanged, observed)
 
-    def _runnable(self) -> tuple[_Runner, _Cuda]:
+    def _runnable(self) -> tuple[_Runner, Cuda]:
         if self._loaded is None:
             raise BackendError(
                 f"built, not run: {self._blocked}",
@@ -1079,24 +696,24 @@ class _Finished:
         constants = {i.name for i in graph.initializer}
         inputs = [i.name for i in graph.input if i.name not in constants]
         outputs = [o.name for o in graph.output]
-        gpus, why = _gpus()
+        gpus, why = visible_gpus()
         index = _index(request.device, gpus)
         self.blocked: str | None = None if gpus else f"no CUDA device ({why})"
         self._runner: _Runner | None = None
         kernels: tuple[Kernel, ...] = ()
         if gpus:
             try:
-                self._runner = _Runner(data, _Cuda(index))
+                self._runner = _Runner(data, Cuda(index))
             except BackendError as error:
                 self.blocked = error.message
             else:
                 self._require_same(file.name, inputs, outputs)
                 layers = parse_layers(self._runner.description())
                 kernels = Graph(graph).kernels(layers, tf32=True)  # which the plan does not say
-        nodes = {name for node in graph.node for name in (node.name, _key(node)) if name}
+        nodes = {name for node in graph.node for name in (node.name, node_key(node)) if name}
         self.provenance = Provenance(
-            engine=_engine_name(),
-            version=_engine().__version__,
+            engine=engine_name(),
+            version=engine().__version__,
             device=gpus[index] if gpus else "no CUDA device",
             options={},
             kernels=kernels,
@@ -1146,7 +763,6 @@ class _OutputsOnly:
 
 
 # --- the backend -------------------------------------------------------------------------------
-
 
 _SCRIPT = """\
 import ctypes
@@ -1286,16 +902,16 @@ class TensorRT:
     def availability(self) -> Availability:
         """Available wherever it imports: with no GPU it builds, and says that it will not run."""
         try:
-            version = _engine().__version__
+            version = engine().__version__
         except (ImportError, OSError) as error:
             return Availability(
                 False, self.title, reason=str(error), remedy="pip install 'sysnoise-auditor[trt]'"
             )
-        gpus, why = _gpus()
+        gpus, why = visible_gpus()
         devices = tuple(Device(str(i) if i else "", name) for i, name in enumerate(gpus))
         blocked = None if gpus else f"no CUDA device ({why}): models are built, not run"
         remedy = None if gpus else "Run it on a machine with an NVIDIA GPU and its driver."
-        return Availability(True, _engine_name(), version, devices, blocked, remedy)
+        return Availability(True, engine_name(), version, devices, blocked, remedy)
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """The same builder flags on the same GPU; a model with bfloat16 inputs is refused.
@@ -1310,8 +926,8 @@ class TensorRT:
             threads=threads,
             device=int(device or 0),
         )
-        packages = "tensorrt" if _engine_name() == "TensorRT" else "tensorrt-rtx-cu13"
-        return Script(_engine_name(), packages, source)
+        packages = "tensorrt" if engine_name() == "TensorRT" else "tensorrt-rtx-cu13"
+        return Script(engine_name(), packages, source)
 
     def build(self, request: BuildRequest) -> Build:
         """Parse and build, and load the engine where a CUDA device allows."""
@@ -1321,7 +937,7 @@ class TensorRT:
                 "Export the decoder without caches, for one length.",
             )
         try:
-            _engine()
+            engine()
         except (ImportError, OSError) as error:
             hint = "pip install 'sysnoise-auditor[trt]'"
             raise BackendError(f"TensorRT is not here: {error}", hint, stage="start") from error

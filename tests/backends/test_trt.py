@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
-from backends import trt
+from backends import _trt_cuda, _trt_layers, trt
 from backends.trt import BACKEND
 
 AVAILABLE = BACKEND.availability()
@@ -74,7 +74,7 @@ def request(folder: Path, made, device=None, shapes=None, **options):
 @pytest.fixture(scope="module")
 def squeezenet():
     """The head of what TensorRT for RTX 1.7.1 logged for onnx's light_squeezenet."""
-    return trt.parse_layers((Path(__file__).parent / "trt_layers.txt").read_text())
+    return _trt_layers.parse_layers((Path(__file__).parent / "trt_layers.txt").read_text())
 
 
 def squeezenet_graph():
@@ -84,7 +84,7 @@ def squeezenet_graph():
     nodes = [helper.make_node(op, [source], [out]) for op, source, out in chain]
     nodes.append(helper.make_node("Concat", ["r6", "r8"], ["r9"], axis=1))
     nodes += [helper.make_node("Conv", ["r9"], ["r10"]), helper.make_node("Relu", ["r10"], ["r11"])]
-    return trt.Graph(helper.make_graph(nodes, "g", [value("x", [1])], [value("r11", [1])]))
+    return _trt_layers.Graph(helper.make_graph(nodes, "g", [value("x", [1])], [value("r11", [1])]))
 
 
 def test_layers_are_read_from_the_builders_text(squeezenet):
@@ -95,9 +95,9 @@ def test_layers_are_read_from_the_builders_text(squeezenet):
     assert first.name == "r0_U49_myl0_1"
     assert first.origins == ("r0", "r1")
     assert first.tactic == "__myelin_CASK_STUB"
-    assert first.inputs == (trt.EngineTensor("r1.1_2_myl0", (1, 3, 224, 224), "f32"),)
+    assert first.inputs == (_trt_layers.EngineTensor("r1.1_2_myl0", (1, 3, 224, 224), "f32"),)
     assert first.constants[0].shape == (64, 3, 3, 3)
-    assert first.outputs == (trt.EngineTensor("r2.1_3_myl0", (1, 64, 111, 111), "f32"),)
+    assert first.outputs == (_trt_layers.EngineTensor("r2.1_3_myl0", (1, 64, 111, 111), "f32"),)
 
 
 def test_a_layer_hands_on_what_is_read_outside_it(squeezenet):
@@ -108,7 +108,7 @@ def test_a_layer_hands_on_what_is_read_outside_it(squeezenet):
 def test_engine_tensors_get_onnx_names_only_where_that_is_certain(squeezenet):
     boundaries = squeezenet_graph().boundaries(squeezenet)
     shapes = {"r1": (1, 64, 111, 111), "r2": (1, 64, 55, 55), "r4": (1, 99, 55, 55)}
-    names, skipped = trt.attribute(squeezenet, boundaries, shapes)
+    names, skipped = _trt_layers.attribute(squeezenet, boundaries, shapes)
     assert {names[engine] for engine in ("r2.1_3_myl0", "r4.1_4_myl0")} == {"r1", "r2"}
     reasons = {skip.tensor: skip.reason for skip in skipped}
     assert "no tensor of its own" in reasons["r4"]  # not as many elements
@@ -117,7 +117,9 @@ def test_engine_tensors_get_onnx_names_only_where_that_is_certain(squeezenet):
 
 
 def test_nodes_of_subgraphs_and_functions_belong_to_the_node_around_them():
-    graph = trt.Graph(helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [], []))
+    graph = _trt_layers.Graph(
+        helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [], [])
+    )
     assert graph.resolve("node_of_t1 | th (then_branch) | y (If)") == "y"
     assert graph.resolve("elsewhere") is None
 
@@ -130,15 +132,15 @@ def test_nodes_of_subgraphs_and_functions_belong_to_the_node_around_them():
     ],
 )
 def test_types_that_numpy_lacks_become_float32_exactly(kind, bits, expected):
-    decoded = trt.widened(bits.view(trt.storage_dtype(kind)))
+    decoded = _trt_cuda.widened(bits.view(_trt_cuda.storage_dtype(kind)))
     assert decoded.dtype == np.float32
     assert decoded.tolist() == expected
 
 
 def test_other_types_stay_as_they_are():
-    assert trt.widened(np.zeros(2, trt.storage_dtype("HALF"))).dtype == np.float16
-    assert trt.widened(np.zeros(2, trt.storage_dtype("INT64"))).dtype == np.int64
-    assert trt.storage_dtype("INT4") is None
+    assert _trt_cuda.widened(np.zeros(2, _trt_cuda.storage_dtype("HALF"))).dtype == np.float16
+    assert _trt_cuda.widened(np.zeros(2, _trt_cuda.storage_dtype("INT64"))).dtype == np.int64
+    assert _trt_cuda.storage_dtype("INT4") is None
 
 
 def test_the_address_in_a_capsule_is_read():
