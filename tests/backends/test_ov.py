@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 import backends.ov as ov_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
+from backends import _ov_program, _ov_session
 from backends.ov import BACKEND
 from benchmarks import decoder, deep
 
@@ -163,8 +164,8 @@ def test_a_deep_network_is_copied_a_few_times_only(
     onnx.save(deep.network(104, channels=8, side=8), path)
     built = build(path, options=F32)
     copies: list[int] = []
-    cloned = ov_backend._Source.clone
-    monkeypatch.setattr(ov_backend._Source, "clone", lambda self: copies.append(1) or cloned(self))
+    cloned = _ov_program.Source.clone
+    monkeypatch.setattr(_ov_program.Source, "clone", lambda self: copies.append(1) or cloned(self))
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     made = built.instrument({"x": x})
     apart = [p for p in made.probes if p.fidelity == "cone-proved"]
@@ -204,7 +205,7 @@ def test_a_probe_that_changes_the_program_is_refused(
     foreseen = built.instrument(X)
     if all(p.fidelity == "output-proved" for p in foreseen.probes):
         pytest.skip("OpenVINO does not fuse Convolution + Add on this CPU")
-    monkeypatch.setattr(ov_backend._Source, "operands", lambda self, kernel: iter(()))
+    monkeypatch.setattr(_ov_program.Source, "operands", lambda self, kernel: iter(()))
     made = built.instrument(X)
     assert made.program_unchanged
     assert {p.tensor for p in made.probes} == {p.tensor for p in foreseen.probes}
@@ -216,7 +217,7 @@ def test_nothing_is_claimed_when_outputs_differ(
 ) -> None:
     """Planted: no comparison of outputs ever holds."""
     built = build(residual)
-    monkeypatch.setattr(ov_backend, "_same_bits", lambda a, b: False)
+    monkeypatch.setattr(ov_backend, "same_bits", lambda a, b: False)
     made = built.instrument(X)
     assert made.probes == ()  # what is left is the plain program itself
     assert {s.tensor for s in made.skipped} >= {"r1", "r2", "a1"}
@@ -227,12 +228,12 @@ def test_a_wrong_tensor_made_apart_is_refused(
     residual: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: kernels run apart write values that are off by one bit."""
-    run = ov_backend._CutOut.run
+    run = _ov_session.CutOut.run
 
     def off(self: Any, *args: Any) -> Arrays:
         return {n: np.nextafter(v, np.float32(9)) for n, v in run(self, *args).items()}
 
-    monkeypatch.setattr(ov_backend._CutOut, "run", off)
+    monkeypatch.setattr(_ov_session.CutOut, "run", off)
     made = build(residual, options=F32).instrument(X)
     # r1's whole cone is one kernel with no probe upstream: its unchanged program is its proof.
     assert {p.tensor for p in made.probes if p.fidelity == "cone-proved"} <= {"r1"}

@@ -1,0 +1,128 @@
+"""Runs a compiled model, whole or cut out, and decodes what it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from auditor.errors import BackendError
+from auditor.ports import Array, Arrays
+from backends._ov_program import Candidate, Program
+
+
+class Session:
+    """A compiled model and its one inference request."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self.inputs = tuple(compiled.inputs)
+        self._types = tuple(o.get_element_type().get_type_name() for o in compiled.outputs)
+        self._request = compiled.create_infer_request()
+
+    def infer(self, feeds: Sequence[Array], wanted: Sequence[int]) -> list[Array]:
+        """The outputs at the indices ``wanted``, copied; bfloat16 widened to float32.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        try:
+            for index, (port, value) in enumerate(zip(self.inputs, feeds, strict=True)):
+                self._request.set_input_tensor(index, _tensor(value, port))
+            self._request.infer()
+            return [
+                _decoded(self._request.get_output_tensor(index).data, self._types[index])
+                for index in wanted
+            ]
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed to run: {reason_of(error)}", stage="run"
+            ) from error
+
+
+def _tensor(value: Array, port: Any) -> Any:
+    import openvino as ov
+
+    contiguous = np.ascontiguousarray(value).reshape(value.shape)  # 0-d stays 0-d
+    if port.get_element_type() == ov.Type.bf16:
+        # OpenVINO's numpy view of bfloat16 is float16 by name: hand over the bits.
+        tensor = ov.Tensor(ov.Type.bf16, ov.Shape(value.shape))
+        if value.dtype.itemsize != 2:
+            raise BackendError(
+                f"the bfloat16 input needs 16-bit values, not {value.dtype}", stage="run"
+            )
+        tensor.data[...] = contiguous.view(np.float16)
+        return tensor
+    return ov.Tensor(contiguous)
+
+
+def _decoded(data: Array, kind: str) -> Array:
+    """A copy of an output tensor's data; ``kind`` bf16 arrives as float16 with bfloat16's bits."""
+    if kind == "bf16":
+        widened: Array = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return widened
+    return np.array(data)
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+@dataclass(frozen=True, slots=True)
+class CutOut:
+    """Kernels compiled apart from the rest.
+
+    Attributes:
+        feeds: tensor fed to each parameter, in order.
+        targets: what each result shows, in order.
+    """
+
+    session: Session
+    program: Program
+    feeds: tuple[str, ...]
+    targets: tuple[Candidate, ...]
+
+    def run(self, known: Mapping[str, Array], wanted: Collection[Candidate]) -> Arrays:
+        """Values of the targets ``wanted``, by tensor name.
+
+        Other targets may be what they are made from. While these are not known, their readers run
+        on zeros, to no effect: no kernel serves two targets.
+        """
+        waiting = {c.tensor for c in self.targets} - known.keys()
+        feeds = [
+            _zeros(port) if name in waiting else _held(known[name], port)
+            for name, port in zip(self.feeds, self.session.inputs, strict=True)
+        ]
+        indices = [i for i, c in enumerate(self.targets) if c in wanted]
+        shown = [self.targets[i] for i in indices]
+        values = self.session.infer(feeds, indices)
+        return {c.tensor: as_shown(v, c) for c, v in zip(shown, values, strict=True)}
+
+
+Cut = tuple[CutOut, tuple[Candidate, ...]]  # and the targets to take from it
+
+
+def _held(value: Array, port: Any) -> Array:
+    """A known value in the type that a parameter takes; bfloat16 stays the bits it is."""
+    if port.get_element_type().get_type_name() == "bf16":
+        return value
+    return value.astype(port.get_element_type().to_dtype(), copy=False)
+
+
+def _zeros(port: Any) -> Array:
+    return np.zeros(tuple(port.get_shape()), port.get_element_type().to_dtype())
+
+
+def as_shown(value: Array, candidate: Candidate) -> Array:
+    """A probe's value in the model's own type; bfloat16 has none in numpy and stays float32."""
+    own = {"f16": np.float16, "f32": np.float32, "bf16": np.float32, "f64": np.float64}
+    return value.astype(own.get(candidate.element, value.dtype), copy=False)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an OpenVINO exception says, without the source lines it passed through."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [x for x in lines if x and not x.startswith(("Exception from", "Check '"))]
+    return " ".join(kept)[:1000] or type(error).__name__
