@@ -18,6 +18,10 @@ _SAFE_SQUARE = (1e-30, 1e37)
 # Tensors are compared in pieces of so many elements, which stay in a core's cache with what is
 # computed from them: each byte comes from memory once, and no temporary is as large as a tensor.
 _BLOCK = 1 << 15
+# Up to so many float64 a product of vectors is one thread's work: OpenBLAS shares more among all
+# cores, whose threads then wait for one another longer than they compute, and the sum's last bits
+# depend on their number.
+_ALONE = 1 << 13
 
 # Bins of relative error, a factor of 8 wide.
 _BINARY_EDGES = tuple(range(-30, 4, 3))
@@ -348,14 +352,15 @@ def _dot(a: Array, b: Array) -> float:
         if quick == 0.0 and not (a.any() and b.any()):
             return 0.0
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        return float(np.vdot(a.astype(np.float64), b.astype(np.float64)))
+        pairs = _blocks(a, b, _ALONE)
+        return float(sum(np.vdot(x.astype(np.float64), y.astype(np.float64)) for x, y in pairs))
 
 
-def _blocks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+def _blocks(a: Array, b: Array, size: int = _BLOCK) -> Iterator[tuple[Array, Array]]:
     """Two arrays of one shape as pairs of short vectors, in C order."""
     a, b = a.reshape(-1), b.reshape(-1)
-    for start in range(0, a.size, _BLOCK):
-        yield a[start : start + _BLOCK], b[start : start + _BLOCK]
+    for start in range(0, a.size, size):
+        yield a[start : start + size], b[start : start + size]
 
 
 def _as_floats(a: Array, b: Array) -> tuple[Array, Array]:
