@@ -567,9 +567,10 @@ def reference_of(
 
     It holds ``memory`` bytes of weights at most.
     """
-    from auditor.replays import widening
+    from auditor.replays import blockwise, widening
     from auditor.replays.replay import Reference
 
+    model = blockwise.exact(model)
     if widening.is_narrow(model):
         wide = widening.widened(model, scratch)
         with contextlib.suppress(UsageError):  # an operator that exists for narrow types only

@@ -67,6 +67,9 @@ _OWN_KEYS: Final = "session.optimized_model_external_initializers"
 _DISABLED: Final = "optimization.disable_specified_optimizers"  # names, by semicolons
 _SATURATING: Final = "session.x64quantprecision"
 _KEEP_PAIRS: Final = "session.disable_double_qdq_remover"
+# What MatMulNBits reads where the optimiser makes it: 4, the default, allows 8 bits, 1 does not.
+_ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
+_FEW_BITS: Final = "com.microsoft.MatMulNBits"
 _SATURATES: Final = "precision.int8_saturation"
 _QUANTISED: Final = re.compile(r"(.*\.)?(QLinear\w+|QGemm|MatMulIntegerToFloat)")
 _GELU: Final = ("implementation.approximation",)
@@ -456,6 +459,13 @@ def _switches(options: _Options, made: Collection[str], original: Graph) -> Iter
     if _doubly_quantised(original) and options.config.get(_KEEP_PAIRS) != "1":
         yield Switch(
             "removal of double QDQ pairs", {_KEEP_PAIRS: "1"}, ("precision.int8_requantisation",)
+        )
+    if _FEW_BITS in made and options.config.get(_ACCURACY, "4") == "4":
+        yield Switch(
+            "8-bit activations beside weights of few bits",
+            {_ACCURACY: "1"},
+            ("precision.int8_dynamic",),
+            (_FEW_BITS,),
         )
     off = [name for name in options.config.get(_DISABLED, "").split(";") if name]
 

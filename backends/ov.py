@@ -53,14 +53,15 @@ from backends._ov_session import Cut, CutOut, Session, as_shown, reason_of, same
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _MODE = "EXECUTION_MODE_HINT"
+_DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _REPORTED = (_PRECISION, _MODE, "PERFORMANCE_HINT", "NUM_STREAMS")
 # Properties beside the precision that change numbers: the value that turns them off, the factor,
 # the causes it can bring. Sources: OpenVINO's documentation, "Precision Control", "CPU Device".
 _FACTORS = {
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": (
+    _DYNAMIC: (
         "0",
         "dynamic quantisation of activations",
-        ("precision.int8",),
+        ("precision.int8_dynamic",),
     ),
     "CPU_DENORMALS_OPTIMIZATION": (
         "NO",
@@ -777,13 +778,13 @@ class OpenVINO:
             _skipped=tuple(skipped),
             switches=(
                 *((_int8.SWITCH,) if quantised else ()),
-                *_switches(compiled, request.options),
+                *_switches(compiled, program, request.options),
             ),
             _quantised=quantised,
         )
 
 
-def _switches(compiled: Any, asked: Mapping[str, str]) -> Iterator[Switch]:
+def _switches(compiled: Any, program: Program, asked: Mapping[str, str]) -> Iterator[Switch]:
     """The factors that are on in a compiled model and change its numbers."""
     known = compiled.get_property("SUPPORTED_PROPERTIES")
 
@@ -792,12 +793,20 @@ def _switches(compiled: Any, asked: Mapping[str, str]) -> Iterator[Switch]:
 
     if (precision := value(_PRECISION)) not in ("", "f32"):
         narrow = ("precision.bf16", "precision.fp16")
-        yield Switch(f"inference in {precision}", {_PRECISION: "f32"}, narrow)
+        without = {_PRECISION: "f32"}
+        if value(_DYNAMIC) not in ("", "0") and any(map(_is_compressed, program.kernels())):
+            without[_DYNAMIC] = "0"  # in f32 it would quantise what it leaves alone in bf16
+        yield Switch(f"inference in {precision}", without, narrow)
     for name, (off, factor, noises) in _FACTORS.items():
         if value(name).upper() not in ("", off, "0", "NO", "FALSE"):
             yield Switch(factor, {name: off}, noises)
     if value(_MODE) == "PERFORMANCE" and _PRECISION not in asked:  # which would come before it
         yield Switch("execution mode PERFORMANCE", {_MODE: "ACCURACY"})
+
+
+def _is_compressed(kernel: Executed) -> bool:
+    """Whether a product reads weights of few bits."""
+    return kernel.type == "FullyConnected" and kernel.precision in ("i4", "u4", "i8", "u8")
 
 
 def _import() -> Any:

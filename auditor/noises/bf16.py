@@ -10,7 +10,7 @@ from onnx import TensorProto
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import loops, recurrent, rounding
+from auditor.replays import blockwise, loops, recurrent, rounding
 from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
@@ -20,6 +20,8 @@ RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all e
 AROUND = f"{RECURRENT}; around them "
 # … and for the bodies of loops and what is around them.
 INSIDE = "inside the bodies of loops, too: "
+# … and where weights are compressed, which kernels multiply by their scales in bf16.
+SCALED = "scales of compressed weights in bf16, too: "
 SITES = (
     Sites(
         "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
@@ -155,6 +157,10 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             yield Variant(AROUND + variant.name, variant.model)
     for variant in loops.inside(segment, lambda body: rounding.variants(body, FORMAT, SITES)):
         yield Variant(INSIDE + variant.name, variant.model)
+    scaled = blockwise.with_narrow_scales(segment, TensorProto.BFLOAT16)
+    if scaled is not None:
+        for variant in rounding.variants(scaled, FORMAT, SITES):
+            yield Variant(SCALED + variant.name, variant.model)
     yield from rounding.variants(segment, FORMAT, SITES)
 
 
@@ -178,7 +184,8 @@ NOISE = Cause(
     remedies={
         "ov": (
             "set INFERENCE_PRECISION_HINT to f32 (audit with --option "
-            "ov.INFERENCE_PRECISION_HINT=f32), or keep the listed layers in FP32"
+            "ov.INFERENCE_PRECISION_HINT=f32), and DYNAMIC_QUANTIZATION_GROUP_SIZE to 0 where "
+            "weights are compressed, or keep the listed layers in FP32"
         ),
         "trt": "keep the listed layers' tensors FLOAT in the model: TensorRT is strongly typed",
         "tvm": "leave ToMixedPrecision out, or exclude the listed operators from it",
@@ -193,6 +200,7 @@ NOISE = Cause(
         RECURRENT,
         f"{AROUND}FORM",
         f"{INSIDE}FORM",
+        f"{SCALED}FORM",
         *(sites.name for sites in SITES),
     ),
     variants=_variants,

@@ -1,0 +1,153 @@
+"""Products with weights of few bits in blocks: what they compute exactly, in ONNX's own operators.
+
+Decoders are deployed with weights of 4 bits, one scale for each block of 32 or 128 of them (ONNX
+Runtime's contrib operator ``com.microsoft.MatMulNBits``; see ContribOperators.md). Its attribute
+``accuracy_level`` lets a kernel round what it multiplies with, down to 8 bits: a deployment's
+choice, which the reference does not make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from auditor.model import Model
+from auditor.ports import Array, SegmentGraph
+from auditor.replays import surgery
+from auditor.replays.quantised import Editor, Layout
+
+_OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"
+_LEVEL = "accuracy_level"
+_OPSET = 13  # DequantizeLinear has an axis from here on
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Integers of one product, ``[outputs · blocks, block]``, and a scale and zero for each row."""
+
+    integers: Array  # uint8
+    scales: Array
+    zeros: Array  # uint8
+    outputs: int
+    inputs: int
+
+
+def exact(model: Model) -> Model:
+    """The model without leave to round what products read; nodes keep their names."""
+    if not any(_allows(node) for node in model.proto.graph.node):
+        return model
+    proto = surgery.copied(model.proto)
+    for node in filter(_allows, proto.graph.node):
+        surgery.set_attributes(node, **{_LEVEL: None})
+    return replace(model, proto=proto)
+
+
+def written_out(segment: SegmentGraph) -> SegmentGraph:
+    """The segment with such products as DequantizeLinear and MatMul, so that noises see them.
+
+    Equal up to the order of sums. Those stay whose weights are no constants, or are laid out in a
+    way that one scale for each block does not describe.
+    """
+    model = segment.model
+    if surgery.opset(model) < _OPSET or not any(map(_is_blockwise, model.graph.node)):
+        return segment
+    layout, editor = Layout(model, segment.weights), Editor(model)
+    for node in layout.nodes:
+        weights = _weights(node, layout) if _is_blockwise(node) else None
+        if weights is None:
+            editor.copy(node)
+        else:
+            _write_out(node, weights, editor)
+    _forget_unread(editor.model)
+    return replace(segment, model=editor.model)
+
+
+def with_narrow_scales(segment: SegmentGraph, kind: int) -> SegmentGraph | None:
+    """The segment with the scales of constant integers rounded to an ONNX float type.
+
+    An engine that keeps such weights as they are multiplies by scales in the type it computes in.
+    None where there are none.
+    """
+    layout, editor = Layout(segment.model, segment.weights), Editor(segment.model)
+    found = False
+    for node in layout.nodes:
+        if node.op_type == "DequantizeLinear" and layout.constant(node.input[0]) is not None:
+            narrow = editor.cast(node.input[1], kind)
+            inputs = [node.input[0], editor.cast(narrow, TensorProto.FLOAT), *node.input[2:]]
+            options = surgery.attributes(node)
+            editor.add("DequantizeLinear", *inputs, to=node.output[0], **options)
+            found = True
+        else:
+            editor.copy(node)
+    return replace(segment, model=editor.model) if found else None
+
+
+def _is_blockwise(node: onnx.NodeProto) -> bool:
+    return node.op_type == _OPERATOR and node.domain == _DOMAIN
+
+
+def _allows(node: onnx.NodeProto) -> bool:
+    return _is_blockwise(node) and bool(surgery.attributes(node).get(_LEVEL))
+
+
+def _weights(node: onnx.NodeProto, layout: Layout) -> _Weights | None:
+    given = surgery.attributes(node)
+    inputs, outputs, block = given["K"], given["N"], given["block_size"]
+    bits = given.get("bits", 4)
+    names = [*node.input, *[""] * 4]
+    packed, scales = layout.constant(names[1]), layout.constant(names[2])
+    if packed is None or scales is None or scales.dtype != np.float32 or names[4] or 8 % bits:
+        return None
+    rows = outputs * -(-inputs // block)
+    if names[3]:
+        stored = layout.constant(names[3])
+        if stored is None or stored.dtype != np.uint8:
+            return None
+        zeros = _unpacked(stored.reshape(outputs, -1), bits)[:, : rows // outputs]
+    else:
+        zeros = np.full(rows, 1 << (bits - 1), np.uint8)
+    integers = _unpacked(packed.reshape(rows, -1), bits)[:, :block]
+    return _Weights(integers, scales.reshape(rows), zeros.reshape(rows), outputs, inputs)
+
+
+def _unpacked(packed: Array, bits: int) -> Array:
+    """Integers of ``bits`` bits, those in the low bits of a byte first."""
+    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return np.asarray(np.stack(parts, -1).reshape(len(packed), -1), np.uint8)
+
+
+def _write_out(node: onnx.NodeProto, weights: _Weights, editor: Editor) -> None:
+    integers = editor.constant(weights.integers, np.uint8)
+    zeros = editor.constant(weights.zeros, np.uint8)
+    scales = editor.constant(weights.scales)
+    values = editor.add("DequantizeLinear", integers, scales, zeros, axis=0)
+    shape = editor.constant([weights.outputs, -1], np.int64)
+    matrix = editor.add("Reshape", values, shape)
+    if weights.integers.size != weights.outputs * weights.inputs:  # the last block is not full
+        start, end, axis = (editor.constant([i], np.int64) for i in (0, weights.inputs, 1))
+        matrix = editor.add("Slice", matrix, start, end, axis)
+    matrix = editor.add("Transpose", matrix, perm=[1, 0])
+    bias = node.input[5] if len(node.input) > 5 else ""
+    product = editor.add("MatMul", node.input[0], matrix, to="" if bias else node.output[0])
+    if bias:
+        editor.add("Add", product, bias, to=node.output[0])
+
+
+def _forget_unread(model: onnx.ModelProto) -> None:
+    read = set(_read(model.graph))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def _read(graph: onnx.GraphProto) -> Iterator[str]:
+    yield from (output.name for output in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _read(attribute.g)
