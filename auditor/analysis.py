@@ -376,7 +376,9 @@ class Analysis:
             return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
         for cut, local in zip(self.cuts, beside(replayed, self.cuts), strict=True):
-            meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
+            failed = isinstance(local, ReplayError)
+            least = fp32_rounding.floor(0.0) if failed else divergence.smallest(local)
+            meter = self.meters.setdefault(cut.id, Meter(cut, floor=least))
             if isinstance(local, ReplayError):
                 meter.unmeasured = meter.unmeasured or local.message
                 meter.add(None, chain.captured, chain.base, known)

@@ -46,8 +46,19 @@ CHANCE = 3e-4
 CHANCE_STATED = 3e-2
 # … and only when it reproduces this fraction of the elements of integer and boolean outputs.
 EXACT = 0.9
-# From here on nothing is left to look for.
+# From here on nothing is left to look for. Another convention is followed to rounding or not at
+# all: less than this much of it is none, unless the engine says that it rounds as well.
 ENOUGH = 0.995
+CONVENTIONS = (
+    "inference.",
+    "implementation.attribute_ignored",
+    "implementation.opset_semantics",
+    "implementation.tie_breaking",
+)
+# Whether a rounding turns a choice or a count is a matter of chance, one in two: so many must have
+# turned, and all the right way, for a precision that the engine does not state to be the cause.
+ROUNDED = ("precision.bf16", "precision.fp16", "precision.tf32")
+TURNED = 12
 # A second cause is looked for beside one that explains at least this much but is not named.
 PARTIAL = 0.2
 # How many variants of each other noise are tried as that second cause, and which part of what the
@@ -165,6 +176,8 @@ class _Bench:
     _reshaped: set[str] = field(default_factory=set)
     _error: float = 0.0
     _different: int = 0  # elements
+    _turned: int = 0  # those of them that are choices or counts
+    _coarse: bool | None = None  # once it was asked for
     stated: bool = False  # whether the engine reports a precision that would explain it
     says: frozenset[str] = frozenset()  # which noises that are
     base: _Tested | None = None  # the best of those
@@ -176,8 +189,11 @@ class _Bench:
             observed = self.observed[name]
             if observed.shape != value.shape:
                 self._reshaped.add(name)
+                turned = observed.size
             else:
-                self._different += int(np.count_nonzero(observed != value))
+                turned = int(np.count_nonzero(observed != value))
+                self._different += turned
+            self._turned += turned if observed.dtype.kind != "f" else 0
             self._scales[name] = _scale(observed if name in self._reshaped else value)
             odd = (
                 np.count_nonzero(~(abs(observed) < _limit(observed)))
@@ -215,6 +231,34 @@ class _Bench:
             return NAMED_RESHAPED
         chance = CHANCE_STATED if self.stated else CHANCE
         return max(NAMED, 1 - math.pow(chance, 2 / max(1, self._different)))
+
+    def needed(self, noise: str) -> float:
+        """The share from which on this cause is named here."""
+        if self.stated or not noise.startswith(CONVENTIONS):
+            return self.named
+        return max(ENOUGH, self.named)
+
+    @property
+    def found(self) -> bool:
+        """Whether the hypothesis that explains most explains enough."""
+        best = self.best
+        return best is not None and best.hypothesis.explained >= self.needed(best.hypothesis.noise)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the error is a few choices, or which values are finite: several causes may fit.
+
+        Numbers tell one computation from another; that one box of ten is missing does not.
+        """
+        if self._coarse is None:
+            ordinary = sum(
+                _ordinary(self.observed[n], v) / self._scales[n]
+                for n, v in self.replayed.items()
+                if v.dtype.kind == "f"
+            )
+            few = self._turned < ELEMENTS
+            self._coarse = few and ordinary <= (1 - ENOUGH) * self._error
+        return self._coarse
 
     def test(self, noise: str, variant: Variant) -> None:
         """Replay one variant, unless the engine refuses the model.
@@ -334,25 +378,27 @@ def explain(
         key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
     )
     for noise in ordered:
-        if bench.done and not thorough:
+        if bench.done and not (thorough or bench.coarse):
             break
-        settled = bench.done  # not from NAMED on: another cause may explain the rest as well
+        # Not from NAMED on: another cause may explain the rest as well.
+        settled = bench.done and not bench.coarse
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
         seen = unbranched if _tells(bench, noise) else segment
         for variant in _variants(bench, noise, seen, expected):
             bench.test(noise.id, variant)
-            if bench.done or settled:
+            if settled or (bench.done and not bench.coarse):
                 break
-    if bench.best is None or bench.best.hypothesis.explained < bench.named:
+    if not bench.found:
         for noise in ordered:
             for variant in (
                 noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ()
             ):
                 bench.test(noise.id, variant)
     _beneath(bench, noises)
-    if bench.best is not None and PARTIAL <= bench.best.hypothesis.explained < bench.named:
+    best = bench.best
+    if best is not None and not bench.found and best.hypothesis.explained >= PARTIAL:
         _combine(bench, ordered, dict(prior.values()))
-    if bench.best is None or bench.best.hypothesis.explained < bench.named:
+    if not bench.found:
         _alone(bench, segment, ordered)
     winner = _winner(bench, noises)
     if winner is not None:
@@ -486,7 +532,7 @@ def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
     anything by itself where both together explain all.
     """
     base = bench.base
-    if base is None or bench.best is None or bench.best.hypothesis.explained >= bench.named:
+    if base is None or bench.found:
         return
     noise = next(n for n in noises if n.id == base.hypothesis.noise)
     for first in bench.likely:
@@ -606,18 +652,16 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     """The best hypothesis, when it explains enough and clearly more than every other noise.
 
     Two causes can fit alike: what the engine says of itself decides, two that give the very same
-    bits are one for this purpose, and otherwise none is named.
+    numbers are one for this purpose, and otherwise none is named.
     """
-    best = bench.best
-    if best is None or not holds(
-        best.hypothesis.explained, best.hypothesis.bit_identical, bench.named, _counted(bench)
-    ):
+    fitting = [t for t in bench.tested if _fits(bench, t)]
+    best = max(fitting, key=_merit, default=None)
+    if best is None:
         return None
     rivals = [
         t
-        for t in bench.tested
+        for t in fitting
         if t.hypothesis.noise != best.hypothesis.noise
-        and t.hypothesis.explained >= bench.named
         and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
     says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
@@ -625,7 +669,17 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     if spoken:
         return max(spoken, key=_merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
-    return best if same else None
+    return best if same and not (rivals and bench.coarse) else None
+
+
+def _fits(bench: _Bench, tested: _Tested) -> bool:
+    """Whether a hypothesis explains enough, and not by chance."""
+    found = tested.hypothesis
+    counted = _counted(bench)
+    if counted and bench.coarse and found.noise in ROUNDED and found.noise not in bench.says:
+        if bench._turned < TURNED:
+            return False
+    return holds(found.explained, found.bit_identical, bench.needed(found.noise), counted)
 
 
 def _counted(bench: _Bench) -> bool:
@@ -637,7 +691,7 @@ def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
     rivals = [
         t
         for t in bench.tested
-        if t.hypothesis.noise != winner.hypothesis.noise and t.hypothesis.explained >= bench.named
+        if t.hypothesis.noise != winner.hypothesis.noise and _fits(bench, t)
     ]
     close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
     return tuple(
@@ -657,7 +711,7 @@ def _result(bench: _Bench, tested: _Tested, outputs: Arrays) -> Retest:
         left=(1 - tested.hypothesis.explained) * bench.error,
         error=bench.error,
         bit_identical=tested.hypothesis.bit_identical,
-        needed=bench.named,
+        needed=bench.needed(tested.hypothesis.noise),
         exact=_counted(bench),
         outputs=outputs,
     )
@@ -693,6 +747,16 @@ def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
 
 def _merit(tested: _Tested) -> tuple[float, float]:
     return tested.hypothesis.explained, tested.hypothesis.bit_identical
+
+
+def _ordinary(observed: Array, value: Array) -> float:
+    """The squared error of elements that are finite, and no stand-in for infinity, in both."""
+    if observed.shape != value.shape:
+        return metrics.square_sum(metrics.to_float(observed))  # a shape is seen at once
+    b, r, limit = metrics.to_float(observed), metrics.to_float(value), _limit(observed)
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = b - r
+    return metrics.square_sum(np.where((abs(b) < limit) & (abs(r) < limit), error, 0))
 
 
 def _square_error(observed: Array, value: Array, scale: float, weight: float) -> float:

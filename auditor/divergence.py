@@ -30,6 +30,8 @@ from auditor.segments import Cut
 
 # Operators that draw numbers.
 _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
+# Kinds of NumPy's types that hold no rounded numbers: booleans, integers and texts.
+_EXACT = "biuOSU"
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
@@ -137,6 +139,18 @@ def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
     )
 
 
+def smallest(local: Local) -> float:
+    """A segment's floor before it was measured: none where it neither takes nor gives numbers
+    that are rounded.
+    """
+    return 0.0 if _whole(local) else fp32_rounding.floor(0.0)
+
+
+def _whole(local: Local) -> bool:
+    values = (*local.inputs.values(), *local.replayed.values())
+    return all(value.dtype.kind in _EXACT for value in values)
+
+
 def floor(
     replayer: Replayer,
     cut: Cut,
@@ -151,7 +165,7 @@ def floor(
     bit, with every sum added up in reverse order, and with exponentials evaluated exactly), of what
     rounding to the model's own narrow types does (unless that is far more than a few roundings:
     then it is worth a word), and, for a program that does not repeat its own bits, how far two of
-    its runs are apart.
+    its runs are apart. Nothing rounds where there are integers, booleans and texts only.
 
     Args:
         replayer: runs the reference's segments.
@@ -167,6 +181,9 @@ def floor(
         replayer.run(cut, local.inputs), local.replayed
     ):  # its own movement says nothing about rounding, and a program that draws too moves as well
         return max(fp32_rounding.floor(0.0), 2 * repeat)
+    model = replayer.model(cut, local.inputs)
+    if _whole(local) and surgery.is_exact(model):
+        return 2 * repeat
     generator = np.random.default_rng(0)
     jittered = {n: fp32_rounding.jitter(v, generator) for n, v in local.inputs.items()}
     scaled = {n: fp32_rounding.scaled(v) for n, v in local.inputs.items()}
@@ -181,7 +198,6 @@ def floor(
         lambda: replayer.run_exact(cut, local.inputs, local.replayed), local.replayed, scale
     )
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
-    model = replayer.model(cut, local.inputs)
     terms = longest_sum(model.graph.node, surgery.shapes(model))
     typed = 0.0
     if own is not None:

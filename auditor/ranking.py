@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from auditor.attribution import NAMED
 from auditor.fingerprint import fingerprint
 from auditor.ports import Noise
 from auditor.records.backend import Kernel
@@ -262,6 +263,10 @@ def _evidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> 
         lines.append(
             f"replaying {tried.noise} ({tried.variant}) explains {tried.explained:.4f} of the "
             f"error, {tried.bit_identical:.1%} of elements bit-identical"
+        )
+    if noise is None and any(t.explained >= NAMED for t in segment.hypotheses[:1]):
+        lines.append(
+            "none of these is named: several fit, or too little differs to tell a cause from chance"
         )
     lines[1:1] = _over_samples(segment)  # beside the best hypothesis, which they are about
     lines += segment.constants

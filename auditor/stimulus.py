@@ -160,7 +160,10 @@ def of_arrays(
     """
     _check_keys(model, data, stored)
     notes: list[str] = []
-    columns = [_column(spec, stored[spec.name], shapes.get(spec.name)) for spec in model.inputs]
+    columns = [
+        _column(spec, _typed(spec, stored[spec.name]), shapes.get(spec.name))
+        for spec in model.inputs
+    ]
     for column in columns:
         notes += _check_type(column)
     available = _common_count(columns)
@@ -203,6 +206,14 @@ def _check_keys(model: Model, data: Path, stored: Mapping[str, Stored]) -> None:
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
         raise UsageError(f"{data} has no array for input {names}", inputs)
+
+
+def _typed(spec: TensorSpec, stored: Stored) -> Stored:
+    """Raw bytes as the input's type: all that NumPy's files keep of types that it does not know."""
+    raw = stored.dtype.type is np.void and stored.dtype.names is None
+    if not raw or not _is_float(spec.dtype) or stored.dtype.itemsize != spec.dtype.itemsize:
+        return stored
+    return Stored(stored.shape, spec.dtype, lambda index: stored.read(index).view(spec.dtype))
 
 
 def _column(spec: TensorSpec, stored: Stored, given: Shape | None) -> _Column:

@@ -23,6 +23,7 @@ _DEQUANTIZE = frozenset({"Convert", "Subtract", "Multiply"})
 _HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
+_UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
 # repeated or contain the commas that separate ``originalLayersNames``.
@@ -528,6 +529,9 @@ def candidates_of(
             port, path = seen
             tensor, element = source.tensors[port], source.element_type(port)
             final = tensor in outputs
+            if not final and element in _UNREAD:
+                skipped[tensor] = Skipped(tensor, f"{element} tensor, which NumPy has no type for")
+                continue
             if reduced and not final and element not in FLOATS:
                 reason = f"{element} tensor in a program that computes in less than f32"
                 skipped[tensor] = Skipped(tensor, reason)

@@ -725,7 +725,7 @@ class OpenVINO:
         try:
             compiled = compile_model(model.clone())
         except RuntimeError as error:
-            raise _compile_error(error, request.options) from error
+            raise _compile_error(error, request.options, core, model.clone(), device) from error
         effective = {
             name: _text(compiled.get_property(name))
             for name in _REPORTED
@@ -771,7 +771,7 @@ class OpenVINO:
             _source=source,
             _session=session,
             _program=program,
-            _inputs=tuple(_name(port, inputs) for port in session.inputs),
+            _inputs=_inputs(session.inputs, inputs),
             _outputs=_outputs(model, outputs),
             _candidates=tuple(candidates),
             _finals=tuple(finals),
@@ -982,24 +982,34 @@ def _keep(core: Any, request: BuildRequest, device: str) -> None:
         raise BackendError(f"OpenVINO cannot write the model: {reason_of(error)}") from error
 
 
-def _compile_error(error: RuntimeError, options: Mapping[str, str]) -> Exception:
-    reason = reason_of(error)
+def _compile_error(
+    error: RuntimeError, options: Mapping[str, str], core: Any, model: Any, device: str
+) -> Exception:
+    """What a failed compilation means: an option is to blame if the model compiles without any."""
+    reason = _reason(error)
     if wrong := [n for n, v in options.items() if n in reason or f" {v}" in reason]:
-        return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
+        try:
+            core.compile_model(model, device)
+        except RuntimeError:
+            pass
+        else:
+            return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
     return BackendError(
         f"OpenVINO cannot compile the model: {reason}",
         "Export the operator it names differently, or give another opset version.",
     )
 
 
-def _name(port: Any, names: Sequence[str]) -> str:
-    """The ONNX name of a graph input.
+def _inputs(ports: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
+    """The ONNX names of the engine's inputs.
 
     An operator that OpenVINO drops leaves its output's name to its input, whose own name then is
-    only the node's.
+    only the node's, or nowhere any more: what is left over keeps its order.
     """
-    known = port.get_names() | {port.get_node().get_friendly_name()}
-    return next((name for name in names if name in known), port.get_any_name())
+    known = [port.get_names() | {port.get_node().get_friendly_name()} for port in ports]
+    found = [next((n for n in names if n in k), None) for k in known]
+    others = iter([n for n in names if n not in found])
+    return tuple(n or next(others, p.get_any_name()) for n, p in zip(found, ports, strict=True))
 
 
 def _outputs(model: Any, names: Sequence[str]) -> tuple[tuple[str, int], ...]:

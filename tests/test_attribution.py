@@ -12,7 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import attribution
 from auditor.errors import NoiseError
-from auditor.noises import bf16, fp16, fp32_rounding, int8, normalisation, tf32
+from auditor.noises import (
+    attribute_ignored,
+    bf16,
+    fp16,
+    fp32_rounding,
+    int8,
+    normalisation,
+    tf32,
+    tie_breaking,
+)
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import replay
@@ -319,6 +328,48 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
     spoken = SegmentGraph(of.model, (Kernel("k", "MatMul", ("y",), ("y",), "", "far", "far"),))
     assert explain(spoken, x, planted, noises=(near, far), thorough=True).noise == "far"
     assert explain(of, x, planted, noises=(near, same), thorough=True).noise == "near"
+    # Of another convention everything is left, or nothing.
+    half = Twin("inference.half", 0.009)
+    assert explain(of, x, planted, noises=(half,)).hypotheses[0].explained > 0.98
+    assert explain(of, x, planted, noises=(half,)).noise is None
+
+
+@pytest.mark.parametrize(("turned", "named"), [(1, None), (3, None), (12, "precision.bf16")])
+def test_few_choices_tell_no_rounding_from_another(turned: int, named: str | None) -> None:
+    nodes = [helper.make_node("Round", ["x"], ["r"]), helper.make_node("Cast", ["r"], ["y"], to=6)]
+    x = np.full((1, 50), 3.25, np.float32)
+    x[:, :turned] = 3.499  # 3.5 in bfloat16
+    found = explain(segment(nodes, {}), x, {"y": np.where(x > 3.4, 4, 3).astype(np.int32)})
+    assert found.hypotheses[0].explained == 1 and found.noise == named
+
+
+def test_one_choice_that_several_causes_make_has_none() -> None:
+    """Two boxes that overlap by just the limit: is it a tie, or is the limit lost?"""
+    names = ["boxes", "scores", "most", "limit"]
+    node = helper.make_node("NonMaxSuppression", names, ["y"])
+    feeds = {
+        "boxes": np.array([[[0, 0, 1, 1], [0, 0.5, 1, 1], [0, 2, 1, 3]]], np.float32),
+        "scores": np.array([[[0.9, 0.8, 0.7]]], np.float32),
+        "most": np.array([3]),
+        "limit": np.array([0.5], np.float32),
+    }
+    of = segment([node], {})
+    del of.model.graph.input[:]
+    for name, value in feeds.items():
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        of.model.graph.input.append(helper.make_tensor_value_info(name, kind, value.shape))
+    replayed = run(of.model, feeds)
+    assert len(replayed["y"]) == 3
+    observed = {"y": replayed["y"][[0, 2]]}
+    noises = (attribute_ignored.NOISE, bf16.NOISE, tie_breaking.NOISE)
+    found = attribution.explain(of, feeds, observed, replayed, noises)
+    assert {h.noise for h in found.hypotheses if h.explained == 1} >= {
+        "implementation.attribute_ignored",
+        "implementation.tie_breaking",
+    }
+    assert found.noise is None
+    alone = attribution.explain(of, feeds, observed, replayed, noises[1:])
+    assert alone.noise == "implementation.tie_breaking"
 
 
 def openvino_conv(tmp_path: Path, options: dict[str, str], compress: bool) -> Any:

@@ -168,3 +168,19 @@ def test_equal_terms_added_up_one_after_another_are_rounding(constants_from_shap
 def test_a_small_fault_is_no_order_of_a_sum():
     floor, error = _floor_and_error(lambda *given: _summed_by_tap(*given) * np.float32(1.001))
     assert error > floor
+
+
+def test_nothing_rounds_between_integers():
+    """A sum that wraps around is another one in another order: that is no rounding."""
+    model = _model("ReduceSum", [1, 64], {}, {"keepdims": 0})
+    del model.graph.initializer[:]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.INT32
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.full((1, 64), 2**30 - 1, np.int32)}
+    reference = replayer.walk((cut,), feeds)
+    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
+    assert divergence.smallest(local) == 0
+    assert divergence.floor(replayer, cut, local, reference) == 0

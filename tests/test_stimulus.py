@@ -143,9 +143,10 @@ def test_memory_does_not_grow_with_the_file(
     assert peak < 3 << 20
 
 
-def test_bfloat16_from_safetensors(load: Callable[..., models.Model], tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [npz, safetensors])  # in an .npz it is bytes without a type
+def test_bfloat16(load: Callable[..., models.Model], tmp_path: Path, store: Saver) -> None:
     x = np.array([1.5, -2.0], ml_dtypes.bfloat16)
-    path = safetensors(tmp_path, {"x": x})
+    path = store(tmp_path, {"x": x})
     got = stimuli.load(load(x=(TensorProto.BFLOAT16, 2)), path, 0, None, {})
     assert np.array_equal(got.sample(0)["x"], x)
 

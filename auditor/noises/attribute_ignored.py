@@ -19,7 +19,7 @@ _ATTRIBUTES_ELSEWHERE = frozenset(
         *("approximate", "auto_pad", "axes", "ceil_mode", "count_include_pad", "direction"),
         *("epsilon", "group", "hidden_size", "keepdims", "kernel_shape", "layout", "momentum"),
         *("noop_with_empty_axes", "pads", "round_mode", "saturate", "select_last_index"),
-        *("stash_type", "storage_order", "to", "training_mode"),
+        *("stash_type", "to", "training_mode"),
     }
 )
 _OPERATORS_ELSEWHERE = frozenset(

@@ -20,7 +20,7 @@ _LIMITS: dict[int, tuple[int, int]] = {
     TensorProto.UINT32: (0, 2**32 - 1),
     TensorProto.INT32: (-(2**31), 2**31 - 1),
 }
-_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs")
+_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs", "BitShift")
 _REAL = frozenset((TensorProto.FLOAT, TensorProto.DOUBLE))
 _INTEGERS = frozenset((TensorProto.INT64, *_LIMITS))
 # Min and Max know integers from here on.
@@ -75,9 +75,13 @@ def _clipped(node: onnx.NodeProto, kind: int) -> str:
     """An operator computed in int64, whose result is clipped."""
     names = ["a", "b"][: len(node.input)]
     wide = " ".join(f"w{n} = Cast <to = 7> ({n})" for n in names)
-    operands = ", ".join(f"w{n}" for n in names)
+    result = f"{node.op_type}({', '.join(f'w{n}' for n in names)})"
+    if node.op_type == "BitShift":
+        wide += " two = Constant <value = int64 {2}> () factor = Pow(two, wb)"
+        left = surgery.attributes(node)["direction"] == "LEFT"
+        result = "Mul(wa, factor)" if left else "Div(wa, factor)"
     return (
-        f"({', '.join(names)}) => (y) {{ {wide} r = {node.op_type}({operands}) "
+        f"({', '.join(names)}) => (y) {{ {wide} r = {result} "
         f"{_between('r', kind)} y = Cast <to = {kind}> (m) }}"
     )
 
@@ -143,7 +147,7 @@ NOISE = Cause(
         "open."
     ),
     applies=(
-        "Add, Sub, Mul, Neg and Abs of integers of up to 32 bits, Cast to them, and "
+        "Add, Sub, Mul, Neg, Abs and BitShift of integers of up to 32 bits, Cast to them, and "
         "QuantizeLinear; operator set 12 or later"
     ),
     source=(

@@ -47,6 +47,13 @@ BINARY = frozenset(
 DOMAIN = "auditor"
 SMALL = 64  # elements of a constant that may say a shape or an option
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
+EXACT = frozenset(
+    {
+        *(TensorProto.BOOL, TensorProto.STRING, TensorProto.INT64, TensorProto.UINT64),
+        *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32),
+        *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32),
+    }
+)
 _STANDARD = ("", "ai.onnx")
 
 
@@ -136,6 +143,13 @@ def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 def types(model: onnx.ModelProto) -> dict[str, int]:
     """ONNX element type of every tensor whose type can be inferred."""
     return {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
+
+
+def is_exact(model: onnx.ModelProto) -> bool:
+    """Whether all of a segment's tensors are known to be integers, booleans or texts."""
+    kinds = types(model)
+    made = {name for node in model.graph.node for name in node.output if name}
+    return made <= kinds.keys() and set(kinds.values()) <= EXACT
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

@@ -345,8 +345,9 @@ def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
         assert all(np.array_equal(outputs[n], expected[n]) for n in expected)
 
 
-def test_an_input_that_a_dropped_operator_renames(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Sum", ["x"], ["y"])]
+@pytest.mark.parametrize("op_type", ["Sum", "Dropout"])
+def test_an_input_that_a_dropped_operator_renames(tmp_path: Path, op_type: str) -> None:
+    nodes = [helper.make_node(op_type, ["x"], ["y"])]
     path = save(tmp_path / "m.onnx", nodes, [info("x", 2)], [info("y", 2)])
     feeds: Arrays = {"x": np.array([1, 2], np.float32)}
     assert np.array_equal(build(path).run(feeds)["y"], feeds["x"])
@@ -369,6 +370,19 @@ def test_integers_keep_their_type_and_their_narrowing_is_said(tmp_path: Path) ->
     assert capture.outputs["y"].dtype == np.int64
     assert capture.outputs["y"].tolist() == [2, 8, 18]
     assert any("64-bit integers are computed in 32 bits" in n for n in built.provenance.notes)
+
+
+def test_types_that_numpy_does_not_have_are_left_out(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Cast", ["r"], ["f8"], to=TensorProto.FLOAT8E4M3FN),
+        helper.make_node("Cast", ["f8"], ["y"], to=TensorProto.FLOAT),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 4)], [info("y", 1, 4)])
+    made = build(path, options=F32).instrument({"x": np.ones((1, 4), np.float32)})
+    assert [s.tensor for s in made.skipped] == ["f8"] and "f8" not in {
+        p.tensor for p in made.probes
+    }
 
 
 def test_dynamic_shapes_are_fixed_and_said(tmp_path: Path) -> None:
@@ -413,6 +427,23 @@ def test_unsupported_operator_is_named(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"my\.dom\.Foo") as caught:
         build(path)
     assert caught.value.stage == "build" and caught.value.hint
+
+
+def test_a_model_that_cannot_be_compiled_is_no_fault_of_an_option(tmp_path: Path) -> None:
+    node = helper.make_node(
+        "LSTM",
+        ["x", "w", "r"],
+        ["y"],
+        hidden_size=4,
+        activations=["Sigmoid", "Relu", "Softsign"],
+    )
+    weights = tuple(
+        numpy_helper.from_array(np.ones((1, 16, 4), np.float32), name) for name in ("w", "r")
+    )
+    ends = [info("x", 3, 1, 4)], [info("y", 3, 1, 1, 4)]
+    path = save(tmp_path / "m.onnx", [node], *ends, weights)
+    with pytest.raises(BackendError, match="softsign"):
+        build(path, options=F32)
 
 
 def test_failure_while_running_is_told(residual: Path) -> None:

@@ -44,6 +44,15 @@ def test_saturating_arithmetic(
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+def test_saturating_shifts(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    a, b = generator.integers(0, 256, (4, 40), np.uint8), generator.integers(0, 8, 40, np.uint8)
+    node = helper.make_node("BitShift", ["a", "b"], ["y"], direction="LEFT")
+    segment = make_segment([node], {}, ["a", "b"], ["y"], kind=TensorProto.UINT8)
+    exact = a.astype(object) << b.astype(object)
+    found = explain(run, segment, {"a": a, "b": b}, saturated(exact, "uint8"))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_saturating_casts(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     x = generator.integers(-1000, 1000, (4, 40)).astype(np.int32)
     node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT8)
