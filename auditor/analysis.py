@@ -15,7 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from auditor import artefact, attribution, divergence, impact, metrics, model, pictures, summary
+from auditor import (
+    artefact,
+    attribution,
+    divergence,
+    impact,
+    metrics,
+    model,
+    pictures,
+    summary,
+    witness,
+)
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
@@ -507,7 +517,20 @@ class Analysis:
             )
         if self._trained:
             self.constants[cut.id] = artefact.sentences_of_trained(segment)
+        if thorough and cut.id not in self.constants:
+            self._ask(cut, segment, local)
         return part
+
+    def _ask(self, cut: Cut, segment: SegmentGraph, local: Local) -> None:
+        """A second opinion on a segment, unless the backend's precision is what it is about."""
+        noise = self.causes.noise(cut.id)
+        if noise is not None and noise.startswith("precision."):
+            return
+        said = witness.sides_with(segment, local.inputs, local.observed, local.replayed)
+        if said is not None:
+            self.constants[cut.id] = (said,)
+            nodes = ", ".join(model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
+            self.warnings.append(f"At {nodes}: {said}.")
 
     def _quantised(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """How much of a segment's error its weights explain, and how much its activations."""

@@ -47,7 +47,7 @@ CHANCE_STATED = 3e-2
 # … and only when it reproduces this fraction of the elements of integer and boolean outputs.
 EXACT = 0.9
 # From here on nothing is left to look for. Another convention is followed to rounding or not at
-# all: less than this much of it is none, unless the engine says that it rounds as well.
+# all: less than this much of it is none, unless the engine or the model rounds as well.
 ENOUGH = 0.995
 CONVENTIONS = (
     "inference.",
@@ -112,7 +112,7 @@ class Contender:
     noise: str
     variant: Variant
     first: Retest
-    stated: bool  # whether the engine reports a precision in this segment
+    says: frozenset[str]  # the precisions that the engine reports in this segment
     folder: Path | None  # where the files with its weights are
 
 
@@ -178,13 +178,14 @@ class _Bench:
     _different: int = 0  # elements
     _turned: int = 0  # those of them that are choices or counts
     _coarse: bool | None = None  # once it was asked for
-    stated: bool = False  # whether the engine reports a precision that would explain it
-    says: frozenset[str] = frozenset()  # which noises that are
+    says: frozenset[str] = frozenset()  # the precisions that the engine reports
     base: _Tested | None = None  # the best of those
     likely: list[_Tested] = field(default_factory=list)  # of the others, beside it
     branched: bool = False  # whether there are branches to look into
+    rounds: bool = False  # whether the model itself rounds, to 8 bits for instance
 
     def __post_init__(self) -> None:
+        self.rounds = any("Linear" in n.op_type for n in self.segment.model.graph.node)
         for name, value in self.replayed.items():
             observed = self.observed[name]
             if observed.shape != value.shape:
@@ -229,12 +230,13 @@ class _Bench:
         """The share from which on a cause is named here."""
         if self._reshaped:
             return NAMED_RESHAPED
-        chance = CHANCE_STATED if self.stated else CHANCE
+        chance = CHANCE_STATED if self.says else CHANCE
         return max(NAMED, 1 - math.pow(chance, 2 / max(1, self._different)))
 
     def needed(self, noise: str) -> float:
         """The share from which on this cause is named here."""
-        if self.stated or not noise.startswith(CONVENTIONS):
+        rounds = self.rounds or not self.says.isdisjoint(ROUNDED)
+        if rounds or not noise.startswith(CONVENTIONS):
             return self.named
         return max(ENOUGH, self.named)
 
@@ -366,7 +368,6 @@ def explain(
     bench.says = frozenset(
         n.id for n in noises if n.id.startswith("precision.") and n.stated_by(segment.kernels)
     )
-    bench.stated = bool(bench.says)
     prior = {} if prior is None else prior
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
@@ -426,7 +427,7 @@ def retest(
     bench = _Bench(segment, inputs, observed, replayed, threads)
     if not bench.explainable:
         return []
-    bench.stated = contenders[0].stated
+    bench.says = contenders[0].says
     for contender in contenders:
         bench.test(contender.noise, contender.variant)
     if len(bench.tested) < len(contenders):
@@ -699,7 +700,7 @@ def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
             t.hypothesis.noise,
             t.variant,
             _result(bench, t, {}),
-            bench.stated,
+            bench.says,
             bench.segment.folder,
         )
         for t in close

@@ -20,7 +20,7 @@ _LIMITS: dict[int, tuple[int, int]] = {
     TensorProto.UINT32: (0, 2**32 - 1),
     TensorProto.INT32: (-(2**31), 2**31 - 1),
 }
-_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs", "BitShift")
+_ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs", "BitShift")  # shifts to the left
 _REAL = frozenset((TensorProto.FLOAT, TensorProto.DOUBLE))
 _INTEGERS = frozenset((TensorProto.INT64, *_LIMITS))
 # Min and Max know integers from here on.
@@ -43,7 +43,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     arithmetic = {
         i: _clipped(n, target(n))
         for i, n in operators
-        if n.op_type in _ARITHMETIC and target(n) in _LIMITS
+        if n.op_type in _ARITHMETIC
+        and target(n) in _LIMITS
+        and surgery.attributes(n).get("direction") != "RIGHT"
     }
     casts = {
         i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
@@ -78,8 +80,7 @@ def _clipped(node: onnx.NodeProto, kind: int) -> str:
     result = f"{node.op_type}({', '.join(f'w{n}' for n in names)})"
     if node.op_type == "BitShift":
         wide += " two = Constant <value = int64 {2}> () factor = Pow(two, wb)"
-        left = surgery.attributes(node)["direction"] == "LEFT"
-        result = "Mul(wa, factor)" if left else "Div(wa, factor)"
+        result = "Mul(wa, factor)"
     return (
         f"({', '.join(names)}) => (y) {{ {wide} r = {result} "
         f"{_between('r', kind)} y = Cast <to = {kind}> (m) }}"
@@ -147,8 +148,8 @@ NOISE = Cause(
         "open."
     ),
     applies=(
-        "Add, Sub, Mul, Neg, Abs and BitShift of integers of up to 32 bits, Cast to them, and "
-        "QuantizeLinear; operator set 12 or later"
+        "Add, Sub, Mul, Neg, Abs and BitShift to the left of integers of up to 32 bits, Cast to "
+        "them, and QuantizeLinear; operator set 12 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; ONNX operators Cast (out "
