@@ -690,9 +690,7 @@ def _counted(bench: _Bench) -> bool:
 
 def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
     rivals = [
-        t
-        for t in bench.tested
-        if t.hypothesis.noise != winner.hypothesis.noise and _fits(bench, t)
+        t for t in bench.tested if t.hypothesis.noise != winner.hypothesis.noise and _fits(bench, t)
     ]
     close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
     return tuple(
