@@ -677,9 +677,9 @@ def _fits(bench: _Bench, tested: _Tested) -> bool:
     """Whether a hypothesis explains enough, and not by chance."""
     found = tested.hypothesis
     counted = _counted(bench)
-    if counted and bench.coarse and found.noise in ROUNDED and found.noise not in bench.says:
-        if bench._turned < TURNED:
-            return False
+    unstated = found.noise in ROUNDED and found.noise not in bench.says
+    if counted and unstated and bench.coarse and bench._turned < TURNED:
+        return False
     return holds(found.explained, found.bit_identical, bench.needed(found.noise), counted)
 
 

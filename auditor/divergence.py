@@ -140,9 +140,7 @@ def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
 
 
 def smallest(local: Local) -> float:
-    """A segment's floor before it was measured: none where it neither takes nor gives numbers
-    that are rounded.
-    """
+    """A segment's floor before it was measured: none between integers, booleans and texts."""
     return 0.0 if _whole(local) else fp32_rounding.floor(0.0)
 
 

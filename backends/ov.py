@@ -986,7 +986,7 @@ def _compile_error(
     error: RuntimeError, options: Mapping[str, str], core: Any, model: Any, device: str
 ) -> Exception:
     """What a failed compilation means: an option is to blame if the model compiles without any."""
-    reason = _reason(error)
+    reason = reason_of(error)
     if wrong := [n for n, v in options.items() if n in reason or f" {v}" in reason]:
         try:
             core.compile_model(model, device)
