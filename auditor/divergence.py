@@ -139,9 +139,10 @@ def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
     )
 
 
-def smallest(local: Local) -> float:
+def smallest(local: Local | ReplayError) -> float:
     """A segment's floor before it was measured: none between integers, booleans and texts."""
-    return 0.0 if _whole(local) else fp32_rounding.floor(0.0)
+    whole = isinstance(local, Local) and _whole(local)
+    return 0.0 if whole else fp32_rounding.floor(0.0)
 
 
 def _whole(local: Local) -> bool:
