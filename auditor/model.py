@@ -140,12 +140,13 @@ def load(path: Path) -> Model:
     _check_types(path, proto)
     inputs = _inputs(path, proto.graph)
     outputs, unread = _outputs(path, proto.graph)
+    packed = _packed(proto.graph)
     info = ModelInfo(
         path=str(path),
         sha256=digest.hexdigest(),
         opset=surgery.opset(proto),
         nodes=len(proto.graph.node),
-        parameters=sum(_size(tensor) for tensor in _tensors(proto)),
+        parameters=sum(_size(t) * packed.get(t.name, 1) for t in _tensors(proto)),
         producer=f"{proto.producer_name} {proto.producer_version}".strip(),
     )
     try:
@@ -333,6 +334,15 @@ def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
             for graph in attribute.graphs:
                 yield from graph.initializer
                 yield from _inner_tensors(graph)
+
+
+def _packed(graph: onnx.GraphProto) -> dict[str, int]:
+    """How many numbers an element holds, of constants that a contrib operator keeps packed."""
+    return {
+        node.input[1]: 8 // surgery.attributes(node).get("bits", 4)
+        for node in graph.node
+        if node.op_type == "MatMulNBits" and len(node.input) > 1
+    }
 
 
 def _size(tensor: onnx.TensorProto) -> int:

@@ -5,7 +5,9 @@ parameters, 4.4 GB in float32). With ``--caches`` it takes one token or several,
 earlier ones being in key and value caches that it takes and gives. Grouped-query attention, rotary
 positions, RMS normalisation and SwiGLU as in Touvron et al., "Llama 2" (2023) and transformers'
 modeling_llama.py, written out in ONNX's own operators as torch exports them. Weights are drawn as
-Llama initialises them, with a standard deviation of 0.02, and go to disk piece by piece.
+Llama initialises them, with a standard deviation of 0.02, and go to disk piece by piece. With
+``--bits 4`` those of products are integers with a scale for each 32 of them, in the operator that
+ONNX Runtime's quantiser writes (``com.microsoft.MatMulNBits``).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 17
 _PIECE = 1 << 24  # weights generated at a time
+_BLOCK = 32  # weights that share a scale, where they have few bits
 _ALIGNMENT = 4096  # of each weight in the file, so that it can be mapped
 
 
@@ -38,6 +41,7 @@ class Shape:
     vocabulary: int = 32000
     tokens: int = 16
     theta: float = 10000.0  # of the rotary positions
+    bits: int = 32  # of each weight of a product: 32, or 4
     caches: bool = (
         False  # take and give key and value caches; ``tokens`` is then the most there are
     )
@@ -52,11 +56,17 @@ class _Writer:
     """Collects nodes, and puts weights into the data file."""
 
     def __init__(
-        self, data: IO[bytes], location: str, seed: int, given: Mapping[str, np.ndarray]
+        self,
+        data: IO[bytes],
+        location: str,
+        seed: int,
+        given: Mapping[str, np.ndarray],
+        bits: int,
     ) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.parameters = 0
+        self._bits = bits
         self._data = data
         self._location = location
         self._given = given
@@ -76,8 +86,7 @@ class _Writer:
 
     def weight(self, name: str, *dims: int) -> str:
         """A matrix: the one given, else normal values with a standard deviation of 0.02."""
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
-        start, left = self._data.tell(), math.prod(dims)
+        start, left = self._aligned(), math.prod(dims)
         self.parameters += left
         if name in self._given:
             values = self._given[name]
@@ -89,7 +98,37 @@ class _Writer:
             values = self._generator.standard_normal(count, np.float32) * np.float32(0.02)
             self._data.write(values.tobytes())
             left -= count
-        tensor = onnx.TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims)
+        return self._stored(name, TensorProto.FLOAT, dims, start)
+
+    def product(self, given: str, name: str, weights: str, into: int, out: int) -> str:
+        """A matrix product with weights of the model's bits."""
+        if self._bits == 32:
+            return self.node("MatMul", [given, self.weight(weights, into, out)], name)
+        blocks = into // _BLOCK
+        start, left = self._aligned(), out * blocks * _BLOCK // 2
+        self.parameters += into * out
+        while left:
+            count = min(left, _PIECE)
+            self._data.write(self._generator.bytes(count))
+            left -= count
+        packed = self._stored(
+            f"{weights}.packed", TensorProto.UINT8, (out, blocks, _BLOCK // 2), start
+        )
+        start = self._aligned()
+        spread = math.sqrt((16**2 - 1) / 12)  # of sixteen integers
+        self._data.write(np.full(out * blocks, 0.02 / spread, np.float32).tobytes())
+        scales = self._stored(f"{weights}.scales", TensorProto.FLOAT, (out * blocks,), start)
+        sizes = {"K": into, "N": out, "bits": self._bits, "block_size": _BLOCK}
+        inputs = [given, packed, scales]
+        return self.node("MatMulNBits", inputs, name, domain="com.microsoft", **sizes)
+
+    def _aligned(self) -> int:
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        return self._data.tell()
+
+    def _stored(self, name: str, kind: int, dims: tuple[int, ...], start: int) -> str:
+        """An initialiser that lies in the file from ``start`` to where it ends now."""
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=dims)
         tensor.data_location = TensorProto.EXTERNAL
         length = self._data.tell() - start
         for key, value in (("location", self._location), ("offset", start), ("length", length)):
@@ -111,18 +150,17 @@ def write(
     """
     location = f"{path.name}.data"
     with (path.parent / location).open("wb") as data:
-        writer = _Writer(data, location, seed, given or {})
+        writer = _Writer(data, location, seed, given or {}, shape.bits)
         _constants(writer, shape)
         table = writer.weight("embedding", shape.vocabulary, shape.hidden)
         last = writer.node("Gather", [table, "input_ids"], "embedded")
         for index in range(shape.layers):
             last = _layer(writer, shape, last, f"layer{index}")
         last = _normalised(writer, shape, last, "norm")
-        head = writer.weight("head", shape.hidden, shape.vocabulary)
-        writer.node("MatMul", [last, head], "logits")
+        writer.product(last, "logits", "head", shape.hidden, shape.vocabulary)
     taken, given_back = _interface(shape)
     graph = helper.make_graph(writer.nodes, "decoder", taken, given_back, writer.constants)
-    opsets = [helper.make_opsetid("", OPSET)]
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="decoder")
     onnx.save(model, path)
     return writer.parameters
@@ -226,7 +264,7 @@ def _attention(writer: _Writer, shape: Shape, given: str, name: str) -> str:
 
 
 def _projected(writer: _Writer, given: str, name: str, into: int, out: int) -> str:
-    return writer.node("MatMul", [given, writer.weight(f"{name}.weight", into, out)], name)
+    return writer.product(given, name, f"{name}.weight", into, out)
 
 
 def _heads(writer: _Writer, tensor: str, split: str = "heads") -> str:

@@ -175,3 +175,4 @@ def test_a_model_that_allows_8_bits_is_not_the_reference(
     onnx.save(model, tmp_path / "m.onnx")
     report = audited(tmp_path, "ort", confirm=False)
     assert [f.noise for f in report.findings] == [ID]
+    assert report.model.parameters == 6 * (128 + 4 + 1)  # weights, scales, bias
