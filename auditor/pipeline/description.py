@@ -18,11 +18,20 @@ from typing import Any, Literal, cast, get_args
 from auditor.errors import UsageError
 from auditor.lines import Lines
 from auditor.pipeline import libraries
+from auditor.pipeline.heads import (
+    BEHIND,
+    Activation,
+    Coding,
+    Joining,
+    Lengths,
+    Names,
+    Shapes,
+    Unit,
+    several,
+)
 from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
 from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import (
-    Activation,
-    Coding,
     Kind,
     Masking,
     Order,
@@ -257,9 +266,11 @@ _TARGETS = (
     *("resize.size", "resize.short_side", "resize.long_side", "resize.height"),
     "resize.letterbox",
 )
+_ANCHORS = ("post.anchors", "post.sizes", "post.cell")
 # What a new value of one key makes meaningless in the side that it overrides.
 _RESETS = {
     **{target: _TARGETS for target in _TARGETS},
+    **{key: _ANCHORS for key in _ANCHORS},
     "decoder": ("orientation",),  # the new decoder's own default
     "resize.library": ("resize.interpolation", "resize.antialias"),
     "resize.interpolation": ("resize.antialias",),
@@ -326,7 +337,10 @@ class _Reader:
         self._source = source
 
     def has(self, key: str) -> bool:
-        return key in self._side and self._side[key].value != "none"
+        return key in self._side and self.value(key) != "none"
+
+    def value(self, key: str) -> Any:
+        return self._side[key].value
 
     def where(self, key: str) -> str:
         return self._side[key].where if key in self._side else self._source
@@ -344,26 +358,26 @@ class _Reader:
         value = self._side[key].value if key in self._side else default
         if not _is_number(value) or (above is not None and value <= above):
             limit = "" if above is None else f" above {above:g}"
-            raise self._expected(key, f"a number{limit}")
+            raise self.expected(key, f"a number{limit}")
         return float(value)
 
     def whole(self, key: str, default: int | None = None, *, low: int = 1) -> int:
         value = self._get(key) if default is None or key in self._side else default
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self._expected(key, f"a whole number of at least {low}")
+            raise self.expected(key, f"a whole number of at least {low}")
         return value
 
     def bit(self, key: str) -> int:
         value = self._side[key].value if key in self._side else 0
         if type(value) is not int or value not in (0, 1):
-            raise self._expected(key, "0 or 1")
+            raise self.expected(key, "0 or 1")
         return value
 
     def size(self, key: str) -> Size:
         value = self._get(key)
         pair = value if isinstance(value, list) else [value, value]
         if len(pair) != 2 or not all(type(v) is int and v > 0 for v in pair):
-            raise self._expected(key, "a length in pixels, or [height, width]")
+            raise self.expected(key, "a length in pixels, or [height, width]")
         return pair[0], pair[1]
 
     def numbers(self, key: str, default: float, *, zero: bool = True) -> tuple[float, ...]:
@@ -371,25 +385,54 @@ class _Reader:
         value = self._side[key].value if key in self._side else default
         many = value if isinstance(value, list) else [value] * 3
         if len(many) != 3 or not all(_is_number(v) and (zero or v != 0) for v in many):
-            raise self._expected(key, "one number or one for each of 3 channels, none of them 0")
+            raise self.expected(key, "one number or one for each of 3 channels, none of them 0")
         return tuple(float(v) for v in many)
 
     def text(self, key: str) -> str:
         value = self._side[key].value if key in self._side else ""
         if not isinstance(value, str):
-            raise self._expected(key, "a name in quotes")
+            raise self.expected(key, "a name in quotes")
         return value
+
+    def names(self, key: str) -> Names:
+        """One name, or a list of them."""
+        value = self._side[key].value if key in self._side else ""
+        if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
+            return tuple(value)
+        if not isinstance(value, str):
+            raise self.expected(key, "a name in quotes, or a list of them")
+        return value
+
+    def lengths(self, key: str) -> Lengths:
+        """One whole number, or a list of them; 0 where there is none."""
+        value = self._side[key].value if key in self._side else 0
+        many: list[Any] = value if isinstance(value, list) and value else [value]
+        if not all(type(v) is int and v >= 0 for v in many):
+            raise self.expected(key, "a length in pixels, or a list of them")
+        return tuple(many) if isinstance(value, list) else many[0]
+
+    def lists(self, key: str, depth: int, what: str) -> Any:
+        """Lists in lists of numbers above 0, as tuples; () where there are none."""
+
+        def read(value: Any, left: int) -> Any:
+            if left == 0 and _is_number(value) and value > 0:
+                return float(value)
+            if left == 0 or not isinstance(value, list) or not value:
+                raise self.expected(key, what)
+            return tuple(read(part, left - 1) for part in value)
+
+        return read(self._side[key].value, depth) if key in self._side else ()
 
     def pair(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
         value = self._side[key].value if key in self._side else list(default)
         if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
-            raise self._expected(key, "two numbers")
+            raise self.expected(key, "two numbers")
         return float(value[0]), float(value[1])
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._side[key].value if key in self._side else default
         if not isinstance(value, bool):
-            raise self._expected(key, "true or false")
+            raise self.expected(key, "true or false")
         return value
 
     def _get(self, key: str) -> Any:
@@ -397,7 +440,7 @@ class _Reader:
             raise UsageError(f"{self._source} does not say `{key}`", "See docs/pipeline.md.")
         return self._side[key].value
 
-    def _expected(self, key: str, what: str) -> UsageError:
+    def expected(self, key: str, what: str) -> UsageError:
         value = self._side[key].value if key in self._side else None
         return UsageError(f"{self.where(key)}: `{key}` is {value!r}", f"It takes {what}.")
 
@@ -521,16 +564,23 @@ def _post(side: _Side, source: str) -> Post | None:
     variances = read.pair("post.variances", default.variances)
     found = Post(
         kind=cast(Kind, read.choice("post.kind", get_args(Kind))),
-        output=read.text("post.output"),
-        scores=read.text("post.scores"),
+        output=read.names("post.output"),
+        scores=read.names("post.scores"),
+        objectness=read.names("post.objectness"),
+        join=cast(Joining, read.choice("post.join", get_args(Joining), default.join)),
         channels_first=read.boolean("post.channels_first", False),
         activation=cast(Activation, read.choice("post.activation", get_args(Activation), "none")),
         background=read.whole("post.background", 0, low=0) if read.has("post.background") else None,
         threshold=read.number("post.threshold", default.threshold),
         coding=cast(Coding, read.choice("post.coding", get_args(Coding), "corners")),
-        stride=read.whole("post.stride", 0, low=0),
-        cell=read.whole("post.cell", 0, low=0),
-        anchors=_beside(source, read.text("post.anchors")),
+        bins=read.whole("post.bins", 0, low=0),
+        unit=cast(Unit, read.choice("post.unit", get_args(Unit), default.unit)),
+        stride=read.lengths("post.stride"),
+        shift=read.number("post.shift", default.shift),
+        cell=read.lengths("post.cell"),
+        anchors=_anchors(read, source),
+        sizes=read.lists("post.sizes", 2, "by level, a list of lengths in pixels"),
+        ratios=read.lists("post.ratios", 1, "a list of heights by widths") or default.ratios,
         variances=variances,
         offset=read.bit("post.offset"),
         clip=read.size("post.clip") if read.has("post.clip") else None,
@@ -559,12 +609,64 @@ def _post(side: _Side, source: str) -> Post | None:
             "enlarge classes: they have no values in between",
             'Say interpolation = "nearest", or order = "resize".',
         )
-    if found.coding.endswith("deltas") and not found.anchors and not (found.stride and found.cell):
-        raise UsageError(
-            f"{read.where('post.coding')}: `post.coding` {found.coding} needs anchors",
-            "Name a file with `anchors`, or the `stride` and `cell` of a grid.",
-        )
+    _check_levels(read, found)
     return found
+
+
+def _check_levels(read: _Reader, post: Post) -> None:
+    """Whether outputs, strides and anchors of a detector's levels belong together."""
+
+    def wrong(key: str, what: str, hint: str) -> UsageError:
+        return UsageError(f"{read.where(key)}: `{key}` {what}", hint)
+
+    outputs, strides = len(several(post.output)), len(several(post.stride))
+    if outputs > 1 and post.kind != "boxes":
+        raise wrong("post.output", f"names {outputs} outputs", "Only boxes have several levels.")
+    for key, names in (("post.scores", post.scores), ("post.objectness", post.objectness)):
+        if names not in ("", BEHIND) and len(several(names)) != outputs:
+            raise wrong(
+                key,
+                f"names {len(several(names))} outputs, `post.output` {outputs}",
+                "Name one for each level in both, in the same order.",
+            )
+    given = [key for key in _ANCHORS if read.has(key)]
+    if len(given) > 1:
+        raise wrong(given[1], f"says what the anchors are, and so does `{given[0]}`", "Give one.")
+    if post.coding.endswith("deltas") and not given:
+        raise wrong(
+            "post.coding",
+            f"{post.coding} needs anchors",
+            "Name a file with `anchors`, or the `stride` of a grid and its `cell`, `sizes` or "
+            "`anchors`.",
+        )
+    by_level = {
+        "post.anchors": post.anchors if isinstance(post.anchors, tuple) else (),
+        "post.sizes": post.sizes,
+        "post.cell": several(post.cell) if post.cell else (),
+    }
+    levels = {key: len(value) for key, value in by_level.items() if value}
+    gridded = post.coding in ("distances", "dfl") or post.unit == "strides"
+    if (gridded or levels) and not post.stride:
+        key = next(iter(levels), "post.unit" if post.unit == "strides" else "post.coding")
+        raise wrong(key, "needs a grid", "Say the `stride` of each level, in pixels.")
+    if post.stride and outputs not in (1, strides):
+        levels["post.output"] = outputs
+    for key, count in levels.items():
+        if count != strides:
+            raise wrong(
+                key, f"has {count} levels, `post.stride` {strides}", "Give all for each level."
+            )
+
+
+def _anchors(read: _Reader, source: str) -> str | Shapes:
+    """A file beside the description, or the width and height of each anchor by level."""
+    if not read.has("post.anchors") or isinstance(read.value("post.anchors"), str):
+        return _beside(source, read.text("post.anchors"))
+    what = "a file, or by level a list of [width, height] in pixels"
+    found = read.lists("post.anchors", 3, what)
+    if any(len(shape) != 2 for level in found for shape in level):
+        raise read.expected("post.anchors", what)
+    return cast(Shapes, found)
 
 
 def _charset(source: str, name: str) -> str:

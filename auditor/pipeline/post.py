@@ -16,13 +16,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from auditor.errors import UsageError
+from auditor.pipeline.heads import (
+    Activation,
+    Coding,
+    Joining,
+    Lengths,
+    Names,
+    Shapes,
+    Sizes,
+    Unit,
+    activated,
+    candidates,
+    misdescribed,
+    output,
+    several,
+)
 from auditor.pipeline.masks import Enlarger, Enlarging
 
 if TYPE_CHECKING:
@@ -32,8 +46,6 @@ if TYPE_CHECKING:
     from auditor.ports import Array, Arrays
 
 Kind = Literal["scores", "mask", "boxes", "text"]
-Activation = Literal["none", "softmax", "sigmoid"]
-Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas"]
 Rounding = Literal["none", "nearest", "floor"]
 Suppression = Literal["none", "onnxruntime", "opencv"]
 Masking = Literal["threshold", "argmax"]
@@ -49,10 +61,13 @@ class Post:
 
     Attributes:
         kind: of the result.
-        output: the model's output for scores and masks, that of the boxes' numbers otherwise;
-            "" for the first one.
-        scores: the output with the boxes' scores, [.., candidates, classes]; "" where they follow
-            the four numbers of each box (YOLO).
+        output: the model's output for scores and masks, that of the boxes' numbers otherwise, or
+            one for each level; "" for the first one.
+        scores: the output with the boxes' scores, [.., candidates, classes], or one for each level;
+            "" where they follow the numbers of each box (YOLO).
+        objectness: outputs with the score that there is any object, [.., candidates, 1]; "behind"
+            where it follows the numbers of each box (YOLOX); "" without one.
+        join: a score is its product with the objectness, or the root of that (FCOS).
         channels_first: boxes' numbers and scores are on axis 1 instead of the last (heads of
             convolutions: [1, columns, candidates] or [1, columns, height, width]).
         activation: of the scores.
@@ -60,9 +75,17 @@ class Post:
         threshold: lowest score of a detection; value above which a mask is set.
         coding: ``corners`` x1 y1 x2 y2; ``centre`` x y width height; both in pixels, or as
             changes of anchors: each corner by a part of the size, or the centre by a part of the
-            size and the size by an exponential (R-CNN, SSD).
-        stride, cell: anchors are the cells of a grid, ``cell`` pixels wide and ``stride`` apart.
-        anchors: file (.npy, [candidates, 4] corners) with the anchors; "" for a grid.
+            size and the size by an exponential (R-CNN, SSD); ``distances`` from a point to left,
+            top, right and bottom (FCOS), or their distributions over 0, 1, 2, … strides, ``dfl``
+            (PicoDet).
+        bins: how long each distribution is; 0 where nothing follows them.
+        unit: of the numbers: ``strides`` of their level, or ``parts`` of the input's sides.
+        stride: how far the cells of each level's grid are apart; one or by level.
+        shift: where in a cell its point is, and the middle of its anchors, as a part of the stride.
+        cell: the anchors are the cells, each this wide; one or by level.
+        anchors: file (.npy, [candidates, 4] corners) with the anchors, or by level the width and
+            height of each anchor of a cell; "" for others.
+        sizes, ratios: by level, roots of the anchors' areas, and their heights by their widths.
         variances: by which deltas are multiplied: those of positions, those of sizes.
         offset: a box from x1 to x2 is ``x2 - x1 + offset`` wide (SysNoise, sec. 3.3: 0 or 1).
         clip: height and width that boxes are cut to; None for none.
@@ -83,16 +106,23 @@ class Post:
     """
 
     kind: Kind
-    output: str = ""
-    scores: str = ""
+    output: Names = ""
+    scores: Names = ""
+    objectness: Names = ""
+    join: Joining = "product"
     channels_first: bool = False
     activation: Activation = "none"
     background: int | None = None
     threshold: float = 0.5
     coding: Coding = "corners"
-    stride: int = 0
-    cell: int = 0
-    anchors: str = ""
+    bins: int = 0
+    unit: Unit = "pixels"
+    stride: Lengths = 0
+    shift: float = 0.5
+    cell: Lengths = 0
+    anchors: str | Shapes = ""
+    sizes: Sizes = ()
+    ratios: tuple[float, ...] = (1.0,)
     variances: tuple[float, float] = (1.0, 1.0)
     offset: int = 0
     clip: tuple[int, int] | None = None
@@ -113,7 +143,7 @@ class Post:
 
     def steps(self) -> dict[str, str]:
         """Every step in words, by its name; only those that this kind of result has."""
-        where = self.output or "first output"
+        where = " ".join(several(self.output)) or "first output"
         said = {"result": f"{self.kind} of {where}"}
         if self.kind in ("scores", "boxes"):
             said["activation"] = "no activation" if self.activation == "none" else self.activation
@@ -131,14 +161,7 @@ class Post:
         if self.kind == "text":
             said["text_decode"] = f"{self.text}, blank {self.blank}"
         if self.kind == "boxes":
-            anchors = self.anchors or (f"grid {self.stride}/{self.cell}" if self.stride else "none")
-            variances = "/".join(f"{v:g}" for v in self.variances)
-            last = ", channels first" if self.channels_first else ""
-            without = "" if self.background is None else f", class {self.background} is none"
-            said["box_decode"] = (
-                f"{self.coding} of {where}, scores {self.scores or 'behind them'}, anchors "
-                f"{anchors}, variances {variances}{last}{without}"
-            )
+            said["box_decode"] = self._decoding(where)
             said["box_offset"] = f"offset {self.offset}"
             rounding = "not rounded" if self.rounding == "none" else f"rounded: {self.rounding}"
             clip = (
@@ -151,6 +174,41 @@ class Post:
                 f"top {self.top_k}"
             )
         return said
+
+    def _decoding(self, where: str) -> str:
+        """How boxes are read off the outputs, in words."""
+        scores = " ".join(several(self.scores)) or "behind them"
+        said = [f"{self.coding} of {where}", f"scores {scores}"]
+        if self.objectness:
+            said.append(f"objectness {' '.join(several(self.objectness))} by {self.join}")
+        if self.unit != "pixels":
+            said.append(f"in {self.unit}")
+        if self.bins:
+            said.append(f"{self.bins} bins")
+        anchors = self.anchors if isinstance(self.anchors, str) else _listed(self.anchors)
+        if not anchors and self.stride:
+            anchors = f"grid {_listed(self.stride)}/{_listed(self.cell)}"
+        elif anchors and self.stride:
+            anchors += f", grid {_listed(self.stride)}"
+        if self.sizes:
+            anchors += f", sizes {_listed(self.sizes)}, ratios {_listed(self.ratios)}"
+        if self.shift != 0.5:
+            anchors += f", points at {self.shift:g}"
+        said.append(f"anchors {anchors or 'none'}")
+        said.append(f"variances {_listed(self.variances)}")
+        if self.channels_first:
+            said.append("channels first")
+        if self.background is not None:
+            said.append(f"class {self.background} is none")
+        return ", ".join(said)
+
+
+def _listed(numbers: float | tuple) -> str:  # type: ignore[type-arg]
+    """Nested numbers: ``8 16/32 64``, levels apart."""
+    if not isinstance(numbers, tuple):
+        return f"{numbers:g}"
+    apart = " " if any(isinstance(number, tuple) for number in numbers) else "/"
+    return apart.join(map(_listed, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +234,9 @@ STEPS = (
     Step(
         "box_decode",
         _taking(
-            *("output", "scores", "channels_first", "background", "coding", "stride", "cell"),
-            *("anchors", "variances"),
+            *("output", "scores", "objectness", "join", "channels_first", "background"),
+            *("coding", "bins", "unit", "stride", "shift", "cell", "anchors", "sizes", "ratios"),
+            "variances",
         ),
     ),
     Step("box_offset", _taking("offset")),
@@ -215,43 +274,15 @@ def result(outputs: Arrays, post: Post, place: Placement | None = None) -> Array
     """
     if post.kind == "boxes":
         try:
-            return {NAME: _boxes(outputs, post)[None]}
+            return {NAME: _boxes(outputs, post, place)[None]}
         except (ValueError, IndexError) as error:  # of numpy, where the shapes do not fit
-            raise _misdescribed(f"boxes cannot be read off the outputs: {error}") from error
-    values = _output(outputs, post.output)
+            raise misdescribed(f"boxes cannot be read off the outputs: {error}") from error
+    values = output(outputs, several(post.output)[0])
     if post.kind == "mask":
         return {NAME: _mask(values, post, place)}
     if post.kind == "text":
         return {NAME: _text(values, post)}
-    return {NAME: _activated(values, post.activation, axis=-1)}
-
-
-def _misdescribed(message: str) -> UsageError:
-    return UsageError(
-        message,
-        'Change `post` of the pipeline to what the network gives, or say post = "none" '
-        "(docs/pipeline.md).",
-    )
-
-
-def _output(outputs: Arrays, name: str) -> Array:
-    if name and name not in outputs:
-        raise _misdescribed(
-            f"the network has no output `{name}`; its outputs: {', '.join(sorted(outputs))}"
-        )
-    return outputs[name] if name else next(iter(outputs.values()))
-
-
-def _activated(values: Array, activation: Activation, axis: int) -> Array:
-    if activation == "softmax":
-        shifted = np.exp(values - values.max(axis=axis, keepdims=True))
-        made: Array = shifted / shifted.sum(axis=axis, keepdims=True)
-        return made
-    if activation == "sigmoid":
-        with np.errstate(over="ignore"):
-            made = 1 / (1 + np.exp(-values))
-        return made
-    return values
+    return {NAME: activated(values, post.activation, axis=-1)}
 
 
 def _mask(values: Array, post: Post, place: Placement | None) -> Array:
@@ -260,12 +291,12 @@ def _mask(values: Array, post: Post, place: Placement | None) -> Array:
     if values.ndim == 4 and post.channels_last:
         values = np.moveaxis(values, -1, 1)
     if values.ndim < 2 or values.size == 0 or (values.ndim == 4 and values.shape[0] != 1):
-        raise _misdescribed(f"a mask cannot be read off an output of shape {values.shape}")
+        raise misdescribed(f"a mask cannot be read off an output of shape {values.shape}")
     planes = values.reshape(-1, *values.shape[-2:]).astype(np.float32, copy=False)
     if post.mask == "threshold" and len(planes) != 1:
-        raise _misdescribed(f"a threshold decides about one channel, but there are {len(planes)}")
+        raise misdescribed(f"a threshold decides about one channel, but there are {len(planes)}")
     if post.mask == "argmax" and len(planes) < 2:
-        raise _misdescribed("the best class of one channel is always the same")
+        raise misdescribed("the best class of one channel is always the same")
 
     def decided(maps: Array) -> Array:
         if post.mask == "argmax":
@@ -277,7 +308,7 @@ def _mask(values: Array, post: Post, place: Placement | None) -> Array:
     if post.resize == "none":
         return decided(planes)[None]
     if place is None:
-        raise _misdescribed("a mask is enlarged to the photograph's size, which is not known here")
+        raise misdescribed("a mask is enlarged to the photograph's size, which is not known here")
     from auditor.pipeline.masks import enlarged
 
     if post.order == "resize":
@@ -296,12 +327,12 @@ def _mask(values: Array, post: Post, place: Placement | None) -> Array:
 
 def _text(values: Array, post: Post) -> Array:
     if values.ndim == 0 or values.shape[-1] == 0:
-        raise _misdescribed(f"a text cannot be read off an output of shape {values.shape}")
+        raise misdescribed(f"a text cannot be read off an output of shape {values.shape}")
     steps = values.reshape(-1, values.shape[-1])
     if values.ndim > 2 and values.shape[0] != 1:
-        raise _misdescribed(f"texts of {values.shape[0]} photographs at once: one was expected")
+        raise misdescribed(f"texts of {values.shape[0]} photographs at once: one was expected")
     if post.blank >= steps.shape[1]:
-        raise _misdescribed(f"class {post.blank} is the blank, but there are {steps.shape[1]}")
+        raise misdescribed(f"class {post.blank} is the blank, but there are {steps.shape[1]}")
     best = steps.argmax(axis=1) if steps.size else np.zeros(0, np.int64)
     kept = best != post.blank
     if post.text == "ctc":
@@ -343,7 +374,7 @@ def characters(post: Post, metadata: Mapping[str, str], classes: int) -> tuple[s
         try:
             found = Path(post.charset).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise _misdescribed(f"the charset {where} cannot be read: {error}") from error
+            raise misdescribed(f"the charset {where} cannot be read: {error}") from error
     lines = found.split("\n")
     while lines and lines[-1].rstrip("\r") == "":
         del lines[-1]
@@ -352,21 +383,12 @@ def characters(post: Post, metadata: Mapping[str, str], classes: int) -> tuple[s
     if len(every) + 1 == classes:
         every.append(" ")
     if len(every) != classes or not found:
-        raise _misdescribed(f"{where} has {len(lines)} characters for {classes} classes")
+        raise misdescribed(f"{where} has {len(lines)} characters for {classes} classes")
     return tuple(every)
 
 
-def _rows(values: Array, post: Post) -> Array:
-    """[candidates, columns] of one photograph."""
-    if post.channels_first and values.ndim >= 3:
-        values = np.moveaxis(values, 1, -1)
-    if values.shape[0] != 1 and values.ndim > 2:
-        raise _misdescribed(f"boxes of {values.shape[0]} photographs at once: one was expected")
-    return values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
-
-
-def _boxes(outputs: Arrays, post: Post) -> Array:
-    corners, best, kind, classes = candidates(outputs, post)
+def _boxes(outputs: Arrays, post: Post, place: Placement | None) -> Array:
+    corners, best, kind, classes = candidates(outputs, post, place)
     made = np.zeros((len(best), 6 if classes > 1 else 5), np.float32)
     kept = left(corners, best, kind, post)
     made[kept, :4], made[kept, 4] = corners[kept], best[kept]
@@ -375,91 +397,11 @@ def _boxes(outputs: Arrays, post: Post) -> Array:
     return made
 
 
-def candidates(outputs: Arrays, post: Post) -> tuple[Array, Array, Array, int]:
-    """Every box before any is left out.
-
-    Returns:
-        Corners ``[candidates, 4]``, best scores and their classes ``[candidates]``, and how many
-        classes there are.
-
-    Raises:
-        UsageError: the outputs are not what the description says.
-    """
-    numbers = _output(outputs, post.output)
-    rows = _rows(numbers, post)
-    scores = _rows(_output(outputs, post.scores), post) if post.scores else rows[:, 4:]
-    if rows.shape[1] < 4 or len(scores) != len(rows) or scores.shape[1] == 0:
-        where = f"output `{post.output}`" if post.output else "the first output"
-        raise _misdescribed(
-            f"{where} makes {len(rows)} boxes of {rows.shape[1]} numbers, with "
-            f"{len(scores)} scores of {scores.shape[1]} classes"
-        )
-    scores = _activated(scores, post.activation, axis=1)
-    if post.background is not None:
-        scores = np.delete(scores, post.background, axis=1)
-    best, kind = scores.max(axis=1), scores.argmax(axis=1)
-    corners = _corners(rows[:, :4], post, numbers.shape)
-    if post.clip is not None:
-        height, width = post.clip
-        most = np.array([width, height, width, height], np.float32) - post.offset
-        corners = np.clip(corners, 0, most)
-    if post.rounding != "none":
-        corners = np.rint(corners) if post.rounding == "nearest" else np.floor(corners)
-    return corners, best, kind, scores.shape[1]
-
-
 def left(corners: Array, best: Array, kind: Array, post: Post) -> Array:
     """Indices of the detections among candidates, the best first."""
     kept = np.flatnonzero(best >= post.threshold)
     kept = kept[np.argsort(-best[kept], kind="stable")]
     found: Array = kept[_suppressed(corners[kept], best[kept], kind[kept], post)][: post.top_k]
-    return found
-
-
-def _corners(numbers: Array, post: Post, shape: tuple[int, ...]) -> Array:
-    """x1, y1, x2, y2 in pixels of the network's input."""
-    if post.coding == "corners":
-        return numbers
-    if post.coding == "centre":
-        return _around(numbers[:, :2], numbers[:, 2:], post.offset)
-    anchors = _anchors(post, shape)
-    if anchors.shape != numbers.shape:
-        raise _misdescribed(f"{len(anchors)} anchors for {len(numbers)} boxes")
-    position, extent = post.variances
-    size = anchors[:, 2:] - anchors[:, :2] + np.float32(post.offset)
-    if post.coding == "corner-deltas":
-        return anchors + numbers * np.float32(position) * np.tile(size, 2)
-    middle = anchors[:, :2] + np.float32(0.5) * size
-    middle = middle + numbers[:, :2] * np.float32(position) * size
-    with np.errstate(over="ignore"):
-        return _around(middle, size * np.exp(numbers[:, 2:] * np.float32(extent)), post.offset)
-
-
-def _around(middle: Array, size: Array, offset: int) -> Array:
-    half = np.float32(0.5) * size
-    return np.concatenate([middle - half, middle + half - np.float32(offset)], axis=1)
-
-
-def _anchors(post: Post, shape: tuple[int, ...]) -> Array:
-    if post.anchors:
-        try:
-            found = np.load(Path(post.anchors), allow_pickle=False)
-            return np.asarray(found, np.float32).reshape(-1, 4)
-        except (OSError, ValueError) as error:
-            raise _misdescribed(f"the anchors {post.anchors} cannot be read: {error}") from error
-    if not post.stride or len(shape) != 4:
-        raise _misdescribed("deltas need anchors: name a file, or the stride and cell of a grid")
-    height, width = shape[2:] if post.channels_first else shape[1:3]
-    return _grid(height, width, post.stride, post.cell - post.offset)
-
-
-@lru_cache(maxsize=4)
-def _grid(height: int, width: int, stride: int, extent: int) -> Array:
-    """Corners of the cells of a grid; read-only, since every photograph of this size shares it."""
-    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    start = np.stack([x, y], axis=-1).reshape(-1, 2) * stride
-    found = np.concatenate([start, start + extent], axis=1).astype(np.float32)
-    found.flags.writeable = False
     return found
 
 

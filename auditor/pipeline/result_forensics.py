@@ -21,9 +21,11 @@ import numpy as np
 
 from auditor.errors import UsageError
 from auditor.model import shown
+from auditor.pipeline import heads
 from auditor.pipeline import post as posts
+from auditor.pipeline.heads import Activation, Coding
 from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import Activation, Coding, Order, Post, Rounding, Spelling, Suppression
+from auditor.pipeline.post import Order, Post, Rounding, Spelling, Suppression
 from auditor.records.backend import Gap
 from auditor.records.forensics import ResultForensics, ResultVariant
 
@@ -81,7 +83,7 @@ def identify(
                 "A result of such outputs tells nothing about what made it; record others.",
             )
     if described.kind == "boxes":
-        return _Boxes(recorded, outputs, described).report()
+        return _Boxes(recorded, outputs, described, place).report()
     gaps: list[Gap] = []
     limit = _SCORE if described.kind == "scores" else 0.0
     found = [
@@ -148,7 +150,7 @@ def _ways(post: Post, place: Placement | None, outputs: Arrays, gaps: list[Gap])
     if post.kind == "scores":
         found = [replace(post, activation=a) for a in get_args(Activation)]
     elif post.kind == "text":
-        shape = (outputs[post.output] if post.output else next(iter(outputs.values()))).shape
+        shape = heads.output(outputs, heads.several(post.output)[0]).shape
         blanks = dict.fromkeys((post.blank, 0, shape[-1] - 1))
         found = [replace(post, text=t, blank=b) for t, b in product(get_args(Spelling), blanks)]
     else:
@@ -199,7 +201,9 @@ def _edits(a: list[int], b: list[int]) -> int:
 class _Boxes:
     """The search for what made a list of boxes."""
 
-    def __init__(self, recorded: Array, outputs: Arrays, described: Post) -> None:
+    def __init__(
+        self, recorded: Array, outputs: Arrays, described: Post, place: Placement | None
+    ) -> None:
         rows = recorded.reshape(-1, recorded.shape[-1]).astype(np.float64)
         rows = rows[rows.any(axis=1)]
         if rows.ndim != 2 or rows.shape[1] not in (5, 6) or len(rows) == 0:
@@ -211,6 +215,7 @@ class _Boxes:
         self._kinds = rows[:, 5].astype(np.int64) if rows.shape[1] == 6 else None
         self._outputs = outputs
         self._described = described
+        self._place = place
         self._tried = self._skipped = 0
         self._others: list[_Tried] = []
         self._gaps: list[Gap] = []
@@ -241,7 +246,7 @@ class _Boxes:
         found = []
         for activation in _first(self._described.activation, get_args(Activation)):
             way = replace(self._described, activation=activation)
-            best = np.sort(posts.candidates(self._outputs, way)[1].astype(np.float64))
+            best = np.sort(heads.candidates(self._outputs, way, self._place)[1].astype(np.float64))
             at = np.clip(np.searchsorted(best, self._scores), 1, len(best) - 1)
             near = np.minimum(np.abs(best[at - 1] - self._scores), np.abs(best[at] - self._scores))
             found.append((float(near.max()), way))
@@ -256,7 +261,7 @@ class _Boxes:
         found: list[tuple[Post, float, Array]] = []
         for way in (other for one in ways for other in self._codings(one)):
             try:
-                corners, best, kind, _ = posts.candidates(self._outputs, way)
+                corners, best, kind, _ = heads.candidates(self._outputs, way, self._place)
             except UsageError as error:
                 self._gaps.append(Gap(_words(way), "run", error.message))
                 continue
@@ -270,19 +275,29 @@ class _Boxes:
         return kept
 
     def _codings(self, way: Post) -> Iterator[Post]:
-        anchored = way.anchors or way.stride
-        codings = [
-            c for c in _first(way.coding, get_args(Coding)) if anchored or not c.endswith("deltas")
-        ]
+        anchored = bool(way.anchors or way.sizes or way.cell)
+        possible = {
+            "corners": True,
+            "centre": True,
+            "corner-deltas": anchored,
+            "centre-deltas": anchored,
+            "distances": bool(way.stride),
+            "dfl": False,  # another number of numbers
+        }
+        codings = [c for c in get_args(Coding) if possible[c] and way.coding != "dfl"]
         clips = [None] if way.clip is None else [way.clip, None]
         for coding, offset, rounding, clip in product(
-            codings,
+            _first(way.coding, codings),
             _first(way.offset, (0, 1)),
             _first(way.rounding, get_args(Rounding)),
             clips,
         ):
-            variances = _first(way.variances, _VARIANCES)
-            for pair in variances if coding.endswith("deltas") else [way.variances]:
+            deltas = coding.endswith("deltas")
+            pointed = coding in ("distances", "dfl") or (deltas and way.stride and not way.cell)
+            for pair, shift in product(
+                _first(way.variances, _VARIANCES) if deltas else [way.variances],
+                _first(way.shift, (0.0, 0.5)) if pointed else [way.shift],
+            ):
                 yield replace(
                     way,
                     coding=coding,
@@ -290,6 +305,7 @@ class _Boxes:
                     rounding=rounding,
                     clip=clip,
                     variances=pair,
+                    shift=shift,
                 )
 
     def _matched(self, corners: Array, best: Array, kind: Array) -> tuple[float, Array]:
@@ -309,7 +325,7 @@ class _Boxes:
 
     def _suppressed(self, way: Post, residual: float, rows: Array) -> Iterator[_Tried]:
         """Every suppression after one decoding."""
-        corners, best, kind, classes = posts.candidates(self._outputs, way)
+        corners, best, kind, classes = heads.candidates(self._outputs, way, self._place)
         lowest = float(self._scores.min()) - _SCORE
         recorded = set(rows.tolist())
         thresholds = [way.threshold] if way.threshold <= lowest + 2 * _SCORE else []
@@ -336,7 +352,7 @@ class _Boxes:
     ) -> tuple[tuple[float, float], tuple[float, float] | None]:
         """Between which thresholds, and which limits of overlaps, the record says the same."""
         lower = replace(best.post, threshold=best.post.threshold / 2, top_k=10**9)
-        corners, scores, kind, _ = posts.candidates(self._outputs, lower)
+        corners, scores, kind, _ = heads.candidates(self._outputs, lower, self._place)
         kept = scores[posts.left(corners, scores, kind, lower)]
         lowest = float(self._scores.min())
         under = kept[kept < lowest - _SCORE]

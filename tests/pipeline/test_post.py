@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from auditor import discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
-from auditor.pipeline import description, post
+from auditor.pipeline import description, heads, post
 from auditor.pipeline import photos as folders
 from auditor.pipeline.post import NAME, Post
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline.steps import Placement, Preparation
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.records.report import AuditReport
 from auditor.replays import replay
@@ -33,7 +33,9 @@ _POSTS = st.builds(
     activation=st.sampled_from(["none", "softmax"]),
     background=st.sampled_from([None, 0]),
     threshold=st.sampled_from([0.3, 0.5]),
-    coding=st.sampled_from(["corners", "centre"]),
+    coding=st.sampled_from(["corners", "centre", "dfl"]),
+    stride=st.sampled_from([8, (8, 16)]),
+    shift=st.sampled_from([0.0, 0.5]),
     offset=st.sampled_from([0, 1]),
     clip=st.sampled_from([None, (32, 32)]),
     rounding=st.sampled_from(["none", "floor"]),
@@ -61,7 +63,7 @@ def boxes(numbers: np.ndarray, scores: list[float], made: Post) -> np.ndarray:
 
 
 @given(_CORNERS, _CORNERS, st.sampled_from([0, 1]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 def test_deltas_are_the_inverse_of_their_definition(
     anchors: np.ndarray, wanted: np.ndarray, offset: int
 ) -> None:
@@ -73,14 +75,114 @@ def test_deltas_are_the_inverse_of_their_definition(
 
     (ca, sa), (cw, sw) = middle_and_size(anchors), middle_and_size(wanted)
     deltas = np.concatenate([(cw - ca) / sa / 0.1, np.log(sw / sa) / 0.2], axis=1)
-    made = Post("boxes", coding="centre-deltas", variances=(0.1, 0.2), offset=offset, anchors="x")
-    shape = (1, *deltas.shape)
-    original, post._anchors = post._anchors, lambda p, s: anchors
-    try:
-        found = post._corners(deltas.astype(np.float32), made, shape)
-    finally:
-        post._anchors = original
+    made = Post("boxes", coding="centre-deltas", variances=(0.1, 0.2), offset=offset)
+    found = heads._from_anchors(deltas.astype(np.float32), anchors, made)
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_an_ssd_head_is_decoded_as_by_openvino(tmp_path: Path) -> None:
+    """Against its DetectionOutput: priors and boxes in parts of the input, a background class."""
+    import openvino as ov
+
+    rng = np.random.default_rng(7)
+    start = rng.uniform(0.1, 0.5, (30, 2))
+    priors = np.concatenate([start, start + rng.uniform(0.1, 0.4, (30, 2))], 1).astype(np.float32)
+    deltas = rng.normal(0, 1, (1, 30, 4)).astype(np.float32)
+    scores = rng.dirichlet([1, 1], (1, 30)).astype(np.float32)
+    ops = ov.opset8
+    given = [ops.parameter(s, np.float32) for s in ([1, 120], [1, 60], [1, 2, 120])]
+    asked = {
+        "background_label_id": 0, "top_k": 30, "keep_top_k": [30], "nms_threshold": 0.4,
+        "confidence_threshold": 0.5, "share_location": True, "normalized": True,
+        "code_type": "caffe.PriorBoxParameter.CENTER_SIZE",
+    }  # fmt: skip
+    network = ov.Model([ops.detection_output(*given, asked)], given)
+    compiled = ov.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    variances = np.tile(np.array([0.1, 0.1, 0.2, 0.2], np.float32), 30)
+    feeds = [deltas.reshape(1, -1), scores.reshape(1, -1), np.stack([priors.ravel(), variances])]
+    wanted = compiled([*feeds[:2], feeds[2][None]])[0][0, 0]
+    wanted = wanted[wanted[:, 2] > 0][:, [3, 4, 5, 6, 2]] * [300, 200, 300, 200, 1]
+    np.save(tmp_path / "priors.npy", priors)
+    made = Post(
+        "boxes", "b", "s", coding="centre-deltas", anchors=str(tmp_path / "priors.npy"),
+        variances=(0.1, 0.2), unit="parts", background=0, nms="onnxruntime", iou=0.4,
+    )  # fmt: skip
+    rows = post.result({"b": deltas, "s": scores}, made, placed(200, 300))[NAME][0]
+    rows = rows[rows.any(axis=1)]
+    assert 5 < len(rows) == len(wanted)
+    rows, wanted = (r[np.argsort(-r[:, 4])] for r in (rows, wanted))
+    np.testing.assert_allclose(rows, wanted, atol=1e-3)
+
+
+def placed(height: int, width: int) -> Placement:
+    """A network's input of this size."""
+    return Placement((1.0, 1.0), (0.0, 0.0), (height, width), (height, width))
+
+
+def test_levels_of_distributions() -> None:
+    """PicoDet: each level a row of cells; means of distributions, in strides, from their middle."""
+    bins = np.full((8, 4, 3), -50, np.float32)  # 2x3 cells 8 pixels apart, 1x2 of 16
+    bins[:, :, 1] = 50  # one stride to each side
+    bins[7, 2] = [50, -50, 50]  # half of nothing, half of two strides
+    levels = bins.reshape(1, 8, 12)
+    outputs = {"b8": levels[:, :6], "b16": levels[:, 6:], "s8": np.ones((1, 6, 2), np.float32)}
+    outputs["s16"] = np.ones((1, 2, 2), np.float32)
+    made = Post("boxes", ("b8", "b16"), ("s8", "s16"), coding="dfl", stride=(8, 16), threshold=0.5)
+    rows = post.result(outputs, made, placed(16, 24))[NAME][0]
+    np.testing.assert_allclose(rows[4, :4], [4, 4, 20, 20])  # around 12, 12
+    np.testing.assert_allclose(rows[7, :4], [8, -8, 40, 24])  # around 24, 8
+    corner = post.result(outputs, replace(made, shift=0.0, offset=1), placed(16, 24))[NAME][0]
+    np.testing.assert_allclose(corner[4, :4], [0, 0, 15, 15])
+    whole = np.concatenate([levels, np.ones((1, 8, 2), np.float32)], axis=2)  # as YOLOv8's head
+    one = replace(made, output="", scores="", bins=3)
+    np.testing.assert_array_equal(post.result({"o": whole}, one, placed(16, 24))[NAME][0], rows)
+    with pytest.raises(UsageError, match="5 cells for 8 boxes"):
+        post.result({"o": whole}, one, placed(16, 16))
+    with pytest.raises(UsageError, match="size of the network's input"):
+        post.result({"o": whole}, one)
+
+
+def test_distances_and_their_centreness() -> None:
+    """FCOS: maps of distances; the root of the score's product with the objectness."""
+    maps = np.zeros((1, 4, 2, 2), np.float32) + np.array([1, 2, 3, 4], np.float32)[:, None, None]
+    outputs = {"b": maps, "s": np.full((1, 3, 2, 2), 0.0), "c": np.full((1, 1, 2, 2), 100.0)}
+    made = Post(
+        "boxes", "b", "s", "c", join="root", channels_first=True, activation="sigmoid",
+        coding="distances", unit="strides", stride=8,
+    )  # fmt: skip
+    row = post.result(outputs, made)[NAME][0][1]
+    np.testing.assert_allclose(row, [12 - 8, 4 - 16, 12 + 24, 4 + 32, 0.5**0.5, 0], rtol=1e-6)
+    pixels = post.result(outputs, replace(made, unit="pixels", join="product"))[NAME][0][1]
+    np.testing.assert_allclose(pixels, [11, 2, 15, 8, 0.5, 0], rtol=1e-6)
+
+
+def test_anchors_of_a_cell_share_its_channels() -> None:
+    """RetinaNet: ratios outside, sizes inside; classes of the first anchor come first."""
+    deltas, scores = np.zeros((1, 16, 1, 2), np.float32), np.zeros((1, 8, 1, 2), np.float32)
+    deltas[0, 4 * 3, 0, 1] = 0.5  # x of the last anchor of the second cell, by half its width
+    scores[0, 2 * 3 + 1] = 1
+    made = Post(
+        "boxes", "b", "s", coding="centre-deltas", channels_first=True, stride=(8,), shift=0.0,
+        sizes=((4, 8),), ratios=(1.0, 4.0),
+    )  # fmt: skip
+    corners, _, kind, classes = heads.candidates({"b": deltas, "s": scores}, made)
+    np.testing.assert_allclose(corners[:4, 2:] * 2, [[4, 4], [8, 8], [2, 8], [4, 16]])
+    np.testing.assert_allclose(corners[7], [8 + 2 - 2, -8, 8 + 2 + 2, 8])
+    assert classes == 2 and kind.tolist() == [0, 0, 0, 1] * 2
+
+
+def test_levels_in_one_output() -> None:
+    """YOLOX: exponentials of sizes in strides, objectness behind the four numbers."""
+    head = np.zeros((1, 5, 7), np.float32)  # 2x2 cells 8 pixels apart, one of 16
+    head[0, :, 4], head[0, :, 5:] = 0.8, (0.5, 0.75)
+    head[0, 3, :4] = [0.25, 0.5, 0, np.log(2)]
+    made = Post(
+        "boxes", coding="centre-deltas", objectness="behind", stride=(8, 16), shift=0.0,
+        anchors=(((8.0, 8.0),), ((16.0, 16.0),)),
+    )  # fmt: skip
+    rows = post.result({"o": head}, made, placed(16, 16))[NAME][0]
+    np.testing.assert_allclose(rows[3], [10 - 4, 12 - 8, 10 + 4, 12 + 8, 0.6, 1], rtol=1e-6)
+    np.testing.assert_allclose(rows[4, :4], [-8, -8, 8, 8])
 
 
 def test_an_offset_moves_the_far_corner_by_one() -> None:
@@ -152,7 +254,7 @@ def test_classes_suppress_each_other_only_where_told() -> None:
 
 
 @given(_POSTS, _POSTS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 def test_all_steps_lead_from_training_to_deployment(a: Post, b: Post) -> None:
     reached = post.between(a, b)
     assert reached[0] == ("", a) and reached[-1][1] == b
@@ -177,6 +279,15 @@ _SIDE = '[training]\ndecoder = "pillow"\n'
         ('post = { kind = "boxes", offset = 0.5 }', "0 or 1"),
         ('post = { kind = "boxes", variances = [1, 2, 3] }', "two numbers"),
         ('post = { kind = "boxes", output = 3 }', "a name in quotes"),
+        ('post = { kind = "mask", output = ["a", "b"] }', "names 2 outputs"),
+        ('post = { kind = "boxes", output = ["a", "b"], scores = "s" }', "names 1 outputs"),
+        ('post = { kind = "boxes", coding = "dfl" }', "Say the `stride` of each level"),
+        (
+            'post = { kind = "boxes", stride = [8, 16], cell = [8] }',
+            "has 1 levels, `post.stride` 2",
+        ),
+        ('post = { kind = "boxes", stride = 8, anchors = [[[8, 0]]] }', "[width, height]"),
+        ('post = { kind = "boxes", stride = 8, cell = 8, sizes = [[8]] }', "so does `post.sizes`"),
         ('post = "softmax"', "a table is expected"),
         (
             'post = { kind = "mask" }\n[deployment]\npost = { kind = "scores" }',

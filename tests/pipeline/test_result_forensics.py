@@ -125,6 +125,22 @@ def test_ways_to_scores_texts_and_masks() -> None:
         assert found.exact and any(way.steps()["mask_resize"] in name for name in names)
 
 
+def test_levels_of_a_head() -> None:
+    """Points in the corners of their cells instead of the middles, and boxes rounded down."""
+    place = Placement((1.0, 1.0), (0.0, 0.0), (64, 64), (64, 64))
+    heads = {"b8": (1, 64, 32), "b16": (1, 16, 32), "s8": (1, 64, 2), "s16": (1, 16, 2)}
+    outputs = {name: RNG.normal(0, 1, shape).astype(np.float32) for name, shape in heads.items()}
+    described = Post(
+        "boxes", ("b8", "b16"), ("s8", "s16"), activation="sigmoid", coding="dfl", stride=(8, 16),
+        threshold=0.8, nms="onnxruntime",
+    )  # fmt: skip
+    for change in ({"shift": 0.0}, {"rounding": "floor"}):
+        rows = post.result(outputs, replace(described, **change), place)[NAME][0]
+        found = result_forensics.identify(rows[rows.any(axis=1)], outputs, described, place)
+        (step,) = found.differs
+        assert found.exact and step == ("box_decode" if "shift" in change else "box_rounding")
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
