@@ -74,6 +74,11 @@ class Executed:
         return all(_NARROWED.search(name) for name in names)
 
     @property
+    def widens(self) -> bool:
+        """Whether it reduces in a narrower type than that of its result."""
+        return self.type == "Reduce" and self.precision not in self.outputs
+
+    @property
     def end(self) -> str:
         """What it computes: its last operation, or the engine's name for it."""
         if self.operations:

@@ -210,7 +210,10 @@ class _Build:
         """Compile with as many probes as leave the program unchanged."""
         plain = self.run(feeds)
         overwritten = {p for k in self._program.kernels() for p in self._source.operands(k)}
-        kept = [c for c in self._candidates if (c.maker, 0) not in overwritten]
+        leave = self._altering()
+        kept = [
+            c for c in self._candidates if (c.maker, 0) not in overwritten and c.maker not in leave
+        ]
         for _ in range(_RETRIES):
             trial = self._try(kept, plain, feeds)
             if trial.proved:
@@ -220,6 +223,22 @@ class _Build:
                 break
             kept = fewer
         return self._bisect(kept, plain, feeds)
+
+    def _altering(self) -> set[int]:
+        """Makers of tensors whose observation is known to change the program.
+
+        OpenVINO makes a reduction compute in the type in which its result is asked for, and what it
+        reads with it. An element-wise kernel that was left alone to be fused with a deconvolution,
+        and was not in the end, becomes a subgraph where the deconvolution is observed.
+        """
+        found = set[int]()
+        for kernel in self._program.kernels():
+            if kernel.operations and kernel.widens:
+                found.add(max(kernel.operations))
+            for parent in self._program.parents(kernel) if kernel.type == "Eltwise" else ():
+                if parent.type == "Deconvolution" and parent.operations:
+                    found.add(max(parent.operations))
+        return found
 
     def _with_sums(self, suspects: frozenset[int]) -> frozenset[int]:
         """With them, the sums over what they make.
@@ -357,7 +376,7 @@ class _Build:
             if strayed < _REFUSALS:
                 cut = self._near(candidate, observed, known, copy)
                 strayed += 1 if cut is None else -1
-            if cut is None and cones < _CONES:
+            if cut is None and cones < _CONES and not self._maker(candidate).widens:
                 cones += 1
                 cut = self._cone(candidate, observed, known)
             if cut is not None:
