@@ -219,7 +219,8 @@ def _typed(spec: TensorSpec, stored: Stored) -> Stored:
 def _column(spec: TensorSpec, stored: Stored, given: Shape | None) -> _Column:
     declared = given if given is not None else spec.shape
     shape = stored.shape
-    if shape[:1] == (0,):  # a further axis may be empty: a reduction over nothing is a real case
+    # A further axis may be empty: a reduction over nothing is a real case. Or the model says so.
+    if shape[:1] == (0,) and declared[:1] != (0,):
         raise UsageError(
             f"the data for input `{spec.name}` are empty ({shown(shape)})",
             "Record at least one sample.",
