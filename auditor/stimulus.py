@@ -219,8 +219,9 @@ def _typed(spec: TensorSpec, stored: Stored) -> Stored:
 def _column(spec: TensorSpec, stored: Stored, given: Shape | None) -> _Column:
     declared = given if given is not None else spec.shape
     shape = stored.shape
-    # A further axis may be empty: a reduction over nothing is a real case. Or the model says so.
-    if shape[:1] == (0,) and declared[:1] != (0,):
+    # A further axis may be empty: a reduction over nothing is a real case. So may a list of axes.
+    listed = len(declared) == 1 and spec.dtype.kind in "iu"
+    if shape[:1] == (0,) and not (listed and shape == (0,)):
         raise UsageError(
             f"the data for input `{spec.name}` are empty ({shown(shape)})",
             "Record at least one sample.",

@@ -399,7 +399,7 @@ def test_an_inner_dimension_may_be_empty_where_the_model_leaves_it_open(
     with pytest.raises(UsageError, match="fixed at 3"):
         stimuli.load(model, npz(tmp_path, {"x": np.zeros((2, 5, 0), np.float32)}), 0, None, {})
     axes = npz(tmp_path, {"axes": np.zeros(0, np.int32)})
-    assert stimuli.load(load(axes=(INT32, 0)), axes, 0, None, {}).sample(0)["axes"].shape == (0,)
+    assert stimuli.load(load(axes=(INT32, "n")), axes, 0, None, {}).sample(0)["axes"].shape == (0,)
 
 
 def test_sounds_get_a_length_that_the_model_takes(tmp_path: Path) -> None:
