@@ -31,6 +31,7 @@ from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
 from auditor.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.metrics import Moments, Running
+from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.recording import Source
@@ -385,7 +386,7 @@ class Analysis:
             return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
         for cut, local in zip(self.cuts, beside(replayed, self.cuts), strict=True):
-            meter = self.meters.setdefault(cut.id, Meter(cut, floor=divergence.smallest(local)))
+            meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
             if isinstance(local, ReplayError):
                 meter.unmeasured = meter.unmeasured or local.message
                 meter.add(None, chain.captured, chain.base, known)

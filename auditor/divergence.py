@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx
@@ -30,8 +31,6 @@ from auditor.segments import Cut
 
 # Operators that draw numbers.
 _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
-# Kinds of NumPy's types that hold no rounded numbers: booleans, integers and texts.
-_EXACT = "biuOSU"
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
@@ -139,17 +138,6 @@ def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
     )
 
 
-def smallest(local: Local | ReplayError) -> float:
-    """A segment's floor before it was measured: none between integers, booleans and texts."""
-    whole = isinstance(local, Local) and _whole(local)
-    return 0.0 if whole else fp32_rounding.floor(0.0)
-
-
-def _whole(local: Local) -> bool:
-    values = (*local.inputs.values(), *local.replayed.values())
-    return all(value.dtype.kind in _EXACT for value in values)
-
-
 def floor(
     replayer: Replayer,
     cut: Cut,
@@ -160,11 +148,12 @@ def floor(
 ) -> float:
     """The introduced error below which nothing is blamed on this segment.
 
-    The largest of what rounding can do there (replays with the inputs perturbed in their last
-    bit, with every sum added up in reverse order, and with exponentials evaluated exactly), of what
-    rounding to the model's own narrow types does (unless that is far more than a few roundings:
-    then it is worth a word), and, for a program that does not repeat its own bits, how far two of
-    its runs are apart. Nothing rounds where there are integers, booleans and texts only.
+    The largest of what rounding can do there (replays with the inputs perturbed in their last bit,
+    but for what is decided on them as they were observed, with every sum added up in reverse order,
+    and with exponentials evaluated exactly), of what rounding to the model's own narrow types does
+    (unless that is far more than a few roundings: then it is worth a word), and, for a program that
+    does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
+    texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
 
     Args:
         replayer: runs the reference's segments.
@@ -181,15 +170,20 @@ def floor(
     ):  # its own movement says nothing about rounding, and a program that draws too moves as well
         return max(fp32_rounding.floor(0.0), 2 * repeat)
     model = replayer.model(cut, local.inputs)
-    if _whole(local) and surgery.is_exact(model):
-        return 2 * repeat
+    if surgery.is_exact(model):
+        return max(fp32_rounding.floor(0.0), 2 * repeat)
     generator = np.random.default_rng(0)
     jittered = {n: fp32_rounding.jitter(v, generator) for n, v in local.inputs.items()}
     scaled = {n: fp32_rounding.scaled(v) for n, v in local.inputs.items()}
-    jitter = _movement(lambda: replayer.run(cut, jittered), local.replayed, scale)
+
+    def moved_by(inputs: Arrays) -> float:
+        run = partial(replayer.run_decided, cut, local.inputs, inputs)
+        return _movement(run, local.replayed, scale)
+
+    jitter = moved_by(jittered)
     if all(value.dtype.kind == "f" for value in local.replayed.values()):
         # Not where values are counted in steps: moving all of them alike moves many over the edge.
-        jitter = max(jitter, _movement(lambda: replayer.run(cut, scaled), local.replayed, scale))
+        jitter = max(jitter, moved_by(scaled))
     reorder = _movement(
         lambda: replayer.run_reordered(cut, local.inputs, local.replayed), local.replayed, scale
     )

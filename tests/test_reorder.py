@@ -182,5 +182,28 @@ def test_nothing_rounds_between_integers():
     feeds = {"x": np.full((1, 64), 2**30 - 1, np.int32)}
     reference = replayer.walk((cut,), feeds)
     local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
-    assert divergence.smallest(local) == 0
-    assert divergence.floor(replayer, cut, local, reference) == 0
+    assert divergence.floor(replayer, cut, local, reference) < 1e-5
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_decided_on_an_observed_tensor_is_no_rounding(scaled):
+    """Whole numbers stay whole where they are read, and may not where they are computed."""
+    nodes = [
+        *([helper.make_node("Mul", ["x", "k"], ["m"])] if scaled else []),
+        helper.make_node("Relu", ["m" if scaled else "x"], ["r"]),
+        helper.make_node("Cast", ["r"], ["i"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "r"], ["y"]),
+    ]
+    model = _model("Relu", [4, 64], {}, {})
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(3), "k"))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": RNG.integers(1, 9, (4, 64)).astype(np.float32)}
+    reference = replayer.walk((cut,), feeds)
+    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
+    floor = divergence.floor(replayer, cut, local, reference)
+    assert floor > 0.1 if scaled else floor < 1e-5

@@ -287,6 +287,33 @@ class Replayer:
         except Exception as error:  # ORT raises a family of classes that share no base
             raise ReplayError(cut, "replayed", error) from error
 
+    def run_decided(self, cut: Cut, values: Mapping[str, Array], moved: Arrays) -> Arrays:
+        """Run one segment on moved inputs, where what is decided on its inputs is not moved.
+
+        Args:
+            cut: the segment.
+            values: its inputs, on which comparisons and their like are made.
+            moved: the same inputs, on which all else is computed.
+
+        Raises:
+            ReplayError: ONNX Runtime refused the segment or the values.
+        """
+        from auditor.replays.decisions import OBSERVED, decided
+
+        split = decided(self.model(cut, values))
+        if split is None:
+            return self.run(cut, moved)
+        feeds = {
+            value.name: self._typed(name, (moved if value.name == name else values)[name])
+            for value in split.graph.input
+            for name in [value.name.removesuffix(OBSERVED)]
+        }
+        try:
+            results = session(split, self.threads, self.folder).run(list(cut.outputs), feeds)
+        except Exception:  # ORT raises a family of classes that share no base
+            return self.run(cut, moved)
+        return dict(zip(cut.outputs, results, strict=True))
+
     def run_reordered(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
         """Run one segment with its sums added up in another order, if it has any.
 
