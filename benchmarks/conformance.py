@@ -1,6 +1,6 @@
 """ONNX's own operator tests as a population of bugs that nobody picked: what audits say of them.
 
-    python -m benchmarks.conformance [--sample N] [--only TEXT] [-o docs/conformance.md]
+    python -m benchmarks.conformance [--most N] [--sample N] [--only TEXT] [-o docs/conformance.md]
 
 The package ``onnx`` carries some 2,000 small models with inputs and the outputs that the
 specification demands. Each runs plainly on every build, without the auditor, in processes that may
@@ -55,6 +55,7 @@ class Build:
     failed: Counter[str] = field(default_factory=Counter)
     causes: dict[str, str | None] = field(default_factory=dict)  # by model that disagrees
     missed: list[str] = field(default_factory=list)
+    disagree: int = 0
     silent: int = 0
     reported: list[str] = field(default_factory=list)
 
@@ -167,8 +168,9 @@ def _engine(build: str) -> Callable[[Path, dict[str, Any]], Sequence[Any]]:
     import tvm
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
+    from tvm.target import codegen
 
-    target = tvm.target.Target({"kind": "llvm"})
+    target = tvm.target.Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
 
     def run_tvm(path: Path, feeds: dict[str, Any]) -> Sequence[Any]:
         module = from_onnx(onnx.load(path), {n: list(v.shape) for n, v in feeds.items()})
@@ -244,8 +246,10 @@ def _answer(process: subprocess.Popen[bytes], name: str) -> bytes:
 # --- audits -----------------------------------------------------------------------------------
 
 
-def audited(build: str, result: Build, folder: Path, names: Sequence[str], sample: int) -> None:
-    """Audit what disagrees on a build, and a sample of what agrees."""
+def audited(
+    build: str, result: Build, folder: Path, names: Sequence[str], most: int, sample: int
+) -> None:
+    """Audit what disagrees on a build, ``most`` models at most, and a sample of what agrees."""
     from auditor import discovery
     from auditor.audit import AuditOptions, BackendSpec, audit
     from auditor.errors import AuditError
@@ -254,7 +258,11 @@ def audited(build: str, result: Build, folder: Path, names: Sequence[str], sampl
     backend, options = BUILDS[build]
     wrong = [n for n in names if result.ran.get(n)]
     right = [n for n in names if result.ran.get(n) == ""]
-    right = sorted(random.Random(0).sample(right, min(sample, len(right))))
+    result.disagree = len(wrong)
+    wrong, right = (
+        sorted(random.Random(0).sample(of, min(count, len(of))))
+        for of, count in ((wrong, most), (right, sample))
+    )
     for name in wrong + right:
         asked = AuditOptions(
             backends=(BackendSpec(backend),),
@@ -286,7 +294,7 @@ def audited(build: str, result: Build, folder: Path, names: Sequence[str], sampl
 # --- the page ---------------------------------------------------------------------------------
 
 
-def page(builds: dict[str, Build], names: Sequence[str], out: Counter[str]) -> str:
+def page(builds: dict[str, Build], names: Sequence[str], out: Counter[str], most: int) -> str:
     """The results as Markdown."""
     engines = ("onnx", "onnxruntime", "openvino", "apache-tvm")
     odd = sorted(n for n, differs in builds[REFERENCE].ran.items() if differs)
@@ -301,8 +309,8 @@ def page(builds: dict[str, Build], names: Sequence[str], out: Counter[str]) -> s
         f"left out: {left or 'none'}. Each ran plainly first, without the auditor. *Disagree*: its "
         f"outputs are not those demanded (shape, integers, or numbers beyond {RTOL:g} relative and "
         f"{ATOL:g}), where the reference's are. *Located*: the audit reports it on that backend; "
-        "nearly all models are one operator. *Silent*: of a random sample of those that agree, no "
-        "finding at all.",
+        f"nearly all models are one operator ({most} at most were audited, chosen at random). "
+        "*Silent*: of a random sample of those that agree, no finding at all.",
         "",
         "| build | run | refused | crashed or hung | disagree | located | with a cause | silent |",
         "|---|---|---|---|---|---|---|---|",
@@ -315,7 +323,8 @@ def page(builds: dict[str, Build], names: Sequence[str], out: Counter[str]) -> s
         sample = build.silent + len(build.reported)
         lines.append(
             f"| {name} | {len(build.ran)} | {build.failed['refused']} | "
-            f"{build.failed['crashed or hung']} | {located + len(build.missed)} | {located} | "
+            f"{build.failed['crashed or hung']} | {build.disagree} | "
+            f"{located} of {located + len(build.missed)} | "
             f"{named} | {build.silent} of {sample} |"
         )
     for title, pick in (("Missed", "missed"), ("Reported though the outputs agree", "reported")):
@@ -337,6 +346,9 @@ def page(builds: dict[str, Build], names: Sequence[str], out: Counter[str]) -> s
 def main(argv: Sequence[str] | None = None) -> int:
     """Screen, audit, and write the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conformance", description=__doc__)
+    parser.add_argument(
+        "--most", type=int, default=1000, help="disagreeing models audited per build"
+    )
     parser.add_argument("--sample", type=int, default=40, help="agreeing models audited per build")
     parser.add_argument("--only", default="", help="models whose names contain this")
     parser.add_argument("-o", "--output", type=Path)
@@ -352,8 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         builds = {build: screened(build, folder, names) for build in (REFERENCE, *BUILDS)}
         usable = [n for n in names if builds[REFERENCE].ran.get(n) == ""]
         for build in BUILDS:
-            audited(build, builds[build], folder, usable, arguments.sample)
-    text = page(builds, names, out)
+            audited(build, builds[build], folder, usable, arguments.most, arguments.sample)
+    text = page(builds, names, out, arguments.most)
     if arguments.output:
         arguments.output.write_text(text)
     print(text)
