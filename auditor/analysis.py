@@ -248,8 +248,16 @@ class Analysis:
                 continue
             if name not in self.outputs:
                 self.outputs[name] = OutputMeter(name, self._kinds.get(name), value)
+                self._check_type(name, captured[name], value)
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
+
+    def _check_type(self, name: str, captured: Array, expected: Array) -> None:
+        """Say where an output is of another kind: what reads it will not find what it looks for."""
+        if "V" not in (both := {captured.dtype.kind, expected.dtype.kind}) and len(both) > 1:
+            self.warnings.append(
+                f"Output `{name}` is {captured.dtype}, where the model says {expected.dtype}."
+            )
 
     def _add_system(
         self, index: int, upstream: Upstream, names: Sequence[str], captured: Arrays
@@ -515,20 +523,13 @@ class Analysis:
             )
         if self._trained:
             self.constants[cut.id] = artefact.sentences_of_trained(segment)
-        if thorough and cut.id not in self.constants:
-            self._ask(cut, segment, local)
+        if thorough and self.causes.noise(cut.id) is None and cut.id not in self.constants:
+            said = witness.sides_with(segment, local.inputs, local.observed, local.replayed)
+            if said is not None:
+                self.constants[cut.id] = (said,)
+                nodes = ", ".join(model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
+                self.warnings.append(f"At {nodes}: {said}.")
         return part
-
-    def _ask(self, cut: Cut, segment: SegmentGraph, local: Local) -> None:
-        """A second opinion on a segment, unless the backend's precision is what it is about."""
-        noise = self.causes.noise(cut.id)
-        if noise is not None and noise.startswith("precision."):
-            return
-        said = witness.sides_with(segment, local.inputs, local.observed, local.replayed)
-        if said is not None:
-            self.constants[cut.id] = (said,)
-            nodes = ", ".join(model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
-            self.warnings.append(f"At {nodes}: {said}.")
 
     def _quantised(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
         """How much of a segment's error its weights explain, and how much its activations."""

@@ -1,9 +1,10 @@
 """A second opinion on the reference, where a backend differs from it by more than rounding.
 
 The reference is ONNX Runtime, whose kernels have bugs as well. ONNX's own implementation of its
-operators (``onnx.reference``) shares no code with any runtime. It is not always right either, and
-so it never overrules an experiment; but where it computes what the *backend* did, the reader must
-know that the reference stands alone.
+operators (``onnx.reference``) shares no code with any runtime. It is not always right either: like
+runtimes it ignores attributes and follows other operator sets. So it is asked only where no cause
+is found, and overrules nothing. But where it computes what the *backend* did, the reader must know
+that the reference stands alone.
 """
 
 from __future__ import annotations

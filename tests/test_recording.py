@@ -148,6 +148,17 @@ def test_a_clean_dump_is_silent(tmp_path):
     assert report.exit_code == 0
 
 
+def test_an_output_of_another_type_is_said(tmp_path):
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 4] x) => (bool[1, 4] y) { y = IsNaN(x) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    zeros = np.zeros((1, 4), np.float32)
+    np.savez(tmp_path / "dump.npz", x=zeros, y=zeros)
+    report = _audit(tmp_path / "m.onnx", traces=[("phone", tmp_path / "dump.npz")])
+    assert "Output `y` is float32, where the model says bool." in report.backends[0].warnings
+    assert report.findings == ()
+
+
 def test_a_cause_is_named_from_a_dump(tmp_path):
     torch = pytest.importorskip("torch")
     rows = torch.from_numpy(np.random.default_rng(4).standard_normal((1, 16)).astype(np.float32))
