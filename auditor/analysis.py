@@ -213,6 +213,7 @@ class Analysis:
         except ReplayError as error:
             self._gap("compare", f"sample {index} is compared at the outputs only: {error.message}")
             return
+        captured = _counted(captured, base)
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         if index == 0:
             self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
@@ -322,6 +323,8 @@ class Analysis:
             if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
                 # A quantised tensor under the name of what it stands for.
                 doubtful[name] = f"the program holds {captured[name].dtype} under its name"
+            elif _is_fractional(captured[name], base[name]):
+                doubtful[name] = "the program holds fractions under its name"
         for name, grid in qdq.awaited(graph.proto.graph).items():
             # Rounding it once more changes nothing: what is behind shows the same.
             if name not in self.probes or name not in base:
@@ -380,7 +383,9 @@ class Analysis:
         kept: dict[str, Local] = {}
         known: dict[str, Moments] = {}
         noisy = index == 0 and again is not None
-        renamed = self.reference.wide(self._renamed(again)) if again is not None else None
+        renamed = None
+        if again is not None:
+            renamed = _counted(self.reference.wide(self._renamed(again)), chain.base)
 
         def replayed(cut: Cut) -> Local | ReplayError:
             try:
@@ -688,6 +693,24 @@ class Analysis:
     def _top(self, count: int = TOP) -> set[str]:
         effects = self.effects
         return set(sorted(effects, key=effects.__getitem__, reverse=True)[:count])
+
+
+def _counted(captured: Arrays, base: Arrays) -> Arrays:
+    """Tensors that count, as the model's integers where an engine holds them as floats."""
+    return {
+        name: value.astype(base[name].dtype)
+        if name in base and _floats_for_integers(value, base[name])
+        else value
+        for name, value in captured.items()
+    }
+
+
+def _is_fractional(value: Array, of: Array) -> bool:
+    return _floats_for_integers(value, of) and not (value == value.astype(of.dtype)).all()
+
+
+def _floats_for_integers(value: Array, of: Array) -> bool:
+    return value.dtype.kind == "f" and of.dtype.kind in "iu"
 
 
 def _norm(tensors: Arrays) -> float:

@@ -176,3 +176,36 @@ def test_a_model_that_allows_8_bits_is_not_the_reference(
     report = audited(tmp_path, "ort", confirm=False)
     assert [f.noise for f in report.findings] == [ID]
     assert report.model.parameters == 6 * (128 + 4 + 1)  # weights, scales, bias
+
+
+def test_integers_that_an_engine_holds_as_floats_are_compared(
+    tmp_path: Path, generator: np.random.Generator
+) -> None:
+    """OpenVINO multiplies integers in float32, and nothing of that is lost."""
+    if not discovery.backend("ov").availability().available:
+        pytest.skip("ov is not installed")
+    weights = {
+        "w": generator.integers(-127, 128, (16, 8)).astype(np.int8),
+        "ws": np.float32(0.01),
+        "wz": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["sums"]),
+        helper.make_node("Cast", ["sums"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["s", "ws"], ["scale"]),
+        helper.make_node("Mul", ["real", "scale"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "m.onnx")
+    report = audited(tmp_path, "ov", options={"ov": {"INFERENCE_PRECISION_HINT": "f32"}})
+    assert not report.gaps and not report.findings
+    (whole,) = (s for s in report.backends[0].segments if "sums" in s.outputs)
+    assert whole.accumulated == 0
