@@ -10,7 +10,7 @@ from onnx import TensorProto
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import blockwise, loops, recurrent, rounding
+from auditor.replays import blockwise, dynamic, loops, recurrent, rounding
 from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
@@ -20,6 +20,8 @@ RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all e
 AROUND = f"{RECURRENT}; around them "
 # … and for the bodies of loops and what is around them.
 INSIDE = "inside the bodies of loops, too: "
+# Dynamic quantisation, alone and joined with each of ``SITES``.
+DYNAMIC = "dynamic quantisation with its range in bf16, sums of integers to bf16"
 # … and where weights are compressed, which kernels multiply by their scales in bf16.
 SCALED = "scales of compressed weights in bf16, too: "
 SITES = (
@@ -157,6 +159,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             yield Variant(AROUND + variant.name, variant.model)
     for variant in loops.inside(segment, lambda body: rounding.variants(body, FORMAT, SITES)):
         yield Variant(INSIDE + variant.name, variant.model)
+    quantised = dynamic.in_bfloat16(segment)
+    if quantised is not None:
+        yield Variant(DYNAMIC, quantised)
+        for variant in rounding.variants(replace(segment, model=quantised), FORMAT, SITES):
+            yield Variant(f"{DYNAMIC}; {variant.name}", variant.model)
     scaled = blockwise.with_narrow_scales(segment, TensorProto.BFLOAT16)
     if scaled is not None:
         for variant in rounding.variants(scaled, FORMAT, SITES):
@@ -201,6 +208,8 @@ NOISE = Cause(
         f"{AROUND}FORM",
         f"{INSIDE}FORM",
         f"{SCALED}FORM",
+        DYNAMIC,
+        f"{DYNAMIC}; FORM",
         *(sites.name for sites in SITES),
     ),
     variants=_variants,

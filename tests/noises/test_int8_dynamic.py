@@ -17,7 +17,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.noises import bf16, fp16, int8_dynamic, tf32
 from auditor.ports import Array, SegmentGraph
 from auditor.records.report import AuditReport
-from auditor.replays import blockwise
+from auditor.replays import blockwise, dynamic
 
 ID = "precision.int8_dynamic"
 
@@ -209,3 +209,18 @@ def test_integers_that_an_engine_holds_as_floats_are_compared(
     assert not report.gaps and not report.findings
     (whole,) = (s for s in report.backends[0].segments if "sums" in s.outputs)
     assert whole.accumulated == 0
+
+
+def own_bfloat16(values: Array) -> Array:
+    """``ov::bfloat16``: half of the last bit is added only where that bit is odd."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + ((bits & 0x10000) >> 1)) & 0xFFFF0000
+    return np.asarray(rounded.astype(np.uint32).view(np.float32))
+
+
+def test_sums_of_integers_as_openvino_narrows_them(make_segment: Any, run: Any) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
+    segment = make_segment(nodes, {}, ["x"], ["y"], kind=TensorProto.INT32)
+    model = dynamic.in_bfloat16(segment)
+    x = np.arange(-70_000, 70_000, 3, np.int32)
+    assert np.array_equal(run(model, {"x": x})["y"], own_bfloat16(x))
