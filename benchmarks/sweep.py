@@ -130,7 +130,7 @@ def measure(
     command = [sys.executable, "-m", "auditor", "sysnoise", str(model), "--images", str(images)]
     command += ["--pipeline", pipeline, "--samples", str(photos), "-o", str(table)]
     command += ["--noise", noise] if noise else []
-    _, _, peak = compare.measure(compare.Work([command], product=table))
+    _, _, peak = compare.measure(compare.Work([command], product=table), every=1.0)
     found = json.loads(table.read_text())
     seconds = found["seconds"]
     noises = [] if noise == "none" else (noise.split(",") if noise else list(PAPER))

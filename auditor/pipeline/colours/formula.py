@@ -48,13 +48,14 @@ class Formula:
         d, e = (_halved(plane).astype(np.int32) - 128 for plane in (u, v))
         if conversion.arithmetic == "integer":
             shifts = (409 * e, -100 * d - 208 * e, 516 * d)
-            sums = (298 * c + _spread(shift) + 128 for shift in shifts)
+            sums = (_spread_on(298 * c + 128, shift) for shift in shifts)
             return np.stack([np.clip(p >> 8, 0, 255).astype(np.uint8) for p in sums], axis=-1)
         bright = c * (255 / luma)
         from_b = d * (2 * (1 - kb) * 255 / chroma)
         from_r = e * (2 * (1 - kr) * 255 / chroma)
         mixed = -(kb * from_b + kr * from_r) / (1 - kr - kb)
-        return np.stack([_bytes(bright + _spread(p)) for p in (from_r, mixed, from_b)], axis=-1)
+        parts = (from_r, mixed, from_b)
+        return np.stack([_bytes(_spread_on(bright, part)) for part in parts], axis=-1)
 
 
 def _bytes(values: Array) -> Array:
@@ -66,15 +67,18 @@ def _bytes(values: Array) -> Array:
 
 def _halved(plane: Array) -> Array:
     """The mean of every 2x2 pixels, halves rounded up."""
-    height, width = plane.shape
-    blocks = plane.reshape(height // 2, 2, width // 2, 2).astype(np.uint16)
-    means: Array = ((blocks.sum(axis=(1, 3)) + 2) >> 2).astype(np.uint8)
+    rows = plane[::2].astype(np.uint16) + plane[1::2]
+    means: Array = ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
     return means
 
 
-def _spread(plane: Array) -> Array:
-    spread: Array = plane.repeat(2, axis=0).repeat(2, axis=1)
-    return spread
+def _spread_on(luma: Array, chroma: Array) -> Array:
+    """Luma plus the sample of chroma that stands for it and three others."""
+    wide = chroma.repeat(2, axis=1)
+    total = np.empty_like(luma)
+    np.add(luma[::2], wide, out=total[::2])
+    np.add(luma[1::2], wide, out=total[1::2])
+    return total
 
 
 LIBRARY = Formula()
