@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from auditor import __version__, commands
 from auditor.commands._app import app
+from auditor.commands._early import named
 from auditor.commands._output import UNENCODABLE
 from auditor.commands._stop import stop
 from auditor.errors import AuditError
@@ -47,6 +48,10 @@ def _run() -> int:
             signal.signal(number, stop.handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     try:
+        if early := named(sys.argv[1:]):
+            from auditor.processes.worker import start_early
+
+            start_early(early)
         return int(app(prog_name="audit", standalone_mode=False) or 0)
     except TyperException as error:
         message = error.format_message().replace("Value error, ", "")  # pydantic's own words

@@ -220,6 +220,15 @@ class Switchable(Protocol):
 
 
 @runtime_checkable
+class Sharing(Protocol):
+    """A build that runs on the same threads as all of its engine's in a process; it need not."""
+
+    @property
+    def shared_threads(self) -> bool:
+        """Whether it does: no threads of another such build are then spinning after its run."""
+
+
+@runtime_checkable
 class Releasable(Protocol):
     """A build that can be instrumented without its program in memory; a build need not be one."""
 

@@ -145,6 +145,7 @@ class _Build:
     switches: tuple[Switch, ...]
     _quantised: _int8.Quantised | None
     blocked: str | None = None
+    shared_threads: bool = True  # oneTBB's
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Run the plain program.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from auditor.commands._early import named
 from auditor.errors import BackendError
 from auditor.processes import limits, wire, worker
 from auditor.records.backend import Availability, BuildRequest, Kernel, Probe, Provenance
@@ -18,12 +19,6 @@ def ort(tmp_path):
     started = worker.Worker("ort", tmp_path, limits.Limits(0))
     yield started
     started.kill()
-
-
-def test_a_backend_answers_from_its_own_process(ort):
-    answer = ort.call("availability", Availability, timeout=60)
-    assert answer.available is True
-    assert answer.version
 
 
 @pytest.mark.parametrize("kind", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
@@ -68,11 +63,24 @@ def test_an_exception_in_the_adapter_is_a_gap_with_its_log(ort):
     assert any("Traceback" in line for line in caught.value.log) or caught.value.log
 
 
-def test_leaving_the_block_ends_processes_and_removes_files():
+def test_a_worker_started_early_serves_and_leaving_the_block_ends_and_removes_all():
+    worker.start_early(["ort", "ov"])
+    early = tuple(worker._early)
     with pytest.raises(KeyboardInterrupt), worker.workers(["ort", "ort"]) as started:
+        assert started[0] is early[0] and started[1] not in early
+        assert not early[1].alive
+        assert early[0].call("availability", Availability, timeout=60).version
         raise KeyboardInterrupt
-    assert not any(w.workdir.exists() for w in started)
-    assert all(w._process.returncode is not None for w in started)
+    assert not any(w.workdir.exists() for w in (*started, *early))
+    assert all(w._process.returncode is not None for w in (*started, *early))
+
+
+def test_backends_are_named_before_the_arguments_are_understood():
+    assert named(["m.onnx", "--backends", "ov:GPU, ort,nope", "--seed", "1"]) == ["ov", "ort"]
+    assert named(["sysnoise", "--backends=ort", "m.onnx"]) == ["ort"]
+    assert named(["m.onnx", "--seed", "ort"]) == named(["--help", "--backends", "ort"]) == []
+    for limited in ("--sandbox", "--worker-memory=2"):
+        assert named(["m.onnx", "--backends", "ort", limited]) == []
 
 
 def test_arrays_travel_without_changing_a_bit(tmp_path):

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from auditor.errors import AuditError, BackendError, UsageError
@@ -44,6 +45,8 @@ MAKE_ROOM = "Make room in the folder for temporary files, or set TMPDIR to anoth
 _PAUSE = 0.05  # seconds after which another program's threads sleep
 _TURN, _TURN_SECONDS = 5, 0.2  # runs in a turn of a race, fewer once so much time is over
 _ANSWER = 1 << 28  # bytes of one answer: far more than the largest models need
+
+_FIRST = "availability"  # what any worker is asked first
 
 T = TypeVar("T")
 
@@ -71,6 +74,8 @@ class Worker:
         """
         self.backend = backend
         self.workdir = workdir
+        self.limits = limits
+        self._importing = False  # whether it was asked early whether its engine can be used
         self._rest = b""  # what it said after its last answer
         self._log = workdir / "log.txt"
         with self._log.open("wb") as log:
@@ -91,12 +96,14 @@ class Worker:
             BackendError: it failed, crashed, ran out of time, or its answer makes no sense.
             UsageError: it says the user asked for something impossible.
         """
-        request = json.dumps({"do": do, **arguments}).encode() + b"\n"
+        deadline = time.monotonic() + timeout
         try:
-            assert self._process.stdin
-            self._process.stdin.write(request)
-            self._process.stdin.flush()
-            line = self._read_line(do, time.monotonic() + timeout, timeout)
+            if self._importing and do != _FIRST:
+                self._read_line(do, deadline, timeout)
+            if not (self._importing and do == _FIRST):
+                self._ask(do, **arguments)
+            self._importing = False
+            line = self._read_line(do, deadline, timeout)
         except BrokenPipeError:
             line = b""
         if not line:
@@ -112,6 +119,17 @@ class Worker:
         if error.kind == "usage":
             raise UsageError(error.message, error.hint)
         raise self._failed(error.message, error.stage or do, error.hint)
+
+    def import_engine(self) -> None:
+        """Have it import its engine; the answer waits for the first ``call``."""
+        with contextlib.suppress(BrokenPipeError):  # said then
+            self._ask(_FIRST)
+            self._importing = True
+
+    def _ask(self, do: str, **arguments: Any) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        self._process.stdin.flush()
 
     def fetch(self, stage: str, sent: Sent, needed: Collection[str] = ()) -> Arrays:
         """The tensors of an answer, whose file is removed.
@@ -230,6 +248,29 @@ class Worker:
         return (*said, *stack)
 
 
+_early: list[Worker] = []  # started before anybody asked for them
+
+
+def start_early(backends: Sequence[str]) -> None:
+    """Start workers that ``workers`` may soon ask for, without ``limits`` of its own.
+
+    Understanding a command line takes about as long as importing an engine: so they need not wait
+    for one another. The calling thread must live as long as they shall.
+    """
+    for backend in backends:
+        worker = Worker(backend, Path(mkdtemp(prefix="audit-")), Limits(physical_memory()))
+        worker.import_engine()
+        _early.append(worker)
+
+
+def _started_early(backend: str, limits: Limits) -> Worker | None:
+    for worker in _early:
+        if (worker.backend, worker.limits) == (backend, limits):
+            _early.remove(worker)
+            return worker
+    return None
+
+
 @contextlib.contextmanager
 def workers(backends: Sequence[str], limits: Limits | None = None) -> Iterator[tuple[Worker, ...]]:
     """One running worker per entry of ``backends``, each with a private folder.
@@ -244,17 +285,29 @@ def workers(backends: Sequence[str], limits: Limits | None = None) -> Iterator[t
     with TemporaryDirectory(prefix="audit-", ignore_cleanup_errors=True) as root:
         try:
             for index, backend in enumerate(backends):
-                folder = Path(root) / f"{index}-{backend}"
-                folder.mkdir()
-                started.append(Worker(backend, folder, limits))
+                if (worker := _started_early(backend, limits)) is None:
+                    folder = Path(root) / f"{index}-{backend}"
+                    folder.mkdir()
+                    worker = Worker(backend, folder, limits)
+                started.append(worker)
+            for worker in _early:  # nobody needs them, nor waits for their imports
+                worker.kill()
+            _end(_early)
             yield tuple(started)
         except BaseException:
             for worker in started:
                 worker.kill()
             raise
         finally:
-            for worker in started:
-                worker.close()
+            _end(started)
+
+
+def _end(ending: list[Worker]) -> None:
+    """Close workers, and remove their folders."""
+    while ending:
+        worker = ending.pop()
+        worker.close()
+        shutil.rmtree(worker.workdir, ignore_errors=True)
 
 
 def module_path() -> str:
@@ -447,19 +500,24 @@ class _Session:
         They take turns, so that whatever else the machine does slows both alike; no new round
         begins once ``seconds`` are over. A turn is a few runs: threads of a program go on spinning
         for a while after its run (OpenVINO took four times as long right after ONNX Runtime), so
-        each turn begins with a pause and a run that does not count.
+        each turn begins with a pause, unless both have the same threads, and a run that does not
+        count.
         """
         import statistics
         import time
 
+        from auditor.ports import Sharing
+
         inputs = self._load(feeds)
+        same = type(self.built) is type(self.ablated) and isinstance(self.built, Sharing)
+        pause = 0.0 if same and self.built.shared_threads else _PAUSE
         taken: tuple[list[float], list[float]] = ([], [])
         begun = time.perf_counter()
         for number in range(rounds):
             if number and time.perf_counter() - begun > seconds:
                 break
             for build, times in zip((self.built, self.ablated), taken, strict=True):
-                time.sleep(_PAUSE)
+                time.sleep(pause)
                 build.run(inputs)
                 turn = time.perf_counter()
                 for _ in range(_TURN):
