@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from auditor.ports import Arrays
+from auditor.ports import Array, Arrays
 from auditor.records.backend import Kernel, Skipped
 
 # Layer types of the executed graph that compute nothing.
@@ -24,6 +24,7 @@ _HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData"
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
+BYTES = frozenset({"u8", "i8"})
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
 # repeated or contain the commas that separate ``originalLayersNames``.
@@ -221,6 +222,32 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """What a tensor of 8 bits is widened by: (integer − zero) × scale, both float32 constants.
+
+    Attributes:
+        port, element: where the integers are, and their type.
+        steps: the operations that widen them, in order.
+    """
+
+    port: Port
+    element: str
+    steps: tuple[int, ...]
+    scale: Array
+    zero: Array
+
+    def widened(self, integers: Array) -> Array:
+        """What integers stand for, as the operations give it."""
+        values: Array = (integers.astype(np.float32) - self.zero) * self.scale
+        return values
+
+    def integers(self, values: Array) -> Array:
+        """The integers of widened values, as floats."""
+        integers: Array = np.rint(values / self.scale) + self.zero
+        return integers
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A tensor of the executed program that a probe could observe.
 
@@ -230,7 +257,7 @@ class Candidate:
         precision: element type in which the program holds it.
         maker: operation by which its kernel is found.
         path: operations between the kernel's output and ``port``.
-        dequantised: whether the program holds it in 8 bits and the probe as floats.
+        grid: how the model widens it from 8 bits, if it does and it is no output.
     """
 
     tensor: str
@@ -239,12 +266,42 @@ class Candidate:
     precision: str
     maker: int
     path: tuple[int, ...]
-    dequantised: bool
+    grid: Grid | None = field(default=None, compare=False)
+
+    @property
+    def written(self) -> Port:
+        """Where it is observed: as the 8 bits that it is widened from, if it is."""
+        return self.grid.port if self.grid else self.port
 
     @property
     def probe(self) -> str:
         """Friendly name of the Result that observes it."""
         return "probe {}.{}".format(*self.port)
+
+
+class Twins:
+    """A program's kernels, to be recognised where parts of it are compiled apart.
+
+    Whether or not a kernel also widens the 8 bits that it gives: every type holds them exactly.
+    """
+
+    def __init__(self, program: Program, candidates: Iterable[Candidate]) -> None:
+        grids = [c.grid for c in candidates if c.grid]
+        self._widening = frozenset(n for grid in grids for n in grid.steps)
+        self._narrow = frozenset(grid.port[0] for grid in grids)
+        self._keys = {self._key(kernel) for kernel in program.kernels()}
+
+    def make(self, candidate: Candidate, apart: Program) -> bool:
+        """Whether only such kernels make a candidate in another program."""
+        return all(
+            self._key(kernel) in self._keys or self._widening.issuperset(kernel.operations)
+            for kernel in apart.reach([candidate.probe])
+        )
+
+    def _key(self, kernel: Executed) -> tuple[str, ...]:
+        kept = tuple(n for n in kernel.operations if n not in self._widening)
+        outputs = () if kept and max(kept) in self._narrow else kernel.outputs
+        return replace(kernel, operations=kept, outputs=outputs).key
 
 
 _NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
@@ -453,7 +510,7 @@ class Source:
         Seen through data movement; for an 8-bit tensor, its dequantised value. With it, the
         operations in between.
         """
-        quantized = self.element_type(port) in ("u8", "i8")
+        quantized = self.element_type(port) in BYTES or self._widens(port)
         steps = MOVEMENT | _DEQUANTIZE if quantized else MOVEMENT
         path: list[int] = []
         while port not in self.tensors or (quantized and self.element_type(port) not in FLOATS):
@@ -465,18 +522,58 @@ class Source:
             port = (following[0], 0)
         return port, tuple(path)
 
+    def grid(self, port: Port) -> Grid | None:
+        """How the model widens what is at ``port`` from 8 bits; None where it does not."""
+        scale, zero = np.ones((), np.float32), np.zeros((), np.float32)
+        steps: list[int] = []
+        while self.element_type(port) not in BYTES:
+            number, kind = port[0], self.type(port[0])
+            sources = self.inputs(number)
+            if kind not in _DEQUANTIZE or not sources or sources[0][0] not in self._varying:
+                return None
+            if kind != "Convert":
+                value = self._constant(sources[1][0])
+                if value is None or (kind == "Multiply" and steps):
+                    return None
+                scale, zero = (value, zero) if kind == "Multiply" else (scale, value)
+            steps.append(number)
+            port = sources[0]
+        element = self.element_type(port)
+        return Grid(port, element, tuple(steps[::-1]), scale, zero) if steps else None
+
+    def _widens(self, port: Port) -> bool:
+        """Whether a value is on its way from 8 bits to what it stands for."""
+        return self.type(port[0]) in ("Convert", "Subtract") and self.grid(port) is not None
+
+    def _constant(self, number: int) -> Array | None:
+        """A constant's value as float32; None of what is computed."""
+        while self.type(number) == "Convert":
+            number = self.inputs(number)[0][0]
+        if self.type(number) != "Constant":
+            return None
+        return np.asarray(self._ops[number].data, np.float32)
+
     def operands(self, kernel: Executed) -> Iterator[Port]:
-        """Ports added in place by a fused Add: where its other operand comes from."""
+        """Ports added in place by a fused Add: where its other operand comes from.
+
+        Of operands in 8 bits only the last: a sum is fused with one convolution.
+        """
         inside = set(kernel.operations)
         for number in kernel.operations:
             if self.type(number) != "Add" or number == min(kernel.operations):
                 continue
-            for port in self.inputs(number):
-                origin = port
-                while self.type(origin[0]) in MOVEMENT:
-                    origin = self.inputs(origin[0])[0]
-                if origin[0] not in inside:
-                    yield origin
+            origins = [self._moved(port) for port in self.inputs(number)]
+            yield from (origin for origin in origins if origin[0] not in inside)
+        for number in kernel.operations:
+            grids = [self.grid(port) for port in self.inputs(number)]
+            if self.type(number) == "Add" and len(grids) > 1 and all(grids):
+                yield max(grid.port for grid in grids if grid)
+
+    def _moved(self, port: Port) -> Port:
+        """Where what only was moved comes from."""
+        while self.type(port[0]) in MOVEMENT:
+            port = self.inputs(port[0])[0]
+        return port
 
     def _readers(self, port: Any) -> list[int]:
         # What nothing of the model needs still reads: the converter leaves it hanging.
@@ -541,9 +638,9 @@ def candidates_of(
                 reason = f"{element} tensor in a program that computes in less than f32"
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
-            dequantised = bool(path) and source.element_type(made) != element
-            held = element if dequantised else precision
-            candidate = Candidate(tensor, port, element, held, made[0], path, dequantised)
+            held = element if path and source.element_type(made) != element else precision
+            grid = None if final else source.grid(port)
+            candidate = Candidate(tensor, port, element, held, made[0], path, grid)
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from auditor.errors import BackendError
 from auditor.ports import Array, Arrays
-from backends._ov_program import Candidate, Program
+from backends._ov_program import Candidate, Grid, Program
 
 
 class Session:
@@ -70,19 +70,21 @@ def same_bits(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CutOut:
     """Kernels compiled apart from the rest.
 
     Attributes:
         feeds: tensor fed to each parameter, in order.
         targets: what each result shows, in order.
+        grids: of tensors that are fed as integers of 8 bits, what widens them.
     """
 
     session: Session
     program: Program
     feeds: tuple[str, ...]
     targets: tuple[Candidate, ...]
+    grids: Mapping[str, Grid]
 
     def run(self, known: Mapping[str, Array], wanted: Collection[Candidate]) -> Arrays:
         """Values of the targets ``wanted``, by tensor name.
@@ -92,7 +94,7 @@ class CutOut:
         """
         waiting = {c.tensor for c in self.targets} - known.keys()
         feeds = [
-            _zeros(port) if name in waiting else _held(known[name], port)
+            _zeros(port) if name in waiting else _held(known[name], port, self.grids.get(name))
             for name, port in zip(self.feeds, self.session.inputs, strict=True)
         ]
         indices = [i for i, c in enumerate(self.targets) if c in wanted]
@@ -104,11 +106,14 @@ class CutOut:
 Cut = tuple[CutOut, tuple[Candidate, ...]]  # and the targets to take from it
 
 
-def _held(value: Array, port: Any) -> Array:
+def _held(value: Array, port: Any, grid: Grid | None) -> Array:
     """A known value in the type that a parameter takes; bfloat16 stays the bits it is."""
+    if grid is not None:
+        value = grid.integers(value)
     if port.get_element_type().get_type_name() == "bf16":
         return value
-    return value.astype(port.get_element_type().to_dtype(), copy=False)
+    with np.errstate(invalid="ignore"):  # no integer stands for NaN
+        return value.astype(port.get_element_type().to_dtype(), copy=False)
 
 
 def _zeros(port: Any) -> Array:
@@ -117,6 +122,8 @@ def _zeros(port: Any) -> Array:
 
 def as_shown(value: Array, candidate: Candidate) -> Array:
     """A probe's value in the model's own type; bfloat16 has none in numpy and stays float32."""
+    if candidate.grid and value.dtype.kind in "iu":
+        value = candidate.grid.widened(value)
     own = {"f16": np.float16, "f32": np.float32, "bf16": np.float32, "f64": np.float64}
     return value.astype(own.get(candidate.element, value.dtype), copy=False)
 

@@ -16,7 +16,7 @@ import difflib
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,6 +45,7 @@ from backends._ov_program import (
     Port,
     Program,
     Source,
+    Twins,
     candidates_of,
     kernel_of,
 )
@@ -211,7 +212,10 @@ class _Build:
         """Compile with as many probes as leave the program unchanged."""
         plain = self.run(feeds)
         overwritten = {p for k in self._program.kernels() for p in self._source.operands(k)}
-        leave = self._altering()
+        # A kernel that also widens 8 bits is another one where these are observed.
+        leave = self._altering() | {
+            c.maker for c in self._candidates if c.grid and c.maker in c.grid.steps
+        }
         kept = [
             c for c in self._candidates if (c.maker, 0) not in overwritten and c.maker not in leave
         ]
@@ -334,7 +338,7 @@ class _Build:
         if not probes:
             return _Trial(self._session, proved=True)
         model, ops = self._source.clone()
-        model.add_results([_result(ops[c.port[0]].output(c.port[1]), c) for c in probes])
+        model.add_results([_result(ops, c) for c in probes])
         session, program = self._compiled(model)
         results = self._source.results
         expected, made = (p.fingerprint(results) for p in (self._program, program))
@@ -361,8 +365,6 @@ class _Build:
         Returns:
             What to run, in order, and the candidates whose values it is proved to give.
         """
-        # A kernel apart does not write 8 bits: nothing after it asks for them.
-        missing = [c for c in missing if not c.dequantised]
         if not missing:
             return [], set()
         cuts, found, faithful = self._alone(missing, observed, known)
@@ -402,21 +404,25 @@ class _Build:
         Returns:
             What to run, what is accepted, and whose kernel is the plain program's.
         """
-        stops = {c.port: c.tensor for c in (*missing, *observed)}
-        stops |= {port: name for port, name in self._source.tensors.items() if name in known}
-        plain = {kernel.key for kernel in self._program.kernels()}
+        stops = {port: name for port, name in self._source.tensors.items() if name in known}
+        stops |= {c.port: c.tensor for c in (*missing, *observed)}
+        apart = {c.port for c in missing}
+        twins = Twins(self._program, self._candidates)
         cuts: list[Cut] = []
         known = dict(known)
         faithful: list[Candidate] = []
         copy = Copy(self._source)
         for levels in self._together(self._levels(missing, stops), stops):
-            cut = self._cut_out([c for level in levels for c in level], stops, copy)
+            together = self._cut_out([c for level in levels for c in level], stops, copy)
             for level in levels:
-                known |= cut.run(known, level)
-                cuts.append((cut, tuple(level)))
-                faithful += [
-                    c for c in level if all(k.key in plain for k in cut.program.reach([c.probe]))
-                ]
+                parts = defaultdict(list)
+                for candidate in level:
+                    cut = self._faithful(candidate, together, twins, stops, apart)
+                    parts[cut or together].append(candidate)
+                    faithful += [candidate] if cut else []
+                for cut, wanted in parts.items():
+                    known |= cut.run(known, wanted)
+                    cuts.append((cut, tuple(wanted)))
         reading = self._readers()
         readers = {c: reading.get(c.maker, set()) for c in faithful}
         # One reader each is proof enough; one that sums over its input is the worst, because
@@ -434,6 +440,29 @@ class _Build:
             if readers[candidate] & proved:
                 proved.add(candidate.maker)
         return cuts, {c for c in readers if c.maker in proved}, readers.keys()
+
+    def _faithful(
+        self,
+        candidate: Candidate,
+        cut: CutOut,
+        twins: Twins,
+        stops: Mapping[Port, str],
+        apart: Collection[Port],
+    ) -> CutOut | None:
+        """What makes a candidate by the plain program's kernels: ``cut``, or else one kernel more.
+
+        How OpenVINO adds up 8 bits depends on whether a convolution feeds the sum.
+        """
+        if twins.make(candidate, cut.program):
+            return cut
+        if candidate.grid is None:
+            return None
+        before = self._source.needs(candidate.port, stops).intersection(apart)
+        for port in sorted(before, reverse=True):
+            wider = self._cut_out([candidate], {p: n for p, n in stops.items() if p != port})
+            if twins.make(candidate, wider.program):
+                return wider
+        return None
 
     def _levels(
         self, missing: Sequence[Candidate], stops: Mapping[Port, str]
@@ -552,12 +581,18 @@ class _Build:
         return cut if all(same_bits(values[c.tensor], known[c.tensor]) for c in checks) else None
 
     def _readers(self) -> dict[int, set[int]]:
-        """By operation, the makers (see ``Candidate``) of the kernels that read what it makes."""
+        """By operation, the makers (see ``Candidate``) of the kernels that read what it makes.
+
+        What makes no tensor of the ONNX graph is seen through.
+        """
+        known = {c.maker for c in (*self._candidates, *self._finals)}
         readers: dict[int, set[int]] = {}
-        for kernel in self._program.kernels():
+        for kernel in reversed(self._program.kernels()):
+            made = max(kernel.operations, default=-1)
+            makers = {made} if made in known else readers.get(made, {made})
             for parent in self._program.parents(kernel) if kernel.operations else ():
                 for number in parent.operations:
-                    readers.setdefault(number, set()).add(max(kernel.operations))
+                    readers.setdefault(number, set()).update(makers)
         return readers
 
     def _cut_out(
@@ -575,6 +610,8 @@ class _Build:
 
         needed = self._behind(targets, stops)
         ops = (copy or Copy(self._source)).lend(needed)
+        # What is widened from 8 bits is fed as these: else the engine does not compute in 8 bits.
+        grids = {c.tensor: c.grid for c in self._candidates if c.grid and c.port in stops}
         names: list[str] = []
         parameters: list[Any] = []
         seen: set[int] = set()
@@ -582,7 +619,7 @@ class _Build:
             # A second reader of a parameter would keep the engine from overwriting it in place:
             # each target has its own.
             values: dict[Port, Any] = {}
-            todo = [target.port[0]]
+            todo = [target.written[0]]
             while todo:
                 number = todo.pop()
                 if number in seen:
@@ -595,21 +632,25 @@ class _Build:
                         continue
                     if port not in values:
                         element = self._source.element_type(port)
-                        held = element if entry or element not in FLOATS else "f32"
-                        made = opset.parameter(self._source.shape(port), _ov_type(held))
                         names.append(self._source.tensors[port] if entry else stops[port])
+                        grid = None if entry else grids.get(names[-1])
+                        held = element if entry or element not in FLOATS else "f32"
+                        held = grid.element if grid else held
+                        made = opset.parameter(self._source.shape(port), _ov_type(held))
                         parameters.append(made)
-                        if held != element:
+                        if grid:
+                            made = _widened(made, [ops[step] for step in grid.steps])
+                        elif held != element:
                             made = opset.convert(made, _ov_type(element))
                         values[port] = made.output(0)
                     ops[number].input(index).replace_source_output(values[port])
-        results = [_result(ops[c.port[0]].output(c.port[1]), c) for c in targets]
+        results = [_result(ops, c) for c in targets]
         session, program = self._compiled(ov.Model(results, parameters, "apart"))
-        return CutOut(session, program, tuple(names), tuple(targets))
+        return CutOut(session, program, tuple(names), tuple(targets), grids)
 
     def _behind(self, targets: Sequence[Candidate], stops: Mapping[Port, str]) -> set[int]:
         """The operations that make ``targets`` from ``stops`` and the model's inputs."""
-        found = {target.port[0] for target in targets}
+        found = {target.written[0] for target in targets}
         todo = list(found)
         while todo:
             for port in self._source.inputs(todo.pop()):
@@ -630,16 +671,34 @@ class _Build:
         return Session(compiled), Program(compiled, self._source)
 
 
-def _result(port: Any, candidate: Candidate) -> Any:
+def _result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
     """A Result in the precision that the program holds: another would change the program."""
     from openvino import opset13 as opset
 
+    number, index = candidate.written
+    port = ops[number].output(index)
     element = port.get_element_type().get_type_name()
-    if candidate.precision in FLOATS and candidate.precision != element:
+    narrow = candidate.written != candidate.port  # the program holds it as its 8 bits
+    if candidate.precision in FLOATS and candidate.precision != element and not narrow:
         port = opset.convert(port, _ov_type(candidate.precision)).output(0)
     result = opset.result(port)
     result.set_friendly_name(candidate.probe)
     return result
+
+
+def _widened(integers: Any, steps: Sequence[Any]) -> Any:
+    """The same operations on other integers; under their names, by which kernels are told."""
+    from openvino import opset13 as opset
+
+    made = integers
+    for step in steps:
+        if step.get_type_name() == "Convert":
+            made = opset.convert(made, step.get_element_type())
+        else:
+            combine = opset.subtract if step.get_type_name() == "Subtract" else opset.multiply
+            made = combine(made, step.input_value(1))
+        made.set_friendly_name(step.get_friendly_name())
+    return made
 
 
 def _ov_type(name: str) -> Any:

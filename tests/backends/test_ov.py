@@ -156,6 +156,43 @@ def test_operand_of_a_fused_addition_is_proved_apart(residual: Path) -> None:
     assert probes["r2"] == probes["r4"] == "output-proved"
 
 
+def test_every_tensor_of_8_bits_is_captured_with_proof(tmp_path: Path) -> None:
+    """Signed integers with zero points: convolutions widen what they write, and a sum is fused."""
+    draw = np.random.default_rng(3)
+    weights = {"s": np.float32(0.05), "z": np.int8(-3), "ws": np.float32(0.01), "wz": np.int8(0)}
+    nodes = []
+
+    def rounded(name: str) -> str:
+        nodes.append(helper.make_node("QuantizeLinear", [name, "s", "z"], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [f"{name}_d"]))
+        return f"{name}_d"
+
+    def convolved(x: str, y: str, channels: int) -> str:
+        weights[y + "_w"] = draw.integers(-99, 99, (16, channels, 3, 3)).astype(np.int8)
+        nodes.append(helper.make_node("DequantizeLinear", [y + "_w", "ws", "wz"], [y + "_v"]))
+        nodes.append(helper.make_node("Conv", [x, y + "_v"], [y], pads=[1] * 4))
+        return y
+
+    first = rounded(convolved(rounded("x"), "a", 3))
+    second = rounded(convolved(first, "b", 16))
+    third = rounded(convolved(second, "c", 16))
+    nodes.append(helper.make_node("Add", [second, third], ["sum"]))
+    convolved(rounded("sum"), "y", 16)
+    stored = tuple(numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items())
+    path = save(
+        tmp_path / "m.onnx", nodes, [info("x", 1, 3, 32, 32)], [info("y", 1, 16, 32, 32)], stored
+    )
+    instrumented = build(path, options=F32).instrument(X)
+    assert instrumented.program_unchanged
+    names = tuple(f"{name}_d" for name in ("x", "a", "b", "c", "sum"))
+    assert {p.tensor for p in instrumented.probes} == {*names}
+    expected, captured = reference(path, names, X), instrumented.run(X).tensors
+    for name in names:
+        steps = np.abs(captured[name] - expected[name]) / 0.05
+        assert np.allclose(steps, np.rint(steps), atol=1e-3)  # the very values of 8 bits
+        assert (steps > 0.5).mean() < 0.2  # a tie may go the other way, and what follows from it
+
+
 def test_a_deep_network_is_copied_a_few_times_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,12 +214,12 @@ def test_a_deep_network_is_copied_a_few_times_only(
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
-    decoder.write(path, decoder.Shape(6, 48, 96, 4, 2, 200, 12))
+    decoder.write(path, decoder.Shape(5, 48, 96, 4, 2, 200, 12))
     feeds = {"input_ids": np.arange(12)[None]}
     made = build(path).instrument(feeds)
     assert made.program_unchanged and not made.skipped
     proved = sum(probe.fidelity == "output-proved" for probe in made.probes)
-    assert proved >= 0.9 * len(made.probes) > 90
+    assert proved >= 0.9 * len(made.probes) > 75
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
