@@ -45,6 +45,7 @@ Orientation = Literal["apply", "ignore"]
 Channels = Literal["rgb", "bgr"]
 Layout = Literal["nchw", "nhwc"]
 Type = Literal["float32", "float16", "uint8"]
+Place = Literal["centre", "corner"]
 Size = tuple[int, int]  # height, width
 
 
@@ -92,7 +93,7 @@ class Resize:
             ``short_side`` the bound where that would make it longer (R-CNN, DETR).
         height: its proportions kept, the height is this, the width rounded up (lines of text).
         letterbox: its proportions kept, fitted into this height and width and filled up.
-        pad: grey level that fills a letterbox.
+        pad, place: grey level that fills a letterbox, and where in it the photograph is.
         multiple: both sides are rounded to a multiple of this (text and object detectors).
     """
 
@@ -105,6 +106,7 @@ class Resize:
     height: int | None = None
     letterbox: Size | None = None
     pad: int = 114
+    place: Place = "centre"
     multiple: int = 1
 
     def __str__(self) -> str:
@@ -256,7 +258,7 @@ _TABLES = {
     "colour": ("library", "matrix", "range", "arithmetic"),
     "resize": (
         *("library", "interpolation", "antialias"),
-        *("size", "short_side", "long_side", "height", "letterbox", "pad", "multiple"),
+        *("size", "short_side", "long_side", "height", "letterbox", "pad", "place", "multiple"),
     ),
     "normalise": ("scale", "mean", "std"),
     "post": tuple(field.name for field in fields(Post)),
@@ -288,9 +290,9 @@ def _side(tables: Mapping[str, Any], name: str, lines: Lines) -> _Side:
         where = lines.where(f"{name}.{key}")
         if key in _TABLES and isinstance(value, dict):
             for inner, part in value.items():
-                if inner not in _TABLES[key]:
-                    raise _wrong(where, f"{key}.{inner}", "is no key", _TABLES[key])
                 inside = lines.where(f"{name}.{key}.{inner}")
+                if inner not in _TABLES[key]:
+                    raise _wrong(inside, f"{key}.{inner}", "is no key", _TABLES[key])
                 side[f"{key}.{inner}"] = _Value(part, inside)
         elif key in _TABLES and (key == "normalise" or value not in ("none", "rgb")):
             raise UsageError(
@@ -551,6 +553,7 @@ def _resize(read: _Reader) -> Resize | None:
         height=read.whole("resize.height") if "resize.height" in given else None,
         letterbox=read.size("resize.letterbox") if "resize.letterbox" in given else None,
         pad=read.whole("resize.pad", 114, low=0),
+        place=cast(Place, read.choice("resize.place", get_args(Place), "centre")),
         multiple=read.whole("resize.multiple", 1),
     )
 
@@ -709,6 +712,7 @@ def _target(resize: Resize) -> str:
         said = f"height {resize.height}"
     elif resize.letterbox:
         said = f"letterbox {'x'.join(map(str, resize.letterbox))} on {resize.pad}"
+        said += ", in the corner" if resize.place == "corner" else ""
     else:
         said = f"long side at most {resize.long_side}"
     return said if resize.multiple == 1 else f"{said}, multiples of {resize.multiple}"

@@ -162,7 +162,7 @@ def placed(photo: Size, pipeline: Pipeline) -> Placement:
         shift = shift[0] * scale[0], shift[1] * scale[1]
         size = to
         if pipeline.resize.letterbox is not None:
-            begin = _letter(pipeline.resize.letterbox, to)
+            begin = _letter(pipeline.resize, pipeline.resize.letterbox, to)
             shift = shift[0] + begin[0], shift[1] + begin[1]
             size = pipeline.resize.letterbox
     if pipeline.crop is not None:
@@ -186,13 +186,15 @@ def resized(image: Array, step: Resize) -> Array:
     if step.letterbox is None:
         return image
     letter = np.full((*step.letterbox, 3), step.pad, np.uint8)
-    top, left = _letter(step.letterbox, size)
+    top, left = _letter(step, step.letterbox, size)
     letter[top : top + size[0], left : left + size[1]] = image
     return letter
 
 
-def _letter(whole: Size, part: Size) -> Size:
+def _letter(step: Resize, whole: Size, part: Size) -> Size:
     """Where in a letterbox the image begins; half a pixel goes to the lower right (Ultralytics)."""
+    if step.place == "corner":
+        return 0, 0
     return round((whole[0] - part[0]) / 2 - 0.1), round((whole[1] - part[1]) / 2 - 0.1)
 
 

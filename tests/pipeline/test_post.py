@@ -274,7 +274,7 @@ _SIDE = '[training]\ndecoder = "pillow"\n'
         ("post = {}", None),
         ("post = { threshold = 0.5 }", "does not say `post.kind`"),
         ('post = { kind = "texts" }', "`texts` is no value of `post.kind`"),
-        ('post = { kind = "mask", treshold = 0.5 }', "`post.treshold` is no key"),
+        ('[training.post]\nkind = "mask"\ntreshold = 1', "line 5: `post.treshold` is no key"),
         ('post = { kind = "boxes", coding = "centre-deltas" }', "needs anchors"),
         ('post = { kind = "boxes", offset = 0.5 }', "0 or 1"),
         ('post = { kind = "boxes", variances = [1, 2, 3] }', "two numbers"),

@@ -69,14 +69,17 @@ def test_layout_channels_and_type(text: str, shape: tuple[int, ...], first: floa
     assert tensor.shape == shape and tensor.dtype == found.dtype and tensor.flat[0] == first
 
 
-def test_a_letterbox_keeps_proportions_and_fills_up() -> None:
+@pytest.mark.parametrize(("place", "top"), [("centre", 16), ("corner", 0)])
+def test_a_letterbox_keeps_proportions_and_fills_up(place: str, top: int) -> None:
     image = np.full((50, 100, 3), 200, np.uint8)
-    resize = side(
-        'resize = { library = "opencv", interpolation = "bilinear", letterbox = 64, pad = 7 }\n'
-    ).resize
-    framed = steps.resized(image, resize)
+    found = side(
+        'resize = { library = "opencv", interpolation = "bilinear", letterbox = 64, pad = 7, '
+        f'place = "{place}" }}\n'
+    )
+    framed = steps.resized(image, found.resize)
     assert framed.shape == (64, 64, 3)
-    assert np.all(framed[16:48] == 200) and np.all(framed[:16] == 7) and np.all(framed[48:] == 7)
+    assert np.all(framed[top : top + 32] == 200) and framed.mean() == (200 + 7) / 2
+    assert steps.placed((50, 100), found).shift == (top, 0)
 
 
 @given(
