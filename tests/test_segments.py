@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import model as models
+from auditor.errors import UsageError
 from auditor.metrics import bitwise_equal
 from auditor.replays.replay import Reference, Replayer, session
 from auditor.segments import Graph
@@ -174,6 +175,17 @@ def test_sparse_and_missing_optional_inputs_are_fine():
     (cut,) = graph.cut(["y"])
     found = Replayer(graph, 1).walk((cut,), {"x": np.ones((2, 8), np.float32)})
     assert float(found["y"].max()) == 0.5
+
+
+def test_types_that_cannot_be_fed_are_named(tmp_path):
+    text = """<ir_version: 10, opset_import: ["": 21]>
+        g (float8e4m3fn[4] x) => (float[4] y) { y = Cast <to = 1> (x) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    model = models.load(tmp_path / "m.onnx")
+    reference = Reference(model, 1)
+    with pytest.raises(UsageError, match="`x` is float8_e4m3fn") as caught:
+        reference.run({"x": np.zeros(4, model.inputs[0].dtype)})
+    assert "Cast" in caught.value.hint
 
 
 def test_two_backends_may_see_different_outputs_of_one_node(residual):

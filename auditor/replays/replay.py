@@ -201,9 +201,16 @@ class Reference:
             self._session = self._session or self._compile()
             return dict(zip(names, self._session.run(names, self.wide(feeds)), strict=True))
         except Exception as error:
+            said = _first_line(error)
+            hint = "Give real inputs with --data, or other shapes with --shape."
+            if "umpy" in said:  # ONNX Runtime's words, by number: types that NumPy does not have
+                odd = {f"`{n}` is {v.dtype}" for n, v in feeds.items() if v.dtype.kind == "V"}
+                said = " and ".join(sorted(odd)) or said
+                hint = (
+                    "ONNX Runtime takes and gives NumPy's types: put a Cast to one of them there."
+                )
             raise UsageError(
-                f"the reference cannot run the model on this input: {_first_line(error)}",
-                "Give real inputs with --data, or other shapes with --shape.",
+                f"the reference cannot run the model on this input: {said}", hint
             ) from error
 
     def own_type(self, cut: Cut) -> Format | None:
