@@ -94,6 +94,7 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
     """
     import onnxruntime as ort
 
+    ort.set_default_logger_severity(4)  # some kernels warn past their session's options
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
