@@ -332,6 +332,12 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
     half = Twin("inference.half", 0.009)
     assert explain(of, x, planted, noises=(half,)).hypotheses[0].explained > 0.98
     assert explain(of, x, planted, noises=(half,)).noise is None
+    # … as far as that can be told beside what the engine rounds to.
+    says = SegmentGraph(of.model, (Kernel("k", "MatMul", ("y",), ("y",), "", "bf16", "bf16"),))
+    for size, named in ((1.01, "inference.half"), (2.0, None)):
+        part = Twin("inference.half", (size - 1) * 0.9)
+        noises = (part, bf16.NOISE)
+        assert explain(says, x, {"y": x @ (w * np.float32(size))}, noises=noises).noise == named
 
 
 @pytest.mark.parametrize(("turned", "named"), [(1, None), (3, None), (12, "precision.bf16")])
