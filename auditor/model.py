@@ -511,6 +511,9 @@ def _check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
             )
     del light.graph.initializer[:]
     light.graph.initializer.extend(kept)
+    for value in light.graph.output:  # engines infer the shape where a file has none
+        if value.type.HasField("tensor_type"):
+            value.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(light)
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:

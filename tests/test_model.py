@@ -78,6 +78,13 @@ def test_describes_the_model(tmp_path: Path) -> None:
     assert not models.load(save(linear([2, 4]), tmp_path)).dynamic
 
 
+def test_outputs_may_have_no_shape(tmp_path: Path) -> None:
+    proto = linear()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    model = models.load(save(proto, tmp_path))
+    assert not model.proto.graph.output[0].type.tensor_type.HasField("shape")
+
+
 def test_initialisers_are_not_inputs(tmp_path: Path) -> None:
     proto = linear()
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3]))
