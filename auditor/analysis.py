@@ -36,7 +36,7 @@ from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.recording import Source
 from auditor.records.backend import Gap, Kernel, Probe, Skipped
-from auditor.records.measured import Concentration, Distance, Picture, TensorStats
+from auditor.records.measured import Concentration, Picture, TensorStats
 from auditor.records.report import BackendReport
 from auditor.records.terms import OutputKind
 from auditor.replays import branches, qdq, surgery
@@ -381,31 +381,33 @@ class Analysis:
         """Add to every segment's sums; returns the divergence of those above their floor."""
         beside = chain.replayer.beside
         kept: dict[str, Local] = {}
-        known: dict[str, Moments] = {}
         noisy = index == 0 and again is not None
         renamed = None
         if again is not None:
             renamed = _counted(self.reference.wide(self._renamed(again)), chain.base)
+        # What leaves one segment enters others, so tensors are compared first, each once.
+        names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
+        known = dict(zip(names, beside(chain.apart, names), strict=True))
+        for cut in self.cuts:
+            self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
 
-        def replayed(cut: Cut) -> Local | ReplayError:
+        def measured(cut: Cut) -> Local | None:
+            meter, local = self.meters[cut.id], None
             try:
-                return divergence.replay(chain.replayer, cut, chain.captured)
+                local = divergence.replay(chain.replayer, cut, chain.captured)
             except ReplayError as error:
-                return error
+                meter.unmeasured = meter.unmeasured or error.message
+            meter.add(local, chain.captured, chain.base, known)
+            return local
 
         def floor(cut: Cut) -> float:
             own = self.reference.own_type(cut)
             local = kept[cut.id]
             return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
-        for cut, local in zip(self.cuts, beside(replayed, self.cuts), strict=True):
-            meter = self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
-            if isinstance(local, ReplayError):
-                meter.unmeasured = meter.unmeasured or local.message
-                meter.add(None, chain.captured, chain.base, known)
-                continue
-            meter.add(local, chain.captured, chain.base, known)
-            if meter.flagged or noisy:  # only these are needed again
+        for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True):
+            # Only these are needed again.
+            if local is not None and (noisy or self.meters[cut.id].flagged):
                 kept[cut.id] = local
         # The floor is measured on the first sample that exceeds the smallest one there is.
         unknown = [c for c in self.cuts if c.id in kept and c.id not in self._floored]
@@ -630,14 +632,16 @@ class Analysis:
 
     def _describe(self, chain: Chain) -> None:
         """What the drill-down shows of the tensors."""
-        same = Moments().distance()
+        seen: list[tuple[str, Array, Array, Moments]] = []
         for name, value in chain.feeds.items():
-            self.tensors[name] = _stats(name, value, value, same)
+            same = Moments()
+            same.add(value, value)
+            seen.append((name, value, value, same))
         for meter in self.meters.values():
             for name, moments in meter.accumulated.items():
-                self.tensors[name] = _stats(
-                    name, chain.captured[name], chain.base[name], moments.distance()
-                )
+                seen.append((name, chain.captured[name], chain.base[name], moments))
+        for stats in chain.replayer.beside(lambda tensor: _stats(*tensor), seen):
+            self.tensors[stats.name] = stats
         finals, top = set(chain.outputs), self._top()
         for cut in self.cuts:
             if cut.id in top or finals & set(cut.outputs):
@@ -746,7 +750,8 @@ def _cosine(a: Array, b: Array) -> float:
     return metrics.distance(a, b).cosine
 
 
-def _stats(name: str, observed: Array, reference: Array, distance: Distance) -> TensorStats:
+def _stats(name: str, observed: Array, reference: Array, moments: Moments) -> TensorStats:
+    """What the drill-down shows of a tensor; ``moments``: of these two."""
     return TensorStats(
         name=name,
         dtype=str(reference.dtype),
@@ -754,7 +759,7 @@ def _stats(name: str, observed: Array, reference: Array, distance: Distance) -> 
         role="output",
         reference_range=metrics.value_range(reference),
         backend_range=metrics.value_range(observed),
-        distance=distance,
-        histogram=metrics.histogram(observed, reference),
+        distance=moments.distance(),
+        histogram=metrics.histogram(observed, reference, moments),
         histogram_edges=metrics.HISTOGRAM_EDGES,
     )

@@ -303,7 +303,7 @@ class _Bench:
 
     def _beside(self, outputs: Arrays) -> float:
         best = self.base or self.best
-        if best is None or not best.outputs or self._reshaped:
+        if best is None or not best.outputs or self._reshaped or self.done:  # nothing is left then
             return -math.inf
         both: Arrays = {}
         with np.errstate(over="ignore", invalid="ignore"):
@@ -768,8 +768,6 @@ def _square_error(observed: Array, value: Array, scale: float, weight: float) ->
     limit = _limit(observed)
     with np.errstate(over="ignore", invalid="ignore"):
         error = b - r
-        if not error.any():
-            return 0.0
         squares = metrics.square_sum(error)
     if squares < limit:  # so no element is extreme, or it is the same in both
         return squares / scale

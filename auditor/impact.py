@@ -17,7 +17,7 @@ import numpy as np
 
 from auditor import metrics
 from auditor.divergence import Local
-from auditor.metrics import Running
+from auditor.metrics import Moments, Running
 from auditor.ports import Arrays
 from auditor.replays.replay import Block, Patch, Replayer, ReplayError, add, difference
 from auditor.segments import Cut
@@ -60,6 +60,12 @@ class Chain:
         return self.replayer.walk(
             cuts, self.feeds | known, self.base, wanted=self.outputs, blocks=self.blocks
         )
+
+    def apart(self, name: str) -> Moments:
+        """How far the backend's tensor is from the reference's."""
+        found = Moments()
+        found.add(self.captured[name], self.base[name])
+        return found
 
     def pick(self, values: Arrays) -> Arrays:
         """The final outputs among ``values``."""

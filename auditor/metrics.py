@@ -265,15 +265,16 @@ def bitwise_equal(a: Arrays, b: Arrays) -> bool:
     )
 
 
-def histogram(observed: Array, reference: Array) -> tuple[int, ...]:
+def histogram(observed: Array, reference: Array, known: Moments | None = None) -> tuple[int, ...]:
     """Counts of |b − r| / rms(r) between ``HISTOGRAM_EDGES`` (log10).
 
     The first bin also holds everything smaller, exact zeros included, the last everything
-    larger; empty where the shapes differ.
+    larger; empty where the shapes differ. ``known``: the moments of these two alone.
     """
     if observed.shape != reference.shape or reference.size == 0:
         return ()
-    rms = math.sqrt(_compared(observed, reference).reference / reference.size) or 1.0
+    squares = (known or _compared(observed, reference)).reference
+    rms = math.sqrt(squares / reference.size) or 1.0
     above = [reference.size, *(0 for _ in _BINARY_EDGES[1:-1]), 0]  # errors from each edge on
     for b, r in _blocks(observed, reference):
         _, d, _ = _difference(b, r)
