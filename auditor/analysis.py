@@ -520,7 +520,9 @@ class Analysis:
             chain.replayer.weights,
             chain.replayer.folder,
         )
-        part, failures = self.causes.look(cut.id, segment, local, index, thorough=thorough)
+        part, failures = self.causes.look(
+            cut.id, segment, local, index, thorough=thorough, floor=self.meters[cut.id].floor
+        )
         for failure in failures:
             self._gap("explain", failure)
         if self._grids or self._compiled:

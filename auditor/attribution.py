@@ -47,8 +47,10 @@ CHANCE_STATED = 3e-2
 # … and only when it reproduces this fraction of the elements of integer and boolean outputs.
 EXACT = 0.9
 # From here on nothing is left to look for. Another convention is followed to rounding or not at
-# all: less than this much of it is none, unless the engine or the model rounds as well.
+# all: less than this much of it is none, unless the engine or the model rounds as well, and neither
+# is what leaves more than so many times the segment's floor: there is something else beside it.
 ENOUGH = 0.995
+BESIDE = 30.0
 CONVENTIONS = (
     "inference.",
     "implementation.attribute_ignored",
@@ -61,6 +63,8 @@ NARROW = 4 * 2.0**-8
 # turned, and all the right way, for a precision that the engine does not state to be the cause.
 ROUNDED = ("precision.bf16", "precision.fp16", "precision.tf32")
 TURNED = 12
+# Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
+ALIKE = frozenset(("precision.fp16", "precision.tf32"))
 # A second cause is looked for beside one that explains at least this much but is not named.
 PARTIAL = 0.2
 # How many variants of each other noise are tried as that second cause, and which part of what the
@@ -171,6 +175,7 @@ class _Bench:
     replayed: Arrays
     threads: int
     keep: float = -math.inf  # share explained below which outputs and model are let go
+    floor: float = math.inf  # of the introduced error; nothing is asked of what is left without
     tested: list[_Tested] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     _scales: dict[str, float] = field(default_factory=dict)
@@ -219,8 +224,8 @@ class _Bench:
     @property
     def done(self) -> bool:
         """Whether some hypothesis explains all there is to explain."""
-        enough = max(ENOUGH, self.named)
-        return any(t.hypothesis.explained >= enough for t in self.tested)
+        found = (t.hypothesis for t in self.tested)
+        return any(f.explained >= max(ENOUGH, self.needed(f.noise)) for f in found)
 
     @property
     def explainable(self) -> bool:
@@ -242,8 +247,11 @@ class _Bench:
             return max(self.named, ENOUGH)  # beside the engine's rounding another one fits roughly
         if self.rounds or not noise.startswith(CONVENTIONS):
             return self.named
-        left = NARROW**2 / self._error if narrow else 0.0
-        return max(self.named, min(ENOUGH, 1 - left))
+        if narrow:
+            return max(self.named, min(ENOUGH, 1 - NARROW**2 / self._error))
+        floor = math.inf if _counted(self) else self.floor  # choices turn one by one
+        rounding = len(self.replayed) * (BESIDE * floor) ** 2
+        return max(self.named, ENOUGH, 1 - rounding / self._error)
 
     @property
     def found(self) -> bool:
@@ -354,6 +362,7 @@ def explain(
     threads: int = 1,
     prior: Prior | None = None,
     thorough: bool = False,
+    floor: float = math.inf,
 ) -> Explanation:
     """Find the cause of one segment's introduced error.
 
@@ -366,8 +375,9 @@ def explain(
         threads: intra-op threads of each replay.
         prior: winners of earlier segments, tried first; this segment's winner is added.
         thorough: also test the most likely variant of every rival after a cause was found.
+        floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
     """
-    bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL)
+    bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
     if not bench.explainable:
         return _conclude(bench, None)
     bench.says = frozenset(
@@ -668,6 +678,7 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
         t
         for t in fitting
         if t.hypothesis.noise != best.hypothesis.noise
+        and not ALIKE.issuperset((t.hypothesis.noise, best.hypothesis.noise))
         and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
     says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}

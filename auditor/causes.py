@@ -119,7 +119,14 @@ class Causes:
         return id in self._cases
 
     def look(
-        self, id: str, segment: SegmentGraph, local: Local, sample: int, *, thorough: bool
+        self,
+        id: str,
+        segment: SegmentGraph,
+        local: Local,
+        sample: int,
+        *,
+        thorough: bool,
+        floor: float = math.inf,
     ) -> tuple[Arrays | None, tuple[str, ...]]:
         """Search for the cause of a segment's error.
 
@@ -129,6 +136,7 @@ class Causes:
             local: its divergence on this sample.
             sample: the sample's index.
             thorough: also test rivals after a cause was found.
+            floor: the introduced error that rounding explains.
 
         Returns:
             The part of the error that the cause named reproduces, None when none is named; and
@@ -143,6 +151,7 @@ class Causes:
             threads=self._threads,
             prior=self._prior,
             thorough=thorough,
+            floor=floor,
         )
         tallies = [_Tally(contender.noise) for contender in found.contenders]
         for tally, contender in zip(tallies, found.contenders, strict=True):

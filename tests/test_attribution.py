@@ -338,6 +338,11 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
         part = Twin("inference.half", (size - 1) * 0.9)
         noises = (part, bf16.NOISE)
         assert explain(says, x, {"y": x @ (w * np.float32(size))}, noises=noises).noise == named
+    # What is left of another one is nothing else only where that is rounding.
+    most = Twin("inference.most", 0.0096)
+    assert explain(of, x, planted, noises=(most,)).noise == "inference.most"
+    assert explain(of, x, planted, noises=(most,), floor=3e-6).noise is None
+    assert explain(of, x, planted, noises=(most,), floor=2e-5).noise == "inference.most"
 
 
 @pytest.mark.parametrize(("turned", "named"), [(1, None), (3, None), (12, "precision.bf16")])

@@ -91,9 +91,10 @@ def _fraction(node: onnx.NodeProto, version: int) -> str:
 def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
     """2ᵗ as 2^⌊t⌋(1 + t − ⌊t⌋), which is what writing t into a float's exponent bits gives."""
     axis = surgery.attributes(node).get("axis", -1)
+    # Exponents end at −126: what a mask makes minus infinity would otherwise become NaN.
     power = f"""{_number("e", math.log2(math.e))} {_number("one", 1)} {_number("two", 2)}
-        t = Mul(d, e) whole = Floor(t) part = Sub(t, whole) line = Add(part, one)
-        scale = Pow(two, whole) p = Mul(line, scale)"""
+        {_number("least", -126)} raw = Mul(d, e) t = Max(raw, least) whole = Floor(t)
+        part = Sub(t, whole) line = Add(part, one) scale = Pow(two, whole) p = Mul(line, scale)"""
     if node.op_type == "Exp":
         return f"(d) => (p) {{ {power} }}"
     if node.op_type == "Sigmoid":

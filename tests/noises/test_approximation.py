@@ -37,7 +37,7 @@ def hard(x: Array, slope: float) -> Array:
 def schraudolph(x: Array) -> Array:
     """exp by writing into the exponent bits of a float32 (Schraudolph 1999, without his c)."""
     bits = np.floor((x.astype(np.float64) * math.log2(math.e) + 127) * 2**23)
-    return bits.astype(np.int64).astype(np.uint32).view(np.float32).reshape(x.shape)
+    return np.maximum(bits, 0).astype(np.int64).astype(np.uint32).view(np.float32).reshape(x.shape)
 
 
 def written_erf(make_segment: Any) -> Any:
@@ -120,6 +120,8 @@ def test_other_functions(
     make_segment: Any, diagnose: Any, x: Array, op_type: str, attributes: Any, planted: Any
 ) -> None:
     segment = single(make_segment, op_type, **attributes)
+    if op_type == "Softmax":
+        x = np.where(np.arange(x.shape[-1]) == 1, np.finfo(np.float32).min, x)  # a mask
     found = diagnose(segment, {"x": x}, {"y": np.asarray(planted(x), np.float32)})
     assert found.noise == ID and found.explained > 0.99
 
