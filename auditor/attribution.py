@@ -44,8 +44,10 @@ NAMED_RESHAPED = 0.999
 # says that it computes in another precision: then one hypothesis is tested, not tens.
 CHANCE = 3e-4
 CHANCE_STATED = 3e-2
-# … and only when it reproduces this fraction of the elements of integer and boolean outputs.
+# … and only when it reproduces this fraction of the elements of integer, boolean and 8-bit outputs.
 EXACT = 0.9
+# Values on one step of 8 bits, whatever multiplied it by the scale.
+_LAST_BITS = 1e-5
 # From here on nothing is left to look for. Another convention is followed to rounding or not at
 # all: less than this much of it is none, unless the engine or the model rounds as well, and neither
 # is what leaves more than so many times the segment's floor: there is something else beside it.
@@ -156,13 +158,16 @@ class _Tested:
     """One hypothesis.
 
     ``beside`` is what it would explain together with what the engine says, or else with the best
-    one before it; that is an estimate, as if both changed the outputs by themselves.
+    one before it; that is an estimate, as if both changed the outputs by themselves. ``fits`` says
+    whether it gives the steps of outputs that are 8 bits dequantised: what moves values from one
+    step to the next is no cause unless it does, and a scale with other last bits does not.
     """
 
     hypothesis: Hypothesis
     outputs: Arrays
     variant: Variant
     beside: float = -math.inf
+    fits: bool = True
 
 
 @dataclass(slots=True)
@@ -218,13 +223,22 @@ class _Bench:
 
     @property
     def best(self) -> _Tested | None:
-        """The hypothesis that explains most so far."""
-        return max(self.tested, key=_merit, default=None)
+        """The hypothesis that explains most so far, of those that give the steps of 8 bits."""
+        return max(self.tested, key=lambda t: (t.fits, *_merit(t)), default=None)
+
+    def _fits(self, outputs: Arrays) -> bool:
+        nodes = self.segment.model.graph.node
+        steps = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"} & outputs.keys()
+        return all(
+            outputs[name].shape == self.observed[name].shape
+            and np.isclose(outputs[name], self.observed[name], _LAST_BITS, 0).mean() >= EXACT
+            for name in steps
+        )
 
     @property
     def done(self) -> bool:
         """Whether some hypothesis explains all there is to explain."""
-        found = (t.hypothesis for t in self.tested)
+        found = (t.hypothesis for t in self.tested if t.fits)
         return any(f.explained >= max(ENOUGH, self.needed(f.noise)) for f in found)
 
     @property
@@ -300,7 +314,7 @@ class _Bench:
         self._note(hypothesis, outputs, variant)
 
     def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
-        tested = _Tested(hypothesis, outputs, variant, self._beside(outputs))
+        tested = _Tested(hypothesis, outputs, variant, self._beside(outputs), self._fits(outputs))
         if hypothesis.noise in self.says:
             self.base = tested if self.base is None else max(self.base, tested, key=_merit)
         elif self.base is not None:
@@ -694,7 +708,7 @@ def _fits(bench: _Bench, tested: _Tested) -> bool:
     found = tested.hypothesis
     counted = _counted(bench)
     unstated = found.noise in ROUNDED and found.noise not in bench.says
-    if counted and unstated and bench.coarse and bench._turned < TURNED:
+    if not tested.fits or (counted and unstated and bench.coarse and bench._turned < TURNED):
         return False
     return holds(found.explained, found.bit_identical, bench.needed(found.noise), counted)
 

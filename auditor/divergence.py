@@ -34,6 +34,8 @@ _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
+# So that a floor that is the error itself is not below it where that is added up otherwise.
+_ABOVE = 1 + 1e-6
 # Additions up to which sums are added up one after another: a second's work, and 2 GB at worst.
 STEPS = 5e8
 
@@ -154,6 +156,8 @@ def floor(
     (unless that is far more than a few roundings: then it is worth a word), and, for a program that
     does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
     texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
+    Where only values in the middle between two steps of 8 bits went to the other side, all of it is
+    rounding.
 
     Args:
         replayer: runs the reference's segments.
@@ -205,7 +209,17 @@ def floor(
             lambda: replayer.run_in_order(cut, local.inputs, local.replayed), local.replayed, scale
         )
         found = max(found, fp32_rounding.floor(jitter, in_order, terms, half=half))
+    if found < introduced and (sided := _sided(replayer, cut, local)) is not None:
+        return introduced * _ABOVE if _distance(local.observed, sided, scale) <= found else found
     return found
+
+
+def _sided(replayer: Replayer, cut: Cut, local: Local) -> Arrays | None:
+    """The segment with what lies between two steps of 8 bits on the backend's side."""
+    try:
+        return replayer.run_sided(cut, local.inputs, local.replayed, local.observed)
+    except ReplayError:
+        return None
 
 
 def _quick(local: Local, terms: int) -> bool:

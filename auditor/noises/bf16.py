@@ -87,6 +87,11 @@ SITES = (
         scales="keys",
     ),
     Sites(
+        "results of each kernel in bf16, operands as they are",
+        "kernel",
+        outputs=True,
+    ),
+    Sites(
         "operands and results of products in bf16, FP32 accumulation, bias and all else",
         "operator",
         inputs=True,

@@ -13,10 +13,8 @@ from onnx import TensorProto
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import surgery
-from auditor.replays.quantised import Editor, Grid, Layout, Product, Roundings
+from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
 
-# Round and Clip with limits as inputs exist from here on.
-_OPSET = 11
 _ACTIVATIONS = ("Relu", "Clip")
 # How a QuantizeLinear rounds, as function bodies with the zero point in `fz`.
 _ROUNDINGS = {
@@ -24,6 +22,14 @@ _ROUNDINGS = {
         "i = Reciprocal(s) q = Mul(x, i) r = Round(q) t = Add(r, fz)"
     ),
     "the zero point is added before rounding": "q = Div(x, s) a = Add(q, fz) t = Round(a)",
+    "values a rounding error below the middle between two steps are rounded up": (
+        "q = Div(x, s) half = Constant <value = float {0.5001}> () p = Add(q, half) f = Floor(p) "
+        "t = Add(f, fz)"
+    ),
+    "values a rounding error above the middle between two steps are rounded down": (
+        "q = Div(x, s) half = Constant <value = float {0.5001}> () p = Sub(q, half) f = Ceil(p) "
+        "t = Add(f, fz)"
+    ),
     "ties are rounded away from zero": (
         "q = Div(x, s) sign = Sign(q) m = Abs(q) half = Constant <value = float {0.5}> () "
         "p = Add(m, half) f = Floor(p) r = Mul(sign, f) t = Add(r, fz)"
@@ -50,7 +56,7 @@ _SAME_BIAS = 1e-2
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with integer arithmetic, fewer roundings, or other roundings."""
     model = segment.model
-    if surgery.opset(model) < _OPSET:
+    if surgery.opset(model) < OPSET:
         return
     if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
         name = "the range divides last: x · 255 / (max − min)"

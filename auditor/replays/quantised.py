@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from auditor.ports import Array
 from auditor.records.backend import Kernel
 from auditor.replays import surgery
 from auditor.weights import is_detached
+
+# Round and Clip with limits as inputs exist from here on.
+OPSET = 11
+# How near to the middle between two steps, in steps, rounding decides on which side a value falls:
+# three millionths, the smallest floor, of half the range of 8 bits.
+_MIDDLE = 4e-4
 
 # Operators between a DequantizeLinear and its reader that leave every value on its grid.
 _MOVES = frozenset(
@@ -325,3 +331,47 @@ class Editor:
     def _fresh(self) -> str:
         self._count += 1
         return f"{self._mark}{self._count}"
+
+
+def either_side(model: onnx.ModelProto, observed: Mapping[str, Array]) -> onnx.ModelProto | None:
+    """The segment with values in the middle between two steps rounded to what was observed.
+
+    Float32 decides there: two ways to add up one sum differ by a whole step.
+
+    Args:
+        model: the segment.
+        observed: what the backend made of its outputs.
+
+    Returns:
+        None where no output is a rounding to 8 bits, quantised or dequantised again, of something
+        that is computed here.
+    """
+    layout, editor = Layout(model), Editor(model)
+    found = False
+    for node in layout.nodes:
+        grid = layout.parameters(node) if node.op_type == "QuantizeLinear" else None
+        readers = [layout.nodes[i] for i in layout.readers.get(node.output[0], [])]
+        names = [n.output[0] for n in readers if n.op_type == "DequantizeLinear"]
+        seen = next((n for n in (node.output[0], *names) if n in observed), None)
+        if (
+            grid is None
+            or grid.zero is None
+            or seen is None
+            or node.input[0] not in layout.producer
+        ):
+            editor.copy(node)
+            continue
+        found = True
+        there = observed[seen].astype(np.float32)
+        if seen != node.output[0]:
+            there = np.rint(there / grid.scale) + grid.zero
+        steps = editor.add("Div", node.input[0], editor.constant(grid.scale))
+        zero = editor.constant(grid.zero)
+        plain = editor.add("Add", editor.add("Round", steps), zero)
+        side = editor.add("Sign", editor.add("Sub", editor.constant(there), plain))
+        moved = editor.add("Add", steps, editor.add("Mul", side, editor.constant(_MIDDLE)))
+        value = editor.add("Add", editor.add("Round", moved), zero)
+        limits = np.iinfo(np.int8 if grid.signed else np.uint8)
+        value = editor.add("Clip", value, *map(editor.constant, (limits.min, limits.max)))
+        editor.cast(value, TensorProto.INT8 if grid.signed else TensorProto.UINT8, node.output[0])
+    return editor.model if found else None

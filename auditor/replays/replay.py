@@ -358,6 +358,19 @@ class Replayer:
                 cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order"
             )
 
+    def run_sided(
+        self, cut: Cut, values: Mapping[str, Array], replayed: Arrays, observed: Arrays
+    ) -> Arrays:
+        """Run one segment with what lies between two steps of 8 bits on the side observed.
+
+        The arguments are those of ``run_reordered``, and what the backend made of the outputs.
+        """
+        from auditor.replays.quantised import OPSET, either_side
+
+        return self._run_changed(
+            cut, values, replayed, lambda m: either_side(m, observed), OPSET, "rounded"
+        )
+
     def _run_changed(
         self,
         cut: Cut,
