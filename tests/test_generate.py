@@ -144,6 +144,31 @@ def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
         cached.caches_of(replace(model, outputs=outputs[:-1]), {})
 
 
+def test_what_an_encoder_made_stays_the_same(tmp_path: Path) -> None:
+    """Its result is given, the caches of what it read are written by the first run and stay."""
+    path = tmp_path / "cached.onnx"
+    writer.write(path, replace(SHAPE, caches=True), seed=2)
+    model = models.load(path)
+    first = next(spec for spec in model.inputs if spec.name.startswith("past"))
+    dims = tuple("read" if axis == 2 else size for axis, size in enumerate(first.shape))
+    states = models.TensorSpec("states", np.dtype(np.float32), ("batch", "read", 4))
+    others = (spec for spec in model.inputs if spec != first)
+    model = replace(model, inputs=(replace(first, shape=dims), *others, states))
+    given = cached.checked(model, {"states": np.ones((1, 5, 4))})
+    caches = cached.caches_of(model, {}, given)
+    assert [cache.length for cache in caches] == [5, None, None, None]
+    decoder = cached.decoder_of(model, caches, given)
+    feeds = decoder.feeds([1, 2], 0, None)
+    assert feeds["states"].dtype == np.float32 and feeds[first.name].shape[2] == 5
+    before, now = ({n: np.full(1, v) for n in model.outputs} for v in (1, 2))
+    kept = decoder.after(now, before)
+    assert {n: int(v[0]) for n, v in kept.items()} == {
+        n: 1 if n == caches[0].present else 2 for n in model.outputs
+    }
+    with pytest.raises(UsageError, match="which is no input"):
+        cached.checked(model, {"stats": np.ones((1, 5, 4))})
+
+
 def test_pieces_compute_what_the_whole_does(path: Path) -> None:
     model = models.load(path)
     graph = Graph(model.proto)

@@ -54,6 +54,13 @@ def _generate(
             metavar="PAST=PRESENT", help="Input and output of one cache, where names do not tell."
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Inputs that are the same in every run, such as what an encoder made.",
+        ),
+    ] = None,
     backends: Backends = None,
     option: EngineOptions = None,
     output: Annotated[
@@ -79,12 +86,13 @@ def _generate(
     options = engine_options(option, specs)
     pairs = dict(_pair(text) for text in cache or ())
 
-    from auditor import discovery
+    from auditor import datafiles, discovery
     from auditor.audit import AuditOptions
     from auditor.sequences.generate import generate
     from reports import _generate as table
     from reports._progress import LiveProgress
 
+    given = datafiles.read(data, "--data") if data is not None else {}
     asked = AuditOptions(backends=specs, options=options, threads=threads, timeout=timeout)
     progress = StoppableProgress(LiveProgress())
     with TemporaryDirectory(prefix="audit-generate-") as scratch:
@@ -98,6 +106,7 @@ def _generate(
                 progress=progress,
                 scratch=Path(scratch),
                 caches=pairs,
+                given={name: stored.read(None) for name, stored in given.items()},
             )
         finally:
             progress.close()

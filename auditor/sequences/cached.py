@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,26 +73,49 @@ class Cache:
     Attributes:
         present: name of the output.
         axis: the axis that grows with the text; None for a state of one size.
+        length: tokens of what an encoder read, where it holds those: the first run writes it, and
+            it stays. None for one that grows.
     """
 
     past: TensorSpec
     present: str
     axis: int | None
+    length: int | None = None
 
     def empty(self) -> Array:
         """What it is before the first run: without a token, or zeros; for a batch of one."""
         dims = [d if isinstance(d, int) else 1 for d in self.past.shape]
         if self.axis is not None:
-            dims[self.axis] = 0
+            dims[self.axis] = self.length or 0
         return np.zeros(dims, self.past.dtype)
 
 
-def caches_of(model: Model, named: Mapping[str, str]) -> tuple[Cache, ...]:
+def checked(model: Model, given: Arrays) -> Arrays:
+    """Inputs that are the same in every run, in the model's types.
+
+    Raises:
+        UsageError: the model has no such input, or it has another rank.
+    """
+    inputs = {spec.name: spec for spec in model.inputs}
+    for name, value in given.items():
+        if name not in inputs or value.ndim != len(inputs[name].shape):
+            raise UsageError(
+                f"--data has `{name}` of shape {models.shown(value.shape)}, which is no input of "
+                f"{model.path}",
+                f"Its inputs: {', '.join(map(str, inputs.values()))}.",
+            )
+    return {name: value.astype(inputs[name].dtype, copy=False) for name, value in given.items()}
+
+
+def caches_of(
+    model: Model, named: Mapping[str, str], given: Arrays | None = None
+) -> tuple[Cache, ...]:
     """Pair the inputs that are caches with the outputs that they come from.
 
     Args:
         model: any model.
         named: outputs by input, as far as the user says it.
+        given: inputs that are the same in every run, such as what an encoder made.
 
     Returns:
         One for every input of floats, or named as caches are; none where there is no such input.
@@ -100,7 +123,15 @@ def caches_of(model: Model, named: Mapping[str, str]) -> tuple[Cache, ...]:
     Raises:
         UsageError: a cache that has no output, or an axis that has no size.
     """
-    inputs = {spec.name: spec for spec in model.inputs}
+    given = given or {}
+    read = {
+        d: size
+        for spec in model.inputs
+        if spec.name in given
+        for d, size in zip(spec.shape[1:], given[spec.name].shape[1:], strict=False)
+        if isinstance(d, str)
+    }
+    inputs = {spec.name: spec for spec in model.inputs if spec.name not in given}
     models.check_pairs(model, named, "--cache")
     pasts = [
         n for n, s in inputs.items() if n in named or _PAST.match(n) or s.dtype.kind not in "iub"
@@ -116,10 +147,15 @@ def caches_of(model: Model, named: Mapping[str, str]) -> tuple[Cache, ...]:
     if len(left) > len(free):
         raise UsageError(
             f"no output of {model.path} is fed back to its input {inputs[left[0]]}",
-            "Export the decoder with use_cache=True, or name it: --cache PAST=PRESENT.",
+            "Export the decoder with use_cache=True, or name it: --cache PAST=PRESENT; what stays "
+            "the same in every run, such as an encoder's result, is given with --data FILE.npz.",
         )
     pairs |= dict(zip(left, free, strict=False))
-    return tuple(Cache(inputs[n], pairs[n], _axis(inputs[n])) for n in pasts)
+    caches = (Cache(inputs[n], pairs[n], _axis(inputs[n])) for n in pasts)
+    return tuple(
+        replace(c, length=read.get(str(c.past.shape[c.axis]))) if c.axis is not None else c
+        for c in caches
+    )
 
 
 def _logits(model: Model) -> str:
@@ -150,6 +186,7 @@ class Decoder:
         positions: inputs that say where the new tokens are.
         branch: input of a decoder that is two in one (``use_cache_branch``), which says whether
             there are caches yet; may be missing.
+        given: inputs that are the same in every run.
         logits: the output, ``[1, new tokens or 1, vocabulary]``.
     """
 
@@ -159,6 +196,7 @@ class Decoder:
     logits: str
     caches: tuple[Cache, ...]
     branch: TensorSpec | None = None
+    given: Arrays = field(default_factory=dict)
 
     def feeds(self, tokens: Sequence[int], before: int, outputs: Arrays | None) -> Arrays:
         """The inputs of a run.
@@ -168,7 +206,7 @@ class Decoder:
             before: how many there were.
             outputs: of the run before; None for the first.
         """
-        feeds: Arrays = {self.ids.name: np.asarray([tokens], self.ids.dtype)}
+        feeds: Arrays = {self.ids.name: np.asarray([tokens], self.ids.dtype), **self.given}
         if self.mask:
             feeds[self.mask.name] = np.ones((1, before + len(tokens)), self.mask.dtype)
         for spec in self.positions:
@@ -180,6 +218,11 @@ class Decoder:
             value = outputs[cache.present] if outputs else cache.empty()
             feeds[cache.past.name] = value.astype(cache.past.dtype, copy=False)
         return feeds
+
+    def after(self, outputs: Arrays, earlier: Arrays | None) -> Arrays:
+        """A run's outputs, with the caches that stay as the run before left them."""
+        stay = [c.present for c in self.caches if c.length is not None]
+        return outputs if earlier is None else outputs | {n: earlier[n] for n in stay}
 
     def last(self, outputs: Arrays) -> Logits:
         """The logits that decide the next token, ``[1, vocabulary]``.
@@ -201,13 +244,14 @@ class Decoder:
         return {cache.present: outputs[cache.present] for cache in self.caches}
 
 
-def decoder_of(model: Model, caches: tuple[Cache, ...]) -> Decoder:
-    """Find what a decoder takes beside its caches.
+def decoder_of(model: Model, caches: tuple[Cache, ...], given: Arrays | None = None) -> Decoder:
+    """Find what a decoder takes beside its caches and what is ``given``.
 
     Raises:
         UsageError: it takes no token ids, or something that is no sequence of any length.
     """
-    pasts = {cache.past.name for cache in caches}
+    given = given or {}
+    pasts = {cache.past.name for cache in caches} | given.keys()
     ids: list[TensorSpec] = []
     masks: list[TensorSpec] = []
     positions: list[TensorSpec] = []
@@ -230,7 +274,7 @@ def decoder_of(model: Model, caches: tuple[Cache, ...]) -> Decoder:
     if not ids:
         raise UsageError(f"{model.path} takes no token ids", "Give a decoder.")
     mask = masks[0] if masks else None
-    return Decoder(ids[0], mask, tuple(positions), _logits(model), caches, branch)
+    return Decoder(ids[0], mask, tuple(positions), _logits(model), caches, branch, given)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -271,7 +315,7 @@ def steps(
     seen, outputs = before or (0, None)
     for number in range(count):
         feeds = decoder.feeds(tokens, seen, outputs)
-        outputs = run(feeds)
+        outputs = decoder.after(run(feeds), outputs)
         step = Step(feeds, outputs, decoder.last(outputs))
         yield step
         seen += len(tokens)
@@ -302,6 +346,7 @@ def generate(
     noises: Sequence[Noise],
     progress: Progress,
     scratch: Path,
+    given: Arrays | None = None,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's (see ``generate``).
 
@@ -309,7 +354,7 @@ def generate(
         UsageError: the model is no decoder, its caches are paired wrongly, or the prompt does not
             fit it.
     """
-    decoder = decoder_of(model, caches)
+    decoder = decoder_of(model, caches, given)
     progress.update("reference", "write")
     reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
     text: Tokens = []

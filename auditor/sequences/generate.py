@@ -176,6 +176,7 @@ def generate(
     progress: Progress,
     scratch: Path,
     caches: Mapping[str, str] | None = None,
+    given: Arrays | None = None,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's.
 
@@ -188,6 +189,8 @@ def generate(
         progress: told what is being done.
         scratch: a folder for temporary files.
         caches: outputs by the inputs that they are fed back to, where names do not tell.
+        given: inputs that are the same in every run of a decoder with caches, such as what an
+            encoder made.
 
     Raises:
         UsageError: the model is no decoder, or the prompt does not fit it.
@@ -197,10 +200,22 @@ def generate(
     from auditor.sequences import cached  # it builds on this module
 
     model = models.load(path)
-    if kept := cached.caches_of(model, caches or {}):
+    fixed = cached.checked(model, given or {})
+    if kept := cached.caches_of(model, caches or {}, fixed):
         return cached.generate(
-            model, kept, prompt, count, options, noises=noises, progress=progress, scratch=scratch
+            model,
+            kept,
+            prompt,
+            count,
+            options,
+            noises=noises,
+            progress=progress,
+            scratch=scratch,
+            given=fixed,
         )
+    if fixed:
+        hint = "Export it with use_cache=True."
+        raise UsageError(f"{path} keeps no caches: --data is for decoders that do", hint)
     decoder = decoder_of(model, len(prompt), count)
     progress.update("reference", "run")
     reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
