@@ -121,10 +121,14 @@ def _zeros(port: Any) -> Array:
 
 
 def as_shown(value: Array, candidate: Candidate) -> Array:
-    """A probe's value in the model's own type; bfloat16 has none in numpy and stays float32."""
+    """A probe's value in the model's own type, or in a wider one that the program holds it in.
+
+    Narrowed, it would no longer be what the kernels behind it read. NumPy has no bfloat16: that
+    stays float32.
+    """
     if candidate.grid and value.dtype.kind in "iu":
         value = candidate.grid.widened(value)
-    own = {"f16": np.float16, "f32": np.float32, "bf16": np.float32, "f64": np.float64}
+    own = {"f32": np.float32, "bf16": np.float32, "f64": np.float64}
     return value.astype(own.get(candidate.element, value.dtype), copy=False)
 
 

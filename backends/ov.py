@@ -680,7 +680,10 @@ def _result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
     element = port.get_element_type().get_type_name()
     narrow = candidate.written != candidate.port  # the program holds it as its 8 bits
     if candidate.precision in FLOATS and candidate.precision != element and not narrow:
-        port = opset.convert(port, _ov_type(candidate.precision)).output(0)
+        made = opset.convert(port, _ov_type(candidate.precision))
+        # In a half-precision model that the program widens nothing is left of it but its name.
+        made.set_friendly_name(ops[number].get_friendly_name())
+        port = made.output(0)
     result = opset.result(port)
     result.set_friendly_name(candidate.probe)
     return result

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import blockwise, dynamic, loops, recurrent, rounding
+from auditor.replays import blockwise, dynamic, folded, loops, recurrent, rounding
 from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
@@ -20,6 +20,9 @@ RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all e
 AROUND = f"{RECURRENT}; around them "
 # … and for the bodies of loops and what is around them.
 INSIDE = "inside the bodies of loops, too: "
+# … and where the model is of half precision, and constants are folded in that.
+FOLDED = "constants folded in fp16; "
+INVERTED = "constants folded and divisors inverted in fp16; "
 # Dynamic quantisation, alone and joined with each of ``SITES``.
 DYNAMIC = "dynamic quantisation with its range in bf16, sums of integers to bf16"
 # … and where weights are compressed, which kernels multiply by their scales in bf16.
@@ -164,6 +167,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             yield Variant(AROUND + variant.name, variant.model)
     for variant in loops.inside(segment, lambda body: rounding.variants(body, FORMAT, SITES)):
         yield Variant(INSIDE + variant.name, variant.model)
+    for name, divisors in ((FOLDED, False), (INVERTED, True)):
+        halved = folded.in_half(segment, divisors=divisors)
+        if halved is not None:
+            for variant in rounding.variants(halved, FORMAT, SITES):
+                yield Variant(name + variant.name, variant.model)
     quantised = dynamic.in_bfloat16(segment)
     if quantised is not None:
         yield Variant(DYNAMIC, quantised)
@@ -213,6 +221,8 @@ NOISE = Cause(
         f"{AROUND}FORM",
         f"{INSIDE}FORM",
         f"{SCALED}FORM",
+        f"{FOLDED}FORM",
+        f"{INVERTED}FORM",
         DYNAMIC,
         f"{DYNAMIC}; FORM",
         *(sites.name for sites in SITES),

@@ -9,13 +9,14 @@ from onnx import TensorProto
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import rounding
+from auditor.replays import folded, rounding
 from auditor.replays.rounding import Format, Sites
 
 FORMAT = Format(
     "fp16", frozenset({"f16", "fp16", "float16", "half"}), TensorProto.FLOAT16, opset=6, bits=11
 )
 
+FOLDED = "constants of a half-precision model folded in fp16"
 # Operands in fp16 with results in FP32 have TF32's bits and are left to that noise.
 SITES = (
     Sites(
@@ -85,6 +86,9 @@ SITES = (
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with fp16 roundings at each of ``SITES``; overflow becomes infinite."""
     yield from artefact.variants(segment, "float16")
+    halved = folded.in_half(segment)
+    if halved is not None:
+        yield Variant(FOLDED, halved.model)
     yield from rounding.variants(segment, FORMAT, SITES)
 
 
@@ -113,6 +117,6 @@ NOISE = Cause(
     },
     ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
     stated=FORMAT.stated,
-    forms=(artefact.form("float16"), *(sites.name for sites in SITES)),
+    forms=(artefact.form("float16"), FOLDED, *(sites.name for sites in SITES)),
     variants=_variants,
 )

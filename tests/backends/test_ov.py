@@ -322,6 +322,21 @@ def test_bfloat16_is_captured_as_the_program_holds_it(residual: Path) -> None:
             assert value.tobytes() == rounded_to_bf16(value).tobytes(), name
 
 
+def test_half_precision_models_are_captured_as_the_program_holds_them(tmp_path: Path) -> None:
+    pads, kind = [1, 1, 1, 1], TensorProto.FLOAT16
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["s"], pads=pads),
+        helper.make_node("Conv", ["s", "w"], ["y"], pads=pads),
+    ]
+    ends = [info("x", 1, 4, 6, 6, dtype=kind)], [info("y", 1, 4, 6, 6, dtype=kind)]
+    weights = np.linspace(-1, 1, 144, dtype=np.float16).reshape(4, 4, 3, 3)
+    path = save(tmp_path / "m.onnx", nodes, *ends, (numpy_helper.from_array(weights, "w"),))
+    feeds = {"x": np.linspace(-2, 2, 144, dtype=np.float16).reshape(1, 4, 6, 6)}
+    seen = build(path, options=F32).instrument(feeds).run(feeds).tensors["s"]
+    assert seen.dtype == np.float32
+    assert np.any(seen.astype(np.float16) != seen)  # more than 11 bits
+
+
 def test_kernels_name_the_onnx_nodes_fused_into_them(residual: Path) -> None:
     built = build(residual, options=F32)
     kernels = built.provenance.kernels

@@ -1,0 +1,98 @@
+"""Constants of half-precision models, folded in half precision before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.noises import fp16
+from auditor.ports import Array, Arrays
+from auditor.replays import folded
+
+
+def half(values: Array) -> Array:
+    return np.asarray(values).astype(np.float16).astype(np.float32)
+
+
+def convolved(x: Array, weights: Array) -> Array:
+    """A pointwise convolution in float64."""
+    return np.einsum("nchw,oc->nohw", x.astype(float), weights[:, :, 0, 0].astype(float))
+
+
+@pytest.fixture
+def drawn(generator: np.random.Generator) -> Arrays:
+    return {
+        "x": generator.standard_normal((1, 12, 6, 6)).astype(np.float32),
+        "w": half(generator.standard_normal((8, 12, 1, 1)) / 3),
+        "b": half(generator.standard_normal(8)),
+        "c": half(generator.uniform(0.3, 2, (1, 8, 1, 1))),
+        "d": half(generator.standard_normal(1)),
+    }
+
+
+def test_a_factor_and_a_shift_behind_a_convolution(
+    drawn: Arrays, make_segment: Any, explain: Any
+) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["p"]),
+        helper.make_node("Mul", ["p", "c"], ["q"]),
+        helper.make_node("Add", ["d", "q"], ["y"]),
+    ]
+    segment = make_segment(nodes, {n: drawn[n] for n in "wbcd"}, ["x"], ["y"])
+    factor = drawn["c"].reshape(8)
+    bias = half(half(drawn["b"] * factor) + drawn["d"])
+    planted = convolved(drawn["x"], half(drawn["w"] * drawn["c"].reshape(8, 1, 1, 1)))
+    planted = (planted + bias.reshape(1, 8, 1, 1)).astype(np.float32)
+    found = explain(segment, {"x": drawn["x"]}, {"y": planted})
+    assert (found.noise, found.variant) == (fp16.NOISE.id, fp16.FOLDED)
+    assert found.explained > 0.9999
+
+
+def test_each_step_of_a_batch_normalisation(
+    drawn: Arrays, generator: np.random.Generator, make_segment: Any, explain: Any
+) -> None:
+    stored = {
+        "scale": half(generator.uniform(0.5, 2, 8)),
+        "shift": half(generator.standard_normal(8)),
+        "mean": half(generator.standard_normal(8)),
+        "variance": half(generator.uniform(0.2, 2, 8)),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["p"]),
+        helper.make_node("BatchNormalization", ["p", *stored], ["y"], epsilon=1e-3),
+    ]
+    segment = make_segment(nodes, {"w": drawn["w"], **stored}, ["x"], ["y"])
+    factor = half(stored["scale"] / half(np.sqrt(half(stored["variance"] + half(1e-3)))))
+    bias = half(stored["shift"] - half(stored["mean"] * factor))
+    planted = convolved(drawn["x"], half(drawn["w"] * factor.reshape(8, 1, 1, 1)))
+    planted = (planted + bias.reshape(1, 8, 1, 1)).astype(np.float32)
+    found = explain(segment, {"x": drawn["x"]}, {"y": planted})
+    assert (found.noise, found.variant) == (fp16.NOISE.id, fp16.FOLDED)
+    assert found.explained > 0.9999
+
+
+def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
+    nodes = [
+        helper.make_node("HardSigmoid", ["x"], ["h"], alpha=1 / 6),
+        helper.make_node("Div", ["h", "d"], ["y"]),
+    ]
+    divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
+    segment = make_segment(nodes, {"d": divisors}, ["x"], ["y"])
+    x = np.linspace(-2, 2, 8, dtype=np.float32)
+    gate = x.astype(float) * half(np.float32(1 / 6)) + 0.5
+    plain, inverted = (folded.in_half(segment, divisors=d) for d in (False, True))
+    assert plain is not None and inverted is not None
+    assert np.allclose(run(plain.model, {"x": x})["y"], gate / divisors, rtol=1e-6)
+    assert np.allclose(run(inverted.model, {"x": x})["y"], gate * half(1 / divisors), rtol=1e-6)
+
+
+def test_models_of_single_precision_are_left_alone(make_segment: Any) -> None:
+    weights = np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12, 1, 1)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["p"]),
+        helper.make_node("LeakyRelu", ["p"], ["y"]),
+    ]
+    assert folded.in_half(make_segment(nodes, {"w": weights}, ["x"], ["y"])) is None
