@@ -199,7 +199,7 @@ class Program:
                     max(p.operations) for p in self.parents(node) if p.operations
                 )
                 found = source.following(base, owned)
-                ends = [n for n in found if not source.read_by(n) <= found]
+                ends = [n for n in found if not source.read_within(n, found)]
                 if len(ends) != 1 or all(source.type(n) in MOVEMENT for n in found):
                     found = set()  # a tensor that the model does not have, or several
                 owned |= found
@@ -451,6 +451,13 @@ class Source:
         """The operations that read an operation's values."""
         readers = {n for p in self._ops[number].outputs() for n in self._readers(p)}
         return {n for n in readers if self.type(n) != "ShapeOf"}
+
+    def read_within(self, number: int, group: Collection[int]) -> bool:
+        """Whether all that reads an operation's values, moved or not, is in ``group``."""
+        return all(
+            n in group or (self.type(n) in MOVEMENT and self.read_within(n, group))
+            for n in self.read_by(number)
+        )
 
     def clone(self) -> tuple[Any, dict[int, Any]]:
         """A copy to change, and its operations by number."""

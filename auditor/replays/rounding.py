@@ -325,9 +325,28 @@ class _Layout:
         for index, node in enumerate(self.nodes):
             if _key(node) in self.alone:
                 result[index] = _Group(result[index].kernel)
+        for index, group in enumerate(list(result)):
+            for name in self.nodes[index].input:
+                moves = self.moves(name)
+                source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
+                if source is not None and result[source] is group:
+                    for move in moves:
+                        result[move] = group  # the engine moves after what the kernel computes
         for index, group in enumerate(result):
             group.nodes.append(index)
         return result
+
+    def moves(self, name: str) -> list[int]:
+        """The nodes that only moved values on their way to ``name``, for one reader; last first."""
+        moves: list[int] = []
+        while (
+            (index := self.producer.get(name)) is not None
+            and self.nodes[index].op_type in _MOVES
+            and self.sole_reader(name) is not None
+        ):
+            moves.append(index)
+            name = self.nodes[index].input[0]
+        return moves
 
     def sole_reader(self, tensor: str) -> int | None:
         """The one node that reads a tensor which nothing else sees."""
@@ -663,12 +682,8 @@ class _Surgery:
             if scale is None or fused:
                 continue
             keys = product.input[1]
-            while (
-                self.at.sole_reader(keys) is not None
-                and (source := self.at.producer.get(keys)) is not None
-                and self.at.nodes[source].op_type in _MOVES
-            ):
-                keys = self.at.nodes[source].input[0]
+            for move in self.at.moves(keys):
+                keys = self.at.nodes[move].input[0]
             source = self.at.producer.get(keys)
             if source is None or self.at.sole_reader(keys) is None:
                 continue

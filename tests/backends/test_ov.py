@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,12 +215,12 @@ def test_a_deep_network_is_copied_a_few_times_only(
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
-    decoder.write(path, decoder.Shape(5, 48, 96, 4, 2, 200, 12))
+    decoder.write(path, decoder.Shape(4, 48, 96, 4, 2, 200, 12))
     feeds = {"input_ids": np.arange(12)[None]}
     made = build(path).instrument(feeds)
     assert made.program_unchanged and not made.skipped
     proved = sum(probe.fidelity == "output-proved" for probe in made.probes)
-    assert proved >= 0.9 * len(made.probes) > 75
+    assert proved >= 0.9 * len(made.probes) > 60
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
@@ -377,6 +378,14 @@ def test_hardswish_is_one_kernel_with_its_convolution(tmp_path: Path) -> None:
     assert built.provenance.kernels[0].nodes == ("c", "p", "q", "r", "h")
     made = built.instrument(X)
     assert [p.tensor for p in made.probes] == ["h"] and made.program_unchanged
+
+
+def test_a_factor_behind_moved_values_is_one_kernel_with_its_product(tmp_path: Path) -> None:
+    """A bias of zeros is dropped, so that two tensors seem to end what was fused."""
+    recorded = Path(__file__).parents[1] / "data" / "openvino_bf16" / "scales.onnx"
+    path = Path(shutil.copy(recorded, tmp_path))
+    nodes = {k.nodes for k in build(path).provenance.kernels}
+    assert {("qm", "q", "qs"), ("k", "ks")} <= nodes
 
 
 def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:

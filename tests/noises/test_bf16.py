@@ -295,6 +295,36 @@ def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
     check(explain(segment, {"a": a, "b": b}, {"y": r(r(a) @ r(b) * scale)}), identical=0.98)
 
 
+def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Dynamo's exporter scales both operands of attention, by a factor for each."""
+    x = r(generator.standard_normal((16, 24)))
+    wide = generator.standard_normal((24, 12)).astype(np.float32)
+    b = generator.standard_normal(12).astype(np.float32)
+    scale = np.float32(6**-0.25)
+    segment = make_segment(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["p"]),
+            helper.make_node("Add", ["p", "b"], ["l"]),
+            helper.make_node("Reshape", ["l", "heads"], ["h"]),
+            helper.make_node("Transpose", ["h"], ["t"], perm=[1, 2, 0]),
+            helper.make_node("Mul", ["t", "s"], ["y"]),
+        ],
+        {"w": wide, "b": b, "heads": np.int64([16, 2, 6]), "s": scale},
+        ["x"],
+        ["y"],
+        [
+            kernel("FullyConnected", ("l", "y"), "y"),
+            kernel("Reshape", ("h",), "h"),
+            kernel("Transpose", ("t",), "t"),
+        ],
+    )
+    linear = (x.astype(np.float64) @ r(wide)).astype(np.float32) + r(b)
+    planted = r(linear * scale).reshape(16, 2, 6).transpose(1, 2, 0)
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
 def test_an_attention_mask_multiplied_out_does_not_cancel(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
