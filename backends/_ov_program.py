@@ -193,13 +193,20 @@ class Program:
                 found = source.start(node.operations, owned)
                 owned |= found
                 self.nodes[key] = replace(node, operations=(*node.operations, *sorted(found)))
+        readers: dict[str, set[int]] = {node.name: set() for node in self.nodes.values()}
+        for node in self.nodes.values():
+            for parent in self.parents(node):
+                readers[parent.name].update(node.operations)
         for key, node in self.nodes.items():
             if node.varying and not node.passive and not node.named(-1):
                 base = node.operations or tuple(
                     max(p.operations) for p in self.parents(node) if p.operations
                 )
                 found = source.following(base, owned)
-                ends = [n for n in found if not source.read_within(n, found)]
+                ends = [n for n in found if not source.read_beyond(n, found) <= found]
+                if len(ends) > 1:  # several kernels may read the same: what reads this one tells
+                    ends = [n for n in ends if source.read_beyond(n, found) & readers[node.name]]
+                    found = source.leading(ends, found)
                 if len(ends) != 1 or all(source.type(n) in MOVEMENT for n in found):
                     found = set()  # a tensor that the model does not have, or several
                 owned |= found
@@ -452,12 +459,23 @@ class Source:
         readers = {n for p in self._ops[number].outputs() for n in self._readers(p)}
         return {n for n in readers if self.type(n) != "ShapeOf"}
 
-    def read_within(self, number: int, group: Collection[int]) -> bool:
-        """Whether all that reads an operation's values, moved or not, is in ``group``."""
-        return all(
-            n in group or (self.type(n) in MOVEMENT and self.read_within(n, group))
-            for n in self.read_by(number)
-        )
+    def read_beyond(self, number: int, group: Collection[int]) -> set[int]:
+        """The operations that read an operation's values, seen through moves outside ``group``."""
+        found = set[int]()
+        for n in self.read_by(number):
+            moves = self.type(n) in MOVEMENT and n not in group
+            found |= self.read_beyond(n, group) if moves else {n}
+        return found
+
+    def leading(self, ends: Collection[int], group: Collection[int]) -> set[int]:
+        """The operations of ``group`` that ``ends`` are computed from, and these themselves."""
+        found, todo = set(ends), list(ends)
+        while todo:
+            for n, _ in self.inputs(todo.pop()):
+                if n not in found and (n in group or self.type(n) in MOVEMENT):
+                    found.add(n)
+                    todo.append(n)
+        return found & set(group)
 
     def clone(self) -> tuple[Any, dict[int, Any]]:
         """A copy to change, and its operations by number."""

@@ -388,6 +388,29 @@ def test_a_factor_behind_moved_values_is_one_kernel_with_its_product(tmp_path: P
     assert {("qm", "q", "qs"), ("k", "ks")} <= nodes
 
 
+def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> None:
+    """Adaptive normalisation's 1 + scale is moved ahead of a reshape, and named anew."""
+    nodes = [
+        helper.make_node("Split", ["c"], ["c1", "c2"], axis=1),
+        helper.make_node("Softmax", ["x"], ["h0"]),
+    ]
+    for i in "12":
+        nodes += [
+            helper.make_node("Unsqueeze", [f"c{i}", "axis"], [f"u{i}"]),
+            helper.make_node("Add", [f"u{i}", "one"], [f"a{i}"]),
+            helper.make_node("Mul", [f"h{int(i) - 1}", f"a{i}"], [f"m{i}"]),
+            helper.make_node("Softmax", [f"m{i}"], [f"h{i}"]),
+        ]
+    weights = (
+        numpy_helper.from_array(np.array([1]), "axis"),
+        numpy_helper.from_array(np.array(1, np.float32), "one"),
+    )
+    inputs = [info("x", 1, 4, 8), info("c", 1, 16)]
+    path = save(tmp_path / "m.onnx", nodes, inputs, [info("h2", 1, 4, 8)], weights)
+    nodes_of = {k.nodes for k in build(path).provenance.kernels}
+    assert {("a1",), ("a2",)} <= nodes_of
+
+
 def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Identity", ["x"], ["same"]),
