@@ -153,6 +153,15 @@ SITES = (
         outputs=True,
         cuts=True,
     ),
+    Sites(
+        "operands and results of each kernel in bf16, constants too where a kernel computes them",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        computed=True,
+        outputs=True,
+    ),
 )
 
 

@@ -105,6 +105,8 @@ class Sites:
         bias: constants added to sums of products: none of them, those of fully connected layers
             whose output is rounded, or all.
         constants: every other constant operand.
+        computed: of these, those that kernels of their own compute from constants, as an engine
+            does that cannot fold an operator.
         outputs: values that a kernel writes.
         products: only kernels made of sums of products round at all.
         sums: every product and every running sum of a sum of products, in order of input
@@ -128,6 +130,7 @@ class Sites:
     weights: bool = False
     bias: Literal["none", "fully-connected", "all"] = "none"
     constants: bool = False
+    computed: bool = False
     outputs: bool = False
     products: bool = False
     sums: bool = False
@@ -477,7 +480,13 @@ class _Surgery:
             if self.sites.bias == "fully-connected":
                 return node.op_type not in _CONVOLUTIONS and self._writes(group)
             return self.sites.bias == "all"
-        return self.sites.constants and node.op_type not in _STRUCTURAL
+        source = self.at.producer.get(name)
+        rounds = self.sites.constants or (
+            self.sites.computed
+            and source is not None
+            and self.at.nodes[source].op_type != "Constant"
+        )
+        return rounds and node.op_type not in _STRUCTURAL
 
     def _adds_bias(self, node: onnx.NodeProto, group: _Group) -> bool:
         """Whether an Add gives a MatMul of its own kernel its bias."""

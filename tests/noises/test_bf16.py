@@ -194,6 +194,28 @@ def test_elementwise_kernel_rounds_at_its_edges_only(
     check(explain(replace(segment, kernels=twice), {"x": x, "z": z}, {"y": planted}))
 
 
+def test_constants_that_a_kernel_computes_are_rounded_as_it_writes_them(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Token types that the model chooses itself: OpenVINO cannot fold how they are looked up."""
+    x, table, places = generator.standard_normal((3, 8, 20)).astype(np.float32)
+    rows = np.array([[1] * 20, [3] * 20])
+    segment = make_segment(
+        [
+            helper.make_node("GatherElements", ["table", "rows"], ["types"], axis=0),
+            helper.make_node("Expand", ["types", "shape"], ["all"]),
+            helper.make_node("Add", ["x", "all"], ["a"]),
+            helper.make_node("Add", ["a", "places"], ["y"]),
+        ],
+        {"table": table, "rows": rows, "shape": np.array([4, 2, 20]), "places": places[:2]},
+        ["x"],
+        ["y"],
+        [kernel("Subgraph", ("a", "y"), "y")],
+    )
+    x = x.reshape(4, 2, 20)
+    check(explain(segment, {"x": x}, {"y": r(r(x) + r(table[[1, 3]]) + places[:2])}))
+
+
 def test_two_kernels_in_one_segment_round_in_between(
     make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
 ) -> None:
