@@ -146,7 +146,11 @@ class Graph:
         graph.name = cut.id
         needed: dict[str, None] = {}
         for index in sorted((*cut.nodes, *cut.constants)):
-            graph.node.append(self.nodes[index])
+            node = graph.node.add()
+            node.CopyFrom(self.nodes[index])
+            for position, name in enumerate(node.output):
+                if name in cut.inputs:  # captured, while another output of this node was not
+                    node.output[position] = f"{name} in {cut.id}"
             needed.update(dict.fromkeys(self.reads[index]))
         graph.initializer.extend(
             attach(self.initializers[n], weights) for n in needed if n in self.initializers

@@ -64,6 +64,14 @@ def test_outputs_of_one_node_share_a_segment(residual):
     assert ("e", "f") in [c.outputs for c in cuts]
 
 
+def test_one_of_two_outputs_of_a_node_may_be_a_boundary(residual):
+    feeds = {"x": np.linspace(-1, 1, 16, dtype=np.float32).reshape(2, 8)}
+    graph = Graph(residual)
+    whole = Replayer(graph, 1).walk(graph.cut(["y"]), feeds)
+    split = Replayer(graph, 1).walk(graph.cut(["e", "y"]), feeds)
+    assert bitwise_equal({"y": whole["y"]}, {"y": split["y"]})
+
+
 def test_constants_inputs_and_unknown_names_are_no_boundaries(residual):
     assert Graph(residual).cut(["w2t", "x", "nonsense", "y"]) == Graph(residual).cut(["y"])
 

@@ -239,3 +239,21 @@ def test_one_of_two_fused_convolutions(
     found = diagnose(segment, {"x": x}, {"y": planted.astype(np.float32)})
     assert found.noise == "implementation.attribute_ignored"
     assert found.variant == "Conv: input B ignored at first alone"
+
+
+def test_a_hypothesis_whose_shapes_fit_nothing_is_refuted_not_missing(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    weights = {
+        "w": generator.standard_normal((8, 16)).astype(np.float32),
+        "b": generator.standard_normal((4, 8)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
+        helper.make_node("Add", ["h", "b"], ["y"]),
+    ]
+    segment = make_segment(nodes, weights, ["x"], ["y"])
+    x = generator.standard_normal((4, 16)).astype(np.float32)
+    found = diagnose(segment, {"x": x}, {"y": x @ weights["w"].T + weights["b"] + 1})
+    assert found.noise is None and not found.failures
+    assert "Gemm: transB ignored" in {h.variant for h in found.hypotheses}
