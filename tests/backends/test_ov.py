@@ -215,12 +215,12 @@ def test_a_deep_network_is_copied_a_few_times_only(
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
-    decoder.write(path, decoder.Shape(4, 48, 96, 4, 2, 200, 12))
+    decoder.write(path, decoder.Shape(3, 48, 96, 4, 2, 200, 12))
     feeds = {"input_ids": np.arange(12)[None]}
     made = build(path).instrument(feeds)
     assert made.program_unchanged and not made.skipped
     proved = sum(probe.fidelity == "output-proved" for probe in made.probes)
-    assert proved >= 0.9 * len(made.probes) > 60
+    assert proved >= 0.9 * len(made.probes) > 45
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
