@@ -681,6 +681,7 @@ class _Surgery:
 
         OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
         of the product no longer has it: where attention is not fused, and with AMX where it is.
+        So does, with AMX, the kernel that normalises the keys; the scale may be one for each head.
         """
         for index, product in enumerate(self.at.nodes):
             if product.op_type != "MatMul" or index in self.at.derived:
@@ -691,7 +692,10 @@ class _Surgery:
             if scale is None or fused:
                 continue
             keys = product.input[1]
+            single = self._is_single(self._scaling(scale, product.output[0])[1])
             for move in self.at.moves(keys):
+                if not single and not _swaps_last(self.at.nodes[move]):
+                    break
                 keys = self.at.nodes[move].input[0]
             source = self.at.producer.get(keys)
             if source is None or self.at.sole_reader(keys) is None:
@@ -700,16 +704,22 @@ class _Surgery:
             if (
                 projection is not group
                 and self._writes(projection)
-                and any(
-                    self.at.nodes[i].op_type == "MatMul" and self._has_weights(i)
-                    for i in projection.nodes
+                and (
+                    any(
+                        self.at.nodes[i].op_type == "MatMul" and self._has_weights(i)
+                        for i in projection.nodes
+                    )
+                    or (
+                        self.sites.scales == "keys"
+                        and self.at.nodes[source].op_type in ("Div", "Mul")
+                    )
                 )
             ):
                 self.scaled[keys] = self._scaling(scale, product.output[0])
                 self.unscaled[index] = scale
 
     def _scale_of(self, product: onnx.NodeProto, group: _Group) -> int | None:
-        """The node that multiplies a product of two activations by one constant, if fused."""
+        """The node that scales a product of two activations, whole or by head, if fused."""
         index = self.at.sole_reader(product.output[0])
         if (
             index is None
@@ -719,8 +729,12 @@ class _Surgery:
             return None
         node = self.at.nodes[index]
         other = [n for n in node.input if n != product.output[0]]
-        single = len(other) == 1 and self.constants.get(other[0]) in ((), (1,))
-        return index if single and node.op_type in ("Mul", "Div") else None
+        shape = self.constants.get(other[0]) if len(other) == 1 else None
+        heads = shape is not None and all(size == 1 for size in shape[-2:])
+        return index if heads and node.op_type in ("Mul", "Div") else None
+
+    def _is_single(self, constant: str) -> bool:
+        return self.constants.get(constant) in ((), (1,))
 
     def _scaling(self, index: int, product: str) -> tuple[str, str]:
         node = self.at.nodes[index]
@@ -1013,6 +1027,12 @@ def _unused_mark(model: onnx.ModelProto) -> str:
     while any(name.startswith(mark) for name in names):
         mark += "~"
     return mark
+
+
+def _swaps_last(node: onnx.NodeProto) -> bool:
+    """Whether a node leaves all axes but the last two where they are."""
+    order = surgery.attributes(node).get("perm", ())
+    return node.op_type == "Transpose" and list(order[:-2]) == list(range(len(order) - 2))
 
 
 def _subgraphs(node: onnx.NodeProto) -> bool:

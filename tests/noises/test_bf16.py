@@ -347,6 +347,28 @@ def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
+def test_a_kernel_that_normalises_keys_multiplies_them_by_the_scale_of_their_head(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    q, k = (r(generator.standard_normal((2, 3, 9, 8))) for _ in "qk")
+    norm = r(np.sqrt((k**2).sum(-1, keepdims=True)))
+    scale = generator.uniform(2, 20, (3, 1, 1)).astype(np.float32)
+    segment = make_segment(
+        [
+            helper.make_node("Div", ["k", "norm"], ["n"]),
+            helper.make_node("Transpose", ["n"], ["t"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", "t"], ["p"]),
+            helper.make_node("Mul", ["p", "s"], ["y"]),
+        ],
+        {"s": scale},
+        ["q", "k", "norm"],
+        ["y"],
+        [kernel("Subgraph", ("n",), "n"), kernel("MatMul", ("y",), "y")],
+    )
+    keys = r(k / norm * scale).transpose(0, 1, 3, 2).astype(np.float64)
+    check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys)}))
+
+
 def test_an_attention_mask_multiplied_out_does_not_cancel(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
