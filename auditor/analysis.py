@@ -23,7 +23,6 @@ from auditor import (
     metrics,
     model,
     pictures,
-    summary,
     witness,
 )
 from auditor.causes import Causes
@@ -37,7 +36,6 @@ from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.recording import Source
 from auditor.records.backend import Gap, Kernel, Probe, Skipped
 from auditor.records.measured import Concentration, Picture, TensorStats
-from auditor.records.report import BackendReport
 from auditor.records.terms import OutputKind
 from auditor.replays import branches, qdq, surgery
 from auditor.replays.replay import Block, Reference, ReplayError, difference
@@ -173,10 +171,6 @@ class Analysis:
     def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the module has otherwise; before the first sample."""
         self._trained = trained
-
-    def report(self, device: str) -> BackendReport:
-        """The backend's part of the report; ``device`` is the one asked for."""
-        return summary.report(self, device)
 
     # --- one sample ----------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def _run(
     # Imported here: the workers are starting meanwhile.
     import numpy as np
 
-    from auditor import artefact, confirm, custom_ops, latency, ranking
+    from auditor import artefact, confirm, custom_ops, latency, ranking, summary
     from auditor import model as models
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
@@ -262,7 +262,7 @@ def _run(
     clock.lap("measure")
 
     devices = {spec.label: spec.device or "" for spec in options.backends}
-    reports = tuple(a.report(devices.get(who, "")) for who, a in analyses.items())
+    reports = tuple(summary.report(a, devices.get(who, "")) for who, a in analyses.items())
     measured = [origin for tracer in tracers for origin in tracer.origins]
     where = origins.merged(origins.of(model), measured)
     reports = origins.attached(reports, where)

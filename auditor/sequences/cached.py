@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from auditor import metrics, pieces
+from auditor import metrics, pieces, summary
 from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
@@ -464,7 +464,7 @@ def _one(
             if forced.number:
                 caches = [c.present for c in decoder.caches]
                 before, written = audited(prefill, caches, last=False)
-                prompt = before.report(spec.device or "")
+                prompt = summary.report(before, spec.device or "")
                 carried = replace(
                     carried,
                     categories=prompt.categories,
@@ -474,7 +474,7 @@ def _one(
             analysis, tensors = audited(feeds, [decoder.logits], last=True)
         except BackendError:
             return Generation(spec.label, gap=tracer.gap)
-        part = analysis.report(spec.device or "")
+        part = summary.report(analysis, spec.device or "")
         turned = not forced.steps[forced.number].same
         gap = kept = None
         effects: tuple[LayerEffect, ...] = ()

@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from auditor import discovery, divergence, pieces
+from auditor import discovery, divergence, pieces, summary
 from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
@@ -313,7 +313,7 @@ def _one(
             tracer, truth.reference, {n: n for n in truth.reference.graph.producer}, noises
         )
         analysis.add(0, truth.forced, truth.expected, trace)
-        part = analysis.report(spec.device or "")
+        part = summary.report(analysis, spec.device or "")
         effects: tuple[LayerEffect, ...] = ()
         kept, gap = None, None
         if turned:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import datafiles, metrics, stimulus, tasks
+from auditor import datafiles, metrics, stimulus, summary, tasks
 from auditor import model as models
 from auditor.analysis import Analysis
 from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
@@ -400,7 +400,7 @@ def _one(
         expected = reference.run(fed[looked])
         wanted = {name: expected[name] for name in names}
         analysis.add(0, reference.wide(fed[looked]), wanted, trace)
-        part = analysis.report(spec.device or "")
+        part = summary.report(analysis, spec.device or "")
         return Streamed(
             spec.label,
             steps=tuple(steps),
