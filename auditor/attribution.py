@@ -241,7 +241,7 @@ class _Bench:
     def done(self) -> bool:
         """Whether some hypothesis explains all there is to explain."""
         found = (t.hypothesis for t in self.tested if t.fits)
-        return any(f.explained >= max(ENOUGH, self.needed(f.noise)) for f in found)
+        return any(f.explained >= max(ENOUGH, self.needed(f)) for f in found)
 
     @property
     def explainable(self) -> bool:
@@ -256,9 +256,11 @@ class _Bench:
         chance = CHANCE_STATED if self.says else CHANCE
         return max(NAMED, 1 - math.pow(chance, 2 / max(1, self._different)))
 
-    def needed(self, noise: str) -> float:
+    def needed(self, found: Hypothesis) -> float:
         """The share from which on this cause is named here."""
-        narrow = not self.says.isdisjoint(ROUNDED)
+        noise = found.noise
+        joined = any(f", and {other}:" in found.variant for other in ROUNDED)
+        narrow = joined or not self.says.isdisjoint(ROUNDED)
         if narrow and noise in ROUNDED and noise not in self.says:
             return max(self.named, ENOUGH)  # beside the engine's rounding another one fits roughly
         if self.rounds or not noise.startswith(CONVENTIONS):
@@ -273,7 +275,7 @@ class _Bench:
     def found(self) -> bool:
         """Whether the hypothesis that explains most explains enough."""
         best = self.best
-        return best is not None and best.hypothesis.explained >= self.needed(best.hypothesis.noise)
+        return best is not None and best.hypothesis.explained >= self.needed(best.hypothesis)
 
     @property
     def coarse(self) -> bool:
@@ -714,7 +716,7 @@ def _fits(bench: _Bench, tested: _Tested) -> bool:
     unstated = found.noise in ROUNDED and found.noise not in bench.says
     if not tested.fits or (counted and unstated and bench.coarse and bench._turned < TURNED):
         return False
-    return holds(found.explained, found.bit_identical, bench.needed(found.noise), counted)
+    return holds(found.explained, found.bit_identical, bench.needed(found), counted)
 
 
 def _counted(bench: _Bench) -> bool:
@@ -744,7 +746,7 @@ def _result(bench: _Bench, tested: _Tested, outputs: Arrays) -> Retest:
         left=(1 - tested.hypothesis.explained) * bench.error,
         error=bench.error,
         bit_identical=tested.hypothesis.bit_identical,
-        needed=bench.needed(tested.hypothesis.noise),
+        needed=bench.needed(tested.hypothesis),
         exact=_counted(bench),
         outputs=outputs,
     )
