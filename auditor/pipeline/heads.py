@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def activated(values: Array, activation: Activation, axis: int) -> Array:
     return values
 
 
-def several(value: Names | Lengths) -> tuple:  # type: ignore[type-arg]
+def several(value: Names | Lengths) -> tuple[Any, ...]:
     """By level, what may have been given as one."""
     return value if isinstance(value, tuple) else (value,)
 

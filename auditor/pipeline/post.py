@@ -203,7 +203,7 @@ class Post:
         return ", ".join(said)
 
 
-def _listed(numbers: float | tuple) -> str:  # type: ignore[type-arg]
+def _listed(numbers: float | tuple[Any, ...]) -> str:
     """Nested numbers: ``8 16/32 64``, levels apart."""
     if not isinstance(numbers, tuple):
         return f"{numbers:g}"
