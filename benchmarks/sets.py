@@ -62,18 +62,18 @@ def turned(folder: Path, count: int) -> Path:
 
 
 def scenes(folder: Path, count: int) -> Path:
-    """Writing on photographs; returns the folder with a mask of the written lines for each."""
+    """Writing on photographs at 720x480; returns the folder with masks of the written lines."""
     rng = np.random.default_rng(4)
     masks = folder.with_name(f"{folder.name}-masks")
     masks.mkdir(exist_ok=True)
     whole = [_picture(name) for name in _PICTURES]
     for number in range(count):
-        image = whole[number % len(whole)].resize((480, 320))
+        image = whole[number % len(whole)].resize((720, 480))
         mask = Image.new("L", image.size)
         for row in range(4):
             text = " ".join(rng.choice(_WORDS, int(rng.integers(1, 4))))
-            font = ImageFont.load_default(int(rng.integers(16, 36)))
-            at = int(rng.integers(5, 120)), 15 + row * 75 + int(rng.integers(0, 20))
+            font = ImageFont.load_default(int(rng.integers(24, 54)))
+            at = int(rng.integers(8, 180)), 22 + row * 112 + int(rng.integers(0, 30))
             ink = (20, 20, 30) if rng.random() < 0.4 else (245, 245, 235)
             ImageDraw.Draw(image).text(at, text, font=font, fill=ink)
             box = ImageDraw.Draw(image).textbbox(at, text, font=font)
