@@ -103,6 +103,7 @@ class Analysis:
         kinds: Mapping[str, OutputKind] | None = None,
         samples: int = 1,
         *,
+        tokens: Sequence[str] = (),
         pictured: bool = True,
     ) -> None:
         """Prepare for samples.
@@ -114,6 +115,7 @@ class Analysis:
             noises: the catalogue of hypotheses.
             kinds: as what the user says that outputs are read, by name.
             samples: how many samples will be added.
+            tokens: what the classes of outputs that are read as text stand for.
             pictured: whether to keep small pictures of the tensors that diverge.
         """
         self.tracer = tracer
@@ -141,6 +143,7 @@ class Analysis:
         self.warnings: list[str] = []
         self._rename = rename
         self._kinds = kinds or {}
+        self._tokens = tokens
         self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
@@ -242,7 +245,7 @@ class Analysis:
                 self._gap("run", f"output `{name}` is missing from the compiled program")
                 continue
             if name not in self.outputs:
-                self.outputs[name] = OutputMeter(name, self._kinds.get(name), value)
+                self.outputs[name] = OutputMeter(name, self._kinds.get(name), value, self._tokens)
                 self._check_type(name, captured[name], value)
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
@@ -266,7 +269,7 @@ class Analysis:
         for name, value in upstream.origin(names).items():
             if name not in self.system_outputs:
                 kind = upstream.kinds.get(name) or self._kinds.get(name)
-                self.system_outputs[name] = OutputMeter(name, kind, value)
+                self.system_outputs[name] = OutputMeter(name, kind, value, self._tokens)
             self.system_outputs[name].add(deployed[name], value, index)
 
     def _check_seams(self, base: Arrays, expected: Arrays, captured: Arrays) -> None:
@@ -446,8 +449,8 @@ class Analysis:
                 meters = self.tasks.setdefault(cut.id, {})
                 for name, value in values.items():
                     if name not in meters:
-                        kinds = upstream.kinds if upstream else {}
-                        meters[name] = TaskMeter(name, kinds.get(name) or self.outputs[name].kind)
+                        read = upstream.kinds.get(name) if upstream else None
+                        meters[name] = TaskMeter(name, read) if read else self.outputs[name].alone()
                     meters[name].add(value, base[name], index)
                 effects.append(effect)
             return effects

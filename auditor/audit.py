@@ -64,6 +64,7 @@ class AuditOptions:
         threads: threads of every engine and of the reference; None for the engines' defaults.
         options: engine options by backend id.
         output_kinds: as what outputs are read, by name; assumed for the others.
+        tokens: what the classes of those that are read as text stand for.
         fail_on: lowest severity that fails the audit.
         confirm: whether to build what diverged again without single factors.
         calibration: what backends with the option ``quantize`` are calibrated on; the audit's own
@@ -97,6 +98,7 @@ class AuditOptions:
     options: dict[str, dict[str, str]] = field(default_factory=dict)
     fail_on: Severity = "medium"
     output_kinds: dict[str, OutputKind] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
     confirm: bool = True
     calibration: Path | None = None
     artifacts: dict[str, Path] = field(default_factory=dict)
@@ -216,6 +218,7 @@ def _run(
             noises,
             options.output_kinds,
             len(stimulus),
+            tokens=options.tokens,
             pictured=options.pictures,
         )
         for s in sources

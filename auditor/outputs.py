@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from auditor.errors import UsageError
 from auditor.metrics import Moments, Running, Steps, steps_apart
 from auditor.ports import Array
 from auditor.records.measured import OutputDistance
@@ -12,24 +15,45 @@ from auditor.tasks import TaskMeter, assume
 class OutputMeter:
     """One final output; memory does not grow with the number of samples."""
 
-    def __init__(self, name: str, stated: OutputKind | None, reference: Array) -> None:
+    def __init__(
+        self,
+        name: str,
+        stated: OutputKind | None,
+        reference: Array,
+        tokens: Sequence[str] = (),
+    ) -> None:
         """Prepare for samples.
 
         Args:
             name: the output's ONNX name.
             stated: as what the user says it is read; None to assume it from the values.
             reference: the reference's output on the first sample.
+            tokens: what the classes of a text stand for.
+
+        Raises:
+            UsageError: it is to be read as text, but has no steps of classes.
         """
         self.name = name
         self.kind = stated or assume(name, reference)
+        if self.kind == "text" and (reference.ndim < 2 or reference.dtype.kind != "f"):
+            raise UsageError(
+                f"output `{name}` cannot be read as text: it is {reference.dtype} "
+                f"{list(reference.shape)}, where scores [..., steps, classes] were expected",
+                "Name another output with --output-kind.",
+            )
+        self._tokens = tokens
         self._stated = stated is not None
         self._moments = Moments()
         self._errors = Running()
         self._steps = Steps()
         self._max_ulp: float | None = None
-        self._task = TaskMeter(name, self.kind)
+        self._task = self.alone()
         self._nonfinite = 0
         self._first_nonfinite: int | None = None
+
+    def alone(self) -> TaskMeter:
+        """A meter for something else that changes this output, which is read in the same way."""
+        return TaskMeter(self.name, self.kind, self._tokens)
 
     def add(self, observed: Array, reference: Array, sample: int) -> float:
         """Add one sample; returns its relative L2."""
@@ -58,7 +82,7 @@ class OutputMeter:
         """Everything added so far."""
         consequence = self._task.result()
         agreement = None
-        if consequence is not None and self.kind == "scores" and consequence.items:
+        if consequence is not None and self.kind in ("scores", "text") and consequence.items:
             agreement = 1 - (consequence.changed or 0) / consequence.items
         return OutputDistance(
             name=self.name,

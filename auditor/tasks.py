@@ -24,6 +24,8 @@ What is measured, where r is the reference:
   box whose best overlap is below 0.5 (the PASCAL VOC criterion) is lost; one of the other side's
   that overlaps none of r's so is new.
 * mask: intersection over union of what is above 0.5 (above 0 where values leave [0, 1]: a logit).
+* text, which is never assumed: as scores, a row for each step; and of the texts that are read off
+  the steps (``auditor.texts``) how many change, and by how many edits.
 * embedding: cosine similarity of each vector (last axis); and over at least three samples, for how
   many the nearest of the others, or their order, changes (``auditor.sequences.retrieval``).
 """
@@ -32,7 +34,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +45,7 @@ from auditor.ports import Array
 from auditor.records.measured import Consequence
 from auditor.records.terms import OutputKind
 from auditor.sequences.retrieval import Retrieval
+from auditor.texts import Spelling, edits
 
 # Words as the common exporters put them into the names of outputs.
 _WORDS: dict[str, OutputKind] = {
@@ -109,10 +114,11 @@ def _near_one(values: Array) -> bool:
 class TaskMeter:
     """What a change does to one output's reading, over samples; memory does not grow with them."""
 
-    def __init__(self, name: str, kind: OutputKind) -> None:
-        """Compare output ``name`` read as ``kind``."""
+    def __init__(self, name: str, kind: OutputKind, tokens: Sequence[str] = ()) -> None:
+        """Compare output ``name`` read as ``kind``; ``tokens`` are what a text's classes are."""
         self.name = name
         self.kind = kind
+        self._tokens = tokens
         self._samples = 0
         self._items = 0
         self._changed = self._added = 0
@@ -121,6 +127,9 @@ class TaskMeter:
         self._overlap, self._lowest = Running(), math.inf
         self._both = self._either = 0  # pixels
         self._retrieval = Retrieval()
+        self._spelling: Spelling | None = None
+        self._texts = self._texts_changed = self._edits = self._characters = 0
+        self._example: tuple[str, str] | None = None
 
     def add(self, observed: Array, reference: Array, sample: int) -> None:
         """Add one sample; the two may differ in shape, which changes everything there is to read.
@@ -134,13 +143,15 @@ class TaskMeter:
             return
         self._samples += 1
         b, r = (to_float(v).astype(np.float64, copy=False) for v in (observed, reference))
+        if self.kind == "text":  # of any number of steps on either side
+            self._add_texts(b, r)
         if self.kind == "boxes":
             items, changed = self._add_boxes(b, r, sample)
         elif b.shape != r.shape or r.ndim == 0:
             items = changed = r.size if self.kind == "mask" else r.size // max(r.shape[-1:] or (1,))
         elif self.kind == "mask":
             items, changed = self._add_mask(b, r)
-        elif self.kind == "scores":
+        elif self.kind in ("scores", "text"):
             items, changed = self._add_scores(_rows(b), _rows(r), sample)
         else:
             self._retrieval.add(b, r)
@@ -166,6 +177,21 @@ class TaskMeter:
             kl = (np.exp(logs[1]) * (logs[1] - logs[0])).sum(axis=1).mean()
             self._kl.add(max(0.0, float(kl)), sample)
         return len(r), int(np.count_nonzero(changed))
+
+    def _add_texts(self, b: Array, r: Array) -> None:
+        if b.ndim != r.ndim or b.shape[:-2] != r.shape[:-2] or b.shape[-1:] != r.shape[-1:]:
+            return
+        self._spelling = self._spelling or Spelling.of(r, self._tokens)
+        for theirs, mine in zip(self._spelling.read(b), self._spelling.read(r), strict=True):
+            self._texts += 1
+            self._characters += len(mine)
+            if theirs != mine:
+                self._texts_changed += 1
+                self._edits += edits(theirs, mine)
+                self._example = self._example or (
+                    self._spelling.write(mine),
+                    self._spelling.write(theirs),
+                )
 
     def _add_boxes(self, b: Array, r: Array, sample: int) -> tuple[int, int]:
         layout = _Boxes.like(r)
@@ -239,12 +265,23 @@ class TaskMeter:
             searched=searched,
             nearest_changed=nearest,
             ranks_changed=ranks,
+            **self._read() if self.kind == "text" else {},
         )
         # Written last, from the very figures it stands beside.
         return Consequence(
             **{f: getattr(made, f) for f in made.__slots__ if f != "sentence"},
             sentence=_sentence(made),
         )
+
+    def _read(self) -> dict[str, Any]:
+        return {
+            "texts": self._texts,
+            "texts_changed": self._texts_changed,
+            "edits": self._edits,
+            "characters": self._characters,
+            "blank": self._spelling.blank if self._spelling else None,
+            "example": self._example,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +400,12 @@ def _sentence(found: Consequence) -> str:
     if found.items == 0:
         return "nothing could be compared"
     first = "" if found.first_changed is None else f", first on sample {found.first_changed}"
-    if found.kind == "scores":
-        changed = f"top-1 flips in {found.changed} of {found.items} rows{first}"
-        parts = [changed if found.changed else f"top-1 stays in {_all(found.items, 'row')}"]
+    if found.kind in ("scores", "text"):
+        rows = "row" if found.kind == "scores" else "step"
+        changed = f"top-1 flips in {found.changed} of {found.items} {rows}s{first}"
+        parts = [changed if found.changed else f"top-1 stays in {_all(found.items, rows)}"]
+        if found.texts:
+            parts.insert(0, _texts(found))
         if found.margin is not None and found.margin_after is not None:
             parts.append(f"margin {found.margin:.3g} → {found.margin_after:.3g}")
         if found.kl is not None:
@@ -389,6 +429,16 @@ def _sentence(found: Consequence) -> str:
     said = changed if found.changed else f"none of {found.items} lost"
     said += f", {found.added} new" if found.added else ""
     return f"box IoU {found.iou:.4f} (lowest {found.lowest:.4f}); {said}"
+
+
+def _texts(found: Consequence) -> str:
+    if not found.texts_changed:
+        return f"{_all(found.texts or 0, 'text')} ({found.characters} characters) unchanged"
+    said = f"{found.texts_changed} of {found.texts} texts change, {found.edits} edits in "
+    said += f"{found.characters} characters (blank: class {found.blank})"
+    if found.example is not None:
+        said += f", first `{found.example[0]}` → `{found.example[1]}`"
+    return said
 
 
 def _all(number: int, what: str) -> str:

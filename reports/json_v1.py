@@ -392,6 +392,12 @@ _CONSEQUENCE = _record(
         "searched": _optional(_INT),
         "nearest_changed": _optional(_INT),
         "ranks_changed": _optional(_INT),
+        "texts": _optional(_INT),
+        "texts_changed": _optional(_INT),
+        "edits": _optional(_INT),
+        "characters": _optional(_INT),
+        "blank": _optional(_INT),
+        "example": _optional(_many(_TEXT)),
     },
 )
 _OUTPUT = _record(

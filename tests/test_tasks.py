@@ -6,10 +6,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from rapidfuzz.distance import Levenshtein
 
+from auditor import texts
+from auditor.errors import UsageError
 from auditor.tasks import TaskMeter, assume
 
 RNG = np.random.default_rng(0)
@@ -182,6 +185,41 @@ def test_two_empty_masks_agree():
     assert _measure("mask", (empty, empty)).iou == 1
 
 
+def _steps(*classes, count=5):
+    return np.log(np.eye(count, dtype=np.float32)[list(classes)] + 0.01)[None]
+
+
+def test_texts_are_read_off_their_steps():
+    reference = _steps(0, 1, 1, 0, 1, 2, 0, 0, 3)  # 1 1 2 3
+    observed = _steps(0, 1, 1, 1, 1, 2, 0, 4, 0)  # 1 2 4
+    found = _measure("text", (reference, reference), (observed, reference))
+    assert (found.blank, found.texts, found.texts_changed) == (0, 2, 1)
+    assert (found.edits, found.characters, found.example) == (2, 8, ("1 1 2 3", "1 2 4"))
+    assert (found.items, found.changed, found.first_changed) == (18, 3, 1)
+    assert found.sentence.startswith("1 of 2 texts change, 2 edits in 8 characters (blank: class 0)")
+    found = _measure("text", (observed[:, :4], reference))  # a runtime that drops steps
+    assert (found.texts_changed, found.edits, found.changed) == (1, 3, 9)
+
+
+def test_the_blank_is_the_token_that_says_so(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"<pad>": 0, "b": 2, "a": 1, "<blk>": 3, "c": 4}')
+    (tmp_path / "tokens.txt").write_text("<pad> 0\na 1\nb 2\n<blk> 3\nc 4\n")
+    (tmp_path / "lines.txt").write_text("<pad>\na\nb\n<blk>\nc\n")
+    for name in ("vocab.json", "tokens.txt", "lines.txt"):
+        read = texts.tokens(tmp_path / name)
+        meter = TaskMeter("y", "text", read)
+        meter.add(_steps(1, 3, 1, 2), _steps(1, 1, 2, 4), 0)
+        found = meter.result()
+        assert (found.blank, found.edits, found.example) == (3, 2, ("abc", "aab")), name
+    with pytest.raises(UsageError, match="--tokens .* cannot be read"):
+        texts.tokens(tmp_path / "none.txt")
+
+
+@given(*[st.lists(st.integers(0, 3), max_size=8)] * 2)
+def test_edits_are_levenshteins(a, b):
+    assert texts.edits(a, b) == Levenshtein.distance(a, b)
+
+
 def test_embeddings_are_compared_by_their_angle():
     reference = np.asarray([[1, 0], [0, 2]], np.float32)
     observed = np.asarray([[1, 1], [0, 5]], np.float32)
@@ -218,7 +256,7 @@ def _on_circle(*angles):
     return [np.asarray([[math.cos(a), math.sin(a)]], np.float32) for a in angles]
 
 
-@pytest.mark.parametrize("kind", ["scores", "mask", "embedding", "boxes"])
+@pytest.mark.parametrize("kind", ["scores", "mask", "embedding", "boxes", "text"])
 def test_another_shape_changes_everything_and_does_not_fail(kind):
     reference = _corners(8)
     found = _measure(kind, (reference[0], reference))
@@ -243,6 +281,7 @@ def test_equal_values_change_nothing(values, kind):
     assert found.kl is None or found.kl == pytest.approx(0, abs=1e-9)
 
 
+@settings(max_examples=50)
 @given(arrays, arrays, st.sampled_from(["scores", "boxes", "mask", "embedding"]))
 def test_figures_stay_in_their_ranges(observed, reference, kind):
     found = _measure(kind, (observed, reference))

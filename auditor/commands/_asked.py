@@ -94,6 +94,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         options=engine_options(given["option"], specs),
         fail_on=given["fail_on"] or (rules.fail_on if rules else None) or "medium",
         output_kinds=dict(parse_kind(text) for text in given["output_kind"] or ()),
+        tokens=_tokens(given["tokens"]) if given["tokens"] else (),
         confirm=given["confirm"],
         calibration=given["calibration"],
         artifacts=parse_artifacts(given["artifact"], specs),
@@ -108,6 +109,12 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         pictures=given["pictures"],
         limits=None if memory is None else Limits(int(memory * GIB)),
     )
+
+
+def _tokens(path: Path) -> tuple[str, ...]:
+    from auditor import texts  # reads arrays too
+
+    return texts.tokens(path)
 
 
 def _trace_names(path: Path) -> dict[str, str]:

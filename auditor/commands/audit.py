@@ -177,8 +177,15 @@ def _audit(
         list[str] | None,
         typer.Option(
             metavar="NAME:KIND",
-            help="As what an output is read: scores, boxes, mask, embedding or none; assumed from "
-            "its name and values when not given; repeatable.",
+            help="As what an output is read: scores, boxes, mask, embedding, text (CTC: speech, "
+            "print) or none; assumed from its name and values when not given; repeatable.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What the classes of a text stand for: one on each line, or vocab.json.",
         ),
     ] = None,
     artifact: Annotated[

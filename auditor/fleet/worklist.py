@@ -346,6 +346,7 @@ _KEYS: dict[str, tuple[str, _Words]] = {
     "candidate": ("the path of a file", _path("--candidate")),
     "policy": ("the path of a file", _path("--policy")),
     "shapes": ("a table such as { x = [1, 3, 224, 224] }", _shapes),
+    "tokens": ("the path of a file", _path("--tokens")),
     "output_kinds": ('a table such as { logits = "scores" }', _kinds),
     "samples": ("a whole number from 1 on", _number("--samples", int, 1)),
     "seed": ("a whole number from 0 on", _number("--seed", int, 0)),
@@ -358,5 +359,5 @@ _KEYS: dict[str, tuple[str, _Words]] = {
     "cache": ("true or false", _switch("--cache", "--no-cache")),
     "allow_nonfinite": ("true or false", _switch("--allow-nonfinite", "")),
 }
-_OF_ONE_MODEL = ("data", "candidate", "shapes", "output_kinds")
+_OF_ONE_MODEL = ("data", "candidate", "shapes", "output_kinds", "tokens")
 _SHARED = tuple(key for key in _KEYS if key not in _OF_ONE_MODEL)

@@ -28,6 +28,7 @@ from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import Order, Post, Rounding, Spelling, Suppression
 from auditor.records.backend import Gap
 from auditor.records.forensics import ResultForensics, ResultVariant
+from auditor.texts import edits
 
 if TYPE_CHECKING:
     from auditor.pipeline.steps import Placement
@@ -173,7 +174,7 @@ def _distance(recorded: Array, outputs: Arrays, post: Post, place: Placement | N
     if post.kind == "text":
         rows = value[0]
         codes = rows[rows.any(axis=1)].argmax(axis=1)
-        return float(_edits(codes.tolist(), recorded.reshape(-1).astype(np.int64).tolist()))
+        return float(edits(codes.tolist(), recorded.reshape(-1).astype(np.int64).tolist()))
     if value.size != recorded.size:
         return float("inf")
     given = recorded.reshape(value.shape).astype(np.float64)
@@ -183,16 +184,6 @@ def _distance(recorded: Array, outputs: Arrays, post: Post, place: Placement | N
         above = given > given.max() / 2 if given.max() > 1 else given > 0
         return float(np.mean((value > 0) != above))
     return float(np.mean(value != given))
-
-
-def _edits(a: list[int], b: list[int]) -> int:
-    """Levenshtein's distance (lines of text: short, and no library is needed for it)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[-1] + 1, before[j - 1] + (x != y)))
-    return row[-1]
 
 
 # --- boxes -----------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Arrays, Noise, Progress
-    from auditor.records.terms import Reading
+    from auditor.records.terms import OutputKind
 
 _DEPLOYMENT = "deployment"
 _CHANCE = 5  # times the accuracy of guessing: below it the labels are not the model's
@@ -472,11 +472,11 @@ def _read(values: Arrays, post: Post | None, wanted: str | None, *, labelled: bo
     Raises:
         UsageError: the result is not what the task needs.
     """
-    kind: Reading
+    kind: OutputKind
     if post is not None:
         name, kind = NAME, post.kind
     else:
-        kinds: dict[str, Reading] = {n: assume(n, v) for n, v in values.items()}
+        kinds: dict[str, OutputKind] = {n: assume(n, v) for n, v in values.items()}
         task = scoring.load(wanted) if wanted else None
         fitting = [n for n, k in kinds.items() if (k == task.kind if task else k != "none")]
         name = fitting[0] if fitting else next(iter(values))

@@ -70,6 +70,12 @@ class Consequence:
             other kinds and fewer vectors.
         nearest_changed, ranks_changed: of how many of them the nearest other one, or any rank,
             changed (``auditor.sequences.retrieval``).
+        texts, texts_changed: how many texts there are, and how many of them are read differently;
+            None, as all the following, for other kinds.
+        edits, characters: insertions, deletions and replacements that turn these into the
+            reference's, and how many characters (classes that are not blank) all of those have.
+        blank: the class that was taken for no character.
+        example: the reference's first text that changes, and what it becomes.
         lowest: the smallest IoU of a box or of one sample's mask, or cosine of a vector.
         sentence: the same in words.
     """
@@ -91,6 +97,12 @@ class Consequence:
     searched: int | None = None
     nearest_changed: int | None = None
     ranks_changed: int | None = None
+    texts: int | None = None
+    texts_changed: int | None = None
+    edits: int | None = None
+    characters: int | None = None
+    blank: int | None = None
+    example: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from auditor.records.backend import Gap
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class SysnoiseReport:
     photos: int
     labelled: int
     output: str
-    kind: Reading
+    kind: OutputKind
     metric: str | None
     accuracy: Interval | None
     deployment: SysnoiseOption | None

@@ -11,8 +11,7 @@ Confidence = Literal["low", "medium", "high"]
 Verdict = Literal["pass", "fail", "incomplete"]
 Stage = Literal["pre-processing", "inference", "post-processing"]
 Conclusion = Literal["confirmed", "contradicted", "partial", "unchanged", "measured", "failed"]
-OutputKind = Literal["scores", "boxes", "mask", "embedding", "none"]
-Reading = OutputKind | Literal["text"]  # of a result, after the network
+OutputKind = Literal["scores", "boxes", "mask", "embedding", "text", "none"]
 
 PIPELINE = "pipeline"  # stands for a backend's id where a step before the network is meant
 

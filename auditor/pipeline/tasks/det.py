@@ -17,7 +17,7 @@ from auditor.errors import UsageError
 from auditor.pipeline.labels import match
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 _NUMBERS = 6  # of a detection: x, y, width, height, score, class
 _MOST = 100  # detections of a photograph, as COCO has it
@@ -43,7 +43,7 @@ class Detection:
     """Boxes with scores, in the photograph's pixels."""
 
     metric = "mAP"
-    kind: Reading = "boxes"
+    kind: OutputKind = "boxes"
     packages = {"faster_coco_eval": "faster-coco-eval"}  # noqa: RUF012 - never changed
     labels = "a COCO file (images, annotations, categories), whose categories, ordered by id, are "
     labels += "the network's classes"

@@ -10,14 +10,14 @@ import numpy as np
 from auditor.pipeline import labels, post
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 
 class Recognition:
     """One line of text for each photograph."""
 
     metric = "character accuracy"
-    kind: Reading = "text"
+    kind: OutputKind = "text"
     packages = {"rapidfuzz": "rapidfuzz"}  # noqa: RUF012 - never changed
     labels = "a file with lines such as photo.jpg,text"
     draws = 1000
