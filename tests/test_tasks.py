@@ -196,7 +196,9 @@ def test_texts_are_read_off_their_steps():
     assert (found.blank, found.texts, found.texts_changed) == (0, 2, 1)
     assert (found.edits, found.characters, found.example) == (2, 8, ("1 1 2 3", "1 2 4"))
     assert (found.items, found.changed, found.first_changed) == (18, 3, 1)
-    assert found.sentence.startswith("1 of 2 texts change, 2 edits in 8 characters (blank: class 0)")
+    assert found.sentence.startswith(
+        "1 of 2 texts change, 2 edits in 8 characters (blank: class 0)"
+    )
     found = _measure("text", (observed[:, :4], reference))  # a runtime that drops steps
     assert (found.texts_changed, found.edits, found.changed) == (1, 3, 9)
 
