@@ -16,7 +16,7 @@ import numpy as np
 from auditor.errors import UsageError
 from auditor.ports import Array
 
-# The class that is no character, as toolkits write it; padding stands for it where nothing else does.
+# The class that is no character, as toolkits write it; padding stands for it where no other does.
 _BLANKS = ("<blank>", "<blk>", "[blank]", "blank", "<eps>", "<pad>", "[PAD]")
 
 
