@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from auditor.errors import UsageError
 from auditor.pipeline.steps import Placement
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 Label = Any  # what a task's own ``read`` makes; its ``repr`` tells two of them apart
 Verdict = list[float]  # what a task says of one result; JSON
@@ -81,7 +81,7 @@ class Task(Protocol):
         """The name of the figure: ``top-1``, ``mAP`` …; a fraction, the larger the better."""
 
     @property
-    def kind(self) -> Reading:
+    def kind(self) -> OutputKind:
         """As what the result must be read."""
 
     @property
@@ -142,7 +142,7 @@ def load(name: str) -> Task:
     return found
 
 
-def reading(kind: Reading) -> str | None:
+def reading(kind: OutputKind) -> str | None:
     """The task whose results are read like this, or None."""
     return next((name for name in names() if load(name).kind == kind), None)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
     from auditor.ports import Array, Arrays, Progress
-    from auditor.records.terms import Reading
+    from auditor.records.terms import OutputKind
 
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds
@@ -133,7 +133,7 @@ class Read:
     """
 
     output: str
-    kind: Reading
+    kind: OutputKind
     task: Task | None = None
     characters: tuple[str, ...] = ()
     classes: bool = False

@@ -10,14 +10,14 @@ import numpy as np
 from auditor.pipeline import labels
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 
 class Classification:
     """One row of scores for each photograph."""
 
     metric = "top-1"
-    kind: Reading = "scores"
+    kind: OutputKind = "scores"
     packages: dict[str, str] = {}  # noqa: RUF012 - never changed
     labels = "from-folder, from-name, or a file with lines such as photo.jpg,17"
     draws = 1000

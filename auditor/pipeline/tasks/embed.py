@@ -15,14 +15,14 @@ from auditor.pipeline import labels
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.pipeline.tasks.cls import mean
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 
 class Embedding:
     """One vector for each photograph; several (tokens, patches) are taken as one long one."""
 
     metric = "recall at 1"
-    kind: Reading = "embedding"
+    kind: OutputKind = "embedding"
     packages: dict[str, str] = {}  # noqa: RUF012 - never changed
     labels = "classes or identities: from-folder, from-name, or lines such as photo.jpg,17"
     draws = 1000

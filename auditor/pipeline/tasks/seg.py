@@ -18,7 +18,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
 from auditor.pipeline.steps import Placement
 from auditor.ports import Array
-from auditor.records.terms import Reading
+from auditor.records.terms import OutputKind
 
 _IGNORED = 255  # pixels without a label (PASCAL VOC, Cityscapes)
 
@@ -35,7 +35,7 @@ class Segmentation:
     """A class for each pixel; a mask with a threshold has two of them."""
 
     metric = "mIoU"
-    kind: Reading = "mask"
+    kind: OutputKind = "mask"
     packages = {"torchmetrics": "torchmetrics"}  # noqa: RUF012 - never changed
     labels = (
         "a folder with a PNG for each photograph, of the same name and size: the class of each "
