@@ -576,20 +576,21 @@ def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
         for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
             if variant.name == base.hypothesis.variant:
                 name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
-                _test_both(bench, first.hypothesis.noise, Variant(name, variant.model), base)
+                both = Variant(name, variant.model)
+                _test_both(bench, first.hypothesis.noise, both, [base.hypothesis.explained])
             break
         if bench.done:
             return
 
 
-def _test_both(bench: _Bench, named: str, both: Variant, usual: _Tested) -> None:
-    """Test two causes, and forget it where the one that is named explains too little of the rest.
+def _test_both(bench: _Bench, named: str, both: Variant, alone: Sequence[float]) -> None:
+    """Test two causes, and forget it where one explains too little of what the other leaves.
 
-    ``usual`` is the other one by itself.
+    ``alone`` are the shares that those explain by themselves to which the other must add.
     """
     tested = len(bench.tested)
     bench.test(named, both)
-    least = 1 - (1 - ADDS) * (1 - usual.hypothesis.explained)
+    least = max(1 - (1 - ADDS) * (1 - share) for share in alone)
     if any(t.hypothesis.explained < least for t in bench.tested[tested:]):
         del bench.tested[tested:]
 
@@ -668,18 +669,16 @@ def _pair(
     peculiar = first.hypothesis.noise in usual and noise.id not in usual
     named = noise.id if peculiar else first.hypothesis.noise
     expected = usual.get(noise.id)
+    tested = (t.hypothesis for t in bench.tested)
+    shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
     for position, variant in enumerate(_variants(bench, noise, base, expected)):
         if position >= COMBINED and variant.name not in likely:
             continue
         name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
-        both = Variant(name, variant.model)
-        tested = len(bench.tested)
-        if peculiar:
-            _test_both(bench, named, both, first)
-        else:
-            bench.test(named, both)
-        if any(metrics.bitwise_equal(t.outputs, first.outputs) for t in bench.tested[tested:]):
-            del bench.tested[tested:]  # the second cause adds nothing to the first
+        alone = [shares.get(variant.name, -math.inf)]
+        if noise.id not in bench.says:  # what the engine says it does needs no other evidence
+            alone.append(first.hypothesis.explained)
+        _test_both(bench, named, Variant(name, variant.model), alone)
         if bench.done:
             return
 

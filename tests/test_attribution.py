@@ -342,6 +342,8 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
     most = Twin("inference.most", 0.0096)
     assert explain(of, x, planted, noises=(most,)).noise == "inference.most"
     assert explain(of, x, planted, noises=(most,), floor=3e-6).noise is None
+    # … nor is that a precision, which explains nothing of it.
+    assert explain(of, x, planted, noises=(most, bf16.NOISE), floor=3e-6).noise is None
     assert explain(of, x, planted, noises=(most,), floor=2e-5).noise == "inference.most"
 
 
