@@ -571,27 +571,37 @@ def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
     if base is None or bench.found:
         return
     noise = next(n for n in noises if n.id == base.hypothesis.noise)
-    for first in bench.likely:
+    for position, first in enumerate(bench.likely):
         on_top = replace(bench.segment, model=first.variant.model)
         for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
-            if variant.name == base.hypothesis.variant:
-                name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
-                both = Variant(name, variant.model)
-                _test_both(bench, first.hypothesis.noise, both, [base.hypothesis.explained])
-            break
-        if bench.done:
-            return
+            usual = variant.name == base.hypothesis.variant
+            # Beside a fault another of its forms may be the right one: those of the likeliest ones.
+            if position >= COMBINED and not usual:
+                break
+            second = replace(base.hypothesis, variant=variant.name)
+            _test_both(bench, first.hypothesis, second, variant.model)
+            if bench.done:
+                return
 
 
-def _test_both(bench: _Bench, named: str, both: Variant, alone: Sequence[float]) -> None:
+def _test_both(
+    bench: _Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto
+) -> None:
     """Test two causes, and forget it where one explains too little of what the other leaves.
 
-    ``alone`` are the shares that those explain by themselves to which the other must add.
+    Named is the one that explains more by itself; the variant says both. Of a precision that the
+    engine states no more is asked: that it is there is known.
     """
+    causes = sorted((first, second), key=lambda h: -h.explained)
+    least = [
+        1 - (1 - ADDS) * (1 - one.explained)
+        for one, other in (causes, causes[::-1])
+        if other.noise not in bench.says
+    ]
     tested = len(bench.tested)
-    bench.test(named, both)
-    least = max(1 - (1 - ADDS) * (1 - share) for share in alone)
-    if any(t.hypothesis.explained < least for t in bench.tested[tested:]):
+    name = f"{causes[0].variant}, and {causes[1].noise}: {causes[1].variant}"
+    bench.test(causes[0].noise, Variant(name, model))
+    if any(t.hypothesis.explained < max(least, default=-math.inf) for t in bench.tested[tested:]):
         del bench.tested[tested:]
 
 
@@ -630,8 +640,7 @@ def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -
     """Test a second cause on top of the best one: the likeliest variants of every other noise.
 
     ``usual`` are the causes of earlier segments with their variants. They are tried first, since
-    what a build does everywhere it also does beside a fault; of two causes the unusual one is
-    named, as the other is no peculiarity of this segment.
+    what a build does everywhere it also does beside a fault.
     """
     first = bench.best
     assert first is not None
@@ -663,22 +672,19 @@ def _pair(
     likely: Sequence[str] = (),
 ) -> None:
     """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named."""
-    if noise.id == first.hypothesis.noise or not _tells(bench, noise):
+    found = first.hypothesis
+    if noise.id == found.noise or f", and {noise.id}:" in found.variant or not _tells(bench, noise):
         return
     base = replace(bench.segment, model=first.variant.model)
-    peculiar = first.hypothesis.noise in usual and noise.id not in usual
-    named = noise.id if peculiar else first.hypothesis.noise
     expected = usual.get(noise.id)
     tested = (t.hypothesis for t in bench.tested)
     shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
     for position, variant in enumerate(_variants(bench, noise, base, expected)):
         if position >= COMBINED and variant.name not in likely:
             continue
-        name = f"{first.hypothesis.variant}, and {noise.id}: {variant.name}"
-        alone = [shares.get(variant.name, -math.inf)]
-        if noise.id not in bench.says:  # what the engine says it does needs no other evidence
-            alone.append(first.hypothesis.explained)
-        _test_both(bench, named, Variant(name, variant.model), alone)
+        share = shares.get(variant.name, -math.inf)
+        second = Hypothesis(noise.id, variant.name, share, 0.0)
+        _test_both(bench, found, second, variant.model)
         if bench.done:
             return
 

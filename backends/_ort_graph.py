@@ -53,6 +53,14 @@ class Graph:
         node = self.producer.get(tensor)
         return "" if node is None else str(node.op_type)
 
+    def live(self) -> set[str]:
+        """The tensors on which an output depends, the outputs included."""
+        found = set(self.outputs)
+        for node in reversed(self.nodes):
+            if found.intersection(node.output):
+                found.update(self.reads[id(node)])
+        return found
+
     def cone(self, outputs: Iterable[str], stop: set[str]) -> list[str]:
         """Keys of the non-constant nodes behind ``outputs``, up to the tensors of ``stop``."""
         found: set[int] = set()

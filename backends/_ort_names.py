@@ -106,15 +106,19 @@ class Names:
             if known and seat.layout != "flat" and seat.name not in self.original.constants:
                 rank = (name != seat.name, seat.copy, name)
                 best[seat.name] = min(best.get(seat.name, rank), rank, key=lambda r: r[:2])
-        order = (name for node in self._compiled.nodes for name in node.output)
+        live = self._compiled.live()
+        order = (n for node in self._compiled.nodes for n in node.output if n in live)
         chosen = {engine: onnx_name for onnx_name, (_, _, engine) in best.items()}
         return {chosen[name]: name for name in order if name in chosen}
 
     def skipped(self) -> Iterator[Skipped]:
-        """Tensors of the compiled program that have no counterpart in the ONNX file."""
+        """Tensors of the compiled program that have no counterpart in the ONNX file, or no use."""
+        live = self._compiled.live()
         for node in self._compiled.nodes:
             for name in filter(None, node.output):
-                if (
+                if name in self.seats and name not in live:
+                    yield Skipped(self.seats[name].name, "nothing in the program depends on it")
+                elif (
                     name not in self.seats
                     and name not in self._compiled.constants
                     and not _SYNTHETIC.match(name)

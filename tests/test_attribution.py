@@ -153,21 +153,50 @@ def test_two_causes_together(dense: Any) -> None:
     assert not {h.explained for h in single} & set(both)  # a second cause that changes nothing
 
 
-@pytest.mark.parametrize("factor", [None, 1.0005])
-def test_a_fault_beside_the_rounding_of_the_whole_build(dense: Any, factor: float | None) -> None:
+@pytest.mark.parametrize(
+    ("epsilon", "factor", "named"),
+    [
+        (1e-3, 1.0, "implementation.normalisation"),
+        (1e-4, 1.0, "precision.bf16"),  # which does more there
+        (1e-5, 1.0005, None),
+    ],
+)
+def test_a_fault_beside_the_rounding_of_the_whole_build(
+    dense: Any, epsilon: float, factor: float, named: str | None
+) -> None:
     """Of a noise with many forms the likeliest is tried beside it, not the first ones."""
-    x = dense[1]
+    x = r(dense[1] * np.float32(0.7))
     ones = {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)}
     node = helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"], epsilon=1e-5)
     of = segment([node], ones, [Kernel("k", "MVN", ("y",), ("y",), "", "bf16", "bf16")])
-    x = r(x)
-    epsilon = 1e-3 if factor is None else 1e-5
     narrow = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
-    planted = r(r(narrow * (factor or 1)))
+    planted = r(r(narrow * np.float32(factor)))
     prior: attribution.Prior = {("Conv",): ("precision.bf16", bf16.SITES[0].name)}
     noises = (normalisation.NOISE, *NOISES)
     found = explain(of, x, {"y": planted}, noises=noises, prior=prior)
-    assert found.noise == ("implementation.normalisation" if factor is None else None)
+    assert found.noise == named
+    assert named is None or f"epsilon {epsilon:g}" in (found.variant or "")
+
+
+def test_a_fault_beside_another_form_of_the_rounding() -> None:
+    """n − 1 in the kernel of a mean, which cuts the last 8 of 40 results off: both are named."""
+    x = np.square(np.random.default_rng(3).standard_normal((1, 40, 120))).astype(np.float32)
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["m"], axes=[-1]),
+        helper.make_node("Add", ["m", "e"], ["v"]),
+        helper.make_node("Sqrt", ["v"], ["y"]),
+    ]
+    kernel = Kernel("k", "Reduce", ("m", "v", "y"), ("y",), "", "bf16", "bf16")
+    of = segment(nodes, {"e": np.array(1e-5, np.float32)}, [kernel])
+    of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
+    x = r(x)
+    mean = x.mean(-1, keepdims=True, dtype=np.float64)
+    wide = np.sqrt(mean * 120 / 119 + 1e-5).astype(np.float32)
+    planted = r(wide)
+    planted[:, 32:] = (wide.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)[:, 32:]
+    found = explain(of, x, {"y": planted}, noises=(normalisation.NOISE, *NOISES))
+    assert found.noise == "implementation.normalisation" and found.explained > 0.999
+    assert ", and precision.bf16: " in (found.variant or "")
 
 
 @pytest.mark.parametrize("defect", [False, True])

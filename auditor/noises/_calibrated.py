@@ -42,6 +42,8 @@ _LEAST, _MOST, _TRIED = 0.02, 3.0, 400
 _SPACING = 0.25
 # That many of the steps tried are refined, four times as many where there are few equations.
 _LIKELY, _MANY = 2, 48
+# Weights of a channel within this have no steps: those would not be numbers.
+_NOTHING = 1e-30
 # Calibration clips at most this fraction of the values.
 _CLIPPED = 0.05
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
@@ -241,7 +243,7 @@ class _Steps:
             most = np.maximum(w.max(axis=self.axes, keepdims=True), 0)
             span = (most - least) / np.float32(255)
         # Of the step that clips nothing, and the integers' limits: [g, 1, c] or one for all.
-        self.largest = np.asarray(np.where(span > 0, span, 1), np.float32)
+        self.largest = np.asarray(np.where(span > _NOTHING, span, 1), np.float32)
         self.low = np.full_like(span, -127) if symmetric else np.rint(least / self.largest)
         self.high = self.low + (254 if symmetric else 255)
         size = np.sort(np.abs(w), axis=1) if per_channel else np.sort(np.abs(w), axis=None)[None]

@@ -37,7 +37,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     unbiased = {i: _layer(n, version, unbiased=True) for i, n in layers.items()}
     unbiased |= _unbiased(model, written)
     if unbiased:
-        yield Variant("variance divided by n − 1", surgery.substituted(model, unbiased))
+        yield Variant(_BY_LESS, surgery.substituted(model, unbiased))
+    if behind := _scaled_variances(model, written):
+        yield Variant(_BEHIND, surgery.passing(model, behind))
     for epsilon in _EPSILONS:
         if (changed := _with_epsilon(model, found, written, epsilon)) is not None:
             yield Variant(f"epsilon {epsilon:g}", changed)
@@ -162,6 +164,25 @@ def _unbiased(model: onnx.ModelProto, written: Mapping[tuple[int, int], float]) 
     return bodies
 
 
+def _scaled_variances(
+    model: onnx.ModelProto, written: Iterable[tuple[int, int]]
+) -> dict[tuple[int, int], str]:
+    """Means of squares multiplied by n / (n − 1) as they are read: they may be rounded before."""
+    means = {node.output[0]: node.input[0] for _, node in surgery.find(model, ("ReduceMean",))}
+    shapes = surgery.shapes(model) if means else {}
+    reads = {}
+    for index, position in written:
+        mean = model.graph.node[index].input[1 - position]
+        if not {mean, means.get(mean)} <= shapes.keys():
+            continue
+        n = math.prod(shapes[means[mean]]) // max(1, math.prod(shapes[mean]))
+        if n > 1:
+            reads[index, 1 - position] = f"""(m) => (y) {{
+                c = Constant <value = float {{{n / (n - 1)!r}}}> () ratio = Cast <to = $T> (c)
+                y = Mul(m, ratio) }}"""
+    return reads
+
+
 def _with_epsilon(
     model: onnx.ModelProto,
     found: Mapping[int, onnx.NodeProto],
@@ -190,6 +211,8 @@ _VARIANCES = {
     "variance in two passes": "two passes",
     "variance as E[x²] − E[x]²": "one pass",
 }
+_BY_LESS = "variance divided by n − 1"
+_BEHIND = f"{_BY_LESS}, by the kernel that reads it"
 _BESSEL = """whole = Shape(rows) at = Constant <value = int64 {1}> () count = Gather(whole, at)
         size = Cast <to = 1> (count) one = Constant <value = float {1}> () rest = Sub(size, one)
         ratio = Div(size, rest) variance = Mul(biased, ratio)"""
@@ -217,7 +240,8 @@ NOISE = Cause(
     ),
     forms=(
         *_VARIANCES,
-        "variance divided by n − 1",
+        _BY_LESS,
+        _BEHIND,
         *(f"epsilon {e:g}" for e in _EPSILONS),
         "epsilon added to the deviation, not to the variance",
         "mean and variance of the batch instead of the stored ones",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 import zlib
@@ -18,6 +19,7 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.records.measured import Hypothesis
 from auditor.records.report import AuditReport
 from benchmarks import zoo
 from benchmarks.plants import faults
@@ -77,7 +79,7 @@ NATIVE_BF16 = {"ov": {"INFERENCE_PRECISION_HINT": "bf16"}}
 
 @dataclass(frozen=True)
 class Found:
-    """What is kept of a finding."""
+    """What is kept of a finding: ``beside`` are the causes that it names beside ``noise``."""
 
     nodes: tuple[str, ...]
     noise: str | None
@@ -85,6 +87,12 @@ class Found:
     effect: float | None
     explained: float | None
     hypotheses: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+
+    @property
+    def causes(self) -> set[str]:
+        """All that it names."""
+        return {*((self.noise,) if self.noise else ()), *self.beside}
 
 
 @dataclass(frozen=True)
@@ -412,9 +420,16 @@ def found(report: AuditReport) -> list[Found]:
                 f"{h.noise}: {h.variant} {h.explained:.4f}"
                 for h in segments[f.segment].hypotheses[:3]
             ),
+            beside=_beside(f.noise, segments[f.segment].hypotheses),
         )
         for f in report.findings
     ]
+
+
+def _beside(noise: str | None, hypotheses: Sequence[Hypothesis]) -> tuple[str, ...]:
+    """The other causes in the form of the cause that is named."""
+    form = next((h.variant for h in hypotheses if h.noise == noise), "")
+    return tuple(re.findall(r", and ([\w.]+):", form))
 
 
 def new(findings: Sequence[Found], baseline: Sequence[Found]) -> list[Found]:
@@ -422,7 +437,7 @@ def new(findings: Sequence[Found], baseline: Sequence[Found]) -> list[Found]:
     return [
         f
         for f in findings
-        if not any(f.noise == b.noise and set(f.nodes) & set(b.nodes) for b in baseline)
+        if not any(f.causes == b.causes and set(f.nodes) & set(b.nodes) for b in baseline)
     ]
 
 
@@ -460,7 +475,8 @@ def score(blank: Result, findings: Sequence[Found], baseline: Sequence[Found]) -
         expected = PLANTS[planted.id].expected
         located.append(home is not None)
         causes_of.append(cause)
-        named.append(home is not None and (cause in expected if expected else cause is None))
+        causes = home.causes if home else set()
+        named.append(home is not None and bool(causes & expected if expected else not causes))
     nodes = {p.node for p in blank.plants}
     stray = tuple(f.noise for f in fresh if not nodes & set(f.nodes))
     if not all(located):
