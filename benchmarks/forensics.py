@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from auditor.pipeline import description, forensics, options
-from auditor.pipeline.description import Colour, Decode, Pipeline, Resize
+from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
 from benchmarks import compare, sets
 

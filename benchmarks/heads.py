@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from auditor.pipeline import description, post
+from auditor.pipeline import description, results
 from auditor.pipeline.steps import Preparation
 from benchmarks import zoo
 
@@ -83,7 +83,7 @@ def main() -> int:
         wanted = np.column_stack([boxes, scores, np.array(kinds, float)])
         outputs = dict(zip(names, values, strict=True))
         place = prepared.place(described.training)
-        rows = post.result(outputs, described.training_post, place)[post.NAME][0]
+        rows = results.result(outputs, described.training_post, place)[results.NAME][0]
         rows = rows[rows.any(axis=1)]
         if len(rows) != len(wanted):
             print(f"{len(rows)} boxes, rapid-layout has {len(wanted)}")

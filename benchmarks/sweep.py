@@ -87,8 +87,8 @@ def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises:
 def libraries(pipeline: str, photos: Sequence[Path]) -> None:
     """Print the processor seconds of every option before the network, once on each photograph."""
     from auditor.pipeline import description, options, steps
-    from auditor.pipeline.description import Colour, Decode, Resize
     from auditor.pipeline.libraries import PhotoError
+    from auditor.pipeline.stages import Colour, Decode, Resize
 
     training = description.load(pipeline).training
     switched = [switch.step for switch in options.switches(training)[0]]

@@ -13,147 +13,43 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from auditor.errors import UsageError
 from auditor.lines import Lines
 from auditor.pipeline import libraries
-from auditor.pipeline.heads import (
+from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
+from auditor.pipeline.masks import Enlarger, Enlarging
+from auditor.pipeline.post import (
     BEHIND,
     Activation,
     Coding,
     Joining,
-    Lengths,
-    Names,
-    Shapes,
-    Unit,
-    several,
-)
-from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
-from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import (
     Kind,
+    Lengths,
     Masking,
+    Names,
     Order,
     Post,
     Rounding,
+    Shapes,
     Spelling,
     Suppression,
+    Unit,
+    several,
 )
-
-Orientation = Literal["apply", "ignore"]
-Channels = Literal["rgb", "bgr"]
-Layout = Literal["nchw", "nhwc"]
-Type = Literal["float32", "float16", "uint8"]
-Place = Literal["centre", "corner"]
-Size = tuple[int, int]  # height, width
-
-
-@dataclass(frozen=True, slots=True)
-class Decode:
-    """From a file's bytes to RGB pixels.
-
-    Attributes:
-        library, variant: one of ``decoders/``, and one of its ways to decode.
-        orientation: whether the EXIF orientation is applied.
-    """
-
-    library: str
-    variant: str
-    orientation: Orientation
-
-    def __str__(self) -> str:
-        """As in a description: ``simplejpeg:fast``."""
-        return self.library if self.variant == "default" else f"{self.library}:{self.variant}"
-
-
-@dataclass(frozen=True, slots=True)
-class Colour:
-    """A round trip through YUV 4:2:0, as hardware decoders and cameras hand out pixels."""
-
-    library: str
-    conversion: Conversion
-
-    def __str__(self) -> str:
-        """In words: ``formula bt601 limited``."""
-        c = self.conversion
-        exact = "" if c.arithmetic == "rounded" else f" {c.arithmetic}"
-        return f"{self.library} {c.matrix} {c.range}{exact}"
-
-
-@dataclass(frozen=True, slots=True)
-class Resize:
-    """How the size changes; exactly one of the five targets is given, or two for a bounded side.
-
-    Attributes:
-        library, interpolation, antialias: one of ``resizers/`` and what it is asked for.
-        size: height and width, whatever the photograph's proportions.
-        short_side: its proportions kept, the shorter side has this length (torchvision).
-        long_side: its proportions kept, the longer side has at most this length; beside
-            ``short_side`` the bound where that would make it longer (R-CNN, DETR).
-        height: its proportions kept, the height is this, the width rounded up (lines of text).
-        letterbox: its proportions kept, fitted into this height and width and filled up.
-        pad, place: grey level that fills a letterbox, and where in it the photograph is.
-        multiple: both sides are rounded to a multiple of this (text and object detectors).
-    """
-
-    library: str
-    interpolation: str
-    antialias: bool
-    size: Size | None = None
-    short_side: int | None = None
-    long_side: int | None = None
-    height: int | None = None
-    letterbox: Size | None = None
-    pad: int = 114
-    place: Place = "centre"
-    multiple: int = 1
-
-    def __str__(self) -> str:
-        """The library and the interpolation: ``torch bilinear antialiased``."""
-        offered = cast(libraries.Resizer, libraries.load("resizers", self.library))
-        both = len(offered.interpolations[self.interpolation]) > 1
-        said = " antialiased" if self.antialias else " not antialiased"
-        return f"{self.library} {self.interpolation}{said if both else ''}"
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """One side, in the order of execution.
-
-    Attributes:
-        decode, colour, resize: as above; None leaves the step out.
-        precrop: the centred square of this fraction of the shorter side, before resizing.
-        crop: the centred height and width, after resizing.
-        channels: order of the channels in the tensor.
-        scale, mean, std: x → (x · scale − mean) / std in float32, by channel of the tensor.
-        layout, dtype: of the tensor; its first axis counts samples.
-    """
-
-    decode: Decode
-    colour: Colour | None
-    precrop: float | None
-    resize: Resize | None
-    crop: Size | None
-    channels: Channels
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    layout: Layout
-    dtype: Type
-
-    def steps(self) -> dict[str, str]:
-        """Every step in words, by its key in a description."""
-        return {
-            "decoder": f"{self.decode}, EXIF orientation: {self.decode.orientation}",
-            "colour": str(self.colour or "rgb"),
-            "precrop": "none" if self.precrop is None else f"{self.precrop:g}",
-            "resize": "none" if self.resize is None else f"{self.resize}, {_target(self.resize)}",
-            "crop": "none" if self.crop is None else "x".join(map(str, self.crop)),
-            "channels": self.channels,
-            "normalise": f"scale {self.scale:g}, mean {_list(self.mean)}, std {_list(self.std)}",
-            "layout": f"{self.layout} {self.dtype}",
-        }
+from auditor.pipeline.stages import (
+    Channels,
+    Colour,
+    Decode,
+    Layout,
+    Orientation,
+    Pipeline,
+    Place,
+    Resize,
+    Size,
+    Type,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -695,24 +591,3 @@ def _meant(name: str, choices: Iterable[str]) -> str:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _list(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{v:g}" for v in values) if len(set(values)) > 1 else f"{values[0]:g}"
-
-
-def _target(resize: Resize) -> str:
-    if resize.size:
-        return "x".join(map(str, resize.size))
-    if resize.short_side:
-        said = f"short side {resize.short_side}"
-        if resize.long_side:
-            said += f", long side at most {resize.long_side}"
-    elif resize.height:
-        said = f"height {resize.height}"
-    elif resize.letterbox:
-        said = f"letterbox {'x'.join(map(str, resize.letterbox))} on {resize.pad}"
-        said += ", in the corner" if resize.place == "corner" else ""
-    else:
-        said = f"long side at most {resize.long_side}"
-    return said if resize.multiple == 1 else f"{said}, multiples of {resize.multiple}"

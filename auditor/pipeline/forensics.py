@@ -22,8 +22,8 @@ import numpy as np
 from auditor.errors import UsageError
 from auditor.model import shown
 from auditor.pipeline import options, steps
-from auditor.pipeline.description import Channels, Colour, Decode, Layout, Pipeline, Resize
 from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.stages import Channels, Colour, Decode, Layout, Pipeline, Resize
 from auditor.ports import Array
 from auditor.records.backend import Gap
 from auditor.records.forensics import ForensicsCandidate, ForensicsReport

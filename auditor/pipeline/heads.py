@@ -9,27 +9,17 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from auditor.errors import UsageError
+from auditor.pipeline.post import BEHIND, Activation, Names, Shapes, several
 
 if TYPE_CHECKING:
     from auditor.pipeline.post import Post
-    from auditor.pipeline.steps import Placement
+    from auditor.pipeline.stages import Placement
     from auditor.ports import Array, Arrays
-
-Activation = Literal["none", "softmax", "sigmoid"]
-Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas", "distances", "dfl"]
-Unit = Literal["pixels", "strides", "parts"]
-Joining = Literal["product", "root"]
-Names = str | tuple[str, ...]  # one output, or one for each level
-Lengths = int | tuple[int, ...]
-Sizes = tuple[tuple[float, ...], ...]  # by level
-Shapes = tuple[tuple[tuple[float, float], ...], ...]  # by level, width and height
-
-BEHIND = "behind"  # where an objectness is that follows the four numbers
 
 
 def misdescribed(message: str) -> UsageError:
@@ -65,11 +55,6 @@ def activated(values: Array, activation: Activation, axis: int) -> Array:
             made = 1 / (1 + np.exp(-values))
         return made
     return values
-
-
-def several(value: Names | Lengths) -> tuple[Any, ...]:
-    """By level, what may have been given as one."""
-    return value if isinstance(value, tuple) else (value,)
 
 
 def candidates(

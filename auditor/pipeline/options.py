@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 from auditor.pipeline import libraries
-from auditor.pipeline.description import Colour, Decode, Orientation, Pipeline, Resize
 from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import Order, Post, Rounding, Suppression
+from auditor.pipeline.stages import Colour, Decode, Orientation, Pipeline, Resize
 from auditor.records.backend import Gap
 
 DECODER = "preprocessing.decoder"

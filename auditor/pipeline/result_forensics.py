@@ -21,17 +21,24 @@ import numpy as np
 
 from auditor.errors import UsageError
 from auditor.model import shown
-from auditor.pipeline import heads
-from auditor.pipeline import post as posts
-from auditor.pipeline.heads import Activation, Coding
+from auditor.pipeline import heads, results
 from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import Order, Post, Rounding, Spelling, Suppression
+from auditor.pipeline.post import (
+    Activation,
+    Coding,
+    Order,
+    Post,
+    Rounding,
+    Spelling,
+    Suppression,
+    several,
+)
 from auditor.records.backend import Gap
 from auditor.records.forensics import ResultForensics, ResultVariant
 from auditor.texts import edits
 
 if TYPE_CHECKING:
-    from auditor.pipeline.steps import Placement
+    from auditor.pipeline.stages import Placement
     from auditor.ports import Array, Arrays
 
 _LISTED = 8
@@ -151,7 +158,7 @@ def _ways(post: Post, place: Placement | None, outputs: Arrays, gaps: list[Gap])
     if post.kind == "scores":
         found = [replace(post, activation=a) for a in get_args(Activation)]
     elif post.kind == "text":
-        shape = heads.output(outputs, heads.several(post.output)[0]).shape
+        shape = heads.output(outputs, several(post.output)[0]).shape
         blanks = dict.fromkeys((post.blank, 0, shape[-1] - 1))
         found = [replace(post, text=t, blank=b) for t, b in product(get_args(Spelling), blanks)]
     else:
@@ -170,7 +177,7 @@ def _ways(post: Post, place: Placement | None, outputs: Arrays, gaps: list[Gap])
 
 def _distance(recorded: Array, outputs: Arrays, post: Post, place: Placement | None) -> float:
     """How far a way's result is from the record; infinite where its shape is another."""
-    value = posts.result(outputs, post, place)[posts.NAME]
+    value = results.result(outputs, post, place)[results.NAME]
     if post.kind == "text":
         rows = value[0]
         codes = rows[rows.any(axis=1)].argmax(axis=1)
@@ -334,7 +341,7 @@ class _Boxes:
                 one = replace(
                     way, nms=by, iou_offset=offset, class_aware=own, iou=iou, threshold=threshold
                 )
-                kept = set(posts.left(corners, best, kind, one).tolist())
+                kept = set(results.left(corners, best, kind, one).tolist())
                 self._tried += 1
                 yield _Tried(one, residual, _PIXEL, len(kept ^ recorded))
 
@@ -344,7 +351,7 @@ class _Boxes:
         """Between which thresholds, and which limits of overlaps, the record says the same."""
         lower = replace(best.post, threshold=best.post.threshold / 2, top_k=10**9)
         corners, scores, kind, _ = heads.candidates(self._outputs, lower, self._place)
-        kept = scores[posts.left(corners, scores, kind, lower)]
+        kept = scores[results.left(corners, scores, kind, lower)]
         lowest = float(self._scores.min())
         under = kept[kept < lowest - _SCORE]
         begin = float(under.max()) if under.size else float(lower.threshold)

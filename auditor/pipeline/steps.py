@@ -4,33 +4,18 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from auditor.pipeline import libraries
-from auditor.pipeline.description import Colour, Decode, Pipeline, Resize, Size
 from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.stages import Colour, Decode, Pipeline, Placement, Resize, Size
 from auditor.ports import Array
 
 _ORIENTATION = 0x0112  # EXIF tag (CIPA DC-008)
 _KEPT = 2  # images of each kind kept for the next pipeline of the same photograph
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where in a photograph the network's input is: tensor = photograph · scale + shift.
-
-    Attributes:
-        scale, shift: by axis, height first; in pixels, a pixel's middle is at a half.
-        photo, tensor: height and width of both.
-    """
-
-    scale: tuple[float, float]
-    shift: tuple[float, float]
-    photo: Size
-    tensor: Size
 
 
 class Preparation:

@@ -21,18 +21,19 @@ import numpy as np
 
 from auditor import metrics, sensitivity
 from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.post import NAME, result, text
+from auditor.pipeline.results import NAME, result, text
 from auditor.pipeline.scoring import Case, Gallery
-from auditor.pipeline.steps import Placement, Preparation, normalised
+from auditor.pipeline.stages import Placement
+from auditor.pipeline.steps import Preparation, normalised
 from auditor.tasks import TaskMeter
 
 if TYPE_CHECKING:
     from auditor.pipeline.checkpoint import Cells, Checkpoint, Measured
-    from auditor.pipeline.description import Pipeline
     from auditor.pipeline.networks import Forms, Networks
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
+    from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays, Progress
     from auditor.records.terms import OutputKind
 

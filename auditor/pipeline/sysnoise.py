@@ -28,7 +28,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import Form, Networks
 from auditor.pipeline.options import PostSwitch, Switch
 from auditor.pipeline.photos import oddities
-from auditor.pipeline.post import NAME, characters, result
+from auditor.pipeline.results import NAME, characters, result
 from auditor.pipeline.statistics import Drawn, Means, weights
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sweep import BASE, Read, Sweep, Table, Trial
@@ -46,10 +46,11 @@ from auditor.tasks import assume
 
 if TYPE_CHECKING:
     from auditor.model import Model
-    from auditor.pipeline.description import Description, Pipeline
+    from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
     from auditor.pipeline.scoring import Task, Verdict
+    from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays, Noise, Progress
     from auditor.records.terms import OutputKind
 

@@ -19,9 +19,11 @@ from auditor.metrics import Moments, Running
 from auditor.model import shown
 from auditor.outputs import OutputMeter
 from auditor.pipeline import post as posts
+from auditor.pipeline import results
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
-from auditor.pipeline.steps import Placement, Preparation
+from auditor.pipeline.stages import Placement
+from auditor.pipeline.steps import Preparation
 from auditor.records.backend import Gap
 from auditor.records.model import StimulusInfo
 from auditor.records.report import PipelineReport, PipelineStep
@@ -34,9 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from auditor.model import Model
-    from auditor.pipeline.description import Description, Pipeline
+    from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
+    from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays
     from auditor.replays.replay import Reference
 
@@ -149,7 +152,7 @@ class Upstream:
         if not self.after:
             return {}
         kind = self.after[0][1].kind
-        return {posts.NAME: "scores" if kind == "text" else kind}  # a row for each character
+        return {results.NAME: "scores" if kind == "text" else kind}  # a row for each character
 
     def read(self, outputs: Arrays, place: Placement | None = None) -> Arrays:
         """What the training side makes of the network's outputs.
@@ -160,13 +163,13 @@ class Upstream:
         """
         if not self.after:
             return outputs
-        return posts.result(outputs, self.after[0][1], place or self.places[-1])
+        return results.result(outputs, self.after[0][1], place or self.places[-1])
 
     def deployed(self, outputs: Arrays) -> Arrays:
         """What the deployment side makes of them."""
         if not self.after:
             return outputs
-        return posts.result(outputs, self.after[-1][1], self.places[-1])
+        return results.result(outputs, self.after[-1][1], self.places[-1])
 
     def origin(self, names: Iterable[str]) -> Arrays:
         """What the training system gives; ``names`` are outputs that the backend has too."""
@@ -194,8 +197,8 @@ class Upstream:
         rest = None
         if network.rest is not None:
             outputs, rest = self._moved(outputs, network.rest)
-        results = [posts.result(captured, each, self.places[-1]) for _, each in self.after]
-        for (name, _), before, reached in zip(self.after[1:], results, results[1:], strict=False):
+        made = [results.result(captured, each, self.places[-1]) for _, each in self.after]
+        for (name, _), before, reached in zip(self.after[1:], made, made[1:], strict=False):
             named[name] = difference(reached, before)
         return Parts(named, rest)
 
@@ -402,8 +405,8 @@ class Photographs:
             self._post_steps, self._meters[len(self._steps) :], strict=True
         ):
             alone = post_step.take(self._after[0][1], self._after[-1][1])
-            result = posts.result(first, alone, upstream.places[0])
-            meter.add(index, (result[posts.NAME], origin[posts.NAME]))
+            result = results.result(first, alone, upstream.places[0])
+            meter.add(index, (result[results.NAME], origin[results.NAME]))
             self._alone(meter, index, result, origin, whole)
         return upstream
 

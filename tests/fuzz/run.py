@@ -178,7 +178,7 @@ def _whole_audit(proto: onnx.ModelProto, folder: Path) -> None:
 def _image(draw: random.Random, folder: Path, _: Path) -> None:
     """A photograph through one decoder, its header's oddities, and its orientation."""
     from auditor.pipeline import libraries, photos, steps
-    from auditor.pipeline.description import Decode
+    from auditor.pipeline.stages import Decode
 
     data, ending = mutations.picture(draw)
     photos.oddities(data, f"photo.{ending}")
@@ -229,7 +229,7 @@ def _policy(draw: random.Random, folder: Path, _: Path) -> None:
 
 
 def _pipeline(draw: random.Random, folder: Path, _: Path) -> None:
-    from auditor.pipeline import description, post
+    from auditor.pipeline import description, results
 
     presets = sorted((Path(description.__file__).parent / "presets").glob("*.toml"))
     path = folder / "pipeline.toml"
@@ -246,7 +246,7 @@ def _pipeline(draw: random.Random, folder: Path, _: Path) -> None:
         }
         if draw.random() < 0.3:
             outputs["deltas"] = outputs["deltas"] / np.float32(0)
-        post.result(outputs, found.training_post)
+        results.result(outputs, found.training_post)
 
 
 TARGETS: dict[str, Callable[[random.Random, Path, Path], None]] = {

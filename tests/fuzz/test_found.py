@@ -9,7 +9,7 @@ import pytest
 
 from auditor import datafiles, model, policy, stimulus, tasks
 from auditor.errors import UsageError
-from auditor.pipeline import description, libraries, post
+from auditor.pipeline import description, libraries, post, results
 from tests.fuzz import mutations
 
 
@@ -64,7 +64,7 @@ def test_a_constant_of_no_type_there_is(tmp_path, as_node):
 @pytest.mark.parametrize("shape", [(), (3, 0)])
 def test_a_text_of_an_output_without_classes(shape):
     described = post.Post("text", text="ctc")
-    assert "shape" in _refused(post.result, {"y": np.zeros(shape, np.float32)}, described)
+    assert "shape" in _refused(results.result, {"y": np.zeros(shape, np.float32)}, described)
 
 
 @pytest.mark.parametrize("size", [2**40, 2**62])

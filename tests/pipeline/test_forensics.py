@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from auditor.cli import app
 from auditor.errors import UsageError
-from auditor.pipeline import description, forensics
+from auditor.pipeline import description, forensics, stages
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 GEOMETRY = """\
@@ -35,7 +35,7 @@ def photo(tiles: list[Image.Image], named_jpeg: Any) -> bytes:
 
 
 @pytest.fixture
-def geometry() -> description.Pipeline:
+def geometry() -> stages.Pipeline:
     return description.parse(GEOMETRY, "p.toml").training
 
 
@@ -97,7 +97,7 @@ def test_what_the_libraries_made_is_traced_back(
     layout: str,
     normalisation: str | None,
     photo: bytes,
-    geometry: description.Pipeline,
+    geometry: stages.Pipeline,
 ) -> None:
     found = forensics.identify(make(photo), photo, geometry)
     assert expected in (found.best, *found.indistinguishable)
@@ -112,7 +112,7 @@ def test_what_the_libraries_made_is_traced_back(
         np.testing.assert_allclose(offset, -np.array([2.1, 2.0, 1.7]) / [1, 1.1, 0.9], atol=1e-3)
 
 
-def test_what_cannot_be_told_apart_is_named(photo: bytes, geometry: description.Pipeline) -> None:
+def test_what_cannot_be_told_apart_is_named(photo: bytes, geometry: stages.Pipeline) -> None:
     """Pillow, OpenCV and libjpeg-turbo decode alike."""
     found = forensics.identify(by_pillow(photo), photo, geometry)
     alike = {name.split(" → ")[0] for name in (found.best, *found.indistinguishable)}
@@ -121,7 +121,7 @@ def test_what_cannot_be_told_apart_is_named(photo: bytes, geometry: description.
 
 
 def test_what_is_not_in_the_catalogue_is_not_claimed(
-    photo: bytes, geometry: description.Pipeline
+    photo: bytes, geometry: stages.Pipeline
 ) -> None:
     """A blur that no option has: the nearest one is named, without certainty."""
     image = by_pillow(photo)[0].transpose(1, 2, 0)
@@ -131,7 +131,7 @@ def test_what_is_not_in_the_catalogue_is_not_claimed(
 
 
 def test_orientation_is_found(
-    tiles: list[Image.Image], geometry: description.Pipeline, named_jpeg: Any
+    tiles: list[Image.Image], geometry: stages.Pipeline, named_jpeg: Any
 ) -> None:
     exif = tiles[1].getexif()
     exif[0x0112] = 3
@@ -159,13 +159,13 @@ def cropped_upside_down(photo: bytes) -> np.ndarray:
     ],
 )
 def test_other_tensors_are_refused(
-    tensor: np.ndarray, photo: bytes, geometry: description.Pipeline
+    tensor: np.ndarray, photo: bytes, geometry: stages.Pipeline
 ) -> None:
     with pytest.raises(UsageError, match="but the pipeline makes 64x64 pixels"):
         forensics.identify(tensor, photo, geometry)
 
 
-def test_a_constant_tensor_is_no_evidence(photo: bytes, geometry: description.Pipeline) -> None:
+def test_a_constant_tensor_is_no_evidence(photo: bytes, geometry: stages.Pipeline) -> None:
     found = forensics.identify(np.zeros((3, 64, 64), np.float32), photo, geometry)
     assert not found.exact
 

@@ -16,10 +16,12 @@ from onnx import TensorProto, helper
 from auditor import discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
-from auditor.pipeline import description, heads, post
+from auditor.pipeline import description, heads, post, results
 from auditor.pipeline import photos as folders
-from auditor.pipeline.post import NAME, Post
-from auditor.pipeline.steps import Placement, Preparation
+from auditor.pipeline.post import Post
+from auditor.pipeline.results import NAME
+from auditor.pipeline.stages import Placement
+from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.records.report import AuditReport
 from auditor.replays import replay
@@ -55,7 +57,7 @@ class Silent:
 def boxes(numbers: np.ndarray, scores: list[float], made: Post) -> np.ndarray:
     """Detections only, without the rows of zeros."""
     outputs = {"b": numbers[None], "s": np.array(scores, np.float32)[None, :, None]}
-    rows = post.result(outputs, replace(made, output="b", scores="s"))[NAME][0]
+    rows = results.result(outputs, replace(made, output="b", scores="s"))[NAME][0]
     return rows[rows.any(axis=1)]
 
 
@@ -107,7 +109,7 @@ def test_an_ssd_head_is_decoded_as_by_openvino(tmp_path: Path) -> None:
         "boxes", "b", "s", coding="centre-deltas", anchors=str(tmp_path / "priors.npy"),
         variances=(0.1, 0.2), unit="parts", background=0, nms="onnxruntime", iou=0.4,
     )  # fmt: skip
-    rows = post.result({"b": deltas, "s": scores}, made, placed(200, 300))[NAME][0]
+    rows = results.result({"b": deltas, "s": scores}, made, placed(200, 300))[NAME][0]
     rows = rows[rows.any(axis=1)]
     assert 5 < len(rows) == len(wanted)
     rows, wanted = (r[np.argsort(-r[:, 4])] for r in (rows, wanted))
@@ -128,18 +130,18 @@ def test_levels_of_distributions() -> None:
     outputs = {"b8": levels[:, :6], "b16": levels[:, 6:], "s8": np.ones((1, 6, 2), np.float32)}
     outputs["s16"] = np.ones((1, 2, 2), np.float32)
     made = Post("boxes", ("b8", "b16"), ("s8", "s16"), coding="dfl", stride=(8, 16), threshold=0.5)
-    rows = post.result(outputs, made, placed(16, 24))[NAME][0]
+    rows = results.result(outputs, made, placed(16, 24))[NAME][0]
     np.testing.assert_allclose(rows[4, :4], [4, 4, 20, 20])  # around 12, 12
     np.testing.assert_allclose(rows[7, :4], [8, -8, 40, 24])  # around 24, 8
-    corner = post.result(outputs, replace(made, shift=0.0, offset=1), placed(16, 24))[NAME][0]
+    corner = results.result(outputs, replace(made, shift=0.0, offset=1), placed(16, 24))[NAME][0]
     np.testing.assert_allclose(corner[4, :4], [0, 0, 15, 15])
     whole = np.concatenate([levels, np.ones((1, 8, 2), np.float32)], axis=2)  # as YOLOv8's head
     one = replace(made, output="", scores="", bins=3)
-    np.testing.assert_array_equal(post.result({"o": whole}, one, placed(16, 24))[NAME][0], rows)
+    np.testing.assert_array_equal(results.result({"o": whole}, one, placed(16, 24))[NAME][0], rows)
     with pytest.raises(UsageError, match="5 cells for 8 boxes"):
-        post.result({"o": whole}, one, placed(16, 16))
+        results.result({"o": whole}, one, placed(16, 16))
     with pytest.raises(UsageError, match="size of the network's input"):
-        post.result({"o": whole}, one)
+        results.result({"o": whole}, one)
 
 
 def test_distances_and_their_centreness() -> None:
@@ -150,9 +152,9 @@ def test_distances_and_their_centreness() -> None:
         "boxes", "b", "s", "c", join="root", channels_first=True, activation="sigmoid",
         coding="distances", unit="strides", stride=8,
     )  # fmt: skip
-    row = post.result(outputs, made)[NAME][0][1]
+    row = results.result(outputs, made)[NAME][0][1]
     np.testing.assert_allclose(row, [12 - 8, 4 - 16, 12 + 24, 4 + 32, 0.5**0.5, 0], rtol=1e-6)
-    pixels = post.result(outputs, replace(made, unit="pixels", join="product"))[NAME][0][1]
+    pixels = results.result(outputs, replace(made, unit="pixels", join="product"))[NAME][0][1]
     np.testing.assert_allclose(pixels, [11, 2, 15, 8, 0.5, 0], rtol=1e-6)
 
 
@@ -180,7 +182,7 @@ def test_levels_in_one_output() -> None:
         "boxes", coding="centre-deltas", objectness="behind", stride=(8, 16), shift=0.0,
         anchors=(((8.0, 8.0),), ((16.0, 16.0),)),
     )  # fmt: skip
-    rows = post.result({"o": head}, made, placed(16, 16))[NAME][0]
+    rows = results.result({"o": head}, made, placed(16, 16))[NAME][0]
     np.testing.assert_allclose(rows[3], [10 - 4, 12 - 8, 10 + 4, 12 + 8, 0.6, 1], rtol=1e-6)
     np.testing.assert_allclose(rows[4, :4], [-8, -8, 8, 8])
 
@@ -198,7 +200,7 @@ def test_a_grid_of_anchors_is_laid_out_row_by_row() -> None:
     made = Post("boxes", coding="corner-deltas", channels_first=True, stride=2, cell=12)
     scores = np.ones((1, 1, 2, 3), np.float32)
     outputs = {"b": np.zeros((1, 4, 2, 3), np.float32), "s": scores}
-    rows = post.result(outputs, replace(made, scores="s"))[NAME][0]
+    rows = results.result(outputs, replace(made, scores="s"))[NAME][0]
     np.testing.assert_array_equal(rows[1], [2, 0, 14, 12, 1])
     np.testing.assert_array_equal(rows[3], [0, 2, 12, 14, 1])
 
@@ -207,7 +209,7 @@ def test_scores_that_follow_the_numbers_have_a_class() -> None:
     """YOLO: [1, 4 + classes, candidates]."""
     head = np.array([[[8, 20], [8, 20], [4, 4], [4, 4], [0.1, 0.7], [0.9, 0.2]]], np.float32)
     made = Post("boxes", coding="centre", channels_first=True)
-    rows = post.result({"o": head}, made)[NAME][0]
+    rows = results.result({"o": head}, made)[NAME][0]
     np.testing.assert_allclose(rows, [[6, 6, 10, 10, 0.9, 1], [18, 18, 22, 22, 0.7, 0]], rtol=1e-6)
 
 
@@ -249,7 +251,7 @@ def test_classes_suppress_each_other_only_where_told() -> None:
     head = np.array([[[8, 8.5, 4, 4, 0.9, 0.1], [8, 8, 4, 4, 0.1, 0.8]]], np.float32)
     for aware, left in ((True, 2), (False, 1)):
         made = Post("boxes", coding="centre", nms="onnxruntime", class_aware=aware)
-        rows = post.result({"o": head}, made)[NAME][0]
+        rows = results.result({"o": head}, made)[NAME][0]
         assert np.count_nonzero(rows.any(axis=1)) == left
 
 
@@ -514,7 +516,7 @@ def test_the_table_has_what_comes_after_the_network(
     for photo in folders.find(photos, None, 6).names:
         tensor = Preparation((photos / photo).read_bytes()).tensor(described.training)
         outputs = dict(zip(names, session.run(names, {"image": tensor}), strict=True))
-        old, new = (post.result(outputs, p)[NAME] for p in (first, replace(first, offset=0)))
+        old, new = (results.result(outputs, p)[NAME] for p in (first, replace(first, offset=0)))
         # A photograph on which nothing is detected keeps its zeros.
         apart.append(np.linalg.norm(new - old) / (np.linalg.norm(old) or 1))
     assert offset.effect.relative_l2.value == pytest.approx(float(np.mean(apart)), rel=1e-4)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from auditor.errors import UsageError
-from auditor.pipeline import post, result_forensics
-from auditor.pipeline.post import NAME, Post
-from auditor.pipeline.steps import Placement
+from auditor.pipeline import post, result_forensics, results
+from auditor.pipeline.post import Post
+from auditor.pipeline.results import NAME
+from auditor.pipeline.stages import Placement
 
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(11)
@@ -43,7 +44,7 @@ OUTPUTS = {
 
 def recorded(way: Post) -> np.ndarray:
     """What an application keeps: detections only, in its own order."""
-    rows = post.result(OUTPUTS, way)[NAME][0]
+    rows = results.result(OUTPUTS, way)[NAME][0]
     rows = rows[rows.any(axis=1)]
     return RNG.permutation(rows)
 
@@ -101,13 +102,13 @@ def test_ways_to_scores_texts_and_masks() -> None:
     logits = {"s": RNG.normal(0, 3, (1, 9)).astype(np.float32)}
     for activation in ("none", "softmax", "sigmoid"):
         way = Post("scores", activation=activation)
-        value = post.result(logits, way)[NAME]
+        value = results.result(logits, way)[NAME]
         found = result_forensics.identify(value, logits, Post("scores"), None)
         assert found.exact and bool(found.differs) == (activation != "none")
     steps = {"s": RNG.normal(0, 1, (1, 30, 4)).astype(np.float32)}
     for text, blank in product(("ctc", "argmax"), (0, 3)):
         way = Post("text", text=text, blank=blank)
-        rows = post.result(steps, way)[NAME][0]
+        rows = results.result(steps, way)[NAME][0]
         codes = rows[rows.any(axis=1)].argmax(axis=1)
         found = result_forensics.identify(codes, steps, Post("text"), None)
         assert found.exact
@@ -119,7 +120,7 @@ def test_ways_to_scores_texts_and_masks() -> None:
         ("opencv", "pillow", "torch"), ("nearest", "bilinear", "bicubic"), ("resize", "decide")
     ):
         way = replace(described, resize=by, interpolation=how, order=order)
-        mask = post.result(maps, way, place)[NAME][0, 0].astype(np.uint8) * 255
+        mask = results.result(maps, way, place)[NAME][0, 0].astype(np.uint8) * 255
         found = result_forensics.identify(mask, maps, described, place)
         names = (found.best.name, *found.indistinguishable)
         assert found.exact and any(way.steps()["mask_resize"] in name for name in names)
@@ -135,7 +136,7 @@ def test_levels_of_a_head() -> None:
         threshold=0.8, nms="onnxruntime",
     )  # fmt: skip
     for change in ({"shift": 0.0}, {"rounding": "floor"}):
-        rows = post.result(outputs, replace(described, **change), place)[NAME][0]
+        rows = results.result(outputs, replace(described, **change), place)[NAME][0]
         found = result_forensics.identify(rows[rows.any(axis=1)], outputs, described, place)
         (step,) = found.differs
         assert found.exact and step == ("box_decode" if "shift" in change else "box_rounding")

@@ -20,11 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 from auditor import discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
-from auditor.pipeline import description, post, steps
+from auditor.pipeline import description, results, steps
 from auditor.pipeline import photos as folders
 from auditor.pipeline.masks import enlarged
-from auditor.pipeline.post import NAME, Post
-from auditor.pipeline.steps import Placement
+from auditor.pipeline.post import Post
+from auditor.pipeline.results import NAME
+from auditor.pipeline.stages import Placement
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.pipeline.tasks.seg import seen
 
@@ -51,10 +52,10 @@ def test_connectionist_decoding_is_its_definition(path: list[int], blank: int) -
         ("ctc", [c for c, _ in itertools.groupby(path) if c != blank]),
         ("argmax", [c for c in path if c != blank]),
     ):
-        made = post.result({"s": scores}, Post("text", text=how, blank=blank))[NAME]
+        made = results.result({"s": scores}, Post("text", text=how, blank=blank))[NAME]
         assert made.shape == scores.shape
-        assert post.text(made, ()) == " ".join(map(str, expected))
-        assert post.text(made, "abcd") == "".join("abcd"[c] for c in expected)
+        assert results.text(made, ()) == " ".join(map(str, expected))
+        assert results.text(made, "abcd") == "".join("abcd"[c] for c in expected)
 
 
 @pytest.mark.parametrize(
@@ -79,18 +80,18 @@ def test_characters_stand_at_their_classes(
     ):
         if expected is None:
             with pytest.raises(UsageError, match="2 characters for 9 classes"):
-                post.characters(one, metadata, classes)
+                results.characters(one, metadata, classes)
         else:
-            assert post.characters(one, metadata, classes) == expected
+            assert results.characters(one, metadata, classes) == expected
 
 
 def test_texts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="class 4 is the blank, but there are 4"):
-        post.result({"s": np.zeros((1, 2, 4), np.float32)}, Post("text", blank=4))
+        results.result({"s": np.zeros((1, 2, 4), np.float32)}, Post("text", blank=4))
     with pytest.raises(UsageError, match="texts of 2 photographs"):
-        post.result({"s": np.zeros((2, 2, 4), np.float32)}, Post("text"))
+        results.result({"s": np.zeros((2, 2, 4), np.float32)}, Post("text"))
     with pytest.raises(UsageError, match="metadata `character` has 0 characters"):
-        post.characters(Post("text", charset="model"), {}, 5)
+        results.characters(Post("text", charset="model"), {}, 5)
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +188,16 @@ def test_masks_are_enlarged_by_the_libraries_themselves(way: tuple[str, str]) ->
     made = enlarged(mask[None], WHOLE, *way)[0]  # type: ignore[arg-type]
     np.testing.assert_array_equal(made, _BY_HAND[way](mask))
     one = Post("mask", threshold=0.4, resize=way[0], interpolation=way[1])  # type: ignore[arg-type]
-    result = post.result({"m": mask[None, None]}, one, WHOLE)[NAME]
+    result = results.result({"m": mask[None, None]}, one, WHOLE)[NAME]
     np.testing.assert_array_equal(result[0, 0], _BY_HAND[way](mask) > 0.4)
 
 
 def test_the_order_of_enlarging_and_deciding_matters() -> None:
     mask = RNG.random((1, 1, 24, 40), np.float32)
     first, then = (
-        post.result({"m": mask}, Post("mask", threshold=0.7, resize="opencv", order=order), WHOLE)[
-            NAME
-        ]
+        results.result(
+            {"m": mask}, Post("mask", threshold=0.7, resize="opencv", order=order), WHOLE
+        )[NAME]
         for order in ("resize", "decide")
     )
     by_hand = cv2.resize((mask[0, 0] > 0.7).astype(np.uint8) * 255, (160, 48)) > 127
@@ -207,19 +208,19 @@ def test_the_order_of_enlarging_and_deciding_matters() -> None:
 def test_the_best_class_of_several_maps() -> None:
     maps = RNG.random((1, 5, 24, 40), np.float32)
     one = Post("mask", mask="argmax")
-    made = post.result({"m": maps}, one)[NAME]
+    made = results.result({"m": maps}, one)[NAME]
     np.testing.assert_array_equal(made[0, 0], maps[0].argmax(axis=0))
-    last = post.result(
+    last = results.result(
         {"m": np.moveaxis(maps, 1, -1)}, Post("mask", mask="argmax", channels_last=True)
     )
     np.testing.assert_array_equal(last[NAME], made)
-    big = post.result({"m": maps}, Post("mask", mask="argmax", resize="opencv"), WHOLE)[NAME]
+    big = results.result({"m": maps}, Post("mask", mask="argmax", resize="opencv"), WHOLE)[NAME]
     planes = np.stack([cv2.resize(plane, (160, 48)) for plane in maps[0]])
     np.testing.assert_array_equal(big[0, 0], planes.argmax(axis=0))
     with pytest.raises(UsageError, match="one channel, but there are 5"):
-        post.result({"m": maps}, Post("mask", resize="opencv"), WHOLE)
+        results.result({"m": maps}, Post("mask", resize="opencv"), WHOLE)
     with pytest.raises(UsageError, match="not known here"):
-        post.result({"m": maps[:, :1]}, Post("mask", resize="opencv"))
+        results.result({"m": maps[:, :1]}, Post("mask", resize="opencv"))
     with pytest.raises(UsageError, match="no values in between"):
         description.parse(
             '[training]\ndecoder = "pillow"\n'

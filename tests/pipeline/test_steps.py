@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from auditor.pipeline import description, steps
+from auditor.pipeline import description, stages, steps
 from auditor.pipeline.libraries import PhotoError
 
 
-def side(text: str) -> description.Pipeline:
+def side(text: str) -> stages.Pipeline:
     return description.parse(f'[training]\ndecoder = "pillow"\n{text}', "p.toml").training
 
 

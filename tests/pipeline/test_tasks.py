@@ -23,7 +23,7 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from auditor import model
 from auditor.errors import UsageError
-from auditor.pipeline import description, post
+from auditor.pipeline import description, post, results
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.records.sysnoise import SysnoiseOption, SysnoiseReport
@@ -136,7 +136,7 @@ def detections(detector: Path, photos: Path, made: post.Post, resize: Any) -> li
     found = []
     for fed in tensors(photos, resize):
         values = dict(zip(("boxes", "scores"), session.run(None, {"image": fed}), strict=True))
-        rows = post.result(values, made)[post.NAME][0]
+        rows = results.result(values, made)[results.NAME][0]
         rows = rows[rows.any(axis=1)].astype(np.float64)
         x, y = ((rows[:, [0, 2]] + LEFT) / COLUMNS).T, ((rows[:, [1, 3]] + TOP) / ROWS).T
         found.append(np.column_stack([x[0], y[0], x[1] - x[0], y[1] - y[0], rows[:, 4:]]))

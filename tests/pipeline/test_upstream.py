@@ -20,7 +20,8 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.pipeline import description, upstream
-from auditor.pipeline.description import Colour, Conversion, Decode, Pipeline, Resize
+from auditor.pipeline.libraries import Conversion
+from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
 from auditor.records.report import AuditReport, PipelineStep
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from auditor.pipeline import labels, post
+from auditor.pipeline import labels, results
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
@@ -31,7 +31,7 @@ class Recognition:
         """The edits between text and label, and the label's length."""
         from rapidfuzz.distance import Levenshtein
 
-        text = post.text(value, case.characters)
+        text = results.text(value, case.characters)
         return [float(Levenshtein.distance(text, case.label)), float(len(case.label))]
 
     def score(self, verdicts: Sequence[Verdict], labels: Sequence[Label], weights: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from auditor.errors import UsageError
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
-from auditor.pipeline.steps import Placement
+from auditor.pipeline.stages import Placement
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
 
