@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import algebra, surgery
+from auditor.replays.quantised import Layout as Quantised
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
 # of their bias.
@@ -49,8 +50,10 @@ _KEEP = _MOVES | {"Relu", "MaxPool"}
 _STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
 # What rounds to 8 bits by itself reads its operand as it is.
 _QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
+# How engines write that a kernel multiplies 8-bit integers.
+_INTEGERS = {"i8", "int8", "s8", "u8", "uint8"}
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
-_NARROW = {"bf16", "bfloat16", "f16", "fp16", "float16", "half"}
+_NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
 _REDUCTIONS = {
     *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
     *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
@@ -290,8 +293,9 @@ class _Layout:
             for name in node.input:
                 self.readers.setdefault(name, []).append(index)
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
+        self.quantised = Quantised(segment.model, segment.weights)
         self.reports = any(k.precision for k in self.kernels)
-        self.reduced = any(k.precision in _NARROW for k in self.kernels)
+        self.reduced = stated(self.kernels, _NARROW)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -457,7 +461,8 @@ class _Surgery:
                 return name
             return self._round(self._saturated(name) if self.sites.saturates else name)
         if self._inside(name, group):
-            rounds = self.sites.inputs and (position in operands or self._normalized(name, group))
+            operand = position in operands and not self._integral(name, group)
+            rounds = self.sites.inputs and (operand or self._normalized(name, group))
             name = self.raw.get(name, name)
             return self._round(name) if rounds else name
         if not (self.sites.inputs and self._reduced(group)) or node.op_type in _QUANTISERS:
@@ -467,6 +472,13 @@ class _Surgery:
         ):
             return name
         return self._round(name)
+
+    def _integral(self, name: str, group: _Group) -> bool:
+        """Whether a kernel for integers multiplies a tensor as the 8-bit integers that it is."""
+        kernel = group.kernel
+        if kernel is None or kernel.precision not in _INTEGERS:
+            return False
+        return self.at.quantised.grid(name) is not None
 
     def _rounds_constant(
         self, node: onnx.NodeProto, position: int, name: str, group: _Group

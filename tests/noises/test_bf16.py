@@ -154,6 +154,46 @@ def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.G
     check(explain(segment, feeds, {"y": planted}))
 
 
+def test_attention_multiplies_integers_as_they_are(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Queries and keys of 8 bits, from a kernel in float32; probabilities and values in bf16."""
+    x = (generator.standard_normal((2, 7, 8)) * 2).astype(np.float32)
+    v = r(generator.standard_normal((2, 7, 8)))
+    scale = np.float32(0.05)
+    segment = make_segment(
+        [
+            helper.make_node("Mul", ["x", "two"], ["k"]),
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+            helper.make_node("QuantizeLinear", ["k", "scale", "zero"], ["kq"]),
+            helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+            helper.make_node("DequantizeLinear", ["kq", "scale", "zero"], ["kd"]),
+            helper.make_node("Transpose", ["kd"], ["kt"], perm=[0, 2, 1]),
+            helper.make_node("MatMul", ["xd", "kt"], ["s"]),
+            helper.make_node("Mul", ["s", "root"], ["scaled"]),
+            helper.make_node("Softmax", ["scaled"], ["p"], axis=-1),
+            helper.make_node("MatMul", ["p", "v"], ["y"]),
+        ],
+        {
+            "scale": np.array(scale),
+            "zero": np.array(0, np.int8),
+            "root": np.float32([0.35]),
+            "two": np.float32([2]),
+        },
+        ["x", "v"],
+        ["y"],
+        [
+            Kernel("Subgraph", "Subgraph", ("k", "xq", "kq"), ("kq",), "", "f32", "i8"),
+            Kernel("Subgraph", "Subgraph", ("s", "scaled", "p", "y"), ("y",), "", "i8", "bf16"),
+        ],
+    )
+    queries, keys = (np.clip(np.rint(a / scale), -128, 127).astype(np.float64) for a in (x, 2 * x))
+    scores = queries @ keys.transpose(0, 2, 1) * float(scale) ** 2 * 0.35
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = r(powers / powers.sum(-1, keepdims=True))
+    check(explain(segment, {"x": x, "v": v}, {"y": r(weights.astype(np.float64) @ v)}))
+
+
 def test_layer_norm_rounds_before_gamma_and_beta(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
