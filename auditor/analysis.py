@@ -403,8 +403,11 @@ class Analysis:
             return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
         for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True):
-            # Only these are needed again.
-            if local is not None and (noisy or self.meters[cut.id].flagged):
+            meter = self.meters[cut.id]
+            # Needed again: what did something, and what says how far an output may be off.
+            last = not set(cut.outputs).isdisjoint(chain.outputs)
+            off = last and meter.relative(meter.accumulated) > meter.floor
+            if local is not None and (noisy or meter.flagged or off):
                 kept[cut.id] = local
         # The floor is measured on the first sample that exceeds the smallest one there is.
         unknown = [c for c in self.cuts if c.id in kept and c.id not in self._floored]

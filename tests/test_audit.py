@@ -144,6 +144,33 @@ def test_a_saturated_sigmoid_has_no_more_digits_than_it_has(run):
     assert (report.verdict, report.exit_code) == ("pass", 0)
 
 
+def test_a_saturated_sigmoid_is_no_fault_of_what_rounds_before_it(run):
+    """Its own segment does nothing here: it is handed a last bit, and has no digits for it."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["positive"]),
+        helper.make_node("MatMul", ["positive", "v"], ["logit"]),
+        helper.make_node("Sigmoid", ["logit"], ["y"]),
+    ]
+    weight = np.random.default_rng(1).random((8, 8), np.float32)
+    x = np.linspace(0.9, 1.1, 8, dtype=np.float32)[None]
+    logits = np.linspace(-15, -14, 64, dtype=np.float32)
+    last = np.tile(logits / (x @ weight).sum(), (8, 1))
+    graph = helper.make_graph(
+        nodes,
+        "saturated",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 64])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(last, "v")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    rounded = _changed(model, "w", lambda w: w * (1 + 2**-20))
+    report = run(model, "ort", data={"x": x[None]}, candidate=rounded)
+    assert report.backends[0].outputs[0].distance.relative_l2 > 1e-2
+    assert report.findings == ()
+    assert (report.verdict, report.exit_code) == ("pass", 0)
+
+
 def test_a_transpose_that_the_optimiser_moved_past_others_is_no_fault(run):
     """ONNX Runtime multiplies before it transposes, under names that the results no longer fit."""
     nodes = [
