@@ -30,6 +30,7 @@ BYTES = frozenset({"u8", "i8"})
 # repeated or contain the commas that separate ``originalLayersNames``.
 TOKEN = re.compile(r"#(\d+)#")
 _DIGITS = re.compile(r"\d+")
+_PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
 
 Port = tuple[int, int]  # operation's number, output index
 
@@ -111,9 +112,7 @@ class Program:
                 precision=info.get("runtimePrecision", "").lower(),
                 outputs=tuple(info.get("outputPrecisions", "").lower().split(",")),
                 layouts=info.get("outputLayouts", ""),
-                operations=tuple(
-                    int(i) for i in TOKEN.findall(info.get("originalLayersNames", ""))
-                ),
+                operations=_numbers(info.get("originalLayersNames", ""), kind),
                 parents=parents,
                 varying=kind == "Input" or any(self.nodes[p].varying for p in parents),
             )
@@ -226,6 +225,16 @@ class Program:
                 todo += parent.parents
             if parent.varying and not parent.passive:
                 yield parent
+
+
+def _numbers(original: str, kind: str) -> tuple[int, ...]:
+    """Numbers of the operations fused into a kernel.
+
+    A transposition that the engine puts before a product is named ``#12#/transpose_a``: it does not
+    compute the product.
+    """
+    named = original if kind not in MOVEMENT else _PLACED.sub("", original)
+    return tuple(int(i) for i in TOKEN.findall(named))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import algebra, surgery
 from auditor.replays.quantised import Layout as Quantised
+from auditor.weights import is_detached
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
 # of their bias.
@@ -271,6 +272,7 @@ class _Layout:
         """``alone`` are tensors that kernels of their own write."""
         self.model = segment.model
         self.alone = alone
+        self._weights = segment.weights
         self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
         self.outputs = {o.name for o in segment.model.graph.output}
         self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
@@ -306,6 +308,14 @@ class _Layout:
     def values(self) -> dict[str, Array]:
         """The constants with few values."""
         return surgery.constants(self.model)
+
+    def filled(self, name: str, number: float) -> bool:
+        """Whether an initialiser is one number throughout."""
+        value = self._weights.get(name)
+        for tensor in self.model.graph.initializer if value is None else ():
+            if tensor.name == name and not is_detached(tensor):
+                value = numpy_helper.to_array(tensor)
+        return value is not None and bool(np.all(value == number))
 
     def groups(self, scope: Scope) -> list[_Group]:
         """The group of every node, by node index."""
@@ -773,6 +783,9 @@ class _Surgery:
             width = self._new("Sqrt", self._new("Add", square, epsilon))
             scaled = self._new("Mul", self._new("Div", centred, width), gamma)
             self._shift_normalized(self._round(scaled), node, group)
+            return
+        if self.at.filled(gamma, 1) and all(self.at.filled(beta, 0) for beta in node.input[2:]):
+            self._finish(node, group)  # an engine leaves both out, and fuses what comes next
             return
         ones = f"{self.mark}{output}/ones"
         self._initializer(ones, TensorProto.FLOAT, shape, [1.0] * math.prod(shape))

@@ -388,6 +388,19 @@ def test_a_factor_behind_moved_values_is_one_kernel_with_its_product(tmp_path: P
     assert {("qm", "q", "qs"), ("k", "ks")} <= nodes
 
 
+def test_a_transposition_put_before_a_product_does_not_compute_it(tmp_path: Path) -> None:
+    """OpenVINO names it after the product."""
+    w = numpy_helper.from_array(np.ones((8, 4), np.float32), "w")
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["s"]),
+        helper.make_node("Transpose", ["s"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["t", "w"], ["y"]),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 2, 8, 3)], [info("y", 2, 3, 4)], (w,))
+    found = {k.type: k.nodes for k in build(path).provenance.kernels}
+    assert found["FullyConnected"] == ("y",) and "y" not in found["Transpose"]
+
+
 def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> None:
     """Adaptive normalisation's 1 + scale is moved ahead of a reshape, and named anew."""
     nodes = [

@@ -212,6 +212,26 @@ def test_layer_norm_rounds_before_gamma_and_beta(
     check(explain(segment, {"x": x}, {"y": r(r(normalized) * gamma + beta)}))
 
 
+def test_layer_norm_without_gamma_and_beta_is_fused_with_what_follows(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((4, 96)) * 3)
+    segment = make_segment(
+        [
+            helper.make_node("LayerNormalization", ["x", "g", "b"], ["n"]),
+            helper.make_node("Tanh", ["n"], ["y"]),
+        ],
+        {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)},
+        ["x"],
+        ["y"],
+        [kernel("MVN", ("n", "y"), "y")],
+    )
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    normalized = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+    check(explain(segment, {"x": x}, {"y": r(np.tanh(normalized))}))
+
+
 def test_elementwise_kernel_rounds_at_its_edges_only(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
