@@ -342,9 +342,12 @@ class _Layout:
         for index, node in enumerate(self.nodes):
             if _key(node) in self.alone:
                 result[index] = _Group(result[index].kernel)
+        inside: dict[int, set[int]] = {}
+        for index, group in enumerate(result):
+            inside.setdefault(id(group), set()).add(index)
         for index, group in enumerate(list(result)):
             for name in self.nodes[index].input:
-                moves = self.moves(name)
+                moves = self.moves(name, inside[id(group)])
                 source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
                 if source is not None and result[source] is group:
                     for move in moves:
@@ -353,17 +356,23 @@ class _Layout:
             group.nodes.append(index)
         return result
 
-    def moves(self, name: str) -> list[int]:
-        """The nodes that only moved values on their way to ``name``, for one reader; last first."""
+    def moves(self, name: str, readers: Set[int] = frozenset()) -> list[int]:
+        """The nodes that only moved values on their way to ``name``; last first.
+
+        For one reader of each, or for some of ``readers`` and nothing else.
+        """
         moves: list[int] = []
         while (
             (index := self.producer.get(name)) is not None
             and self.nodes[index].op_type in _MOVES
-            and self.sole_reader(name) is not None
+            and (self.sole_reader(name) is not None or self._read_by(name, readers))
         ):
             moves.append(index)
             name = self.nodes[index].input[0]
         return moves
+
+    def _read_by(self, tensor: str, readers: Set[int]) -> bool:
+        return tensor not in self.outputs and readers.issuperset(self.readers.get(tensor, ()))
 
     def sole_reader(self, tensor: str) -> int | None:
         """The one node that reads a tensor which nothing else sees."""

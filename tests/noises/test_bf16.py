@@ -215,21 +215,24 @@ def test_layer_norm_rounds_before_gamma_and_beta(
 def test_layer_norm_without_gamma_and_beta_is_fused_with_what_follows(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
+    """Values that are moved in between are moved after it."""
     x = r(generator.standard_normal((4, 96)) * 3)
     segment = make_segment(
         [
             helper.make_node("LayerNormalization", ["x", "g", "b"], ["n"]),
-            helper.make_node("Tanh", ["n"], ["y"]),
+            helper.make_node("Transpose", ["n"], ["t"]),
+            helper.make_node("Tanh", ["t"], ["h"]),
+            helper.make_node("Mul", ["t", "h"], ["y"]),
         ],
         {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)},
         ["x"],
         ["y"],
-        [kernel("MVN", ("n", "y"), "y")],
+        [kernel("MVN", ("n", "h", "y"), "y"), kernel("Transpose", ("t",), "t")],
     )
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
     normalized = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-    check(explain(segment, {"x": x}, {"y": r(np.tanh(normalized))}))
+    check(explain(segment, {"x": x}, {"y": r(normalized * np.tanh(normalized)).T}))
 
 
 def test_elementwise_kernel_rounds_at_its_edges_only(
