@@ -72,7 +72,8 @@ _FACTORS = {
 }
 _LOSSY = frozenset({"Reduce", "Pooling"})
 
-_RETRIES = 3  # compilations that drop what a lost kernel depends on, before bisecting
+_RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
+_RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
 _BISECTIONS = 12  # compilations at most when bisecting
 _NEAR = 3  # kernels in a row that make a tensor; where they prove nothing, its whole cone may
 _CONES = 16  # compilations at most of whole ancestor cones
@@ -223,7 +224,12 @@ class _Build:
             trial = self._try(kept, plain, feeds)
             if trial.proved:
                 return trial
-            fewer = [c for c in kept if c.maker not in self._with_sums(trial.suspects)]
+            suspects = self._with_sums(trial.suspects)
+            for _ in range(_RINGS):
+                if any(c.maker in suspects for c in kept):
+                    break
+                suspects = self._around(suspects)
+            fewer = [c for c in kept if c.maker not in suspects]
             if len(fewer) == len(kept):
                 break
             kept = fewer
@@ -257,6 +263,16 @@ class _Build:
             for parent in self._program.parents(kernel)
             if suspects & {*parent.operations}
         }
+
+    def _around(self, suspects: frozenset[int]) -> frozenset[int]:
+        """With them, what the kernels that read them or feed them make."""
+        found = set(suspects)
+        for kernel in self._program.kernels():
+            for parent in self._program.parents(kernel):
+                pair = [k for k in (kernel, parent) if k.operations]
+                if any(suspects & {*k.operations} for k in pair):
+                    found |= {max(k.operations) for k in pair}
+        return frozenset(found)
 
     def _suspects(self, changed: Program, probes: Sequence[Candidate]) -> frozenset[int]:
         """Which kernels' outputs to leave alone for the program to stay as it is.

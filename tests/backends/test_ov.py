@@ -212,6 +212,33 @@ def test_a_deep_network_is_copied_a_few_times_only(
     assert made.program_unchanged
 
 
+def test_what_changes_a_kernel_without_touching_it_is_found_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of channels are multiplied in at once by OpenVINO, unless one channel is observed."""
+    nodes, weights = [], [numpy_helper.from_array(np.array(1), "axis")]
+    for i in range(3):
+        weights += [
+            numpy_helper.from_array(np.array(i), f"i{i}"),
+            numpy_helper.from_array(np.array(0.4 + i, np.float32), f"f{i}"),
+        ]
+        nodes += [
+            helper.make_node("Gather", ["x", f"i{i}"], [f"g{i}"], axis=1),
+            helper.make_node("Unsqueeze", [f"g{i}", "axis"], [f"u{i}"]),
+            helper.make_node("Mul", [f"u{i}", f"f{i}"], [f"m{i}"]),
+            helper.make_node("Add", [f"m{i}", f"f{i}"], [f"a{i}"]),
+        ]
+    nodes.append(helper.make_node("Concat", ["a0", "a1", "a2"], ["s0"], axis=1))
+    nodes += [helper.make_node("Softmax", [f"s{i}"], [f"s{i + 1}"]) for i in range(16)]
+    shape = (1, 3, 8, 8)
+    path = save(tmp_path / "m.onnx", nodes, [info("x", *shape)], [info("s16", *shape)], weights)
+    built = build(path)
+    monkeypatch.setattr(type(built), "_bisect", None)  # the last resort, which may lose everything
+    made = built.instrument({"x": np.random.default_rng(0).random(shape, np.float32)})
+    assert made.program_unchanged
+    assert {f"s{i}" for i in range(1, 16)} <= {probe.tensor for probe in made.probes}
+
+
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
