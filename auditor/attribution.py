@@ -29,7 +29,7 @@ from auditor import metrics
 from auditor.errors import NoiseError
 from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
-from auditor.replays import blockwise, branches, replay, rounding, surgery
+from auditor.replays import blockwise, branches, fused, replay, rounding, surgery
 from auditor.replays.portions import Portions
 
 # A cause is named from this share on: right causes were measured at 0.999 and more, the best
@@ -406,7 +406,7 @@ def explain(
     prior = {} if prior is None else prior
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
-    segment = blockwise.written_out(_modern(bench))
+    segment = fused.written_out(blockwise.written_out(_modern(bench)))
     unbranched = _unbranched(bench, segment)
     bench.branched = unbranched is not segment
     ordered = sorted(

@@ -372,7 +372,7 @@ class _Layout:
         return moves
 
     def _read_by(self, tensor: str, readers: Set[int]) -> bool:
-        return tensor not in self.outputs and readers.issuperset(self.readers.get(tensor, ()))
+        return tensor not in self.outputs and readers >= set(self.readers.get(tensor, ()))
 
     def sole_reader(self, tensor: str) -> int | None:
         """The one node that reads a tensor which nothing else sees."""

@@ -1,0 +1,81 @@
+"""Fused operators are written out as ONNX Runtime computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.ports import Array, SegmentGraph
+from auditor.records.backend import Kernel
+from auditor.replays import fused
+
+DOMAIN = "com.microsoft"
+RNG = np.random.default_rng(5)
+
+
+def drawn(*shape: int) -> Array:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+X, SKIP = drawn(2, 5, 12), drawn(2, 5, 12)
+QKV = {"w": drawn(12, 36), "b": drawn(36)}
+KEPT = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
+NORM = {"g": drawn(12), "b": drawn(12), "a": drawn(12)}
+WEAK = {"num_heads": 3, "mask_filter_value": -3.0}
+# What ends each of the kernels below, where there are several.
+ENDS = {
+    "Attention": ["Reshape", "Add", "Reshape", "Reshape"],
+    "SkipLayerNormalization": ["Add", "Add", "LayerNormalization", "LayerNormalization"],
+}
+
+
+@pytest.mark.parametrize(
+    ("op_type", "feeds", "constants", "options"),
+    [
+        ("Gelu", {"x": X}, {}, {}),
+        ("QuickGelu", {"x": X}, {}, {"alpha": 1.5}),
+        ("FastGelu", {"x": X}, {"b": drawn(12)}, {}),
+        ("BiasGelu", {"x": X}, {"b": drawn(12)}, {}),
+        ("SkipLayerNormalization", {"x": X, "s": SKIP}, NORM, {"epsilon": 0.01}),
+        ("Attention", {"x": X}, QKV, {"num_heads": 3}),
+        ("Attention", {"x": X}, {**QKV, "m": KEPT}, WEAK),
+        ("Attention", {"x": X}, {**QKV, "m": KEPT.sum(1, dtype=np.int32)}, {**WEAK, "scale": 0.7}),
+    ],
+)
+def test_written_out(
+    op_type: str,
+    feeds: dict[str, Array],
+    constants: dict[str, Array],
+    options: dict[str, Any],
+    make_segment: Any,
+    run: Any,
+) -> None:
+    node = helper.make_node(op_type, [*feeds, *constants], ["y"], domain=DOMAIN, **options)
+    made: SegmentGraph = make_segment([node], constants, list(feeds), ["y"])
+    made.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    for value in made.model.graph.input:
+        value.CopyFrom(helper.make_tensor_value_info(value.name, 1, feeds[value.name].shape))
+    kernels = tuple(
+        Kernel(kind, kind, ("y",), (), "", "f32", "f32")
+        for kind in ("Subgraph", "FullyConnected", "MVN", "Subgraph")
+    )
+    segment = fused.written_out(SegmentGraph(made.model, kernels))
+    assert {n.domain for n in segment.model.graph.node} == {""}
+    np.testing.assert_allclose(
+        run(segment.model, feeds)["y"], run(made.model, feeds)["y"], rtol=2e-5, atol=2e-6
+    )
+    types = {n.output[0]: n.op_type for n in segment.model.graph.node}
+    if op_type in ENDS:
+        assert [types[kernel.nodes[0]] for kernel in segment.kernels] == ENDS[op_type]
+
+
+def test_what_keeps_a_cache_stays(make_segment: Any) -> None:
+    node = helper.make_node(
+        "Attention", ["x", "w", "b", "", "p"], ["y", "q"], domain=DOMAIN, num_heads=3
+    )
+    segment = make_segment([node], QKV, ["x", "p"], ["y", "q"])
+    segment.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    assert fused.written_out(segment).model.graph.node[0].op_type == "Attention"
