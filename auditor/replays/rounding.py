@@ -18,13 +18,12 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import algebra, surgery
 from auditor.replays.quantised import Layout as Quantised
-from auditor.weights import is_detached
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
 # of their bias.
@@ -272,7 +271,6 @@ class _Layout:
         """``alone`` are tensors that kernels of their own write."""
         self.model = segment.model
         self.alone = alone
-        self._weights = segment.weights
         self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
         self.outputs = {o.name for o in segment.model.graph.output}
         self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
@@ -310,11 +308,8 @@ class _Layout:
         return surgery.constants(self.model)
 
     def filled(self, name: str, number: float) -> bool:
-        """Whether an initialiser is one number throughout."""
-        value = self._weights.get(name)
-        for tensor in self.model.graph.initializer if value is None else ():
-            if tensor.name == name and not is_detached(tensor):
-                value = numpy_helper.to_array(tensor)
+        """Whether a constant is one number throughout."""
+        value = self.quantised.constant(name)
         return value is not None and bool(np.all(value == number))
 
     def groups(self, scope: Scope) -> list[_Group]:
