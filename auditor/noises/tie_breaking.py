@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import onnx
@@ -13,6 +14,7 @@ from auditor.replays import surgery
 _OPSET = 11  # TopK and NonMaxSuppression have their present form, Slice has steps
 _SELECTIONS = ("ArgMax", "ArgMin", "TopK", "NonMaxSuppression")
 _BOXES = ("NonMaxSuppression",)
+_HEAPED = 1 << 16  # values at most that go through a heap, one after another
 _CONSTANTS = """back = Constant <value = int64[1] {-1}> ()
     far = Constant <value = int64[1] {-9223372036854775807}> ()"""
 
@@ -24,6 +26,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         return
     forms: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto], str | None]], ...] = (
         ("equal values are taken in the opposite order", _SELECTIONS, _last),
+        ("equal values are taken as a heap leaves them", ("TopK",), _heap(model)),
         ("an overlap equal to the limit suppresses a box", _BOXES, _suppressing),
         ("an overlap a rounding error above the limit is kept", _BOXES, _keeping),
         ("boxes are listed by score across classes", _BOXES, _by_score),
@@ -59,6 +62,79 @@ def _last(node: onnx.NodeProto) -> str:
             values, turned = TopK {options} (r, k) indices = Sub(last, turned) }}"""
     return f"""(x) => (y) {{ {_CONSTANTS} {_reversed("x", "r", axis)} {size}
         turned = {node.op_type} {options} (r) y = Sub(last, turned) }}"""
+
+
+def _heap(model: onnx.ModelProto) -> Callable[[onnx.NodeProto], str | None]:
+    """A selection by a heap of the largest so far, as OpenVINO's: its least at the top.
+
+    It is built of the first values, any larger one takes the top's place, and at the end the top
+    is taken off until none is left. Which of equal values moves depends on where they stand.
+    """
+    shapes = surgery.shapes(model)
+
+    def body(node: onnx.NodeProto) -> str | None:
+        given, shape = surgery.attributes(node), shapes.get(node.input[0], ())
+        if not shape or math.prod(shape) > _HEAPED or not given.get("sorted", 1):
+            return None
+        if given.get("axis", -1) not in (-1, len(shape) - 1):
+            return None
+        turn = "Identity" if given.get("largest", 1) else "Neg"
+        return f"""(x, k) => (values, indices) {{
+            {_HEAP_CONSTANTS} shape = Shape(x) n = Gather(shape, minus) wide = Reshape(n, one)
+            rows = Concat <axis = 0> (minus, wide) flat = Reshape(x, rows) turned = {turn}(flat)
+            size = Squeeze(k) top = Sub(size, i1) half = Div(size, i2) more = Sub(n, k)
+            others = Squeeze(more)
+            places = Scan <num_scan_inputs = 1, body = row (float[] r) => (int64[chosen] px) {{
+                v0 = Slice(r, zero, k) x0 = Range(i0, size, i1)
+                b, v1, x1 = Loop <body = build (int64 t, bool on, int64 s, float[] v, int64[] p)
+                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                    back = Sub(half, t) at = Sub(back, i1) go = Identity(on) s1 = Identity(s)
+                    {_sift("at", "size", "on", "v", "p")} }}> (half, yes, i0, v0, x0)
+                u, v2, x2 = Loop <body = fill (int64 t, bool on, int64 s, float[] v, int64[] p)
+                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                    j = Add(t, size) new = Gather(r, j) old = Gather(v, i0) enters = Less(old, new)
+                    kept = Gather(p, i0) first = Where(enters, new, old)
+                    place = Where(enters, j, kept) f1 = Unsqueeze(first, zero)
+                    p1 = Unsqueeze(place, zero) v3 = ScatterElements(v, zero, f1)
+                    p3 = ScatterElements(p, zero, p1) go = Identity(on) s1 = Identity(s)
+                    {_sift("i0", "size", "enters", "v3", "p3")} }}> (others, yes, i0, v1, x1)
+                e, v4, px = Loop <body = take (int64 t, bool on, int64 s, float[] v, int64[] p)
+                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                    end = Sub(top, t) e1 = Unsqueeze(end, zero) both = Concat <axis = 0> (zero, e1)
+                    swapped = Concat <axis = 0> (e1, zero)
+                    va = Gather(v, swapped) pa = Gather(p, swapped)
+                    v3 = ScatterElements(v, both, va) p3 = ScatterElements(p, both, pa)
+                    go = Identity(on) s1 = Identity(s)
+                    {_sift("i0", "end", "on", "v3", "p3")} }}> (top, yes, i0, v2, x2)
+                }}> (turned)
+            front = Slice(shape, zero, minus) full = Concat <axis = 0> (front, k)
+            indices = Reshape(places, full) values = GatherElements <axis = -1> (x, indices) }}"""
+
+    return body
+
+
+_HEAP_CONSTANTS = """i0 = Constant <value = int64 {0}> () i1 = Constant <value = int64 {1}> ()
+    i2 = Constant <value = int64 {2}> () zero = Constant <value = int64[1] {0}> ()
+    one = Constant <value = int64[1] {1}> () minus = Constant <value = int64[1] {-1}> ()
+    yes = Constant <value = bool {1}> ()"""
+
+
+def _sift(start: str, size: str, moves: str, values: str, places: str) -> str:
+    """Moves one of the first ``size`` values down a heap; gives ``w`` and ``q``."""
+    return f"""last = Sub({size}, i1)
+        z, w, q = Loop <body = sift (int64 t2, bool on2, int64 i, float[] hv, int64[] hp)
+            => (bool down, int64 to, float[] nv, int64[] np) {{
+            twice = Mul(i, i2) left = Add(twice, i1) right = Add(left, i1)
+            has = LessOrEqual(left, last) pair = LessOrEqual(right, last)
+            l = Min(left, last) m = Min(right, last)
+            vl = Gather(hv, l) vm = Gather(hv, m) vi = Gather(hv, i)
+            less = Less(vm, vl) other = And(pair, less) c = Where(other, m, l)
+            vc = Gather(hv, c) lower = Less(vc, vi) down = And(has, lower) to = Where(down, c, i)
+            ia = Unsqueeze(i, zero) ta = Unsqueeze(to, zero)
+            here = Concat <axis = 0> (ia, ta) there = Concat <axis = 0> (ta, ia)
+            sv = Gather(hv, there) sp = Gather(hp, there)
+            nv = ScatterElements(hv, here, sv) np = ScatterElements(hp, here, sp)
+            }}> (, {moves}, {start}, {values}, {places})"""
 
 
 def _reversed(of: str, name: str, axis: int) -> str:
@@ -129,6 +205,7 @@ NOISE = Cause(
     ),
     forms=(
         "equal values are taken in the opposite order",
+        "equal values are taken as a heap leaves them",
         "an overlap equal to the limit suppresses a box",
         "an overlap a rounding error above the limit is kept",
         "boxes are listed by score across classes",

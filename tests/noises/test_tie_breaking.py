@@ -124,23 +124,41 @@ def test_halves_rounded_away_from_zero(make_segment: Any, diagnose: Any) -> None
     assert found.noise == ID and found.bit_identical == 1.0
 
 
-def test_openvino_counts_an_overlap_at_the_limit(boxes: Any, diagnose: Any) -> None:
+def by_openvino(segment: SegmentGraph, feeds: Arrays, kinds: dict[str, int]) -> Arrays:
+    """What OpenVINO makes of a segment, whose outputs have these element types."""
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
-    segment, feeds = boxes
     shaped = type(segment.model)()
     shaped.CopyFrom(segment.model)
     del shaped.graph.input[:], shaped.graph.output[:]
     info = helper.make_tensor_value_info
     for name, value in feeds.items():
         shaped.graph.input.append(info(name, TensorProto.FLOAT, value.shape))
-    shaped.graph.output.append(info("y", TensorProto.INT64, (None, 3)))
+    shaped.graph.output.extend(info(name, kind, None) for name, kind in kinds.items())
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(shaped.SerializeToString()), "CPU")
-    observed = next(iter(compiled(feeds).values())).astype(np.int64)
+    results = core.compile_model(core.read_model(shaped.SerializeToString()), "CPU")(feeds)
+    return dict(zip(kinds, results.values(), strict=True))
+
+
+def test_openvino_counts_an_overlap_at_the_limit(boxes: Any, diagnose: Any) -> None:
+    segment, feeds = boxes
+    observed = by_openvino(segment, feeds, {"y": TensorProto.INT64})["y"].astype(np.int64)
     expected = select(feeds["boxes"], feeds["scores"], 0.5, inclusive=True, last=False)
     if not np.array_equal(observed, expected):
         pytest.skip("this OpenVINO decides otherwise")
     assert diagnose(segment, feeds, {"y": observed}).noise == ID
+
+
+@pytest.mark.parametrize("largest", [0, 1])
+def test_openvino_selects_by_a_heap(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, largest: int
+) -> None:
+    node = helper.make_node("TopK", ["x", "k"], ["v", "i"], largest=largest)
+    segment = make_segment([node], {"k": np.array([20])}, ["x"], ["v", "i"])
+    x = generator.integers(0, 4, (2, 90)).astype(np.float32)
+    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
+    observed = by_openvino(segment, {"x": x}, {"v": TensorProto.FLOAT, "i": TensorProto.INT64})
+    found = diagnose(segment, {"x": x}, observed)
+    assert found.noise == ID and found.bit_identical == 1
 
 
 def test_segments_without_selections_are_not_touched(make_segment: Any) -> None:
