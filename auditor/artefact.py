@@ -349,11 +349,11 @@ def _compared(original: Array, value: Array) -> CompiledConstant:
         return CompiledConstant(value, same, None, None)
     a, b = original.astype(np.float64).ravel(), value.astype(np.float64).ravel()
     norm = float(np.sqrt(np.dot(a, a)))
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):  # a value may be infinite
         error = float(np.sqrt(np.dot(b - a, b - a)))
-    factor = float(np.dot(a, b)) / norm**2 if norm else 0.0
-    rest = b - factor * a
-    scaled = error > 0 and np.dot(rest, rest) <= (1 - _SCALED) * error**2
+        factor = float(np.dot(a, b)) / norm**2 if norm else 0.0
+        rest = b - factor * a
+        scaled = error > 0 and np.dot(rest, rest) <= (1 - _SCALED) * error**2
     return CompiledConstant(
         values=value,
         relative_l2=error / norm if norm else float("inf"),

@@ -79,6 +79,8 @@ LIKELY = 8
 # only. So many elements must differ that none of these hypotheses, of which there are more than
 # before, is met by chance; and so many are tried at most.
 ALONE, ALONE_QUANTISED, ELEMENTS, TRIED = "precision.", "precision.int8", 100, 240
+# How many other forms of the cause are tested again where few elements differ.
+FORMS = 4
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
 CLEARLY = 2.0
 # From this part of a type's largest number on, a value stands for infinity: what a maximum over
@@ -140,8 +142,9 @@ class Explanation:
         hypotheses: all that was tested, best first.
         outputs: h_n(in_b) of the named cause, or else h(in_b), by ONNX name.
         failures: hypotheses that could not be replayed, as sentences.
-        contenders: the named cause and the best of the others that would have been named without
-            it, for ``retest``; empty when none is named.
+        contenders: the named cause, where few elements differ its other forms that fit, and the
+            best of the others that would have been named without it, for ``retest``; empty when
+            none is named.
     """
 
     noise: str | None
@@ -383,6 +386,7 @@ def explain(
     prior: Prior | None = None,
     thorough: bool = False,
     floor: float = math.inf,
+    later: bool = False,
 ) -> Explanation:
     """Find the cause of one segment's introduced error.
 
@@ -396,6 +400,8 @@ def explain(
         prior: winners of earlier segments, tried first; this segment's winner is added.
         thorough: also test the most likely variant of every rival after a cause was found.
         floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
+        later: whether other samples will come, which tell forms of one cause apart where this one
+            has too few elements.
     """
     bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
     if not bench.explainable:
@@ -438,6 +444,12 @@ def explain(
         _alone(bench, segment, ordered)
     winner = _winner(bench, noises)
     if winner is not None:
+        if later and bench._different < ELEMENTS:
+            tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
+            for noise in (n for n in noises if n.id == winner.hypothesis.noise):
+                for variant in _variants(bench, noise, unbranched, None):
+                    if (noise.id, variant.name) not in tested:
+                        bench.test(noise.id, variant)
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
     return _conclude(bench, winner)
 
@@ -730,10 +742,10 @@ def _counted(bench: _Bench) -> bool:
 
 
 def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
-    rivals = [
-        t for t in bench.tested if t.hypothesis.noise != winner.hypothesis.noise and _fits(bench, t)
-    ]
-    close = [winner, *([max(rivals, key=_merit)] if rivals else [])]
+    fitting = sorted((t for t in bench.tested if _fits(bench, t)), key=_merit, reverse=True)
+    same = [t for t in fitting if t.hypothesis.noise == winner.hypothesis.noise and t is not winner]
+    rivals = [t for t in fitting if t.hypothesis.noise != winner.hypothesis.noise]
+    close = [winner, *same[: FORMS if bench._different < ELEMENTS else 0], *rivals[:1]]
     return tuple(
         Contender(
             t.hypothesis.noise,

@@ -1,7 +1,8 @@
 """The cause of each segment's error over samples: looked for once, tested again later.
 
 The whole search runs on the first sample on which a segment is above its floor. On later samples
-only its winner and the closest rival are replayed, and the squared errors are summed::
+only its winner (in several forms where few elements differ) and the closest rival are replayed,
+and the squared errors are summed::
 
     explained = 1 − Σ_samples ‖out_b − h_n(in_b)‖² / Σ_samples ‖out_b − h(in_b)‖²
 
@@ -152,6 +153,7 @@ class Causes:
             prior=self._prior,
             thorough=thorough,
             floor=floor,
+            later=self._later,
         )
         tallies = [_Tally(contender.noise) for contender in found.contenders]
         for tally, contender in zip(tallies, found.contenders, strict=True):
@@ -162,7 +164,7 @@ class Causes:
         return part, found.failures
 
     def again(self, id: str, local: Local, sample: int) -> Arrays | None:
-        """Test the cause found earlier on another sample.
+        """Test the cause found earlier on another sample, in each form that fitted before.
 
         Returns:
             The part of the error that it reproduces; None where it does not fit this sample.
@@ -176,7 +178,10 @@ class Causes:
             threads=self._threads,
         )
         fits = [tally.add(r, sample) for tally, r in zip(case.tallies, results, strict=False)]
-        return difference(results[0].outputs, local.replayed) if fits and fits[0] else None
+        for tally, result, fit in zip(case.tallies, results, fits, strict=False):
+            if fit and tally.noise == case.found.noise:
+                return difference(result.outputs, local.replayed)
+        return None
 
     def noise(self, id: str) -> str | None:
         """Id of the cause that the search named, None when it named none."""
@@ -187,6 +192,8 @@ class Causes:
         case = self._cases[id]
         first = case.tallies[0] if case.tallies else None
         named = next((t for t in case.tallies if t.holds), None)
+        if named is not None and first is not None and named.noise == first.noise:
+            first = named  # in another form
         return Cause(
             noise=named.noise if named else None,
             explained=named.share if named else 0.0,

@@ -8,8 +8,10 @@ from auditor import discovery
 from auditor.causes import Causes
 from auditor.divergence import Local
 from auditor.ports import SegmentGraph
+from auditor.records.backend import Kernel
 
 WIDTH = 32
+OPSET = helper.make_opsetid("", 17)
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((WIDTH, WIDTH)).astype(np.float32)
 
@@ -22,7 +24,7 @@ def _segment():
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(WEIGHT, "w")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model = helper.make_model(graph, opset_imports=[OPSET])
     model.ir_version = 9
     return SegmentGraph(model, ())
 
@@ -114,3 +116,25 @@ def test_with_one_sample_no_model_is_kept():
     _look(causes, _sample(half=True))
     assert causes._cases["s0"].found.contenders == ()
     assert causes.verdict("s0").noise is not None
+
+
+def test_forms_that_one_number_cannot_tell_apart_are_told_by_the_next(causes):
+    """A reduction that cuts its single result off, where rounding does the same at first."""
+    axes = numpy_helper.from_array(np.array([1]), "axes")
+    kinds = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, s]) for n, s in (("x", 3), ("y", 1))
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("ReduceSum", ["x", "axes"], ["y"])], "g", kinds[:1], kinds[1:], [axes]
+    )
+    kernel = Kernel("k", "Reduce", ("y",), ("y",), "", "bf16", "bf16")
+    segment = SegmentGraph(helper.make_model(graph, opset_imports=[OPSET], ir_version=9), (kernel,))
+
+    def sample(*values):
+        x = np.array([values], np.float32)
+        return Local({"x": x}, {"y": np.ones((1, 1), np.float32)}, {"y": x.sum(1, keepdims=True)})
+
+    causes.look("s0", segment, sample(1, 2**-10, 0), 0, thorough=False)
+    assert causes.again("s0", sample(1, 2**-8, 2**-9), 1) is not None
+    found = causes.verdict("s0")
+    assert (found.noise, found.contradicted, found.refuted) == ("precision.bf16", 0, None)
