@@ -25,8 +25,8 @@ from auditor.ports import Array, Arrays
 from auditor.replays import surgery
 from auditor.replays.reorder import longest_sum
 from auditor.replays.replay import Replayer, ReplayError, difference, session
-from auditor.replays.rounding import Format
 from auditor.replays.widening import own_types
+from auditor.replays.writer import Format
 from auditor.segments import Cut
 
 # Operators that draw numbers.

@@ -10,7 +10,7 @@ import onnx
 from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.records.terms import Stage
-from auditor.replays import rounding
+from auditor.replays import layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,4 +68,4 @@ class Cause:
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         """Whether the engine itself reports this noise's precision for one of these kernels."""
-        return rounding.stated(kernels, self.stated)
+        return layout.stated(kernels, self.stated)

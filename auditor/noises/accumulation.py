@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import rounding, surgery
+from auditor.replays import layout, surgery
 
 _HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.
@@ -51,7 +51,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if surgery.opset(model) < _OPSET:
         return
     types = surgery.types(model)
-    stated = rounding.stated(segment.kernels, _HALF)
+    stated = layout.stated(segment.kernels, _HALF)
 
     def narrow(name: str) -> bool:
         kind = types.get(name)

@@ -11,7 +11,8 @@ from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import blockwise, dynamic, folded, loops, recurrent, rounding
-from auditor.replays.rounding import Format, Sites
+from auditor.replays.rounding import Sites
+from auditor.replays.writer import Format
 
 FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
 

@@ -10,7 +10,8 @@ from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import folded, rounding
-from auditor.replays.rounding import Format, Sites
+from auditor.replays.rounding import Sites
+from auditor.replays.writer import Format
 
 FORMAT = Format(
     "fp16", frozenset({"f16", "fp16", "float16", "half"}), TensorProto.FLOAT16, opset=6, bits=11

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from auditor.noises import bf16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import rounding, surgery
+from auditor.replays import layout, rounding, surgery
 from auditor.weights import inside
 
 _BLOCK = 32  # bfloat16 values of one row of a tile register
@@ -26,7 +26,7 @@ def _name(width: int) -> str:
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with every such convolution's weights as they are read."""
-    if not rounding.stated(segment.kernels, _PRECISIONS):
+    if not layout.stated(segment.kernels, _PRECISIONS):
         return
     shapes = {t.name: tuple(t.dims) for t in segment.model.graph.initializer}
     found = {

@@ -12,9 +12,9 @@ from onnx import TensorProto
 from auditor.noises import bf16, fp16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import rounding, surgery
+from auditor.replays import layout, surgery
 from auditor.replays.quantised import Editor
-from auditor.replays.rounding import Format
+from auditor.replays.writer import Format
 
 # Cast knows bfloat16 from here on.
 _OPSET = 13
@@ -125,7 +125,7 @@ def _applies(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
 
 def _formats(segment: SegmentGraph, *, halves: bool) -> Iterator[Format]:
     """What the operands may be narrowed to: what the tensors or kernels are, if they say so."""
-    said = [f for f in _FORMATS if rounding.stated(segment.kernels, f.stated)]
+    said = [f for f in _FORMATS if layout.stated(segment.kernels, f.stated)]
     if halves:
         yield fp16.FORMAT
     elif said or any(k.precision for k in segment.kernels):

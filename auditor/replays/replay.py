@@ -38,7 +38,8 @@ from auditor.ports import Array, Arrays
 from auditor.processes import memory
 from auditor.records.model import ReferenceInfo
 from auditor.replays import surgery
-from auditor.replays.rounding import Format, upgraded
+from auditor.replays.rounding import upgraded
+from auditor.replays.writer import Format
 from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
@@ -351,7 +352,8 @@ class Replayer:
 
         The arguments and what it raises are those of ``run_reordered``.
         """
-        from auditor.replays.rounding import OPSET_OF_SUMS, in_order
+        from auditor.replays.rounding import in_order
+        from auditor.replays.writer import OPSET_OF_SUMS
 
         with self._summing:
             return self._run_changed(

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor.ports import Array, SegmentGraph, Variant
-from auditor.records.backend import Kernel
+from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, surgery
-from auditor.replays.quantised import Layout as Quantised
+from auditor.replays.layout import MOVES, NARROW, Group, Layout, Scope, key, stated, subgraphs
+from auditor.replays.writer import OPSET_OF_SUMS, Format, Writer
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
 # of their bias.
@@ -38,60 +36,19 @@ _CONTRACTIONS: dict[str, tuple[tuple[int, ...], int]] = {
     "RNN": ((0, 1, 2), 3),
 }
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-# Operators that only move values.
-_MOVES = {
-    *("Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements"),
-    *("GatherND", "Identity", "Pad", "Reshape", "ReverseSequence", "Slice", "SpaceToDepth"),
-    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
-}
 # Operators after which rounded values are still rounded.
-_KEEP = _MOVES | {"Relu", "MaxPool"}
+_KEEP = MOVES | {"Relu", "MaxPool"}
 # Operators whose constant inputs describe a shape, a table or a limit rather than a factor.
-_STRUCTURAL = _MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
+_STRUCTURAL = MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
 # What rounds to 8 bits by itself reads its operand as it is.
 _QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
 # How engines write that a kernel multiplies 8-bit integers.
 _INTEGERS = {"i8", "int8", "s8", "u8", "uint8"}
-# How engines write the formats in which a kernel's tensors can be narrower than float32.
-_NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
-_REDUCTIONS = {
-    *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
-    *("ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
-}
-_VECTOR = 16  # float32 values in a vector register of 512 bits
 # ReduceMean takes its axes as an input from here on.
 _AXES_OPSET = 18
-# Unsqueeze and ReduceSum take their axes as an input from here on.
-OPSET_OF_SUMS = 13
 _DEFAULT_DOMAIN = ("", "ai.onnx")
-_LARGEST = 65504.0  # of float16
-_OPSET_OF_LIMITS = 8  # from which Min and Max broadcast
 # Kernel types that convolve.
 _CONVOLVING = {"Convolution"}
-# Kernel types that stand for tensors rather than work.
-_NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
-
-
-Scope = Literal["kernel", "operator", "segment"]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A float format narrower than float32.
-
-    Attributes:
-        name: as people write it, ``bf16``.
-        stated: how engines write it in ``Kernel.precision``.
-        cast: ONNX element type whose Cast rounds to it exactly, or None.
-        opset: the first ONNX opset whose Cast knows that type.
-        bits: bits of its significand, the implicit one included.
-    """
-
-    name: str
-    stated: frozenset[str]
-    cast: int | None
-    opset: int
-    bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +113,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     replay and are tested only where the engine does not report another precision.
     """
     segment, apart = _biases_apart(segment)
-    plain = _Layout(segment, alone=apart)
+    plain = Layout(segment, alone=apart)
     spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
@@ -164,7 +121,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if where.distributed:
             if spread is None:
                 continue
-            layout = _Layout(replace(segment, model=spread[0]), alone=spread[1] | apart)
+            layout = Layout(replace(segment, model=spread[0]), alone=spread[1] | apart)
         if where.scope == ("segment" if layout.kernels else "kernel"):
             continue
         if where.sums and layout.reports and not stated(layout.kernels, to.stated):
@@ -191,7 +148,7 @@ def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
     split = [
         (index, node)
         for index, node in surgery.find(segment.model, ("Conv",))
-        if len(node.input) > 2 and node.input[2] and _key(node) in starts and by_key[_key(node)] > 1
+        if len(node.input) > 2 and node.input[2] and key(node) in starts and by_key[key(node)] > 1
     ]
     if not split:
         return segment, frozenset()
@@ -203,7 +160,7 @@ def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
         rank = shapes.get(node.input[1], 0)
         if not rank:
             continue
-        conv, whole = nodes[index], _key(node)
+        conv, whole = nodes[index], key(node)
         bare, bias, shape = (f"{whole}/{part}" for part in ("bare", "bias", "shape"))
         sizes = helper.make_tensor(shape, TensorProto.INT64, [rank - 1], [-1] + [1] * (rank - 2))
         model.graph.initializer.append(sizes)
@@ -226,14 +183,9 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
     It has every product and every running sum as ``Sites.sums`` orders them, all in float32.
     """
-    layout = _Layout(SegmentGraph(model, ()))
+    layout = Layout(SegmentGraph(model, ()))
     result = _Surgery(layout, _FLOAT32, _IN_ORDER).apply()
     return result if len(result.graph.node) > len(model.graph.node) else None
-
-
-def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
-    """Whether an engine says that one of these kernels computes or writes in a format."""
-    return any(k.precision in names or k.output_precision in names for k in kernels)
 
 
 def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
@@ -256,143 +208,15 @@ def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
         return
 
 
-@dataclass(slots=True)
-class _Group:
-    """One kernel: what the engine says about its edges."""
-
-    kernel: Kernel | None
-    nodes: list[int] = field(default_factory=list)
-
-
-class _Layout:
-    """What surgery must know of a segment, whatever the format."""
-
-    def __init__(self, segment: SegmentGraph, alone: Set[str] = frozenset()) -> None:
-        """``alone`` are tensors that kernels of their own write."""
-        self.model = segment.model
-        self.alone = alone
-        self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
-        self.outputs = {o.name for o in segment.model.graph.output}
-        self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
-            t.name: tuple(t.dims) for t in segment.model.graph.initializer
-        }
-        self.derived = set[int]()  # nodes computed from constants alone
-        for index, node in enumerate(self.nodes):
-            if all(n in self.constants for n in node.input if n) and not _subgraphs(node):
-                self.derived.add(index)
-                self.constants.update((o, _constant_shape(node)) for o in node.output)
-        if any(self.constants[o] is None for i in self.derived for o in self.nodes[i].output):
-            shapes = surgery.shapes(segment.model)
-            self.constants.update((n, shapes[n]) for n in self.constants if n in shapes)
-        types = surgery.types(segment.model)
-        self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
-        self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
-        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
-        self.readers: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
-            for name in node.input:
-                self.readers.setdefault(name, []).append(index)
-        self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
-        self.quantised = Quantised(segment.model, segment.weights)
-        self.reports = any(k.precision for k in self.kernels)
-        self.reduced = stated(self.kernels, _NARROW)
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors whose whole shape is known."""
-        return surgery.shapes(self.model)
-
-    @cached_property
-    def values(self) -> dict[str, Array]:
-        """The constants with few values."""
-        return surgery.constants(self.model)
-
-    def filled(self, name: str, number: float) -> bool:
-        """Whether a constant is one number throughout."""
-        value = self.quantised.constant(name)
-        return value is not None and bool(np.all(value == number))
-
-    def groups(self, scope: Scope) -> list[_Group]:
-        """The group of every node, by node index."""
-        if scope == "segment":
-            return [_Group(None, list(range(len(self.nodes))))] * len(self.nodes)
-        if scope == "operator":
-            return [_Group(None, [i]) for i in range(len(self.nodes))]
-        owner: dict[str, _Group] = {}
-        # The last one writes the tensor; but what two kernels compute, each for itself, is here the
-        # work of the one that leads to this segment's outputs.
-        for kernel in sorted(self.kernels, key=lambda k: not self.outputs.isdisjoint(k.nodes)):
-            group = _Group(kernel)
-            owner.update(dict.fromkeys(kernel.nodes, group))
-        found = [owner.get(_key(node)) for node in self.nodes]
-        for index in reversed(range(len(self.nodes))):  # engines name the last node they fused
-            if found[index] is None:
-                readers = (i for o in self.nodes[index].output for i in self.readers.get(o, ()))
-                found[index] = next((found[i] for i in readers if found[i] is not None), None)
-        for index, node in enumerate(self.nodes):
-            if found[index] is None:
-                sources = (self.producer.get(name) for name in node.input)
-                found[index] = next((found[i] for i in sources if i is not None), None)
-        result = [group or _Group(None) for group in found]
-        for index, node in enumerate(self.nodes):
-            if _key(node) in self.alone:
-                result[index] = _Group(result[index].kernel)
-        inside: dict[int, set[int]] = {}
-        for index, group in enumerate(result):
-            inside.setdefault(id(group), set()).add(index)
-        for index, group in enumerate(list(result)):
-            for name in self.nodes[index].input:
-                moves = self.moves(name, inside[id(group)])
-                source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
-                if source is not None and result[source] is group:
-                    for move in moves:
-                        result[move] = group  # the engine moves after what the kernel computes
-        for index, group in enumerate(result):
-            group.nodes.append(index)
-        return result
-
-    def moves(self, name: str, readers: Set[int] = frozenset()) -> list[int]:
-        """The nodes that only moved values on their way to ``name``; last first.
-
-        For one reader of each, or for some of ``readers`` and nothing else.
-        """
-        moves: list[int] = []
-        while (
-            (index := self.producer.get(name)) is not None
-            and self.nodes[index].op_type in _MOVES
-            and (self.sole_reader(name) is not None or self._read_by(name, readers))
-        ):
-            moves.append(index)
-            name = self.nodes[index].input[0]
-        return moves
-
-    def _read_by(self, tensor: str, readers: Set[int]) -> bool:
-        return tensor not in self.outputs and readers >= set(self.readers.get(tensor, ()))
-
-    def sole_reader(self, tensor: str) -> int | None:
-        """The one node that reads a tensor which nothing else sees."""
-        readers = self.readers.get(tensor, [])
-        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
-
-
-class _Surgery:
+class _Surgery(Writer):
     """One pass over a segment's nodes that inserts roundings."""
 
-    def __init__(self, layout: _Layout, to: Format, sites: Sites) -> None:
-        self.at = layout
-        self.to = to
+    def __init__(self, layout: Layout, to: Format, sites: Sites) -> None:
+        super().__init__(layout, to)
         self.sites = sites
         self.groups = layout.groups(sites.scope)
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[TensorProto] = []
-        self.rounded: dict[str, str] = {}  # tensor → its rounded copy
-        self.exact = set[str]()  # tensors whose values already fit the format
         self.raw: dict[str, str] = {}  # tensor → its value before it was written out
         self.replaced = set[int]()  # nodes folded into another
-        self.constants = dict(layout.constants)
-        self.floats = set(layout.floats)
-        self.mark = _unused_mark(layout.model)
-        self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
         self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
         self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
         if sites.scope == "kernel" and sites.scales != "product":
@@ -423,7 +247,7 @@ class _Surgery:
         group = self.groups[index]
         new = onnx.NodeProto()
         new.CopyFrom(node)
-        if _subgraphs(node) or not self._applies(group):
+        if subgraphs(node) or not self._applies(group):
             for position, name in enumerate(new.input):
                 if self._inside(name, group):
                     new.input[position] = self.raw.get(name, name)
@@ -450,7 +274,7 @@ class _Surgery:
                 return
         self._finish(new, group)
 
-    def _finish(self, node: onnx.NodeProto, group: _Group) -> None:
+    def _finish(self, node: onnx.NodeProto, group: Group) -> None:
         shape = self.constants.get(node.input[1]) if node.op_type == "Conv" else None
         half = bool(node.input) and node.input[0] in self.at.halves
         for position, name in enumerate(node.input):
@@ -459,14 +283,14 @@ class _Surgery:
             self._sum_narrowly(node, shape, half)
         self._outputs(node, group)
 
-    def _applies(self, group: _Group) -> bool:
+    def _applies(self, group: Group) -> bool:
         return not self.sites.products or self._multiplies(group)
 
-    def _multiplies(self, group: _Group) -> bool:
+    def _multiplies(self, group: Group) -> bool:
         """Whether a kernel is made of sums of products."""
         return any(self.at.nodes[i].op_type in _CONTRACTIONS for i in group.nodes)
 
-    def _input(self, node: onnx.NodeProto, position: int, name: str, group: _Group) -> str:
+    def _input(self, node: onnx.NodeProto, position: int, name: str, group: Group) -> str:
         if name not in self.floats:
             return name
         operands, _ = _CONTRACTIONS.get(node.op_type, ((), -1))
@@ -487,7 +311,7 @@ class _Surgery:
             return name
         return self._round(name)
 
-    def _integral(self, name: str, group: _Group) -> bool:
+    def _integral(self, name: str, group: Group) -> bool:
         """Whether a kernel for integers multiplies a tensor as the 8-bit integers that it is."""
         kernel = group.kernel
         if kernel is None or kernel.precision not in _INTEGERS:
@@ -495,7 +319,7 @@ class _Surgery:
         return self.at.quantised.grid(name) is not None
 
     def _rounds_constant(
-        self, node: onnx.NodeProto, position: int, name: str, group: _Group
+        self, node: onnx.NodeProto, position: int, name: str, group: Group
     ) -> bool:
         if not self._reduced(group):
             return False
@@ -514,7 +338,7 @@ class _Surgery:
         )
         return rounds and node.op_type not in _STRUCTURAL
 
-    def _adds_bias(self, node: onnx.NodeProto, group: _Group) -> bool:
+    def _adds_bias(self, node: onnx.NodeProto, group: Group) -> bool:
         """Whether an Add gives a MatMul of its own kernel its bias."""
         if node.op_type != "Add":
             return False
@@ -527,7 +351,7 @@ class _Surgery:
     def _has_weights(self, index: int) -> bool:
         return any(n in self.constants for n in self.at.nodes[index].input)
 
-    def _outputs(self, new: onnx.NodeProto, group: _Group) -> None:
+    def _outputs(self, new: onnx.NodeProto, group: Group) -> None:
         self.nodes.append(new)
         moved = new.op_type in _KEEP and all(
             n in self.exact for n in new.input if n in self.floats or n in self.exact
@@ -550,31 +374,31 @@ class _Surgery:
                     self.nodes.extend(self._cut(written, name, tail))
                 self.exact.add(name)
 
-    def _inside(self, name: str, group: _Group) -> bool:
+    def _inside(self, name: str, group: Group) -> bool:
         source = self.at.producer.get(name)
         return source is not None and self.groups[source] is group
 
-    def _leaves(self, name: str, group: _Group) -> bool:
+    def _leaves(self, name: str, group: Group) -> bool:
         return name in self.at.outputs or any(
             self.groups[reader] is not group for reader in self.at.readers.get(name, ())
         )
 
-    def _reduced(self, group: _Group) -> bool:
+    def _reduced(self, group: Group) -> bool:
         """Whether a kernel reads this format; all do where the engine states no narrow one."""
         if self.sites.scope != "kernel" or not self.at.reduced:
             return True
-        return group.kernel is not None and group.kernel.precision in _NARROW
+        return group.kernel is not None and group.kernel.precision in NARROW
 
-    def _writes(self, group: _Group) -> bool:
+    def _writes(self, group: Group) -> bool:
         if self.sites.scope != "kernel" or not self.at.reduced:
             return True
         if group.kernel is None:
             return False
-        return (group.kernel.output_precision or group.kernel.precision) in _NARROW
+        return (group.kernel.output_precision or group.kernel.precision) in NARROW
 
     # --- what fusion does to the arithmetic ------------------------------------------------------
 
-    def _fold_scale(self, conv: onnx.NodeProto, group: _Group) -> None:
+    def _fold_scale(self, conv: onnx.NodeProto, group: Group) -> None:
         """Factors and shifts after a convolution go into its weights and bias beforehand."""
         chain = self._affine_chain(conv, group)
         weights = self.constants.get(conv.input[1])
@@ -607,7 +431,7 @@ class _Surgery:
             del conv.input[2:]
             conv.input.append(bias)
 
-    def _fold_factors(self, product: onnx.NodeProto, group: _Group) -> onnx.NodeProto | None:
+    def _fold_factors(self, product: onnx.NodeProto, group: Group) -> onnx.NodeProto | None:
         """Factors after a product with weights go into these beforehand, and into the bias.
 
         Returns:
@@ -634,7 +458,7 @@ class _Surgery:
         return helper.make_node("Add", [product.output[0], shift or self._scalar(0.0)], [output])
 
     def _affine_chain(
-        self, product: onnx.NodeProto, group: _Group, *, last: bool = False
+        self, product: onnx.NodeProto, group: Group, *, last: bool = False
     ) -> list[int]:
         """Indices of the per-channel affine nodes fused behind a product.
 
@@ -683,7 +507,7 @@ class _Surgery:
             return self._new("Reciprocal", flat), ""
         return "", flat if node.op_type == "Add" else self._new("Neg", flat)
 
-    def _move_scale(self, product: onnx.NodeProto, group: _Group) -> None:
+    def _move_scale(self, product: onnx.NodeProto, group: Group) -> None:
         """Attention's scale is multiplied into the keys before they are rounded.
 
         Fused attention reads them rounded, unless ``Sites.scales`` says otherwise; else a kernel of
@@ -744,7 +568,7 @@ class _Surgery:
                 self.scaled[keys] = self._scaling(scale, product.output[0])
                 self.unscaled[index] = scale
 
-    def _scale_of(self, product: onnx.NodeProto, group: _Group) -> int | None:
+    def _scale_of(self, product: onnx.NodeProto, group: Group) -> int | None:
         """The node that scales a product of two activations, whole or by head, if fused."""
         index = self.at.sole_reader(product.output[0])
         if (
@@ -766,10 +590,10 @@ class _Surgery:
         node = self.at.nodes[index]
         return node.op_type, next(n for n in node.input if n != product)
 
-    def _has_softmax(self, group: _Group) -> bool:
+    def _has_softmax(self, group: Group) -> bool:
         return any(self.at.nodes[i].op_type == "Softmax" for i in group.nodes)
 
-    def _split_normalization(self, node: onnx.NodeProto, group: _Group) -> None:
+    def _split_normalization(self, node: onnx.NodeProto, group: Group) -> None:
         """The normalised value is rounded before gamma and beta are applied to it."""
         gamma = node.input[1]
         shape = self.constants.get(gamma)
@@ -803,7 +627,7 @@ class _Surgery:
         value = self._round(plain.output[0])
         self._shift_normalized(self._new("Mul", value, gamma), node, group)
 
-    def _sum_squares(self, node: onnx.NodeProto, group: _Group) -> None:
+    def _sum_squares(self, node: onnx.NodeProto, group: Group) -> None:
         """OpenVINO's frontend makes a multiplication and a sum of it: two kernels."""
         x = self._input(node, 0, node.input[0], group)
         square = self._new("Mul", x, x)
@@ -822,13 +646,13 @@ class _Surgery:
             return self._new("ReduceMean", tensor, axes=axes)
         return self._new("ReduceMean", tensor, self._integers(axes))
 
-    def _shift_normalized(self, scaled: str, node: onnx.NodeProto, group: _Group) -> None:
+    def _shift_normalized(self, scaled: str, node: onnx.NodeProto, group: Group) -> None:
         """Beta of a layer normalisation, if it has one."""
         beta = node.input[2:]
         last = helper.make_node("Add" if beta else "Identity", [scaled, *beta], node.output[:1])
         self._outputs(last, group)
 
-    def _normalized(self, name: str, group: _Group) -> bool:
+    def _normalized(self, name: str, group: Group) -> bool:
         """Whether a value inside a kernel is (x − mean) / deviation of a spelt-out LayerNorm."""
         if self.sites.scope != "kernel" or group.kernel is None:
             return False
@@ -837,242 +661,8 @@ class _Surgery:
             return False
         return self.at.nodes[self.at.producer[node.input[1]]].op_type == "Sqrt"
 
-    def _sum_narrowly(
-        self, node: onnx.NodeProto, shape: tuple[int, ...] | None, half: bool
-    ) -> None:
-        """Replace a sum of products by a loop that rounds each product and each running sum."""
-        if half and self.to.cast != TensorProto.FLOAT16:
-            return
-        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        reduced: Callable[..., tuple[str, list[int]]]
-        if node.op_type == "Conv" and shape is not None:
-            reduced = self._convolve
-        elif node.op_type == "MatMul" or (
-            node.op_type == "Gemm" and options.get("alpha", 1) == options.get("beta", 1) == 1
-        ):
-            reduced = self._multiply
-        else:
-            return
-        inputs = [self._new("Cast", n, to=TensorProto.FLOAT) if half else n for n in node.input]
-        total, across = reduced(inputs[0], inputs[1], shape or (), options)
-        bias = inputs[2] if len(inputs) > 2 else ""
-        if bias:
-            if across:
-                bias = self._new("Reshape", bias, self._integers(across))
-            total = self._new("Add", total, bias)
-        final = helper.make_node("Identity", [total], list(node.output))
-        if half:
-            final = helper.make_node("Cast", [total], list(node.output), to=TensorProto.FLOAT16)
-        node.CopyFrom(final)
-
-    def _multiply(
-        self, a: str, b: str, shape: tuple[int, ...], options: dict[str, Any]
-    ) -> tuple[str, list[int]]:
-        """A matrix product with its leading axes made one; its bias needs no other shape."""
-        a = self._new("Transpose", a) if options.get("transA") else a
-        b = self._new("Transpose", b) if options.get("transB") else b
-        like = self._new("MatMul", a, b)
-        matrices = [self._matrices(tensor) for tensor in (a, b, like)]
-        total = self._scan(*matrices, rank=3)
-        return self._new("Reshape", total, self._new("Shape", like)), []
-
-    def _matrices(self, tensor: str) -> str:
-        matrix = self._new("Gather", self._new("Shape", tensor), self._integers([-2, -1]))
-        return self._new(
-            "Reshape", tensor, self._new("Concat", self._integers([-1]), matrix, axis=0)
-        )
-
-    def _convolve(
-        self, x: str, w: str, shape: tuple[int, ...], options: dict[str, Any]
-    ) -> tuple[str, list[int]]:
-        """A convolution as a product of its weights with the patches; its bias's shape."""
-        groups = options.get("group", 1)
-        filters, channels, *size = shape
-        taps = math.prod(size)
-        columns = [groups, channels * taps]
-        one_hot = [
-            float(i == t)
-            for _ in range(groups * channels)
-            for t in range(taps)
-            for i in range(taps)
-        ]
-        picker = self._initializer(
-            f"{self.mark}{w}/taps", TensorProto.FLOAT, (math.prod(columns), 1, *size), one_hot
-        )
-        patches = self._new("Conv", x, picker, **{**options, "group": groups * channels})
-        like = self._new("Conv", x, w, **options)
-        total = self._scan(
-            self._new("Reshape", w, self._integers([1, groups, filters // groups, columns[1]])),
-            self._new("Reshape", patches, self._integers([0, *columns, -1])),
-            self._new("Reshape", like, self._integers([0, groups, filters // groups, -1])),
-            rank=4,
-        )
-        return self._new("Reshape", total, self._new("Shape", like)), [-1, *(1 for _ in size)]
-
-    def _scan(self, a: str, b: str, like: str, *, rank: int) -> str:
-        """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""
-        zeros = self._new("ConstantOfShape", self._new("Shape", like))
-        return self._new(
-            "Scan", zeros, a, b, body=self._step(rank), num_scan_inputs=2, scan_input_axes=[-1, -2]
-        )
-
-    def _step(self, rank: int) -> onnx.GraphProto:
-        """One step of the loop: sum ← round(sum + round(a ⊗ b))."""
-        nodes = [
-            helper.make_node("Constant", [], ["last"], value_ints=[-1]),
-            helper.make_node("Constant", [], ["second"], value_ints=[-2]),
-            helper.make_node("Unsqueeze", ["a", "last"], ["a1"]),
-            helper.make_node("Unsqueeze", ["b", "second"], ["b1"]),
-            helper.make_node("Mul", ["a1", "b1"], ["exact"]),
-            *self._rounding("exact", "product"),
-            helper.make_node("Add", ["sum", "product"], ["wide"]),
-            *self._rounding("wide", "total"),
-        ]
-
-        def value(name: str, dims: int) -> onnx.ValueInfoProto:
-            # No names for the sizes: ONNX Runtime takes equal ones in all loops for equal sizes.
-            return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * dims)
-
-        inputs = [value("sum", rank), value("a", rank - 1), value("b", rank - 1)]
-        body = helper.make_graph(nodes, "step", inputs, [value("total", rank)])
-        return surgery.enclosed(body)
-
-    def _new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
-        """Emit an FP32 node of the surgery's own and return its output."""
-        output = f"{self.mark}{inputs[0]}/{op_type}{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
-        self.floats.add(output)
-        if all(name in self.constants for name in inputs):
-            self.constants[output] = None
-        return output
-
-    def _integers(self, values: Sequence[int]) -> str:
-        name = f"{self.mark}int64 {list(values)}"
-        return self._initializer(name, TensorProto.INT64, (len(values),), values)
-
-    def _scalar(self, value: float) -> str:
-        return self._initializer(f"{self.mark}float {value!r}", TensorProto.FLOAT, (), [value])
-
-    def _initializer(
-        self, name: str, kind: int, shape: Sequence[int], values: Sequence[float]
-    ) -> str:
-        if all(t.name != name for t in self.initializers):
-            self.initializers.append(helper.make_tensor(name, kind, shape, values))
-            self.constants[name] = tuple(shape)
-        return name
-
-    # --- rounding ------------------------------------------------------------------------------
-
-    def _round(self, name: str) -> str:
-        if name in self.exact:
-            return name
-        if name not in self.rounded:
-            target = self.rounded[name] = f"{self.mark}{name}/{self.to.name}"
-            self.nodes.extend(self._rounding(name, target))
-            self.exact.add(target)
-        return self.rounded[name]
-
-    def _saturated(self, name: str) -> str:
-        """A constant within what float16 holds."""
-        value = self.at.values.get(name)
-        if value is None or not np.any(np.abs(value) > _LARGEST):
-            return name
-        if surgery.opset(self.at.model) < _OPSET_OF_LIMITS:
-            return name
-        least, most = self._scalar(-_LARGEST), self._scalar(_LARGEST)
-        return self._new("Max", self._new("Min", name, most), least)
-
-    def _rounding(self, source: str, target: str) -> list[onnx.NodeProto]:
-        if self.casts:
-            narrow = f"{self.mark}{target}/narrow"
-            return [
-                helper.make_node("Cast", [source], [narrow], to=self.to.cast),
-                helper.make_node("Cast", [narrow], [target], to=TensorProto.FLOAT),
-            ]
-        return self._split(source, target)
-
-    def _tail(self, name: str, group: _Group) -> str | None:
-        """Which elements of a reduction's result lie beyond whole vectors of their row."""
-        shape = self.at.shapes.get(name)
-        if not shape or not any(self.at.nodes[i].op_type in _REDUCTIONS for i in group.nodes):
-            return None
-        axis = max((i for i, size in enumerate(shape) if size > 1), default=0)
-        size, broadcast = shape[axis], [1] * len(shape)
-        if size % _VECTOR == 0:
-            return None
-        broadcast[axis] = size
-        beyond = [i >= size - size % _VECTOR for i in range(size)]
-        return self._initializer(
-            f"{self.mark}tail {broadcast}", TensorProto.BOOL, broadcast, beyond
-        )
-
-    def _cut(self, source: str, target: str, where: str) -> list[onnx.NodeProto]:
-        """Rounds, and where it is so said towards zero: what was rounded up goes back one step.
-
-        A share 2⁻ᵇ of a value with b significant bits is half a step to one step of its own, so
-        that what is left rounds to the value before it, whichever of two binades that is in.
-        """
-        marked = f"{self.mark}{target}"
-        near, less, below = f"{marked}/near", f"{marked}/less", f"{marked}/below"
-        sizes = (f"{marked}/size", f"{marked}/true size")
-        up, back = f"{marked}/up", f"{marked}/back"
-        return [
-            *self._rounding(source, near),
-            helper.make_node("Mul", [near, self._scalar(1 - 2.0**-self.to.bits)], [less]),
-            *self._rounding(less, below),
-            helper.make_node("Abs", [near], [sizes[0]]),
-            helper.make_node("Abs", [source], [sizes[1]]),
-            helper.make_node("Greater", sizes, [up]),
-            helper.make_node("And", [up, where], [back]),
-            helper.make_node("Where", [back, below, near], [target]),
-        ]
-
-    def _split(self, source: str, target: str) -> list[onnx.NodeProto]:
-        """Veltkamp's splitting: rounds to nearest with FP32 arithmetic alone.
-
-        Exact below 2¹²⁸⁻ˢ and except for ties, which a tensor that was not rounded before
-        almost never has (Dekker 1971, "A floating-point technique for extending the available
-        precision"; Boldo 2006).
-        """
-        shift = 24 - self.to.bits
-        factor = self._scalar(float(2**shift + 1))
-        scaled, rest = f"{self.mark}{target}/scaled", f"{self.mark}{target}/rest"
-        return [
-            helper.make_node("Mul", [source, factor], [scaled]),
-            helper.make_node("Sub", [scaled, source], [rest]),
-            helper.make_node("Sub", [scaled, rest], [target]),
-        ]
-
-
-def _key(node: onnx.NodeProto) -> str:
-    return next((o for o in node.output if o), "")
-
-
-def _unused_mark(model: onnx.ModelProto) -> str:
-    """A prefix that no tensor of the model has, so that surgery can be repeated on its result."""
-    names = {n for node in model.graph.node for n in node.output}
-    names.update(t.name for t in model.graph.initializer)
-    mark = "~"
-    while any(name.startswith(mark) for name in names):
-        mark += "~"
-    return mark
-
 
 def _swaps_last(node: onnx.NodeProto) -> bool:
     """Whether a node leaves all axes but the last two where they are."""
     order = surgery.attributes(node).get("perm", ())
     return node.op_type == "Transpose" and list(order[:-2]) == list(range(len(order) - 2))
-
-
-def _subgraphs(node: onnx.NodeProto) -> bool:
-    return any(a.HasField("g") or a.graphs for a in node.attribute)
-
-
-def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:
-    """Shape of a Constant node's value; None for other nodes and where it is not stated."""
-    if node.op_type != "Constant":
-        return None
-    attribute = node.attribute[0]
-    if attribute.HasField("t"):
-        return tuple(attribute.t.dims)
-    return () if attribute.name == "value_float" else None

@@ -23,7 +23,8 @@ from auditor.model import Model
 from auditor.noises import bf16, fp16
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.replays import surgery
-from auditor.replays.rounding import Format, Sites, variants
+from auditor.replays.rounding import Sites, variants
+from auditor.replays.writer import Format
 
 FORMATS: dict[int, Format] = {TensorProto.FLOAT16: fp16.FORMAT, TensorProto.BFLOAT16: bf16.FORMAT}
 # Attributes that hold an element type (ONNX operators; com.microsoft's follow the same names).

@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, SegmentGraph
 from auditor.replays import replay, rounding, surgery
-from auditor.replays.rounding import Format, Sites
+from auditor.replays.rounding import Sites
+from auditor.replays.writer import Format
 
 EVERYTHING = Sites("every operator", "operator", inputs=True, outputs=True)
 BITS = arrays(np.uint32, st.integers(1, 40), elements=st.integers(0, 2**32 - 1))

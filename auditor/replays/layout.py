@@ -1,0 +1,174 @@
+"""What rounding must know of a segment: its constants, and which nodes one kernel computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from auditor.ports import Array, SegmentGraph
+from auditor.records.backend import Kernel
+from auditor.replays import surgery
+from auditor.replays.quantised import Layout as Quantised
+
+# Operators that only move values.
+MOVES = {
+    *("Concat", "DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GatherElements"),
+    *("GatherND", "Identity", "Pad", "Reshape", "ReverseSequence", "Slice", "SpaceToDepth"),
+    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
+# How engines write the formats in which a kernel's tensors can be narrower than float32.
+NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
+# Kernel types that stand for tensors rather than work.
+_NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
+
+Scope = Literal["kernel", "operator", "segment"]
+
+
+@dataclass(slots=True)
+class Group:
+    """One kernel: what the engine says about its edges."""
+
+    kernel: Kernel | None
+    nodes: list[int] = field(default_factory=list)
+
+
+class Layout:
+    """What surgery must know of a segment, whatever the format."""
+
+    def __init__(self, segment: SegmentGraph, alone: Set[str] = frozenset()) -> None:
+        """``alone`` are tensors that kernels of their own write."""
+        self.model = segment.model
+        self.alone = alone
+        self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
+        self.outputs = {o.name for o in segment.model.graph.output}
+        self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
+            t.name: tuple(t.dims) for t in segment.model.graph.initializer
+        }
+        self.derived = set[int]()  # nodes computed from constants alone
+        for index, node in enumerate(self.nodes):
+            if all(n in self.constants for n in node.input if n) and not subgraphs(node):
+                self.derived.add(index)
+                self.constants.update((o, _constant_shape(node)) for o in node.output)
+        if any(self.constants[o] is None for i in self.derived for o in self.nodes[i].output):
+            shapes = surgery.shapes(segment.model)
+            self.constants.update((n, shapes[n]) for n in self.constants if n in shapes)
+        types = surgery.types(segment.model)
+        self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
+        self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
+        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
+        self.readers: dict[str, list[int]] = {}
+        for index, node in enumerate(self.nodes):
+            for name in node.input:
+                self.readers.setdefault(name, []).append(index)
+        self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
+        self.quantised = Quantised(segment.model, segment.weights)
+        self.reports = any(k.precision for k in self.kernels)
+        self.reduced = stated(self.kernels, NARROW)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors whose whole shape is known."""
+        return surgery.shapes(self.model)
+
+    @cached_property
+    def values(self) -> dict[str, Array]:
+        """The constants with few values."""
+        return surgery.constants(self.model)
+
+    def filled(self, name: str, number: float) -> bool:
+        """Whether a constant is one number throughout."""
+        value = self.quantised.constant(name)
+        return value is not None and bool(np.all(value == number))
+
+    def groups(self, scope: Scope) -> list[Group]:
+        """The group of every node, by node index."""
+        if scope == "segment":
+            return [Group(None, list(range(len(self.nodes))))] * len(self.nodes)
+        if scope == "operator":
+            return [Group(None, [i]) for i in range(len(self.nodes))]
+        owner: dict[str, Group] = {}
+        # The last one writes the tensor; but what two kernels compute, each for itself, is here the
+        # work of the one that leads to this segment's outputs.
+        for kernel in sorted(self.kernels, key=lambda k: not self.outputs.isdisjoint(k.nodes)):
+            group = Group(kernel)
+            owner.update(dict.fromkeys(kernel.nodes, group))
+        found = [owner.get(key(node)) for node in self.nodes]
+        for index in reversed(range(len(self.nodes))):  # engines name the last node they fused
+            if found[index] is None:
+                readers = (i for o in self.nodes[index].output for i in self.readers.get(o, ()))
+                found[index] = next((found[i] for i in readers if found[i] is not None), None)
+        for index, node in enumerate(self.nodes):
+            if found[index] is None:
+                sources = (self.producer.get(name) for name in node.input)
+                found[index] = next((found[i] for i in sources if i is not None), None)
+        result = [group or Group(None) for group in found]
+        for index, node in enumerate(self.nodes):
+            if key(node) in self.alone:
+                result[index] = Group(result[index].kernel)
+        inside: dict[int, set[int]] = {}
+        for index, group in enumerate(result):
+            inside.setdefault(id(group), set()).add(index)
+        for index, group in enumerate(list(result)):
+            for name in self.nodes[index].input:
+                moves = self.moves(name, inside[id(group)])
+                source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
+                if source is not None and result[source] is group:
+                    for move in moves:
+                        result[move] = group  # the engine moves after what the kernel computes
+        for index, group in enumerate(result):
+            group.nodes.append(index)
+        return result
+
+    def moves(self, name: str, readers: Set[int] = frozenset()) -> list[int]:
+        """The nodes that only moved values on their way to ``name``; last first.
+
+        For one reader of each, or for some of ``readers`` and nothing else.
+        """
+        moves: list[int] = []
+        while (
+            (index := self.producer.get(name)) is not None
+            and self.nodes[index].op_type in MOVES
+            and (self.sole_reader(name) is not None or self._read_by(name, readers))
+        ):
+            moves.append(index)
+            name = self.nodes[index].input[0]
+        return moves
+
+    def _read_by(self, tensor: str, readers: Set[int]) -> bool:
+        return tensor not in self.outputs and readers >= set(self.readers.get(tensor, ()))
+
+    def sole_reader(self, tensor: str) -> int | None:
+        """The one node that reads a tensor which nothing else sees."""
+        readers = self.readers.get(tensor, [])
+        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
+
+
+def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
+    """Whether an engine says that one of these kernels computes or writes in a format."""
+    return any(k.precision in names or k.output_precision in names for k in kernels)
+
+
+def key(node: onnx.NodeProto) -> str:
+    """The first output of a node, which names it."""
+    return next((o for o in node.output if o), "")
+
+
+def subgraphs(node: onnx.NodeProto) -> bool:
+    """Whether a node holds graphs."""
+    return any(a.HasField("g") or a.graphs for a in node.attribute)
+
+
+def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:
+    """Shape of a Constant node's value; None for other nodes and where it is not stated."""
+    if node.op_type != "Constant":
+        return None
+    attribute = node.attribute[0]
+    if attribute.HasField("t"):
+        return tuple(attribute.t.dims)
+    return () if attribute.name == "value_float" else None
