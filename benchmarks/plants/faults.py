@@ -689,11 +689,16 @@ def _swapped(site: Site) -> None:
     _with_weights(site, np.take(weights, order, axis=axis))
 
 
+def _spread(site: Site) -> float:
+    """Standard deviation of what the node writes; float16 cannot add the squares up."""
+    return float(site.values[site.key].std(dtype=np.float64))
+
+
 @_plant("defect/wrong bias", "Conv", "Gemm", "ConvTranspose", kind="defect")
 def _wrong_bias(site: Site) -> None:
     bias = site.constant(2).copy()
     at = int(site.random.integers(bias.size))
-    bias.reshape(-1)[at] += bias.dtype.type(0.5 * site.values[site.key].std())
+    bias.reshape(-1)[at] += bias.dtype.type(0.5 * _spread(site))
     rewrite = site.rewrite()
     rewrite.done(rewrite.again(*rewrite.inputs[:2], site.network.constant(bias)))
 
@@ -848,7 +853,7 @@ def _unfold(site: Site) -> None:
     rewrite = site.rewrite()
     bias = site.constant(2) if len(rewrite.inputs) > 2 else np.zeros(channels)
     shift = bias.astype(np.float64)
-    mean = site.random.normal(size=channels) * float(site.values[site.key].std())
+    mean = site.random.normal(size=channels) * _spread(site)
     dtype = weights.dtype
     plain = rewrite.again(
         rewrite.inputs[0],
