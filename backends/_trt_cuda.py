@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from auditor.errors import BackendError
+from auditor.errors import BackendError, UsageError
 from auditor.ports import Array
 
 
@@ -54,6 +56,16 @@ def logger() -> Any:
     return Log()
 
 
+def reason_in(text: str) -> str:
+    """The part of an error of TensorRT that says why; "" when it says nothing."""
+    quoted = re.search(r'"([^"]* [^"]*)"', text) if '&& "' in text else None
+    cuda = re.search(r"\((cudaError \d+: [^)]*)\)", text)
+    coded = re.search(r"Error Code \d+: [^(]*\((.*?)(?: ?\bIn \w+ at |$)", text, re.MULTILINE)
+    found = quoted or (None if coded and coded[1] else cuda) or coded
+    plain = "" if text == "false" else text.splitlines()[0] if text else ""
+    return (found[1] if found else plain)[:300].rstrip(". ")
+
+
 def _driver() -> ctypes.CDLL:
     """The CUDA driver, initialised.
 
@@ -87,6 +99,19 @@ def visible_gpus() -> tuple[tuple[str, ...], str]:
         driver.cuDeviceGetName(name, len(name), device)
         names.append(name.value.decode())
     return tuple(names), "" if names else "the driver lists none"
+
+
+def index_of(device: str | None, gpus: Sequence[str]) -> int:
+    """Which GPU a device id stands for; the first by default.
+
+    Raises:
+        UsageError: there is no such GPU.
+    """
+    ids = [str(index) for index in range(len(gpus))]
+    if device and device not in ids:
+        listed = f"GPUs: {', '.join(map(' '.join, zip(ids, gpus, strict=True)))}." if gpus else ""
+        raise UsageError(f"there is no CUDA device `{device}`", listed)
+    return int(device or 0)
 
 
 class Cuda:

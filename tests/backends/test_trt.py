@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
-from backends import _trt_cuda, _trt_layers, trt
+from backends import _trt_compile, _trt_cuda, _trt_layers, _trt_run
 from backends.trt import BACKEND
 
 AVAILABLE = BACKEND.availability()
@@ -148,7 +148,7 @@ def test_the_address_in_a_capsule_is_read():
     make.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     make.restype = ctypes.py_object
     array = np.arange(3.0)
-    assert trt._address(make(array.ctypes.data, None, None)) == array.ctypes.data
+    assert _trt_run._address(make(array.ctypes.data, None, None)) == array.ctypes.data
 
 
 # --- building ----------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_precision_follows_the_models_types(tmp_path):
 
 @needs_engine
 def test_observing_leaves_the_program_as_it_was(tmp_path):
-    compiler = trt._Compiler(request(tmp_path, cnn()))
+    compiler = _trt_compile.Compiler(request(tmp_path, cnn()))
     plain = compiler.compile(observed=False)
     assert plain.program.startswith("Layers:")
     assert compiler.compile(observed=True).program == plain.program
