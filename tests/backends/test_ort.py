@@ -10,10 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import backends.ort as ort_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
-from backends import _ort_providers
+from backends import _ort_providers, _ort_session
 from backends.ort import BACKEND
 
 if TYPE_CHECKING:
@@ -319,7 +318,7 @@ def test_marking_a_qdq_model_measures_another_program_and_capturing_does_not(
 
 def test_a_changed_program_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: loading the graph with QDQ handling on splits DequantizeLinear nodes."""
-    session = ort_backend._Options.session
+    session = _ort_session.Options.session
 
     def careless(self: object, model: Path, dump: Path, level: str, extra: object, **kw: str):  # type: ignore[no-untyped-def]
         kept = extra if kw["stage"] == "build" else {}
@@ -327,7 +326,7 @@ def test_a_changed_program_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
 
     path = quantised_net(tmp_path, signed=True, reduce_range=True)
     assert build(path, tmp_path).instrument(X).program_unchanged
-    monkeypatch.setattr(ort_backend._Options, "session", careless)
+    monkeypatch.setattr(_ort_session.Options, "session", careless)
     assert not build(path, tmp_path).instrument(X).program_unchanged
 
 
