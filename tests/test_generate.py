@@ -16,7 +16,8 @@ from auditor.errors import UsageError
 from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
 from auditor.segments import Graph
-from auditor.sequences import cached, generate
+from auditor.sequences import generate, rerun
+from auditor.sequences.caches import caches_of, checked, decoder_of
 from benchmarks import decoder as writer
 from reports import _generate as table
 
@@ -135,13 +136,13 @@ def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
         )
     assert "--cache" in error.value.hint
     with pytest.raises(UsageError, match="no output of the model"):
-        cached.caches_of(model, {past[0]: "presents.0.key"})
+        caches_of(model, {past[0]: "presents.0.key"})
     # Without telling names, the order pairs them.
     outputs = ("logits", *(f"out{i}" for i in range(4)))
-    pairs = cached.caches_of(replace(model, outputs=outputs), {past[1]: "out0"})
+    pairs = caches_of(replace(model, outputs=outputs), {past[1]: "out0"})
     assert [c.present for c in pairs] == ["out1", "out2", "out0", "out3"]
     with pytest.raises(UsageError, match="is fed back"):
-        cached.caches_of(replace(model, outputs=outputs[:-1]), {})
+        caches_of(replace(model, outputs=outputs[:-1]), {})
 
 
 def test_what_an_encoder_made_stays_the_same(tmp_path: Path) -> None:
@@ -154,10 +155,10 @@ def test_what_an_encoder_made_stays_the_same(tmp_path: Path) -> None:
     states = models.TensorSpec("states", np.dtype(np.float32), ("batch", "read", 4))
     others = (spec for spec in model.inputs if spec != first)
     model = replace(model, inputs=(replace(first, shape=dims), *others, states))
-    given = cached.checked(model, {"states": np.ones((1, 5, 4))})
-    caches = cached.caches_of(model, {}, given)
+    given = checked(model, {"states": np.ones((1, 5, 4))})
+    caches = caches_of(model, {}, given)
     assert [cache.length for cache in caches] == [5, None, None, None]
-    decoder = cached.decoder_of(model, caches, given)
+    decoder = decoder_of(model, caches, given)
     feeds = decoder.feeds([1, 2], 0, None)
     assert feeds["states"].dtype == np.float32 and feeds[first.name].shape[2] == 5
     before, now = ({n: np.full(1, v) for n in model.outputs} for v in (1, 2))
@@ -166,7 +167,7 @@ def test_what_an_encoder_made_stays_the_same(tmp_path: Path) -> None:
         n: 1 if n == caches[0].present else 2 for n in model.outputs
     }
     with pytest.raises(UsageError, match="which is no input"):
-        cached.checked(model, {"stats": np.ones((1, 5, 4))})
+        checked(model, {"stats": np.ones((1, 5, 4))})
 
 
 def test_pieces_compute_what_the_whole_does(path: Path) -> None:
@@ -186,11 +187,11 @@ def test_pieces_compute_what_the_whole_does(path: Path) -> None:
 def test_what_is_no_decoder_is_refused(path: Path, tmp_path: Path) -> None:
     model = models.load(path)
     with pytest.raises(UsageError, match="takes 24 tokens") as error:
-        generate.decoder_of(model, 10, 32)
+        rerun.decoder_of(model, 10, 32)
     assert "--tokens 14" in error.value.hint
     cached = replace(model, inputs=(*model.inputs, replace(model.inputs[0], name="past.0.key")))
     with pytest.raises(UsageError, match="no sequence of tokens"):
-        generate.decoder_of(cached, 4, 16)
+        rerun.decoder_of(cached, 4, 16)
     proto = onnx.load(path)
     mask = next(t for t in proto.graph.initializer if t.name == "mask")
     mask.CopyFrom(onnx.numpy_helper.from_array(np.zeros((24, 24), np.float32), "mask"))

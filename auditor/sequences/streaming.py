@@ -23,14 +23,11 @@ import numpy as np
 
 from auditor import datafiles, metrics, stimulus, summary, tasks
 from auditor import model as models
-from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
+from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
-from auditor.processes.worker import workers
 from auditor.records.backend import Gap
 from auditor.records.stream import Streamed, StreamReport, StreamStep
-from auditor.sequences.generate import plain_runs
-from auditor.trace import Tracer
+from auditor.sequences.runs import analysed, built, plain_runs
 
 if TYPE_CHECKING:
     from auditor.model import Model, Shape, TensorSpec
@@ -377,29 +374,20 @@ def _one(
 ) -> Streamed:
     """One backend over the stream, and what causes the error of one step."""
     reference, names = truth.reference, (truth.output, *truth.states.values())
-    with workers([spec.id], options.limits) as (worker,):
-        tracer = Tracer(spec.label, worker, options.timeout, progress)
-        if tracer.start():
-            feeds = truth.feeds(0, None)
-            tracer.build(request_for(spec, options, truth.model, feeds, worker.workdir))
+    with built(spec, options, truth.model, truth.feeds(0, None), progress) as tracer:
         run = plain_runs(tracer)
         try:
             steps, fed = _steps(run, truth, progress)
             looked = next((s.number for s in steps if not s.same), None)
             if looked is None:
                 looked = max(steps, key=lambda s: s.relative_l2).number
-            trace = tracer.sample(fed[looked], last=True)
-            if trace is None:
-                raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
+            expected = reference.run(fed[looked])
+            wanted = {name: expected[name] for name in names}
+            analysis, _ = analysed(tracer, reference, noises, fed[looked], wanted, last=True)
         except BackendError as error:
             return Streamed(spec.label, gap=tracer.gap or Gap(spec.label, "run", error.message))
         if save is not None:
             np.savez(save, **fed[looked])  # type: ignore[arg-type]
-        same = {name: name for name in reference.graph.producer}
-        analysis = Analysis(tracer, reference, same, noises)
-        expected = reference.run(fed[looked])
-        wanted = {name: expected[name] for name in names}
-        analysis.add(0, reference.wide(fed[looked]), wanted, trace)
         part = summary.report(analysis, spec.device or "")
         return Streamed(
             spec.label,
