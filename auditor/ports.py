@@ -428,6 +428,16 @@ class Progress(Protocol):
         """Remove the display and restore the terminal."""
 
 
+class Silent:
+    """The progress that is shown nowhere."""
+
+    def update(self, who: str, stage: str) -> None:
+        """Say nothing."""
+
+    def close(self) -> None:
+        """There is nothing to remove."""
+
+
 class Renderer(Protocol):
     """A report format. Exported as ``RENDERER``; its file's stem is its name in --format."""
 

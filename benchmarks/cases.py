@@ -20,8 +20,8 @@ from pathlib import Path
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import AuditError
+from auditor.ports import Silent
 from auditor.records.report import AuditReport, Finding
-from benchmarks.plants.suite import Quiet
 
 
 def examined(
@@ -36,7 +36,7 @@ def examined(
         confirm=False,
         threads=1,
     )
-    return audit(path, asked, noises=discovery.noises(), progress=Quiet())
+    return audit(path, asked, noises=discovery.noises(), progress=Silent())
 
 
 def described(finding: Finding) -> str:

@@ -253,7 +253,7 @@ def audited(
     from auditor import discovery
     from auditor.audit import AuditOptions, BackendSpec, audit
     from auditor.errors import AuditError
-    from benchmarks.plants.suite import Quiet
+    from benchmarks.plants.suite import Silent
 
     backend, options = BUILDS[build]
     wrong = [n for n in names if result.ran.get(n)]
@@ -274,7 +274,7 @@ def audited(
         )
         try:
             report = audit(
-                folder / name / "model.onnx", asked, noises=discovery.noises(), progress=Quiet()
+                folder / name / "model.onnx", asked, noises=discovery.noises(), progress=Silent()
             )
         except AuditError as error:
             result.failed["audit refused"] += 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 from auditor.records.report import BackendReport
 from benchmarks import zoo
 from reports import _words as words
@@ -35,14 +36,6 @@ _INSIDE = re.compile(r"inside ONNX node .*")
 _LONGEST = 240  # characters of a reason
 
 
-class _Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def measured(path: Path, backends: Sequence[str]) -> dict[str, BackendReport]:
     """The part of each backend in an audit of one recorded sample."""
     options = AuditOptions(
@@ -51,7 +44,7 @@ def measured(path: Path, backends: Sequence[str]) -> dict[str, BackendReport]:
         samples=1,
         confirm=False,
     )
-    report = audit(path, options, noises=discovery.noises(), progress=_Quiet())
+    report = audit(path, options, noises=discovery.noises(), progress=Silent())
     return {part.id: part for part in report.backends}
 
 

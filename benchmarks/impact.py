@@ -23,16 +23,12 @@ from auditor import analysis, audit, discovery, impact
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.divergence import Local
 from auditor.impact import Chain
+from auditor.ports import Silent
 from auditor.replays import replay
 from benchmarks import deep
 
 TOP = 10
 CLOCKED = 10  # plain runs
-
-
-class _Quiet:
-    def update(self, source: str, stage: str) -> None:
-        """Show nothing."""
 
 
 class _Both(analysis.Analysis):
@@ -78,7 +74,7 @@ def measured(nodes: int) -> dict[str, Any]:
         np.savez(data, x=x[None])
         options = AuditOptions((BackendSpec("ov"),), data=data, confirm=False)
         analysis.Analysis = _Both  # type: ignore[misc]
-        audit.audit(path, options, noises=discovery.noises(), progress=_Quiet())
+        audit.audit(path, options, noises=discovery.noises(), progress=Silent())
     start = time.process_time()
     for _ in range(CLOCKED):
         whole.run(None, {"x": x})

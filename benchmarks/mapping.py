@@ -18,20 +18,13 @@ import numpy as np
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec
+from auditor.ports import Silent
 from auditor.training.export import compare
 from benchmarks import zoo
 
 WAYS = (("dynamo", 18), ("torchscript", 17))
 MODELS = ("efficientnet_lite0", "minilm", "mtcnn_p", "mtcnn_r", "mtcnn_o", "vit")
 LEAST = 0.95
-
-
-class _Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def vit() -> Any:
@@ -79,7 +72,7 @@ def main() -> int:
                 Path(scratch),
                 "m.onnx",
                 noises=discovery.noises(),
-                progress=_Quiet(),
+                progress=Silent(),
             )
         for trial, report in zip(made.report.trials, made.audits, strict=True):
             if report is None:

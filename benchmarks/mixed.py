@@ -20,17 +20,10 @@ import auditor.cli  # noqa: F401  registers the verbs that a report's command is
 from auditor import fix
 from auditor.audit import model_of
 from auditor.commands._asked import again, asked_for
+from auditor.ports import Silent
 from auditor.records.fix import FixReport
 from auditor.records.measured import Segment
 from reports import json_v1
-
-
-class _Silent:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def fewest(bench: fix.Bench, segments: tuple[Segment, ...], limit: float) -> tuple[int, int]:
@@ -69,7 +62,7 @@ def main() -> int:
         (backend,) = report.backends
         options = asked_for(again(report.command).params, None)
         begun = time.monotonic()
-        found = fix.fix(report, backend, options, None, Path(folder), _Silent(), ".xml").report
+        found = fix.fix(report, backend, options, None, Path(folder), Silent(), ".xml").report
         number = kept(found)
         builds = sum(a.kept is not None for a in found.attempts)
         print(f"{known.model}: {found.before:.2e}, to {found.limit:.2e}")
@@ -84,7 +77,7 @@ def main() -> int:
             return int(number is None)
         begun = time.monotonic()
         with fix.Bench(
-            model_of(report, options), options.backends[0], options, Path(folder), _Silent()
+            model_of(report, options), options.backends[0], options, Path(folder), Silent()
         ) as bench:
             size, built = fewest(bench, backend.segments, found.limit)
         print(f"fewest: {size}, after {built} builds, {time.monotonic() - begun:.0f} s")

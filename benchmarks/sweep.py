@@ -48,27 +48,18 @@ PIPELINES = {
 }
 
 
-class Quiet:
-    """Shows nothing."""
-
-    def update(self, who: str, stage: str) -> None:
-        """Ignore it."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises: list[str]) -> None:
     """Print the seconds that these runs take with nothing around them: wall, then processor."""
     from auditor import discovery
     from auditor import model as models
     from auditor.pipeline import description, networks
     from auditor.pipeline.steps import Preparation
+    from auditor.ports import Silent
 
     training = description.load(pipeline).training
     tensor = Preparation(photo.read_bytes()).tensor(training)
     wanted = [discovery.noise(id) for id in noises]
-    nets = networks.Networks(models.load(model), wanted, tensor, Quiet())
+    nets = networks.Networks(models.load(model), wanted, tensor, Silent())
     single = {networks.name((form,)): form for form in nets.forms}
     order: list[networks.Forms] = []
     for name, count in runs.items():

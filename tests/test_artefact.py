@@ -14,15 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import artefact, discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.ports import Array
+from auditor.ports import Array, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import qdq
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def original() -> Array:

@@ -12,19 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 from auditor.processes.worker import Worker
 
 CHANNELS = 8
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def update(self, who, stage):
-        pass
-
-    def close(self):
-        pass
 
 
 def _cnn():
@@ -101,7 +92,7 @@ def run(tmp_path):
             data=data,
             **more,
         )
-        return audit(path, options, noises=discovery.noises(), progress=Quiet())
+        return audit(path, options, noises=discovery.noises(), progress=Silent())
 
     return run
 

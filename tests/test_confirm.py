@@ -15,16 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import confirm, discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import BackendError
+from auditor.ports import Silent
 from auditor.records.report import AuditReport
 from auditor.trace import Tracer
 
 KEY = "optimization.enable_gelu_approximation"
 TANH = {"ort": {KEY: "1"}}
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def gelu() -> onnx.ModelProto:
@@ -58,7 +54,7 @@ def run(tmp_path: Path) -> Any:
         onnx.save(gelu(), tmp_path / "m.onnx")
         options = AuditOptions(backends=(BackendSpec("ort"),), **more)
         path = tmp_path / "m.onnx"
-        return audit(path, options, noises=discovery.noises(), progress=Quiet())
+        return audit(path, options, noises=discovery.noises(), progress=Silent())
 
     return run
 

@@ -9,34 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 from jsonschema import Draft202012Validator
-from onnx import TensorProto, helper, numpy_helper
 
 from auditor.diff import compare
 from auditor.records.backend import Gap
 from auditor.records.model import Machine
 from auditor.records.report import AuditReport
 from reports import json_v1
+from tests.helpers import scaled
 
 ROOT = Path(__file__).parents[1]
-
-
-def scaled(weight: float) -> onnx.ModelProto:
-    w = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32) * weight
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
-            helper.make_node("Relu", ["h"], ["y"], "second"),
-        ],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])],
-        [numpy_helper.from_array(w, "w")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def audit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

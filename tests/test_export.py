@@ -10,19 +10,11 @@ import onnx
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec
+from auditor.ports import Silent
 from auditor.records.export import ExportTrial
 from auditor.training.export import Exports, _chosen, compare
 from reports import _export as table
-
-NETS = Path(__file__).parent / "source" / "nets.py"
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+from tests.helpers import NETS
 
 
 def made(
@@ -37,7 +29,7 @@ def made(
     )
     dynamic = {name: {axis: "tokens"}} if axis else {}
     return compare(
-        ways, options, dynamic, folder, "m.onnx", noises=discovery.noises(), progress=Quiet()
+        ways, options, dynamic, folder, "m.onnx", noises=discovery.noises(), progress=Silent()
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,26 +15,11 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 from auditor.records.report import AuditReport, Finding
+from tests.helpers import NETS, nets
 
-NETS = Path(__file__).parent / "source" / "nets.py"
 SHAPE = (2, 3, 10, 10)
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def nets() -> Any:
-    spec = importlib.util.spec_from_file_location("nets_of_tests", NETS)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def export(module: torch.nn.Module, path: Path, **options: Any) -> onnx.ModelProto:
@@ -48,7 +32,7 @@ def export(module: torch.nn.Module, path: Path, **options: Any) -> onnx.ModelPro
 
 def run(path: Path, source: str = f"{NETS}:small", **options: Any) -> AuditReport:
     asked = AuditOptions(backends=(BackendSpec("torch"),), source=source, threads=1, **options)
-    report = audit(path, asked, noises=discovery.noises(), progress=Quiet())
+    report = audit(path, asked, noises=discovery.noises(), progress=Silent())
     assert report.backends[0].status == "audited", report.backends[0].gap
     return report
 

@@ -13,6 +13,7 @@ from auditor import discovery, pieces
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
+from auditor.ports import Silent
 from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
 from auditor.segments import Graph
@@ -23,14 +24,6 @@ from reports import _generate as table
 
 PROMPT = [1553, 1912, 528, 415]  # bfloat16 turns the eleventh token of this decoder
 SHAPE = writer.Shape(layers=2, hidden=64, inner=128, heads=4, groups=2, vocabulary=2000, tokens=24)
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +45,7 @@ def written(path: Path, folder: Path, *backends: str, **options: str) -> Generat
         11,
         asked,
         noises=discovery.noises(),
-        progress=Quiet(),
+        progress=Silent(),
         scratch=folder,
     )
 
@@ -132,7 +125,7 @@ def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
     options = AuditOptions(backends=(), threads=1)
     with pytest.raises(UsageError, match="not fed back") as error:
         generate.generate(
-            path, PROMPT, 4, options, noises=(), progress=Quiet(), scratch=tmp_path, caches=crossed
+            path, PROMPT, 4, options, noises=(), progress=Silent(), scratch=tmp_path, caches=crossed
         )
     assert "--cache" in error.value.hint
     with pytest.raises(UsageError, match="no output of the model"):

@@ -14,18 +14,11 @@ from onnxruntime import quantization
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
+from auditor.ports import Silent
 from auditor.records.report import AuditReport
 
 # Without quantisation nothing narrow is left, on a processor with bfloat16 either.
 MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +61,7 @@ def audited(folder: Path, *ids: str, quantised: bool = True, confirm: bool = Tru
         threads=1,
         pictures=False,
     )
-    return audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Quiet())
+    return audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Silent())
 
 
 @pytest.mark.parametrize("backend", ["ort", "ov"])
@@ -99,7 +92,7 @@ def test_what_cannot_be_quantised_is_said(folder: Path) -> None:
         backends=(BackendSpec("ort"),), options={"ort": {"quantize": "int4"}}, threads=1
     )
     with pytest.raises(UsageError, match="quantize=int4"):
-        audit(folder / "m.onnx", options, noises=(), progress=Quiet())
+        audit(folder / "m.onnx", options, noises=(), progress=Silent())
 
 
 class Calibration(quantization.CalibrationDataReader):
@@ -125,7 +118,7 @@ def test_a_quantised_export_is_no_model_without_activations(folder: Path) -> Non
         threads=1,
         pictures=False,
     )
-    report = audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Quiet())
+    report = audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Silent())
     (part,) = report.backends
     assert part.fidelity is not None and part.fidelity.outputs_bitwise_equal
     assert {s.noise for s in part.segments if s.introduced > s.floor} == {"precision.int8"}
@@ -166,7 +159,7 @@ def test_a_name_before_the_limit_is_not_compared_with_what_is_behind(tmp_path: P
     options = AuditOptions(
         backends=(BackendSpec("ort"),), candidate=tmp_path / "export.onnx", threads=1
     )
-    report = audit(tmp_path / "plain.onnx", options, noises=discovery.noises(), progress=Quiet())
+    report = audit(tmp_path / "plain.onnx", options, noises=discovery.noises(), progress=Silent())
     (part,) = report.backends
     assert {name for s in part.segments for name in s.outputs} == {"c", "r", "y"}
     (finding,) = report.findings
@@ -223,7 +216,7 @@ def test_quantised_layers_of_a_transformer_are_observed_in_8_bits(tmp_path: Path
         pictures=False,
         confirm=False,
     )
-    (part,) = audit(path, options, noises=discovery.noises(), progress=Quiet()).backends
+    (part,) = audit(path, options, noises=discovery.noises(), progress=Silent()).backends
     proof = part.fidelity
     assert proof is not None and proof.outputs_bitwise_equal and proof.program_unchanged
     assert proof.output_proved + proof.cone_proved >= 0.9 * proof.candidates

@@ -13,6 +13,7 @@ import pytest
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 from auditor.processes.limits import GIB, Limits, physical_memory
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
@@ -77,12 +78,8 @@ def test_no_core_file_and_the_users_own_lower_limits() -> None:
 
 
 def test_an_engine_that_needs_more_memory_is_a_gap(efficientnet: Path) -> None:
-    class Quiet:
-        def update(self, who: str, stage: str) -> None: ...
-        def close(self) -> None: ...
-
     options = AuditOptions(backends=(BackendSpec("ort"),), limits=Limits(135 << 20))
-    report = audit(efficientnet, options, noises=discovery.noises(), progress=Quiet())
+    report = audit(efficientnet, options, noises=discovery.noises(), progress=Silent())
     (gap,) = report.gaps
     assert (gap.stage, report.exit_code) == ("build", 3)
     assert "out of memory" in gap.reason

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 
+from auditor.ports import Silent
 from auditor.processes import memory
 from auditor.processes.worker import workers
 from auditor.records.backend import BuildRequest
@@ -33,11 +34,6 @@ def test_what_was_freed_goes_back():
     assert before - _resident() > 100 << 20
 
 
-class _Silent:
-    def update(self, who: str, what: str) -> None:
-        pass
-
-
 def test_a_worker_keeps_no_program_after_the_last_capture(tmp_path):
     """So a sample after the one that was called the last is a gap, not a wrong answer."""
     weight = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
@@ -52,7 +48,7 @@ def test_a_worker_keeps_no_program_after_the_last_capture(tmp_path):
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     feeds = {"x": np.ones((1, 2048), np.float32)}
     with workers(["ort"]) as (worker,):
-        tracer = Tracer("ort", worker, 60.0, _Silent())
+        tracer = Tracer("ort", worker, 60.0, Silent())
         assert tracer.start()
         request = BuildRequest(path, {"x": (1, 2048)}, False, None, 1, {}, worker.workdir)
         tracer.build(request)

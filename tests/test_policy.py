@@ -10,12 +10,10 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from auditor import policy
 from auditor.errors import UsageError
@@ -23,24 +21,10 @@ from auditor.policy import judged, load
 from auditor.records.measured import CategoryShare, Latency
 from auditor.records.report import AuditReport
 from reports import json_v1
+from tests.helpers import scaled
 
 ROOT = Path(__file__).parents[1]
 TODAY = date(2026, 11, 24)
-
-
-def scaled(weight: float) -> onnx.ModelProto:
-    w = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32) * weight
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
-            helper.make_node("Relu", ["h"], ["y"], "second"),
-        ],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [4, 8])],
-        [numpy_helper.from_array(w, "w")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def audit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,18 +8,9 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 
 OV_F32 = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def update(self, who, stage):
-        pass
-
-    def close(self):
-        pass
 
 
 def _audit(path, *backends, **more):
@@ -29,7 +20,7 @@ def _audit(path, *backends, **more):
         samples=more.pop("samples", 1),
         **more,
     )
-    return audit(path, options, noises=discovery.noises(), progress=Quiet())
+    return audit(path, options, noises=discovery.noises(), progress=Silent())
 
 
 def _proved(backend):

@@ -14,19 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import discovery, recording
 from auditor.audit import AuditOptions, BackendSpec, audit, record
 from auditor.errors import UsageError
+from auditor.ports import Silent
 
 RNG = np.random.default_rng(11)
 WEIGHTS = [RNG.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3)]
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def update(self, who, stage):
-        pass
-
-    def close(self):
-        pass
 
 
 def _network(folder, *, scale=1.0, name="model.onnx"):
@@ -80,13 +71,13 @@ def _audit(model, *, traces=(), backends=(), **options):
     asked = AuditOptions(
         backends=tuple(BackendSpec(b) for b in backends), traces=tuple(traces), **options
     )
-    return audit(model, asked, noises=discovery.noises(), progress=Quiet())
+    return audit(model, asked, noises=discovery.noises(), progress=Silent())
 
 
 def _recorded(model, folder, backend="ort", **options):
     path = folder / "trace.npz"
     asked = AuditOptions(backends=(BackendSpec(backend),), **options)
-    assert record(model, asked, path, Quiet()) is None
+    assert record(model, asked, path, Silent()) is None
     return path
 
 
@@ -312,7 +303,7 @@ def test_bad_traces_get_one_clear_message(tmp_path, arguments, said):
 
 def test_a_trace_is_read_one_sample_at_a_time(tmp_path):
     trace = _recorded(_network(tmp_path), tmp_path, samples=3)
-    opened = recording.load("there", trace, {}, Quiet())
+    opened = recording.load("there", trace, {}, Silent())
     arrays = [stored.read(None) for stored in opened._stored.values()]
     assert all(a.size <= 16 for a in arrays)  # an array is one tensor of one sample
 

@@ -11,20 +11,11 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import analysis, discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
+from auditor.ports import Silent
 
 WIDTH = 8
 RNG = np.random.default_rng(3)
 WEIGHTS = [RNG.standard_normal((WIDTH, WIDTH)).astype(np.float32) / 2 for _ in range(3)]
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def update(self, who, stage):
-        pass
-
-    def close(self):
-        pass
 
 
 def _model(*, limit=None, bias=0.0, root=False, outputs=("logits",)):
@@ -87,7 +78,7 @@ def run(tmp_path):
             **more,
         )
         report = audit(
-            tmp_path / "model.onnx", options, noises=discovery.noises(), progress=Quiet()
+            tmp_path / "model.onnx", options, noises=discovery.noises(), progress=Silent()
         )
         return report, report.backends[0]
 

@@ -12,14 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery, model, sensitivity, stimulus
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.ports import Array
+from auditor.ports import Array, Silent
 from auditor.records.measured import Sensitivity
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def run(

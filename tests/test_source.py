@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,27 +17,12 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.commands._options import backend_specs, with_training
 from auditor.errors import UsageError
+from auditor.ports import Silent
 from auditor.records.report import AuditReport, BackendReport
 from backends import _source
+from tests.helpers import NETS, nets
 
-NETS = Path(__file__).parent / "source" / "nets.py"
 SHAPE = (1, 3, 10, 10)
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def nets() -> Any:
-    spec = importlib.util.spec_from_file_location("nets_of_tests", NETS)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def export(module: torch.nn.Module, path: Path, **options: Any) -> Path:
@@ -54,7 +38,7 @@ def export(module: torch.nn.Module, path: Path, **options: Any) -> Path:
 def run(path: Path, source: str, *others: str, **options: Any) -> AuditReport:
     specs = tuple(BackendSpec(id) for id in ("torch", *others))
     asked = AuditOptions(backends=specs, source=source, threads=1, **options)
-    return audit(path, asked, noises=discovery.noises(), progress=Quiet())
+    return audit(path, asked, noises=discovery.noises(), progress=Silent())
 
 
 def of(report: AuditReport) -> BackendReport:
@@ -192,7 +176,7 @@ def test_the_command_line_puts_the_training_side_first() -> None:
 def test_a_training_side_without_a_source_is_one_clear_error(small: Path) -> None:
     options = AuditOptions(backend_specs(["torch:cuda"]))
     with pytest.raises(UsageError, match="what the model was exported from"):
-        audit(small, options, noises=(), progress=Quiet())
+        audit(small, options, noises=(), progress=Silent())
 
 
 def test_another_path_on_a_later_sample_is_a_gap(small: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from auditor import discovery
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
+from auditor.ports import Silent
 from auditor.sequences import streaming
 from auditor.sequences.streaming import Asked
 from reports import _stream as table
-from tests.test_generate import Quiet
 
 HIDDEN = 8
 
@@ -75,7 +75,7 @@ def test_each_side_keeps_its_own_states(path: Path, tmp_path: Path) -> None:
             options={"ov": {"INFERENCE_PRECISION_HINT": "bf16"}},
         ),
         noises=discovery.noises(),
-        progress=Quiet(),
+        progress=Silent(),
         scratch=tmp_path,
         save=tmp_path / "step.npz",
     )

@@ -14,17 +14,12 @@ from onnx import helper, numpy_helper
 from auditor import discovery
 from auditor import model as models
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.ports import Array
+from auditor.ports import Array, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import replay, widening
 
 RNG = np.random.default_rng(3)
 KINDS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def weight(*shape: int) -> Array:
@@ -107,7 +102,7 @@ def report_of(
         options={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
     )
     path = saved(folder, model)
-    return audit(path, options, noises=discovery.noises(), progress=Quiet())
+    return audit(path, options, noises=discovery.noises(), progress=Silent())
 
 
 def test_a_clean_model_is_silent(tmp_path: Path) -> None:

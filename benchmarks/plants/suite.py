@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.ports import Silent
 from auditor.records.measured import Hypothesis
 from auditor.records.report import AuditReport
 from benchmarks import zoo
@@ -151,16 +152,6 @@ class Case:
     kind: str
     network: Network
     plants: tuple[Planted, ...] = ()
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def update(self, who: str, stage: str) -> None:
-        """Ignore."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 @dataclass
@@ -403,7 +394,7 @@ def examine(subject: Subject, backend: str, build: str, network: Network | None)
             options=NATIVE_BF16 if build == "native-bf16" else OPTIONS,
             threads=1,
         )
-        return audit(subject.path, options, noises=discovery.noises(), progress=Quiet())
+        return audit(subject.path, options, noises=discovery.noises(), progress=Silent())
 
 
 def found(report: AuditReport) -> list[Found]:

@@ -28,6 +28,8 @@ import onnx
 import psutil
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.ports import Silent
+
 ROOT = Path(__file__).parents[2]
 _WARM = 5  # audits after which caches are full
 _GROWTH = 8 * 2**20  # bytes that the median memory of the last quarter may be above the first's
@@ -93,10 +95,6 @@ def row(count: int, backends: list[str], seconds: float) -> dict[str, Any]:
     from auditor.audit import AuditOptions, BackendSpec, audit
     from reports import json_v1
 
-    class Quiet:
-        def update(self, who: str, stage: str) -> None: ...
-        def close(self) -> None: ...
-
     with TemporaryDirectory(prefix="endurance-") as folder:
         scratch = Path(folder, "tmp")
         scratch.mkdir()
@@ -112,7 +110,7 @@ def row(count: int, backends: list[str], seconds: float) -> dict[str, Any]:
         for _ in range(count):
             if time.monotonic() - begun > seconds:
                 break
-            report = audit(path, options, noises=discovery.noises(), progress=Quiet())
+            report = audit(path, options, noises=discovery.noises(), progress=Silent())
             assert not report.gaps, report.gaps
             text = json_v1.RENDERER.render(report, width=None, color=False)
             digests.add(digest(json.loads(text)))

@@ -26,6 +26,7 @@ from types import FrameType
 import numpy as np
 import onnx
 
+from auditor.ports import Silent
 from tests.fuzz import mutations
 
 _ROOT = Path(__file__).parents[2]
@@ -52,14 +53,6 @@ expires = 2027-01-01
 
 class _HangError(BaseException):
     """Not an Exception, so that nothing on the way catches it."""
-
-
-class _Quiet:
-    def update(self, who: str, stage: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 # --- what reads them -----------------------------------------------------------------------------
@@ -144,7 +137,7 @@ def _trace(draw: random.Random, folder: Path, made: Path) -> None:
     if draw.random() < 0.2:
         path.write_bytes(mutations.damaged_bytes(path.read_bytes(), draw))
     options = AuditOptions(backends=(), traces=(("t", path),))
-    report = audit(made / "model.onnx", options, noises=discovery.noises(), progress=_Quiet())
+    report = audit(made / "model.onnx", options, noises=discovery.noises(), progress=Silent())
     for renderer in discovery.renderers().values():
         renderer.render(report, width=80, color=False)
 
@@ -170,7 +163,7 @@ def _whole_audit(proto: onnx.ModelProto, folder: Path) -> None:
     options = AuditOptions(backends=(BackendSpec("ort"), BackendSpec("ov")), timeout=_SECONDS / 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # nothing of numpy's belongs on a screen
-        report = audit(path, options, noises=discovery.noises(), progress=_Quiet())
+        report = audit(path, options, noises=discovery.noises(), progress=Silent())
     for renderer in discovery.renderers().values():
         renderer.render(report, width=80, color=False)
 
@@ -273,8 +266,8 @@ def prepare(made: Path) -> None:
     path = made / "model.onnx"
     onnx.save(mutations.network(), path)
     options = AuditOptions(backends=(BackendSpec("ort"),))
-    assert record(path, options, made / "trace.npz", _Quiet()) is None
-    report = audit(path, options, noises=discovery.noises(), progress=_Quiet())
+    assert record(path, options, made / "trace.npz", Silent()) is None
+    report = audit(path, options, noises=discovery.noises(), progress=Silent())
     text = json_v1.RENDERER.render(report, width=None, color=False)
     (made / "report.json").write_text(text)
 

@@ -15,16 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import attribution, discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.noises import bf16, fp16, int8_dynamic, tf32
-from auditor.ports import Array, SegmentGraph
+from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import blockwise, dynamic
 
 ID = "precision.int8_dynamic"
-
-
-class Quiet:
-    def update(self, who: str, stage: str) -> None: ...
-    def close(self) -> None: ...
 
 
 def packed(integers: Array, bits: int) -> Array:
@@ -150,7 +145,7 @@ def compressed(path: Path, generator: np.random.Generator) -> None:
 
 def audited(folder: Path, id: str, **more: Any) -> AuditReport:
     options = AuditOptions(backends=(BackendSpec(id),), pictures=False, **more)
-    return audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Quiet())
+    return audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Silent())
 
 
 @pytest.mark.parametrize("id", ["ort", "ov"])

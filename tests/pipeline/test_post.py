@@ -23,6 +23,7 @@ from auditor.pipeline.results import NAME
 from auditor.pipeline.stages import Placement
 from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sysnoise import sysnoise
+from auditor.ports import Silent
 from auditor.records.report import AuditReport
 from auditor.replays import replay
 
@@ -46,12 +47,6 @@ _POSTS = st.builds(
     class_aware=st.booleans(),
     top_k=st.sampled_from([1, 100]),
 )
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def boxes(numbers: np.ndarray, scores: list[float], made: Post) -> np.ndarray:

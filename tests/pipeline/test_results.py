@@ -28,15 +28,10 @@ from auditor.pipeline.results import NAME
 from auditor.pipeline.stages import Placement
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.pipeline.tasks.seg import seen
+from auditor.ports import Silent
 
 RNG = np.random.default_rng(7)
 WHOLE = Placement((0.5, 0.25), (0.0, 0.0), (48, 160), (24, 40))
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 # --- texts ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, libraries
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
+from auditor.ports import Silent
 from auditor.records.sysnoise import (
     Interval,
     SysnoiseEffect,
@@ -37,12 +38,6 @@ from reports import _plots
 from reports import _sysnoise as table
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def run(

@@ -26,6 +26,7 @@ from auditor.errors import UsageError
 from auditor.pipeline import description, post, results
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise
+from auditor.ports import Silent
 from auditor.records.sysnoise import SysnoiseOption, SysnoiseReport
 from reports import _sysnoise as table
 
@@ -33,12 +34,6 @@ from reports import _sysnoise as table
 HIGH, WIDE = 121, 150
 ROWS, COLUMNS = 40 / HIGH, 49 / WIDE
 TOP, LEFT = 4, 8
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def run(

@@ -23,6 +23,7 @@ from auditor.pipeline import description, upstream
 from auditor.pipeline.libraries import Conversion
 from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
+from auditor.ports import Silent
 from auditor.records.report import AuditReport, PipelineStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,12 +36,6 @@ MISTAKES = {
     'channels = "bgr"': "channels",
     "normalise = { mean = 0.45 }": "normalise",
 }
-
-
-class Silent:
-    def update(self, who: str, stage: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def deployed(pipeline: Path, *lines: str) -> Path:

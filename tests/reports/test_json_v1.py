@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -19,6 +19,7 @@ from auditor.errors import UsageError
 from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
 from reports import json_v1
+from tests.reports.drawn import ANY_REPORT
 
 _SCHEMA: dict[str, Any] = json.loads(
     (Path(package.__file__).parent / "report_v1.schema.json").read_text(encoding="utf-8")
@@ -80,13 +81,7 @@ def _remove(data: Any, path: str) -> None:
     del holders[0][last]
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking whole reports takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_survives_writing_and_reading(
     reports: st.SearchStrategy[AuditReport], data: st.DataObject

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 
 import junitparser
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from auditor import ranking
@@ -19,6 +19,7 @@ from auditor.records.report import AuditReport
 from auditor.records.terms import SEVERITIES, Severity
 from reports import _words as words
 from reports.junit import RENDERER
+from tests.reports.drawn import ANY_REPORT
 
 
 def _root(report: AuditReport) -> Element:
@@ -163,13 +164,7 @@ def test_junitparser_reads_it(report: AuditReport) -> None:
     assert next(iter(suites)).time == pytest.approx(1.35)  # seconds of its worker
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking whole reports takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_is_well_formed(
     reports: st.SearchStrategy[AuditReport], data: st.DataObject

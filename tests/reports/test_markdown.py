@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import cmarkgfm
 import pytest
 from cmarkgfm.cmark import Options
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from auditor.records.backend import Gap
@@ -16,6 +16,7 @@ from auditor.records.measured import Consequence
 from auditor.records.report import AuditReport
 from reports import _words as words
 from reports.markdown import LIMIT, RENDERER
+from tests.reports.drawn import ANY_REPORT
 
 _GITHUB = 65_536  # characters of a comment
 # What the report itself uses; anything else would come from a name.
@@ -207,13 +208,7 @@ def _check_name(report: AuditReport, name: str) -> None:
     assert "@" not in page.plain and "#1" not in page.plain and ":x:" not in page.plain
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking whole reports takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_is_within_limits(
     reports: st.SearchStrategy[AuditReport], data: st.DataObject

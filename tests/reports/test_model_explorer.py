@@ -7,11 +7,12 @@ import math
 from dataclasses import replace
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
 from auditor import discovery
 from auditor.records.report import AuditReport
 from reports.model_explorer import RENDERER
+from tests.reports.drawn import ANY_REPORT
 
 
 def rendered(report: AuditReport) -> dict:
@@ -45,13 +46,7 @@ def test_the_suffix_means_the_format() -> None:
     assert ".nodes.json" in discovery.renderers()["model-explorer"].suffixes
 
 
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_can_be_drawn(
     reports: st.SearchStrategy[AuditReport], data: st.DataObject

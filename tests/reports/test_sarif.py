@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -20,6 +20,7 @@ from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
 from reports import _words as words
 from reports.sarif import RENDERER
+from tests.reports.drawn import ANY_REPORT
 
 _DATA = Path(__file__).parent.parent / "data" / "sarif"
 _VALIDATOR = Draft202012Validator(
@@ -221,13 +222,7 @@ def test_names_in_messages_are_neither_links_nor_placeholders(report: AuditRepor
     assert node["name"] == words.visible(name)
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking whole reports takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_is_valid(reports: st.SearchStrategy[AuditReport], data: st.DataObject) -> None:
     report = data.draw(reports)

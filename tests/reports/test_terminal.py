@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -22,6 +22,7 @@ from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
 from reports import _lists, _progress, _segment, terminal
 from reports import _words as words
+from tests.reports.drawn import ANY_REPORT
 
 _WIDTHS = (80, 120, 200)
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
@@ -152,13 +153,7 @@ def test_color_does_not_depend_on_the_environment(
     assert _render(report, color=True) == expected
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],  # shrinking whole reports takes minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@ANY_REPORT
 @given(data=st.data())
 def test_any_report_renders_cleanly_at_any_width(
     reports: st.SearchStrategy[AuditReport], data: st.DataObject
