@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import model as models
 from auditor.errors import UsageError
+from auditor.shapes import resolve_shapes
 
 
 def linear(
@@ -274,7 +275,7 @@ class TestShapes:
             declared("ids", "batch", "seq", dtype=TensorProto.INT64),
             declared("mask", "batch", "seq", dtype=TensorProto.INT64),
         )
-        shapes, notes = models.resolve_shapes(model, {}, {})
+        shapes, notes = resolve_shapes(model, {}, {})
         assert shapes == {
             "nchw": (1, 3, 224, 224),
             "nhwc": (1, 224, 224, 3),
@@ -287,10 +288,10 @@ class TestShapes:
 
     def test_a_symbol_has_one_value(self, tmp_path: Path) -> None:
         model = self.load(tmp_path, declared("a", "n", "t"), declared("b", "t", 5))
-        shapes, notes = models.resolve_shapes(model, {"b": (7, 5)}, {})
+        shapes, notes = resolve_shapes(model, {"b": (7, 5)}, {})
         assert shapes == {"a": (1, 7), "b": (7, 5)}
         assert notes == ("input `a`: dimension `n` set to 1",)
-        shapes, notes = models.resolve_shapes(model, {"a": (1, 3), "b": (7, 5)}, {})
+        shapes, notes = resolve_shapes(model, {"a": (1, 3), "b": (7, 5)}, {})
         assert shapes == {"a": (1, 3), "b": (7, 5)}
         assert notes == (
             "input `b`: dimension `t` is 7 here and 3 elsewhere, though one name should mean "
@@ -301,16 +302,16 @@ class TestShapes:
         model = self.load(tmp_path, declared("x", "?", 3, "?", -1), declared("y", 0, "None"))
         assert [spec.shape for spec in model.inputs] == [(None, 3, None, None), (None, None)]
         recorded = {"x": (1, 3, 48, 192), "y": (2, 5)}
-        assert models.resolve_shapes(model, {}, recorded) == (recorded, ())
+        assert resolve_shapes(model, {}, recorded) == (recorded, ())
 
     def test_recorded_shapes_win_over_defaults_but_not_over_given_ones(
         self, tmp_path: Path
     ) -> None:
         model = self.load(tmp_path, declared("x", "n", 3, "h", "w"))
         recorded = {"x": (2, 3, 8, 9)}
-        assert models.resolve_shapes(model, {}, recorded) == (recorded, ())
+        assert resolve_shapes(model, {}, recorded) == (recorded, ())
         with pytest.raises(UsageError, match="x"):
-            models.resolve_shapes(model, {"x": (1, 3, 8, 9)}, recorded)
+            resolve_shapes(model, {"x": (1, 3, 8, 9)}, recorded)
 
     def test_sums_of_symbols(self, tmp_path: Path) -> None:
         model = self.load(
@@ -318,7 +319,7 @@ class TestShapes:
             declared("past", "batch", "past_len"),
             declared("all", "batch", "past_len + 1"),
         )
-        shapes, _ = models.resolve_shapes(model, {"past": (2, 9)}, {})
+        shapes, _ = resolve_shapes(model, {"past": (2, 9)}, {})
         assert shapes["all"] == (2, 10)
 
     @pytest.mark.parametrize(
@@ -331,12 +332,12 @@ class TestShapes:
     def test_contradictions(self, tmp_path: Path, shape: tuple[int, ...], message: str) -> None:
         model = self.load(tmp_path, declared("x", "n", 3, "h", "w"))
         with pytest.raises(UsageError, match=message):
-            models.resolve_shapes(model, {"x": shape}, {})
+            resolve_shapes(model, {"x": shape}, {})
 
     def test_unknown_input_gets_a_suggestion(self, tmp_path: Path) -> None:
         model = self.load(tmp_path, declared("images", "n", 3))
         with pytest.raises(UsageError, match="`image`") as caught:
-            models.resolve_shapes(model, {"image": (1, 3)}, {})
+            resolve_shapes(model, {"image": (1, 3)}, {})
         assert "Did you mean `images`?" in caught.value.hint
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from auditor import model as models
 from auditor.errors import UsageError
 from auditor.sequences.decisions import Logits
+from auditor.shapes import BATCH_NAME
 
 if TYPE_CHECKING:
     from auditor.model import Model, TensorSpec
@@ -128,7 +129,7 @@ def _axis(spec: TensorSpec) -> int | None:
     found = [
         axis
         for axis, size in enumerate(spec.shape)
-        if axis and not isinstance(size, int) and not models.BATCH_NAME.search(size or "")
+        if axis and not isinstance(size, int) and not BATCH_NAME.search(size or "")
     ]
     if len(found) > 1 or len(spec.shape) < 2:
         raise UsageError(
