@@ -8,107 +8,33 @@ of every changed model are compared with those of the *original* reference.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
 
-from auditor import discovery, metrics, weights
-from auditor import model as models
-from auditor.audit import audit, model_of, reference_of, request_for, stimulus_of
-from auditor.errors import BackendError, UsageError
-from auditor.fixes._view import MARK, View
+from auditor import discovery
+from auditor.audit import model_of
+from auditor.errors import UsageError
+from auditor.fixes._author import Author
+from auditor.fixes._bench import Attempt, Bench, Change
 from auditor.ports import Keeping
-from auditor.processes.worker import workers
-from auditor.records.fix import FixAttempt, FixReport
-from auditor.replays import replay, surgery
-from auditor.replays.rounding import upgraded
-from auditor.trace import Tracer
+from auditor.records.fix import FixReport
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions, BackendSpec
-    from auditor.model import Model
-    from auditor.ports import Arrays, Fix, Progress
+    from auditor.audit import AuditOptions
+    from auditor.ports import Progress
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, BackendReport, Finding
-    from auditor.replays.replay import Reference
 
 BUILDS = 6
-SAMPLES = 4
 COMPARABLE = 1e-3  # the limit where nothing can be compared as it is, in shape or finiteness
-SAME = 1e-5  # a rewrite must keep the reference's outputs within this relative L2
 _MIXED = 4  # builds at most with single layers in float32
 _NARROW = ("precision.bf16", "precision.fp16")  # what these help against
 _NARROW_TYPES = ("bf16", "f16")
-_OPSETS = (13, 17, 18, 21)
 _FASTER = 1.03  # a latency that is this much lower decides between two changes
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What is done to the model or to its build.
-
-    Attributes:
-        name: in words.
-        options: engine options, as after ``--option ID.``.
-        nodes: labels of the nodes that are written otherwise.
-        findings: ranks of the findings that it is meant for.
-        model: the changed model; None where the file stays.
-        kept: the segments that stay in float32.
-    """
-
-    name: str
-    findings: tuple[int, ...]
-    options: dict[str, str] = field(default_factory=dict)
-    nodes: tuple[str, ...] = ()
-    model: onnx.ModelProto | None = None
-    kept: tuple[Segment, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """A change, and what came of it; fields as in ``FixAttempt``."""
-
-    change: Change
-    after: float | None = None
-    latency_before: float | None = None
-    latency_after: float | None = None
-    failure: str | None = None
-    artifact: Path | None = None  # the engine's own file that was built
-
-    @property
-    def form(self) -> str | None:
-        """The ending of the file that the change makes."""
-        if self.artifact is not None:
-            return self.artifact.suffix
-        return None if self.change.model is None else ".onnx"
-
-    @property
-    def slower(self) -> float:
-        """How many times as long a run takes."""
-        if not self.latency_before or self.latency_after is None:
-            return math.inf
-        return self.latency_after / self.latency_before
-
-    def report(self) -> FixAttempt:
-        """Without the model."""
-        c = self.change
-        return FixAttempt(
-            c.name,
-            c.findings,
-            c.options,
-            c.nodes,
-            c.model is not None,
-            self.after,
-            self.latency_before,
-            self.latency_after,
-            self.failure,
-            len(c.kept) or None,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +108,7 @@ class _Search:
         self._backend = backend
         self._found = found
         self._bench = bench
-        self._author = _Author(bench, found)
+        self._author = Author(bench, found)
         self._asked = limit
         self._form = form
         self._attempts: list[Attempt] = []
@@ -428,298 +354,3 @@ def _with_passive(taken: Sequence[Segment], segments: Sequence[Segment]) -> tupl
             ids.add(segment.id)
             made.update(segment.outputs)
     return tuple(segment for segment in segments if segment.id in ids)
-
-
-# --- rewriting -----------------------------------------------------------------------------------
-
-
-class _Author:
-    """Writes the model anew, layer by layer, and keeps only what the reference agrees with."""
-
-    def __init__(self, bench: Bench, found: Sequence[Finding]) -> None:
-        self.notes: list[str] = []
-        if bench.whole is None:
-            self.notes.append("The model's weights exceed 2 GB: it is not rewritten.")
-        self._bench = bench
-        self._found = found
-        self._fixes = discovery.fixes()
-
-    def layers(self, number: int, *, around: bool = False) -> Change | None:
-        """The model with the layers of the first ``number`` findings written otherwise.
-
-        Each in the way that suits its cause; None where there is none. With ``around`` the nodes
-        that read from these layers too: a value may overflow on its way between them.
-        """
-        model = self._bench.whole
-        if model is None:
-            return None
-        keys = {key: f for f in self._found[:number] for key in self._bench.keys_of(f)}
-        if around:
-            made = {
-                n: keys[models.key(node)]
-                for node in model.graph.node
-                if models.key(node) in keys
-                for n in node.output
-            }
-            for node in model.graph.node:
-                source = next((made[n] for n in node.input if n in made), None)
-                if source is not None:
-                    keys.setdefault(models.key(node), source)
-        view = View(model, self._bench.values)
-        replaced: dict[int, list[onnx.NodeProto]] = {}
-        names: dict[str, None] = {}
-        nodes, ranks = [], set()
-        theirs = [
-            (index, node, keys[models.key(node)])
-            for index, node in enumerate(model.graph.node)
-            if models.key(node) in keys
-        ]
-        # Where a way that suits the cause exists, a finding's other nodes are left as they are.
-        suited = {
-            finding.rank
-            for _, node, finding in theirs
-            for fix in self._fixes
-            if finding.noise in fix.noises and fix.rewrite(node, View(model, self._bench.values))
-        }
-        for index, node, finding in theirs:
-            for fix in self._suiting(finding):
-                if finding.rank in suited and finding.noise not in fix.noises:
-                    continue
-                if (written := fix.rewrite(node, view)) is not None:
-                    replaced[index] = written
-                    names[fix.title] = None
-                    nodes.append(self._bench.label(node))
-                    ranks.add(finding.rank)
-                    break
-        if not replaced:
-            return None
-        changed = surgery.copied(model)
-        del changed.graph.node[:]
-        for index, node in enumerate(model.graph.node):
-            changed.graph.node.extend(replaced.get(index, [node]))
-        changed.graph.initializer.extend(view.initializers)
-        _without_round_trips(changed)
-        if (why := self._bench.disagrees(changed)) is not None:
-            self.notes.append(f"{', '.join(names)}: not tried, {why}.")
-            return None
-        return Change("; ".join(names), tuple(sorted(ranks)), {}, tuple(nodes), changed)
-
-    def wider(self) -> Iterator[Change | None]:
-        """What is left to try: all layers, their neighbours too, and newer operator sets."""
-        yield self.layers(len(self._found))
-        yield self.layers(len(self._found), around=True)
-        yield from self.newer(self._found)
-
-    def _suiting(self, finding: Finding) -> list[Fix]:
-        """Rewrites for its cause, the particular ones first; then all others, for causes overlap.
-
-        None can do harm: each is checked on the reference, and counts by what its build shows.
-        """
-        return sorted(
-            self._fixes, key=lambda f: (finding.noise not in f.noises, len(f.noises), f.id)
-        )
-
-    def newer(self, taken: Sequence[Finding]) -> Iterator[Change]:
-        """The model in newer operator sets, which runtimes import in other ways."""
-        model = self._bench.whole
-        if model is None:
-            return
-        ranks = tuple(f.rank for f in taken)
-        for opset in (o for o in _OPSETS if o > surgery.opset(model)):
-            for changed in upgraded(model, opset):
-                if self._bench.disagrees(changed) is None:
-                    yield Change(f"operator set {opset}", ranks, {}, (), changed)
-                    break
-
-
-def _without_round_trips(model: onnx.ModelProto) -> None:
-    """Neighbours computed in float32 hand it over: no cast to float16 and back in between."""
-    narrowed = {
-        node.output[0]: node.input[0]
-        for node in model.graph.node
-        if node.op_type == "Cast" and surgery.attributes(node)["to"] == onnx.TensorProto.FLOAT16
-    }
-    wide: dict[str, str] = {}
-    for node in model.graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = wide.get(name, name)
-        if node.op_type == "Cast" and surgery.attributes(node)["to"] == onnx.TensorProto.FLOAT:
-            source = narrowed.get(node.input[0])
-            if source is not None and MARK in source:  # a cast that a rewrite put there
-                wide[node.output[0]] = source
-    finals = {o.name for o in model.graph.output}
-    for index in reversed(range(len(model.graph.node))):  # what reads a dead cast may be dead too
-        node = model.graph.node[index]
-        read = any(node.output[0] in other.input for other in model.graph.node)
-        if node.op_type == "Cast" and not read and node.output[0] not in finals:
-            del model.graph.node[index]
-
-
-# --- building and measuring ----------------------------------------------------------------------
-
-
-class Bench:
-    """The backend with the plain program, beside which changed ones are built."""
-
-    def __init__(
-        self,
-        model: Model,
-        spec: BackendSpec,
-        options: AuditOptions,
-        scratch: Path,
-        progress: Progress,
-    ) -> None:
-        self.spec = spec
-        self._model = model
-        self._options = options
-        self._scratch = scratch
-        self._progress = progress
-        self._files = 0
-        self._stack = ExitStack()
-        self._tracer: Tracer | None = None
-        stimulus = stimulus_of(model, options)
-        self._feeds = [stimulus.sample(i) for i in range(min(len(stimulus), SAMPLES))]
-        self._threads = options.threads or os.cpu_count() or 1
-        self._reference, _ = reference_of(model, self._threads, scratch)
-        self._expected = [self._reference.run(feeds) for feeds in self._feeds]
-        self.whole = _together(model)
-        self.values: Arrays = {}
-        if self.whole is not None:
-            self.values = replay.inside(self.whole, self._threads, self._feeds[0])
-        self.before = math.nan
-
-    def __enter__(self) -> Bench:
-        """Build the plain program and measure it."""
-        self._build()
-        self.before = self._apart([self._plainly(feeds) for feeds in self._feeds])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the backend's process."""
-        self._stack.close()
-
-    def label(self, node: onnx.NodeProto) -> str:
-        """What a person calls a node."""
-        return self._model.labels.get(models.key(node), node.name)
-
-    def keys_of(self, finding: Finding) -> tuple[str, ...]:
-        """Keys of the nodes that a finding is about."""
-        by_label = {label: key for key, label in self._model.labels.items()}
-        return tuple(by_label[label] for label in finding.nodes if label in by_label)
-
-    def disagrees(self, changed: onnx.ModelProto) -> str | None:
-        """Why a changed model is not the same to the reference; None where it is."""
-        try:
-            reference = self._as_reference(changed)
-            values = [reference.run(feeds) for feeds in self._feeds]
-        except UsageError as error:
-            return f"the reference refuses it: {error.message}"
-        distance = self._apart(values)
-        return None if distance <= SAME else f"the reference itself differs by {distance:.1e}"
-
-    def attempt(self, change: Change) -> Attempt:
-        """Build a change beside the plain program; its divergence and latency, or why not."""
-        try:
-            after, artifact = self.distance(change)
-            tracer = self._tracer
-            assert tracer is not None
-            before, latency = tracer.race(self._feeds[0])
-        except (BackendError, UsageError) as error:
-            self._end()  # its process may be gone
-            return Attempt(change, failure=error.message)
-        return Attempt(change, after, before, latency, artifact=artifact)
-
-    def distance(self, change: Change) -> tuple[float, Path | None]:
-        """Build a change beside the plain program; its divergence, and the file it was built of.
-
-        Raises:
-            BackendError, UsageError: it could not be built or run.
-        """
-        path = self._model.path if change.model is None else self._saved(change.model)
-        tracer = self._tracer or self._build()
-        assert tracer.request is not None
-        options = tracer.request.options | change.options
-        request = replace(tracer.request, model_path=path, options=options)
-        artifact = None
-        if change.kept:
-            backend = discovery.backend(self.spec.id)
-            assert isinstance(backend, Keeping)
-            self._files += 1
-            artifact = self._scratch / f"{self._files}{backend.keeps}"
-            keys = tuple(key for segment in change.kept for key in segment.node_keys)
-            request = replace(request, artifact=artifact, kept=keys)
-        tracer.beside(request)
-        return self._apart([tracer.contrast(feeds)[1] for feeds in self._feeds]), artifact
-
-    def audited(self, change: Change) -> AuditReport:
-        """An audit of the changed model on this backend, with the changed model's own reference.
-
-        Raises:
-            UsageError: it cannot be loaded.
-        """
-        assert change.model is not None
-        asked = replace(
-            self._options, backends=(self.spec,), confirm=False, latency=False, pictures=False
-        )
-        noises = discovery.noises()
-        return audit(self._saved(change.model), asked, noises=noises, progress=self._progress)
-
-    def _build(self) -> Tracer:
-        options = self._options
-        (worker,) = self._stack.enter_context(workers([self.spec.id], options.limits))
-        tracer = Tracer(self.spec.label, worker, options.timeout, self._progress)
-        if tracer.start():
-            tracer.build(
-                request_for(self.spec, options, self._model, self._feeds[0], worker.workdir)
-            )
-        if tracer.gap is not None:
-            raise UsageError(
-                f"{self.spec.label} no longer builds the model: {tracer.gap.reason}",
-                "Audit it again.",
-            )
-        self._tracer = tracer
-        return tracer
-
-    def _end(self) -> None:
-        self._stack.close()
-        self._stack = ExitStack()
-        self._tracer = None
-
-    def _plainly(self, feeds: Arrays) -> Arrays:
-        assert self._tracer is not None
-        found = self._tracer.plain(feeds)
-        if found is None:
-            assert self._tracer.gap is not None
-            raise UsageError(
-                f"{self.spec.label} no longer runs the model: {self._tracer.gap.reason}",
-                "Audit it again.",
-            )
-        return found
-
-    def _apart(self, outputs: Sequence[Arrays]) -> float:
-        """The largest relative L2 of any output on any sample."""
-        return max(
-            metrics.relative_l2(self._reference.wide(found), expected, (name,))
-            for found, expected in zip(outputs, self._expected, strict=True)
-            for name in expected
-        )
-
-    def _as_reference(self, changed: onnx.ModelProto) -> Reference:
-        loaded = models.load(self._saved(changed))
-        return reference_of(loaded, self._threads, self._scratch)[0]
-
-    def _saved(self, model: onnx.ModelProto) -> Path:
-        self._files += 1
-        path = self._scratch / f"{self._files}.onnx"
-        onnx.save(model, path)
-        return path
-
-
-def _together(model: Model) -> onnx.ModelProto | None:
-    """The model with its weights inside; None where they are too large for one file."""
-    whole = surgery.copied(model.proto)
-    if sum(value.nbytes for value in model.weights.values()) >= onnx.checker.MAXIMUM_PROTOBUF:
-        return None
-    for tensor in whole.graph.initializer:
-        tensor.CopyFrom(weights.attach(tensor, model.weights))
-    return whole

@@ -20,19 +20,20 @@ import auditor.cli  # noqa: F401  registers the verbs that a report's command is
 from auditor import fix
 from auditor.audit import model_of
 from auditor.commands._asked import again, asked_for
+from auditor.fixes._bench import Bench, Change
 from auditor.ports import Silent
 from auditor.records.fix import FixReport
 from auditor.records.measured import Segment
 from reports import json_v1
 
 
-def fewest(bench: fix.Bench, segments: tuple[Segment, ...], limit: float) -> tuple[int, int]:
+def fewest(bench: Bench, segments: tuple[Segment, ...], limit: float) -> tuple[int, int]:
     """The fewest of ``segments`` that must stay in float32, and how many sets were built."""
     built = 0
     for size in range(1, len(segments) + 1):
         for kept in combinations(segments, size):
             built += 1
-            if bench.distance(fix.Change("", (), kept=kept))[0] <= limit:
+            if bench.distance(Change("", (), kept=kept))[0] <= limit:
                 return size, built
     raise SystemExit("not even all layers in float32 are within the limit")
 
@@ -76,7 +77,7 @@ def main() -> int:
         if number is None or len(backend.segments) > known.most:
             return int(number is None)
         begun = time.monotonic()
-        with fix.Bench(
+        with Bench(
             model_of(report, options), options.backends[0], options, Path(folder), Silent()
         ) as bench:
             size, built = fewest(bench, backend.segments, found.limit)
