@@ -473,7 +473,9 @@ class Analysis:
     def _add_pictures(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Keep a picture of the segments that matter most, as long as there is room for more."""
         effects = self.effects
-        wanted = sorted(flagged.keys() & effects, key=effects.__getitem__, reverse=True)
+        wanted = sorted(
+            filter(effects.__contains__, flagged), key=effects.__getitem__, reverse=True
+        )
         for id in wanted:
             if id in self.pictures or len(self.pictures) == pictures.MOST:
                 continue
