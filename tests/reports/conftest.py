@@ -8,6 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from auditor.records.backend import Gap, Kernel, Provenance, Skipped
@@ -496,12 +497,20 @@ def _distances() -> st.SearchStrategy[Distance]:
 
 
 @pytest.fixture(scope="session")
-def reports() -> st.SearchStrategy[AuditReport]:
-    """Arbitrary reports, with unkind names and numbers."""
+def any_reports() -> tuple[AuditReport, ...]:
+    """Arbitrary reports, with unkind names and numbers: drawing one takes longer than using it."""
+    drawn: list[AuditReport] = []
 
-    @st.composite
-    def report(draw: st.DrawFn) -> AuditReport:  # composite: its representation stays short
-        drawn: AuditReport = draw(_records(AuditReport))
-        return drawn
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],  # shrinking whole reports takes minutes
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(_records(AuditReport))
+    def draw(report: AuditReport) -> None:
+        drawn.append(report)
 
-    return report()
+    draw()
+    return tuple(drawn)
