@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 import torch
 from onnx import numpy_helper
@@ -19,6 +20,7 @@ from auditor.commands._options import backend_specs, with_training
 from auditor.errors import UsageError
 from auditor.ports import Silent
 from auditor.records.report import AuditReport, BackendReport
+from auditor.training import pairing
 from backends import _source
 from tests.helpers import NETS, nets
 
@@ -185,3 +187,23 @@ def test_another_path_on_a_later_sample_is_a_gap(small: Path, tmp_path: Path) ->
     report = run(small, f"{NETS}:branches", data=tmp_path / "x.npz", samples=2)
     gap = of(report).gap
     assert gap is not None and "other operations than on the first sample" in gap.reason
+
+
+def test_what_is_added_to_a_mask_is_not_the_mask(tmp_path: Path) -> None:
+    """The module masks and normalises in one operation: it never has the masked scores."""
+    rows = onnx.parser.parse_graph(
+        "rows (float[1, 4] x, float[4, 4] hide) => (float[4, 4] y) "
+        "<float[1] far = {-100}> { mask = Mul(hide, far) sum = Add(mask, x) y = Softmax(sum) }"
+    )
+    path = tmp_path / "m.onnx"
+    onnx.save(onnx.helper.make_model(rows, opset_imports=[onnx.helper.make_opsetid("", 17)]), path)
+    x = np.float32([[0.01, -0.02, 0.03, 0.01]])
+    hide = np.triu(np.ones((4, 4), np.float32), 1)
+    powers = np.exp(x - 100 * hide)
+    arrays = [-100 * hide, powers / powers.sum(axis=1, keepdims=True)]
+    values = [pairing.Value(pairing.Sketch.of(a), "aten.op", "net", None) for a in arrays]
+    feeds = {"x": x, "hide": hide}
+    found = pairing.pair(
+        path, feeds, values, {"y": 1}, arrays.__getitem__, threads=1, folder=tmp_path
+    )
+    assert {name: pair.index for name, pair in found.pairs.items()} == {"mask": 0, "y": 1}

@@ -34,6 +34,9 @@ How = Literal["value", "context", "name", "position"]
 
 # Relative L2 up to which two values are certainly the same: no rounding of one node goes beyond.
 CERTAIN = 2e-5
+# … and up to which one value may be several tensors: what computes one twice. What a node adds or
+# scales by less is another value, in spite of its being that close: scores behind a mask of -100.
+TWICE = 2e-6
 # Up to here they are the same where no node behind computes that value more closely: a product
 # before a small bias is added is not the sum. Pairing decides where tensors are compared, not what
 # is reported: what such a pair is apart shows as that node's error.
@@ -77,6 +80,10 @@ class Sketch:
         folded[: len(flat) - whole] += flat[whole:]
         norm = float(np.sqrt(np.dot(flat, flat)))
         return cls(tuple(value.shape), kind, norm, float(np.dot(folded, _WEIGHTS)))
+
+    def apart(self, other: Sketch) -> float:
+        """How far apart two values of one shape are at least, as far as the sketches say."""
+        return max(abs(self.norm - other.norm), abs(self.mark - other.mark))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +192,7 @@ class _Work:
     _by_shape: dict[tuple[str, tuple[int, ...]], list[int]] = field(default_factory=dict)
     _before: dict[str, int] = field(default_factory=dict)  # last value that a tensor rests on
     _shapes: set[str] = field(default_factory=set)
+    _taken: set[int] = field(default_factory=set)  # values that are tensors already
     _runs: int = _RUNS
 
     def __post_init__(self) -> None:
@@ -279,6 +287,7 @@ class _Work:
 
     def _take(self, name: str, pair: Pair) -> None:
         self.pairs[name] = pair
+        self._taken.add(pair.index)
         self.computed.pop(name, None)
         self._before[name] = max(self._before.get(name, -1), pair.index)
 
@@ -297,11 +306,12 @@ class _Work:
             for index in self._by_shape.get((sketch.kind, sketch.shape), ())
             if abs(self.values[index].sketch.norm - sketch.norm) <= limit
         ]
-        near.sort(key=lambda i: abs(self.values[i].sketch.mark - sketch.mark))
+        near.sort(key=lambda i: self.values[i].sketch.apart(sketch))
         fits = {}
         for index in near[:_CLOSEST]:
             distance = metrics.distance(self.fetch(index), result).relative_l2
-            if distance <= self.same or (sketch.norm == 0 and distance == 0):
+            most = TWICE if index in self._taken else self.same
+            if distance <= most or (sketch.norm == 0 and distance == 0):
                 fits[index] = distance
         if not fits:
             return None
