@@ -289,9 +289,8 @@ class _Surgery:
             return
         if (name, body) not in self._copies:
             target = self._copies[name, body] = f"{self._mark}{name}/{len(self._copies)}"
-            new = helper.make_node("Through", [name], [target])
-            self.call(new, body, self.types[name])
-            self._before.setdefault(index, []).append(new)
+            passage = self._passage(node, name, target, body)
+            self._before.setdefault(index, []).extend(passage)
         node.input[position] = self._copies[name, body]
 
     def after(self, index: int, body: str) -> None:
@@ -301,9 +300,29 @@ class _Surgery:
         if self.types.get(target) not in FLOATS:
             return
         node.output[0] = f"{self._mark}{target}"
-        new = helper.make_node("Through", [node.output[0]], [target])
-        self.call(new, body, self.types[target])
-        self._after[index] = [new]
+        self._after[index] = self._passage(node, node.output[0], target, body)
+
+    def _passage(
+        self, node: onnx.NodeProto, source: str, target: str, body: str
+    ) -> list[onnx.NodeProto]:
+        """Nodes that pass a tensor through a function, beside a node.
+
+        What a Cast makes or reads in float16 passes in float32: ONNX Runtime has few kernels for
+        float16, and beside the casts that it inserts for the others the model's own goes lost.
+        """
+        kind = self.types[target if target in self.types else source]
+        if kind != TensorProto.FLOAT16 or node.op_type != "Cast":
+            new = helper.make_node("Through", [source], [target])
+            self.call(new, body, kind)
+            return [new]
+        wide, made = f"{target}/wide", f"{target}/made"
+        new = helper.make_node("Through", [wide], [made])
+        self.call(new, body, TensorProto.FLOAT)
+        return [
+            helper.make_node("Cast", [source], [wide], to=TensorProto.FLOAT),
+            new,
+            helper.make_node("Cast", [made], [target], to=kind),
+        ]
 
     def finished(self) -> onnx.ModelProto:
         """The model with what was inserted in its place."""
