@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def audit(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
     line = [sys.executable, "-m", "auditor", *map(str, arguments)]
     return subprocess.run(
         line, cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
