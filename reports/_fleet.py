@@ -15,52 +15,66 @@ from auditor.errors import UsageError
 from auditor.records.fleet import FleetAttempt, FleetCell, FleetNode, FleetReport
 from auditor.records.terms import SEVERITIES, Verdict
 from reports import _words as words
-from reports import json_v1
+from reports._codec import (
+    BOOL,
+    ERROR,
+    INT,
+    MAYBE_TEXT,
+    MEASURED,
+    TEXT,
+    MalformedError,
+    choice,
+    keyed,
+    many,
+    optional,
+    parse,
+    record,
+)
 from reports._page import COLORS, Column, Page, Row, Span
-from reports.json_v1 import _ERROR, _GAP, _INT, _MAYBE_TEXT, _MEASURED, _TEXT
+from reports.json_v1 import GAP
 
 FORMAT = "audit-fleet/1"
 _MOST = 12  # cells and gaps shown; the JSON has all of them
 
-_VERDICT = json_v1._choice(Verdict)
-_NODE = json_v1._record(
+_VERDICT = choice(Verdict)
+_NODE = record(
     FleetNode,
-    {"name": _TEXT, "resources": json_v1._keyed(_ERROR), "alive": json_v1._BOOL},
+    {"name": TEXT, "resources": keyed(ERROR), "alive": BOOL},
 )
-_ATTEMPT = json_v1._record(FleetAttempt, {"node": _TEXT, "seconds": _ERROR, "lost": _MAYBE_TEXT})
-_CELL = json_v1._record(
+_ATTEMPT = record(FleetAttempt, {"node": TEXT, "seconds": ERROR, "lost": MAYBE_TEXT})
+_CELL = record(
     FleetCell,
     {
-        "model": _TEXT,
-        "column": _TEXT,
-        "backend": _TEXT,
-        "options": json_v1._keyed(_TEXT),
-        "exit_code": json_v1._optional(_INT),
-        "verdict": json_v1._optional(_VERDICT),
-        "report": _MAYBE_TEXT,
-        "sha256": _MAYBE_TEXT,
-        "relative_l2": _MEASURED,
-        "mismatch": _MAYBE_TEXT,
-        "findings": json_v1._keyed(_INT),
-        "noise": _MAYBE_TEXT,
-        "share": _MEASURED,
-        "offender": _MAYBE_TEXT,
-        "gaps": _INT,
-        "gap": json_v1._optional(_GAP),
-        "attempts": json_v1._many(_ATTEMPT),
+        "model": TEXT,
+        "column": TEXT,
+        "backend": TEXT,
+        "options": keyed(TEXT),
+        "exit_code": optional(INT),
+        "verdict": optional(_VERDICT),
+        "report": MAYBE_TEXT,
+        "sha256": MAYBE_TEXT,
+        "relative_l2": MEASURED,
+        "mismatch": MAYBE_TEXT,
+        "findings": keyed(INT),
+        "noise": MAYBE_TEXT,
+        "share": MEASURED,
+        "offender": MAYBE_TEXT,
+        "gaps": INT,
+        "gap": optional(GAP),
+        "attempts": many(_ATTEMPT),
     },
 )
-_REPORT = json_v1._record(
+_REPORT = record(
     FleetReport,
     {
-        "tool_version": _TEXT,
-        "source": _TEXT,
-        "cluster": _MAYBE_TEXT,
-        "nodes": json_v1._many(_NODE),
-        "cells": json_v1._many(_CELL),
+        "tool_version": TEXT,
+        "source": TEXT,
+        "cluster": MAYBE_TEXT,
+        "nodes": many(_NODE),
+        "cells": many(_CELL),
         "verdict": _VERDICT,
-        "exit_code": _INT,
-        "seconds": _ERROR,
+        "exit_code": INT,
+        "seconds": ERROR,
     },
 )
 
@@ -86,12 +100,12 @@ def load(path: Path) -> FleetReport:
     Raises:
         UsageError: it cannot be read, or is not such a report.
     """
-    data = json_v1._parse(path)
+    data = parse(path)
     if not isinstance(data, Mapping) or data.get("format") != FORMAT:
         raise UsageError(f"{path} is no report of a fleet", "Give the fleet.json of audit fleet.")
     try:
         report: FleetReport = _REPORT.load(data, "")
-    except json_v1._MalformedError as error:
+    except MalformedError as error:
         raise UsageError(f"{path} is malformed at {error}", "Run the fleet again.") from error
     return report
 

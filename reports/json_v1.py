@@ -23,14 +23,12 @@ every other number                     not measured
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 from auditor.errors import UsageError
 from auditor.records.backend import Gap, Kernel, Provenance, Skipped
@@ -74,270 +72,119 @@ from auditor.records.terms import (
     Status,
     Verdict,
 )
+from reports._codec import (
+    BOOL,
+    BYTES,
+    ERROR,
+    INT,
+    INTS,
+    MAYBE_TEXT,
+    MEASURED,
+    MISSING_KEY,
+    SHARE,
+    TEXT,
+    TEXTS,
+    Codec,
+    MalformedError,
+    as_object,
+    choice,
+    keyed,
+    many,
+    number,
+    optional,
+    pair,
+    parse,
+    record,
+)
 
 SCHEMA_VERSION = 1
 TOOL = "sysnoise-auditor"
 
-_MAX_BYTES = 256 * 2**20  # a hundred times the largest report seen
-
-_MISSING = "a value, but the key is missing"
-
-T = TypeVar("T")
-
-
-class _MalformedError(Exception):
-    """The JSON does not say what it should; the message begins with the path in the file."""
-
-    def __init__(self, path: str, expected: str) -> None:
-        super().__init__(f"{path.removeprefix('.') or 'the report'}: expected {expected}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Codec(Generic[T]):
-    """How one kind of value is written, and read back from the JSON found at a path."""
-
-    dump: Callable[[T], object]
-    load: Callable[[object, str], T]
-
-
-# --- single values -------------------------------------------------------------------------------
-
-
-def _only(kind: type[T], name: str) -> _Codec[T]:
-    def load(data: object, path: str) -> T:
-        # bool is a subclass of int, yet true is no number.
-        if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
-            raise _MalformedError(path, name)
-        return data
-
-    return _Codec(kind, load)
-
-
-def _number(null: float) -> _Codec[float]:
-    """A number; ``null`` is the non-finite value that null stands for."""
-
-    def dump(value: float) -> object:
-        return float(value) if math.isfinite(value) else None
-
-    def load(data: object, path: str) -> float:
-        if data is None:
-            return null
-        if isinstance(data, bool) or not isinstance(data, int | float):
-            raise _MalformedError(path, "a number or null")
-        try:
-            value = float(data)
-        except OverflowError:
-            value = math.inf
-        if not math.isfinite(value):
-            raise _MalformedError(path, "a finite number or null")
-        return value
-
-    return _Codec(dump, load)
-
-
-def _dump_bytes(value: bytes) -> object:
-    return base64.b64encode(value).decode("ascii")
-
-
-def _load_bytes(data: object, path: str) -> bytes:
-    try:
-        return base64.b64decode(_TEXT.load(data, path), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _MalformedError(path, "base64 (RFC 4648)") from error
-
-
-def _choice(words: Any) -> _Codec[Any]:
-    """One word of a ``Literal``."""
-    known = get_args(words)
-
-    def load(data: object, path: str) -> object:
-        if data not in known:
-            raise _MalformedError(path, f"one of {', '.join(known)}")
-        return data
-
-    return _Codec(str, load)
-
-
-def _optional(codec: _Codec[T]) -> _Codec[T | None]:
-    def dump(value: T | None) -> object:
-        return None if value is None else codec.dump(value)
-
-    def load(data: object, path: str) -> T | None:
-        return None if data is None else codec.load(data, path)
-
-    return _Codec(dump, load)
-
-
-# --- collections ---------------------------------------------------------------------------------
-
-
-def _many(codec: _Codec[T]) -> _Codec[tuple[T, ...]]:
-    def dump(values: tuple[T, ...]) -> object:
-        return [codec.dump(value) for value in values]
-
-    def load(data: object, path: str) -> tuple[T, ...]:
-        if not isinstance(data, list):
-            raise _MalformedError(path, "a list")
-        return tuple(codec.load(item, f"{path}[{i}]") for i, item in enumerate(data))
-
-    return _Codec(dump, load)
-
-
-def _keyed(codec: _Codec[T]) -> _Codec[dict[str, T]]:
-    def dump(values: dict[str, T]) -> object:
-        return {str(key): codec.dump(value) for key, value in values.items()}
-
-    def load(data: object, path: str) -> dict[str, T]:
-        return {k: codec.load(v, f"{path}.{k}") for k, v in _object(data, path).items()}
-
-    return _Codec(dump, load)
-
-
-def _pair(codec: _Codec[T]) -> _Codec[tuple[T, T]]:
-    several = _many(codec)
-
-    def load(data: object, path: str) -> tuple[T, T]:
-        try:
-            low, high = several.load(data, path)
-        except ValueError as error:
-            raise _MalformedError(path, "two numbers") from error
-        return low, high
-
-    return _Codec(several.dump, load)
-
-
-def _object(data: object, path: str) -> Mapping[str, object]:
-    if not isinstance(data, Mapping):
-        raise _MalformedError(path, "an object")
-    return data
-
-
-def _record(kind: type[Any], keys: Mapping[str, _Codec[Any]], *inline: str) -> _Codec[Any]:
-    """A record: its JSON keys are its field names; fields ``inline`` spread theirs in its place."""
-    required = {
-        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
-    }
-
-    def dump(record: Any) -> object:
-        data: dict[str, object] = {}
-        for key, codec in keys.items():
-            value = codec.dump(getattr(record, key))
-            if key in inline and isinstance(value, dict):
-                data |= value
-            else:
-                data[key] = value
-        return data
-
-    def load(data: object, path: str) -> Any:
-        found = _object(data, path)
-        values: dict[str, object] = {}
-        for key, codec in keys.items():
-            if key in inline:
-                values[key] = codec.load(found, path)
-            elif key in found:
-                values[key] = codec.load(found[key], f"{path}.{key}")
-            elif key in required:
-                raise _MalformedError(f"{path}.{key}", _MISSING)
-        return kind(**values)
-
-    return _Codec(dump, load)
-
 
 # --- the mapping ---------------------------------------------------------------------------------
 
-_TEXT = _only(str, "text")
-_BYTES = _Codec(_dump_bytes, _load_bytes)
-_INT = _only(int, "an integer")
-_BOOL = _only(bool, "true or false")
-_TEXTS = _many(_TEXT)
-_INTS = _many(_INT)
-_ERROR = _number(math.inf)
-_SHARE = _number(math.nan)
-_MAYBE_TEXT = _optional(_TEXT)
-_MEASURED = _optional(_SHARE)
-
-_MODEL = _record(
+_MODEL = record(
     ModelInfo,
     {
-        "path": _TEXT,
-        "sha256": _TEXT,
-        "opset": _INT,
-        "nodes": _INT,
-        "parameters": _INT,
-        "producer": _TEXT,
-        "candidate": _MAYBE_TEXT,
+        "path": TEXT,
+        "sha256": TEXT,
+        "opset": INT,
+        "nodes": INT,
+        "parameters": INT,
+        "producer": TEXT,
+        "candidate": MAYBE_TEXT,
     },
 )
-_STIMULUS = _record(
+_STIMULUS = record(
     StimulusInfo,
     {
-        "kind": _choice(Literal["recorded", "synthetic"]),
-        "samples": _INT,
-        "seed": _optional(_INT),
-        "source": _TEXT,
-        "shapes": _keyed(_INTS),
-        "notes": _TEXTS,
-        "sha256": _MAYBE_TEXT,
+        "kind": choice(Literal["recorded", "synthetic"]),
+        "samples": INT,
+        "seed": optional(INT),
+        "source": TEXT,
+        "shapes": keyed(INTS),
+        "notes": TEXTS,
+        "sha256": MAYBE_TEXT,
     },
 )
-_REFERENCE = _record(ReferenceInfo, {"engine": _TEXT, "version": _TEXT, "precision": _TEXT})
-_KERNEL = _record(
+_REFERENCE = record(ReferenceInfo, {"engine": TEXT, "version": TEXT, "precision": TEXT})
+_KERNEL = record(
     Kernel,
     {
-        "name": _TEXT,
-        "type": _TEXT,
-        "nodes": _TEXTS,
-        "outputs": _TEXTS,
-        "primitive": _TEXT,
-        "precision": _TEXT,
-        "output_precision": _TEXT,
+        "name": TEXT,
+        "type": TEXT,
+        "nodes": TEXTS,
+        "outputs": TEXTS,
+        "primitive": TEXT,
+        "precision": TEXT,
+        "output_precision": TEXT,
     },
 )
-_PROVENANCE = _record(
+_PROVENANCE = record(
     Provenance,
     {
-        "engine": _TEXT,
-        "version": _TEXT,
-        "device": _TEXT,
-        "options": _keyed(_TEXT),
-        "kernels": _many(_KERNEL),
-        "notes": _TEXTS,
+        "engine": TEXT,
+        "version": TEXT,
+        "device": TEXT,
+        "options": keyed(TEXT),
+        "kernels": many(_KERNEL),
+        "notes": TEXTS,
     },
 )
-_GAP = _record(
+GAP = record(
     Gap,
     {
-        "subject": _TEXT,
-        "stage": _TEXT,
-        "reason": _TEXT,
-        "remedy": _MAYBE_TEXT,
-        "log": _TEXTS,
+        "subject": TEXT,
+        "stage": TEXT,
+        "reason": TEXT,
+        "remedy": MAYBE_TEXT,
+        "log": TEXTS,
     },
 )
-_SKIPPED = _record(Skipped, {"tensor": _TEXT, "reason": _TEXT})
-_FIDELITY = _record(
+_SKIPPED = record(Skipped, {"tensor": TEXT, "reason": TEXT})
+_FIDELITY = record(
     FidelityProof,
     {
-        "outputs_bitwise_equal": _BOOL,
-        "program_unchanged": _BOOL,
-        "candidates": _INT,
-        "output_proved": _INT,
-        "cone_proved": _INT,
-        "perturbing": _INT,
-        "run_to_run": _ERROR,
-        "rebuild": _MEASURED,
-        "skipped": _many(_SKIPPED),
-        "cached": _INT,
+        "outputs_bitwise_equal": BOOL,
+        "program_unchanged": BOOL,
+        "candidates": INT,
+        "output_proved": INT,
+        "cone_proved": INT,
+        "perturbing": INT,
+        "run_to_run": ERROR,
+        "rebuild": MEASURED,
+        "skipped": many(_SKIPPED),
+        "cached": INT,
     },
 )
-_PLAIN_DISTANCE = _record(
+_PLAIN_DISTANCE = record(
     Distance,
     {
-        "relative_l2": _ERROR,
-        "max_abs": _ERROR,
-        "sqnr_db": _number(math.inf),
-        "cosine": _SHARE,
-        "mismatch": _MAYBE_TEXT,
+        "relative_l2": ERROR,
+        "max_abs": ERROR,
+        "sqnr_db": number(math.inf),
+        "cosine": SHARE,
+        "mismatch": MAYBE_TEXT,
     },
 )
 
@@ -349,86 +196,86 @@ def _load_distance(data: object, path: str) -> Distance:
     return found
 
 
-_DISTANCE = _Codec(_PLAIN_DISTANCE.dump, _load_distance)
+_DISTANCE = Codec(_PLAIN_DISTANCE.dump, _load_distance)
 
 
 def _load_edge(data: object, path: str) -> float:
     if data is None:
-        raise _MalformedError(path, "a number")
-    return _SHARE.load(data, path)
+        raise MalformedError(path, "a number")
+    return SHARE.load(data, path)
 
 
-_SPREAD = _optional(
-    _record(
+_SPREAD = optional(
+    record(
         Spread,
         {
-            "samples": _INT,
-            "mean": _ERROR,
-            "deviation": _ERROR,
-            "low": _ERROR,
-            "high": _ERROR,
-            "low_at": _INT,
-            "high_at": _INT,
+            "samples": INT,
+            "mean": ERROR,
+            "deviation": ERROR,
+            "low": ERROR,
+            "high": ERROR,
+            "low_at": INT,
+            "high_at": INT,
         },
     )
 )
-_CONSEQUENCE = _record(
+_CONSEQUENCE = record(
     Consequence,
     {
-        "output": _TEXT,
-        "kind": _choice(OutputKind),
-        "samples": _INT,
-        "items": _INT,
-        "changed": _optional(_INT),
-        "first_changed": _optional(_INT),
-        "margin": _MEASURED,
-        "margin_after": _MEASURED,
-        "kl": _MEASURED,
-        "iou": _MEASURED,
-        "cosine": _MEASURED,
-        "lowest": _MEASURED,
-        "sentence": _TEXT,
-        "added": _optional(_INT),
-        "searched": _optional(_INT),
-        "nearest_changed": _optional(_INT),
-        "ranks_changed": _optional(_INT),
-        "texts": _optional(_INT),
-        "texts_changed": _optional(_INT),
-        "edits": _optional(_INT),
-        "characters": _optional(_INT),
-        "blank": _optional(_INT),
-        "example": _optional(_many(_TEXT)),
+        "output": TEXT,
+        "kind": choice(OutputKind),
+        "samples": INT,
+        "items": INT,
+        "changed": optional(INT),
+        "first_changed": optional(INT),
+        "margin": MEASURED,
+        "margin_after": MEASURED,
+        "kl": MEASURED,
+        "iou": MEASURED,
+        "cosine": MEASURED,
+        "lowest": MEASURED,
+        "sentence": TEXT,
+        "added": optional(INT),
+        "searched": optional(INT),
+        "nearest_changed": optional(INT),
+        "ranks_changed": optional(INT),
+        "texts": optional(INT),
+        "texts_changed": optional(INT),
+        "edits": optional(INT),
+        "characters": optional(INT),
+        "blank": optional(INT),
+        "example": optional(many(TEXT)),
     },
 )
-_OUTPUT = _record(
+_OUTPUT = record(
     OutputDistance,
     {
-        "name": _TEXT,
+        "name": TEXT,
         "distance": _DISTANCE,
-        "top1_agreement": _MEASURED,
-        "kind": _choice(OutputKind),
-        "kind_stated": _BOOL,
-        "consequence": _optional(_CONSEQUENCE),
+        "top1_agreement": MEASURED,
+        "kind": choice(OutputKind),
+        "kind_stated": BOOL,
+        "consequence": optional(_CONSEQUENCE),
         "spread": _SPREAD,
-        "nonfinite": _INT,
-        "first_nonfinite": _optional(_INT),
-        "one_step": _MEASURED,
-        "max_ulp": _MEASURED,
+        "nonfinite": INT,
+        "first_nonfinite": optional(INT),
+        "one_step": MEASURED,
+        "max_ulp": MEASURED,
     },
     "distance",
 )
-_PLAIN_TENSOR = _record(
+_PLAIN_TENSOR = record(
     TensorStats,
     {
-        "name": _TEXT,
-        "dtype": _TEXT,
-        "shape": _INTS,
-        "role": _choice(Literal["input", "output"]),
-        "reference_range": _pair(_SHARE),
-        "backend_range": _pair(_SHARE),
+        "name": TEXT,
+        "dtype": TEXT,
+        "shape": INTS,
+        "role": choice(Literal["input", "output"]),
+        "reference_range": pair(SHARE),
+        "backend_range": pair(SHARE),
         "distance": _DISTANCE,
-        "histogram": _INTS,
-        "histogram_edges": _many(_Codec(_SHARE.dump, _load_edge)),
+        "histogram": INTS,
+        "histogram_edges": many(Codec(SHARE.dump, _load_edge)),
     },
     "distance",
 )
@@ -437,38 +284,38 @@ _PLAIN_TENSOR = _record(
 def _load_tensor(data: object, path: str) -> TensorStats:
     found: TensorStats = _PLAIN_TENSOR.load(data, path)
     if found.histogram and len(found.histogram_edges) != len(found.histogram) + 1:
-        raise _MalformedError(f"{path}.histogram_edges", "one more than the counts")
+        raise MalformedError(f"{path}.histogram_edges", "one more than the counts")
     return found
 
 
-_TENSOR = _Codec(_PLAIN_TENSOR.dump, _load_tensor)
-_HYPOTHESIS = _record(
+_TENSOR = Codec(_PLAIN_TENSOR.dump, _load_tensor)
+_HYPOTHESIS = record(
     Hypothesis,
     {
-        "noise": _TEXT,
-        "variant": _TEXT,
-        "explained": _number(-math.inf),
-        "bit_identical": _SHARE,
+        "noise": TEXT,
+        "variant": TEXT,
+        "explained": number(-math.inf),
+        "bit_identical": SHARE,
     },
 )
-_CONCENTRATION = _record(
-    Concentration, {"axis": _INT, "index": _INT, "axis_size": _INT, "share": _SHARE}
+_CONCENTRATION = record(
+    Concentration, {"axis": INT, "index": INT, "axis_size": INT, "share": SHARE}
 )
-_PLAIN_PICTURE = _record(
+_PLAIN_PICTURE = record(
     Picture,
     {
-        "tensor": _TEXT,
-        "sample": _INT,
-        "plane": _TEXT,
-        "size": _pair(_INT),
-        "cells": _pair(_INT),
-        "range": _pair(_SHARE),
-        "most_accumulated": _SHARE,
-        "most_introduced": _SHARE,
-        "reference": _BYTES,
-        "deployed": _BYTES,
-        "accumulated": _BYTES,
-        "introduced": _BYTES,
+        "tensor": TEXT,
+        "sample": INT,
+        "plane": TEXT,
+        "size": pair(INT),
+        "cells": pair(INT),
+        "range": pair(SHARE),
+        "most_accumulated": SHARE,
+        "most_introduced": SHARE,
+        "reference": BYTES,
+        "deployed": BYTES,
+        "accumulated": BYTES,
+        "introduced": BYTES,
     },
 )
 
@@ -477,238 +324,238 @@ def _load_picture(data: object, path: str) -> Picture:
     found: Picture = _PLAIN_PICTURE.load(data, path)
     for levels in (found.reference, found.deployed, found.accumulated, found.introduced):
         if len(levels) != math.prod(found.cells):
-            raise _MalformedError(path, "a byte for each cell")
+            raise MalformedError(path, "a byte for each cell")
     return found
 
 
-_PICTURE = _Codec(_PLAIN_PICTURE.dump, _load_picture)
-_SEGMENT = _record(
+_PICTURE = Codec(_PLAIN_PICTURE.dump, _load_picture)
+_SEGMENT = record(
     Segment,
     {
-        "id": _TEXT,
-        "nodes": _TEXTS,
-        "node_keys": _TEXTS,
-        "op_types": _TEXTS,
-        "inputs": _TEXTS,
-        "outputs": _TEXTS,
-        "kernel": _TEXT,
-        "precision": _TEXT,
-        "fidelity": _choice(Fidelity),
-        "accumulated": _ERROR,
-        "introduced": _ERROR,
-        "inherited": _ERROR,
-        "amplification": _MEASURED,
-        "leave_one_in": _MEASURED,
-        "impact_share": _MEASURED,
-        "floor": _ERROR,
-        "noise": _MAYBE_TEXT,
-        "explained": _MEASURED,
-        "bit_identical": _SHARE,
-        "residual": _ERROR,
-        "hypotheses": _many(_HYPOTHESIS),
-        "tensors": _many(_TENSOR),
-        "concentration": _optional(_CONCENTRATION),
-        "unmeasured": _MAYBE_TEXT,
+        "id": TEXT,
+        "nodes": TEXTS,
+        "node_keys": TEXTS,
+        "op_types": TEXTS,
+        "inputs": TEXTS,
+        "outputs": TEXTS,
+        "kernel": TEXT,
+        "precision": TEXT,
+        "fidelity": choice(Fidelity),
+        "accumulated": ERROR,
+        "introduced": ERROR,
+        "inherited": ERROR,
+        "amplification": MEASURED,
+        "leave_one_in": MEASURED,
+        "impact_share": MEASURED,
+        "floor": ERROR,
+        "noise": MAYBE_TEXT,
+        "explained": MEASURED,
+        "bit_identical": SHARE,
+        "residual": ERROR,
+        "hypotheses": many(_HYPOTHESIS),
+        "tensors": many(_TENSOR),
+        "concentration": optional(_CONCENTRATION),
+        "unmeasured": MAYBE_TEXT,
         "leave_one_in_spread": _SPREAD,
         "impact_share_spread": _SPREAD,
         "explained_spread": _SPREAD,
-        "explained_on": _optional(_INT),
-        "contradicted": _INT,
-        "one_step": _MEASURED,
-        "consequences": _many(_CONSEQUENCE),
-        "constants": _TEXTS,
-        "modules": _TEXTS,
-        "picture": _optional(_PICTURE),
+        "explained_on": optional(INT),
+        "contradicted": INT,
+        "one_step": MEASURED,
+        "consequences": many(_CONSEQUENCE),
+        "constants": TEXTS,
+        "modules": TEXTS,
+        "picture": optional(_PICTURE),
     },
 )
-_CATEGORY = _record(
+_CATEGORY = record(
     CategoryShare,
-    {"noise": _TEXT, "stage": _choice(Stage), "share": _SHARE, "spread": _SPREAD},
+    {"noise": TEXT, "stage": choice(Stage), "share": SHARE, "spread": _SPREAD},
 )
 
 
 def _dump_booked(value: tuple[str, float]) -> object:
     label, share = value
-    return {"label": _TEXT.dump(label), "share": _SHARE.dump(share)}
+    return {"label": TEXT.dump(label), "share": SHARE.dump(share)}
 
 
 def _load_booked(data: object, path: str) -> tuple[str, float]:
-    found = _object(data, path)
+    found = as_object(data, path)
     return (
-        _TEXT.load(found.get("label"), f"{path}.label"),
-        _SHARE.load(found.get("share"), f"{path}.share"),
+        TEXT.load(found.get("label"), f"{path}.label"),
+        SHARE.load(found.get("share"), f"{path}.share"),
     )
 
 
-_COUNTERFACTUAL = _record(
+_COUNTERFACTUAL = record(
     Counterfactual,
     {
-        "factor": _TEXT,
-        "options": _keyed(_TEXT),
-        "noises": _TEXTS,
-        "conclusion": _choice(Conclusion),
-        "samples": _INT,
-        "before": _MEASURED,
-        "after": _MEASURED,
-        "removed": _MEASURED,
-        "claimed": _MEASURED,
-        "latency_before": _MEASURED,
-        "latency_after": _MEASURED,
-        "outputs": _many(
-            _record(OutputChange, {"name": _TEXT, "before": _MEASURED, "after": _MEASURED})
+        "factor": TEXT,
+        "options": keyed(TEXT),
+        "noises": TEXTS,
+        "conclusion": choice(Conclusion),
+        "samples": INT,
+        "before": MEASURED,
+        "after": MEASURED,
+        "removed": MEASURED,
+        "claimed": MEASURED,
+        "latency_before": MEASURED,
+        "latency_after": MEASURED,
+        "outputs": many(
+            record(OutputChange, {"name": TEXT, "before": MEASURED, "after": MEASURED})
         ),
-        "failure": _MAYBE_TEXT,
-        "sentence": _TEXT,
+        "failure": MAYBE_TEXT,
+        "sentence": TEXT,
     },
 )
-_END_TO_END = _record(
+_END_TO_END = record(
     EndToEnd,
     {
-        "outputs": _many(_OUTPUT),
-        "shares": _many(_CATEGORY),
-        "unexplained_share": _SHARE,
-        "samples": _INT,
+        "outputs": many(_OUTPUT),
+        "shares": many(_CATEGORY),
+        "unexplained_share": SHARE,
+        "samples": INT,
     },
 )
-_PIPELINE = _record(
+_PIPELINE = record(
     PipelineReport,
     {
-        "source": _TEXT,
-        "photos": _INT,
-        "training": _keyed(_TEXT),
-        "deployment": _keyed(_TEXT),
-        "steps": _many(
-            _record(
+        "source": TEXT,
+        "photos": INT,
+        "training": keyed(TEXT),
+        "deployment": keyed(TEXT),
+        "steps": many(
+            record(
                 PipelineStep,
                 {
-                    "noise": _TEXT,
-                    "name": _TEXT,
-                    "training": _TEXT,
-                    "deployment": _TEXT,
-                    "introduced": _ERROR,
-                    "bit_identical": _SHARE,
-                    "effect": _MEASURED,
-                    "leave_one_in": _MEASURED,
-                    "share": _MEASURED,
+                    "noise": TEXT,
+                    "name": TEXT,
+                    "training": TEXT,
+                    "deployment": TEXT,
+                    "introduced": ERROR,
+                    "bit_identical": SHARE,
+                    "effect": MEASURED,
+                    "leave_one_in": MEASURED,
+                    "share": MEASURED,
                     "leave_one_in_spread": _SPREAD,
-                    "consequences": _many(_CONSEQUENCE),
+                    "consequences": many(_CONSEQUENCE),
                 },
             )
         ),
-        "outputs": _many(_OUTPUT),
+        "outputs": many(_OUTPUT),
     },
 )
-_LATENCY = _record(Latency, {"seconds": _SHARE, "reference_seconds": _SHARE})
-_BACKEND = _record(
+_LATENCY = record(Latency, {"seconds": SHARE, "reference_seconds": SHARE})
+_BACKEND = record(
     BackendReport,
     {
-        "id": _TEXT,
-        "device": _TEXT,
-        "status": _choice(Status),
-        "gap": _optional(_GAP),
-        "provenance": _optional(_PROVENANCE),
-        "fidelity": _optional(_FIDELITY),
-        "outputs": _many(_OUTPUT),
-        "categories": _many(_CATEGORY),
-        "unexplained_share": _SHARE,
-        "segments": _many(_SEGMENT),
-        "booked": _many(_Codec(_dump_booked, _load_booked)),
-        "additivity": _MEASURED,
-        "input_control": _MEASURED,
-        "warnings": _TEXTS,
-        "seconds": _keyed(_ERROR),
+        "id": TEXT,
+        "device": TEXT,
+        "status": choice(Status),
+        "gap": optional(GAP),
+        "provenance": optional(_PROVENANCE),
+        "fidelity": optional(_FIDELITY),
+        "outputs": many(_OUTPUT),
+        "categories": many(_CATEGORY),
+        "unexplained_share": SHARE,
+        "segments": many(_SEGMENT),
+        "booked": many(Codec(_dump_booked, _load_booked)),
+        "additivity": MEASURED,
+        "input_control": MEASURED,
+        "warnings": TEXTS,
+        "seconds": keyed(ERROR),
         "unexplained_spread": _SPREAD,
-        "booked_samples": _INT,
-        "counterfactuals": _many(_COUNTERFACTUAL),
-        "latency": _optional(_LATENCY),
-        "end_to_end": _optional(_END_TO_END),
+        "booked_samples": INT,
+        "counterfactuals": many(_COUNTERFACTUAL),
+        "latency": optional(_LATENCY),
+        "end_to_end": optional(_END_TO_END),
     },
 )
-_FINDING = _record(
+_FINDING = record(
     Finding,
     {
-        "rank": _INT,
-        "backend": _TEXT,
-        "segment": _TEXT,
-        "segments": _TEXTS,
-        "nodes": _TEXTS,
-        "op_types": _TEXTS,
-        "kernel": _TEXT,
-        "noise": _MAYBE_TEXT,
-        "stage": _choice(Stage),
-        "leave_one_in": _MEASURED,
-        "impact_share": _MEASURED,
-        "introduced": _ERROR,
-        "effect": _MEASURED,
-        "explained": _MEASURED,
-        "bit_identical": _SHARE,
-        "severity": _choice(Severity),
-        "confidence": _choice(Confidence),
-        "evidence": _TEXTS,
-        "remedy": _MAYBE_TEXT,
-        "fingerprint": _TEXT,
+        "rank": INT,
+        "backend": TEXT,
+        "segment": TEXT,
+        "segments": TEXTS,
+        "nodes": TEXTS,
+        "op_types": TEXTS,
+        "kernel": TEXT,
+        "noise": MAYBE_TEXT,
+        "stage": choice(Stage),
+        "leave_one_in": MEASURED,
+        "impact_share": MEASURED,
+        "introduced": ERROR,
+        "effect": MEASURED,
+        "explained": MEASURED,
+        "bit_identical": SHARE,
+        "severity": choice(Severity),
+        "confidence": choice(Confidence),
+        "evidence": TEXTS,
+        "remedy": MAYBE_TEXT,
+        "fingerprint": TEXT,
         "leave_one_in_spread": _SPREAD,
         "explained_spread": _SPREAD,
-        "consequences": _many(_CONSEQUENCE),
-        "modules": _TEXTS,
+        "consequences": many(_CONSEQUENCE),
+        "modules": TEXTS,
     },
 )
-_NOISE = _record(
+_NOISE = record(
     NoiseInfo,
     {
-        "id": _TEXT,
-        "stage": _choice(Stage),
-        "type": _TEXT,
-        "title": _TEXT,
-        "cause": _TEXT,
-        "source": _TEXT,
+        "id": TEXT,
+        "stage": choice(Stage),
+        "type": TEXT,
+        "title": TEXT,
+        "cause": TEXT,
+        "source": TEXT,
     },
 )
-_JUDGEMENT = _record(
+_JUDGEMENT = record(
     Judgement,
     {
-        "source": _TEXT,
-        "broken": _many(
-            _record(
+        "source": TEXT,
+        "broken": many(
+            record(
                 Broken,
                 {
-                    "sentence": _TEXT,
-                    "backend": _TEXT,
-                    "output": _MAYBE_TEXT,
-                    "fingerprint": _MAYBE_TEXT,
+                    "sentence": TEXT,
+                    "backend": TEXT,
+                    "output": MAYBE_TEXT,
+                    "fingerprint": MAYBE_TEXT,
                 },
             )
         ),
-        "waived": _many(_record(Waiver, {"fingerprint": _TEXT, "reason": _TEXT})),
-        "notes": _TEXTS,
+        "waived": many(record(Waiver, {"fingerprint": TEXT, "reason": TEXT})),
+        "notes": TEXTS,
     },
 )
-_AGREEMENT = _record(Agreement, {"a": _TEXT, "b": _TEXT, "relative_l2": _ERROR})
-_BODY: dict[str, _Codec[Any]] = {
+_AGREEMENT = record(Agreement, {"a": TEXT, "b": TEXT, "relative_l2": ERROR})
+_BODY: dict[str, Codec[Any]] = {
     "model": _MODEL,
     "stimulus": _STIMULUS,
     "reference": _REFERENCE,
-    "backends": _many(_BACKEND),
-    "findings": _many(_FINDING),
-    "agreement": _many(_AGREEMENT),
-    "outlier": _MAYBE_TEXT,
-    "gaps": _many(_GAP),
-    "verdict": _choice(Verdict),
-    "exit_code": _INT,
-    "timing": _keyed(_ERROR),
-    "fail_on": _choice(Severity),
-    "requested": _TEXTS,
-    "noises": _many(_NOISE),
-    "judgement": _optional(_JUDGEMENT),
-    "pipeline": _optional(_PIPELINE),
-    "command": _TEXTS,
-    "machine": _optional(
-        _record(
+    "backends": many(_BACKEND),
+    "findings": many(_FINDING),
+    "agreement": many(_AGREEMENT),
+    "outlier": MAYBE_TEXT,
+    "gaps": many(GAP),
+    "verdict": choice(Verdict),
+    "exit_code": INT,
+    "timing": keyed(ERROR),
+    "fail_on": choice(Severity),
+    "requested": TEXTS,
+    "noises": many(_NOISE),
+    "judgement": optional(_JUDGEMENT),
+    "pipeline": optional(_PIPELINE),
+    "command": TEXTS,
+    "machine": optional(
+        record(
             Machine,
-            {"cpu": _TEXT, "flags": _TEXTS, "cores": _INT, "system": _TEXT, "python": _TEXT},
+            {"cpu": TEXT, "flags": TEXTS, "cores": INT, "system": TEXT, "python": TEXT},
         )
     ),
-    "threads": _optional(_INT),
+    "threads": optional(INT),
 }
 _ADDED = {f.name for f in fields(AuditReport) if f.default is not MISSING}  # since version 1
 
@@ -733,7 +580,7 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
     Raises:
         UsageError: it cannot be read, is not such a report, or is of another version.
     """
-    data: object = _parse(source) if isinstance(source, Path) else source
+    data: object = parse(source) if isinstance(source, Path) else source
     if not isinstance(data, Mapping) or "schema_version" not in data:
         raise UsageError(
             "this is not a report of the auditor: it has no schema_version",
@@ -752,9 +599,9 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
             for key, codec in _BODY.items()
             if key in data or key not in _ADDED
         }
-        tool = _object(_get(data, "tool"), "tool")
-        return AuditReport(tool_version=_TEXT.load(tool.get("version"), "tool.version"), **values)
-    except _MalformedError as error:
+        tool = as_object(_get(data, "tool"), "tool")
+        return AuditReport(tool_version=TEXT.load(tool.get("version"), "tool.version"), **values)
+    except MalformedError as error:
         raise UsageError(
             f"the report is malformed at {error}",
             "The file was changed or cut short; run the audit again.",
@@ -763,25 +610,8 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
 
 def _get(data: Mapping[str, object], key: str) -> object:
     if key not in data:
-        raise _MalformedError(key, _MISSING)
+        raise MalformedError(key, MISSING_KEY)
     return data[key]
-
-
-def _parse(path: Path) -> object:
-    hint = "Give the file that `audit MODEL -o report.json` wrote."
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{path} is larger than {_MAX_BYTES >> 20} MiB", hint)
-        return json.loads(path.read_bytes(), parse_constant=_refuse)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", hint) from error
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UsageError(f"{path} is not JSON: {reason}", hint) from error
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 class _Json:
