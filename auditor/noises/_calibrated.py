@@ -13,8 +13,9 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 
@@ -95,24 +96,29 @@ class Fit:
 class _Equations:
     """Rows of products, by groups of channels: result [g, p, c] = Σₖ x [g, p, k] · w [g, k, c].
 
-    ``result`` is what the backend must have had, where ``valid``.
+    ``result`` is what the backend must have had, where ``valid``. ``narrow`` says that it rounded
+    both operands to bfloat16.
     """
 
     x: Array
     result: Array
     valid: Array
+    narrow: bool
 
     def half(self, which: int) -> _Equations:
         """Every second row; where there are few, those of every second channel."""
         if self.x.shape[1] >= 2 * _EQUATIONS:
-            return _Equations(*(a[:, which::2] for a in (self.x, self.result, self.valid)))
+            x, result, valid = (a[:, which::2] for a in (self.x, self.result, self.valid))
+            return _Equations(x, result, valid, self.narrow)
         groups, _, channels = self.valid.shape
         mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
-        return _Equations(self.x, self.result, self.valid & mine)
+        return replace(self, valid=self.valid & mine)
 
     def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
         """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
         x = self.x if operand is None else operand(self.x)
+        if self.narrow:
+            x, weights = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (x, weights))
         rest = np.where(self.valid, self.result - x @ weights, 0)
         if about:
             mean = rest.sum(axis=1, keepdims=True)
@@ -124,15 +130,21 @@ class _Equations:
         """Those of some channels."""
         groups, _, channels = some
         x = self.x[groups] if len(self.x) > 1 else self.x
-        return _Equations(x, *(a[groups, :, channels] for a in (self.result, self.valid)))
+        result, valid = (a[groups, :, channels] for a in (self.result, self.valid))
+        return _Equations(x, result, valid, self.narrow)
 
     def on(self, operand: Grid) -> _Equations:
         """The same with an operand on a grid."""
-        return _Equations(operand(self.x), self.result, self.valid)
+        return replace(self, x=operand(self.x))
 
 
 def fits(
-    model: onnx.ModelProto, weighted: Mapping[int, Array], inputs: Arrays, observed: Arrays
+    model: onnx.ModelProto,
+    weighted: Mapping[int, Array],
+    inputs: Arrays,
+    observed: Arrays,
+    *,
+    narrow: bool = False,
 ) -> Iterator[Fit]:
     """Grids with which one product explains what a backend computed.
 
@@ -141,6 +153,7 @@ def fits(
         weighted: constant float32 weights by the position of their node.
         inputs: in_b, the segment's inputs.
         observed: out_b, its outputs.
+        narrow: whether the backend says that it multiplies in bfloat16.
     """
     values = replay.inside(model, 1, inputs)
     for index, weights in weighted.items():
@@ -151,6 +164,7 @@ def fits(
         equations = None if w is None else _equations(model, index, weights, w, values, observed)
         if w is None or equations is None:
             continue
+        equations = replace(equations, narrow=narrow)
         for name, fitted, operand in _found(equations, w, values[node.input[0]]):
             yield Fit(index, name, _ungrouped(node, fitted, weights), operand)
 
@@ -446,7 +460,9 @@ def _equations(
     shift = bias.mean(axis=1, keepdims=True)
     if np.abs(bias - shift).max(initial=0) > 1e-3 * np.abs(plain).max(initial=0):
         return None  # not the product that it was taken for
-    equations = _Equations(patches, np.where(valid, result - bias, 0).astype(np.float32), valid)
+    equations = _Equations(
+        patches, np.where(valid, result - bias, 0).astype(np.float32), valid, False
+    )
     error = math.sqrt(float(equations.left(w).sum()))
     norm = math.sqrt(float(np.square(np.where(valid, own, 0)).sum()))
     fits_8_bits = _SMALLEST * norm <= error <= _LARGEST * norm and error > 0

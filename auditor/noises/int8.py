@@ -15,10 +15,12 @@ from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.replays import surgery
+from auditor.replays.layout import stated
 from auditor.replays.quantised import Editor, Layout
 from auditor.weights import inside
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
+_BFLOAT16 = frozenset(("bf16", "bfloat16"))
 # Operators with weights.
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTISED = (
@@ -82,7 +84,8 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
     weighted = _weighted(layout)
     if weighted:
         whole = inside(segment.model, segment.weights)
-        for fit in _calibrated.fits(whole, weighted, inputs, observed):
+        narrow = stated(segment.kernels, _BFLOAT16)
+        for fit in _calibrated.fits(whole, weighted, inputs, observed, narrow=narrow):
             yield Variant(fit.name, _with(layout, fit))
 
 

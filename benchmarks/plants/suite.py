@@ -44,8 +44,12 @@ BUILDS = ("fp32", "bf16", "native-bf16")
 
 # What bfloat16 operands hide: narrower roundings of the same operands.
 SAME_IN_BF16 = ("bf16", "fp16", "tf32")
-# What is no longer nothing once operands are rounded: they are other numbers.
-NOT_NULL = ("null/weights by 3, result by 1/3", "null/batch normalisation unfolded")
+# What is no longer nothing once operands, or results, are rounded: they are other numbers.
+NOT_NULL = (
+    "null/weights by 3, result by 1/3",
+    "null/batch normalisation unfolded",
+    "null/split by inputs",
+)
 
 # Models that are not made by ``benchmarks.zoo`` itself: of which they are copies.
 FP16 = {"mtcnn_o_fp16": "mtcnn_o", "efficientnet_lite0_fp16": "efficientnet_lite0"}

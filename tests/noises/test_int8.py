@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -14,6 +16,7 @@ from onnx import TensorProto, helper
 from auditor import attribution
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.records.backend import Kernel
 
 ID = "precision.int8"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
@@ -138,6 +141,24 @@ def test_weights_clipped_by_an_unknown_calibration(
     found = explain(run, segment, {"x": x}, observed)
     assert found.noise == ID and found.explained > 0.97
     assert found.variant == "weights per channel, fitted"
+
+
+def test_weights_clipped_by_an_unknown_calibration_in_bfloat16(make_segment: Any, run: Any) -> None:
+    """The weights that it rounds are those on the grid."""
+    generator = np.random.default_rng(0)
+
+    def r(values: Array) -> Array:
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+    x = r(generator.standard_normal((16, 96)))
+    w = (generator.standard_normal((96, 8)) * 0.1).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    said = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16"),)
+    planted = clipped(w, generator.uniform(0.85, 1, 8))
+    observed = {"y": r(x @ r(planted))}
+    (form,) = int8.NOISE.fits(replace(segment, kernels=said), {"x": x}, observed)
+    found = run(form.model, {"x": np.eye(96, dtype=np.float32)})["y"]
+    assert np.linalg.norm(found - planted) < 0.08 * np.linalg.norm(w - planted)
 
 
 def test_one_equation_for_each_scale_proves_nothing(
