@@ -683,7 +683,10 @@ def _pair(
     usual: Mapping[str, str],
     likely: Sequence[str] = (),
 ) -> None:
-    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named."""
+    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named.
+
+    Of one that was found earlier in this build, all: its forms were tested before the others.
+    """
     found = first.hypothesis
     if noise.id == found.noise or f", and {noise.id}:" in found.variant or not _tells(bench, noise):
         return
@@ -692,7 +695,7 @@ def _pair(
     tested = (t.hypothesis for t in bench.tested)
     shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
     for position, variant in enumerate(_variants(bench, noise, base, expected)):
-        if position >= COMBINED and variant.name not in likely:
+        if position >= COMBINED and variant.name not in likely and noise.id not in usual:
             continue
         share = shares.get(variant.name, -math.inf)
         second = Hypothesis(noise.id, variant.name, share, 0.0)
