@@ -7,6 +7,7 @@ https://docs.pytorch.org/docs/stable/onnx.html.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,11 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> N
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the older exporter announces its successor each time
             how["output_names"] = _outputs(module(*args, **kwargs))
-            torch.onnx.export(module, args, str(request.path), kwargs=kwargs or None, **how)
+            if newer:
+                torch.onnx.export(module, args, str(request.path), kwargs=kwargs or None, **how)
+            else:
+                with _of_tensors(module, tuple(given) if by_name else ()):
+                    torch.onnx.export(module, tuple(given.values()), str(request.path), **how)
     except Exception as error:  # exporters and the user's own code raise what they like
         import traceback
 
@@ -64,6 +69,28 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> N
         raise BackendError(
             f"{type(error).__name__}: {_source.first_line(error)}", stage="export"
         ) from error
+
+
+@contextlib.contextmanager
+def _of_tensors(module: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """A module that takes and returns tensors alone, which is all that the older exporter traces.
+
+    It would give every argument by its position, those left out as None, and a mapping that is
+    returned ends it. ``names`` are the arguments', none where they go by position.
+    """
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    def plain(*values: Any) -> tuple[Any, ...]:
+        named = dict(zip(names, values, strict=True)) if names else {}
+        return tuple(tensors(forward(**named) if names else forward(*values)))
+
+    module.forward = plain
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def tensors(results: Any) -> Iterator[Any]:

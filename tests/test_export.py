@@ -47,11 +47,15 @@ def test_both_exporters_are_compared_with_pytorch_itself(tmp_path: Path) -> None
 
 
 def test_a_file_with_a_frozen_branch_loses(tmp_path: Path) -> None:
-    """At the traced size both are right; what one froze shows at another."""
+    """At the traced size both are right; what one froze shows at another.
+
+    Its other keywords are left out, and it returns a mapping.
+    """
     x = np.arange(16, dtype=np.int64).reshape(2, 8)
-    result = made(tmp_path, "branching", [("torchscript", 17)], x, "1")
+    result = made(tmp_path, "keyed", [("torchscript", 17)], x, "1")
     (trial,) = result.report.trials
     assert trial.distances["ort"] < 1e-6 and trial.findings == 1
+    assert onnx.load(result.files[0] or "").graph.output[0].name == "logits"
     sound = replace(trial, findings=0, causes=())
     assert _chosen([trial, sound])[0] == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -132,5 +133,28 @@ def sequence() -> nn.Module:
 
 def branching() -> nn.Module:
     made = Branching()
+    made.load_state_dict(sequence().state_dict())
+    return made.eval()
+
+
+def _without_cache(forward):
+    @functools.wraps(forward)
+    def filled_in(self, *args, **named):
+        return forward(self, *args, **{"use_cache": False, **named})
+
+    return filled_in
+
+
+class Keyed(Branching):
+    """Keywords with defaults, one of them filled in, and a mapping, as transformers has them."""
+
+    @_without_cache
+    def forward(self, ids: Tensor, mask: Tensor | None = None, use_cache: bool | None = None):
+        made = super().forward(ids)
+        return {"logits": made if mask is None else made * mask[..., None]}
+
+
+def keyed() -> nn.Module:
+    made = Keyed()
     made.load_state_dict(sequence().state_dict())
     return made.eval()
