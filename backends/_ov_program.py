@@ -1,38 +1,24 @@
-"""The model as OpenVINO reads it, and the program that it executes."""
+"""The program that OpenVINO executes: its kernels, and the tensors that survive between them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from auditor.ports import Array, Arrays
 from auditor.records.backend import Kernel, Skipped
+from backends._ov_source import FLOATS, MOVEMENT, TOKEN, Grid, Port, Source
 
 # Layer types of the executed graph that compute nothing.
 _PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
-MOVEMENT = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
-# What a DequantizeLinear becomes; a probe on an 8-bit tensor goes to the end of this chain.
-_DEQUANTIZE = frozenset({"Convert", "Subtract", "Multiply"})
-# Operations that each begin a kernel of their own, and the layer types of such kernels.
-_HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
+# Those of kernels that begin with an operation of their own.
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
-FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
-BYTES = frozenset({"u8", "i8"})
-
-# Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
-# repeated or contain the commas that separate ``originalLayersNames``.
-TOKEN = re.compile(r"#(\d+)#")
 _DIGITS = re.compile(r"\d+")
 _PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
-
-Port = tuple[int, int]  # operation's number, output index
+_NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,32 +224,6 @@ def _numbers(original: str, kind: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
-    """What a tensor of 8 bits is widened by: (integer − zero) × scale, both float32 constants.
-
-    Attributes:
-        port, element: where the integers are, and their type.
-        steps: the operations that widen them, in order.
-    """
-
-    port: Port
-    element: str
-    steps: tuple[int, ...]
-    scale: Array
-    zero: Array
-
-    def widened(self, integers: Array) -> Array:
-        """What integers stand for, as the operations give it."""
-        values: Array = (integers.astype(np.float32) - self.zero) * self.scale
-        return values
-
-    def integers(self, values: Array) -> Array:
-        """The integers of widened values, as floats."""
-        integers: Array = np.rint(values / self.scale) + self.zero
-        return integers
-
-
-@dataclass(frozen=True, slots=True)
 class Candidate:
     """A tensor of the executed program that a probe could observe.
 
@@ -320,322 +280,6 @@ class Twins:
         return replace(kernel, operations=kept, outputs=outputs).key
 
 
-_NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
-_COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants stored in float16
-
-
-class Source:
-    """The model as read, its operations numbered, and what each is called in ONNX."""
-
-    def __init__(self, model: Any, nodes: Mapping[str, str], inner: Mapping[str, str]) -> None:
-        """Number ``model``'s operations.
-
-        Args:
-            model: an ``openvino.Model``; its friendly names are replaced.
-            nodes: ONNX tensor name → key of the node that makes it, in graph order.
-            inner: the same of the nodes of subgraphs, whose operations keep their names.
-        """
-        self.model = model
-        self._rank = {tensor: i for i, tensor in enumerate(nodes)}
-        self.results = [result.get_friendly_name() for result in model.get_results()]
-        self.names: list[str] = []
-        self.tensors: dict[Port, str] = {}
-        self._ops: list[Any] = []
-        for number, op in enumerate(model.get_ordered_ops()):
-            self._ops.append(op)
-            self.names.append(op.get_friendly_name())
-            for port in op.outputs():
-                known = [n for n in port.get_names() if n in self._rank]
-                if known:
-                    self.tensors[number, port.get_index()] = min(known, key=self._rank.__getitem__)
-            if op.get_type_name() not in ("Parameter", "Result"):
-                op.set_friendly_name(f"#{number}#")
-        self._number = {op.get_name(): i for i, op in enumerate(self._ops)}
-        self._nodes, self.inner = nodes, inner
-
-    def constants(self) -> Arrays:
-        """Values of the constants; float16 ones are what a compressed file stores of float32."""
-        found: Arrays = {}
-        for name, op in zip(self.names, self._ops, strict=True):
-            # A constant without a type stands for a bias that is not there.
-            if op.get_type_name() == "Constant" and not op.get_element_type().is_dynamic():
-                found[name.removesuffix(_COMPRESSED)] = np.array(op.data)
-        return found
-
-    @cached_property
-    def keys(self) -> list[tuple[str, ...]]:
-        """Per operation, keys of the ONNX nodes it belongs to.
-
-        An operation whose outputs have no ONNX name is a step on the way to the first one
-        downstream that has.
-        """
-        keys: list[tuple[str, ...]] = [()] * len(self._ops)
-        for number in range(len(self._ops) - 1, -1, -1):
-            named = [
-                self._nodes[name]
-                for port in self._ops[number].outputs()
-                for name in sorted(port.get_names() & self._rank.keys(), key=self._rank.__getitem__)
-            ]
-            later = [keys[n] for port in self._ops[number].outputs() for n in self._readers(port)]
-            keys[number] = tuple(dict.fromkeys(named)) or next((k for k in later if k), ())
-        return keys
-
-    def branches(self, compile_model: Callable[[Any], Any], notes: list[str]) -> Iterator[Kernel]:
-        """Kernels of branches and of loops' bodies, compiled alone: the program hides its own."""
-        found = 0
-        for op in self._ops:
-            kind = op.get_type_name()
-            if kind not in ("If", "Loop", "TensorIterator"):
-                continue
-            two = kind == "If"
-            for body in map(op.get_function, range(2)) if two else (op.get_function(),):
-                try:
-                    program = Program(compile_model(body.clone()), self)
-                except RuntimeError:  # it may not fit these shapes: a branch never taken
-                    continue
-                yield from (kernel_of(kernel, self) for kernel in program.kernels())
-                found += 1
-        if found:
-            notes.append(
-                f"What runs inside If and loops is stated by {found} of their bodies compiled "
-                "alone, as the program does not say it."
-            )
-
-    def needs(self, port: Port, stops: Collection[Port]) -> set[Port]:
-        """The ports among ``stops`` that the operation at ``port`` is computed from."""
-        found = set[Port]()
-        seen = {port[0]}
-        todo = [port[0]]
-        while todo:
-            for source in self.inputs(todo.pop()):
-                if source in stops:
-                    found.add(source)
-                elif source[0] not in seen:
-                    seen.add(source[0])
-                    todo.append(source[0])
-        return found
-
-    @cached_property
-    def _varying(self) -> set[int]:
-        """Operations whose values depend on the inputs' values."""
-        varying = set[int]()
-        for number in range(len(self._ops)):
-            kind = self.type(number)
-            if kind == "Parameter" or (
-                kind != "ShapeOf" and any(port[0] in varying for port in self.inputs(number))
-            ):
-                varying.add(number)
-        return varying
-
-    def start(self, group: Collection[int], owned: Collection[int]) -> set[int]:
-        """The unowned operations before ``group`` back to the one that starts a kernel."""
-        found = set[int]()
-        todo = list(group)
-        while todo:
-            before = {port[0] for port in self.inputs(todo.pop())} & self._varying
-            fresh = {
-                n
-                for n in before - set(owned) - found - set(group)
-                if self.type(n) != "Parameter" and self.read_by(n) <= found | set(group)
-            }
-            found |= fresh
-            todo += [n for n in fresh if self.type(n) not in _HEAVY]
-        return found if any(self.type(n) in _HEAVY for n in found) else set()
-
-    def following(self, base: Collection[int], owned: Collection[int]) -> set[int]:
-        """The unowned operations computed from ``base`` alone, up to the next kernel's start.
-
-        Seen through data movement: the engine moves reshapes past what it fuses.
-        """
-        found = set[int]()
-        passed = set[int]()
-        todo = list(base)
-        while todo:
-            for n in self.read_by(todo.pop()) - found - passed:
-                needs = {port[0] for port in self.inputs(n)} & self._varying
-                if not needs <= found | passed | set(base):
-                    continue
-                if n in owned and self.type(n) in MOVEMENT:
-                    passed.add(n)
-                    todo.append(n)
-                elif n not in owned and self.type(n) not in _HEAVY | {"Result"}:
-                    found.add(n)
-                    todo.append(n)
-        return found
-
-    def read_by(self, number: int) -> set[int]:
-        """The operations that read an operation's values."""
-        readers = {n for p in self._ops[number].outputs() for n in self._readers(p)}
-        return {n for n in readers if self.type(n) != "ShapeOf"}
-
-    def read_beyond(self, number: int, group: Collection[int]) -> set[int]:
-        """The operations that read an operation's values, seen through moves outside ``group``."""
-        found = set[int]()
-        for n in self.read_by(number):
-            moves = self.type(n) in MOVEMENT and n not in group
-            found |= self.read_beyond(n, group) if moves else {n}
-        return found
-
-    def leading(self, ends: Collection[int], group: Collection[int]) -> set[int]:
-        """The operations of ``group`` that ``ends`` are computed from, and these themselves."""
-        found, todo = set(ends), list(ends)
-        while todo:
-            for n, _ in self.inputs(todo.pop()):
-                if n not in found and (n in group or self.type(n) in MOVEMENT):
-                    found.add(n)
-                    todo.append(n)
-        return found & set(group)
-
-    def clone(self) -> tuple[Any, dict[int, Any]]:
-        """A copy to change, and its operations by number."""
-        copy = self.model.clone()
-        numbered = {}
-        for op in copy.get_ops():
-            if match := TOKEN.fullmatch(op.get_friendly_name()):
-                numbered[int(match[1])] = op
-        return copy, numbered
-
-    def inputs(self, number: int) -> list[Port]:
-        """The ports that an operation reads."""
-        sources = (i.get_source_output() for i in self._ops[number].inputs())
-        return [(self._number[s.get_node().get_name()], s.get_index()) for s in sources]
-
-    def shape(self, port: Port) -> Any:
-        """A port's shape as the model declares it (openvino.PartialShape)."""
-        return self._ops[port[0]].output(port[1]).get_partial_shape()
-
-    def type(self, number: int) -> str:
-        """An operation's type."""
-        name: str = self._ops[number].get_type_name()
-        return name
-
-    def element_type(self, port: Port) -> str:
-        """A port's element type as the model declares it."""
-        name: str = self._ops[port[0]].output(port[1]).get_element_type().get_type_name()
-        return name
-
-    def types(self) -> set[str]:
-        """Element types of the tensors that depend on the inputs."""
-        return {self.element_type(port) for port in self.tensors if port[0] in self._varying}
-
-    def display(self, name: str) -> str:
-        """An engine's name with the model's own names put back."""
-        return TOKEN.sub(lambda m: self.names[int(m[1])], name)
-
-    def outputs(self, kernel: Executed) -> list[tuple[Port, str]]:
-        """Ports of the model where a kernel's outputs are, with the precisions it writes.
-
-        Numbers are topological, so the last operation of a fusion group is where it ends.
-        """
-        if not kernel.operations:
-            return []
-        last = max(kernel.operations)
-        count = len(self._ops[last].outputs())
-        precisions = (kernel.outputs + kernel.outputs[-1:] * count)[:count]
-        return [((last, i), precision) for i, precision in enumerate(precisions)]
-
-    def read(self, port: Port) -> bool:
-        """Whether anything reads a port."""
-        return bool(self._ops[port[0]].output(port[1]).get_target_inputs())
-
-    def observable(self, port: Port) -> tuple[Port, tuple[int, ...]] | None:
-        """The port whose value shows what is computed at ``port``, under an ONNX name.
-
-        Seen through data movement; for an 8-bit tensor, its dequantised value. With it, the
-        operations in between.
-        """
-        quantized = self.element_type(port) in BYTES or self._widens(port)
-        steps = MOVEMENT | _DEQUANTIZE if quantized else MOVEMENT
-        path: list[int] = []
-        while port not in self.tensors or (quantized and self.element_type(port) not in FLOATS):
-            readers = self._readers(self._ops[port[0]].output(port[1]))
-            following = [n for n in readers if self.type(n) in steps]
-            if not following:
-                return None
-            path.append(following[0])
-            port = (following[0], 0)
-        return port, tuple(path)
-
-    def grid(self, port: Port) -> Grid | None:
-        """How the model widens what is at ``port`` from 8 bits; None where it does not."""
-        scale, zero = np.ones((), np.float32), np.zeros((), np.float32)
-        steps: list[int] = []
-        while self.element_type(port) not in BYTES:
-            number, kind = port[0], self.type(port[0])
-            sources = self.inputs(number)
-            if kind not in _DEQUANTIZE or not sources or sources[0][0] not in self._varying:
-                return None
-            if kind != "Convert":
-                value = self._constant(sources[1][0])
-                if value is None or (kind == "Multiply" and steps):
-                    return None
-                scale, zero = (value, zero) if kind == "Multiply" else (scale, value)
-            steps.append(number)
-            port = sources[0]
-        element = self.element_type(port)
-        return Grid(port, element, tuple(steps[::-1]), scale, zero) if steps else None
-
-    def _widens(self, port: Port) -> bool:
-        """Whether a value is on its way from 8 bits to what it stands for."""
-        return self.type(port[0]) in ("Convert", "Subtract") and self.grid(port) is not None
-
-    def _constant(self, number: int) -> Array | None:
-        """A constant's value as float32; None of what is computed."""
-        while self.type(number) == "Convert":
-            number = self.inputs(number)[0][0]
-        if self.type(number) != "Constant":
-            return None
-        return np.asarray(self._ops[number].data, np.float32)
-
-    def operands(self, kernel: Executed) -> Iterator[Port]:
-        """Ports added in place by a fused Add: where its other operand comes from.
-
-        Of operands in 8 bits only the last: a sum is fused with one convolution.
-        """
-        inside = set(kernel.operations)
-        for number in kernel.operations:
-            if self.type(number) != "Add" or number == min(kernel.operations):
-                continue
-            origins = [self._moved(port) for port in self.inputs(number)]
-            yield from (origin for origin in origins if origin[0] not in inside)
-        for number in kernel.operations:
-            grids = [self.grid(port) for port in self.inputs(number)]
-            if self.type(number) == "Add" and len(grids) > 1 and all(grids):
-                yield max(grid.port for grid in grids if grid)
-
-    def _moved(self, port: Port) -> Port:
-        """Where what only was moved comes from."""
-        while self.type(port[0]) in MOVEMENT:
-            port = self.inputs(port[0])[0]
-        return port
-
-    def _readers(self, port: Any) -> list[int]:
-        # What nothing of the model needs still reads: the converter leaves it hanging.
-        names = (i.get_node().get_name() for i in port.get_target_inputs())
-        return sorted(self._number[name] for name in names if name in self._number)
-
-
-class Copy:
-    """A copy of the model whose operations are lent out, each once; then another copy.
-
-    Copying takes time in proportion to the whole model, and a deep one is cut into hundreds of
-    parts.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._ops: dict[int, Any] = {}
-        self._lent: set[int] = set()
-
-    def lend(self, needed: Collection[int]) -> dict[int, Any]:
-        """Operations by number; those ``needed`` are the caller's to rewire."""
-        if not self._ops or not self._lent.isdisjoint(needed):
-            _, self._ops = self._source.clone()
-            self._lent = set()
-        self._lent |= set(needed)
-        return self._ops
-
-
 def candidates_of(
     source: Source, program: Program, outputs: Collection[str], reduced: bool
 ) -> tuple[list[Candidate], list[Candidate], list[Skipped], list[str]]:
@@ -655,7 +299,7 @@ def candidates_of(
         if kernel.ends_unnamed or not kernel.operations:
             foreign.append(source.display(kernel.name))
             continue
-        for made, precision in source.outputs(kernel):
+        for made, precision in _outputs(kernel, source):
             if not source.read(made):
                 continue
             seen = source.observable(made)
@@ -684,7 +328,7 @@ def kernel_of(executed: Executed, source: Source) -> Kernel:
     # An If whose condition the engine knows is replaced by the branch when it compiles.
     inner = (source.inner.get(name) for name in executed.original.split(","))
     keys |= dict.fromkeys(key for key in inner if key is not None)
-    ports = [port for port, _ in source.outputs(executed)]
+    ports = [port for port, _ in _outputs(executed, source)]
     return Kernel(
         name=source.display(executed.name),
         type=executed.type,
@@ -694,3 +338,32 @@ def kernel_of(executed: Executed, source: Source) -> Kernel:
         precision=executed.precision,
         output_precision=",".join(dict.fromkeys(executed.outputs)),
     )
+
+
+def _outputs(kernel: Executed, source: Source) -> list[tuple[Port, str]]:
+    """Ports of the model where a kernel's outputs are, with the precisions it writes.
+
+    Numbers are topological, so the last operation of a fusion group is where it ends.
+    """
+    ports = source.ports(max(kernel.operations)) if kernel.operations else []
+    precisions = kernel.outputs + kernel.outputs[-1:] * len(ports)
+    return list(zip(ports, precisions, strict=False))
+
+
+def branches(
+    source: Source, compile_model: Callable[[Any], Any], notes: list[str]
+) -> Iterator[Kernel]:
+    """Kernels of branches and of loops' bodies, compiled alone: the program hides its own."""
+    found = 0
+    for body in source.bodies():
+        try:
+            program = Program(compile_model(body.clone()), source)
+        except RuntimeError:  # it may not fit these shapes: a branch never taken
+            continue
+        yield from (kernel_of(kernel, source) for kernel in program.kernels())
+        found += 1
+    if found:
+        notes.append(
+            f"What runs inside If and loops is stated by {found} of their bodies compiled "
+            "alone, as the program does not say it."
+        )

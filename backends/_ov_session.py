@@ -10,7 +10,8 @@ import numpy as np
 
 from auditor.errors import BackendError
 from auditor.ports import Array, Arrays
-from backends._ov_program import Candidate, Grid, Program
+from backends._ov_program import Candidate, Program
+from backends._ov_source import Grid
 
 
 class Session:

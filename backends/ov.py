@@ -36,20 +36,16 @@ from auditor.records.backend import (
 )
 from backends import _int8, _ov_int8, _ov_kept
 from backends._ov_program import (
-    FLOATS,
-    MOVEMENT,
-    TOKEN,
     Candidate,
-    Copy,
     Executed,
-    Port,
     Program,
-    Source,
     Twins,
+    branches,
     candidates_of,
     kernel_of,
 )
 from backends._ov_session import Cut, CutOut, Session, as_shown, reason_of, same_bits
+from backends._ov_source import FLOATS, MOVEMENT, TOKEN, Copy, Port, Source
 
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
@@ -212,7 +208,9 @@ class _Build:
     def _observe(self, feeds: Mapping[str, Array]) -> _Trial:
         """Compile with as many probes as leave the program unchanged."""
         plain = self.run(feeds)
-        overwritten = {p for k in self._program.kernels() for p in self._source.operands(k)}
+        overwritten = {
+            p for k in self._program.kernels() for p in self._source.operands(k.operations)
+        }
         # A kernel that also widens 8 bits is another one where these are observed.
         leave = self._altering() | {
             c.maker for c in self._candidates if c.grid and c.maker in c.grid.steps
@@ -861,7 +859,7 @@ class OpenVINO:
                 | effective,
                 kernels=(
                     *(kernel_of(k, source) for k in program.kernels()),
-                    *source.branches(compile_model, notes),
+                    *branches(source, compile_model, notes),
                 ),
                 notes=tuple(notes),
             ),

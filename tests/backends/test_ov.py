@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import backends.ov as ov_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
-from backends import _ov_program, _ov_session
+from backends import _ov_session, _ov_source
 from backends.ov import BACKEND
 from benchmarks import decoder, deep
 
@@ -202,8 +202,8 @@ def test_a_deep_network_is_copied_a_few_times_only(
     onnx.save(deep.network(104, channels=8, side=8), path)
     built = build(path, options=F32)
     copies: list[int] = []
-    cloned = _ov_program.Source.clone
-    monkeypatch.setattr(_ov_program.Source, "clone", lambda self: copies.append(1) or cloned(self))
+    cloned = _ov_source.Source.clone
+    monkeypatch.setattr(_ov_source.Source, "clone", lambda self: copies.append(1) or cloned(self))
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     made = built.instrument({"x": x})
     apart = [p for p in made.probes if p.fidelity == "cone-proved"]
@@ -270,7 +270,7 @@ def test_a_probe_that_changes_the_program_is_refused(
     foreseen = built.instrument(X)
     if all(p.fidelity == "output-proved" for p in foreseen.probes):
         pytest.skip("OpenVINO does not fuse Convolution + Add on this CPU")
-    monkeypatch.setattr(_ov_program.Source, "operands", lambda self, kernel: iter(()))
+    monkeypatch.setattr(_ov_source.Source, "operands", lambda self, kernel: iter(()))
     made = built.instrument(X)
     assert made.program_unchanged
     assert {p.tensor for p in made.probes} == {p.tensor for p in foreseen.probes}
