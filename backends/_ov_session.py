@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from auditor.errors import BackendError
 from auditor.ports import Array, Arrays
 from backends._ov_program import Candidate, Program
-from backends._ov_source import Grid
+from backends._ov_source import FLOATS, Grid, Source
 
 
 class Session:
@@ -104,6 +104,53 @@ class CutOut:
         return {c.tensor: as_shown(v, c) for c, v in zip(shown, values, strict=True)}
 
 
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The program as it is deployed, and how the changed model is compiled like it.
+
+    Attributes:
+        compile: an ``openvino.Model`` → the engine's compiled model; may raise RuntimeError.
+        inputs: ONNX names of the engine's inputs, in their order.
+        outputs: ONNX name, index among the engine's results.
+        candidates, finals: tensors that probes could observe, and the outputs.
+    """
+
+    compile: Callable[[Any], Any]
+    source: Source
+    session: Session
+    program: Program
+    inputs: tuple[str, ...]
+    outputs: tuple[tuple[str, int], ...]
+    candidates: tuple[Candidate, ...]
+    finals: tuple[Candidate, ...]
+
+    def compiled(self, model: Any) -> tuple[Session, Program]:
+        """Another model, compiled as this one was.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        try:
+            compiled = self.compile(model)
+        except RuntimeError as error:
+            raise BackendError(
+                f"OpenVINO failed to compile the model with probes: {reason_of(error)}",
+                stage="instrument",
+            ) from error
+        return Session(compiled), Program(compiled, self.source)
+
+    def capture(
+        self, session: Session, probes: Sequence[Candidate], feeds: Mapping[str, Array]
+    ) -> tuple[Arrays, Arrays]:
+        """Final outputs, and the values of ``probes``, the results that follow them."""
+        results = len(self.source.results)
+        values = session.infer([feeds[n] for n in self.inputs], range(results + len(probes)))
+        return (
+            {name: values[index] for name, index in self.outputs},
+            {c.tensor: as_shown(v, c) for c, v in zip(probes, values[results:], strict=True)},
+        )
+
+
 Cut = tuple[CutOut, tuple[Candidate, ...]]  # and the targets to take from it
 
 
@@ -138,3 +185,28 @@ def reason_of(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [x for x in lines if x and not x.startswith(("Exception from", "Check '"))]
     return " ".join(kept)[:1000] or type(error).__name__
+
+
+def result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
+    """A Result in the precision that the program holds: another would change the program."""
+    from openvino import opset13 as opset
+
+    number, index = candidate.written
+    port = ops[number].output(index)
+    element = port.get_element_type().get_type_name()
+    narrow = candidate.written != candidate.port  # the program holds it as its 8 bits
+    if candidate.precision in FLOATS and candidate.precision != element and not narrow:
+        made = opset.convert(port, element_type(candidate.precision))
+        # In a half-precision model that the program widens nothing is left of it but its name.
+        made.set_friendly_name(ops[number].get_friendly_name())
+        port = made.output(0)
+    result = opset.result(port)
+    result.set_friendly_name(candidate.probe)
+    return result
+
+
+def element_type(name: str) -> Any:
+    """The engine's type of an element by the name that it has in programs."""
+    import openvino as ov
+
+    return getattr(ov.Type, name if name != "bool" else "boolean")

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import backends.ov as ov_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
-from backends import _ov_session, _ov_source
+from backends import _ov_probes, _ov_session, _ov_source
 from backends.ov import BACKEND
 from benchmarks import decoder, deep
 
@@ -233,7 +233,9 @@ def test_what_changes_a_kernel_without_touching_it_is_found_around_it(
     shape = (1, 3, 8, 8)
     path = save(tmp_path / "m.onnx", nodes, [info("x", *shape)], [info("s16", *shape)], weights)
     built = build(path)
-    monkeypatch.setattr(type(built), "_bisect", None)  # the last resort, which may lose everything
+    monkeypatch.setattr(
+        _ov_probes.Probing, "_bisect", None
+    )  # the last resort, which may lose everything
     made = built.instrument({"x": np.random.default_rng(0).random(shape, np.float32)})
     assert made.program_unchanged
     assert {f"s{i}" for i in range(1, 16)} <= {probe.tensor for probe in made.probes}
@@ -270,7 +272,7 @@ def test_a_probe_that_changes_the_program_is_refused(
     foreseen = built.instrument(X)
     if all(p.fidelity == "output-proved" for p in foreseen.probes):
         pytest.skip("OpenVINO does not fuse Convolution + Add on this CPU")
-    monkeypatch.setattr(_ov_source.Source, "operands", lambda self, kernel: iter(()))
+    monkeypatch.setattr(_ov_source.Source, "operands", lambda self, group: iter(()))
     made = built.instrument(X)
     assert made.program_unchanged
     assert {p.tensor for p in made.probes} == {p.tensor for p in foreseen.probes}
@@ -282,7 +284,7 @@ def test_nothing_is_claimed_when_outputs_differ(
 ) -> None:
     """Planted: no comparison of outputs ever holds."""
     built = build(residual)
-    monkeypatch.setattr(ov_backend, "same_bits", lambda a, b: False)
+    monkeypatch.setattr(_ov_probes, "same_bits", lambda a, b: False)
     made = built.instrument(X)
     assert made.probes == ()  # what is left is the plain program itself
     assert {s.tensor for s in made.skipped} >= {"r1", "r2", "a1"}

@@ -1,0 +1,205 @@
+"""The whole program with as many probes as leave it what it is: compiled, compared, bisected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from auditor.ports import Array
+from backends._ov_program import Candidate, Executed, Program
+from backends._ov_session import Plain, Session, result, same_bits
+from backends._ov_source import MOVEMENT
+
+_RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
+_RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
+_BISECTIONS = 12  # compilations at most when bisecting
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A compilation of the whole model with probes.
+
+    Attributes:
+        suspects: makers of the tensors whose probes may have changed the program.
+        proved: whether it is the plain program and gave the same outputs, bit by bit.
+        aside: probes whose tensor is computed for the probe alone.
+    """
+
+    session: Session
+    probes: tuple[Candidate, ...] = ()
+    suspects: frozenset[int] = frozenset()
+    proved: bool = False
+    aside: frozenset[Candidate] = frozenset()
+
+
+class Probing:
+    """The search for probes that change nothing, on one stimulus."""
+
+    def __init__(self, plain: Plain, feeds: Mapping[str, Array]) -> None:
+        """Run the plain program, whose outputs every other is compared with."""
+        self._plain = plain
+        self._program, self._source = plain.program, plain.source
+        self._feeds = feeds
+        self._expected, _ = plain.capture(plain.session, (), feeds)
+
+    def observe(self) -> Trial:
+        """Compile with as many probes as leave the program unchanged.
+
+        Raises:
+            BackendError: the engine failed.
+        """
+        overwritten = {
+            p for k in self._program.kernels() for p in self._source.operands(k.operations)
+        }
+        # A kernel that also widens 8 bits is another one where these are observed.
+        leave = self._altering() | {
+            c.maker for c in self._plain.candidates if c.grid and c.maker in c.grid.steps
+        }
+        kept = [
+            c
+            for c in self._plain.candidates
+            if (c.maker, 0) not in overwritten and c.maker not in leave
+        ]
+        for _ in range(_RETRIES):
+            trial = self._try(kept)
+            if trial.proved:
+                return trial
+            suspects = self._with_sums(trial.suspects)
+            for _ in range(_RINGS):
+                if any(c.maker in suspects for c in kept):
+                    break
+                suspects = self._around(suspects)
+            fewer = [c for c in kept if c.maker not in suspects]
+            if len(fewer) == len(kept):
+                break
+            kept = fewer
+        return self._bisect(kept)
+
+    def _altering(self) -> set[int]:
+        """Makers of tensors whose observation is known to change the program.
+
+        OpenVINO makes a reduction compute in the type in which its result is asked for, and what it
+        reads with it. An element-wise kernel that was left alone to be fused with a deconvolution,
+        and was not in the end, becomes a subgraph where the deconvolution is observed.
+        """
+        found = set[int]()
+        for kernel in self._program.kernels():
+            if kernel.operations and kernel.widens:
+                found.add(max(kernel.operations))
+            for parent in self._program.parents(kernel) if kernel.type == "Eltwise" else ():
+                if parent.type == "Deconvolution" and parent.operations:
+                    found.add(max(parent.operations))
+        return found
+
+    def _with_sums(self, suspects: frozenset[int]) -> frozenset[int]:
+        """With them, the sums over what they make.
+
+        With only a sum observed, OpenVINO leaves off rounding what it reads.
+        """
+        return suspects | {
+            max(kernel.operations)
+            for kernel in self._program.kernels()
+            if kernel.type == "Reduce" and kernel.operations
+            for parent in self._program.parents(kernel)
+            if suspects & {*parent.operations}
+        }
+
+    def _around(self, suspects: frozenset[int]) -> frozenset[int]:
+        """With them, what the kernels that read them or feed them make."""
+        found = set(suspects)
+        for kernel in self._program.kernels():
+            for parent in self._program.parents(kernel):
+                pair = [k for k in (kernel, parent) if k.operations]
+                if any(suspects & {*k.operations} for k in pair):
+                    found |= {max(k.operations) for k in pair}
+        return frozenset(found)
+
+    def _suspects(self, changed: Program, probes: Sequence[Candidate]) -> frozenset[int]:
+        """Which kernels' outputs to leave alone for the program to stay as it is.
+
+        A kernel that ``changed`` still has in another form was fused with what it reads; one
+        that it no longer has was fused with what reads it.
+        """
+        probed = {c.maker for c in probes}
+        same = {kernel.key for kernel in changed.kernels()}
+        ends = {kernel.end for kernel in changed.kernels() if kernel.type not in MOVEMENT}
+        suspects = set[int]()
+        for kernel in self._program.kernels():
+            if kernel.key not in same:
+                read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
+                own = {max(kernel.operations)} if kernel.operations else set()
+                suspects |= (read & probed or own) if kernel.end in ends else own
+        return frozenset(suspects) or self._crossed(changed, probed)
+
+    def _crossed(self, changed: Program, probed: Collection[int]) -> frozenset[int]:
+        """Observed operations that a kernel moved past, in a program with the same kernels.
+
+        OpenVINO moves attention's scale from the keys to where they were repeated for all heads, or
+        not, depending on whether what lies between is read by others.
+        """
+        results = self._source.results
+        plain, other = self._program.reads(results), changed.reads(results)
+        moved = {key for key in (*plain, *other) if plain[key] != other[key]}
+        ends = {
+            end for key in moved for end in (plain[key] - other[key]) | (other[key] - plain[key])
+        }
+        kernels = self._program.kernels()
+        corners = {k.name for k in kernels if k.key in moved or k.end in ends}
+        between = {
+            max(step.operations)
+            for kernel in kernels
+            if kernel.name in corners
+            for source in self._program.sources(kernel)
+            for step in self._chain(source, corners)
+            if step.operations
+        }
+        found = between & set(probed)
+        return frozenset(found) or frozenset(
+            max(k.operations) for k in kernels if k.operations and k.end in ends
+        )
+
+    def _chain(self, kernel: Executed, ends: Collection[str]) -> list[Executed]:
+        """A kernel and what is above it, up to one of ``ends``; nothing where several feed one."""
+        chain = []
+        while kernel.name not in ends:
+            above = list(self._program.sources(kernel))
+            if len(above) != 1:
+                return []
+            chain.append(kernel)
+            kernel = above[0]
+        return chain
+
+    def _bisect(self, kept: Sequence[Candidate]) -> Trial:
+        """Add probes by halves, keeping those that change nothing, within a few compilations."""
+        best = self._try(())
+        todo = [kept] if kept else []
+        for _ in range(_BISECTIONS):
+            if not todo:
+                break
+            part = todo.pop()
+            trial = self._try((*best.probes, *part))
+            if trial.proved:
+                best = trial
+            elif len(part) > 1:
+                half = len(part) // 2
+                todo += [part[half:], part[:half]]
+        return best
+
+    def _try(self, probes: Sequence[Candidate]) -> Trial:
+        """Compile with ``probes``, and compare with the plain program and its outputs."""
+        if not probes:
+            return Trial(self._plain.session, proved=True)
+        model, ops = self._source.clone()
+        model.add_results([result(ops, c) for c in probes])
+        session, program = self._plain.compiled(model)
+        results = self._source.results
+        expected, made = (p.fingerprint(results) for p in (self._program, program))
+        if made != expected:
+            return Trial(session, tuple(probes), self._suspects(program, probes))
+        outputs, _ = self._plain.capture(session, probes, self._feeds)
+        return Trial(
+            session,
+            tuple(probes),
+            proved=all(same_bits(outputs[name], value) for name, value in self._expected.items()),
+            aside=program.aside(probes, results),
+        )
