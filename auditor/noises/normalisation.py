@@ -44,11 +44,13 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         if (changed := _with_epsilon(model, found, written, epsilon)) is not None:
             yield Variant(f"epsilon {epsilon:g}", changed)
     outside = {i: _layer(n, version, outside=True) for i, n in layers.items()}
-    outside |= {i: _batch_outside(n) for i, n in batches.items()}
-    if outside:
+    if outside or batches:
+        changed = surgery.substituted(model, outside)
+        for i in batches:
+            surgery.set_attributes(changed.graph.node[i], epsilon=0.0)
+        reads = {(i, 4): _batch_outside(n) for i, n in batches.items()}
         yield Variant(
-            "epsilon added to the deviation, not to the variance",
-            surgery.substituted(model, outside),
+            "epsilon added to the deviation, not to the variance", surgery.passing(changed, reads)
         )
     if batches:
         bodies = {i: _batch_statistics(n, version) for i, n in batches.items()}
@@ -116,11 +118,10 @@ def _variance(how: str, version: int) -> str:
 
 
 def _batch_outside(node: onnx.NodeProto) -> str:
-    options = surgery.options(node, epsilon=0.0)
-    return f"""(x, s, b, mean, var) => (y) {{
-        e = Constant <value = float {{{_epsilon(node)!r}}}> () k = Cast <to = $T> (e)
-        r = Sqrt(var) q = Add(r, k) v = Mul(q, q)
-        y = BatchNormalization {options} (x, s, b, mean, v) }}"""
+    """The variance to which no epsilon is added any more; a constant, as engines fold it."""
+    return f"""(var) => (v) {{
+        e = Constant <value = float {{{_epsilon(node)!r}}}> () r = Sqrt(var)
+        k = Cast <to = $T> (e) q = Add(r, k) v = Mul(q, q) }}"""
 
 
 def _batch_statistics(node: onnx.NodeProto, version: int) -> str:
