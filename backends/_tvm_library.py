@@ -21,6 +21,8 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records.backend import BuildRequest, Kernel, Probe, Provenance, Skipped
+from backends._tvm_import import last_line
+from backends._tvm_observer import Observer, Step, as_array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,20 +39,6 @@ _NEAR = 0.1
 _APART = 4.0
 # A constant may have been changed on its way: it is the nearest of its size within this.
 _RESEMBLES = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One kernel as it reported: which of its arguments it wrote, or that it returned its result.
-
-    Attributes:
-        written: positions of the arguments that were allocated and not yet filled.
-        tensors: the ONNX tensor that each result is, or None.
-    """
-
-    symbol: str
-    written: tuple[int, ...]
-    tensors: tuple[str | None, ...]
 
 
 @dataclass(slots=True)
@@ -97,17 +85,17 @@ class Library:
         except Exception as error:  # TVM's errors have no common base
             raise BackendError(
                 f"{request.artifact.name} is no library of a Relax program for this CPU: "
-                f"{_last_line(error)}",
+                f"{last_line(error)}",
                 "Give what VMExecutable.export_library wrote.",
             ) from error
         feeds = _arbitrary(graph, request.shapes, self._inputs)
         events = self._observe_once(feeds)
         expected = _reference(request, self._model, feeds)
         named = iter(_name([r for e in events for r in e.results], expected))
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         for event in events:
             names = tuple(next(named) for _ in event.results)
-            self._steps.append(_Step(event.symbol, event.written, names))
+            self._steps.append(Step(event.symbol, event.written, names))
         self._held = _resembling([c for e in events for c in e.constants], _initialisers(graph))
         kernels = tuple(self._kernels(events))
         found = {name for step in self._steps for name in step.tensors if name is not None}
@@ -221,7 +209,7 @@ class Library:
             raise BackendError(
                 f"{self._file.name} does not take this model's inputs "
                 f"({', '.join(f'{n}: {v.dtype}{list(v.shape)}' for n, v in feeds.items())}): "
-                f"{_last_line(error)}",
+                f"{last_line(error)}",
                 "Make the library anew from this ONNX model, for these shapes.",
             ) from error
         return events
@@ -250,42 +238,26 @@ class _Observed:
     rebuilt = False
 
     def __init__(
-        self, library: Library, steps: Sequence[_Step], skipped: tuple[Skipped, ...]
+        self, library: Library, steps: Sequence[Step], skipped: tuple[Skipped, ...]
     ) -> None:
         self._library = library
         self._steps = steps
-        self._machine = library.observed(self._observe)
-        self._position = 0
-        self._tensors: Arrays = {}
-        names = dict.fromkeys(n for step in steps for n in step.tensors if n is not None)
-        self.probes = tuple(Probe(name, inferred=True) for name in names)
+        self._observer = Observer(steps)
+        self._machine = library.observed(self._observer.observe)
+        self.probes = tuple(Probe(name, inferred=True) for name in self._observer.names())
         self.skipped = skipped
 
     def run(self, feeds: Mapping[str, Array]) -> Capture:
         """One run with every named result copied as soon as it is there."""
-        self._position, self._tensors = 0, {}
+        tensors = self._observer.start()
         outputs = self._library.call(self._machine, feeds)
-        if self._position != len(self._steps):
+        if (missing := self._observer.missing()) is not None:
             raise BackendError(
-                f"{self._steps[self._position].symbol} did not run where it was expected: the "
+                f"{self._steps[missing].symbol} did not run where it was expected: the "
                 "order of this library's kernels depends on the data",
                 stage="capture",
             )
-        return Capture(outputs, self._tensors)
-
-    def _observe(self, function: Any, symbol: str, before: bool, result: Any, *args: Any) -> int:
-        steps = self._steps
-        if before or self._position == len(steps) or symbol != steps[self._position].symbol:
-            return 0
-        step = steps[self._position]
-        self._position += 1
-        results = [args[i] for i in step.written]
-        if not results:
-            results = [result] if len(step.tensors) == 1 else list(result)
-        for name, value in zip(step.tensors, results, strict=True):
-            if name is not None:
-                self._tensors[name] = as_array(value)
-        return 0
+        return Capture(outputs, tensors)
 
 
 class _Cones:
@@ -306,16 +278,6 @@ class _Cones:
             found.add(index)
             todo += [n for n in self._nodes[index].input if n and n not in stop]
         return tuple(next(filter(None, self._nodes[i].output)) for i in sorted(found))
-
-
-def as_array(value: Any) -> Array:
-    """A copy of a TVM value; bfloat16 widened to float32."""
-    import tvm
-
-    if not isinstance(value, tvm.runtime.Tensor):
-        return np.array(list(value), dtype=np.int64)  # a shape
-    array: Array = value.numpy()
-    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def _short(name: str) -> str:
@@ -374,7 +336,7 @@ def _reference(request: BuildRequest, model: onnx.ModelProto, feeds: Arrays) -> 
     except Exception as error:  # onnxruntime's exceptions have no public base class
         raise BackendError(
             f"a TVM library is named by comparing it with ONNX Runtime, which failed: "
-            f"{_last_line(error)}",
+            f"{last_line(error)}",
             "pip install onnxruntime",
         ) from error
     return {n: v for n, v in zip(names, values, strict=True) if isinstance(v, np.ndarray)}
@@ -459,8 +421,3 @@ def _resembling(constants: Sequence[Array], ours: Arrays) -> Arrays:
 
 def _squeezed(value: Array) -> tuple[int, ...]:
     return tuple(size for size in value.shape if size != 1)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 import backends.tvm as tvm_backend
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
+from backends import _tvm_import
 from backends.tvm import BACKEND
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def test_the_program_is_the_default_pipelines(tmp_path: Path) -> None:
     pipeline = relax.get_default_pipeline(tvm_backend._Options.parse({}).target())
     shipped = pipeline(module)
     with tvm_backend._each_function_built_once():
-        ours = pipeline(tvm_backend._import(model, {"x": (1, 3, 12, 12)}).module)
+        ours = pipeline(_tvm_import.convert(model, {"x": (1, 3, 12, 12)}).module)
     tvm.ir.assert_structural_equal(ours, shipped, map_free_vars=True)
 
 

@@ -1,0 +1,168 @@
+"""From the ONNX model to a Relax module, with the names that TVM forgets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from auditor.errors import BackendError
+from auditor.records.backend import BuildRequest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+# Operators that the importer handles outside its table of converters.
+_BUILT_IN = frozenset({"If", "Constant"})
+# The importer looks operators up by name alone; in other domains a name may mean anything.
+_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A Relax module with what the importer knows about its names.
+
+    Attributes:
+        inputs: ONNX names of ``main``'s parameters, in their order.
+        outputs: ONNX names of its results, in their order.
+        tensors: ONNX name → the Relax expression the importer made for it.
+        graph: the ONNX graph imported, which may be a folded one.
+    """
+
+    module: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: dict[str, Any]
+    graph: onnx.GraphProto
+
+
+def convert(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> Imported:
+    """What ``relax.frontend.onnx.from_onnx`` does, keeping the importer's table of tensors."""
+    from tvm import relax
+    from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter
+
+    _require_converters(model.graph)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    importer = ONNXGraphImporter({name: list(shape) for name, shape in shapes.items()}, "float32")
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            module = importer.from_onnx(model.graph, opset)
+    except Exception as error:  # the importer raises whatever its converters raise
+        # The failing operator is only ever printed.
+        operator = re.search(r"Error converting operator (\w+)", printed.getvalue())
+        where = f" {operator[1]}" if operator else " the model"
+        raise BackendError(
+            f"TVM could not import{where}: {last_line(error)}",
+            "Export with fixed shapes and constant parameters, or leave TVM out of --backends.",
+        ) from error
+    return Imported(
+        module=module,
+        inputs=tuple(n for n, e in importer._inputs.items() if isinstance(e, relax.Var)),
+        outputs=tuple(o.name for o in model.graph.output),
+        tensors=dict(importer._nodes),
+        graph=model.graph,
+    )
+
+
+def _require_converters(graph: onnx.GraphProto) -> None:
+    """Refuse a graph if the importer cannot convert some operator, naming all of them.
+
+    Raises:
+        BackendError: with the operators of the graph and its subgraphs that have no converter.
+    """
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    known = onnx_frontend._get_convert_map().keys() | _BUILT_IN
+    found = set()
+    for node in _all_nodes(graph):
+        if node.domain not in _DOMAINS:
+            found.add(f"{node.domain}::{node.op_type}")
+        elif node.op_type not in known:
+            found.add(node.op_type)
+    if found:
+        raise BackendError(
+            f"TVM has no converter for {', '.join(sorted(found))}.",
+            "Export the model without these operators, or leave TVM out of --backends.",
+        )
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(subgraph)
+
+
+def _fold(request: BuildRequest) -> onnx.ModelProto:
+    """The model with fixed input shapes, after ONNX Runtime's basic graph optimisation.
+
+    Raises:
+        BackendError: ONNX Runtime does not load the model.
+    """
+    import onnx
+    import onnxruntime as ort
+
+    model = onnx.load(str(request.model_path), load_external_data=False)
+    for value in model.graph.input:
+        if value.name in request.shapes:
+            dims = value.type.tensor_type.shape.dim
+            del dims[:]
+            for size in request.shapes[value.name]:
+                dims.add().dim_value = size
+    folded: Path = request.workdir / "folded.onnx"
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    for key, text in {
+        "session.model_external_initializers_file_folder_path": str(request.model_path.parent),
+        # Or a model above protobuf's 2 GB could not be saved.
+        "session.optimized_model_external_initializers_file_name": "folded.bin",
+    }.items():
+        options.add_session_config_entry(key, text)
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no public base class
+        raise BackendError(
+            f"ONNX Runtime could not fold the model for TVM: {last_line(error)}"
+        ) from error
+    return onnx.load(str(folded))
+
+
+def load(request: BuildRequest, original: onnx.GraphProto) -> tuple[Imported, tuple[str, ...]]:
+    """Import the model directly where TVM can, folded otherwise; with notes for the user."""
+    import onnx
+
+    reason = "its input shapes are symbolic"
+    if not request.dynamic:
+        try:
+            return convert(onnx.load(str(request.model_path)), request.shapes), ()
+        except BackendError as error:
+            reason = f"the model cannot be imported as it stands ({error.message.rstrip('.')})"
+    try:
+        folded = _fold(request)
+    except BackendError:
+        _require_converters(original)  # says more than ONNX Runtime's refusal, where it applies
+        raise
+    imported = convert(folded, request.shapes)
+    shapes = ", ".join(
+        f"{name}:{'x'.join(map(str, shape))}" for name, shape in request.shapes.items()
+    )
+    note = (
+        "Before TVM compiled the model, ONNX Runtime's basic optimisation folded it for the "
+        f"fixed input shapes {shapes}, because {reason}."
+    )
+    return imported, (note,)
+
+
+def last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
