@@ -64,7 +64,8 @@ def test_backends_take_the_options_that_switch_causes_off(id: str, tmp_path: Pat
 @pytest.mark.parametrize("id", discovery.backend_ids())
 def test_backends_and_causes_speak_of_the_same_switches(id: str) -> None:
     """A backend lists what a build can leave out, and which causes that can bring."""
-    source = (ROOT / "backends" / f"{id}.py").read_text(encoding="utf-8").lower()
+    files = (ROOT / "backends").glob(f"*{id}*.py")  # its own, and those that it is made of
+    source = "".join(file.read_text(encoding="utf-8") for file in files).lower()
     named = re.findall(r'"((?:precision|implementation|inference)\.[a-z0-9_]+)"', source)
     assert set(named) <= {noise.id for noise in NOISES}
     keys = {key for noise in NOISES for key in noise.ablations.get(id, {})}
