@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -19,6 +20,8 @@ from auditor.records.backend import ExportRequest
 from backends import _source
 
 EXPORTERS: Final = ("dynamo", "torchscript")
+# A line of code as the newer exporter's messages name it.
+_PLACE: Final = re.compile(r'(?:File "|Caused by: \()[^"\n]*?([^/"\s]+\.py)(?:", line |:)(\d+)')
 _INSIDE: Final = 1 << 30  # bytes of weights that go into the file itself
 
 
@@ -66,9 +69,19 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> N
         import traceback
 
         traceback.print_exception(error)  # into the worker's log
-        raise BackendError(
-            f"{type(error).__name__}: {_source.first_line(error)}", stage="export"
-        ) from error
+        raise BackendError(_said(error), stage="export") from error
+
+
+def _said(error: BaseException) -> str:
+    """What went wrong, and in which line of the module's code where that is known.
+
+    The newer exporter's own errors say at length whom to write to; the reason is behind them.
+    """
+    if type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        error = error.__cause__
+    said = f"{type(error).__name__}: {_source.first_line(error)}"
+    places = _PLACE.findall(str(error))
+    return said + (" ({}:{})".format(*places[-1]) if places else "")
 
 
 @contextlib.contextmanager

@@ -179,6 +179,6 @@ def _failed(what: str, error: Exception) -> BackendError:
     return BackendError(f"{what} failed: {type(error).__name__}: {first_line(error)}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message."""
     return (str(error).strip().splitlines() or [repr(error)])[0][:300]

@@ -13,6 +13,7 @@ from auditor.audit import AuditOptions, BackendSpec
 from auditor.ports import Silent
 from auditor.records.export import ExportTrial
 from auditor.training.export import Exports, _chosen, compare
+from backends import _export
 from reports import _export as table
 from tests.helpers import NETS
 
@@ -68,3 +69,15 @@ def test_the_choice_follows_gaps_then_mistakes_then_distance() -> None:
     assert _chosen([replace(near, findings=1), far])[0] == 1
     assert _chosen([near, replace(near, opset=21, written=21)])[0] == 1
     assert _chosen([replace(near, distances={}, failure="no")])[0] is None
+
+
+def test_the_newer_exporters_errors_name_the_reason_and_the_line() -> None:
+    reason = ValueError(
+        'Cannot view a tensor!\nOriginal traceback:\nFile "/a/swin.py", line 7, in f'
+    )
+    kind = type("ConversionError", (RuntimeError,), {"__module__": "torch.onnx.errors"})
+    error = kind("Failed. Next steps:\n- Create an issue")
+    error.__cause__ = reason
+    assert _export._said(error) == "ValueError: Cannot view a tensor! (swin.py:7)"
+    guard = RuntimeError("Could not guard\nCaused by: (site-packages/a/boxes.py:103 in f)")
+    assert _export._said(guard) == "RuntimeError: Could not guard (boxes.py:103)"
