@@ -52,7 +52,8 @@ class Grid:
         assert self.zero is not None
         integers = np.iinfo(np.int8 if self.signed else np.uint8)
         zero = self.zero.astype(np.float32)
-        return self.scale * (integers.min - zero), self.scale * (integers.max - zero)
+        with np.errstate(over="ignore"):  # a mask of the smallest number: its range has no end
+            return self.scale * (integers.min - zero), self.scale * (integers.max - zero)
 
 
 # By the position of a QuantizeLinear: its grid, and the positions of the DequantizeLinear nodes
