@@ -18,53 +18,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 
 from auditor import metrics
 from auditor.errors import NoiseError
-from auditor.ports import Array, Arrays, Fitting, Noise, SegmentGraph, Variant
+from auditor.hypotheses import ELEMENTS, EXACT, ROUNDED, TURNED, Bench, Tested, merit
+from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import blockwise, branches, fused, replay, rounding, surgery
 from auditor.replays.portions import Portions
 
-# A cause is named from this share on: right causes were measured at 0.999 and more, the best
-# wrong one at 0.38 (docs/method.md).
-NAMED = 0.9
-# … and from this one where the shape differs: most of a tensor's own norm is explained by any
-# replay that is roughly right, a smooth image moved by a pixel for instance.
-NAMED_RESHAPED = 0.999
-# … and from a higher one where few elements differ: with tens of hypotheses on one number, one of
-# them is near it by chance. The share is such that random errors of n elements, Gaussian and of the
-# right size, would reach it with about this probability. It may be larger where the engine itself
-# says that it computes in another precision: then one hypothesis is tested, not tens.
-CHANCE = 3e-4
-CHANCE_STATED = 3e-2
-# … and only when it reproduces this fraction of the elements of integer, boolean and 8-bit outputs.
-EXACT = 0.9
-# Values on one step of 8 bits, whatever multiplied it by the scale.
-_LAST_BITS = 1e-5
-# From here on nothing is left to look for. Another convention is followed to rounding or not at
-# all: less than this much of it is none, unless the engine or the model rounds as well, and neither
-# is what leaves more than so many times the segment's floor: there is something else beside it.
-ENOUGH = 0.995
-BESIDE = 30.0
-CONVENTIONS = (
-    "inference.",
-    "implementation.attribute_ignored",
-    "implementation.opset_semantics",
-    "implementation.tie_breaking",
-)
-# What bfloat16 may leave beside it, relative to the output: the roundings of some kernels.
-NARROW = 4 * 2.0**-8
-# Whether a rounding turns a choice or a count is a matter of chance, one in two: so many must have
-# turned, and all the right way, for a precision that the engine does not state to be the cause.
-ROUNDED = ("precision.bf16", "precision.fp16", "precision.tf32")
-TURNED = 12
 # Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
 ALIKE = frozenset(("precision.fp16", "precision.tf32"))
 # A second cause is looked for beside one that explains at least this much but is not named.
@@ -73,23 +40,16 @@ PARTIAL = 0.2
 # first leaves it must explain: a poor fit of one cause is no evidence of another.
 COMBINED = 2
 ADDS = 0.5
-# How many hypotheses, of all, are tried together with what the engine says it does.
-LIKELY = 8
 # Causes of this family are tried on one product of several, in quantised segments those of 8 bits
-# only. So many elements must differ that none of these hypotheses, of which there are more than
-# before, is met by chance; and so many are tried at most.
-ALONE, ALONE_QUANTISED, ELEMENTS, TRIED = "precision.", "precision.int8", 100, 240
+# only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
+# would be met by chance; and so many are tried at most.
+ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
 # How many other forms of the cause are tested again where few elements differ.
 FORMS = 4
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
 CLEARLY = 2.0
-# From this part of a type's largest number on, a value stands for infinity: what a maximum over
-# nothing gives, which is the lowest number of bfloat16 where that was the kernel's type.
-EXTREME = 0.99
 # Relative L2 between two ways to run one segment in float32.
 _SAME = 1e-6
-# How ONNX Runtime names an error of a model whose shapes do not fit, which it sees before a run.
-_MISSHAPEN = "ShapeInferenceError"
 # bfloat16 exists in ONNX graphs from this opset on.
 OPSET = 13
 
@@ -158,223 +118,6 @@ class Explanation:
     contenders: tuple[Contender, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Tested:
-    """One hypothesis.
-
-    ``beside`` is what it would explain together with what the engine says, or else with the best
-    one before it; that is an estimate, as if both changed the outputs by themselves. ``fits`` says
-    whether it gives the steps of outputs that are 8 bits dequantised: what moves values from one
-    step to the next is no cause unless it does, and a scale with other last bits does not.
-    """
-
-    hypothesis: Hypothesis
-    outputs: Arrays
-    variant: Variant
-    beside: float = -math.inf
-    fits: bool = True
-
-
-@dataclass(slots=True)
-class _Bench:
-    """One segment under test."""
-
-    segment: SegmentGraph
-    inputs: Arrays
-    observed: Arrays
-    replayed: Arrays
-    threads: int
-    keep: float = -math.inf  # share explained below which outputs and model are let go
-    floor: float = math.inf  # of the introduced error; nothing is asked of what is left without
-    tested: list[_Tested] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    _scales: dict[str, float] = field(default_factory=dict)
-    _weights: dict[str, float] = field(default_factory=dict)  # of one non-finite element
-    _reshaped: set[str] = field(default_factory=set)
-    _error: float = 0.0
-    _different: int = 0  # elements
-    _turned: int = 0  # those of them that are choices or counts
-    _coarse: bool | None = None  # once it was asked for
-    says: frozenset[str] = frozenset()  # the precisions that the engine reports
-    base: _Tested | None = None  # the best of those
-    likely: list[_Tested] = field(default_factory=list)  # of the others, beside it
-    branched: bool = False  # whether there are branches to look into
-    rounds: bool = False  # whether the model itself rounds, to 8 bits for instance
-
-    def __post_init__(self) -> None:
-        self.rounds = any("Linear" in n.op_type for n in self.segment.model.graph.node)
-        for name, value in self.replayed.items():
-            observed = self.observed[name]
-            if observed.shape != value.shape:
-                self._reshaped.add(name)
-                turned = observed.size
-            else:
-                turned = int(np.count_nonzero(observed != value))
-                self._different += turned
-            self._turned += turned if observed.dtype.kind != "f" else 0
-            self._scales[name] = _scale(observed if name in self._reshaped else value)
-            odd = (
-                np.count_nonzero(~(abs(observed) < _limit(observed)))
-                if name in self._reshaped
-                else 0
-            )
-            self._weights[name] = 1 / odd if odd else 1.0
-        self._error = self._distance(self.replayed)
-
-    @property
-    def error(self) -> float:
-        """What the plain replay leaves: Σ over outputs of ‖out_b − h‖² / ‖h‖²."""
-        return self._error
-
-    @property
-    def best(self) -> _Tested | None:
-        """The hypothesis that explains most so far, of those that give the steps of 8 bits."""
-        return max(self.tested, key=lambda t: (t.fits, *_merit(t)), default=None)
-
-    def _fits(self, outputs: Arrays) -> bool:
-        nodes = self.segment.model.graph.node
-        steps = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"} & outputs.keys()
-        return all(
-            outputs[name].shape == self.observed[name].shape
-            and np.isclose(outputs[name], self.observed[name], _LAST_BITS, 0).mean() >= EXACT
-            for name in steps
-        )
-
-    @property
-    def done(self) -> bool:
-        """Whether some hypothesis explains all there is to explain."""
-        found = (t.hypothesis for t in self.tested if t.fits)
-        return any(f.explained >= max(ENOUGH, self.needed(f)) for f in found)
-
-    @property
-    def explainable(self) -> bool:
-        """Whether there is a finite error."""
-        return 0 < self._error < math.inf
-
-    @property
-    def named(self) -> float:
-        """The share from which on a cause is named here."""
-        if self._reshaped:
-            return NAMED_RESHAPED
-        chance = CHANCE_STATED if self.says else CHANCE
-        return max(NAMED, 1 - math.pow(chance, 2 / max(1, self._different)))
-
-    def needed(self, found: Hypothesis) -> float:
-        """The share from which on this cause is named here."""
-        noise = found.noise
-        joined = any(f", and {other}:" in found.variant for other in ROUNDED)
-        narrow = joined or not self.says.isdisjoint(ROUNDED)
-        if narrow and noise in ROUNDED and noise not in self.says:
-            return max(self.named, ENOUGH)  # beside the engine's rounding another one fits roughly
-        if self.rounds or not noise.startswith(CONVENTIONS):
-            return self.named
-        if narrow:
-            return max(self.named, min(ENOUGH, 1 - NARROW**2 / self._error))
-        floor = math.inf if _counted(self) else self.floor  # choices turn one by one
-        rounding = len(self.replayed) * (BESIDE * floor) ** 2
-        return max(self.named, ENOUGH, 1 - rounding / self._error)
-
-    @property
-    def found(self) -> bool:
-        """Whether the hypothesis that explains most explains enough."""
-        best = self.best
-        return best is not None and best.hypothesis.explained >= self.needed(best.hypothesis)
-
-    @property
-    def coarse(self) -> bool:
-        """Whether the error is a few choices, or which values are finite: several causes may fit.
-
-        Numbers tell one computation from another; that one box of ten is missing does not.
-        """
-        if self._coarse is None:
-            ordinary = sum(
-                _ordinary(self.observed[n], v) / self._scales[n]
-                for n, v in self.replayed.items()
-                if v.dtype.kind == "f"
-            )
-            few = self._turned < ELEMENTS
-            self._coarse = few and ordinary <= (1 - ENOUGH) * self._error
-        return self._coarse
-
-    def test(self, noise: str, variant: Variant) -> None:
-        """Replay one variant, unless the engine refuses the model.
-
-        One whose shapes do not fit the rest of the segment is refuted, since the backend did run.
-        """
-        refuted = Hypothesis(noise, variant.name, -math.inf, 0.0)
-        try:
-            session = self._session(variant.model)
-        except Exception as error:  # ORT raises a family of classes that share no base
-            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
-            if _MISSHAPEN in reason:
-                self._note(refuted, self.replayed, variant)
-                return
-            self.failures.append(f"{noise} ({variant.name}) cannot be replayed: {reason}")
-            return
-        try:
-            values = session.run(list(self.observed), self.inputs)
-        except Exception:  # as above
-            self._note(refuted, self.replayed, variant)
-            return
-        outputs = dict(zip(self.observed, values, strict=True))
-        explained = 1 - self._distance(outputs) / self._error
-        same = sum(metrics.bit_identical(self.observed[n], v) for n, v in outputs.items())
-        hypothesis = Hypothesis(noise, variant.name, explained, same / len(outputs))
-        self._note(hypothesis, outputs, variant)
-
-    def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
-        tested = _Tested(hypothesis, outputs, variant, self._beside(outputs), self._fits(outputs))
-        if hypothesis.noise in self.says:
-            self.base = tested if self.base is None else max(self.base, tested, key=_merit)
-        elif self.base is not None:
-            self.likely = sorted((*self.likely, tested), key=lambda t: -t.beside)[:LIKELY]
-        if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
-            tested = replace(tested, outputs={}, variant=Variant(variant.name, onnx.ModelProto()))
-        self.tested.append(tested)
-
-    def _beside(self, outputs: Arrays) -> float:
-        best = self.base or self.best
-        if best is None or not best.outputs or self._reshaped or self.done:  # nothing is left then
-            return -math.inf
-        both: Arrays = {}
-        with np.errstate(over="ignore", invalid="ignore"):
-            for name, value in outputs.items():
-                plain = self.replayed[name]
-                if value.shape != plain.shape or value.dtype.kind != "f":
-                    return -math.inf
-                both[name] = best.outputs[name] + (value - plain)
-        return 1 - self._distance(both) / self._error
-
-    def _session(self, model: onnx.ModelProto) -> Any:
-        """A session; with the inputs' shapes left open where they show already that none fits."""
-        try:
-            return replay.session(model, self.threads, self.segment.folder)
-        except Exception:  # as above
-            opened = surgery.copied(model)
-            for value in opened.graph.input:
-                value.type.tensor_type.ClearField("shape")
-            return replay.session(opened, self.threads, self.segment.folder)
-
-    def _distance(self, outputs: Arrays) -> float:
-        """Σ over outputs of ‖out_b − outputs‖² / ‖h‖².
-
-        An element that is NaN or infinite on one side only counts as an error as large as the
-        whole tensor. Where the plain replay has another shape than the backend, ‖out_b‖ stands
-        for ‖h‖, whatever has a wrong shape is an error as large as that, and all non-finite
-        elements together count as much as all others.
-        """
-        total = 0.0
-        for name, value in outputs.items():
-            observed = self.observed[name]
-            if observed.shape == value.shape:
-                total += _square_error(observed, value, self._scales[name], self._weights[name])
-            elif name in self._reshaped:
-                total += 1.0
-            else:
-                return math.inf
-        return total
-
-
 def explain(
     segment: SegmentGraph,
     inputs: Arrays,
@@ -403,7 +146,7 @@ def explain(
         later: whether other samples will come, which tell forms of one cause apart where this one
             has too few elements.
     """
-    bench = _Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
+    bench = Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
     if not bench.explainable:
         return _conclude(bench, None)
     bench.says = frozenset(
@@ -444,7 +187,7 @@ def explain(
         _alone(bench, segment, ordered)
     winner = _winner(bench, noises)
     if winner is not None:
-        if later and bench._different < ELEMENTS:
+        if later and bench.different < ELEMENTS:
             tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
             for noise in (n for n in noises if n.id == winner.hypothesis.noise):
                 for variant in _variants(bench, noise, unbranched, None):
@@ -471,7 +214,7 @@ def retest(
     if not contenders:
         return []
     segment = SegmentGraph(contenders[0].variant.model, (), folder=contenders[0].folder)
-    bench = _Bench(segment, inputs, observed, replayed, threads)
+    bench = Bench(segment, inputs, observed, replayed, threads)
     if not bench.explainable:
         return []
     bench.says = contenders[0].says
@@ -490,7 +233,7 @@ def measured(
     None where there is no finite error or the model cannot be run; the other arguments are those
     of ``explain``.
     """
-    bench = _Bench(segment, inputs, observed, replayed, threads)
+    bench = Bench(segment, inputs, observed, replayed, threads)
     if bench.explainable:
         bench.test("", Variant("", segment.model))
     return bench.tested[0].hypothesis.explained if bench.tested else None
@@ -501,7 +244,7 @@ def holds(explained: float, bit_identical: float, needed: float, exact: bool) ->
     return explained >= needed and (not exact or bit_identical >= EXACT)
 
 
-def _modern(bench: _Bench) -> SegmentGraph:
+def _modern(bench: Bench) -> SegmentGraph:
     """The segment at an opset that knows bfloat16, if that leaves its outputs' bits alone."""
     segment = bench.segment
     if surgery.opset(segment.model) >= OPSET:
@@ -518,7 +261,7 @@ def _modern(bench: _Bench) -> SegmentGraph:
     return segment
 
 
-def _unbranched(bench: _Bench, segment: SegmentGraph) -> SegmentGraph:
+def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
     """The segment with the branches that it takes, if it then gives its outputs.
 
     Up to rounding: ONNX Runtime packs weights that are constants, and adds up in another order.
@@ -539,7 +282,7 @@ def _unbranched(bench: _Bench, segment: SegmentGraph) -> SegmentGraph:
     return replace(segment, model=model)
 
 
-def _tells(bench: _Bench, noise: Noise) -> bool:
+def _tells(bench: Bench, noise: Noise) -> bool:
     """Whether a noise is looked for inside branches.
 
     One holds a whole network sometimes. A precision is that of all of it; of faults that may be
@@ -549,7 +292,7 @@ def _tells(bench: _Bench, noise: Noise) -> bool:
 
 
 def _variants(
-    bench: _Bench, noise: Noise, segment: SegmentGraph, expected: str | None
+    bench: Bench, noise: Noise, segment: SegmentGraph, expected: str | None
 ) -> Iterator[Variant]:
     """A noise's variants, the expected one first."""
     try:
@@ -573,7 +316,7 @@ def _variants(
         bench.failures.append(f"{noise.id}: {error.message}")
 
 
-def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
+def _beneath(bench: Bench, noises: Sequence[Noise]) -> None:
     """Test what the engine says it does on top of the causes that are likeliest beside it.
 
     A small fault changes what every narrow rounding makes of its values, so that neither explains
@@ -596,9 +339,7 @@ def _beneath(bench: _Bench, noises: Sequence[Noise]) -> None:
                 return
 
 
-def _test_both(
-    bench: _Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto
-) -> None:
+def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:
     """Test two causes, and forget it where one explains too little of what the other leaves.
 
     Named is the one that explains more by itself; the variant says both. Of a precision that the
@@ -617,9 +358,9 @@ def _test_both(
         del bench.tested[tested:]
 
 
-def _alone(bench: _Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
+def _alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
     """Test causes on one product of several: a runtime may treat one kernel alone so."""
-    if bench._different < ELEMENTS or bench._reshaped:
+    if bench.different < ELEMENTS or bench.reshaped:
         return
     portions, most = Portions(segment), len(bench.tested) + TRIED
     family = ALONE_QUANTISED if portions.quantised else ALONE
@@ -648,7 +389,7 @@ def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
         return True
 
 
-def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+def _combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
     """Test a second cause on top of the best one: the likeliest variants of every other noise.
 
     ``usual`` are the causes of earlier segments with their variants. They are tried first, since
@@ -671,14 +412,14 @@ def _combine(bench: _Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -
     # What the engine says it does hides which of several forms of a fault is the right one.
     says = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
     others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
-    for other in sorted(others, key=_merit, reverse=True)[:COMBINED]:
+    for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
         for noise in says:
             _pair(bench, other, noise, usual)
 
 
 def _pair(
-    bench: _Bench,
-    first: _Tested,
+    bench: Bench,
+    first: Tested,
     noise: Noise,
     usual: Mapping[str, str],
     likely: Sequence[str] = (),
@@ -704,14 +445,14 @@ def _pair(
             return
 
 
-def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
+def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:
     """The best hypothesis, when it explains enough and clearly more than every other noise.
 
     Two causes can fit alike: what the engine says of itself decides, two that give the very same
     numbers are one for this purpose, and otherwise none is named.
     """
     fitting = [t for t in bench.tested if _fits(bench, t)]
-    best = max(fitting, key=_merit, default=None)
+    best = max(fitting, key=merit, default=None)
     if best is None:
         return None
     rivals = [
@@ -724,31 +465,25 @@ def _winner(bench: _Bench, noises: Sequence[Noise]) -> _Tested | None:
     says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
     spoken = [t for t in (best, *rivals) if t.hypothesis.noise in says]
     if spoken:
-        return max(spoken, key=_merit)
+        return max(spoken, key=merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
     return best if same and not (rivals and bench.coarse) else None
 
 
-def _fits(bench: _Bench, tested: _Tested) -> bool:
+def _fits(bench: Bench, tested: Tested) -> bool:
     """Whether a hypothesis explains enough, and not by chance."""
     found = tested.hypothesis
-    counted = _counted(bench)
     unstated = found.noise in ROUNDED and found.noise not in bench.says
-    if not tested.fits or (counted and unstated and bench.coarse and bench._turned < TURNED):
+    if not tested.fits or (bench.counted and unstated and bench.coarse and bench.turned < TURNED):
         return False
-    return holds(found.explained, found.bit_identical, bench.needed(found), counted)
+    return holds(found.explained, found.bit_identical, bench.needed(found), bench.counted)
 
 
-def _counted(bench: _Bench) -> bool:
-    """Whether an output is integer or boolean: there one huge value outweighs all in any norm."""
-    return any(value.dtype.kind != "f" for value in bench.observed.values())
-
-
-def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
-    fitting = sorted((t for t in bench.tested if _fits(bench, t)), key=_merit, reverse=True)
+def _contenders(bench: Bench, winner: Tested) -> tuple[Contender, ...]:
+    fitting = sorted((t for t in bench.tested if _fits(bench, t)), key=merit, reverse=True)
     same = [t for t in fitting if t.hypothesis.noise == winner.hypothesis.noise and t is not winner]
     rivals = [t for t in fitting if t.hypothesis.noise != winner.hypothesis.noise]
-    close = [winner, *same[: FORMS if bench._different < ELEMENTS else 0], *rivals[:1]]
+    close = [winner, *same[: FORMS if bench.different < ELEMENTS else 0], *rivals[:1]]
     return tuple(
         Contender(
             t.hypothesis.noise,
@@ -761,18 +496,18 @@ def _contenders(bench: _Bench, winner: _Tested) -> tuple[Contender, ...]:
     )
 
 
-def _result(bench: _Bench, tested: _Tested, outputs: Arrays) -> Retest:
+def _result(bench: Bench, tested: Tested, outputs: Arrays) -> Retest:
     return Retest(
         left=(1 - tested.hypothesis.explained) * bench.error,
         error=bench.error,
         bit_identical=tested.hypothesis.bit_identical,
         needed=bench.needed(tested.hypothesis),
-        exact=_counted(bench),
+        exact=bench.counted,
         outputs=outputs,
     )
 
 
-def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
+def _conclude(bench: Bench, winner: Tested | None) -> Explanation:
     tested = sorted((t.hypothesis for t in bench.tested), key=lambda h: -h.explained)
     if winner is None:
         same = [metrics.bit_identical(bench.observed[n], v) for n, v in bench.replayed.items()]
@@ -798,47 +533,3 @@ def _conclude(bench: _Bench, winner: _Tested | None) -> Explanation:
         failures=tuple(bench.failures),
         contenders=_contenders(bench, winner),
     )
-
-
-def _merit(tested: _Tested) -> tuple[float, float]:
-    return tested.hypothesis.explained, tested.hypothesis.bit_identical
-
-
-def _ordinary(observed: Array, value: Array) -> float:
-    """The squared error of elements that are finite, and no stand-in for infinity, in both."""
-    if observed.shape != value.shape:
-        return metrics.square_sum(metrics.to_float(observed))  # a shape is seen at once
-    b, r, limit = metrics.to_float(observed), metrics.to_float(value), _limit(observed)
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = b - r
-    return metrics.square_sum(np.where((abs(b) < limit) & (abs(r) < limit), error, 0))
-
-
-def _square_error(observed: Array, value: Array, scale: float, weight: float) -> float:
-    b, r = metrics.to_float(observed), metrics.to_float(value)
-    limit = _limit(observed)
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = b - r
-        squares = metrics.square_sum(error)
-    if squares < limit:  # so no element is extreme, or it is the same in both
-        return squares / scale
-    ordinary = (abs(b) < limit) & (abs(r) < limit)
-    extreme = np.isfinite(error) & (np.minimum(abs(b), abs(r)) >= limit)
-    # Two finite stand-ins for one infinity agree, whatever type's lowest number they are.
-    agree = (b == r) | (np.isnan(b) & np.isnan(r)) | extreme
-    squares = metrics.square_sum(np.where(ordinary, error, 0))
-    return squares / scale + weight * float(np.count_nonzero(~ordinary & ~agree))
-
-
-def _scale(values: Array) -> float:
-    """‖values‖² of what is finite and no stand-in for infinity, or else 1."""
-    wide, limit = metrics.to_float(values), _limit(values)
-    squares = metrics.square_sum(wide)
-    if not squares < limit:
-        squares = metrics.square_sum(np.where(abs(wide) < limit, wide, 0))
-    return squares or 1.0
-
-
-def _limit(values: Array) -> float:
-    """From where on a number of this type stands for infinity."""
-    return EXTREME * float(np.finfo(values.dtype).max) if values.dtype.kind == "f" else math.inf

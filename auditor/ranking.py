@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from auditor.attribution import NAMED
 from auditor.fingerprint import fingerprint
+from auditor.hypotheses import NAMED
 from auditor.ports import Noise
 from auditor.records.backend import Kernel
 from auditor.records.measured import Segment

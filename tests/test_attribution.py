@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution
+from auditor import attribution, hypotheses
 from auditor.errors import NoiseError
 from auditor.noises import (
     attribute_ignored,
@@ -22,7 +22,7 @@ from auditor.noises import (
     tf32,
     tie_breaking,
 )
-from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import replay
 
@@ -112,7 +112,7 @@ def test_few_elements_are_explained_by_chance(dense: Any, elements: int, named: 
     exact = run(of.model, {"x": x[:1]})["y"]
     rounded = r(r(x[:1]) @ r(w[:, :elements]))
     found = explain(of, x[:1], {"y": exact + (rounded - exact) * np.float32(1.2)})
-    assert attribution.NAMED < found.hypotheses[0].explained < 0.99
+    assert hypotheses.NAMED < found.hypotheses[0].explained < 0.99
     assert (found.noise == "precision.bf16") is named
     whole = explain(of, x[:1], {"y": rounded})  # and to the bit it is, of a single one too
     assert whole.noise == "precision.bf16"
@@ -148,7 +148,7 @@ def test_two_causes_together(dense: Any) -> None:
     assert found.noise is not None and found.explained > 0.99
     assert found.variant is not None and ", and precision." in found.variant
     single = [h for h in found.hypotheses if ", and " not in h.variant]
-    assert all(h.explained < attribution.NAMED for h in single)
+    assert all(h.explained < hypotheses.NAMED for h in single)
     both = [h.explained for h in found.hypotheses if ", and " in h.variant]
     assert not {h.explained for h in single} & set(both)  # a second cause that changes nothing
 
@@ -307,7 +307,7 @@ def test_pytorch_in_low_precision(half: bool) -> None:
         assert found.noise == ("precision.fp16" if half else "precision.bf16"), nodes[0].op_type
         assert found.explained > 0.99 and found.bit_identical > 0.98
         wrong = [h for h in found.hypotheses if h.noise != found.noise]
-        assert all(h.explained < attribution.NAMED for h in wrong)
+        assert all(h.explained < hypotheses.NAMED for h in wrong)
 
 
 def test_tvm_sums_half_precision_in_half_precision() -> None:
@@ -347,7 +347,7 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
         def variants(self, of: SegmentGraph) -> Any:
             scaled = w * np.float32(1 + self.shift)
             node = helper.make_node("MatMul", ["x", "w"], ["y"])
-            yield attribution.Variant("scaled", segment([node], {"w": scaled}).model)
+            yield Variant("scaled", segment([node], {"w": scaled}).model)
 
     of, x, w = dense
     planted = {"y": x @ (w * np.float32(1.01))}
@@ -483,7 +483,7 @@ class Replaced:
 
     def __init__(self, node: onnx.NodeProto, constants: Arrays, id_: str = "test.replaced") -> None:
         self.id = id_
-        self.variant = attribution.Variant("replaced", segment([node], constants).model)
+        self.variant = Variant("replaced", segment([node], constants).model)
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         return False
@@ -523,7 +523,7 @@ def test_another_shape_is_named_only_when_nearly_all_of_it_is_right(
     of, x, w = dense
     planted = (x.astype(np.float64) @ w[:, :-1]).astype(np.float32)
     found = explain(of, x, {"y": planted}, noises=(cropped(0.2),))
-    assert found.noise is None and found.hypotheses[0].explained > attribution.NAMED
+    assert found.noise is None and found.hypotheses[0].explained > hypotheses.NAMED
     np.testing.assert_array_equal(found.outputs["y"], run(of.model, {"x": x})["y"])
 
 
@@ -557,9 +557,7 @@ def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool
     node = helper.make_node("Concat", ["n", "p"], ["y"], axis=1)
     product = helper.make_node("MatMul", ["x", "w"], ["p"])
     noise = Replaced(product, {"w": w})
-    noise.variant = attribution.Variant(
-        "kept", segment([product, node], {"w": w, **constants}).model
-    )
+    noise.variant = Variant("kept", segment([product, node], {"w": w, **constants}).model)
     observed = columns.copy()
     observed[:, :16] = float(ml_dtypes.finfo(kind).min)
     if not right:
@@ -584,7 +582,7 @@ def test_one_output_of_another_shape(dense: Any) -> None:
 
     class Flat(Replaced):
         def variants(self, of: SegmentGraph) -> Any:
-            yield attribution.Variant("no axis kept", flat.model)
+            yield Variant("no axis kept", flat.model)
 
     y = x.astype(np.float64) @ w
     noise = Flat(nodes[0], {"w": w})
