@@ -414,7 +414,16 @@ class Analysis:
         for cut, value in zip(unknown, beside(floor, unknown), strict=True):
             self._floored.add(cut.id)
             self.meters[cut.id].floor = value
-        return {id: local for id, local in kept.items() if self.meters[id].flagged}
+        found = {id: local for id, local in kept.items() if self.meters[id].flagged}
+        if all(math.isfinite(self.meters[id].relative(self.meters[id].introduced)) for id in found):
+            with contextlib.suppress(ReplayError):  # a shape, which is infinitely far off itself
+                decisive = impact.deciding(chain)
+                if decisive is not None:
+                    self.meters[decisive.id].floor = 0.0  # as little as this matters here
+                    found[decisive.id] = divergence.replay(
+                        chain.replayer, decisive, chain.captured
+                    )
+        return found
 
     def _add_impact(
         self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Upstream | None

@@ -8,6 +8,7 @@ the differences between successive k sum to the whole divergence exactly.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,8 +17,9 @@ from operator import or_
 import numpy as np
 
 from auditor import metrics
-from auditor.divergence import Local
+from auditor.divergence import Local, replay
 from auditor.metrics import Moments, Running
+from auditor.noises import fp32_rounding
 from auditor.ports import Arrays
 from auditor.replays.replay import Block, Patch, Replayer, ReplayError, add, difference
 from auditor.segments import Cut
@@ -85,6 +87,38 @@ def leave_one_in(chain: Chain, cut: Cut, local: Local) -> tuple[float, Arrays]:
     except ReplayError:
         return math.inf, {}
     return metrics.relative_l2(values, chain.base, chain.outputs), values
+
+
+def deciding(chain: Chain) -> Cut | None:
+    """The segment from which on NaN or infinity differ in the final outputs.
+
+    It is found by halving: the reference goes on from the backend's tensors up to some segment. An
+    error far below any norm is enough, such as a zero for 1e-42 of which a logarithm is taken.
+
+    Returns:
+        None where NaN and infinity are the same in both, where that segment does what the
+        reference does, and where rounding its result would do as much.
+
+    Raises:
+        ReplayError: the reference cannot go on from the backend's tensors.
+    """
+
+    def odd(values: Arrays) -> bool:
+        return math.isinf(metrics.relative_l2(values, chain.base, chain.outputs))
+
+    if not odd(chain.pick(chain.captured)):
+        return None
+    position = bisect_left(
+        range(1, len(chain.cuts)), True, key=lambda k: odd(chain.following(chain.cuts[k:]))
+    )
+    cut = chain.cuts[position]
+    local = replay(chain.replayer, cut, chain.captured)
+    if metrics.bitwise_equal(local.observed, local.replayed):
+        return None
+    generator = np.random.default_rng(0)
+    rounded = {n: fp32_rounding.jitter(v, generator) for n, v in local.replayed.items()}
+    patch = _frozen(difference(rounded, local.replayed), local.observed)
+    return None if odd(chain.final({cut.id: patch})) else cut
 
 
 def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:

@@ -16,6 +16,7 @@ _PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
 # Those of kernels that begin with an operation of their own.
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
+_WRAPPED = frozenset({"i16", "u16", "u32", "u64"})
 _DIGITS = re.compile(r"\d+")
 _PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
 _NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
@@ -309,6 +310,10 @@ def candidates_of(
             port, path = seen
             tensor, element = source.tensors[port], source.element_type(port)
             final = tensor in outputs
+            if not final and element in _WRAPPED and precision == "i32":
+                reason = f"{element} tensor, which the program holds in i32: a probe would wrap it"
+                skipped[tensor] = Skipped(tensor, reason)
+                continue
             if not final and element in _UNREAD:
                 skipped[tensor] = Skipped(tensor, f"{element} tensor, which NumPy has no type for")
                 continue

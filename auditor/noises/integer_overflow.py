@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx
 from onnx import TensorProto
@@ -66,11 +66,29 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             "arithmetic and casts saturate",
             arithmetic | clipped if arithmetic and clipped else {},
         ),
+        ("arithmetic in 32 bits does not wrap around", _unwrapped(model, types)),
         ("casts wrap around", wrapped),
         ("quantised values wrap around", quantised),
     ):
         if bodies:
             yield Variant(name, surgery.substituted(model, bodies))
+
+
+def _unwrapped(model: onnx.ModelProto, types: Mapping[str, int]) -> dict[int, str]:
+    """Arithmetic on 16 bits that only casts read, with its result left in 32."""
+    outputs = {o.name for o in model.graph.output}
+    read = {n for node in model.graph.node if node.op_type != "Cast" for n in node.input}
+    return {
+        index: (
+            f"({', '.join(names)}) => (y) {{ "
+            + " ".join(f"w{n} = Cast <to = {TensorProto.INT32}> ({n})" for n in names)
+            + f" y = {node.op_type}({', '.join(f'w{n}' for n in names)}) }}"
+        )
+        for index, node in surgery.find(model, ("Add", "Sub", "Mul", "Neg", "Abs"))
+        if types.get(node.output[0]) in (TensorProto.INT16, TensorProto.UINT16)
+        and node.output[0] not in outputs | read
+        for names in [["a", "b"][: len(node.input)]]
+    }
 
 
 def _clipped(node: onnx.NodeProto, kind: int) -> str:
@@ -163,6 +181,7 @@ NOISE = Cause(
         "arithmetic saturates",
         "casts saturate",
         "arithmetic and casts saturate",
+        "arithmetic in 32 bits does not wrap around",
         "casts wrap around",
         "quantised values wrap around",
     ),

@@ -183,6 +183,7 @@ def _measured(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     plain.CopyFrom(node)
     target = node.output[0]
     plain.output[0], size = f"{target}/plain", f"{target}/size"
+    plain.name = ""  # ONNX Runtime takes no two nodes of one name
     yield plain
     axes = surgery.attributes(node).get("axes")
     if axes is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
+from auditor.replays.quantised import Editor, Layout
 
 
 def distributed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, frozenset[str]] | None:
@@ -64,3 +67,227 @@ def _operands(node: onnx.NodeProto, scalars: Container[str]) -> tuple[str, str] 
     if (a in scalars) == (b in scalars):
         return None
     return (a, b) if a in scalars else (b, a)
+
+
+@dataclass(slots=True)
+class _Chain:
+    """Constants that are added to, or multiplied with, a tensor one after another."""
+
+    base: str
+    kind: str  # Add or Mul
+    steps: list[Array]  # in order
+
+    @property
+    def joined(self) -> Array:
+        total = self.steps[0]
+        for step in self.steps[1:]:
+            total = total + step if self.kind == "Add" else total * step
+        return total
+
+
+def joined(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with ``(x + a) + b`` as ``x + (a + b)``, and factors alike; None without any.
+
+    Args:
+        segment: one whose float32 constants stand as operands of Add, Sub, Mul and Div. What is
+            subtracted is added with the other sign, and what divides multiplies as its inverse.
+    """
+    layout = Layout(segment.model, segment.weights)
+    editor, chains = Editor(segment.model), _chains(layout)
+    changed = False
+    for node in layout.nodes:
+        chain = chains.get(node.output[0])
+        if chain is None or len(chain.steps) == 1:
+            editor.copy(node)
+            continue
+        with np.errstate(all="ignore"):
+            constant = editor.constant(chain.joined)
+        editor.add(chain.kind, chain.base, constant, to=node.output[0])
+        changed = True
+    return editor.model if changed else None
+
+
+def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with factors and shifts behind a layer in its weights and bias; None without any.
+
+    Args:
+        segment: one with Conv, Gemm or MatMul nodes whose float32 weights are constants.
+    """
+    layout = Layout(segment.model, segment.weights)
+    editor = Editor(segment.model)
+    gone: dict[int, str] = {}  # what a layer took in, and what it reads
+    changed = False
+    for index, node in enumerate(layout.nodes):
+        if index in gone:
+            editor.add("Identity", gone[index], to=node.output[0])
+            continue
+        layer = _layer(layout, node)
+        if layer is None:
+            editor.copy(node)
+            continue
+        name, behind = node.output[0], layout.reader(node.output[0])
+        while behind is not None and (step := _step(layout, layout.nodes[behind])) is not None:
+            if step.base != name or not layer.takes(step):
+                break
+            gone[behind], changed = name, True
+            name = layout.nodes[behind].output[0]
+            behind = layout.reader(name)
+        layer.emit(editor)
+    return editor.model if changed else None
+
+
+def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment without what cancels for every real number; None where nothing does.
+
+    NaN, infinity, −0, and what exponentials lose or overflow do not cancel: x − x, x / x and x · 0
+    are constants, x + 0 is x, log(exp(x)) is x, log(exp(x) + 1) a Softplus, and a product with an
+    inverse, (1 / a) · b, the quotient b / a.
+    """
+    layout, editor = Layout(segment.model), Editor(segment.model)
+    kinds = surgery.types(segment.model)
+    changed = False
+    for node in layout.nodes:
+        instead = _without(layout, node)
+        if instead is None:
+            editor.copy(node)
+            continue
+        op_type, operands, changed = *instead, True
+        if op_type in ("0", "1") and kinds.get(node.output[0]) != onnx.TensorProto.FLOAT:
+            editor.copy(node)
+        elif op_type in ("0", "1"):  # in the shape of the result
+            zero = editor.add("Sub", *operands)
+            shape = editor.add("Shape", zero)
+            value = numpy_helper.from_array(np.array([float(op_type)], np.float32))
+            editor.add("ConstantOfShape", shape, to=node.output[0], value=value)
+        else:
+            editor.add(op_type, *operands, to=node.output[0])
+    return editor.model if changed else None
+
+
+def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | None:
+    """What is left of an operator that cancels: its type, or the constant, and its operands."""
+    if node.op_type == "Log":
+        inner = layout.source(node.input[0])
+        if inner is not None and inner.op_type == "Add":  # log(exp(x) + 1)
+            a, b = (layout.source(name) for name in inner.input)
+            one = (layout.constant(name) for name in inner.input)
+            if any(v is not None and v.size == 1 and v.item() == 1 for v in one):
+                inner = next((n for n in (a, b) if n is not None and n.op_type == "Exp"), None)
+                return ("Softplus", [inner.input[0]]) if inner else None
+        return ("Identity", [inner.input[0]]) if inner and inner.op_type == "Exp" else None
+    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+        return None
+    a, b = node.input
+    if a == b and node.op_type in ("Sub", "Div"):
+        return ("0" if node.op_type == "Sub" else "1", [a, b])
+    for one, other in ((a, b), (b, a)):
+        constant = layout.constant(one)
+        if constant is None and node.op_type == "Mul":
+            inverse = layout.source(one)
+            if inverse is not None and (of := _inverted(layout, inverse)):
+                return "Div", [other, of]
+        if constant is None or constant.size != 1:
+            continue
+        value = float(constant.reshape(-1)[0])
+        if value == 0 and node.op_type == "Mul" and constant.dtype == np.float32:
+            return "0", [one, other]
+        if value == 0 and node.op_type == "Add" and constant.ndim == 0:
+            return "Identity", [other]
+    return None
+
+
+def _inverted(layout: Layout, node: onnx.NodeProto) -> str:
+    """What 1 is divided by, if that is what a node does."""
+    if node.op_type == "Reciprocal":
+        return str(node.input[0])
+    one = layout.constant(node.input[0]) if node.op_type == "Div" else None
+    return str(node.input[1]) if one is not None and one.size == 1 and one.item() == 1 else ""
+
+
+def _step(layout: Layout, node: onnx.NodeProto) -> _Chain | None:
+    """A sum or product of a tensor and one constant."""
+    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
+        return None
+    for position, name in enumerate(node.input):
+        value, other = layout.constant(name), node.input[1 - position]
+        if value is None or value.dtype != np.float32 or layout.constant(other) is not None:
+            continue
+        if position == 0 and node.op_type in ("Sub", "Div"):
+            return None
+        with np.errstate(all="ignore"):
+            if node.op_type == "Div":
+                value = np.float32(1) / value
+            elif node.op_type == "Sub":
+                value = -value
+        return _Chain(other, "Add" if node.op_type in ("Add", "Sub") else "Mul", [value])
+    return None
+
+
+def _chains(layout: Layout) -> dict[str, _Chain]:
+    """By the name of a result, the constants of the same kind that nothing else sees between."""
+    found: dict[str, _Chain] = {}
+    for node in layout.nodes:
+        step = _step(layout, node)
+        if step is None:
+            continue
+        before = found.get(step.base)
+        if before and before.kind == step.kind and layout.reader(step.base) is not None:
+            step = _Chain(before.base, step.kind, [*before.steps, *step.steps])
+        found[node.output[0]] = step
+    return found
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer whose constants take in what is behind it."""
+
+    node: onnx.NodeProto
+    weights: Array
+    bias: Array | None
+    axis: int  # of the output channels, in the weights
+
+    def takes(self, step: _Chain) -> bool:
+        """Take in one constant, if it is one number or one for each channel."""
+        value, channels = step.steps[0], self.weights.shape[self.axis]
+        if value.size > 1:
+            # Channels are the second axis of what a convolution gives, and the last of a product.
+            behind = self.weights.ndim - 2 if self.node.op_type == "Conv" else 0
+            shape = (channels, *[1] * behind)
+            if value.size != channels or value.shape[-len(shape) :] != shape:
+                return False
+        flat = np.broadcast_to(value.reshape(-1), channels)
+        with np.errstate(all="ignore"):
+            if step.kind == "Mul":
+                beside = [1] * self.weights.ndim
+                beside[self.axis] = channels
+                self.weights = self.weights * flat.reshape(beside)
+                self.bias = None if self.bias is None else self.bias * flat
+            elif self.node.op_type == "MatMul":
+                return False
+            else:
+                self.bias = flat if self.bias is None else self.bias + flat
+        return True
+
+    def emit(self, editor: Editor) -> None:
+        """Add the layer with the constants that it has now."""
+        node = self.node
+        inputs = [node.input[0], editor.constant(self.weights)]
+        inputs += [] if self.bias is None else [editor.constant(self.bias)]
+        editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
+
+
+def _layer(layout: Layout, node: onnx.NodeProto) -> _Layer | None:
+    given = surgery.attributes(node)
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or not all(
+        given.get(name, 1.0) == 1.0 for name in ("alpha", "beta")
+    ):
+        return None
+    weights = layout.constant(node.input[1])
+    biased = len(node.input) > 2 and bool(node.input[2])
+    bias = layout.constant(node.input[2]) if biased else None
+    if weights is None or weights.dtype != np.float32 or weights.ndim < 2:
+        return None
+    if biased and (bias is None or bias.ndim != 1):
+        return None
+    first = node.op_type == "Conv" or given.get("transB", 0)
+    return _Layer(node, weights, bias, 0 if first else weights.ndim - 1)

@@ -22,6 +22,9 @@ from auditor.replays.quantised import Editor, Layout
 # Scan, Squeeze and Cast with bfloat16 as they are written here.
 _OPSET = 13
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+# Functions of gates that have parameters.
+_WITH_BETA = ("Affine", "HardSigmoid", "ScaledTanh")
+_WITH_ALPHA = (*_WITH_BETA, "Elu", "LeakyRelu", "ThresholdedRelu")
 
 
 def in_bfloat16(segment: SegmentGraph) -> onnx.ModelProto | None:
@@ -164,11 +167,16 @@ class _Layer:
         kept = ("hidden_size", "clip", "input_forget", "linear_before_reset")
         options = {k: v for k, v in self.given.items() if k in kept}
         options.setdefault("hidden_size", self.r.shape[2])
-        for name in ("activations", "activation_alpha", "activation_beta"):
-            values = self.given.get(name, [])
-            if values:
-                size = len(values) // self.w.shape[0]
-                options[name] = values[d * size : (d + 1) * size]
+        functions = [f.decode() for f in self.given.get("activations", [])]
+        size = len(functions) // self.w.shape[0]
+        before, own = functions[: d * size], functions[d * size : (d + 1) * size]
+        if own:
+            options["activations"] = own
+        # Each function that has the parameter takes the next value, in all directions.
+        for name, having in (("activation_alpha", _WITH_ALPHA), ("activation_beta", _WITH_BETA)):
+            first, count = (sum(f in having for f in part) for part in (before, own))
+            if values := self.given.get(name, [])[first : first + count]:
+                options[name] = values
         weights = [editor.constant(a[d : d + 1]) for a in (self.w, self.r, self.bias)]
         read = ["x1", *weights, "", "h"]
         if self.states > 1:

@@ -34,6 +34,8 @@ def make_segment() -> MakeSegment:
         opset: int = 17,
         kind: int = TensorProto.FLOAT,
     ) -> SegmentGraph:
+        for index, node in enumerate(nodes):
+            node.name = node.name or f"node {index}"  # as exporters name them
         graph = helper.make_graph(
             nodes,
             "s0",

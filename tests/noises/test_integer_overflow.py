@@ -61,6 +61,17 @@ def test_saturating_casts(make_segment: Any, run: Any, generator: np.random.Gene
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+def test_16_bits_kept_in_32(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    a, b = generator.integers(-3000, 3000, (2, 4, 40), np.int16)
+    nodes = [
+        helper.make_node("Mul", ["a", "b"], ["product"]),
+        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
+    ]
+    segment = make_segment(nodes, {}, ["a", "b"], ["y"], kind=TensorProto.INT16)
+    found = explain(run, segment, {"a": a, "b": b}, (a.astype(int) * b).astype(np.float32))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_quantised_values_that_wrap(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:

@@ -1,0 +1,57 @@
+"""Algebra that holds for real numbers: constants joined, taken into layers, or cancelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from auditor.noises._cause import Cause
+from auditor.ports import SegmentGraph, Variant
+from auditor.replays import algebra
+
+_FORMS = (
+    "constants added or multiplied one after another are joined first",
+    "constant factors and shifts are taken into the layer before them",
+    "what cancels for real numbers is left out",
+)
+
+
+def _variants(segment: SegmentGraph) -> Iterable[Variant]:
+    """The segment as optimisers rewrite it."""
+    rewritten = algebra.joined, algebra.taken_in, algebra.cancelled
+    for name, rewrite in zip(_FORMS, rewritten, strict=True):
+        if (model := rewrite(segment)) is not None:
+            yield Variant(name, model)
+
+
+NOISE = Cause(
+    id="implementation.rewriting",
+    type="operator implementation",
+    title="An optimiser rewrote arithmetic by rules that hold for real numbers only",
+    cause=(
+        "Graph optimisers join constants, fold factors into weights, and drop what cancels. Floats "
+        "round, overflow and have NaN, infinity and −0: (x + 1e8) − 1e8 is not x, and neither is "
+        "log(exp(x))."
+    ),
+    applies=(
+        "Add, Sub, Mul and Div with float32 constants, one after another or behind Conv, Gemm and "
+        "MatMul; x − x, x / x, x · 0, x + 0, (1 / a) · b and Log of Exp"
+    ),
+    source=(
+        "ONNX Runtime, graph optimizations (basic level: constant folding, Conv Mul and Conv Add "
+        "fusion); OpenVINO, LinOpSequenceFusion; Goldberg, *What every computer scientist should "
+        "know about floating-point arithmetic* (1991), on optimisers"
+    ),
+    advice=(
+        "write the listed operators the way the runtime computes them, with constants that do not "
+        "overflow or swallow digits"
+    ),
+    remedies={
+        "ort": (
+            "build with `--option ort.level=disable`, or write the listed operators the way the "
+            "runtime computes them"
+        ),
+    },
+    forms=_FORMS,
+    variants=_variants,
+    simulated=False,
+)

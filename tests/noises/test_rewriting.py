@@ -1,0 +1,69 @@
+"""Arithmetic that an optimiser rewrote, worked out with numpy in the rewritten order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from auditor.ports import Array
+
+ID = "implementation.rewriting"
+F = np.float32
+
+
+def node(op_type: str, *names: str, **attributes: Any) -> Any:
+    return helper.make_node(op_type, names[:-1], names[-1:], **attributes)
+
+
+SUM = [node("Add", "x", "a", "s"), node("Sub", "s", "a", "y")]
+PRODUCT = [node("Mul", "x", "a", "s"), node("Mul", "s", "small", "y")]
+INVERSE = [node("Div", "one", "x", "s"), node("Mul", "s", "a", "y")]
+SOFTPLUS = [node("Exp", "x", "e"), node("Add", "e", "one", "s"), node("Log", "s", "y")]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "x", "a", "planted"),
+    [
+        (SUM, [0.1, -2.7, 5.3], F(1e8), [0.1, -2.7, 5.3]),
+        (PRODUCT, [4.1, -2.3, 0.7], F(1e38), [4.1e18, -2.3e18, 0.7e18]),
+        ([node("Mul", "x", "a", "y")], [np.inf, 3.0, np.nan], F(0), [0.0, 0.0, 0.0]),
+        ([node("Sub", "x", "x", "y")], [np.inf, 3.0, np.nan], F(0), [0.0, 0.0, 0.0]),
+        ([node("Div", "x", "x", "y")], [0.0, 3.0, np.nan], F(0), [1.0, 1.0, 1.0]),
+        ([node("Exp", "x", "e"), node("Log", "e", "y")], [150, -120, 2], F(0), [150, -120, 2]),
+        (SOFTPLUS, [150.0, 89.0, -1.0], F(0), [150.0, 89.0, np.log1p(np.exp(-1.0))]),
+        (INVERSE, [4, 7, -9], np.int32(20), [5, 2, -2]),
+    ],
+    ids=("sum", "product", "zero", "difference", "quotient", "log", "softplus", "inverse"),
+)
+def test_arithmetic(
+    make_segment: Any, diagnose: Any, nodes: Any, x: Any, a: Any, planted: Any
+) -> None:
+    kind = np.asarray(a).dtype
+    constants = {"a": np.asarray(a), "one": np.ones((), kind)}
+    constants["small"] = np.asarray(1e-20).astype(kind)
+    used = {name for n in nodes for name in n.input}
+    constants = {name: value for name, value in constants.items() if name in used}
+    segment = make_segment(nodes, constants, ["x"], ["y"], kind=1 if kind == F else 6)
+    found = diagnose(segment, {"x": np.array([x], kind)}, {"y": np.array([planted], kind)})
+    assert found.noise == ID and found.explained > 0.999
+
+
+def test_factors_in_weights(
+    make_segment: Any, diagnose: Any, conv: Any, generator: np.random.Generator
+) -> None:
+    """Where a result overflows, and weights that took the factors in do not."""
+    x = generator.normal(size=(1, 3, 6, 6)).astype(F)
+    w = generator.normal(size=(4, 3, 3, 3)).astype(F)
+    up, down = F(1e38), np.full((4, 1, 1), 1e-20, F)
+    nodes = [
+        node("Conv", "x", "w", "c"),
+        node("Mul", "c", "up", "u"),
+        node("Mul", "u", "down", "y"),
+    ]
+    segment = make_segment(nodes, {"w": w, "up": up, "down": down}, ["x"], ["y"])
+    planted: Array = conv(x, w * F(1e18))
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and found.explained > 0.999999
