@@ -195,6 +195,27 @@ def test_a_wrong_shape_is_a_failure_not_a_crash(chain):
     assert impact.leave_one_in(chain_of, before, local) == (np.inf, {})
 
 
+@pytest.mark.parametrize(
+    ("lost", "found"),
+    [
+        ({"e": [[0.0, 1.0]], "y": [[-np.inf, 0.0]]}, "e"),  # 1e-39 became zero
+        ({"y": [[-np.inf, 0.0]]}, "y"),
+        ({"e": [[2e-39, 1.0]], "y": [[-88.41, 0.0]]}, None),
+    ],
+)
+def test_what_decides_whether_outputs_are_finite_is_found(lost, found):
+    nodes = [helper.make_node("Exp", ["x"], ["e"]), helper.make_node("Log", ["e"], ["y"])]
+    names = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 2]) for n in "xy"]
+    graph = Graph(helper.make_model(helper.make_graph(nodes, "log", names[:1], names[1:])))
+    replayer, cuts = Replayer(graph, 1), graph.cut(("e", "y"))
+    feeds = {"x": np.array([[-89.0, 0.0]], np.float32)}
+    base = replayer.walk(cuts, feeds)
+    assert 0 < base["e"][0, 0] < np.finfo(np.float32).tiny
+    captured = base | {n: np.array(v, np.float32) for n, v in lost.items()}
+    cut = impact.deciding(Chain(replayer, cuts, feeds, base, captured, ("y",)))
+    assert (cut and cut.outputs) == (found and (found,))
+
+
 def test_difference_of_equal_tensors_is_zero():
     values = {"a": np.asarray([1, 2], np.int64), "b": np.ones(2, np.float16)}
     assert all(not v.any() for v in difference(values, values).values())

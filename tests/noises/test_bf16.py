@@ -15,6 +15,7 @@ from auditor.attribution import Explanation
 from auditor.noises import bf16
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from auditor.replays import recurrent
 
 ID = "precision.bf16"
 
@@ -453,3 +454,20 @@ def test_an_attention_mask_multiplied_out_does_not_cancel(
         planted = r(scores + (r(mask * -low) + low))
     assert np.isinf(planted).all()
     check(explain(segment, {"scores": scores, "mask": mask}, {"y": planted}))
+
+
+def test_parameters_of_gates_go_to_the_functions_that_have_them(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    """Both directions of a layer share one list of them."""
+    shapes = {"w": (2, 4, 8), "r": (2, 4, 4), "b": (2, 8)}
+    constants = {n: generator.normal(size=s).astype(np.float32) / 4 for n, s in shapes.items()}
+    options = {"activations": ["Relu", "Affine"], "activation_alpha": [0.5]}
+    layer = helper.make_node(
+        "RNN", ["x", *shapes], ["y"], hidden_size=4, direction="bidirectional", **options
+    )
+    segment = make_segment([layer], constants, ["x"], ["y"])
+    feeds = {"x": generator.normal(size=(3, 1, 8)).astype(np.float32)}
+    plain, narrow = run(segment.model, feeds), run(recurrent.in_bfloat16(segment), feeds)
+    np.testing.assert_allclose(narrow["y"], plain["y"], atol=0.02)
+    assert not np.array_equal(narrow["y"], plain["y"])
