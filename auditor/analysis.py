@@ -420,9 +420,7 @@ class Analysis:
                 decisive = impact.deciding(chain)
                 if decisive is not None:
                     self.meters[decisive.id].floor = 0.0  # as little as this matters here
-                    found[decisive.id] = divergence.replay(
-                        chain.replayer, decisive, chain.captured
-                    )
+                    found[decisive.id] = divergence.replay(chain.replayer, decisive, chain.captured)
         return found
 
     def _add_impact(
