@@ -34,7 +34,7 @@ NOISE = Cause(
     ),
     applies=(
         "Add, Sub, Mul and Div with float32 constants, one after another or behind Conv, Gemm and "
-        "MatMul; x − x, x / x, x · 0, x + 0, (1 / a) · b and Log of Exp"
+        "MatMul; x − x, x / x, x · 0, x + 0, (1 / a) · b, Log of Exp, and Not of a comparison"
     ),
     source=(
         "ONNX Runtime, graph optimizations (basic level: constant folding, Conv Mul and Conv Add "

@@ -14,6 +14,15 @@ from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
+_COMPARISONS = 12  # the first operator set with all four
+# Comparisons, and what their negation is between numbers.
+_OPPOSITES = {
+    "Greater": "LessOrEqual",
+    "Less": "GreaterOrEqual",
+    "LessOrEqual": "Greater",
+    "GreaterOrEqual": "Less",
+}
+
 
 def distributed(model: onnx.ModelProto) -> tuple[onnx.ModelProto, frozenset[str]] | None:
     """The segment with ``c·(k ± x)`` computed as ``c·k ± c·x``; None where it has no such product.
@@ -140,8 +149,8 @@ def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment without what cancels for every real number; None where nothing does.
 
     NaN, infinity, −0, and what exponentials lose or overflow do not cancel: x − x, x / x and x · 0
-    are constants, x + 0 is x, log(exp(x)) is x, log(exp(x) + 1) a Softplus, and a product with an
-    inverse, (1 / a) · b, the quotient b / a.
+    are constants, x + 0 is x, log(exp(x)) is x, log(exp(x) + 1) a Softplus, a product with an
+    inverse, (1 / a) · b, the quotient b / a, and what is not greater is less or equal.
     """
     layout, editor = Layout(segment.model), Editor(segment.model)
     kinds = surgery.types(segment.model)
@@ -175,6 +184,11 @@ def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | No
                 inner = next((n for n in (a, b) if n is not None and n.op_type == "Exp"), None)
                 return ("Softplus", [inner.input[0]]) if inner else None
         return ("Identity", [inner.input[0]]) if inner and inner.op_type == "Exp" else None
+    if node.op_type == "Not":
+        inner = layout.source(node.input[0])
+        opposite = _OPPOSITES.get(inner.op_type) if inner is not None else None
+        known = surgery.opset(layout.model) >= _COMPARISONS
+        return (opposite, list(inner.input)) if inner is not None and opposite and known else None
     if node.op_type not in ("Add", "Sub", "Mul", "Div"):
         return None
     a, b = node.input

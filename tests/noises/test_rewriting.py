@@ -21,6 +21,11 @@ def node(op_type: str, *names: str, **attributes: Any) -> Any:
 SUM = [node("Add", "x", "a", "s"), node("Sub", "s", "a", "y")]
 PRODUCT = [node("Mul", "x", "a", "s"), node("Mul", "s", "small", "y")]
 INVERSE = [node("Div", "one", "x", "s"), node("Mul", "s", "a", "y")]
+NEGATION = [
+    node("Greater", "x", "a", "g"),
+    node("Not", "g", "n"),
+    helper.make_node("Cast", ["n"], ["y"], to=1),
+]
 SOFTPLUS = [node("Exp", "x", "e"), node("Add", "e", "one", "s"), node("Log", "s", "y")]
 
 
@@ -34,9 +39,10 @@ SOFTPLUS = [node("Exp", "x", "e"), node("Add", "e", "one", "s"), node("Log", "s"
         ([node("Div", "x", "x", "y")], [0.0, 3.0, np.nan], F(0), [1.0, 1.0, 1.0]),
         ([node("Exp", "x", "e"), node("Log", "e", "y")], [150, -120, 2], F(0), [150, -120, 2]),
         (SOFTPLUS, [150.0, 89.0, -1.0], F(0), [150.0, 89.0, np.log1p(np.exp(-1.0))]),
+        (NEGATION, [np.nan, 3.0, -1.0], F(1), [0.0, 0.0, 1.0]),
         (INVERSE, [4, 7, -9], np.int32(20), [5, 2, -2]),
     ],
-    ids=("sum", "product", "zero", "difference", "quotient", "log", "softplus", "inverse"),
+    ids=("sum", "product", "zero", "difference", "quotient", "log", "softplus", "not", "inverse"),
 )
 def test_arithmetic(
     make_segment: Any, diagnose: Any, nodes: Any, x: Any, a: Any, planted: Any
