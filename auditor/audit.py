@@ -210,12 +210,14 @@ def _run(
     training = {spec.label for spec in options.backends if _trains(spec)}
     quantised = {spec.label for spec in options.backends if _quantises(spec, options)}
     exported = _exported(model, reference, truth) if training else reference
+    # Only PyTorch, before the export, can show what the export did.
+    deployed = [noise for noise in noises if not noise.id.startswith("export.")]
     analyses = {
         s.id: Analysis(
             s,
             exported if s.id in training else reference,
             rename,
-            noises,
+            noises if s.id in training else deployed,
             options.output_kinds,
             len(stimulus),
             tokens=options.tokens,

@@ -86,6 +86,17 @@ def test_the_widened_model_is_the_mathematics(tmp_path: Path, kind: str) -> None
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("read", ["Relu", ""])
+def test_what_only_rounds_to_a_narrow_type_is_no_model_of_it(tmp_path: Path, read: str) -> None:
+    nodes = [helper.make_node("Cast", ["x"], ["short"], to=onnx.TensorProto.BFLOAT16)]
+    nodes += [helper.make_node(read, ["short"], ["r"])] if read else []
+    nodes.append(helper.make_node("Cast", ["r" if read else "short"], ["y"], to=1))
+    values = [helper.make_tensor_value_info(name, 1, [4]) for name in "xy"]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    assert widening.is_narrow(models.load(saved(tmp_path, made))) == bool(read)
+
+
 def test_a_float32_model_is_left_alone(tmp_path: Path) -> None:
     assert not widening.is_narrow(models.load(saved(tmp_path, network(np.float32))))
 

@@ -14,6 +14,7 @@ from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
+_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _COMPARISONS = 12  # the first operator set with all four
 # Comparisons, and what their negation is between numbers.
 _OPPOSITES = {
@@ -150,7 +151,8 @@ def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
 
     NaN, infinity, −0, and what exponentials lose or overflow do not cancel: x − x, x / x and x · 0
     are constants, x + 0 is x, log(exp(x)) is x, log(exp(x) + 1) a Softplus, a product with an
-    inverse, (1 / a) · b, the quotient b / a, and what is not greater is less or equal.
+    inverse, (1 / a) · b, the quotient b / a, and what is not greater is less or equal. A cast to
+    half precision and back, which rounds, is left out as well.
     """
     layout, editor = Layout(segment.model), Editor(segment.model)
     kinds = surgery.types(segment.model)
@@ -168,9 +170,15 @@ def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
             shape = editor.add("Shape", zero)
             value = numpy_helper.from_array(np.array([float(op_type)], np.float32))
             editor.add("ConstantOfShape", shape, to=node.output[0], value=value)
+        elif op_type == "Cast":
+            editor.cast(operands[0], onnx.TensorProto.FLOAT, to=node.output[0])
         else:
             editor.add(op_type, *operands, to=node.output[0])
     return editor.model if changed else None
+
+
+def _to(cast: onnx.NodeProto) -> int:
+    return int(surgery.attributes(cast)["to"])
 
 
 def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | None:
@@ -184,6 +192,12 @@ def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | No
                 inner = next((n for n in (a, b) if n is not None and n.op_type == "Exp"), None)
                 return ("Softplus", [inner.input[0]]) if inner else None
         return ("Identity", [inner.input[0]]) if inner and inner.op_type == "Exp" else None
+    if node.op_type == "Cast":
+        inner = layout.source(node.input[0])
+        narrow = inner is not None and inner.op_type == "Cast" and _to(inner) in _NARROW
+        if inner is not None and narrow and _to(node) == onnx.TensorProto.FLOAT:
+            return "Cast", [inner.input[0]]
+        return None
     if node.op_type == "Not":
         inner = layout.source(node.input[0])
         opposite = _OPPOSITES.get(inner.op_type) if inner is not None else None

@@ -34,11 +34,23 @@ _FILE = "widened.bin"
 
 
 def is_narrow(model: Model) -> bool:
-    """Whether any float of the model is narrower than float32."""
+    """Whether the model computes in floats narrower than float32.
+
+    One that only rounds to them, by a cast there and back, says where: that is part of what it
+    computes in float32.
+    """
     graph = model.proto.graph
-    return any(t.data_type in FORMATS for t in graph.initializer) or any(
-        kind in FORMATS for kind in (*_value_types(graph), *_node_types(graph))
-    )
+    rounded = {n.output[0] for n in graph.node if n.op_type == "Cast" and _names_narrow(n)}
+    values = (v for v in (*graph.input, *graph.output, *graph.value_info) if v.name not in rounded)
+    if any(t.data_type in FORMATS for t in graph.initializer) or any(
+        value.type.tensor_type.elem_type in FORMATS for value in values
+    ):
+        return True
+    others = [n for n in graph.node if n.op_type != "Cast"]
+    bodies = bool(rounded) and any(_bodies(a) for n in graph.node for a in n.attribute)
+    read = rounded & {name for n in others for name in n.input}
+    returned = rounded & {value.name for value in graph.output}
+    return bodies or bool(read or returned) or any(map(_names_narrow, others))
 
 
 def widened(model: Model, folder: Path) -> Model:
@@ -172,14 +184,22 @@ def _value_types(graph: onnx.GraphProto) -> Iterator[int]:
 def _node_types(graph: onnx.GraphProto) -> Iterator[int]:
     """Element types that nodes name: of their constants, and of what they make."""
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name in _TYPE_ATTRIBUTES:
-                yield attribute.i
-            yield from (tensor.data_type for tensor in _tensors(attribute))
-            for body in _bodies(attribute):
-                yield from (tensor.data_type for tensor in body.initializer)
-                yield from _value_types(body)
-                yield from _node_types(body)
+        yield from _types_of(node)
+
+
+def _names_narrow(node: onnx.NodeProto) -> bool:
+    return any(kind in FORMATS for kind in _types_of(node))
+
+
+def _types_of(node: onnx.NodeProto) -> Iterator[int]:
+    for attribute in node.attribute:
+        if attribute.name in _TYPE_ATTRIBUTES:
+            yield attribute.i
+        yield from (tensor.data_type for tensor in _tensors(attribute))
+        for body in _bodies(attribute):
+            yield from (tensor.data_type for tensor in body.initializer)
+            yield from _value_types(body)
+            yield from _node_types(body)
 
 
 def _tensors(attribute: onnx.AttributeProto) -> Iterable[TensorProto]:

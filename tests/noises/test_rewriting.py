@@ -42,7 +42,17 @@ SOFTPLUS = [node("Exp", "x", "e"), node("Add", "e", "one", "s"), node("Log", "s"
         (NEGATION, [np.nan, 3.0, -1.0], F(1), [0.0, 0.0, 1.0]),
         (INVERSE, [4, 7, -9], np.int32(20), [5, 2, -2]),
     ],
-    ids=("sum", "product", "zero", "difference", "quotient", "log", "softplus", "not", "inverse"),
+    ids=(
+        "sum",
+        "product",
+        "zero",
+        "difference",
+        "quotient",
+        "log",
+        "softplus",
+        "not",
+        "inverse",
+    ),
 )
 def test_arithmetic(
     make_segment: Any, diagnose: Any, nodes: Any, x: Any, a: Any, planted: Any
