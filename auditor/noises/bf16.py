@@ -163,6 +163,17 @@ SITES = (
         computed=True,
         outputs=True,
     ),
+    Sites(
+        "operands, computed constants and results of each kernel in bf16, attention's scale on its "
+        "keys",
+        "kernel",
+        inputs=True,
+        weights=True,
+        bias="fully-connected",
+        computed=True,
+        outputs=True,
+        scales="keys",
+    ),
 )
 
 

@@ -414,23 +414,28 @@ def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
 def test_a_kernel_that_normalises_keys_multiplies_them_by_the_scale_of_their_head(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
+    """And a bias of positions that a kernel computes is rounded (Swin V2)."""
     q, k = (r(generator.standard_normal((2, 3, 9, 8))) for _ in "qk")
     norm = r(np.sqrt((k**2).sum(-1, keepdims=True)))
     scale = generator.uniform(2, 20, (3, 1, 1)).astype(np.float32)
+    bias = generator.standard_normal((3, 9, 9)).astype(np.float32)
     segment = make_segment(
         [
             helper.make_node("Div", ["k", "norm"], ["n"]),
             helper.make_node("Transpose", ["n"], ["t"], perm=[0, 1, 3, 2]),
             helper.make_node("MatMul", ["q", "t"], ["p"]),
-            helper.make_node("Mul", ["p", "s"], ["y"]),
+            helper.make_node("Mul", ["p", "s"], ["m"]),
+            helper.make_node("Sigmoid", ["b"], ["bias"]),
+            helper.make_node("Add", ["m", "bias"], ["y"]),
         ],
-        {"s": scale},
+        {"s": scale, "b": bias},
         ["q", "k", "norm"],
         ["y"],
         [kernel("Subgraph", ("n",), "n"), kernel("MatMul", ("y",), "y")],
     )
     keys = r(k / norm * scale).transpose(0, 1, 3, 2).astype(np.float64)
-    check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys)}))
+    added = r(1 / (1 + np.exp(-bias.astype(np.float64))))
+    check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys + added)}))
 
 
 def test_an_attention_mask_multiplied_out_does_not_cancel(
