@@ -272,6 +272,8 @@ class _Surgery(Writer):
             elif node.op_type == "ReduceSumSquare":
                 self._sum_squares(new, group)
                 return
+            elif node.op_type == "Col2Im" and self._sum_columns(new, group):
+                return
         self._finish(new, group)
 
     def _finish(self, node: onnx.NodeProto, group: Group) -> None:
@@ -640,6 +642,38 @@ class _Surgery(Writer):
             del node.attribute[:]
             node.attribute.extend(kept)
         self._outputs(node, group)
+
+    def _sum_columns(self, node: onnx.NodeProto, group: Group) -> bool:
+        """OpenVINO adds up overlapping blocks in the type it writes: one element of all at once."""
+        shape = self.at.shapes.get(node.input[0])
+        block = self.at.values.get(node.input[2])
+        if not (shape and block is not None and self.sites.outputs and self._writes(group)):
+            return False
+        count, rows = math.prod(block.tolist()), shape[-2]
+        columns = self._input(node, 0, node.input[0], group)
+        total = ""
+        for element in range(count):
+            chosen = [float(row % count == element) for row in range(rows)]
+            mask = self._initializer(
+                f"{self.mark}element {element} of {count} in {rows}",
+                TensorProto.FLOAT,
+                (rows, 1),
+                chosen,
+            )
+            part = self._new(
+                "Col2Im",
+                self._new("Mul", columns, mask),
+                *node.input[1:],
+                **surgery.attributes(node),
+            )
+            if total:
+                added = self._new("Add", total, part)
+                part = f"{added}/{self.to.name}"
+                self.nodes.extend(self._biased(added, part))
+            total = part
+        self.nodes.append(helper.make_node("Identity", [total], node.output))
+        self.exact.add(node.output[0])
+        return True
 
     def _mean(self, tensor: str, axes: list[int]) -> str:
         if surgery.opset(self.at.model) < _AXES_OPSET:

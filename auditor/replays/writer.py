@@ -255,14 +255,32 @@ class Writer:
             helper.make_node("Where", [back, below, near], [target]),
         ]
 
-    def _split(self, source: str, target: str) -> list[onnx.NodeProto]:
+    def _biased(self, source: str, target: str) -> list[onnx.NodeProto]:
+        """Rounds as OpenVINO's own bfloat16 does outside of compiled kernels: seldom up.
+
+        It adds half a step to values whose last bit is set and cuts the others off
+        (``ov::bfloat16::round_to_nearest_even``), so that what would be rounded up to an odd last
+        bit is not.
+        """
+        marked = f"{self.mark}{target}"
+        near, coarse = f"{marked}/nearest", f"{marked}/coarse"
+        even, odd = f"{marked}/even", f"{marked}/odd"
+        return [
+            *self._rounding(source, near),
+            *self._split(near, coarse, self.to.bits - 1),
+            helper.make_node("Equal", [near, coarse], [even]),
+            helper.make_node("Not", [even], [odd]),
+            *self._cut(source, target, odd),
+        ]
+
+    def _split(self, source: str, target: str, bits: int = 0) -> list[onnx.NodeProto]:
         """Veltkamp's splitting: rounds to nearest with FP32 arithmetic alone.
 
         Exact below 2¹²⁸⁻ˢ and except for ties, which a tensor that was not rounded before
         almost never has (Dekker 1971, "A floating-point technique for extending the available
         precision"; Boldo 2006).
         """
-        shift = 24 - self.to.bits
+        shift = 24 - (bits or self.to.bits)
         factor = self._scalar(float(2**shift + 1))
         scaled, rest = f"{self.mark}{target}/scaled", f"{self.mark}{target}/rest"
         return [

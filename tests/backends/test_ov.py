@@ -229,27 +229,27 @@ def test_what_changes_a_kernel_without_touching_it_is_found_around_it(
             helper.make_node("Add", [f"m{i}", f"f{i}"], [f"a{i}"]),
         ]
     nodes.append(helper.make_node("Concat", ["a0", "a1", "a2"], ["s0"], axis=1))
-    nodes += [helper.make_node("Softmax", [f"s{i}"], [f"s{i + 1}"]) for i in range(16)]
+    nodes += [helper.make_node("Softmax", [f"s{i}"], [f"s{i + 1}"]) for i in range(4)]
     shape = (1, 3, 8, 8)
-    path = save(tmp_path / "m.onnx", nodes, [info("x", *shape)], [info("s16", *shape)], weights)
+    path = save(tmp_path / "m.onnx", nodes, [info("x", *shape)], [info("s4", *shape)], weights)
     built = build(path)
     monkeypatch.setattr(
         _ov_probes.Probing, "_bisect", None
     )  # the last resort, which may lose everything
     made = built.instrument({"x": np.random.default_rng(0).random(shape, np.float32)})
     assert made.program_unchanged
-    assert {f"s{i}" for i in range(1, 16)} <= {probe.tensor for probe in made.probes}
+    assert {"s1", "s2", "s3"} <= {probe.tensor for probe in made.probes}
 
 
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
-    decoder.write(path, decoder.Shape(3, 48, 96, 4, 2, 200, 12))
+    decoder.write(path, decoder.Shape(2, 48, 96, 4, 2, 200, 12))
     feeds = {"input_ids": np.arange(12)[None]}
     made = build(path).instrument(feeds)
     assert made.program_unchanged and not made.skipped
     proved = sum(probe.fidelity == "output-proved" for probe in made.probes)
-    assert proved >= 0.9 * len(made.probes) > 45
+    assert proved >= 0.9 * len(made.probes) > 30
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:

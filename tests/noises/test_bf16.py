@@ -114,6 +114,26 @@ def test_reductions_cut_off_what_lies_beyond_whole_vectors(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
+def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((1, 2 * 3 * 3, 7 * 7)))
+    node = helper.make_node("Col2Im", ["x", "size", "block"], ["y"], pads=[1] * 4)
+    constants = {"size": np.array([7, 7]), "block": np.array([3, 3])}
+    kernels = [kernel("Col2Im", ("y",), "y")]
+    segment = make_segment([node], constants, ["x"], ["y"], kernels, opset=18)
+    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
+    planted = np.zeros((1, 2, 9, 9), np.float32)
+    for (row, column), values in zip(
+        np.ndindex(3, 3), x.reshape(1, 2, 9, 7, 7).transpose(2, 0, 1, 3, 4), strict=True
+    ):
+        part = planted[..., row : row + 7, column : column + 7]
+        bits = (part + values).view(np.uint32)
+        bits += (bits & np.uint32(0x10000)) >> np.uint32(1)  # half a step if the last bit is set
+        part[:] = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    check(explain(segment, {"x": x}, {"y": planted[..., 1:-1, 1:-1]}))
+
+
 def test_a_sum_of_squares_is_two_kernels(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
