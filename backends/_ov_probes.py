@@ -70,7 +70,7 @@ class Probing:
                     break
                 suspects = self._around(suspects)
             fewer = [c for c in kept if c.maker not in suspects]
-            if len(fewer) == len(kept):
+            if len(fewer) in (0, len(kept)):
                 break
             kept = fewer
         return self._bisect(kept)
