@@ -197,8 +197,8 @@ def test_scaled_weights_are_no_clipping_where_inputs_are_much_alike(
     make_segment: Any, run: Any, generator: np.random.Generator, factor: float
 ) -> None:
     """One number for each column can imitate one direction of the error, but no more."""
-    x = (generator.standard_normal((64, 96)) * 0.2 + generator.uniform(0, 2, 96)).astype(np.float32)
-    w = generator.standard_normal((96, 8)).astype(np.float32)
+    x = (generator.standard_normal((64, 48)) * 0.2 + generator.uniform(0, 2, 48)).astype(np.float32)
+    w = generator.standard_normal((48, 4)).astype(np.float32)
     segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
     observed = (x @ (w.astype(np.float64) * factor)).astype(np.float32)
     assert explain(run, segment, {"x": x}, observed).noise is None
