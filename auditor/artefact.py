@@ -134,15 +134,10 @@ def held_by(model: onnx.ModelProto) -> set[str]:
 
 # What a quantiser's choices make of a segment, as ``quantised`` calls it.
 _CHOSEN = ", as the quantiser chose"
-CHOSEN_FORMS = tuple(
-    what + _CHOSEN
-    for what in (
-        "weights",
-        "activations",
-        "activations, with results",
-        "both",
-        "both, with results",
-    )
+_WHERE = {"": (True, False), ", with results": (True, True), ", results only": (False, True)}
+CHOSEN_FORMS = (
+    f"weights{_CHOSEN}",
+    *(f"{what}{where}{_CHOSEN}" for what in ("activations", "both") for where in _WHERE),
 )
 
 
@@ -161,7 +156,8 @@ def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
 def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
     """A segment with what a quantiser chose: its weights, its activations, and both.
 
-    Activations are rounded where nodes read them; with results, also those that leave it.
+    Activations are rounded where nodes read them; with results, also those that leave it; results
+    only, not those inside it, as OpenVINO leaves out the rounding between a product and a sum.
     """
     chosen = {n: c.values for n, c in segment.compiled.items() if c.quantised}
     weights = replaced(segment.model, chosen)
@@ -170,18 +166,24 @@ def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
         if what == "weights" and base is not None:
             found[what] = base
         elif what != "weights" and base is not None:
-            made, results = (_on_their_grids(base, segment.grids, results=r) for r in (False, True))
-            if made is not None:
-                found[what] = made
-            if results is not None and results != made:
-                found[f"{what}, with results"] = results
+            for where, (inside, results) in _WHERE.items():
+                made = _on_their_grids(base, segment.grids, inside=inside, results=results)
+                if made is not None and made not in found.values():
+                    found[what + where] = made
     return found
 
 
 def _on_their_grids(
-    model: onnx.ModelProto, grids: Mapping[str, Array], *, results: bool
+    model: onnx.ModelProto, grids: Mapping[str, Array], *, inside: bool, results: bool
 ) -> onnx.ModelProto | None:
-    """A copy whose tensors are rounded to their grids; None where none has one."""
+    """A copy whose tensors are rounded to their grids; None where none has one.
+
+    Args:
+        model: a segment.
+        grids: by tensor.
+        inside: also what nodes make and others of the segment read.
+        results: also what leaves it.
+    """
     made = surgery.copied(model)
     graph = made.graph
     finals = {o.name for o in graph.output}
@@ -225,7 +227,7 @@ def _on_their_grids(
             if name in finals and results:
                 graph.node[-1].output[i] = f"{name}/plain"
                 rounded(name, f"{name}/plain", name)
-            elif name in read:
+            elif name in read and inside:
                 inner(name)
     return made if len(graph.node) > len(nodes) else None
 

@@ -1,10 +1,11 @@
-"""Quantising after training with NNCF, OpenVINO's own tool, with its defaults.
+"""8-bit models as NNCF makes them, OpenVINO's own tool: quantising, and where the 8 bits are.
 
-Source: https://docs.openvino.ai/, "Basic Quantization Flow".
+Source: https://docs.openvino.ai/, "Basic Quantization Flow" and "FakeQuantize".
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from auditor.records.backend import BuildRequest
 
 _PRODUCTS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
+# Levels, and the first integer where the range is that of signed ones.
+_SIGNED = {256: -128, 255: -127}
+_WHOLE = 1e-3  # of a step
 _MOVES = ("Reshape", "Convert", "Unsqueeze", "Squeeze")
 
 
@@ -56,6 +60,64 @@ def write(model: Any, request: BuildRequest, path: Path) -> _int8.Quantised:
     return _int8.Quantised(weights, grids, note)
 
 
+def explicit(model: Any) -> Any | None:
+    """A copy that says what OpenVINO makes of FakeQuantize: 8 bits, and how these are widened.
+
+    A FakeQuantize hides the integers that the program holds; this form, which a QuantizeLinear of
+    ONNX has too, shows them. Only one grid for a whole tensor is written so. A tensor that nothing
+    else reads gives its name to what it is widened to, but for inputs.
+
+    Args:
+        model: the ``openvino.Model`` as read; it stays as it is.
+
+    Returns:
+        The copy, or None where nothing is to be written so.
+    """
+    copy = model.clone()
+    quantising = [op for op in copy.get_ordered_ops() if op.get_type_name() == "FakeQuantize"]
+    written = [_write_out(op) for op in quantising]
+    return copy if any(written) else None
+
+
+def _write_out(op: Any) -> bool:
+    """Replace a FakeQuantize by a rounding to 8 bits and what widens it; whether it could be."""
+    from openvino import Type, opset13
+
+    source, levels = op.input_value(0), op.get_attributes()["levels"]
+    ends = [_constant(op.input_value(i).get_node()) for i in range(1, 5)]
+    if levels not in _SIGNED or source.get_element_type() != Type.f32:
+        return False
+    single = [float(end.reshape(())) for end in ends if end is not None and end.size == 1]
+    if _constant(source.get_node()) is not None or len(single) != len(ends):
+        return False
+    low, high, *results = single
+    with np.errstate(over="ignore"):
+        scale = np.float32(np.float32(high) - np.float32(low)) / np.float32(levels - 1)
+    if results != [low, high] or not 0 < scale < np.inf:
+        return False
+    signed = abs(low / scale - _SIGNED[levels]) < _WHOLE
+    first = _SIGNED[levels] if signed else 0
+    rounded = opset13.fake_quantize(
+        source,
+        op.input_value(1),
+        op.input_value(2),
+        np.float32(first),
+        np.float32(first + levels - 1),
+        levels,
+    )
+    rounded.set_friendly_name(op.get_friendly_name())
+    value = opset13.convert(opset13.convert(rounded, "i8" if signed else "u8"), "f32")
+    if zero := round(first - low / float(scale)):
+        value = opset13.subtract(value, np.float32(zero))
+    value = opset13.multiply(value, scale)
+    named = source.get_node().get_type_name() != "Parameter"
+    if named and len(source.get_target_inputs()) == 2:  # the FakeQuantize, and what stands for it
+        value.output(0).get_tensor().set_names(source.get_names())
+        source.get_tensor().set_names(set())
+    op.output(0).replace(value.output(0))
+    return True
+
+
 def _originals(model: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     """By product, the name and shape of its constant weights."""
     found = {}
@@ -85,7 +147,11 @@ def _weights(model: Any, originals: dict[str, tuple[str, tuple[int, ...]]]) -> A
 
 
 def _real(op: Any) -> Array | None:
-    """The value of (integers − zero point) × scale."""
+    """The value of (integers − zero point) × scale, or of a FakeQuantize of a constant."""
+    if op.get_type_name() == "FakeQuantize":
+        ends = [_constant(_through(op.input_value(i).get_node())) for i in range(5)]
+        shape = tuple(op.get_input_shape(0))
+        return _rounded(shape, ends, op.get_attributes()["levels"])
     if op.get_type_name() != "Multiply":
         return None
     first, scale = (_constant(op.input_value(i).get_node()) for i in (0, 1))
@@ -94,6 +160,16 @@ def _real(op: Any) -> Array | None:
         integers, zero = (_constant(inner.input_value(i).get_node()) for i in (0, 1))
         first = integers - zero if integers is not None and zero is not None else None
     return np.asarray(first * scale) if first is not None and scale is not None else None
+
+
+def _rounded(shape: tuple[int, ...], ends: Sequence[Array | None], levels: int) -> Array | None:
+    """FakeQuantize, by its definition, of values in this shape."""
+    values, *known = [end for end in ends if end is not None]
+    if len(known) != 4:
+        return None
+    low, high, least, most = known
+    step = np.rint((np.clip(values.reshape(shape), low, high) - low) / (high - low) * (levels - 1))
+    return np.asarray(step / (levels - 1) * (most - least) + least, np.float32)
 
 
 def _constant(op: Any) -> Array | None:

@@ -121,6 +121,12 @@ class Program:
             todo += fresh
         return [n for name, n in self.nodes.items() if name in seen and n.varying and not n.passive]
 
+    def alike(self, other: Program) -> bool:
+        """Whether another model was compiled to the same kernels in the same order."""
+        return [(k.type, k.primitive, k.precision, k.outputs) for k in self.kernels()] == [
+            (k.type, k.primitive, k.precision, k.outputs) for k in other.kernels()
+        ]
+
     def fingerprint(self, results: Iterable[str]) -> Counter[tuple[Any, ...]]:
         """What these Results depend on: every kernel, with the kernels it reads."""
         return Counter(

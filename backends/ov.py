@@ -232,6 +232,7 @@ class OpenVINO:
             inputs, outputs, nodes, inner = reading.result()
         if request.artifact is not None:
             require_same(model, inputs, outputs, request.artifact)
+        explicit = _ov_int8.explicit(model)
         source = Source(model, nodes, inner)
         notes += _narrowed(source) if device == _DEFAULT_DEVICE else ()
         if request.artifact is not None:
@@ -253,6 +254,11 @@ class OpenVINO:
         }
         precision = effective.get(_PRECISION, "f32")
         session, program = Session(compiled), Program(compiled, source)
+        if explicit is not None:  # the program that ships runs; this one is observed
+            shown = Source(explicit, nodes, inner)
+            other = Program(compile_model(explicit.clone()), shown)
+            if program.alike(other):
+                source, program = shown, other
         if request.dynamic and not request.open:
             shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
             notes.insert(0, f"The model was compiled at these static shapes: {shapes}.")
