@@ -159,7 +159,9 @@ def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
     Activations are rounded where nodes read them; with results, also those that leave it; results
     only, not those inside it, as OpenVINO leaves out the rounding between a product and a sum.
     """
-    chosen = {n: c.values for n, c in segment.compiled.items() if c.quantised}
+    chosen = {
+        n: c.values for n, c in segment.compiled.items() if c.quantised or c.storage == "8 bits"
+    }
     weights = replaced(segment.model, chosen)
     found = {}
     for what, base in (("weights", weights), ("activations", segment.model), ("both", weights)):

@@ -151,7 +151,7 @@ class Holding(Protocol):
 
 @runtime_checkable
 class Gridded(Protocol):
-    """A build that was quantised from the model (``BuildRequest.calibration``)."""
+    """A build that was quantised from the model, here (``BuildRequest.calibration``) or before."""
 
     def grids(self) -> Arrays:
         """The values that activations are rounded to, by ONNX name; none where not quantised.

@@ -239,11 +239,14 @@ class Tracer:
         return self._fetched("constants")
 
     def grids(self) -> Arrays:
-        """What activations are rounded to, where the model was quantised (``ports.Gridded``).
+        """What activations are rounded to, in a quantised artefact too (``ports.Gridded``).
 
         ``gap`` is set where the build fails.
         """
-        if self.request is None or self.gap is not None or self.request.calibration is None:
+        request = self.request
+        if request is None or self.gap is not None:
+            return {}
+        if request.artifact is None and request.calibration is None:
             return {}
         return self._fetched("grids")
 

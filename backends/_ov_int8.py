@@ -60,6 +60,16 @@ def write(model: Any, request: BuildRequest, path: Path) -> _int8.Quantised:
     return _int8.Quantised(weights, grids, note)
 
 
+def found(model: Any, plain: Any) -> _int8.Quantised:
+    """What was chosen for a model that was quantised elsewhere.
+
+    Args:
+        model: the ``openvino.Model`` with its FakeQuantize.
+        plain: the same without, whose operations and constants have the same names.
+    """
+    return _int8.Quantised(_weights(model, _originals(plain)), _grids(model), "")
+
+
 def explicit(model: Any) -> Any | None:
     """A copy that says what OpenVINO makes of FakeQuantize: 8 bits, and how these are widened.
 

@@ -112,7 +112,7 @@ class _Build:
         return self._quantised.weights if self._quantised else self._plain.source.constants()
 
     def grids(self) -> Arrays:
-        """What activations are rounded to, where the model was quantised here."""
+        """What activations are rounded to, where the model was quantised, here or before."""
         return self._quantised.grids if self._quantised else {}
 
     def instrument(self, feeds: Mapping[str, Array]) -> _Instrumented:
@@ -232,7 +232,9 @@ class OpenVINO:
             inputs, outputs, nodes, inner = reading.result()
         if request.artifact is not None:
             require_same(model, inputs, outputs, request.artifact)
-        explicit = _ov_int8.explicit(model)
+        explicit, chosen = _ov_int8.explicit(model), quantised
+        if explicit is not None and chosen is None and request.artifact is not None:
+            chosen = _ov_int8.found(model, read(core, replace(request, artifact=None)))
         source = Source(model, nodes, inner)
         notes += _narrowed(source) if device == _DEFAULT_DEVICE else ()
         if request.artifact is not None:
@@ -308,7 +310,7 @@ class OpenVINO:
                 *((_int8.SWITCH,) if quantised else ()),
                 *_switches(compiled, program, request.options),
             ),
-            _quantised=quantised,
+            _quantised=chosen,
         )
 
 

@@ -89,6 +89,33 @@ def test_the_error_is_that_of_the_quantised_weights_and_activations(
     assert all(case.removed is not None and case.removed > 0.9 for case in cases)
 
 
+def test_a_model_that_was_quantised_before_is_explained_as_well(
+    folder: Path, tmp_path: Path
+) -> None:
+    nncf = pytest.importorskip("nncf", reason="needs the [nncf] extra")
+    import openvino
+
+    data = nncf.Dataset([{"x": x} for x in np.load(folder / "calibration.npz")["x"][:, None]])
+    made = nncf.quantize(openvino.Core().read_model(folder / "m.onnx"), data, subset_size=6)
+    openvino.save_model(made, tmp_path / "m.xml", compress_to_fp16=False)
+    options = AuditOptions(
+        backends=(BackendSpec("ov"),),
+        artifacts={"ov": tmp_path / "m.xml"},
+        options={"ov": MORE["ov"]},
+        data=folder / "calibration.npz",
+        samples=1,
+        threads=1,
+        confirm=False,
+        pictures=False,
+    )
+    report = audit(folder / "m.onnx", options, noises=discovery.noises(), progress=Silent())
+    (part,) = report.backends
+    assert {"r1", "r2"} <= {name for segment in part.segments for name in segment.outputs}
+    assert {category.noise for category in part.categories if category.share > 0.9} == {
+        "precision.int8"
+    }
+
+
 def test_what_cannot_be_quantised_is_said(folder: Path) -> None:
     with pytest.raises(UsageError, match="no backend quantises"):
         audited(folder, "ort", quantised=False)
