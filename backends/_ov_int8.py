@@ -60,14 +60,19 @@ def write(model: Any, request: BuildRequest, path: Path) -> _int8.Quantised:
     return _int8.Quantised(weights, grids, note)
 
 
-def found(model: Any, plain: Any) -> _int8.Quantised:
-    """What was chosen for a model that was quantised elsewhere.
+def choices(model: Any, plain: Any) -> _int8.Quantised:
+    """What was chosen for a model that was quantised elsewhere; its other constants too.
 
     Args:
         model: the ``openvino.Model`` with its FakeQuantize.
         plain: the same without, whose operations and constants have the same names.
     """
-    return _int8.Quantised(_weights(model, _originals(plain)), _grids(model), "")
+    others = {
+        op.get_friendly_name(): np.array(op.data)
+        for op in model.get_ops()
+        if op.get_type_name() == "Constant" and not op.get_element_type().is_dynamic()
+    }
+    return _int8.Quantised(others | _weights(model, _originals(plain)), _grids(model), "")
 
 
 def explicit(model: Any) -> Any | None:
@@ -178,7 +183,8 @@ def _rounded(shape: tuple[int, ...], ends: Sequence[Array | None], levels: int) 
     if len(known) != 4:
         return None
     low, high, least, most = known
-    step = np.rint((np.clip(values.reshape(shape), low, high) - low) / (high - low) * (levels - 1))
+    span = np.where(high > low, high - low, 1)  # of a channel without values
+    step = np.rint((np.clip(values.reshape(shape), low, high) - low) / span * (levels - 1))
     return np.asarray(step / (levels - 1) * (most - least) + least, np.float32)
 
 

@@ -11,6 +11,7 @@ reads it, gives the very bits that the real program computed.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -233,8 +234,8 @@ class OpenVINO:
         if request.artifact is not None:
             require_same(model, inputs, outputs, request.artifact)
         explicit, chosen = _ov_int8.explicit(model), quantised
-        if explicit is not None and chosen is None and request.artifact is not None:
-            chosen = _ov_int8.found(model, read(core, replace(request, artifact=None)))
+        if explicit is not None and quantised is None and request.artifact is not None:
+            chosen = _choices(core, model, request, notes)
         source = Source(model, nodes, inner)
         notes += _narrowed(source) if device == _DEFAULT_DEVICE else ()
         if request.artifact is not None:
@@ -258,9 +259,10 @@ class OpenVINO:
         session, program = Session(compiled), Program(compiled, source)
         if explicit is not None:  # the program that ships runs; this one is observed
             shown = Source(explicit, nodes, inner)
-            other = Program(compile_model(explicit.clone()), shown)
-            if program.alike(other):
-                source, program = shown, other
+            with contextlib.suppress(RuntimeError):  # which the engine need not compile
+                other = Program(compile_model(explicit.clone()), shown)
+                if program.alike(other):
+                    source, program = shown, other
         if request.dynamic and not request.open:
             shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
             notes.insert(0, f"The model was compiled at these static shapes: {shapes}.")
@@ -312,6 +314,21 @@ class OpenVINO:
             ),
             _quantised=chosen,
         )
+
+
+def _choices(
+    core: Any, model: Any, request: BuildRequest, notes: list[str]
+) -> _int8.Quantised | None:
+    """What was chosen for a file that was quantised before; None, and a note, where not known."""
+    try:
+        plain = read(core, replace(request, artifact=None))
+    except BackendError as error:
+        notes.append(
+            f"The file is quantised, and the ONNX model that its weights and grids are told by "
+            f"cannot be read: {error.message}"
+        )
+        return None
+    return _ov_int8.choices(model, plain)
 
 
 def _switches(compiled: Any, program: Program, asked: Mapping[str, str]) -> Iterator[Switch]:
