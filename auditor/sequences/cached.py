@@ -24,7 +24,7 @@ import onnx
 
 from auditor import metrics, pieces, summary
 from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
+from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import Gap
 from auditor.records.generation import (
@@ -37,9 +37,9 @@ from auditor.records.generation import (
 )
 from auditor.replays.replay import ReplayError
 from auditor.sequences.caches import Cache, Decoder, Run, Step, decoder_of, steps
-from auditor.sequences.decisions import Logits, Tokens, compared
+from auditor.sequences.decisions import Logits, Tokens, compared, judged
 from auditor.sequences.layers import Frozen, avoiding_options, numbered
-from auditor.sequences.runs import analysed, built, plain_runs
+from auditor.sequences.runs import analysed, built, built_beside, plain_runs
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:
@@ -405,11 +405,9 @@ def _in_pieces(
             onnx.save(
                 reference.graph.extract(cut, replayer.types, shapes, truth.model.weights), path
             )
+            more = kept.options if piece.chosen else {}
             feeds = inputs(cut, 0)
-            request = request_for(spec, options, truth.model, feeds, tracer.worker.workdir)
-            given = request.options | (kept.options if piece.chosen else {})
-            run = Tracer(tracer.id, tracer.worker, tracer.timeout, tracer.progress)
-            run.build(replace(request, model_path=path, dynamic=True, open=True, options=given))
+            run = built_beside(tracer, spec, options, truth.model, path, feeds, more, open=True)
             for number in range(len(ours)):
                 outputs = None if run.gap else run.plain(inputs(cut, number))
                 if outputs is None:
@@ -424,10 +422,7 @@ def _in_pieces(
         np.concatenate([decoder.last(v) for v in side])
         for side in ([step.outputs for step in ours], values)
     ]
-    done = compared(truth.text, *logits)
-    return replace(
-        kept, turned=sum(not step.same for step in done), kl=max(step.kl for step in done)
-    )
+    return judged(kept, compared(truth.text, *logits))
 
 
 def _open(one: Sequence[int], other: Sequence[int]) -> tuple[int | None, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from auditor.records.generation import GenerationStep
+from auditor.records.generation import GenerationStep, KeptLayers
 
 Tokens = list[int]
 Logits = NDArray[np.float64]  # [steps, vocabulary]
@@ -32,6 +33,13 @@ def compared(text: Sequence[int], ours: Logits, theirs: Logits) -> list[Generati
             )
         )
     return found
+
+
+def judged(kept: KeptLayers, steps: Sequence[GenerationStep]) -> KeptLayers:
+    """What a model whose layers were kept does, by its decisions."""
+    return replace(
+        kept, turned=sum(not step.same for step in steps), kl=max(step.kl for step in steps)
+    )
 
 
 def lead(logits: NDArray[np.float64], token: int) -> float:

@@ -19,7 +19,7 @@ import onnx
 from auditor import model as models
 from auditor import pieces, summary
 from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, reference_of, request_for
+from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import Gap
 from auditor.records.generation import (
@@ -31,9 +31,9 @@ from auditor.records.generation import (
 )
 from auditor.records.measured import CategoryShare
 from auditor.replays.replay import ReplayError
-from auditor.sequences.decisions import Logits, Tokens, compared, lead
+from auditor.sequences.decisions import Logits, Tokens, compared, judged, lead
 from auditor.sequences.layers import Frozen, avoiding_options
-from auditor.sequences.runs import analysed, built, plain_runs
+from auditor.sequences.runs import analysed, built, built_beside, plain_runs
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:
@@ -379,12 +379,9 @@ def _built(
             )
             path = scratch / f"{spec.id}-{cut.id}.onnx"
             onnx.save(proto, path)
-            request = request_for(
-                spec, options, truth.model, {n: seen[n] for n in cut.inputs}, tracer.worker.workdir
-            )
-            given = request.options | (avoiding if piece.chosen else {})
-            run = Tracer(tracer.id, tracer.worker, tracer.timeout, tracer.progress)
-            run.build(replace(request, model_path=path, dynamic=False, options=given))
+            feeds = {n: seen[n] for n in cut.inputs}
+            more = avoiding if piece.chosen else {}
+            run = built_beside(tracer, spec, options, truth.model, path, feeds, more)
             outputs = None if run.gap else run.plain({n: values[n] for n in cut.inputs})
             path.unlink()
             if outputs is None:
@@ -393,9 +390,4 @@ def _built(
             values |= truth.reference.wide(outputs)
     except (UsageError, ReplayError) as error:
         return replace(kept, failure=error.message)
-    steps = compared(truth.text, truth.steps(truth.expected), truth.steps(values))
-    return replace(
-        kept,
-        turned=sum(not step.same for step in steps),
-        kl=max(step.kl for step in steps),
-    )
+    return judged(kept, compared(truth.text, truth.steps(truth.expected), truth.steps(values)))

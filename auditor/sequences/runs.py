@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor.analysis import Analysis
@@ -45,6 +46,42 @@ def built(
             request = request_for(spec, options, model, feeds, worker.workdir)
             tracer.build(replace(request, open=open))
         yield tracer
+
+
+def built_beside(
+    tracer: Tracer,
+    spec: BackendSpec,
+    options: AuditOptions,
+    model: Model,
+    path: Path,
+    feeds: Arrays,
+    more: dict[str, str],
+    *,
+    open: bool = False,
+) -> Tracer:
+    """A piece of a model, built in a backend's process beside what is there.
+
+    Args:
+        tracer: the backend.
+        spec: the same, as it was asked for.
+        options: of an audit.
+        model: the whole model.
+        path: the piece's file.
+        feeds: the piece's inputs by name.
+        more: options of the engine for it.
+        open: whether it shall run at other shapes too.
+
+    Returns:
+        The piece's own tracer, which says so where it has a gap.
+
+    Raises:
+        UsageError: the engine has no such option.
+    """
+    request = request_for(spec, options, model, feeds, tracer.worker.workdir)
+    piece = Tracer(tracer.id, tracer.worker, tracer.timeout, tracer.progress)
+    given = request.options | more
+    piece.build(replace(request, model_path=path, dynamic=open, open=open, options=given))
+    return piece
 
 
 def plain_runs(tracer: Tracer) -> Callable[[Arrays], Arrays]:
