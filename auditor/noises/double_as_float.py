@@ -16,7 +16,6 @@ from auditor.weights import inside
 # Attributes that name an element type.
 _NAME = "everything in float32"
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type")
-_SINGLE = frozenset(("f32", "fp32", "float32", "float"))
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
