@@ -94,7 +94,7 @@ def plain(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent; never rounded up to 100% or down to 0%."""
+    """A share in per cent; never rounded up to 100% or down to 0% (tiny ones lose their sign)."""
     if share is None or math.isnan(share):
         return NONE
     value = 100 * share
@@ -104,7 +104,7 @@ def percent(share: float | None) -> str:
     if size == 0 or size >= 100:
         return f"{value:.0f}%"
     if size < 0.01:
-        return "<0.01%" if value > 0 else ">-0.01%"
+        return "<0.01%"
     if size >= 99.95:
         return f"{math.trunc(value * 100) / 100:.2f}%"
     return f"{value:.2f}%" if size < 0.995 else f"{value:.1f}%"
@@ -138,9 +138,10 @@ def headline(report: AuditReport) -> str:
     outputs = [(b, o) for b in report.backends for o in b.outputs]
     if not outputs:
         return "no backend could be compared with the reference"
-    largest, who = max((o.distance.relative_l2, b.id) for b, o in outputs)
+    backend, worst = max(outputs, key=lambda pair: pair[1].distance.relative_l2)
+    largest, who = worst.distance.relative_l2, backend.id
     if math.isinf(largest):
-        said = f"an output of {who} cannot be compared with the reference's"
+        said = f"output {worst.name} of {who}: {distance(worst)}"
     elif largest == 0:
         said = "every backend's outputs equal the reference's"
     else:
@@ -289,7 +290,9 @@ def _shares(categories: Iterable[CategoryShare], unexplained: float) -> str:
         f"{c.noise}{'' if c.stage == 'inference' else f' ({c.stage})'} {percent(c.share)}"
         for c in sorted(categories, key=lambda c: -c.share)
     ]
-    if unexplained or not parts:
+    if math.isnan(unexplained):
+        parts.append("no shares of a divergence that is not finite")
+    elif unexplained or not parts:
         parts.append(f"unexplained {percent(unexplained)}")
     return ", ".join(parts)
 
@@ -327,7 +330,8 @@ def told(output: OutputDistance) -> str:
     if output.consequence is not None:
         how = f", read as {output.kind}{'' if output.kind_stated else ' (assumed)'}"
         facts.append(output.consequence.sentence)
-    if output.spread is not None and (samples := ranged(output.spread, error)):
+    finite = math.isfinite(output.distance.relative_l2)
+    if finite and output.spread is not None and (samples := ranged(output.spread, error)):
         facts.append(f"relative L2 {samples}, worst on sample {output.spread.high_at}")
     if output.one_step:
         facts.append(f"{percent(output.one_step)} of its elements are one step off")
@@ -420,7 +424,7 @@ def ran(made: Provenance, status: Status) -> str:
     said += f"{made.engine} {made.version}{f' on {made.device}' if made.device else ''}"
     if made.kernels:
         said += f", {count(len(made.kernels), 'kernel')}{f' ({kinds})' if kinds else ''}"
-    return said + "".join(f", {key}={value}" for key, value in made.options.items())
+    return said + "".join(f", {key}={value}" for key, value in sorted(made.options.items()))
 
 
 def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:

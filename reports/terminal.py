@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 TOP = 10  # offenders shown; the JSON report has all of them
 _MEDIUM = 110  # from here an offender's figures, cause and segment share one line
-_WIDE = 180  # from here everything about an offender or a backend's output is one line
 _MOST_OUTPUTS = 4
 
 _MOST_NAMES = 3
@@ -95,6 +94,7 @@ def _draw_verdict(page: Page, report: AuditReport) -> None:
     page.say(Span(words.headline(report)), label=tag("verdict", 11))
     if report.judgement is not None:
         _draw_judgement(page, report.judgement)
+    _draw_remedies(page, report.findings)
     producer = f", from {model.producer}" if model.producer else ""
     page.say(
         Span(
@@ -140,6 +140,18 @@ def _draw_judgement(page: Page, judgement: Judgement) -> None:
         page.say(Span(more, "dim"), label=tag("", 11))
     for note in judgement.notes:
         page.say(Span(note, "dim"), label=tag("", 11))
+
+
+def _draw_remedies(page: Page, findings: Sequence[Finding]) -> None:
+    remedies = Counter(
+        (f.backend, f.noise or "unexplained", f.remedy) for f in findings if f.remedy
+    )
+    for (who, noise, remedy), number in remedies.items():
+        page.say(
+            Span(f"{who}, {noise} ({words.count(number, 'finding')}): ", "bold"),
+            Span(remedy),
+            label=Span(f"{'remedy':<11}", "green"),
+        )
 
 
 _FIGURES = (
@@ -243,7 +255,9 @@ def _backend_rows(backend: BackendReport, beside: int) -> list[Row]:
     if len(worst) > _MOST_OUTPUTS:
         more = f"and {len(worst) - _MOST_OUTPUTS} more outputs, closer than these"
         rows.append(Row((Span(""), Span(more, "dim"))))
-    beneath = tuple((Span(" " * 7), span) for span in said[beside:])
+    # A line that says why nothing can be compared has no columns beside it.
+    left = said if math.isinf(worst[0].distance.relative_l2) else said[beside:]
+    beneath = tuple((Span(" " * 7), span) for span in left)
     rows[-1] = Row(rows[-1].cells, beneath)
     return rows
 
@@ -296,8 +310,6 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
     ]
     if page.width >= _MEDIUM:
         columns += [Column("confidence"), Column("segment"), Column("cause")]
-    if page.width >= _WIDE:
-        columns += [Column("ONNX nodes"), Column("operators"), Column("kernel")]
     shown, more = report.findings[:TOP], report.findings[TOP:]
     root = folder_of([n for finding in shown if not words.of_step(finding) for n in finding.nodes])
     page.grid(columns, [_finding_row(page, finding, root) for finding in shown])
@@ -311,15 +323,6 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
         Span("One in full: "),
         Span(f"audit show report.json --layer {shown[0].segment}", "bold"),
     )
-    remedies = Counter(
-        (f.backend, f.noise or "unexplained", f.remedy) for f in report.findings if f.remedy
-    )
-    for (who, noise, remedy), number in remedies.items():
-        page.say(
-            Span(f"{who}, {noise} ({words.count(number, 'finding')}): ", "bold"),
-            Span(remedy),
-            label=Span("remedy   ", "green"),
-        )
 
 
 def _operators(finding: Finding, room: int) -> str:
@@ -340,7 +343,8 @@ def _finding_row(page: Page, finding: Finding, root: str) -> Row:
     )
     beside = (Span(finding.confidence), Span(finding.segment), cause)
     room = page.width - 4
-    source = words.modules(finding.modules, room - 20)
+    named = "\n".join(finding.nodes).replace("/", ".")
+    source = words.modules(tuple(m for m in finding.modules if m not in named), room - 20)
     effects = tuple(
         (Span("  "), Span(text, "dim"))
         for text in (
@@ -351,11 +355,6 @@ def _finding_row(page: Page, finding: Finding, root: str) -> Row:
         if text
     )
     kernel = finding.kernel or "kernel not stated"
-    if page.width >= _WIDE:
-        names = Span(name_nodes(finding.nodes, page.width * 3 // 10, root))
-        operators = Span(_operators(finding, page.width // 8))
-        ran = elide(kernel, page.width // 4)
-        return Row((*cells, *beside, names, operators, Span(ran)), effects)
     if page.width >= _MEDIUM:
         ran = f"  {elide(kernel, room // 3)}"
         operators = Span(f"  {_operators(finding, room // 3)}", "dim")

@@ -106,7 +106,7 @@ function percent(share) {
   const size = Math.abs(value);
   if (size >= 1e5) return `${plain(value)}%`;
   if (size === 0 || size >= 100) return `${value.toFixed(0)}%`;
-  if (size < 0.01) return value > 0 ? "<0.01%" : ">-0.01%";
+  if (size < 0.01) return "<0.01%";
   if (size >= 99.95) return `${(Math.trunc(value * 100) / 100).toFixed(2)}%`;
   return size < 0.995 ? `${value.toFixed(2)}%` : `${value.toFixed(1)}%`;
 }

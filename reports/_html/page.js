@@ -272,17 +272,17 @@ function offenderSection() {
     remedies.set(key, (remedies.get(key) ?? 0) + 1);
   }
   return section("offenders", "Ranked offenders",
+    remedies.size > 0 && [html("h3", null, "What to do"), listed([...remedies].map(([key, number]) => {
+      const [backend, noise, remedy] = JSON.parse(key);
+      return [html("strong", null, `${clip(backend, 30)}, ${clip(noise, 60)}`),
+        ` (${count(number, "finding")}): ${clip(remedy, 800)}`];
+    }), 6)],
     html("p", { class: "quiet" },
       "Impact: part of the final divergence that this error alone makes. Share: its part in the exact book-keeping, which sums to 100%. Introduced: relative L2 made here. Explained, bits: how much of it, and how many elements exactly, replaying the cause reproduces."),
     html("div", { class: "legend" }, html("label", { for: "filter" }, "Filter"), filter, found),
     html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Ranked offenders" },
       html("table", { class: "offenders" }, html("thead", null, html("tr", null, heads)), body)),
-    more,
-    remedies.size > 0 && [html("h3", null, "What to do"), listed([...remedies].map(([key, number]) => {
-      const [backend, noise, remedy] = JSON.parse(key);
-      return [html("strong", null, `${clip(backend, 30)}, ${clip(noise, 60)}`),
-        ` (${count(number, "finding")}): ${clip(remedy, 800)}`];
-    }), 6)]);
+    more);
 }
 
 /** Smaller first, with what was not measured before everything else. */
