@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -253,6 +254,22 @@ class _Build:
         return _Instrumented(self._program, self._plan)
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """TVM imports PyTorch wherever it is installed: two thirds of its start, for nothing used here.
+
+    What is already imported stays.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 _SCRIPT = """\
 {threads}import onnx
 import tvm
@@ -295,9 +312,10 @@ class TVM:
         """Whether TVM is installed with its ONNX importer and LLVM."""
         remedy = 'Install it with: pip install "sysnoise-auditor[tvm]"'
         try:
-            import tvm
-            from tvm.relax.frontend import onnx as _importer  # noqa: F401
-            from tvm.target import codegen
+            with _without_torch():
+                import tvm
+                from tvm.relax.frontend import onnx as _importer  # noqa: F401
+                from tvm.target import codegen
         except ImportError as error:
             return Availability(False, _ENGINE, reason=f"{error}", remedy=remedy)
         except Exception as error:  # its native library may fail in any way while loading

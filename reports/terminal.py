@@ -343,8 +343,8 @@ def _finding_row(page: Page, finding: Finding, root: str) -> Row:
     )
     beside = (Span(finding.confidence), Span(finding.segment), cause)
     room = page.width - 4
-    named = "\n".join(finding.nodes).replace("/", ".")
-    source = words.modules(tuple(m for m in finding.modules if m not in named), room - 20)
+    known = "\n".join(finding.nodes).replace("/", ".")
+    source = words.modules(tuple(m for m in finding.modules if m not in known), room - 20)
     effects = tuple(
         (Span("  "), Span(text, "dim"))
         for text in (
