@@ -216,6 +216,14 @@ def test_what_decides_whether_outputs_are_finite_is_found(lost, found):
     assert (cut and cut.outputs) == (found and (found,))
 
 
+def test_an_error_as_large_as_the_tensor_loses_nothing_small():
+    reference, observed = ({"m": np.array(v, np.float32)} for v in ([-3e38, 1], [-1e4, 1.25]))
+    error = difference(observed, reference)
+    assert metrics.bitwise_equal(replay.add(reference, error, observed), observed)
+    other = {"m": np.array([0, 2], np.float32)}
+    assert replay.add(other, error, observed)["m"].tolist() == pytest.approx([3e38, 2.25])
+
+
 def test_difference_of_equal_tensors_is_zero():
     values = {"a": np.asarray([1, 2], np.int64), "b": np.ones(2, np.float16)}
     assert all(not v.any() for v in difference(values, values).values())

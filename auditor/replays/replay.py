@@ -630,7 +630,8 @@ def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
     """A segment's outputs with a frozen error added, in the outputs' own types.
 
     Where an error cannot be added (another shape, a type that is not floating point, a
-    non-finite value), the observed value takes the place.
+    non-finite value), the observed value takes the place; and where it is the error of that very
+    output, as a sum would lose what is small beside it (a mask of -1e4 in place of -3.4e38).
     """
     result: Arrays = {}
     for name, value in outputs.items():
@@ -643,9 +644,10 @@ def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
             result[name] = np.where(delta != 0, observed[name].astype(value.dtype), value)
         else:
             with np.errstate(over="ignore", invalid="ignore"):
+                seen = observed[name].astype(value.dtype, copy=False)
                 total = (value + delta).astype(value.dtype, copy=False)
-            finite = np.isfinite(delta)
-            result[name] = total if finite.all() else np.where(finite, total, observed[name])
+                replaced = ~np.isfinite(delta) | (seen - delta == value)
+            result[name] = np.where(replaced, seen, total)
     return result
 
 
