@@ -174,6 +174,7 @@ SITES = (
         outputs=True,
         scales="keys",
     ),
+    Sites("results of every operator in bf16, operands as they are", "operator", outputs=True),
 )
 
 

@@ -81,6 +81,7 @@ SITES = (
         outputs=True,
         sums=True,
     ),
+    Sites("results of every operator in fp16, operands as they are", "operator", outputs=True),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from onnx import TensorProto, helper
 
 from auditor.noises import fp16
@@ -53,6 +54,22 @@ def test_model_saved_with_half_precision_constants(
     found = explain(segment, {"x": x}, {"y": np.maximum(conv(x, r(w)) + r(b), 0)})
     assert (found.noise, found.variant) == (ID, "every constant in fp16")
     assert found.explained > 0.9999
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [(np.float16, ID), (bfloat16, "precision.bf16")])
+def test_only_a_result_is_stored_narrowly(
+    make_segment: Any,
+    explain: Any,
+    conv: Callable[..., Array],
+    generator: np.random.Generator,
+    dtype: Any,
+    noise: str,
+) -> None:
+    segment, w, b = conv_segment(make_segment, generator, ())
+    x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
+    stored = np.maximum(conv(x, w) + b, 0).astype(dtype).astype(np.float32)
+    found = explain(segment, {"x": x}, {"y": stored})
+    assert found.noise == noise and found.bit_identical > 0.99
 
 
 def test_converters_store_what_is_too_large_as_the_largest(
