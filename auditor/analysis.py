@@ -22,6 +22,7 @@ from auditor import (
     impact,
     metrics,
     model,
+    naming,
     pictures,
     witness,
 )
@@ -63,8 +64,6 @@ ALONE = 20
 # The segments whose cause is also tested against rival causes and on every later sample, and
 # where the error's place inside the tensor is reported.
 TOP = 10
-# A derived tensor name is believed when the values have at least this cosine similarity.
-CONFIRMED = 0.9
 # Above this part of the divergence, what cutting the reference changed is a gap.
 SEAM = 0.1
 
@@ -313,8 +312,10 @@ class Analysis:
         ]
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
+        inferred = {name for name, probe in self.probes.items() if probe.inferred}
         doubtful = dict.fromkeys(
-            self._unconfirmed(captured, base), "its derived name was not confirmed by its values"
+            naming.unconfirmed(self.reference.replayer, self.cuts, inferred, captured, base),
+            "its derived name was not confirmed by its values",
         )
         for name in self.probes.keys() & base.keys():
             if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
@@ -354,25 +355,6 @@ class Analysis:
                 for name in inner:
                     probe = self.probes.pop(name)
                     self.skipped.append(Skipped(probe.tensor, f"cannot be cut at: {error.message}"))
-
-    def _unconfirmed(self, captured: Arrays, base: Arrays) -> set[str]:
-        """Probes under a derived name whose values are neither the reference's nor a replay's.
-
-        A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose
-        past several operators, each of their results fits the other's and none fits its name.
-        """
-        doubtful = set[str]()
-        for cut in self.cuts:
-            names = [n for n in cut.outputs if n in self.probes and self.probes[n].inferred]
-            wrong = {n for n in names if _cosine(captured[n], base[n]) < CONFIRMED}
-            if wrong and doubtful.isdisjoint(cut.inputs):
-                try:
-                    replayed = self.reference.replayer.run(cut, captured)
-                    wrong = {n for n in wrong if _cosine(captured[n], replayed[n]) < CONFIRMED}
-                except ReplayError:
-                    pass
-            doubtful |= wrong
-        return doubtful
 
     def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
         """Add to every segment's sums; returns the divergence of those above their floor."""
@@ -755,10 +737,6 @@ def _groups(cuts: Sequence[Cut], alone: Set[str]) -> tuple[tuple[Cut, ...], ...]
     if stretch:
         groups.append(tuple(stretch))
     return tuple(groups)
-
-
-def _cosine(a: Array, b: Array) -> float:
-    return metrics.distance(a, b).cosine
 
 
 def _stats(name: str, observed: Array, reference: Array, moments: Moments) -> TensorStats:

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from auditor.records.backend import Skipped
 from backends._ort_graph import Graph, attribute_of, node_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import onnx
 
@@ -41,12 +41,26 @@ _KEEP_CHANNELS: Final = (
     | {"GlobalMaxPool", "Resize", "Upsample", "Identity", "Dropout"}
 )
 TOKEN: Final = re.compile(r"(_token_\d+)+$")
+_FUSED: Final = 16  # more nodes than one kernel takes over
 _SYNTHETIC: Final = re.compile(r"gemm_(in|out)put_reshape_arg")
 _CAST_PREFIX: Final = "InsertedPrecisionFreeCast_"
 
-# None: as in ONNX. "blocked": NCHWc. "flat": NCHWc reshaped, so that an operator can read it when
-# the shape is dynamic. A tuple p: the engine's tensor is transpose(onnx tensor, p).
-Layout = str | tuple[int, ...] | None
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the engine holds a tensor.
+
+    Attributes:
+        order: it holds ``transpose(onnx tensor, order)``; None where no axis moved.
+        stored: ``plain``, ``blocked`` (NCHWc), or ``flat``: NCHWc reshaped, so that an operator can
+            read it when the shape is dynamic.
+    """
+
+    order: tuple[int, ...] | None = None
+    stored: Literal["plain", "blocked", "flat"] = "plain"
+
+
+AS_IN_ONNX: Final = Layout()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +89,13 @@ class Names:
         self.original = original
         self._compiled = compiled
         self._layouts = _layouts(original, compiled)
+        self._made = made_by_name(original)
         self._by_stem: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in original.nodes:
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 for stem in {self._stem(name) for name in original.variables(node)}:
                     self._by_stem[stem].append(node)
-        self.seats = {name: _Seat(name, None) for name in compiled.inputs}
+        self.seats = {name: _Seat(name, AS_IN_ONNX) for name in compiled.inputs}
         self._original_of: dict[int, onnx.NodeProto] = {}
         known = -1
         while known < len(self.seats):
@@ -103,7 +118,7 @@ class Names:
         best: dict[str, tuple[bool, bool, str]] = {}
         for name, seat in self.seats.items():
             known = seat.name in self.original.producer
-            if known and seat.layout != "flat" and seat.name not in self.original.constants:
+            if known and seat.layout.stored != "flat" and seat.name not in self.original.constants:
                 rank = (name != seat.name, seat.copy, name)
                 best[seat.name] = min(best.get(seat.name, rank), rank, key=lambda r: r[:2])
         live = self._compiled.live()
@@ -138,8 +153,8 @@ class Names:
     def _seat(self, node: onnx.NodeProto, index: int, name: str) -> _Seat | None:
         layout = self._layouts[name]
         producer = self.original.producer
-        if name in producer and layout is None:
-            return _Seat(name, None)
+        if name in producer and layout == AS_IN_ONNX:
+            return _Seat(name, layout)
         if name.removeprefix(_CAST_PREFIX) in producer and name.startswith(_CAST_PREFIX):
             return _Seat(name.removeprefix(_CAST_PREFIX), layout)
         plain = TOKEN.sub("", name).replace("/duplicated", "")
@@ -147,11 +162,14 @@ class Names:
             return _Seat(plain, layout, copy=True)
         source = self.seats.get(node.input[0]) if node.input else None
         inserted_cast = node.op_type == "Cast" and node.name.startswith("Inserted")
-        reblocked = node.op_type == "Reshape" and layout in ("blocked", "flat")
+        reblocked = node.op_type == "Reshape" and layout.stored != "plain"
         if node.op_type in _COPIES or inserted_cast or reblocked:
             return None if source is None else _Seat(source.name, layout, copy=True)
         derived = self._from_node_name(node) if node.domain == NCHWC else None
         derived = derived or self._from_structure(node, index)
+        if derived is None and not self._is_quantised(node):
+            # A node that the optimiser copied names its output after itself.
+            derived = self._made.get(plain)
         return None if derived is None else _Seat(derived, layout)
 
     def _from_node_name(self, node: onnx.NodeProto) -> str | None:
@@ -159,9 +177,7 @@ class Names:
         stem, found, _ = node.name.rpartition("_nchwc")
         if not found:
             return None
-        stem = stem.removeprefix(_CAST_PREFIX)
-        names = (stem, stem.removesuffix("_bn"))
-        tensor = next((name for name in names if name in self.original.producer), None)
+        tensor = _named_by(stem, self.original, self._made)
         if tensor is not None and len(node.input) > 3 and node.input[3]:
             tensor = self._after_sum(tensor, node.input[3])
         return None if tensor is None else self._after_activation(tensor, node)
@@ -207,6 +223,8 @@ class Names:
             return tensor
         if self._is_quantised(node):
             return self._quantised(tensor)
+        if origin.op_type == "Conv" and _has_bias(node) and not _has_bias(origin):
+            return None  # it took over the sum or the normalisation behind it
         return self._after_activation(tensor, node)
 
     def _is_quantised(self, node: onnx.NodeProto) -> bool:
@@ -330,63 +348,126 @@ def _core(op_type: str) -> str:
     return op_type
 
 
+def made_by_name(graph: Graph) -> dict[str, str]:
+    """The output of every node that has a name, and one output."""
+    return {
+        node.name: node.output[0] for node in graph.nodes if node.name and len(node.output) == 1
+    }
+
+
+def _named_by(stem: str, original: Graph, made: Mapping[str, str]) -> str | None:
+    """The tensor that an NCHWc node is named after: by its name, or by that of its node."""
+    stem = stem.removeprefix(_CAST_PREFIX)
+    names = (stem, stem.removesuffix("_bn"))
+    known = (name if name in original.producer else made.get(name) for name in names)
+    return next(filter(None, known), None)
+
+
+def _has_bias(conv: onnx.NodeProto) -> bool:
+    return len(conv.input) > 2 and bool(conv.input[2])
+
+
 def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
     """Layout of every tensor of the compiled graph, relative to the tensor it is in ONNX."""
-    layouts: dict[str, Layout] = defaultdict(lambda: None)
+    layouts: dict[str, Layout] = defaultdict(Layout)
     # A transpose of quantised values keeps its name, but what it makes is called otherwise.
     permutations = {_permutation(n) for n in original.nodes if n.op_type == "Transpose" and n.name}
     named = {n.name: n for n in original.nodes if n.name}
+    made = made_by_name(original)
     for node in compiled.nodes:
-        given = next((p for n in node.input if (p := layouts[n]) is not None), None)
-        layout: Layout = None
-        if node.op_type == "ReorderOutput" and node.domain == NCHWC:
-            layout = None
+        given = next((p for n in node.input if (p := layouts[n]) != AS_IN_ONNX), AS_IN_ONNX)
+        layout = AS_IN_ONNX
+        if node.op_type in ("ReorderInput", "ReorderOutput") and node.domain == NCHWC:
+            own = node.output[0] in original.producer
+            order = None if own else given.order
+            layout = Layout(order, "plain" if node.op_type == "ReorderOutput" else "blocked")
         elif node.domain == NCHWC:
-            layout = "blocked"
+            stem = _named_by(node.name.rpartition("_nchwc")[0], original, made)
+            turned = given.order if stem is None else _turned(stem, _core(node.op_type), original)
+            layout = Layout(turned, "blocked")
         elif node.op_type == "Transpose":
             order = attribute_of(node, "perm")
             own = node.output[0] in original.producer or _permutation(node) in permutations
             if not own and order is not None:
-                before = given if isinstance(given, tuple) else range(len(order.ints))
-                layout = _composed(before, order.ints)
+                layout = Layout(_composed(given.order or range(len(order.ints)), order.ints))
         elif _channels_last(node):
-            layout = (0, *range(2, _rank(node, compiled)), 1)
-        elif node.op_type == "Reshape" and given in ("blocked", "flat"):
-            layout = "flat" if given == "blocked" else "blocked"
+            layout = Layout((0, *range(2, _rank(node, compiled)), 1))
+        elif node.op_type == "Reshape" and given.stored != "plain":
+            layout = Layout(given.order, "flat" if given.stored == "blocked" else "blocked")
         elif node.op_type not in _RANK_CHANGING:
             layout = given
             origin = original.producer.get(node.output[0]) or named.get(node.name)
-            taken = origin and _taken_out(origin, original, compiled)
-            if taken and (given or node.op_type in _ELEMENTWISE):
-                before = given if isinstance(given, tuple) else range(len(taken))
-                if not isinstance(given, str) and len(before) == len(taken):
-                    layout = _composed(np.argsort(taken).tolist(), before)
+            moved = given != AS_IN_ONNX or node.op_type in _ELEMENTWISE
+            if origin and moved and given.stored == "plain":
+                taken = _taken_out(origin, original, compiled)
+                layout = Layout(_carried([layouts[n].order for n in node.input], taken))
         for name in node.output:
             layouts[name] = layout
     return layouts
 
 
-def _composed(first: Sequence[int], second: Sequence[int]) -> Layout:
+def _turned(tensor: str, op_type: str, original: Graph) -> tuple[int, ...] | None:
+    """How the output of a blocked operator lies beside the ONNX tensor that it is.
+
+    The blocked operator holds what its own operator made, whatever transposes lie between that and
+    the tensor: a network with channels last has one behind every convolution, before the bias.
+    """
+    walked: list[tuple[str, tuple[int, ...]]] = [(tensor, ())]
+    for name, order in walked:
+        node = original.producer.get(name)
+        if node is None:
+            continue
+        if node.op_type == op_type or len(walked) > _FUSED:
+            return _composed(np.argsort(order).tolist(), range(len(order))) if order else None
+        if node.op_type == "Transpose":
+            own = _permutation(node)[1]
+            before = tuple(own[axis] for axis in order) if order else own
+        else:
+            before = order
+        walked += ((source, before) for source in original.variables(node))
+    return None
+
+
+def _composed(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...] | None:
     """The permutation that does one and then the other; None where nothing moves."""
     both = tuple(int(first[axis]) for axis in second)
     return None if both == tuple(range(len(both))) else both
 
 
-def _taken_out(origin: onnx.NodeProto, original: Graph, compiled: Graph) -> Sequence[int] | None:
-    """The permutation of the transpose before ``origin`` that the optimiser took out.
+def _carried(
+    read: Sequence[tuple[int, ...] | None], taken: Sequence[tuple[int, ...] | None]
+) -> tuple[int, ...] | None:
+    """The order of what an operator makes, from that of what it reads.
 
-    It moves transposes past operators until two of them meet; what lies between is computed the
-    other way round. None where there is none, or several that differ.
+    The optimiser moves transposes past operators until two of them meet; what lies between is
+    computed the other way round.
+
+    Args:
+        read: the order of each input.
+        taken: the permutation of the transpose in front of it that was taken out.
     """
-    before = [original.producer[name] for name in origin.input if name in original.producer]
-    orders = {
+    for order, out in itertools.zip_longest(read, taken):
+        if out is not None and (order is None or len(order) == len(out)):
+            return _composed(np.argsort(out).tolist(), order or range(len(out)))
+        if order is not None:
+            return order
+    return None
+
+
+def _taken_out(
+    origin: onnx.NodeProto, original: Graph, compiled: Graph
+) -> list[tuple[int, ...] | None]:
+    """The permutations of the transposes that were in front of ``origin``'s inputs."""
+    made_by = (original.producer.get(name) for name in origin.input)
+    return [
         _permutation(node)[1]
-        for node in before
-        if node.op_type == "Transpose"
+        if node is not None
+        and node.op_type == "Transpose"
         and node.output[0] not in original.constants
         and node.output[0] not in compiled.producer
-    }
-    return orders.pop() if len(orders) == 1 else None
+        else None
+        for node in made_by
+    ]
 
 
 def _permutation(node: onnx.NodeProto) -> tuple[str, tuple[int, ...]]:
@@ -408,8 +489,8 @@ def _channels_last(node: onnx.NodeProto) -> bool:
     return node.op_type.startswith("Nhwc") or (flag is not None and flag.i == 1)
 
 
-def channels_of(model: onnx.ModelProto, tensors: list[str]) -> dict[str, int]:
-    """True channel count (axis 1) of tensors stored padded; 0 where it is not known.
+def channels_of(model: onnx.ModelProto, tensors: Mapping[str, int]) -> dict[str, int]:
+    """True channel count of tensors stored padded, by their channel axis; 0 where it is not known.
 
     Changes ``model``: weights are dropped before inferring shapes, which only needs their sizes.
     """
@@ -427,7 +508,7 @@ def channels_of(model: onnx.ModelProto, tensors: list[str]) -> dict[str, int]:
     return counted
 
 
-def _count_channels(graph: onnx.GraphProto, tensors: Iterable[str]) -> dict[str, int]:
+def _count_channels(graph: onnx.GraphProto, tensors: Mapping[str, int]) -> dict[str, int]:
     """Channels from declared shapes, else from the weights of the convolution behind."""
     producer = {name: node for node in graph.node for name in node.output}
     weights = {i.name: tuple(i.dims) for i in graph.initializer}
@@ -435,11 +516,11 @@ def _count_channels(graph: onnx.GraphProto, tensors: Iterable[str]) -> dict[str,
         value = attribute_of(node, "value") if node.op_type == "Constant" else None
         if value is not None:
             weights[node.output[0]] = tuple(value.t.dims)
-    shapes = (
-        (v.name, v.type.tensor_type.shape.dim)
+    shapes = {
+        v.name: [d.dim_value for d in v.type.tensor_type.shape.dim]
         for v in itertools.chain(graph.value_info, graph.input, graph.output)
-    )
-    counted = {name: int(dims[1].dim_value) for name, dims in shapes if len(dims) > 1}
+    }
+    counted = {name: int(dims[1]) for name, dims in shapes.items() if len(dims) > 1}
 
     def count(tensor: str) -> int:
         """Walk back through operators that keep the channels, to a convolution."""
@@ -459,7 +540,11 @@ def _count_channels(graph: onnx.GraphProto, tensors: Iterable[str]) -> dict[str,
         counted.update(dict.fromkeys(seen, counted.get(tensor, 0)))
         return counted.get(tensor, 0)
 
-    return {tensor: count(tensor) for tensor in tensors}
+    def declared(tensor: str, axis: int) -> int:
+        dims = shapes.get(tensor, [])
+        return int(dims[axis]) if axis < len(dims) else 0
+
+    return {t: count(t) if axis == 1 else declared(t, axis) for t, axis in tensors.items()}
 
 
 def unblock(value: Array, channels: int, block: int) -> Array:

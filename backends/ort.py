@@ -283,7 +283,7 @@ class OrtBuild:
             kind = types[reading.engine_name]
             if not COMPARABLE.fullmatch(kind):
                 skipped.append(Skipped(reading.tensor, f"a {kind} cannot be read as an array"))
-            elif reading.layout == "blocked" and not reading.channels:
+            elif reading.layout.stored == "blocked" and not reading.channels:
                 skipped.append(
                     Skipped(reading.tensor, "stored blocked, and its channels are unknown")
                 )
@@ -335,7 +335,7 @@ class _Reading:
     """How to read one ONNX tensor out of the instrumented session.
 
     Attributes:
-        channels: true size of axis 1 of a blocked tensor; 0 where it is not known.
+        channels: true number of channels of a blocked tensor; 0 where it is not known.
         int8: it is signed in ONNX, whereas the engine may have made it unsigned by adding 128.
     """
 
@@ -351,10 +351,10 @@ class _Reading:
         A permutation that ends at an operator which takes axes away is left off: such a name is
         derived, and believed only when the values agree.
         """
-        if self.layout == "blocked":
+        if self.layout.stored == "blocked":
             value = unblock(value, self.channels, block_size())
-        elif self.layout is not None and len(self.layout) == value.ndim:
-            value = np.transpose(value, np.argsort(self.layout))
+        if self.layout.order is not None and len(self.layout.order) == value.ndim:
+            value = np.transpose(value, np.argsort(self.layout.order))
         if self.int8 and value.dtype == np.uint8:
             value = (value ^ np.uint8(0x80)).view(np.int8)
         return np.require(value, requirements="C")  # unlike ascontiguousarray it keeps 0-d
@@ -365,7 +365,11 @@ def _readings(names: Names, original: onnx.ModelProto) -> Iterator[_Reading]:
     observed = {
         tensor: (name, names.seats[name].layout) for tensor, name in names.observed().items()
     }
-    blocked = [tensor for tensor, (_, layout) in observed.items() if layout == "blocked"]
+    blocked = {
+        tensor: layout.order[1] if layout.order else 1
+        for tensor, (_, layout) in observed.items()
+        if layout.stored == "blocked"
+    }
     channels = channels_of(original, blocked)
     for tensor, (name, layout) in observed.items():
         yield _Reading(tensor, name, layout, channels.get(tensor, 0), tensor in names.int8)
@@ -391,7 +395,7 @@ class OrtInstrumented:
         self.skipped = skipped
         self.program_unchanged = unchanged
         self.probes = tuple(
-            Probe(r.tensor, inferred=r.tensor != r.engine_name or isinstance(r.layout, tuple))
+            Probe(r.tensor, inferred=r.tensor != r.engine_name or r.layout.order is not None)
             for r in readings
         )
 

@@ -290,6 +290,51 @@ def test_what_lies_between_transposes_taken_out_is_turned_back(tmp_path: Path) -
     assert max(relative(tensors[n], truth[n]) for n in ("e", "m", "a")) < 0.05
 
 
+def test_a_network_with_channels_last_is_observed_in_its_own_layout(tmp_path: Path) -> None:
+    """As converters from TensorFlow write it: a bias behind the transpose behind a convolution.
+
+    The optimiser takes the transposes out, moves the bias into the convolution, and names what it
+    makes anew after nodes instead of tensors.
+    """
+    rng = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+
+    def node(op_type: str, name: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(op_type, inputs, [f"{name}:0"], name=name, **attributes))
+        return f"{name}:0"
+
+    def layer(x: str, name: str, **attributes: object) -> str:
+        first = node("Transpose", f"{name}__in", x, perm=[0, 3, 1, 2])
+        made = node("Conv", f"{name}/mul", first, f"{name}_w", **attributes)
+        last = node("Transpose", f"{name}__out", made, perm=[0, 2, 3, 1])
+        return node("Add", f"{name}/add", last, f"{name}_b")
+
+    first = layer("x", "c1", kernel_shape=[3, 3], pads=[1] * 4)
+    gate = node("Clip", "relu6", node("Add", "three", first, "3"), "0", "6")
+    swish = node("Mul", "swish", first, node("Mul", "sixth", gate, "1/6"))
+    second = layer(swish, "c2", kernel_shape=[3, 3], pads=[1] * 4, group=24)
+    third = layer(node("Relu", "relu", second), "c3", kernel_shape=[1, 1])
+    node("Add", "y", third, swish)
+    shapes = {"c1_w": (24, 4, 3, 3), "c2_w": (24, 1, 3, 3), "c3_w": (24, 24, 1, 1)}
+    weights = [weight(rng, n, *shape) for n, shape in shapes.items()]
+    weights += [weight(rng, f"c{i}_b", 24) for i in (1, 2, 3)]
+    numbers = {"3": 3, "0": 0, "6": 6, "1/6": 1 / 6}
+    weights += [numpy_helper.from_array(np.float32(v), n) for n, v in numbers.items()]
+    graph = helper.make_graph(
+        nodes, "tf", [info("x", 1, 9, 10, 4)], [info("y:0", 1, 9, 10, 24)], weights
+    )
+    feeds = {"x": rng.standard_normal((1, 9, 10, 4)).astype(np.float32)}
+    path = save(tmp_path / "tf.onnx", graph)
+    built = build(path, tmp_path)
+    needs_nchwc(built)
+    observed = built.instrument(feeds)
+    tensors = observed.run(feeds).tensors
+    assert observed.skipped == ()
+    assert tensors.keys() >= {"c1/add:0", "three:0", "relu6:0", "sixth:0", "swish:0", "relu:0"}
+    truth = reference(path, feeds)
+    assert max(relative(value, truth[name]) for name, value in tensors.items()) < 1e-5
+
+
 def test_marking_a_qdq_model_measures_another_program_and_capturing_does_not(
     tmp_path: Path,
 ) -> None:

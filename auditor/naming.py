@@ -1,0 +1,103 @@
+"""Whether the tensors that a backend names by inference are the ones it says.
+
+An engine renames what it re-lays and fuses, so its adapter derives names. A wrong one would put an
+error where there is none; what is doubtful is not observed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Final
+
+from auditor import metrics
+from auditor.replays.replay import ReplayError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from auditor.ports import Arrays
+    from auditor.records.measured import Distance
+    from auditor.replays.replay import Replayer
+    from auditor.segments import Cut
+
+# A derived name is believed when the values have at least this cosine similarity.
+CONFIRMED: Final = 0.9
+# Where less of a tensor is off, relative L2, asking whether the engine read it is not worth a run.
+_SMALL: Final = 1e-3
+# So many times less is off behind a tensor that was not read.
+_MUCH: Final = 10.0
+
+
+def unconfirmed(
+    replayer: Replayer,
+    cuts: Sequence[Cut],
+    inferred: Collection[str],
+    captured: Arrays,
+    base: Arrays,
+) -> set[str]:
+    """Tensors under a derived name that their values do not bear out.
+
+    Either they are neither the reference's nor what a replay makes of the captured inputs, or what
+    is behind was computed from the reference's instead.
+
+    Args:
+        replayer: runs the segments.
+        cuts: the segments between the observed tensors, in execution order.
+        inferred: the tensors with a derived name.
+        captured: the backend's tensors.
+        base: the reference's.
+    """
+
+    @functools.cache
+    def apart(name: str) -> Distance:
+        return metrics.distance(captured[name], base[name])
+
+    doubtful = set[str]()
+    for cut in cuts:
+        bypassed = {n for n in cut.inputs if n in inferred and n not in doubtful}
+        doubtful |= _bypassed(replayer, cut, bypassed, apart, captured, base)
+        wrong = {n for n in cut.outputs if n in inferred and apart(n).cosine < CONFIRMED}
+        # A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose
+        # past several operators, each of their results fits the other's and none fits its name.
+        if wrong and doubtful.isdisjoint(cut.inputs):
+            try:
+                made = replayer.run(cut, captured)
+            except ReplayError:
+                pass
+            else:
+                wrong = {
+                    n for n in wrong if metrics.distance(captured[n], made[n]).cosine < CONFIRMED
+                }
+        doubtful |= wrong
+    return doubtful
+
+
+def _bypassed(
+    replayer: Replayer,
+    cut: Cut,
+    inferred: set[str],
+    apart: Callable[[str], Distance],
+    captured: Arrays,
+    base: Arrays,
+) -> set[str]:
+    """Inputs of ``cut`` that are off although it computed with the reference's.
+
+    A real error goes into what reads it: the segment on the captured inputs makes the captured
+    outputs. Where it makes them on the reference's instead, the engine read something else.
+    """
+    off = {n for n in inferred if apart(n).relative_l2 > _SMALL}
+    if off:
+        behind = max(apart(n).relative_l2 for n in cut.outputs)
+        off = {n for n in off if apart(n).relative_l2 > _MUCH * behind}
+    if not off:
+        return off
+    try:
+        read = replayer.run(cut, captured)
+        instead = replayer.run(cut, captured | {n: base[n] for n in off})
+    except ReplayError:
+        return set()
+
+    def error(made: Arrays) -> float:
+        return max(metrics.distance(made[n], captured[n]).relative_l2 for n in cut.outputs)
+
+    return off if error(instead) * _MUCH < error(read) else set()

@@ -1,0 +1,42 @@
+"""Derived names of tensors are believed only where the values bear them out."""
+
+import numpy as np
+import onnx
+import pytest
+
+from auditor.naming import unconfirmed
+from auditor.replays.replay import Replayer
+from auditor.segments import Graph
+
+MODEL = """<ir_version: 8, opset_import: ["" : 17]>
+net (float[3,4] x, float[4] w, float[4] b) => (float[3,4] y) {
+    h = Mul(x, w)
+    s = Add(h, b)
+    t = Transpose<perm = [0, 1]>(s)
+    y = Relu(t)
+}"""
+
+
+@pytest.mark.parametrize("fault", ["none", "scaled", "named before the bias", "other values"])
+def test_an_error_that_nothing_behind_reads_is_a_wrong_name(fault: str) -> None:
+    graph = Graph(onnx.parser.parse_model(MODEL))
+    replayer = Replayer(graph, 1)
+    rng = np.random.default_rng(0)
+    feeds = {
+        name: rng.uniform(0.5, 1, (3, 4)[i > 0 :]).astype(np.float32)
+        for i, name in enumerate("xwb")
+    }
+    feeds["b"] *= np.float32(0.1)
+    cuts = graph.cut(["h", "s", "y"])
+    base = replayer.walk(cuts, feeds)
+    captured = dict(base)
+    if fault == "scaled":  # all behind it is computed from the wrong values
+        captured = replayer.walk(cuts, feeds | {"w": feeds["w"] * np.float32(1.2)})
+    elif fault == "named before the bias":  # near enough for a cosine
+        captured["h"] = base["s"]
+    elif fault == "other values":
+        captured["h"] = rng.standard_normal((3, 4)).astype(np.float32)
+    wrong = {"named before the bias", "other values"}
+    found = unconfirmed(replayer, cuts, {"h", "s"}, captured, base)
+    assert found == ({"h"} if fault in wrong else set())
+    assert unconfirmed(replayer, cuts, {"s"}, captured, base) == set()
