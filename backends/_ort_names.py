@@ -29,11 +29,12 @@ _RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _ACTIVATIONS: Final = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
 # Their output has another rank than their input, so a permutation does not pass through.
 _RANK_CHANGING: Final = _RESHAPES | {"MatMul", "Gemm", "QGemm", "Shape", "Size"}
-# Their output is laid out as what they read.
-_ELEMENTWISE: Final = _ACTIVATIONS | {
+# Their output is laid out as what they read; those that work along axes are given others.
+_FOLLOWING: Final = _ACTIVATIONS | {
     *("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "Neg", "Abs", "Exp", "Log"),
     *("Sqrt", "Erf", "Softplus", "HardSwish", "Gelu", "QuickGelu", "Cast", "Where", "Identity"),
     *("QuantizeLinear", "DequantizeLinear", "Reciprocal", "Sin", "Cos", "Ceil", "Floor", "Round"),
+    *("Split", "Slice", "Concat", "Pad", "Softmax", "ReduceMean", "ReduceSum", "ReduceMax"),
 }
 _KEEP_CHANNELS: Final = (
     _ACTIVATIONS
@@ -397,7 +398,7 @@ def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
         elif node.op_type not in _RANK_CHANGING:
             layout = given
             origin = original.producer.get(node.output[0]) or named.get(node.name)
-            moved = given != AS_IN_ONNX or node.op_type in _ELEMENTWISE
+            moved = given != AS_IN_ONNX or node.op_type in _FOLLOWING
             if origin and moved and given.stored == "plain":
                 taken = _taken_out(origin, original, compiled)
                 layout = Layout(_carried([layouts[n].order for n in node.input], taken))
@@ -458,16 +459,19 @@ def _taken_out(
     origin: onnx.NodeProto, original: Graph, compiled: Graph
 ) -> list[tuple[int, ...] | None]:
     """The permutations of the transposes that were in front of ``origin``'s inputs."""
-    made_by = (original.producer.get(name) for name in origin.input)
-    return [
-        _permutation(node)[1]
-        if node is not None
-        and node.op_type == "Transpose"
-        and node.output[0] not in original.constants
-        and node.output[0] not in compiled.producer
-        else None
-        for node in made_by
-    ]
+
+    def before(name: str) -> tuple[int, ...] | None:
+        order: Sequence[int] | None = None
+        while (node := original.producer.get(name)) is not None:
+            kept = name in original.constants or name in compiled.producer
+            if node.op_type != "Transpose" or kept:
+                break
+            own = _permutation(node)[1]
+            order = own if order is None else [own[axis] for axis in order]
+            name = node.input[0]
+        return None if order is None else _composed(order, range(len(order)))
+
+    return [before(name) for name in origin.input]
 
 
 def _permutation(node: onnx.NodeProto) -> tuple[str, tuple[int, ...]]:

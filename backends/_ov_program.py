@@ -179,6 +179,8 @@ class Program:
         beginning of a Convolution is the operation that starts it, a nameless end is what
         follows up to the next kernel.
         """
+        for node in [n for n in self.nodes.values() if n.type in MOVEMENT]:
+            self._give_back(node, source)
         owned = {i for n in self.nodes.values() for i in n.operations}
         for key, node in self.nodes.items():
             if node.type in _HEAVY_LAYERS and node.operations and not node.named(0):
@@ -205,6 +207,20 @@ class Program:
                 self.nodes[key] = replace(
                     node, operations=(*node.operations, *sorted(found)), ends_unnamed=not found
                 )
+
+    def _give_back(self, moving: Executed, source: Source) -> None:
+        """Give what only moves data no operation that computes, but the kernel that feeds it.
+
+        An activation that the engine moves to before a reshape leaves its name behind.
+        """
+        computing = tuple(n for n in moving.operations if source.type(n) not in MOVEMENT)
+        feeding = next(self.parents(moving), None)
+        if computing and feeding:
+            rest = tuple(n for n in moving.operations if n not in computing)
+            own = (*feeding.operations, *computing)
+            for node, operations in ((moving, rest), (feeding, own)):
+                key = self._by_friendly_name[node.name]
+                self.nodes[key] = replace(node, operations=operations)
 
     def parents(self, node: Executed) -> Iterator[Executed]:
         """The nearest kernels that feed it, those that only move data and what is before."""
@@ -314,6 +330,9 @@ def candidates_of(
                 foreign.append(source.display(kernel.name))
                 continue
             port, path = seen
+            moved = source.onward(port) if source.crossed(kernel.operations) else None
+            if moved:  # observed before it is moved, it would be computed there
+                port, path = moved, (*path, moved[0])
             tensor, element = source.tensors[port], source.element_type(port)
             final = tensor in outputs
             if not final and element in _WRAPPED and precision == "i32":

@@ -266,6 +266,22 @@ class Source:
             port = (following[0], 0)
         return port, tuple(path)
 
+    def crossed(self, group: Collection[int]) -> bool:
+        """Whether these operations, fused, lie on both sides of one that only moves data.
+
+        OpenVINO moves an activation to before a transpose, so as to fuse it with a convolution.
+        """
+        between = {p[0] for n in group for p in self.inputs(n)} - set(group)
+        moves = (n for n in between if self.type(n) in MOVEMENT)
+        return any(p[0] in group for n in moves for p in self.inputs(n))
+
+    def onward(self, port: Port) -> Port | None:
+        """Where a value with one reader goes on, if that only moves it to an ONNX tensor."""
+        readers = self._readers(self._ops[port[0]].output(port[1]))
+        if len(readers) != 1 or self.type(readers[0]) not in MOVEMENT:
+            return None
+        return next((p for p in self.ports(readers[0]) if p in self.tensors), None)
+
     def grid(self, port: Port) -> Grid | None:
         """How the model widens what is at ``port`` from 8 bits; None where it does not."""
         scale, zero = np.ones((), np.float32), np.zeros((), np.float32)
