@@ -167,7 +167,10 @@ class Program:
                     return True
                 if node.narrows and candidate.precision != "f16":
                     continue  # a rounded copy
-                if node.varying and set(node.operations) <= {*candidate.path, candidate.maker}:
+                moves = node.type in MOVEMENT
+                if node.varying and (
+                    moves or set(node.operations) <= {*candidate.path, candidate.maker}
+                ):
                     todo.append(self._by_friendly_name[node.name])
         return False
 

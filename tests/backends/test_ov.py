@@ -430,6 +430,45 @@ def test_a_transposition_put_before_a_product_does_not_compute_it(tmp_path: Path
     assert found["FullyConnected"] == ("y",) and "y" not in found["Transpose"]
 
 
+@pytest.mark.parametrize("options", [{}, F32], ids=["default", "f32"])
+def test_activations_moved_before_a_reshape_are_observed(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    """Squeeze and excite with channels last: what lies between two transposes moves before them."""
+    rng = np.random.default_rng(0)
+    node = helper.make_node
+    nodes = [
+        node("Transpose", ["x"], ["t1"], perm=[0, 3, 1, 2]),
+        node("Conv", ["t1", "w1"], ["c1"]),
+        node("Transpose", ["c1"], ["t2"], perm=[0, 2, 3, 1]),
+        node("Relu", ["t2"], ["r"]),
+        node("Transpose", ["r"], ["t3"], perm=[0, 3, 1, 2]),
+        node("Conv", ["t3", "w2"], ["c2"]),
+        node("Transpose", ["c2"], ["t4"], perm=[0, 2, 3, 1]),
+        node("HardSigmoid", ["t4"], ["h"], alpha=1 / 6),
+        node("Mul", ["z", "h"], ["y"]),
+    ]
+    weights = tuple(
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in {"w1": (8, 16, 1, 1), "w2": (16, 8, 1, 1)}.items()
+    )
+    inputs = [info("x", 1, 1, 1, 16), info("z", 1, 6, 6, 16)]
+    path = save(tmp_path / "gate.onnx", nodes, inputs, [info("y", 1, 6, 6, 16)], weights)
+    shapes = {"x": (1, 1, 1, 16), "z": (1, 6, 6, 16)}
+    feeds = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+    built = build(path, options=options)
+    instrumented = built.instrument(feeds)
+    captured = instrumented.run(feeds)
+    assert instrumented.program_unchanged
+    assert captured.outputs["y"].tobytes() == built.run(feeds)["y"].tobytes()
+    assert instrumented.skipped == ()
+    assert {"t3", "h"} <= captured.tensors.keys()
+    truth = reference(path, ("t3", "h"), feeds)
+    for name, value in truth.items():
+        off = np.linalg.norm(captured.tensors[name] - value) / np.linalg.norm(value)
+        assert off < (1e-5 if options else 0.02), name
+
+
 def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> None:
     """Adaptive normalisation's 1 + scale is moved ahead of a reshape, and named anew."""
     nodes = [
