@@ -40,6 +40,8 @@ PARTIAL = 0.2
 # first leaves it must explain: a poor fit of one cause is no evidence of another.
 COMBINED = 2
 ADDS = 0.5
+# How many causes that explain part of the error are looked for beside what the engine says.
+OWN = 4
 # Causes of this family are tried on one product of several, in quantised segments those of 8 bits
 # only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
 # would be met by chance; and so many are tried at most.
@@ -179,7 +181,7 @@ def explain(
                 noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ()
             ):
                 bench.test(noise.id, variant)
-    _beneath(bench, noises)
+    _beneath(bench, noises, dict(prior.values()))
     best = bench.best
     if best is not None and not bench.found and best.hypothesis.explained >= PARTIAL:
         _combine(bench, ordered, dict(prior.values()))
@@ -316,7 +318,7 @@ def _variants(
         bench.failures.append(f"{noise.id}: {error.message}")
 
 
-def _beneath(bench: Bench, noises: Sequence[Noise]) -> None:
+def _beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
     """Test what the engine says it does on top of the causes that are likeliest beside it.
 
     A small fault changes what every narrow rounding makes of its values, so that neither explains
@@ -326,17 +328,31 @@ def _beneath(bench: Bench, noises: Sequence[Noise]) -> None:
     if base is None or bench.found:
         return
     noise = next(n for n in noises if n.id == base.hypothesis.noise)
-    for position, first in enumerate(bench.likely):
+    # Its form that fits best without the fault, and that of other segments.
+    forms = {base.hypothesis.variant, usual.get(noise.id)}
+    for position, first in enumerate(_firsts(bench)):
         on_top = replace(bench.segment, model=first.variant.model)
         for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
-            usual = variant.name == base.hypothesis.variant
             # Beside a fault another of its forms may be the right one: those of the likeliest ones.
-            if position >= COMBINED and not usual:
-                break
+            if position >= COMBINED and variant.name not in forms:
+                continue
             second = replace(base.hypothesis, variant=variant.name)
             _test_both(bench, first.hypothesis, second, variant.model)
             if bench.done:
                 return
+
+
+def _firsts(bench: Bench) -> list[Tested]:
+    """Causes to look for beside what the engine says: by themselves, then by their sum with it.
+
+    A sum is an estimate, and none where the rounding turns with the fault.
+    """
+    own = [
+        t
+        for t in sorted(bench.tested, key=merit, reverse=True)
+        if t.hypothesis.noise not in bench.says and t.hypothesis.explained >= PARTIAL
+    ][:OWN]
+    return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
 
 
 def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:

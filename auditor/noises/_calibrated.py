@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -41,6 +41,10 @@ _EQUATIONS = 3
 _LEAST, _MOST, _TRIED = 0.02, 3.0, 400
 # The distance of two steps tried: it moves a typical value by this part of a step.
 _SPACING = 0.25
+# Two grids fit alike within this.
+_ALIKE = 1.02
+# Between two of them so many are tried at last.
+_FINE = 40
 # That many of the steps tried are refined, four times as many where there are few equations.
 _LIKELY, _MANY = 2, 48
 # Weights of a channel within this have no steps: those would not be numbers.
@@ -53,6 +57,8 @@ _WORTH, _ENOUGH = 0.2, 0.99
 _CHANNELS = 32
 # Squares of numbers up to here are finite.
 _HUGE = 1e15
+# Below this part of the typical value, errors of sums count as well as the last rounding.
+_SMALL = 0.1
 # Positions are exact in float32 up to here.
 _COUNTED = 2**24
 
@@ -96,42 +102,48 @@ class Fit:
 class _Equations:
     """Rows of products, by groups of channels: result [g, p, c] = Σₖ x [g, p, k] · w [g, k, c].
 
-    ``result`` is what the backend must have had, where ``valid``. ``narrow`` says that it rounded
-    both operands to bfloat16.
+    ``result`` is what the backend must have had, and ``weight`` how sure that is: 0 where it is not
+    known. Where it rounded both operands to bfloat16, ``factor`` [g, 1, c] is what it multiplied
+    the weights by before; with enough rows, each channel's mean then says nothing, since its bias
+    was rounded as well.
     """
 
     x: Array
     result: Array
-    valid: Array
-    narrow: bool
+    weight: Array
+    factor: Array | None = None
 
     def half(self, which: int) -> _Equations:
         """Every second row; where there are few, those of every second channel."""
         if self.x.shape[1] >= 2 * _EQUATIONS:
-            x, result, valid = (a[:, which::2] for a in (self.x, self.result, self.valid))
-            return _Equations(x, result, valid, self.narrow)
-        groups, _, channels = self.valid.shape
+            x, result, weight = (a[:, which::2] for a in (self.x, self.result, self.weight))
+            return replace(self, x=x, result=result, weight=weight)
+        groups, _, channels = self.weight.shape
         mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
-        return replace(self, valid=self.valid & mine)
+        return replace(self, weight=self.weight * mine)
 
     def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
         """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
         x = self.x if operand is None else operand(self.x)
-        if self.narrow:
-            x, weights = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (x, weights))
-        rest = np.where(self.valid, self.result - x @ weights, 0)
-        if about:
-            mean = rest.sum(axis=1, keepdims=True)
-            mean /= np.maximum(self.valid.sum(axis=1, keepdims=True), 1)
-            rest = np.where(self.valid, rest - mean, 0)
-        return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
+        if self.factor is not None:
+            x, weights = _bfloat16(x), _bfloat16(weights * self.factor) / self.factor
+        rest, square = self.result - x @ weights, np.square(self.weight)
+        if about or (self.factor is not None and x.shape[1] >= _EQUATIONS):
+            total = np.maximum(square.sum(axis=1, keepdims=True), _NOTHING)
+            rest = rest - (square * rest).sum(axis=1, keepdims=True) / total
+        return np.asarray((square * np.square(rest)).sum(axis=1, keepdims=True))
+
+    def known(self) -> Array:
+        """By channel [g, 1, c], how many results are known."""
+        return np.asarray(np.count_nonzero(self.weight, axis=1, keepdims=True))
 
     def of(self, some: tuple[slice, slice, slice]) -> _Equations:
         """Those of some channels."""
         groups, _, channels = some
         x = self.x[groups] if len(self.x) > 1 else self.x
-        result, valid = (a[groups, :, channels] for a in (self.result, self.valid))
-        return _Equations(x, result, valid, self.narrow)
+        result, weight = (a[groups, :, channels] for a in (self.result, self.weight))
+        factor = None if self.factor is None else self.factor[groups, :, channels]
+        return _Equations(x, result, weight, factor)
 
     def on(self, operand: Grid) -> _Equations:
         """The same with an operand on a grid."""
@@ -144,7 +156,7 @@ def fits(
     inputs: Arrays,
     observed: Arrays,
     *,
-    narrow: bool = False,
+    narrow: onnx.ModelProto | None = None,
 ) -> Iterator[Fit]:
     """Grids with which one product explains what a backend computed.
 
@@ -153,20 +165,72 @@ def fits(
         weighted: constant float32 weights by the position of their node.
         inputs: in_b, the segment's inputs.
         observed: out_b, its outputs.
-        narrow: whether the backend says that it multiplies in bfloat16.
+        narrow: the segment in bfloat16, where the backend says that it multiplies in that.
     """
     values = replay.inside(model, 1, inputs)
+    reads: dict[str, str] = {}
+    factors: dict[str, str] = {}
+    rounded: Arrays = {}
+    if narrow is not None:
+        reads = _unrounded(narrow, values)
+        factors = _factors(narrow, {model.graph.node[index].input[1] for index in weighted})
+        rounded = replay.inside(narrow, 1, inputs, {*reads.values(), *factors.values()})
     for index, weights in weighted.items():
         node = model.graph.node[index]
         if not {node.input[0], node.output[0]} <= values.keys():
             continue
         w = _grouped(node, weights)
-        equations = None if w is None else _equations(model, index, weights, w, values, observed)
-        if w is None or equations is None:
+        if w is None:
             continue
-        equations = replace(equations, narrow=narrow)
-        for name, fitted, operand in _found(equations, w, values[node.input[0]]):
+        read, at, known = node.input[0], model, values
+        if reads.get(read, "") in rounded and read not in inputs:
+            at = _given(model, read)
+            known = replay.inside(at, 1, {**inputs, read: rounded[reads[read]]})
+        equations = _equations(at, index, weights, w, known, observed, narrow=narrow is not None)
+        if equations is None:
+            continue
+        if narrow is not None:
+            factor = rounded.get(factors.get(node.input[1], ""), np.float32(1))
+            channels = np.broadcast_to(np.ravel(factor), (len(w) * w.shape[2],))
+            channels = np.where(channels == 0, np.float32(1), channels).reshape(len(w), 1, -1)
+            equations = replace(equations, factor=channels)
+        for name, fitted, operand in _found(equations, w, known[read]):
             yield Fit(index, name, _ungrouped(node, fitted, weights), operand)
+
+
+def _given(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """A segment that is told one of its tensors; nodes keep their positions."""
+    told = surgery.copied(model)
+    for node in told.graph.node:
+        for position, name in enumerate(node.output):
+            if name == tensor:
+                node.output[position] = f"{tensor}~"
+    told.graph.input.append(
+        onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
+    )
+    return told
+
+
+def _factors(model: onnx.ModelProto, weights: Set[str]) -> dict[str, str]:
+    """By name of weights, what they are multiplied by before they are rounded."""
+    products = (n for n in model.graph.node if n.op_type == "Mul" and n.input[0] in weights)
+    return {n.input[0]: n.input[1] for n in products}
+
+
+def _unrounded(model: onnx.ModelProto, tensors: Iterable[str]) -> dict[str, str]:
+    """By tensor, what it is before it is rounded: that is what is rounded to 8 bits."""
+    producer = {o: n for n in model.graph.node for o in n.output}
+    found = {}
+    for tensor in tensors:
+        name = tensor
+        while name in producer and producer[name].op_type == "Cast":
+            name = producer[name].input[0]
+        found[tensor] = name
+    return found
+
+
+def _bfloat16(values: Array) -> Array:
+    return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 # Steps, and whether they were fitted.
@@ -295,13 +359,13 @@ class _Steps:
         while len(tried) < _TRIED and (tried[-1] > self.least).any():
             tried.append(tried[-1] * (1 - self._apart(tried[-1])))
         lefts = np.stack([self._left(known, step) for step in tried])
-        equations = float(np.median(known.valid.sum(axis=1)))
+        equations = float(np.median(known.known()))
         likely = np.argsort(lefts, axis=0)[: _LIKELY if equations > _MANY else 4 * _LIKELY]
         best, left = self.largest, self._left(known, self.largest)
         for start in np.take_along_axis(np.stack(tried), likely, axis=0):
             refined = self._refined(known, start)
             best, left = self._better(known, best, left, refined)
-        enough = known.valid.sum(axis=1, keepdims=True) >= _EQUATIONS
+        enough = known.known() >= _EQUATIONS
         return self.rounded(np.where(enough | (len(self.axes) > 1), best, self.largest))
 
     def _apart(self, step: Array) -> Array:
@@ -317,9 +381,9 @@ class _Steps:
                 best, left = self._better(known, best, left, around * np.exp(way * apart))
         for _ in range(4):
             # The step for which these integers give the result is nearer to the one looked for.
-            given = np.where(known.valid, known.x @ self._integers(best), 0)
+            given = known.weight * (known.x @ self._integers(best))
             square = np.square(given).sum(axis=1, keepdims=True)
-            product = (given * known.result).sum(axis=1, keepdims=True)
+            product = (given * known.weight * known.result).sum(axis=1, keepdims=True)
             if len(self.axes) > 1:
                 square, product = square.sum(), product.sum()
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -345,7 +409,7 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     """The 8-bit grid of the operand that explains most of what is known, with these weights."""
     least, most = min(float(operand.min()), 0.0), max(float(operand.max()), 0.0)
     span = (most - least) / 255
-    if not (0 < span < math.inf) or known.valid.sum() < 2 * _EQUATIONS:
+    if not (0 < span < math.inf) or known.known().sum() < 2 * _EQUATIONS:
         return None
     inner = np.quantile(operand, (_CLIPPED / 2, 1 - _CLIPPED / 2))
     typical = float(np.sqrt(np.square(np.clip(known.x, *inner)).mean())) or span
@@ -384,18 +448,23 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
             step = around.step * (1 + way)
             ends = round(around.low / (1 + way)), round(around.high / (1 + way)) - 255
             attempt(step, {min(max(low, -255), 0) for low in ends})
-    for part in (1.0, 0.15):
+    for part in (1.0, 0.15, 0.02):
         around, apart = best, part * min(_SPACING * best.step / typical, 0.05)
-        for way in np.linspace(-apart, apart, 14):
+        for way in np.linspace(-apart, apart, _FINE):
             attempt(around.step * (1 + way), {around.low})
         attempt(best.step, set(range(-255, 1, 8)))
         attempt(best.step, set(range(max(best.low - 8, -255), min(best.low + 9, 1))))
     for _ in range(4):
         integers = np.clip(np.rint(known.x / np.float32(best.step)), best.low, best.high)
-        given = np.where(known.valid, integers @ weights, 0)
+        given = known.weight * (integers @ weights)
         square = float(np.square(given).sum())
         if square:
-            attempt(float((given * known.result).sum()) / square, {best.low})
+            attempt(float((given * known.weight * known.result).sum()) / square, {best.low})
+    # Where few values are beyond it, the end of the range that the operand itself has does as well.
+    for low in lows(best.step):
+        grid = Grid(best.step, low, low + 255)
+        if float(known.left(weights, grid).sum()) <= _ALIKE * left:
+            return grid
     return best
 
 
@@ -427,7 +496,14 @@ def _ungrouped(node: onnx.NodeProto, w: Array, like: Array) -> Array:
 
 
 def _equations(
-    model: onnx.ModelProto, index: int, weights: Array, w: Array, values: Arrays, observed: Arrays
+    model: onnx.ModelProto,
+    index: int,
+    weights: Array,
+    w: Array,
+    values: Arrays,
+    observed: Arrays,
+    *,
+    narrow: bool,
 ) -> _Equations | None:
     """What the backend's outputs say of one product."""
     node = model.graph.node[index]
@@ -436,12 +512,12 @@ def _equations(
         return None
     if not (np.abs(x).max(initial=0) < _HUGE and np.abs(z).max(initial=0) < _HUGE):
         return None
-    known = _before(model, index, values, observed)
+    known = _before(model, index, values, observed, narrow=narrow)
     if known is None:
         return None
     groups, size, channels = w.shape
     rows = int(min(_ROWS, max(16, _WORK / w.size)))
-    result, valid, plain = (
+    result, weight, plain = (
         np.moveaxis(a.reshape(len(a), groups, channels, -1), -1, 1).reshape(-1, groups, channels)
         if node.op_type == "Conv"
         else a.reshape(-1, 1, channels)
@@ -449,22 +525,22 @@ def _equations(
     )
     # At random, since neighbours say the same, and those first that know of rarely known channels.
     order = np.random.default_rng(0).permutation(len(result))
-    says = (valid / np.maximum(valid.sum(axis=0), 1)).sum(axis=(1, 2))
+    said = weight > 0
+    says = (said / np.maximum(said.sum(axis=0), 1)).sum(axis=(1, 2))
     order = np.sort(order[np.argsort(-says[order], kind="stable")][:rows])
     patches = _patches(node, x, z.shape, order, weights) if node.op_type == "Conv" else None
     if patches is None:
         patches = x.reshape(-1, size)[order][None]
-    result, valid, plain = (a[order].transpose(1, 0, 2) for a in (result, valid, plain))
+    result, weight, plain = (a[order].transpose(1, 0, 2) for a in (result, weight, plain))
     own = patches @ w
     bias = plain - own
     shift = bias.mean(axis=1, keepdims=True)
     if np.abs(bias - shift).max(initial=0) > 1e-3 * np.abs(plain).max(initial=0):
         return None  # not the product that it was taken for
-    equations = _Equations(
-        patches, np.where(valid, result - bias, 0).astype(np.float32), valid, False
-    )
+    own_result = np.where(weight > 0, result - bias, 0).astype(np.float32)
+    equations = _Equations(patches, own_result, weight)
     error = math.sqrt(float(equations.left(w).sum()))
-    norm = math.sqrt(float(np.square(np.where(valid, own, 0)).sum()))
+    norm = math.sqrt(float(np.square(weight * own).sum()))
     fits_8_bits = _SMALLEST * norm <= error <= _LARGEST * norm and error > 0
     return equations if fits_8_bits else None
 
@@ -491,20 +567,22 @@ def _patches(
 
 
 def _before(
-    model: onnx.ModelProto, index: int, values: Arrays, observed: Arrays
+    model: onnx.ModelProto, index: int, values: Arrays, observed: Arrays, *, narrow: bool
 ) -> tuple[Array, Array] | None:
     """What a product must have given for the segment's output to be what was observed.
 
     Behind it, operators that compute each element by itself are inverted by Newton's method.
 
     Returns:
-        The results and where they are known, in the product's shape; None where other operators
-        lie in between.
+        The results and how sure they are, in the product's shape: what they move in the output,
+        where that was rounded to bfloat16 relative to its size; 0 where they are not known. None
+        where other operators lie in between.
     """
     z = model.graph.node[index].output[0]
     plain = values[z]
     if z in observed:
-        return observed[z], np.isfinite(observed[z])
+        sure = np.isfinite(observed[z]) / _rounding(observed[z], narrow=narrow)
+        return observed[z], np.asarray(sure, np.float32)
     path, main = {z}, {}
     for position, node in enumerate(model.graph.node):
         on = [i for i in node.input if i in path]
@@ -558,4 +636,13 @@ def _before(
     except Exception:  # what ORT refuses says nothing; its errors share no base
         return None
     # Exact but for what rounds to the same value behind an activation.
-    return now, smooth & np.isfinite(now) & (missed <= 0.05 * off + 1e-6 * np.abs(wanted))
+    found = smooth & np.isfinite(now) & (missed <= 0.05 * off + 1e-6 * np.abs(wanted))
+    sure = np.where(found, np.abs(slope), 0) / _rounding(wanted, narrow=narrow)
+    return now, np.asarray(sure, np.float32)
+
+
+def _rounding(values: Array, *, narrow: bool) -> Array:
+    """By how much values were rounded as they were written, in a unit of its own."""
+    size = np.abs(np.where(np.isfinite(values), values, 0)).astype(np.float64)
+    least = _SMALL * (math.sqrt(float(np.square(size).mean())) or 1)
+    return np.maximum(size, least) / least if narrow else np.ones_like(size)

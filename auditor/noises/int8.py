@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import onnx
 
 from auditor import artefact
-from auditor.noises import _calibrated
+from auditor.noises import _calibrated, bf16
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
-from auditor.replays import surgery
+from auditor.replays import rounding, surgery
 from auditor.replays.layout import stated
 from auditor.replays.quantised import Editor, Layout
 from auditor.weights import inside
 
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
-_BFLOAT16 = frozenset(("bf16", "bfloat16"))
 # Operators with weights.
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _QUANTISED = (
@@ -84,7 +83,10 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
     weighted = _weighted(layout)
     if weighted:
         whole = inside(segment.model, segment.weights)
-        narrow = stated(segment.kernels, _BFLOAT16)
+        rounded: Iterator[Variant] = iter(())
+        if stated(segment.kernels, bf16.FORMAT.stated):
+            rounded = rounding.variants(replace(segment, model=whole), bf16.FORMAT, bf16.SITES[2:])
+        narrow = next((v.model for v in rounded), None)
         for fit in _calibrated.fits(whole, weighted, inputs, observed, narrow=narrow):
             yield Variant(fit.name, _with(layout, fit))
 

@@ -99,6 +99,8 @@ class Layout:
             group = Group(kernel)
             owner.update(dict.fromkeys(kernel.nodes, group))
         found = [owner.get(key(node)) for node in self.nodes]
+        if any(kernel.outputs for kernel in self.kernels):
+            self._continue(found)
         for index in reversed(range(len(self.nodes))):  # engines name the last node they fused
             if found[index] is None:
                 readers = (i for o in self.nodes[index].output for i in self.readers.get(o, ()))
@@ -124,6 +126,15 @@ class Layout:
         for index, group in enumerate(result):
             group.nodes.append(index)
         return result
+
+    def _continue(self, found: list[Group | None]) -> None:
+        """A kernel that writes no tensor of the model ends in what no kernel names behind it."""
+        for index, node in enumerate(self.nodes):
+            for name in node.input if found[index] is None else ():
+                source = self.producer.get(name)
+                group = None if source is None else found[source]
+                if group and group.kernel and not group.kernel.outputs:
+                    found[index] = group
 
     def moves(self, name: str, readers: Set[int] = frozenset()) -> list[int]:
         """The nodes that only moved values on their way to ``name``; last first.

@@ -609,14 +609,23 @@ def _most_held(cuts: Sequence[Cut], values: Arrays, last: Mapping[str, str]) -> 
     return most
 
 
-def inside(model: onnx.ModelProto, threads: int, feeds: Arrays) -> Arrays:
+def inside(
+    model: onnx.ModelProto, threads: int, feeds: Arrays, only: Collection[str] | None = None
+) -> Arrays:
     """Every tensor that nodes of a small model compute, and the inputs, by name.
 
     Only the inputs where the model holds sequences or optionals, which cannot be outputs.
+
+    Args:
+        model: the model.
+        threads: intra-op threads.
+        feeds: its inputs.
+        only: which of them; all unless given.
     """
     opened = surgery.copied(model)
     finals = {o.name for o in opened.graph.output}
     names = [n for node in opened.graph.node for n in node.output if n]
+    names = [n for n in names if only is None or n in only]
     opened.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
     try:
         found = session(opened, threads).run(names, feeds)

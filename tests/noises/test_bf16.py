@@ -309,7 +309,7 @@ def test_two_kernels_in_one_segment_round_in_between(
     segment = make_segment(
         [
             helper.make_node("Conv", ["x", "w1"], ["a"]),
-            helper.make_node("Relu", ["a"], ["h"]),
+            helper.make_node("Elu", ["a"], ["h"]),
             helper.make_node("Conv", ["h", "w2"], ["y"]),
         ],
         {"w1": first, "w2": second},
@@ -317,9 +317,14 @@ def test_two_kernels_in_one_segment_round_in_between(
         ["y"],
         [kernel("Convolution", ("a", "h"), "h"), kernel("Convolution", ("y",), "y")],
     )
-    hidden = np.maximum(conv(x, r(first)), 0)
+    hidden = conv(x, r(first))
+    hidden = np.where(hidden > 0, hidden, np.expm1(hidden))
     check(explain(segment, {"x": x}, {"y": r(conv(r(hidden), r(second)))}))
     assert explain(segment, {"x": x}, {"y": conv(hidden, r(second))}).bit_identical < 0.9
+    # … where it says of the first only where it begins.
+    unnamed = Kernel("Convolution", "Convolution", ("a",), (), "", "bf16", "bf16")
+    segment = replace(segment, kernels=(unnamed, segment.kernels[1]))
+    check(explain(segment, {"x": x}, {"y": r(conv(r(hidden), r(second)))}))
 
 
 def test_a_kernel_that_stays_in_float32_is_not_rounded(
