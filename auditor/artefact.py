@@ -28,6 +28,9 @@ _FOLDED = 1e-5  # of a constant's largest value
 _STEPS, _NEAR = 256, 0.01
 # Any few numbers lie on some grid.
 _LEVELS = 4
+# Up to so many levels, 8 bits are not what they are stored in.
+_FOUR_BITS = 16
+_GRIDS = ("8 bits", "4 bits")
 # So many values of a row are looked at first, since most are on no grid.
 _GLANCE = 4096
 _FLOATS: dict[Storage, int] = {
@@ -65,7 +68,7 @@ def changed(
         value = value.astype(original.dtype, copy=False)
         if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
             constant = _compared(original, value)
-            rounded = constant.storage == "8 bits" or theirs.rounds(other, original)
+            rounded = constant.storage in _GRIDS or theirs.rounds(other, original)
             found[name] = replace(constant, quantised=rounded)
     return found
 
@@ -160,7 +163,7 @@ def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
     only, not those inside it, as OpenVINO leaves out the rounding between a product and a sum.
     """
     chosen = {
-        n: c.values for n, c in segment.compiled.items() if c.quantised or c.storage == "8 bits"
+        n: c.values for n, c in segment.compiled.items() if c.quantised or c.storage in _GRIDS
     }
     weights = replaced(segment.model, chosen)
     found = {}
@@ -375,13 +378,15 @@ def _storage(original: Array, value: Array) -> Storage | None:
             narrow = original.astype(helper.tensor_dtype_to_np_dtype(kind))
             if np.array_equal(narrow.astype(np.float32), value):
                 return name
-    return "8 bits" if _on_grids(original, value) else None
+    levels = _levels(original, value)
+    return None if levels is None else "8 bits" if levels > _FOUR_BITS else "4 bits"
 
 
-def _on_grids(original: Array, value: Array) -> bool:
-    """Whether values lie on 8-bit grids, next to their originals: one grid, or one per channel.
+def _levels(original: Array, value: Array) -> int | None:
+    """Levels of the 8-bit grids that values lie on, next to their originals; None if on none.
 
-    Channels without weight in the sum, which round to nothing, need no grid.
+    One grid, or one per channel. Channels without weight in the sum, which round to nothing, need
+    no grid.
     """
     for axis in (None, 0, -1):
         if axis is None:
@@ -391,27 +396,30 @@ def _on_grids(original: Array, value: Array) -> bool:
         else:
             continue
         squares = np.square(a, dtype=np.float64).sum(axis=1)
-        if squares[~_on_grid(a, b)].sum() <= _NOTHING * squares.sum():
-            return True
-    return False
+        levels = _on_grid(a, b)
+        if squares[np.isnan(levels)].sum() <= _NOTHING * squares.sum():
+            return int(np.nanmax(levels, initial=0))
+    return None
 
 
-def _on_grid(original: Array, value: Array) -> NDArray[np.bool_]:
-    """By row, whether values lie on a grid next to their originals, or are these."""
+def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
+    """By row, levels of the grid next to the originals; 0 where these are left; NaN for no grid."""
     same = np.asarray((original == value).all(axis=1))
     steps = _steps(value[:, :_GLANCE])
     if value.shape[1] > _GLANCE and np.isfinite(steps).any():
         steps = _steps(value)
+    found = np.where(same, 0.0, np.nan)
     if np.isnan(steps).all():
-        return same
+        return found
     # What was on a grid before was changed in another way than by rounding.
     steps[np.isfinite(_steps(original))] = np.nan
     with np.errstate(invalid="ignore"):
         near = np.abs(original - value) <= steps[:, None] * (0.5 + _NEAR)
     above = (value == value.max(axis=1, keepdims=True)) & (original > value)
     below = (value == value.min(axis=1, keepdims=True)) & (original < value)
-    fits = np.isfinite(steps) & (near | above | below).all(axis=1)
-    return np.asarray(same | fits)
+    fits = np.isfinite(steps) & (near | above | below).all(axis=1) & ~same
+    found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
+    return found
 
 
 def _steps(rows: Array) -> NDArray[np.float64]:

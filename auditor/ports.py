@@ -236,7 +236,7 @@ class Releasable(Protocol):
         """Free the plain program; the next ``run`` compiles it again."""
 
 
-Storage = Literal["float16", "bfloat16", "8 bits"]
+Storage = Literal["float16", "bfloat16", "8 bits", "4 bits"]
 
 
 @dataclass(frozen=True, slots=True)
