@@ -108,9 +108,7 @@ class Meter:
         for name, moments in of.items():
             if not math.isfinite(moments.error):
                 return math.inf
-            if moments.error > 0:
-                scale = self.accumulated[name].reference or moments.observed or moments.reference
-                total += moments.error / scale if scale > 0 else math.inf
+            total += moments.relative_to(self.accumulated[name])
         return math.sqrt(total / len(of)) if of else 0.0
 
     @property
@@ -167,7 +165,9 @@ def floor(
         again: a second capture, where the program does not repeat its own bits.
         own: the narrow format that the model gives the segment's outputs, if any.
     """
-    scale = {name: metrics.square_sum(metrics.to_float(reference[name])) for name in cut.outputs}
+    scale = {name: Moments() for name in cut.outputs}
+    for name, moments in scale.items():
+        moments.add(reference[name], reference[name])
     repeat = _distance({n: again[n] for n in cut.outputs}, local.observed, scale) if again else 0.0
     if draws(replayer.graph.nodes[i] for i in cut.nodes) and not metrics.bitwise_equal(
         replayer.run(cut, local.inputs), local.replayed
@@ -250,20 +250,20 @@ def _in_own_types(replayer: Replayer, cut: Cut, local: Local, own: Format) -> Ar
     return dict(zip(cut.outputs, values, strict=True))
 
 
-def _movement(run: Callable[[], Arrays], replayed: Arrays, scale: dict[str, float]) -> float:
+def _movement(run: Callable[[], Arrays], replayed: Arrays, scale: dict[str, Moments]) -> float:
     try:
         return _distance(run(), replayed, scale)
     except ReplayError:
         return 0.0
 
 
-def _distance(a: Arrays, b: Arrays, scale: dict[str, float]) -> float:
+def _distance(a: Arrays, b: Arrays, scale: dict[str, Moments]) -> float:
     total = 0.0
     for name, value in b.items():
         moments = Moments()
         moments.add(a[name], value)
-        if 0 < moments.error < math.inf and scale[name] > 0:
-            total += moments.error / scale[name]
+        if 0 < moments.error < math.inf and scale[name].reference > 0:
+            total += moments.relative_to(scale[name])
     return math.sqrt(total / len(b))
 
 

@@ -23,6 +23,10 @@ _BLOCK = 1 << 15
 # depend on their number.
 _ALONE = 1 << 13
 
+# Scores at or below this may be masked: kept out of a softmax by -1e4, -1e9 or the lowest number
+# added to them. They are, where their squares are so many times those of the others.
+_MASKED, _APART = -5e3, 1e4
+
 # Bins of relative error, a factor of 8 wide.
 _BINARY_EDGES = tuple(range(-30, 4, 3))
 HISTOGRAM_EDGES = tuple(e * math.log10(2) for e in _BINARY_EDGES)
@@ -33,7 +37,8 @@ class Moments:
     """Running sums over samples from which a ``Distance`` is read.
 
     With d = b − r: ``reference`` is Σr², ``cross`` Σrd, ``error`` Σd²; Σb² and Σrb follow from
-    them, so that a tensor is read as few times as possible.
+    them, so that a tensor is read as few times as possible. ``ordinary`` and ``off`` are Σr² and
+    Σd² without what may be masked in either.
     """
 
     reference: float = 0.0
@@ -41,6 +46,8 @@ class Moments:
     error: float = 0.0
     max_abs: float = 0.0
     mismatch: str | None = None
+    ordinary: float = 0.0
+    off: float = 0.0
 
     @property
     def observed(self) -> float:
@@ -57,12 +64,7 @@ class Moments:
             return
         if reference.size == 0:
             return
-        added = _compared(observed, reference)
-        self.mismatch = self.mismatch or added.mismatch
-        self.reference += added.reference
-        self.cross += added.cross
-        self.error += added.error
-        self.max_abs = max(self.max_abs, added.max_abs)
+        self.merge(_compared(observed, reference))
 
     def merge(self, other: Moments) -> None:
         """Add everything that was added to ``other``."""
@@ -71,6 +73,21 @@ class Moments:
         self.error += other.error
         self.max_abs = max(self.max_abs, other.max_abs)
         self.mismatch = self.mismatch or other.mismatch
+        self.ordinary += other.ordinary
+        self.off += other.off
+
+    def relative_to(self, whole: Moments) -> float:
+        """Σd² over the Σr² of other moments; infinite where that is 0.
+
+        What is masked counts by its own norm, beside which no error of the others could be seen.
+        """
+        if self.error == 0:
+            return 0.0
+        if 0 < _APART * whole.ordinary < whole.reference and math.isfinite(self.error):
+            masked = max(0.0, self.error - self.off) / (whole.reference - whole.ordinary)
+            return self.off / whole.ordinary + masked
+        scale = whole.reference or self.observed or self.reference
+        return self.error / scale if scale > 0 else math.inf
 
     def distance(self) -> Distance:
         """The distance over everything added so far."""
@@ -380,8 +397,12 @@ def _compared(observed: Array, reference: Array) -> Moments:
         error = square_sum(d)
         if not math.isfinite(error):  # NaN and infinities must be counted over the whole tensor
             return _compared_with_care(observed, reference)
+        square = square_sum(r)
         found.error += error
-        found.reference += square_sum(r)
+        found.reference += square
+        low = np.minimum(b, r) <= _MASKED if min(b.min(), r.min()) <= _MASKED else None
+        found.ordinary += square if low is None else square_sum(np.where(low, 0, r))
+        found.off += error if low is None else square_sum(np.where(low, 0, d))
         if error > 0:
             found.cross += _dot(r, d)
             found.max_abs = max(found.max_abs, float(d.max()), -float(d.min()))
@@ -394,7 +415,10 @@ def _compared_with_care(observed: Array, reference: Array) -> Moments:
     largest = max(float(d.max()), -float(d.min()))
     if mismatch is not None:
         return Moments(square_sum(r), _dot(r, d), math.inf, math.inf, mismatch)
-    return Moments(square_sum(r), _dot(r, d), square_sum(d), largest)
+    low = (r <= _MASKED) | (r + d <= _MASKED)
+    ordinary, off = (square_sum(np.where(low, 0, v)) for v in (r, d))
+    square = square_sum(d)
+    return Moments(square_sum(r), _dot(r, d), square, largest, None, ordinary, off)
 
 
 def _difference(observed: Array, reference: Array) -> tuple[Array, Array, str | None]:

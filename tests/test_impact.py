@@ -76,6 +76,32 @@ def test_a_scaled_weight_is_introduced_where_it_is(chain, layer):
     assert max(e for i, e in enumerate(introduced) if i != layer) < 1e-6
 
 
+@pytest.mark.parametrize("mask", [np.finfo(np.float32).min, -1e9, -1e4])
+def test_an_error_is_seen_beside_what_is_masked(mask):
+    """Attention scores, of which a third is kept out of the softmax: a bfloat16 engine's error."""
+    nodes = [
+        helper.make_node("Mul", ["x", "s"], ["m"]),
+        helper.make_node("Add", ["m", "k"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["y"]),
+    ]
+    scores, kept = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [9, 9]) for n in "xy")
+    tensors = {"s": np.float32(0.25), "k": np.repeat(np.float32([0, 0, mask]), 3)}
+    constants = [numpy_helper.from_array(v, n) for n, v in tensors.items()]
+    proto = helper.make_graph(nodes, "attention", [scores], [kept], constants)
+    graph = Graph(helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)]))
+    cuts, replayer = graph.cut(("a", "y")), Replayer(graph, 1)
+    x = np.random.default_rng(3).normal(0, 4, (9, 9)).astype(np.float32)
+    base = replayer.walk(cuts, {"x": x})
+    for off, flagged in ((2e-3, True), (0.0, False)):
+        seen = base["a"] + np.float32(off) * np.where(base["a"] > -100, base["a"], 0)
+        captured = {"x": x, "a": seen, "y": base["y"]}
+        local = divergence.replay(replayer, cuts[0], captured)
+        meter = Meter(cuts[0], floor=divergence.floor(replayer, cuts[0], local, base))
+        meter.add(local, captured, base)
+        assert meter.relative(meter.introduced) == pytest.approx(off, rel=0.01)
+        assert meter.flagged is flagged
+
+
 def test_errors_decompose(chain):
     """accumulated ≤ introduced + inherited, with equality of the vectors themselves."""
     made = chain(_network(scaled=1))
