@@ -56,7 +56,7 @@ class Probing:
             c.maker for c in self._plain.candidates if c.grid and c.maker in c.grid.steps
         }
         kept = [
-            c
+            c.whole
             for c in self._plain.candidates
             if (c.maker, 0) not in overwritten and c.maker not in leave
         ]

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from auditor.records.backend import Kernel, Skipped
-from backends._ov_source import FLOATS, MOVEMENT, TOKEN, Grid, Port, Source
+from backends._ov_source import BYTES, FLOATS, MOVEMENT, TOKEN, Grid, Port, Source
 
 # Layer types of the executed graph that compute nothing.
 _PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
 # Those of kernels that begin with an operation of their own.
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+_SMALL = BYTES | {"boolean"}
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
 _WRAPPED = frozenset({"i16", "u16", "u32", "u64"})
 _DIGITS = re.compile(r"\d+")
 _PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
+SHOWING = "/shown"  # in the names of operations that only show a tensor
+_SHOWN = re.compile(rf"#\d+#{SHOWING}[^,]*")
 _NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
 
 
@@ -54,7 +57,9 @@ class Executed:
     @property
     def passive(self) -> bool:
         """Whether it computes nothing; conversions that the engine inserted count as reorders."""
-        return self.type in _PASSIVE or (self.type == "Convert" and not self.operations)
+        if self.type in _PASSIVE or _SHOWN.fullmatch(self.original):
+            return True
+        return self.type == "Convert" and not self.operations
 
     @property
     def narrows(self) -> bool:
@@ -186,6 +191,14 @@ class Program:
             self._give_back(node, source)
         owned = {i for n in self.nodes.values() for i in n.operations}
         for key, node in self.nodes.items():
+            # What rounds to 8 bits and widens these is called now by the one, now by the other.
+            *before, last = sorted(node.operations) or [-1]
+            grid = source.grid((last, 0)) if node.operations else None
+            rounds = before or node.precision in FLOATS
+            if grid and rounds and grid.port[0] not in owned:
+                owned.add(grid.port[0])
+                self.nodes[key] = replace(node, operations=(*before, grid.port[0]))
+        for key, node in self.nodes.items():
             if node.type in _HEAVY_LAYERS and node.operations and not node.named(0):
                 found = source.start(node.operations, owned)
                 owned |= found
@@ -276,6 +289,20 @@ class Candidate:
         return self.grid.port if self.grid else self.port
 
     @property
+    def whole(self) -> Candidate:
+        """How to observe it in the whole program.
+
+        A kernel that rounds to 8 bits and writes floats may widen them: they are what it writes.
+        """
+        wide = self.grid and self.precision in FLOATS and self.maker not in self.grid.steps
+        return replace(self, grid=None) if wide else self
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is observed as 8 bits, or one."""
+        return (self.grid.element if self.grid else self.element) in _SMALL
+
+    @property
     def probe(self) -> str:
         """Friendly name of the Result that observes it."""
         return "probe {}.{}".format(*self.port)
@@ -345,12 +372,17 @@ def candidates_of(
             if not final and element in _UNREAD:
                 skipped[tensor] = Skipped(tensor, f"{element} tensor, which NumPy has no type for")
                 continue
-            if reduced and not final and element not in FLOATS:
+            if reduced and not final and element not in FLOATS | _SMALL:
                 reason = f"{element} tensor in a program that computes in less than f32"
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
-            held = element if path and source.element_type(made) != element else precision
             grid = None if final else source.grid(port)
+            moved = path and not grid and source.element_type(made) != element
+            held = element if moved else precision
+            if reduced and not (final or grid or held in FLOATS or element in _SMALL):
+                reason = f"{element} tensor, of which the program holds what it is widened from"
+                skipped[tensor] = Skipped(tensor, reason)
+                continue
             candidate = Candidate(tensor, port, element, held, made[0], path, grid)
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign

@@ -10,7 +10,7 @@ import numpy as np
 
 from auditor.errors import BackendError
 from auditor.ports import Array, Arrays
-from backends._ov_program import Candidate, Program
+from backends._ov_program import SHOWING, Candidate, Program
 from backends._ov_source import FLOATS, Grid, Source
 
 
@@ -174,9 +174,12 @@ def as_shown(value: Array, candidate: Candidate) -> Array:
     Narrowed, it would no longer be what the kernels behind it read. NumPy has no bfloat16: that
     stays float32.
     """
-    if candidate.grid and value.dtype.kind in "iu":
+    if candidate.narrow:
+        value = value[0]
+    if candidate.grid:
         value = candidate.grid.widened(value)
     own = {"f32": np.float32, "bf16": np.float32, "f64": np.float64}
+    own |= {"boolean": np.bool_, "i8": np.int8, "u8": np.uint8}
     return value.astype(own.get(candidate.element, value.dtype), copy=False)
 
 
@@ -188,17 +191,27 @@ def reason_of(error: BaseException) -> str:
 
 
 def result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
-    """A Result in the precision that the program holds: another would change the program."""
+    """A Result in the precision that the program holds: another would change the program.
+
+    Before a Result in another type than bfloat16 a program in bfloat16 computes in float32. That
+    type holds 8 bits exactly; behind one more axis the conversion is no part of the kernel.
+    """
     from openvino import opset13 as opset
 
     number, index = candidate.written
     port = ops[number].output(index)
+    name = ops[number].get_friendly_name()
+    if candidate.narrow:
+        name += SHOWING
+        made = opset.unsqueeze(port, np.int64(0))
+        made.set_friendly_name(name)
+        port = made.output(0)
     element = port.get_element_type().get_type_name()
-    narrow = candidate.written != candidate.port  # the program holds it as its 8 bits
-    if candidate.precision in FLOATS and candidate.precision != element and not narrow:
-        made = opset.convert(port, element_type(candidate.precision))
+    held = "bf16" if candidate.narrow else candidate.precision
+    if held in FLOATS and held != element:
+        made = opset.convert(port, element_type(held))
         # In a half-precision model that the program widens nothing is left of it but its name.
-        made.set_friendly_name(ops[number].get_friendly_name())
+        made.set_friendly_name(name)
         port = made.output(0)
     result = opset.result(port)
     result.set_friendly_name(candidate.probe)
