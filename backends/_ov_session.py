@@ -168,6 +168,10 @@ def _zeros(port: Any) -> Array:
     return np.zeros(tuple(port.get_shape()), port.get_element_type().to_dtype())
 
 
+_KINDS = {"f32": "f4", "bf16": "f4", "f64": "f8", "boolean": "?", "i8": "i1", "u8": "u1"}
+_OWN = {element: np.dtype(kind) for element, kind in _KINDS.items()}
+
+
 def as_shown(value: Array, candidate: Candidate) -> Array:
     """A probe's value in the model's own type, or in a wider one that the program holds it in.
 
@@ -178,9 +182,7 @@ def as_shown(value: Array, candidate: Candidate) -> Array:
         value = value[0]
     if candidate.grid:
         value = candidate.grid.widened(value)
-    own = {"f32": np.float32, "bf16": np.float32, "f64": np.float64}
-    own |= {"boolean": np.bool_, "i8": np.int8, "u8": np.uint8}
-    return value.astype(own.get(candidate.element, value.dtype), copy=False)
+    return value.astype(_OWN.get(candidate.element, value.dtype), copy=False)
 
 
 def reason_of(error: BaseException) -> str:
