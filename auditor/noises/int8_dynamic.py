@@ -30,12 +30,12 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     layout = Layout(segment.model, segment.weights)
     types, shapes = surgery.types(segment.model), surgery.shapes(segment.model)
     rows = {
-        index: shapes[node.input[1]][-2]
-        for index, node in surgery.find(segment.model, ("MatMul",))
+        index: shapes[node.input[1]][-1 if surgery.attributes(node).get("transB") else -2]
+        for index, node in surgery.find(segment.model, ("MatMul", "Gemm"))
         if types.get(node.input[0]) == onnx.TensorProto.FLOAT
         and len(shapes.get(node.input[1], ())) >= 2
+        and not surgery.attributes(node).get("transA")
         and _compressed(layout, node.input[1])
-        and not _compressed(layout, node.input[0])
     }
     for group in _GROUPS:
         if rows and all(group is None or not row % group for row in rows.values()):
@@ -66,7 +66,8 @@ def _quantised(layout: Layout, rows: dict[int, int], group: int | None) -> onnx.
         x = node.input[0]
         if x not in made:
             made[x] = _rounded(editor, x, rows[index], group or rows[index])
-        editor.add("MatMul", made[x], node.input[1], to=node.output[0])
+        editor.copy(node)
+        editor.model.graph.node[-1].input[0] = made[x]
     return editor.model
 
 
@@ -77,7 +78,7 @@ def _rounded(editor: Editor, x: str, row: int, group: int) -> str:
     scale = editor.add("Div", largest, editor.constant(127))
     # What is all zeros stays so.
     some = editor.add("Max", scale, editor.constant(np.finfo(np.float32).tiny))
-    steps = editor.add("Round", editor.add("Div", apart, some))
+    steps = editor.add("Round", editor.add("Mul", apart, editor.add("Reciprocal", some)))
     return editor.add("Reshape", editor.add("Mul", steps, scale), editor.add("Shape", x))
 
 
@@ -97,8 +98,8 @@ NOISE = Cause(
         "The file says nothing of it."
     ),
     applies=(
-        "MatMul of float32 with weights that DequantizeLinear makes of integer constants, and "
-        "com.microsoft.MatMulNBits; operator set 13 or later"
+        "MatMul and Gemm of float32 with weights that DequantizeLinear makes of integer "
+        "constants, and com.microsoft.MatMulNBits; operator set 13 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO documentation, "

@@ -194,12 +194,48 @@ def test_every_tensor_of_8_bits_is_captured_with_proof(tmp_path: Path) -> None:
         assert (steps > 0.5).mean() < 0.2  # a tie may go the other way, and what follows from it
 
 
+def test_8_bits_and_booleans_are_observed_in_bfloat16(tmp_path: Path) -> None:
+    """Before a Result of their own type all that leads to them would be computed in float32."""
+    draw = np.random.default_rng(3)
+    weights = {"s": np.float32(0.05), "z": np.int8(0), "low": np.float32(-4)}
+    nodes = []
+
+    def rounded(name: str) -> str:
+        nodes.append(helper.make_node("QuantizeLinear", [name, "s", "z"], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [f"{name}_d"]))
+        return f"{name}_d"
+
+    def product(x: str, y: str) -> str:
+        weights[y + "_w"] = draw.integers(-99, 99, (64, 64)).astype(np.int8)
+        nodes.append(helper.make_node("DequantizeLinear", [y + "_w", "s", "z"], [y + "_v"]))
+        nodes.append(helper.make_node("MatMul", [x, y + "_v"], [y]))
+        return y
+
+    mixed = rounded(product(rounded("x"), "a"))
+    nodes.append(helper.make_node("Softmax", [mixed], ["p"]))
+    nodes.append(helper.make_node("IsNaN", ["p"], ["some"]))
+    nodes.append(helper.make_node("Where", ["some", "low", "p"], ["b"]))
+    product(rounded(product(rounded("b"), "c")), "y")
+    stored = tuple(numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items())
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 32, 64)], [info("y", 32, 64)], stored)
+    x = {"x": draw.standard_normal((32, 64)).astype(np.float32)}
+    instrumented = build(path).instrument(x)
+    assert instrumented.program_unchanged
+    names = ("x_d", "a_d", "some", "c_d")
+    captured = instrumented.run(x).tensors
+    assert {*names} <= captured.keys()
+    assert captured["some"].dtype == bool
+    exact = reference(path, names, x)
+    assert np.array_equal(captured["x_d"], exact["x_d"])
+    assert np.abs(captured["a_d"] - exact["a_d"]).max() < 0.06  # a step of 8 bits
+
+
 def test_a_deep_network_is_copied_a_few_times_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each block's sum is made apart, one after another: a copy for each would be quadratic."""
     path = tmp_path / "deep.onnx"
-    onnx.save(deep.network(104, channels=8, side=8), path)
+    onnx.save(deep.network(56, channels=8, side=8), path)
     built = build(path, options=F32)
     copies: list[int] = []
     cloned = _ov_source.Source.clone
@@ -207,7 +243,7 @@ def test_a_deep_network_is_copied_a_few_times_only(
     x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
     made = built.instrument({"x": x})
     apart = [p for p in made.probes if p.fidelity == "cone-proved"]
-    assert len(apart) >= 15
+    assert len(apart) >= 7
     assert len(copies) <= 5
     assert made.program_unchanged
 
