@@ -377,8 +377,8 @@ def candidates_of(
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
             grid = None if final else source.grid(port)
-            moved = path and not grid and source.element_type(made) != element
-            held = element if moved else precision
+            own = not path or grid or source.element_type(made) == element
+            held = precision if own else element
             if reduced and not (final or grid or held in FLOATS or element in _SMALL):
                 reason = f"{element} tensor, of which the program holds what it is widened from"
                 skipped[tensor] = Skipped(tensor, reason)
