@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from auditor.records.report import AuditReport, BackendReport, Finding, NoiseInf
 from auditor.records.terms import OutputKind, Severity
 
 if TYPE_CHECKING:
+    from auditor.agreement import Agreements
+    from auditor.analysis import Analysis
     from auditor.model import Model
     from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Noise, Progress
@@ -141,6 +143,34 @@ def audit(
             raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What is audited, and what it is compared with.
+
+    Attributes:
+        model: as written; ``compiled`` is what backends compile, another one with a candidate.
+        rename: the compiled model's tensor names → the reference model's.
+        stimulus: the inputs; ``samples`` has them under the compiled model's names.
+        photographs: what the inputs are made of, where they are.
+        reference: what backends are compared with; ``exported`` is for the training side.
+        truth: the model that the reference runs: in float32 where it can be.
+        training: labels of the backends that run what the model was exported from.
+        quantised: labels of the backends that quantise.
+    """
+
+    model: Model
+    compiled: Model
+    rename: dict[str, str]
+    stimulus: Stimulus
+    samples: _Samples
+    photographs: Photographs | None
+    reference: Reference
+    exported: Reference
+    truth: Model
+    training: Set[str]
+    quantised: Set[str]
+
+
 def _run(
     model_path: Path,
     options: AuditOptions,
@@ -159,15 +189,10 @@ def _run(
     progress.update("reference", "load")
 
     # Imported here: the workers are starting meanwhile.
-    import numpy as np
-
-    from auditor import artefact, confirm, custom_ops, latency, ranking, summary
+    from auditor import artefact, custom_ops
     from auditor import model as models
-    from auditor.agreement import Agreements
     from auditor.analysis import Analysis
-    from auditor.processes import machine
     from auditor.replays import qdq
-    from auditor.training import origins, second_shape
 
     custom_ops.use(options.custom_ops)
     model = models.load(model_path)
@@ -210,6 +235,19 @@ def _run(
     training = {spec.label for spec in options.backends if _trains(spec)}
     quantised = {spec.label for spec in options.backends if _quantises(spec, options)}
     exported = _exported(model, reference, truth) if training else reference
+    subject = _Subject(
+        model=model,
+        compiled=compiled,
+        rename=rename,
+        stimulus=stimulus,
+        samples=samples,
+        photographs=photographs,
+        reference=reference,
+        exported=exported,
+        truth=truth,
+        training=training,
+        quantised=quantised,
+    )
     # Only PyTorch, before the export, can show what the export did.
     deployed = [noise for noise in noises if not noise.id.startswith("export.")]
     analyses = {
@@ -230,6 +268,48 @@ def _run(
         rounded = qdq.grids(compiled.proto.graph, compiled.weights, model.proto.graph)
         for analysis in analyses.values():
             analysis.hold(constants, rounded)
+
+    def hold(who: str) -> None:
+        if who in options.artifacts or who in quantised:
+            there = artefact.held(truth, held[who], quantised=who in quantised)
+            analyses[who].hold(there, grids[who])
+        if who in training:
+            analyses[who].hold_trained(artefact.trained(truth, held[who]))
+
+    digest, agreements = _measure(subject, analyses, jobs, hold, pool, progress)
+    clock.lap("measure")
+    return _conclude(
+        subject, options, noises, tracers, recordings, analyses, digest, agreements, clock
+    )
+
+
+def _measure(
+    subject: _Subject,
+    analyses: Mapping[str, Analysis],
+    jobs: dict[str, Future[SampleTrace | None]],
+    hold: Callable[[str], None],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> tuple[str, Agreements]:
+    """Compare sample by sample; a backend runs the next one while this one is analysed.
+
+    Args:
+        subject: what is audited.
+        analyses: by backend; each sample is added.
+        jobs: by backend, its first sample to come.
+        hold: called with a backend's label once it has built, before its first sample is added.
+        pool: where backends run.
+        progress: told which backend is compared.
+
+    Returns:
+        The SHA-256 of the inputs, and how far outputs are from each other.
+    """
+    import numpy as np
+
+    from auditor.agreement import Agreements
+
+    reference, exported, stimulus = subject.reference, subject.exported, subject.stimulus
+    photographs = subject.photographs
     agreements = Agreements()
     digest = hashlib.sha256()
     for index in range(len(stimulus)):
@@ -252,20 +332,38 @@ def _run(
                 continue
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
                 source = analyses[who].tracer
-                jobs[who] = pool.submit(samples.trace, source, index + 1)
-            if index == 0 and (who in options.artifacts or who in quantised):
-                there = artefact.held(truth, held[who], quantised=who in quantised)
-                analyses[who].hold(there, grids[who])
-            if index == 0 and who in training:
-                analyses[who].hold_trained(artefact.trained(truth, held[who]))
+                jobs[who] = pool.submit(subject.samples.trace, source, index + 1)
+            if index == 0:
+                hold(who)
             progress.update("reference", f"compare {who}")
-            right = written if who in training else expected
+            right = written if who in subject.training else expected
             analyses[who].add(index, feeds, right, trace, upstream)
-            outputs[who] = {rename[n]: v for n, v in trace.outputs.items() if n in rename}
+            outputs[who] = {
+                subject.rename[n]: v for n, v in trace.outputs.items() if n in subject.rename
+            }
         # In the order asked for, not in that of arrival: the report is the same every time.
         agreements.add({who: outputs[who] for who in ("reference", *analyses) if who in outputs})
-    clock.lap("measure")
+    return digest.hexdigest(), agreements
 
+
+def _conclude(
+    subject: _Subject,
+    options: AuditOptions,
+    noises: Sequence[Noise],
+    tracers: Sequence[Tracer],
+    recordings: Sequence[Recording],
+    analyses: Mapping[str, Analysis],
+    digest: str,
+    agreements: Agreements,
+    clock: _Clock,
+) -> AuditReport:
+    """Rank what was measured, confirm it on the backends, and come to a verdict."""
+    from auditor import confirm, latency, ranking, summary
+    from auditor.processes import machine
+    from auditor.training import origins, second_shape
+
+    model, stimulus, samples = subject.model, subject.stimulus, subject.samples
+    reference, photographs = subject.reference, subject.photographs
     devices = {spec.label: spec.device or "" for spec in options.backends}
     reports = tuple(summary.report(a, devices.get(who, "")) for who, a in analyses.items())
     measured = [origin for tracer in tracers for origin in tracer.origins]
@@ -277,9 +375,11 @@ def _run(
     pairs = agreements.pairs()
     clock.lap("report")
     shapes: list[Gap] = []
-    for tracer in (t for t in tracers if t.id in training and t.gap is None):
+    for tracer in (t for t in tracers if t.id in subject.training and t.gap is None):
         report = next(r for r in reports if r.id == tracer.id)
-        more, gaps = second_shape.tried(tracer, report, exported, truth, stimulus.sample(0), where)
+        more, gaps = second_shape.tried(
+            tracer, report, subject.exported, subject.truth, stimulus.sample(0), where
+        )
         found, shapes = ranking.with_more(found, more), shapes + gaps
         clock.lap("shapes")
     unconfirmed: tuple[Gap, ...] = ()
@@ -294,9 +394,9 @@ def _run(
             reports,
             found,
             {t.id: t for t in tracers},
-            rename,
+            subject.rename,
             cases,
-            own_file=compiled is not model,
+            own_file=subject.compiled is not model,
         )
         clock.lap("confirm")
     untimed: tuple[Gap, ...] = ()
@@ -314,8 +414,8 @@ def _run(
         model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
         stimulus=replace(
             stimulus.info,
-            sha256=digest.hexdigest(),
-            notes=(*stimulus.info.notes, *_calibrated(options, quantised, len(stimulus))),
+            sha256=digest,
+            notes=(*stimulus.info.notes, *_calibrated(options, subject.quantised, len(stimulus))),
         ),
         reference=reference.info,
         backends=reports,
@@ -392,7 +492,7 @@ def _calibration(
     return folder
 
 
-def _calibrated(options: AuditOptions, quantised: set[str], samples: int) -> tuple[str, ...]:
+def _calibrated(options: AuditOptions, quantised: Set[str], samples: int) -> tuple[str, ...]:
     """What quantised backends were calibrated on, as a sentence."""
     if not quantised:
         return ()
