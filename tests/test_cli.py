@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -33,14 +33,13 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path} | extra
 
 
-@pytest.fixture
-def audit(tmp_path: Path) -> Audit:
-    """Runs ``audit`` with the given arguments in the test's folder."""
+def auditing(folder: Path) -> Audit:
+    """Runs ``audit`` with the given arguments in a folder."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "auditor", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=environment(**variables),
             capture_output=True,
             text=True,
@@ -49,6 +48,11 @@ def audit(tmp_path: Path) -> Audit:
         )
 
     return run
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Audit:
+    return auditing(tmp_path)
 
 
 def network(weight: NDArray[np.float32]) -> bytes:
@@ -72,12 +76,38 @@ def network(weight: NDArray[np.float32]) -> bytes:
     return bytes(proto.SerializeToString())
 
 
+def written(folder: Path) -> str:
+    weight = np.random.default_rng(0).standard_normal((8, 16), np.float32)
+    (folder / "m.onnx").write_bytes(network(weight))
+    (folder / "wrong.onnx").write_bytes(network(weight * np.float32(1.5)))
+    return "m.onnx"
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    weight = np.random.default_rng(0).standard_normal((8, 16), np.float32)
-    (tmp_path / "m.onnx").write_bytes(network(weight))
-    (tmp_path / "wrong.onnx").write_bytes(network(weight * np.float32(1.5)))
-    return "m.onnx"
+    return written(tmp_path)
+
+
+class Saved(NamedTuple):
+    """What an audit printed, and the folder with its ``report.json``."""
+
+    folder: Path
+    result: subprocess.CompletedProcess[str]
+
+
+def saved(folder: Path, *more: str) -> Saved:
+    run = auditing(folder)
+    return Saved(folder, run(written(folder), "--backends", "ort", "-o", "report.json", *more))
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return saved(tmp_path_factory.mktemp("passed"))
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return saved(tmp_path_factory.mktemp("failed"), "--candidate", "wrong.onnx")
 
 
 # --- help and version ------------------------------------------------------------------------
@@ -156,12 +186,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 # --- the main job ----------------------------------------------------------------------------
 
 
-def test_audit_on_onnx_runtime(audit: Audit, model: str) -> None:
-    result = audit(model, "--backends", "ort")
+def test_the_report_is_printed_and_written_beside_that_by_its_suffix(passed: Saved) -> None:
+    result = passed.result
     assert result.returncode == 0, result.stderr
     assert "ort" in result.stdout
     assert "synthetic" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr, "no colour and no progress off a terminal"
+    assert not result.stdout.startswith("{")
+    assert json.loads((passed.folder / "report.json").read_text())["verdict"] == "pass"
+    assert {p.name for p in passed.folder.iterdir()} == {"m.onnx", "wrong.onnx", "report.json"}
 
 
 def test_options_may_come_first_and_the_verb_may_be_written(audit: Audit, model: str) -> None:
@@ -202,10 +235,9 @@ def test_recorded_data_and_shape(audit: Audit, model: str, tmp_path: Path) -> No
     assert json.loads(shaped.stdout)["stimulus"]["shapes"] == {"x": [5, 8]}
 
 
-def test_a_wrong_candidate_fails_the_audit(audit: Audit, model: str, tmp_path: Path) -> None:
-    result = audit(model, "--candidate", "wrong.onnx", "--backends", "ort", "-o", "report.json")
-    assert result.returncode == 1, result.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_a_wrong_candidate_fails_the_audit(failed: Saved) -> None:
+    assert failed.result.returncode == 1, failed.result.stderr
+    report = json.loads((failed.folder / "report.json").read_text())
     assert (report["verdict"], report["exit_code"]) == ("fail", 1)
     assert "first" in report["findings"][0]["nodes"]
 
@@ -225,19 +257,7 @@ def test_a_requested_backend_without_comparison_is_incomplete(audit: Audit, mode
 # --- where the report goes -------------------------------------------------------------------
 
 
-def test_output_by_suffix_is_written_beside_the_terminal_report(
-    audit: Audit, model: str, tmp_path: Path
-) -> None:
-    result = audit(model, "--backends", "ort", "-o", "report.json")
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "pass"
-    assert result.stdout.strip()
-    assert not result.stdout.startswith("{")
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"m.onnx", "wrong.onnx", "report.json"}
-
-
-def test_the_suffix_chooses_the_format(audit: Audit, model: str, tmp_path: Path) -> None:
+def test_the_suffix_chooses_the_format(failed: Saved, tmp_path: Path) -> None:
     starts = {
         "r.sarif": '{\n  "$schema": "https://json.schemastore.org/sarif-2.1.0.json"',
         "r.sarif.json": '{\n  "$schema": "https://json.schemastore.org/sarif-2.1.0.json"',
@@ -246,16 +266,14 @@ def test_the_suffix_chooses_the_format(audit: Audit, model: str, tmp_path: Path)
         "R.MD": "## ❌ FAIL: `m.onnx`",
         "r.other": " FAIL   m.onnx  exit code 1",
     }
-    audit(model, "--candidate", "wrong.onnx", "--backends", "ort", "-o", "saved.json")
     for name, start in starts.items():
-        result = audit("show", "saved.json", "-o", name)
+        result = auditing(failed.folder)("show", "report.json", "-o", str(tmp_path / name))
         assert result.returncode == 0, result.stderr
         assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
 
 
-@pytest.mark.parametrize("format", ["sarif", "junit", "markdown"])
-def test_the_exit_code_does_not_depend_on_the_format(audit: Audit, model: str, format: str) -> None:
-    result = audit(*(model, "--candidate", "wrong.onnx", "--backends", "ort", "--format", format))
+def test_the_exit_code_does_not_depend_on_the_format(audit: Audit, model: str) -> None:
+    result = audit(*(model, "--candidate", "wrong.onnx", "--backends", "ort", "--format", "sarif"))
     assert (result.returncode, result.stderr) == (1, "")
     assert result.stdout.strip()
 
@@ -274,12 +292,11 @@ def umask() -> int:
     return mask
 
 
-def test_show(audit: Audit, model: str) -> None:
-    printed = audit(model, "--backends", "ort", "-o", "report.json")
-    assert printed.returncode == 0, printed.stderr
+def test_show(passed: Saved) -> None:
+    audit = auditing(passed.folder)
     shown = audit("show", "report.json")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout == printed.stdout
+    assert shown.stdout == passed.result.stdout
     layer = audit("show", "report.json", "--layer", "y")
     assert layer.returncode == 0, layer.stderr
     assert "second" in layer.stdout
@@ -297,12 +314,11 @@ def test_show(audit: Audit, model: str) -> None:
         (("report.json", "-o", "report.json"), "overwrite"),
     ],
 )
-def test_show_refuses(
-    audit: Audit, model: str, tmp_path: Path, arguments: tuple[str, ...], words: str
-) -> None:
-    audit(model, "--backends", "ort", "--format", "json", "-o", "report.json")
-    (tmp_path / "cut.json").write_text((tmp_path / "report.json").read_text()[:200])
-    result = audit("show", *arguments)
+def test_show_refuses(passed: Saved, arguments: tuple[str, ...], words: str) -> None:
+    cut = passed.folder / "cut.json"
+    cut.write_text((passed.folder / "report.json").read_text()[:200])
+    result = auditing(passed.folder)("show", *arguments)
+    cut.unlink()
     assert (result.returncode, result.stdout) == (2, "")
     assert words in result.stderr
     assert "Traceback" not in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,23 @@ def saved(
     return path
 
 
-@pytest.fixture
-def saturating(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OpenVINO's CPU plugin saturates sums of 8 bits, ONNX says that they wrap."""
     nodes = [helper.make_node("Add", ["a", "b"], ["y"])]
     kind = (TensorProto.UINT8, [1, 64])
-    return saved(tmp_path / "add.onnx", nodes, {"a": kind, "b": kind}, {"y": kind})
+    path = tmp_path_factory.mktemp("reported") / "add.onnx"
+    model = saved(path, nodes, {"a": kind, "b": kind}, {"y": kind})
+    options = ("--option", "ov.PERFORMANCE_HINT=THROUGHPUT", "--threads", "1", "--seed", 5)
+    return report_of(model, "ov", *options)
+
+
+@pytest.fixture(scope="module")
+def reproduced(reported: Path) -> Path:
+    folder = reported.with_name("repro")
+    done = audit("repro", reported, "-o", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 @pytest.fixture
@@ -88,22 +100,23 @@ def report_of(model: Path, backend: str, *more: object) -> Path:
     return path
 
 
-def test_a_difference_of_one_operator(saturating: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "repro"
-    done = audit("repro", report_of(saturating, "ov"), "-o", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {f.name for f in folder.iterdir()} == FILES
-    shown = run_script(folder)
+def test_a_difference_of_one_operator(reproduced: Path) -> None:
+    assert {f.name for f in reproduced.iterdir()} == FILES
+    shown = run_script(reproduced)
     assert shown.returncode == 1 and "DIFFERENT" in shown.stdout, shown.stderr
-    feeds, expected = (load_file(folder / f"{n}.safetensors") for n in ("inputs", "expected"))
+    feeds, expected = (load_file(reproduced / f"{n}.safetensors") for n in ("inputs", "expected"))
     np.testing.assert_array_equal(expected["y"], feeds["a"] + feeds["b"])
-    issue = (folder / "ISSUE.md").read_text()
+    issue = (reproduced / "ISSUE.md").read_text()
     assert "# OpenVINO: Add differs from ONNX" in issue and "DIFFERENT" in issue
 
 
-def test_the_script_says_so_once_the_difference_is_gone(saturating: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "repro"
-    assert audit("repro", report_of(saturating, "ov"), "-o", folder).returncode == 0
+def test_options_of_the_audit_are_those_of_the_script(reproduced: Path) -> None:
+    text = (reproduced / "repro.py").read_text()
+    assert "'PERFORMANCE_HINT': 'THROUGHPUT'" in text and "'INFERENCE_NUM_THREADS': 1" in text
+
+
+def test_the_script_says_so_once_the_difference_is_gone(reproduced: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(reproduced, tmp_path / "repro")
     feeds = load_file(folder / "inputs.safetensors")
     sums = feeds["a"].astype(np.int64) + feeds["b"]
     save_file({"y": np.minimum(sums, 255).astype(np.uint8)}, folder / "expected.safetensors")
@@ -112,7 +125,7 @@ def test_the_script_says_so_once_the_difference_is_gone(saturating: Path, tmp_pa
 
 
 def test_a_fused_segment_is_cut_down_to_the_guilty_node(resizing: Path, tmp_path: Path) -> None:
-    report = report_of(resizing, "tvm")
+    report = report_of(resizing, "tvm", "--threads", "1")
     (finding, *_) = json.loads(report.read_text())["findings"]
     assert len(finding["nodes"]) > 1  # TVM runs them as one function
     folder = tmp_path / "repro"
@@ -120,23 +133,8 @@ def test_a_fused_segment_is_cut_down_to_the_guilty_node(resizing: Path, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     graph = onnx.load(folder / "model.onnx").graph
     assert [n.op_type for n in graph.node if n.op_type != "Constant"] == ["Resize"]
-    assert run_script(folder).returncode == 1
-
-
-def test_options_of_the_audit_are_those_of_the_script(saturating: Path, tmp_path: Path) -> None:
-    more = ("--option", "ov.PERFORMANCE_HINT=THROUGHPUT", "--threads", "1")
-    folder = tmp_path / "repro"
-    assert audit("repro", report_of(saturating, "ov", *more), "-o", folder).returncode == 0
     text = (folder / "repro.py").read_text()
-    assert "'PERFORMANCE_HINT': 'THROUGHPUT'" in text and "'INFERENCE_NUM_THREADS': 1" in text
-
-
-def test_threads_of_the_audit_are_those_of_the_script(resizing: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "repro"
-    done = audit("repro", report_of(resizing, "tvm", "--threads", "1"), "-o", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = (folder / "repro.py").read_text()
-    assert 0 < text.index("TVM_NUM_THREADS") < text.index("import tvm")
+    assert 0 < text.index("TVM_NUM_THREADS") < text.index("import tvm")  # the audit's threads
     assert run_script(folder).returncode == 1
 
 
@@ -158,8 +156,7 @@ def test_values_that_are_not_finite_are_told_apart(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------
 
 
-def test_bad_requests_are_named(saturating: Path, tmp_path: Path) -> None:
-    report = report_of(saturating, "ov")
+def test_bad_requests_are_named(reported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "repro"
 
     def refused(*arguments: object) -> str:
@@ -167,48 +164,40 @@ def test_bad_requests_are_named(saturating: Path, tmp_path: Path) -> None:
         assert done.returncode == 2 and not done.stdout and not folder.exists()
         return done.stderr
 
-    assert "has no finding 7" in refused("repro", report, "--finding", 7, "-o", folder)
-    assert "exists" in refused("repro", report, "-o", tmp_path)
-    data = json.loads(report.read_text())
-    made_without = report.with_name("api.json")
-    made_without.write_text(json.dumps(data | {"command": []}))
+    def changed(**more: object) -> Path:
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(data | more))
+        return path
+
+    data = json.loads(reported.read_text())
+    (found,) = data["findings"]
+    assert "has no finding 7" in refused("repro", reported, "--finding", 7, "-o", folder)
+    assert "exists" in refused("repro", reported, "-o", tmp_path)
+    made_without = changed(command=[])
     assert "does not say how it was made" in refused("repro", made_without, "-o", folder)
     assert "does not say how it was made" in refused("rerun", made_without)
-    made_without.write_text(json.dumps(data | {"command": ["--no-such-option"]}))
-    assert "cannot be run" in refused("rerun", made_without)
-    tampered = json.loads(report.read_text())
-    tampered["findings"][0]["segment"] = "elsewhere"
-    made_without.write_text(json.dumps(tampered))
-    assert "elsewhere" in refused("repro", made_without, "-o", folder)
-    model = onnx.load(saturating)
-    model.producer_name = "another"
-    onnx.save(model, saturating)
-    assert "has changed since" in refused("repro", report, "-o", folder)
-
-
-def test_a_step_around_the_network_has_no_runtime(saturating: Path, tmp_path: Path) -> None:
-    report = report_of(saturating, "ov")
-    data = json.loads(report.read_text())
-    data["findings"][0]["backend"] = "pipeline"
-    report.write_text(json.dumps(data))
-    done = audit("repro", report, "-o", tmp_path / "repro")
-    assert done.returncode == 2 and "is a step around the network" in done.stderr
+    assert "cannot be run" in refused("rerun", changed(command=["--no-such-option"]))
+    elsewhere = changed(findings=[found | {"segment": "elsewhere"}])
+    assert "elsewhere" in refused("repro", elsewhere, "-o", folder)
+    step = changed(findings=[found | {"backend": "pipeline"}])
+    assert "is a step around the network" in refused("repro", step, "-o", folder)
+    another = changed(model=data["model"] | {"sha256": "0" * 64})
+    assert "has changed since" in refused("repro", another, "-o", folder)
 
 
 # --- again ---------------------------------------------------------------------------------------
 
 
-def test_a_report_can_be_made_again_from_itself(saturating: Path, tmp_path: Path) -> None:
-    first = report_of(saturating, "ov", "--seed", 5)
-    before = first.read_bytes()
+def test_a_report_can_be_made_again_from_itself(reported: Path, tmp_path: Path) -> None:
+    before = reported.read_bytes()
     second = tmp_path / "second.json"
-    done = audit("rerun", first, "-o", second)
+    done = audit("rerun", reported, "-o", second)
     assert done.returncode == 1, done.stderr
     old, new = json.loads(before), json.loads(second.read_text())
-    assert first.read_bytes() == before, "what the command wrote is not written again"
+    assert reported.read_bytes() == before, "what the command wrote is not written again"
     for key in ("findings", "agreement", "stimulus", "command"):
         assert old[key] == new[key]
-    assert audit("rerun", first, "--baseline").returncode == 0
+    assert audit("rerun", reported, "--baseline").returncode == 0
     assert audit("rerun", second, "--format", "markdown").stdout.startswith("## ❌")
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import run
 
-COUNT = {"audit": 60, "graph": 80, "trace": 40, "report": 40}
+COUNT = {"audit": 60, "graph": 30, "trace": 40, "report": 40}
 
 
 @pytest.fixture(scope="module")
