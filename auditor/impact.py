@@ -81,7 +81,7 @@ def leave_one_in(chain: Chain, cut: Cut, local: Local) -> tuple[float, Arrays]:
         Their relative L2, and the outputs themselves. Infinity and nothing when the reference
         cannot go on from that tensor (a wrong shape).
     """
-    patch = _frozen(local.error, local.observed)
+    patch = frozen(local.error, local.observed)
     try:
         values = chain.final({cut.id: patch})
     except ReplayError:
@@ -117,7 +117,7 @@ def deciding(chain: Chain) -> Cut | None:
         return None
     generator = np.random.default_rng(0)
     rounded = {n: fp32_rounding.jitter(v, generator) for n, v in local.replayed.items()}
-    patch = _frozen(difference(rounded, local.replayed), local.observed)
+    patch = frozen(difference(rounded, local.replayed), local.observed)
     return None if odd(chain.final({cut.id: patch})) else cut
 
 
@@ -195,7 +195,7 @@ def parts_by_category(
         return Parts({}, None)
 
     def switched_on(errors: Mapping[str, Arrays]) -> Arrays:
-        return chain.final({s: _frozen(e, flagged[s].observed) for s, e in errors.items()})
+        return chain.final({s: frozen(e, flagged[s].observed) for s, e in errors.items()})
 
     whole = {s: local.error for s, local in flagged.items()}
     steps = [*accumulate(explained.values(), or_), whole]
@@ -321,5 +321,6 @@ def input_control(chain: Chain, clean: Arrays) -> float | None:
     return metrics.relative_l2(values, clean, chain.outputs) / CONTROL_NOISE
 
 
-def _frozen(error: Arrays, observed: Arrays) -> Patch:
+def frozen(error: Arrays, observed: Arrays) -> Patch:
+    """Adds one segment's error to its outputs, whatever its inputs are."""
     return lambda outputs, _: add(outputs, error, observed)

@@ -206,8 +206,8 @@ def elide(text: str, room: int) -> str:
     return f"{start}…{end}"
 
 
-def detail(name: str, *spans: Span, style: str = "dim") -> tuple[Span, ...]:
-    return (Span(f"{name:<9}", style), *spans)
+def detail(name: str, *spans: Span) -> tuple[Span, ...]:
+    return (Span(f"{name:<9}", "dim"), *spans)
 
 
 def folder_of(labels: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor.ports import Surroundings
+from auditor.replays.layout import subgraphs
 
 _SAME = ("Cast", "Identity", "Reshape", "Transpose", "Constant", "Shape", "Gather", "Slice")
 
@@ -21,7 +22,7 @@ class _SinglePrecision:
     def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
         """Cast, compute, cast back; None where nothing is in float16."""
         kinds = [view.dtype(name) if name else None for name in node.input]
-        if node.op_type in _SAME or (node.attribute and _has_body(node)) or np.float16 not in kinds:
+        if node.op_type in _SAME or subgraphs(node) or np.float16 not in kinds:
             return None
         made = onnx.NodeProto()
         made.CopyFrom(node)
@@ -39,10 +40,6 @@ class _SinglePrecision:
                 )
                 after.append(back)
         return [*before, made, *after]
-
-
-def _has_body(node: onnx.NodeProto) -> bool:
-    return any(a.HasField("g") or a.graphs for a in node.attribute)
 
 
 FIX = _SinglePrecision()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from auditor import discovery, divergence
 from auditor import model as models
 from auditor.audit import BackendSpec
-from auditor.impact import Chain
+from auditor.impact import Chain, frozen
 from auditor.records.measured import CategoryShare
-from auditor.replays.replay import Patch, add
+from auditor.replays.replay import Patch
 from auditor.trace import Tracer
 from auditor.training import origins
 
@@ -63,7 +63,7 @@ class Frozen:
         self.patches: dict[str, Patch] = {}
         for cut in cuts:
             local = divergence.replay(replayer, cut, captured)
-            self.patches[cut.id] = _frozen(local.error, local.observed)
+            self.patches[cut.id] = frozen(local.error, local.observed)
         self.layers: dict[str, list[Cut]] = {}
         name = _Names(model, reference)
         for cut in cuts:
@@ -92,10 +92,6 @@ def numbered(name: str) -> str:
     """A name up to the first number in it, which is that of the layer."""
     found = _NUMBERED.match(name)
     return found[0] if found else name
-
-
-def _frozen(error: Arrays, observed: Arrays) -> Patch:
-    return lambda outputs, _: add(outputs, error, observed)
 
 
 def avoiding_options(
