@@ -13,7 +13,8 @@ def match(reference: Graph, candidate: Graph) -> dict[str, str]:
 
     Equal names correspond. Of what is left, nodes are aligned as sequences of operator types
     (longest matching blocks, Ratcliff and Obershelp) and their outputs paired by position.
-    Graph inputs and outputs that differ in name correspond by position. Names that a quantiser
+    Graph inputs and outputs that differ in name correspond by position. What an Identity gives a
+    name of the reference's is that tensor, too. Names that a quantiser
     moved are moved back (``auditor.replays.qdq``).
 
     Returns:
@@ -23,6 +24,9 @@ def match(reference: Graph, candidate: Graph) -> dict[str, str]:
     mapping = {name: name for name in _tensors(candidate) if name in known}
     if candidate is not reference:
         mapping |= qdq.original_names(candidate.proto.graph, reference.proto.graph)
+        for node in candidate.nodes:  # which engines leave out, with the name that it gives
+            if node.op_type == "Identity" and node.output[0] in mapping:
+                mapping.setdefault(node.input[0], mapping[node.output[0]])
     if len(mapping) == len(known):
         return mapping
     pairs = [

@@ -42,3 +42,9 @@ def test_an_inserted_node_shifts_nothing():
     ours = _chain(["MatMul", "Relu", "MatMul", "Exp"], ["a", "b", "c", "y"])
     theirs = _chain(["MatMul", "Relu", "Abs", "MatMul", "Exp"], ["t1", "t2", "t3", "t4", "out"])
     assert match(ours, theirs) == {"x": "x", "t1": "a", "t2": "b", "t4": "c", "out": "y"}
+
+
+def test_what_is_passed_on_under_a_name_is_what_it_names():
+    ours = _chain(["MatMul", "Relu", "Exp"], ["a", "b", "y"])
+    theirs = _chain(["MatMul", "Identity", "Relu", "Exp"], ["new", "a", "b", "y"])
+    assert match(ours, theirs)["new"] == "a"
