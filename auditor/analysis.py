@@ -143,6 +143,8 @@ class Analysis:
         self._rename = rename
         self._kinds = kinds or {}
         self._tokens = tokens
+        self._other_file = False
+        self._reshaped = set[str]()  # tensors that the other file has in another shape
         self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
@@ -160,15 +162,21 @@ class Analysis:
         return {id: running.mean for id, running in self._effects.items()}
 
     def hold(
-        self, compiled: Mapping[str, CompiledConstant], grids: Mapping[str, Array] | None = None
+        self,
+        compiled: Mapping[str, CompiledConstant],
+        grids: Mapping[str, Array] | None = None,
+        *,
+        other_file: bool = False,
     ) -> None:
         """Say what the engine's own file has otherwise; before the first sample.
 
         Args:
             compiled: constants.
             grids: of a model quantised for the build, what activations are rounded to.
+            other_file: whether its tensors may have other shapes under the same names.
         """
         self._compiled, self._grids = compiled, grids or {}
+        self._other_file |= other_file
 
     def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the module has otherwise; before the first sample."""
@@ -209,7 +217,7 @@ class Analysis:
         except ReplayError as error:
             self._gap("compare", f"sample {index} is compared at the outputs only: {error.message}")
             return
-        captured = _counted(captured, base)
+        captured = _counted(self._shaped(captured, base), base)
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         if index == 0:
             self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
@@ -298,6 +306,11 @@ class Analysis:
     def _renamed(self, tensors: Arrays) -> Arrays:
         return {self._rename[n]: v for n, v in tensors.items() if n in self._rename}
 
+    def _shaped(self, captured: Arrays, base: Arrays) -> Arrays:
+        return captured | {
+            n: captured[n].reshape(base[n].shape) for n in self._reshaped if n in base
+        }
+
     def _cut(self, feeds: Arrays, captured: Arrays) -> Arrays:
         """Choose the segments; returns the reference's tensors on the first sample."""
         graph = self.reference.graph
@@ -312,11 +325,40 @@ class Analysis:
         ]
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
-        inferred = {name for name, probe in self.probes.items() if probe.inferred}
-        doubtful = dict.fromkeys(
-            naming.unconfirmed(self.reference.replayer, self.cuts, inferred, captured, base),
-            "its derived name was not confirmed by its values",
-        )
+        if self._other_file:  # optimisers write a product of matrices with other axes
+            inside = self.probes.keys() & base.keys() - set(graph.outputs)
+            self._reshaped = {
+                n
+                for n in inside
+                if captured[n].shape != base[n].shape and captured[n].size == base[n].size
+            }
+            captured = self._shaped(captured, base)
+        # Of two such tensors one behind the other, the first shows once the second is left out.
+        while doubtful := self._doubtful(captured, base):
+            for name, reason in doubtful.items():
+                self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))
+            known -= doubtful.keys()
+            base = self._walk(known, feeds)
+        return base
+
+    def _doubtful(self, captured: Arrays, base: Arrays) -> dict[str, str]:
+        """Observed tensors that are not what their names say, and why."""
+        graph = self.reference.graph
+        inferred = {n for n, probe in self.probes.items() if probe.inferred} | self._reshaped
+        held = set[str]()
+        doubtful = dict[str, str]()
+        if self._other_file:
+            held = self.probes.keys() & base.keys() - set(graph.outputs)
+            own = {ours for theirs, ours in self._rename.items() if theirs == ours}
+            for name in held - own:  # paired by its place in the graph
+                if captured[name].shape != base[name].shape:
+                    doubtful[name] = "its counterpart in the reference has another size"
+        for name in naming.unconfirmed(
+            self.reference.replayer, self.cuts, inferred, captured, base, held
+        ):
+            doubtful[name] = "what is computed behind it shows that it is not what its name says"
+            if name in inferred:
+                doubtful[name] = "its derived name was not confirmed by its values"
         for name in self.probes.keys() & base.keys():
             if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
                 # A quantised tensor under the name of what it stands for.
@@ -329,11 +371,7 @@ class Analysis:
                 continue
             if qdq.lies_on(captured[name], grid) and not qdq.lies_on(base[name], grid):
                 doubtful[name] = "the program rounds it to 8 bits before it has this name"
-        if doubtful:
-            for name, reason in doubtful.items():
-                self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))
-            base = self._walk(known - doubtful.keys(), feeds)
-        return base
+        return doubtful
 
     def _walk(self, known: set[str], feeds: Arrays) -> Arrays:
         """Cut the reference at ``known`` tensors and run it, at fewer where a piece cannot run.
@@ -363,7 +401,8 @@ class Analysis:
         noisy = index == 0 and again is not None
         renamed = None
         if again is not None:
-            renamed = _counted(self.reference.wide(self._renamed(again)), chain.base)
+            renamed = self._shaped(self.reference.wide(self._renamed(again)), chain.base)
+            renamed = _counted(renamed, chain.base)
         # What leaves one segment enters others, so tensors are compared first, each once.
         names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
         known = dict(zip(names, beside(chain.apart, names), strict=True))

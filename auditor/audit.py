@@ -267,7 +267,7 @@ def _run(
         constants = artefact.changed(truth, compiled, rename)
         rounded = qdq.grids(compiled.proto.graph, compiled.weights, model.proto.graph)
         for analysis in analyses.values():
-            analysis.hold(constants, rounded)
+            analysis.hold(constants, rounded, other_file=True)
 
     def hold(who: str) -> None:
         if who in options.artifacts or who in quantised:

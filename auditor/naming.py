@@ -34,6 +34,7 @@ def unconfirmed(
     inferred: Collection[str],
     captured: Arrays,
     base: Arrays,
+    held: Collection[str] = (),
 ) -> set[str]:
     """Tensors under a derived name that their values do not bear out.
 
@@ -46,6 +47,9 @@ def unconfirmed(
         inferred: the tensors with a derived name.
         captured: the backend's tensors.
         base: the reference's.
+        held: those that another file has under these names. Its optimiser may have kept the name of
+            one tensor for another, but one that is off is first of all a fault: only what was not
+            read is doubtful.
     """
 
     @functools.cache
@@ -54,7 +58,8 @@ def unconfirmed(
 
     doubtful = set[str]()
     for cut in cuts:
-        bypassed = {n for n in cut.inputs if n in inferred and n not in doubtful}
+        named = {n for n in cut.inputs if n in inferred or n in held}
+        bypassed = named - doubtful
         doubtful |= _bypassed(replayer, cut, bypassed, apart, captured, base)
         wrong = {n for n in cut.outputs if n in inferred and apart(n).cosine < CONFIRMED}
         # A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose

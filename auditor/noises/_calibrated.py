@@ -513,7 +513,7 @@ def _equations(
     if not (np.abs(x).max(initial=0) < _HUGE and np.abs(z).max(initial=0) < _HUGE):
         return None
     known = _before(model, index, values, observed, narrow=narrow)
-    if known is None:
+    if known is None or known[0].shape != z.shape:
         return None
     groups, size, channels = w.shape
     rows = int(min(_ROWS, max(16, _WORK / w.size)))
