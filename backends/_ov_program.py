@@ -179,6 +179,14 @@ class Program:
                     todo.append(self._by_friendly_name[node.name])
         return False
 
+    def integral(self, kernel: Executed) -> bool:
+        """Whether a kernel writes integers of 8 bits as floats, which are stored as such then."""
+        return any(
+            node.passive and node.outputs[0] in BYTES
+            for node in self.nodes.values()
+            if any(self.nodes[parent] is kernel for parent in node.parents)
+        )
+
     def _attribute(self, source: Source) -> None:
         """Give kernels the operations whose names the engine lost when it fused them.
 
@@ -273,6 +281,8 @@ class Candidate:
         maker: operation by which its kernel is found.
         path: operations between the kernel's output and ``port``.
         grid: how the model widens it from 8 bits, if it does and it is no output.
+        integral: whether what is held as floats are the integers.
+        snapped: where the widened floats are observed of what the program holds as integers.
     """
 
     tensor: str
@@ -282,6 +292,8 @@ class Candidate:
     maker: int
     path: tuple[int, ...]
     grid: Grid | None = field(default=None, compare=False)
+    integral: bool = field(default=False, compare=False)
+    snapped: Grid | None = field(default=None, compare=False)
 
     @property
     def written(self) -> Port:
@@ -292,10 +304,12 @@ class Candidate:
     def whole(self) -> Candidate:
         """How to observe it in the whole program.
 
-        A kernel that rounds to 8 bits and writes floats may widen them: they are what it writes.
+        A kernel that rounds to 8 bits and writes floats mostly widens them: they are what it
+        writes.
         """
-        wide = self.grid and self.precision in FLOATS and self.maker not in self.grid.steps
-        return replace(self, grid=None) if wide else self
+        if self.grid is None or self.precision not in FLOATS or self.maker in self.grid.steps:
+            return self
+        return replace(self, grid=None, snapped=self.grid if self.integral else None)
 
     @property
     def narrow(self) -> bool:
@@ -383,24 +397,33 @@ def candidates_of(
                 reason = f"{element} tensor, of which the program holds what it is widened from"
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
-            candidate = Candidate(tensor, port, element, held, made[0], path, grid)
+            integral = grid is not None and precision in FLOATS and program.integral(kernel)
+            candidate = Candidate(tensor, port, element, held, made[0], path, grid, integral)
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 
 
-def kernel_of(executed: Executed, source: Source) -> Kernel:
-    keys = dict.fromkeys(key for i in sorted(executed.operations) for key in source.keys[i])
+def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:
+    ports = [port for port, _ in _outputs(executed, source)]
+    operations = sorted(executed.operations)
+    if len(ports) == 1 and executed.outputs[0] in FLOATS and (seen := source.observable(ports[0])):
+        end, path = seen
+        if source.grid(end) and not program.integral(executed):  # it widens what it rounds
+            ports, operations = [end], [*operations, *path]
+    keys = dict.fromkeys(key for i in operations for key in source.keys[i])
     # An If whose condition the engine knows is replaced by the branch when it compiles.
     inner = (source.inner.get(name) for name in executed.original.split(","))
     keys |= dict.fromkeys(key for key in inner if key is not None)
-    ports = [port for port, _ in _outputs(executed, source)]
+    # What is stated for a product is the type of what it reads, or of its compressed weights.
+    computed = executed.primitive.rpartition("_")[2]
+    widened = executed.precision in BYTES and computed in FLOATS
     return Kernel(
         name=source.display(executed.name),
         type=executed.type,
         nodes=tuple(keys),
         outputs=tuple(source.tensors[p] for p in ports if p in source.tensors),
         primitive=executed.primitive,
-        precision=executed.precision,
+        precision=computed if widened else executed.precision,
         output_precision=",".join(dict.fromkeys(executed.outputs)),
     )
 
@@ -425,7 +448,7 @@ def branches(
             program = Program(compile_model(body.clone()), source)
         except RuntimeError:  # it may not fit these shapes: a branch never taken
             continue
-        yield from (kernel_of(kernel, source) for kernel in program.kernels())
+        yield from (kernel_of(kernel, source, program) for kernel in program.kernels())
         found += 1
     if found:
         notes.append(

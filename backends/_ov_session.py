@@ -182,6 +182,8 @@ def as_shown(value: Array, candidate: Candidate) -> Array:
         value = value[0]
     if candidate.grid:
         value = candidate.grid.widened(value)
+    elif candidate.snapped:  # rounded on the way here, by less than half a step
+        value = candidate.snapped.widened(candidate.snapped.integers(value))
     return value.astype(_OWN.get(candidate.element, value.dtype), copy=False)
 
 

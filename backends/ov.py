@@ -292,7 +292,7 @@ class OpenVINO:
                 | {k: _text(v) for k, v in properties.items()}
                 | effective,
                 kernels=(
-                    *(kernel_of(k, source) for k in program.kernels()),
+                    *(kernel_of(k, source, program) for k in program.kernels()),
                     *branches(source, compile_model, notes),
                 ),
                 notes=tuple(notes),

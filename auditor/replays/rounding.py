@@ -363,7 +363,9 @@ class _Surgery(Writer):
                 continue
             if moved:
                 self.exact.add(name)
-            elif self.sites.outputs and self._writes(group) and self._leaves(name, group):
+            elif not self._writes(group) or self._widens(new, group):
+                continue
+            elif self.sites.outputs and self._leaves(name, group):
                 new.output[position] = self.raw[name] = f"{self.mark}{name}/unrounded"
                 written = self.raw[name]
                 if name in self.scaled:
@@ -375,6 +377,11 @@ class _Surgery(Writer):
                 else:
                     self.nodes.extend(self._cut(written, name, tail))
                 self.exact.add(name)
+
+    def _widens(self, node: onnx.NodeProto, group: Group) -> bool:
+        """Whether a kernel widens the 8 bits that it reads, and then writes something else."""
+        writes = group.kernel.outputs if group.kernel else ()
+        return node.op_type == "DequantizeLinear" and bool(writes) and node.output[0] not in writes
 
     def _inside(self, name: str, group: Group) -> bool:
         source = self.at.producer.get(name)
