@@ -227,7 +227,7 @@ def test_8_bits_and_booleans_are_observed_in_bfloat16(tmp_path: Path) -> None:
     assert captured["some"].dtype == bool
     exact = reference(path, names, x)
     assert np.array_equal(captured["x_d"], exact["x_d"])
-    steps = captured["a_d"] / np.float32(0.05)
+    steps = captured["c_d"] / np.float32(0.05)
     assert np.allclose(steps, np.rint(steps), atol=1e-3)  # none is rounded on its way here
     assert np.abs(captured["a_d"] - exact["a_d"]).max() < 0.06  # a step of 8 bits
 
