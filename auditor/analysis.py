@@ -632,7 +632,8 @@ class Analysis:
             self.ledger = Ledger(groups)
         few = index < IMPACT_SAMPLES and (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS
         if index == 0 or few:
-            self.ledger.telescope(chain, index)
+            exact = {id for id, meter in self.meters.items() if meter.exact}
+            self.ledger.telescope(chain, index, exact)
 
     def _keep_books(
         self,

@@ -94,12 +94,20 @@ class Meter:
         self.samples += 1
         same = 0.0
         for name in self.cut.outputs:
-            _moments(self.accumulated, name).merge(apart(name))
-            if local is not None:
-                _moments(self.introduced, name).add(captured[name], local.replayed[name])
-                _moments(self.inherited, name).add(local.replayed[name], reference[name])
-                self.steps.add(captured[name], local.replayed[name])
-                same += metrics.bit_identical(captured[name], local.replayed[name])
+            off = apart(name)
+            _moments(self.accumulated, name).merge(off)
+            if local is None:
+                continue
+            introduced, inherited = (_moments(m, name) for m in (self.introduced, self.inherited))
+            identical = metrics.bit_identical(captured[name], local.replayed[name])
+            if identical == 1:  # it passed on what it was handed: both are known
+                introduced.merge(Moments(reference=off.observed))
+                inherited.merge(off)
+            else:
+                introduced.add(captured[name], local.replayed[name])
+                inherited.add(local.replayed[name], reference[name])
+            self.steps.add(captured[name], local.replayed[name])
+            same += identical
         self.identical += same / len(self.cut.outputs)
 
     def relative(self, of: dict[str, Moments]) -> float:
@@ -115,6 +123,11 @@ class Meter:
     def flagged(self) -> bool:
         """Whether the introduced error is above everything rounding and repetition can do."""
         return self.relative(self.introduced) > self.floor
+
+    @property
+    def exact(self) -> bool:
+        """Whether the segment did just what the reference does on what it was handed."""
+        return self.unmeasured is None and all(m.error == 0 for m in self.introduced.values())
 
     @property
     def amplification(self) -> float | None:

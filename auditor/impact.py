@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import or_
@@ -121,12 +121,15 @@ def deciding(chain: Chain) -> Cut | None:
     return None if odd(chain.final({cut.id: patch})) else cut
 
 
-def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
+def telescope(
+    chain: Chain, groups: Sequence[Sequence[Cut]], exact: Container[str] = ()
+) -> list[float]:
     """Share of the final difference that enters with each group of segments.
 
     Args:
         chain: the backend's chain.
         groups: all its segments in topological order, split into consecutive groups.
+        exact: ids of segments that do just what the reference does: nothing enters with them.
 
     Returns:
         One share per group; they sum to 1 up to rounding. NaN where the divergence is zero or
@@ -135,9 +138,12 @@ def telescope(chain: Chain, groups: Sequence[Sequence[Cut]]) -> list[float]:
     whole = difference(chain.pick(chain.captured), chain.pick(chain.base))
     shares: list[float] = []
     before = chain.pick(chain.base)
-    rest = [[c for group in groups[k:] for c in group] for k in range(1, len(groups) + 1)]
+    adds = [any(cut.id not in exact for cut in group) for group in groups]
+    rest = ([c for group in groups[k:] for c in group] for k, more in enumerate(adds, 1) if more)
+    afters = chain.replayer.beside(chain.following, rest)
     try:
-        for after in chain.replayer.beside(chain.following, rest):
+        for more in adds:
+            after = next(afters) if more else before
             part = difference(after, before)
             shares.append(metrics.projection(part, whole, chain.base, chain.outputs))
             before = after
@@ -295,9 +301,9 @@ class Ledger:
         self.unexplained.add(books.unexplained, sample)
         self.rounding.add(books.rounding, sample)
 
-    def telescope(self, chain: Chain, sample: int) -> None:
+    def telescope(self, chain: Chain, sample: int, exact: Container[str] = ()) -> None:
         """Add one sample's shares; those that are not finite do not count."""
-        found = telescope(chain, self.groups)
+        found = telescope(chain, self.groups, exact)
         if all(map(math.isfinite, found)):
             for running, share in zip(self.shares, found, strict=True):
                 running.add(share, sample)

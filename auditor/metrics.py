@@ -266,8 +266,8 @@ def bit_identical(observed: Array, reference: Array) -> float:
     for a, b in _blocks(observed, reference):
         same = a == b
         found = int(np.count_nonzero(same))
-        if floats and found < same.size:
-            found = int(np.count_nonzero(same | (np.isnan(a) & np.isnan(b))))
+        if floats and found < same.size and (odd := np.isnan(a)).any():
+            found += int(np.count_nonzero(odd & np.isnan(b)))
         count += found
     return count / reference.size
 
@@ -297,7 +297,10 @@ def histogram(observed: Array, reference: Array, known: Moments | None = None) -
         _, d, _ = _difference(b, r)
         with np.errstate(over="ignore"):
             error = np.abs(d).astype(np.float32, copy=False) / np.float32(rms)
+        largest = error.max()
         for index, edge in enumerate(_BINARY_EDGES[1:-1], 1):
+            if largest < 2.0**edge:
+                break
             above[index] += int(np.count_nonzero(error >= np.float32(2.0**edge)))
     return tuple(low - high for low, high in pairwise(above))
 
@@ -363,8 +366,7 @@ def to_float(values: Array) -> Array:
 
 def _dot(a: Array, b: Array) -> float:
     if a.dtype == np.float32 and b.dtype == np.float32:
-        with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            quick = float(np.vdot(a, b))
+        quick = float(np.vdot(a, b))  # no ufunc: it never warns
         if _SAFE_SQUARE[0] < abs(quick) < _SAFE_SQUARE[1]:
             return quick
         if quick == 0.0 and not (a.any() and b.any()):
@@ -390,22 +392,22 @@ def _as_floats(a: Array, b: Array) -> tuple[Array, Array]:
 def _compared(observed: Array, reference: Array) -> Moments:
     """The moments of one tensor, read in one pass."""
     found = Moments()
-    for pair in _blocks(observed, reference):
-        b, r = _as_floats(*pair)
-        with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
+        for pair in _blocks(observed, reference):
+            b, r = _as_floats(*pair)
             d = b - r
-        error = square_sum(d)
-        if not math.isfinite(error):  # NaN and infinities must be counted over the whole tensor
-            return _compared_with_care(observed, reference)
-        square = square_sum(r)
-        found.error += error
-        found.reference += square
-        low = np.minimum(b, r) <= _MASKED if min(b.min(), r.min()) <= _MASKED else None
-        found.ordinary += square if low is None else square_sum(np.where(low, 0, r))
-        found.off += error if low is None else square_sum(np.where(low, 0, d))
-        if error > 0:
-            found.cross += _dot(r, d)
-            found.max_abs = max(found.max_abs, float(d.max()), -float(d.min()))
+            error = square_sum(d)
+            if not math.isfinite(error):  # NaN and infinities must be counted over the whole tensor
+                return _compared_with_care(observed, reference)
+            square = square_sum(r)
+            found.error += error
+            found.reference += square
+            low = np.minimum(b, r) <= _MASKED if min(b.min(), r.min()) <= _MASKED else None
+            found.ordinary += square if low is None else square_sum(np.where(low, 0, r))
+            found.off += error if low is None else square_sum(np.where(low, 0, d))
+            if error > 0:
+                found.cross += _dot(r, d)
+                found.max_abs = max(found.max_abs, float(d.max()), -float(d.min()))
     return found
 
 

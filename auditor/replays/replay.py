@@ -63,7 +63,7 @@ _LARGE = 64 << 20
 # In networks of more segments than the first, runs of so many are also one session each, where
 # nothing is patched: for small layers, handing tensors over costs more than the layers do. It is
 # done up to so many bytes of weights, which these sessions hold once more.
-_MANY, _IN_ONE, _LIGHT = 150, 32, 64 << 20
+_MANY, _IN_ONE, _LIGHT = 75, 16, 64 << 20
 
 # onnxruntime_session_options_config_keys.h
 _FOLDER = "session.model_external_initializers_file_folder_path"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,13 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         if np.prod(t.dims) <= SMALL:
             light.graph.initializer.append(t)
     light.graph.output.extend(model.graph.output)
-    graph = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    return _inferred_of(light.SerializeToString())
+
+
+@lru_cache(8)  # every noise asks the same of a segment
+def _inferred_of(model: bytes) -> list[onnx.ValueInfoProto]:
+    """What ONNX infers of every tensor, to be read only."""
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     return [*graph.input, *graph.value_info, *graph.output]
 
 
