@@ -45,8 +45,8 @@ _SPACING = 0.25
 _ALIKE = 1.02
 # Between two of them so many are tried at last.
 _FINE = 40
-# That many of the steps tried are refined, four times as many where there are few equations.
-_LIKELY, _MANY = 2, 48
+# That many of the steps tried are refined.
+_LIKELY = 8
 # Weights of a channel within this have no steps: those would not be numbers.
 _NOTHING = 1e-30
 # Calibration clips at most this fraction of the values.
@@ -57,6 +57,8 @@ _WORTH, _ENOUGH = 0.2, 0.99
 _CHANNELS = 32
 # Squares of numbers up to here are finite.
 _HUGE = 1e15
+# How many times the typical error is how far it may reach.
+_REACH = 4.0
 # Below this part of the typical value, errors of sums count as well as the last rounding.
 _SMALL = 0.1
 # Positions are exact in float32 up to here.
@@ -359,8 +361,7 @@ class _Steps:
         while len(tried) < _TRIED and (tried[-1] > self.least).any():
             tried.append(tried[-1] * (1 - self._apart(tried[-1])))
         lefts = np.stack([self._left(known, step) for step in tried])
-        equations = float(np.median(known.known()))
-        likely = np.argsort(lefts, axis=0)[: _LIKELY if equations > _MANY else 4 * _LIKELY]
+        likely = np.argsort(lefts, axis=0)[:_LIKELY]
         best, left = self.largest, self._left(known, self.largest)
         for start in np.take_along_axis(np.stack(tried), likely, axis=0):
             refined = self._refined(known, start)
@@ -629,8 +630,14 @@ def _before(
                 steep = np.abs(slope) > 0.02 * np.abs(slope).max(initial=0)
                 smooth = steep & (np.abs(slope - other) <= 0.1 * np.abs(slope))
                 now = np.where(smooth, now + (wanted - here) / slope, now).astype(np.float32)
-            # Where the curve goes both ways, only one of its branches is sure to be the right one.
+            # Where the curve goes both ways, only one of its branches is sure to be the right one,
+            # and that only where the error reaches no other.
             smooth &= (slope > 0) == ((slope > 0).sum() >= (slope < 0).sum())
+            reach = _REACH * math.sqrt(
+                np.square((now - plain)[smooth]).sum() / max(1, smooth.sum())
+            )
+            for there in (now - np.float32(reach), now + np.float32(reach)):
+                smooth &= (behind(there + width) - behind(there)) * slope >= 0
             missed = np.abs(behind(now) - wanted)
             off = np.abs(wanted - behind(plain))
     except Exception:  # what ORT refuses says nothing; its errors share no base

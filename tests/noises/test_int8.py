@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import attribution
-from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
+from auditor.noises import _calibrated, bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
 
@@ -141,6 +141,25 @@ def test_weights_clipped_by_an_unknown_calibration(
     found = explain(run, segment, {"x": x}, observed)
     assert found.noise == ID and found.explained > 0.97
     assert found.variant == "weights per channel, fitted"
+
+
+def test_what_two_results_may_have_given_says_nothing(make_segment: Any, run: Any) -> None:
+    """Behind a curve that goes both ways, where the error reaches the other branch."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["z"]),
+        helper.make_node("LeakyRelu", ["z"], ["y"], alpha=-0.5),
+    ]
+    x = np.linspace(-1, 2, 300, dtype=np.float32)[:, None]
+    model = make_segment(nodes, {"w": np.ones((1, 1), np.float32)}, ["x"], ["y"]).model
+    given = x + np.tile(np.float32([[0.03], [-0.03]]), (150, 1))
+    observed = np.where(given > 0, given, -given / 2)
+    values = {"x": x, "z": x, "y": run(model, {"x": x})["y"]}
+    found = _calibrated._before(model, 0, values, {"y": observed}, narrow=False)
+    assert found is not None
+    result, weight = found
+    known = weight > 0
+    assert known[x > 0.5].all()
+    assert np.allclose(result[known], given[known], atol=1e-5)
 
 
 def test_weights_clipped_by_an_unknown_calibration_in_bfloat16(make_segment: Any, run: Any) -> None:
