@@ -13,9 +13,9 @@ from auditor import metrics
 from auditor.replays.replay import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-    from auditor.ports import Arrays
+    from auditor.ports import Array, Arrays
     from auditor.records.measured import Distance
     from auditor.replays.replay import Replayer
     from auditor.segments import Cut
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIRMED: Final = 0.9
 # Where less of a tensor is off, relative L2, asking whether the engine read it is not worth a run.
 _SMALL: Final = 1e-3
-# So many times less is off behind a tensor that was not read.
+# So many times less is off in a replay without the tensor, where that was not read.
 _MUCH: Final = 10.0
 
 
@@ -56,11 +56,12 @@ def unconfirmed(
     def apart(name: str) -> Distance:
         return metrics.distance(captured[name], base[name])
 
+    makers = {name: cut for cut in cuts for name in cut.outputs}
     doubtful = set[str]()
     for cut in cuts:
         named = {n for n in cut.inputs if n in inferred or n in held}
-        bypassed = named - doubtful
-        doubtful |= _bypassed(replayer, cut, bypassed, apart, captured, base)
+        off = {n for n in named - doubtful if n in makers and apart(n).relative_l2 > _SMALL}
+        doubtful |= _bypassed(replayer, cut, {n: makers[n] for n in off}, captured)
         wrong = {n for n in cut.outputs if n in inferred and apart(n).cosine < CONFIRMED}
         # A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose
         # past several operators, each of their results fits the other's and none fits its name.
@@ -78,31 +79,27 @@ def unconfirmed(
 
 
 def _bypassed(
-    replayer: Replayer,
-    cut: Cut,
-    inferred: set[str],
-    apart: Callable[[str], Distance],
-    captured: Arrays,
-    base: Arrays,
+    replayer: Replayer, cut: Cut, makers: Mapping[str, Cut], captured: Arrays
 ) -> set[str]:
-    """Inputs of ``cut`` that are off although it computed with the reference's.
+    """Inputs of ``cut``, with the segments that make them, that it did not read.
 
     A real error goes into what reads it: the segment on the captured inputs makes the captured
-    outputs. Where it makes them on the reference's instead, the engine read something else.
+    outputs. Where it makes them on what a replay gives instead, the engine read something else.
     """
-    off = {n for n in inferred if apart(n).relative_l2 > _SMALL}
-    if off:
-        behind = max(apart(n).relative_l2 for n in cut.outputs)
-        off = {n for n in off if apart(n).relative_l2 > _MUCH * behind}
-    if not off:
-        return off
     try:
-        read = replayer.run(cut, captured)
-        instead = replayer.run(cut, captured | {n: base[n] for n in off})
+        made = {n: replayer.run(maker, captured)[n] for n, maker in makers.items()}
+        made = {n: v for n, v in made.items() if _apart(captured[n], v) > _SMALL}
+        if not made:
+            return set()
+        read, instead = replayer.run(cut, captured), replayer.run(cut, captured | made)
     except ReplayError:
         return set()
 
-    def error(made: Arrays) -> float:
-        return max(metrics.distance(made[n], captured[n]).relative_l2 for n in cut.outputs)
+    def error(found: Arrays) -> float:
+        return max(_apart(found[n], captured[n]) for n in cut.outputs)
 
-    return off if error(instead) * _MUCH < error(read) else set()
+    return set(made) if error(instead) * _MUCH < error(read) else set()
+
+
+def _apart(observed: Array, reference: Array) -> float:
+    return metrics.distance(observed, reference).relative_l2

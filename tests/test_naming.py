@@ -40,3 +40,7 @@ def test_an_error_that_nothing_behind_reads_is_a_wrong_name(fault: str) -> None:
     found = unconfirmed(replayer, cuts, {"h", "s"}, captured, base)
     assert found == ({"h"} if fault in wrong else set())
     assert unconfirmed(replayer, cuts, {"s"}, captured, base) == set()
+    # A fault before a wrong name makes it no fault, and is no wrong name itself.
+    captured = replayer.walk(cuts, feeds | {"w": feeds["w"] * np.float32(1.2)})
+    captured["s"] = captured["s"] + np.float32(0.3)
+    assert unconfirmed(replayer, cuts, (), captured, base, {"h", "s"}) == {"s"}
