@@ -166,14 +166,14 @@ function categories(backend, said) {
 function experiments(backend) {
   const tried = backend.counterfactuals ?? []; // absent from the first reports of version 1
   if (!tried.length) return null;
-  const head = [{ title: "built without" }, { title: "conclusion" }, { title: "error before", number: true },
+  const head = [{ title: "built without" }, { title: "conclusion" }, { title: "before", number: true },
     { title: "after", number: true }, { title: "removed", number: true }, { title: "claimed", number: true },
     { title: "latency", number: true }];
   const measured = (value) => (value === null ? NONE : error(value));
   return [
     html("h4", null, "Built again without one factor"),
     table(`Counterfactuals of ${clip(backend.id)}`, head, tried.map((one) => [
-      [clip(one.factor, 120), html("div", { class: "quiet" },
+      [clip(one.factor, 120), html("div", { class: "quiet option" },
         Object.entries(one.options).map(([key, value]) => `${clip(key, 60)}=${clip(value, 60)} `),
         one.noises.length > 0 && `speaks to ${clip(one.noises.join(", "), 120)}`)],
       [one.conclusion, one.failure && html("div", { class: "warning" }, clip(one.failure, 300))],
