@@ -1,6 +1,6 @@
 """Audits in a row, at once, and on other numbers of threads: nothing grows, nothing changes.
 
-``python tests/endurance/run.py row --count 1000`` makes audits one after another in one process and
+``python -m tests.endurance.run row --count 1000`` makes audits one after another in one process and
 looks, after each, at its memory, descriptors, threads, temporary files and shared memory;
 ``together --count 5`` starts eight at once on one cache, five times; ``threads`` audits on 1 to 4
 threads. Every report must have the same bytes, what a clock says aside.
@@ -9,7 +9,6 @@ threads. Every report must have the same bytes, what a clock says aside.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import hashlib
 import json
@@ -29,6 +28,7 @@ import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.ports import Silent
+from tests.helpers import unused
 
 ROOT = Path(__file__).parents[2]
 _WARM = 5  # audits after which caches are full
@@ -200,15 +200,6 @@ def together(count: int, backends: list[str]) -> dict[str, Any]:
         "reports": len(digests),
         "wrong": found,
     }
-
-
-def unused(names: set[str]) -> set[str]:
-    """Those in /dev/shm that no process has mapped: others on this machine use the rest."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            text = maps.read_text()
-            names = {name for name in names if f"/dev/shm/{name}" not in text}
-    return names
 
 
 def _uncached(report: dict[str, Any]) -> dict[str, Any]:

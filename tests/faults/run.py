@@ -1,6 +1,6 @@
 """Make every backend fail, at every stage, in every way, and look at what becomes of the audit.
 
-``python tests/faults/run.py`` runs one audit for each backend, stage and kind of fault; ``--sample
+``python -m tests.faults.run`` runs one audit for each backend, stage and kind of fault; ``--sample
 N`` a seeded choice of them. The faults are real: ``hook/sitecustomize.py`` brings them about inside
 the worker. Each audit must end by itself, name the gap with its stage, its signal and the engine's
 last words, leave the other backend's part as it is without the fault, and leave nothing behind: no
@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from tests.helpers import unused
 
 HOOK = Path(__file__).parent / "hook"
 ROOT = HOOK.parents[2]
@@ -206,7 +208,7 @@ class Bench:
         left += [f"file {name}" for name in remains(scratch)]
         if (place / "remains").exists():  # as seen from inside the small disk
             left += [f"file {n}" for n in (place / "remains").read_text().split()]
-        left += [f"shared memory {name}" for name in set(os.listdir("/dev/shm")) - shared]
+        left += [f"shared memory {n}" for n in unused(set(os.listdir("/dev/shm")) - shared)]
         if fault and not reached.exists():
             errors = f"NOT REACHED\n{errors}"
         made = json.loads(report.read_text()) if report.exists() else None
