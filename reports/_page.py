@@ -137,9 +137,9 @@ class Page:
             for label, *spans in row.details:
                 self.say(*spans, indent=indent + 2, label=label)
 
-    def fits(self, columns: Sequence[Column], rows: Sequence[Row]) -> bool:
+    def fits(self, columns: Sequence[Column], rows: Sequence[Row], indent: int = 0) -> bool:
         """Whether a grid has room for all of its cells in full."""
-        return _total(_widths(columns, rows)) <= self.width
+        return _total(_widths(columns, rows)) + indent <= self.width
 
     def _row(
         self,

@@ -52,7 +52,8 @@ def render_segment(report: AuditReport, name: str, width: int | None, color: boo
     if step is not None:
         draw_step(page, report, step)
         return page.text()
-    found = _find(report, words.visible(name))
+    # What diverges comes first: a segment's number means another one on every backend.
+    found = sorted(_find(report, words.visible(name)), key=lambda match: -match[1].introduced)
     crowd = Counter(backend.id for backend, _ in found)
     if max(crowd.values()) > _MOST_MATCHES:
         _draw_matches(page, words.visible(name), found)
@@ -120,7 +121,6 @@ def _draw_matches(page: Page, name: str, found: Sequence[tuple[BackendReport, Se
         Column("cause", drop=2),
         Column("ONNX nodes"),
     )
-    order = sorted(found, key=lambda match: -match[1].introduced)
     root = folder_of([label for _, segment in found for label in segment.nodes])
     rows = [
         Row(
@@ -134,7 +134,7 @@ def _draw_matches(page: Page, name: str, found: Sequence[tuple[BackendReport, Se
                 Span(name_nodes(segment.nodes, page.width // 2, root)),
             )
         )
-        for backend, segment in order
+        for backend, segment in found
     ]
     page.grid(columns, rows)
     page.say(Span("Give a segment's id or a node's name to see one in full.", "dim"))
@@ -310,7 +310,7 @@ def _draw_cause(page: Page, segment: Segment) -> None:
     if not segment.hypotheses:
         return
     page.say(Span("scores: 1 reproduces the error, 0 or less does not", "dim"), label=tag("tried"))
-    columns = (
+    columns: tuple[Column, ...] = (
         Column("score", right=True),
         Column("", drop=1),
         Column("bits", right=True),
@@ -329,6 +329,9 @@ def _draw_cause(page: Page, segment: Segment) -> None:
         )
         for h in sorted(segment.hypotheses, key=lambda h: -h.explained)
     ]
+    if not page.fits(columns, rows, indent=2):  # forms differ in their middles
+        beneath = [Row(row.cells[:-1], ((Span("  "), row.cells[-1]),)) for row in rows]
+        columns, rows = columns[:-1], beneath
     page.grid(columns, rows, indent=2)
 
 
