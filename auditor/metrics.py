@@ -402,9 +402,13 @@ def _compared(observed: Array, reference: Array) -> Moments:
             square = square_sum(r)
             found.error += error
             found.reference += square
-            low = np.minimum(b, r) <= _MASKED if min(b.min(), r.min()) <= _MASKED else None
-            found.ordinary += square if low is None else square_sum(np.where(low, 0, r))
-            found.off += error if low is None else square_sum(np.where(low, 0, d))
+            ordinary, off = square, error
+            if 2 * (square + error) >= 0.9 * _MASKED**2:  # else all of b and r are nearer to 0
+                low = np.minimum(b, r) <= _MASKED
+                if low.any():
+                    ordinary, off = (square_sum(np.where(low, 0, v)) for v in (r, d))
+            found.ordinary += ordinary
+            found.off += off
             if error > 0:
                 found.cross += _dot(r, d)
                 found.max_abs = max(found.max_abs, float(d.max()), -float(d.min()))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 SPREAD = 8  # segments followed at first, and at least one of every kind
 ROUND = 4  # … and then at a time
 # How far around a segment its neighbours count, as a part of the network (of a Gaussian).
-REACH = 0.05
+REACH = 0.1
 _TINY = 1e-30  # nothing arrives
 
 
