@@ -445,7 +445,7 @@ def _pair(
     Of one that was found earlier in this build, all: its forms were tested before the others.
     """
     found = first.hypothesis
-    if noise.id == found.noise or f", and {noise.id}:" in found.variant or not _tells(bench, noise):
+    if noise.id == found.noise or noise.id in found.beside or not _tells(bench, noise):
         return
     base = replace(bench.segment, model=first.variant.model)
     expected = usual.get(noise.id)

@@ -162,8 +162,7 @@ class Bench:
     def needed(self, found: Hypothesis) -> float:
         """The share from which on this cause is named here."""
         noise = found.noise
-        joined = any(f", and {other}:" in found.variant for other in ROUNDED)
-        narrow = joined or not self.says.isdisjoint(ROUNDED)
+        narrow = not set(found.beside).isdisjoint(ROUNDED) or not self.says.isdisjoint(ROUNDED)
         if narrow and noise in ROUNDED and noise not in self.says:
             return max(self.named, ENOUGH)  # beside the engine's rounding another one fits roughly
         if self.rounds or not noise.startswith(CONVENTIONS):

@@ -206,6 +206,7 @@ def _finding(
         explained_spread=lead.explained_spread,
         consequences=lead.consequences,
         modules=tuple(dict.fromkeys(m for s in (lead, *group) for m in s.modules)),
+        beside=next((h.beside for h in lead.hypotheses if h.noise == lead.noise), ()),
     )
 
 

@@ -257,8 +257,9 @@ def finding(found: Finding) -> str:
     )
     if found.noise is None:
         return f"unexplained, {impact}, {found.confidence} confidence"
+    beside = f", with {', '.join(found.beside)} beside it," if found.beside else ""
     return (
-        f"{found.noise} explains {percent(found.explained)} of the error introduced here, "
+        f"{found.noise}{beside} explains {percent(found.explained)} of the error introduced here, "
         f"{impact}, {found.confidence} confidence"
     )
 

@@ -498,6 +498,7 @@ _FINDING = record(
         "explained_spread": _SPREAD,
         "consequences": many(_CONSEQUENCE),
         "modules": TEXTS,
+        "beside": TEXTS,
     },
 )
 _NOISE = record(

@@ -348,6 +348,7 @@ def _finding_row(page: Page, finding: Finding, root: str) -> Row:
     effects = tuple(
         (Span("  "), Span(text, "dim"))
         for text in (
+            _varied("beside it:", ", ".join(finding.beside)),
             _varied("from", source),
             _varied("alone:", words.alone(finding.consequences)),
             _varied("impact", words.ranged(finding.leave_one_in_spread, words.percent)),

@@ -7,7 +7,7 @@ import pytest
 from auditor import ranking
 from auditor.records import terms
 from auditor.records.backend import Gap
-from auditor.records.measured import Distance, OutputDistance, Segment
+from auditor.records.measured import Distance, Hypothesis, OutputDistance, Segment
 from auditor.records.report import Agreement, BackendReport
 
 
@@ -64,14 +64,16 @@ def test_the_largest_effect_comes_first_and_floors_are_respected():
 
 
 def test_overlapping_segments_with_the_same_cause_are_one_finding():
+    both = Hypothesis("a.b", "one form, and c.d: its form", 0.99, 0.5)
     backend = _backend(
         _segment("s0", introduced=1e-2, nodes=("a", "shared")),
         _segment("s1", introduced=2e-2, nodes=("shared", "b")),
-        _segment("s2", introduced=1e-2, nodes=("c",)),
+        _segment("s2", introduced=1e-2, nodes=("c",), noise="a.b", hypotheses=(both,)),
     )
     found = ranking.findings([backend], {}, {})
     assert [f.segments for f in found] == [("s0", "s1"), ("s2",)]
     assert found[0].segment == "s1"
+    assert [f.beside for f in found] == [(), ("c.d",)]
 
 
 def test_a_finding_leads_with_the_node_a_person_looks_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,6 +248,11 @@ class Hypothesis:
     variant: str
     explained: float
     bit_identical: float
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Ids of the causes that it has beside ``noise``, in the form's words: ``…, and ID: …``."""
+        return tuple(re.findall(r", and ([\w.]+):", self.variant))
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,7 @@ class Finding:
         consequences: what its error alone does to what is read off the final outputs.
         modules: where its nodes come from in the training code, such as
             ``layer3.2.conv2 (resnet.py:104)``.
+        beside: ids of the causes that the form found has beside ``noise``.
     """
 
     rank: int
@@ -151,6 +152,7 @@ class Finding:
     explained_spread: Spread | None = None
     consequences: tuple[Consequence, ...] = ()
     modules: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import time
 import zlib
@@ -20,7 +19,6 @@ from onnx import numpy_helper
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Silent
-from auditor.records.measured import Hypothesis
 from auditor.records.report import AuditReport
 from benchmarks import zoo
 from benchmarks.plants import faults
@@ -415,16 +413,10 @@ def found(report: AuditReport) -> list[Found]:
                 f"{h.noise}: {h.variant} {h.explained:.4f}"
                 for h in segments[f.segment].hypotheses[:3]
             ),
-            beside=_beside(f.noise, segments[f.segment].hypotheses),
+            beside=f.beside,
         )
         for f in report.findings
     ]
-
-
-def _beside(noise: str | None, hypotheses: Sequence[Hypothesis]) -> tuple[str, ...]:
-    """The other causes in the form of the cause that is named."""
-    form = next((h.variant for h in hypotheses if h.noise == noise), "")
-    return tuple(re.findall(r", and ([\w.]+):", form))
 
 
 def new(findings: Sequence[Found], baseline: Sequence[Found]) -> list[Found]:
