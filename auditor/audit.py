@@ -24,7 +24,7 @@ from auditor.records.terms import OutputKind, Severity
 if TYPE_CHECKING:
     from auditor.agreement import Agreements
     from auditor.analysis import Analysis
-    from auditor.model import Model
+    from auditor.model import Model, TensorSpec
     from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Noise, Progress
     from auditor.recording import Recording, Source
@@ -730,12 +730,34 @@ def _begin(
 
 
 def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
-    """The compiled model's tensor names → the reference model's."""
+    """The compiled model's tensor names → the reference model's.
+
+    Raises:
+        UsageError: the model's inputs cannot be fed to it.
+    """
     from auditor.matching import match
     from auditor.segments import Graph
 
     ours = Graph(model.proto)
-    return match(ours, ours if compiled is model else Graph(compiled.proto))
+    found = match(ours, ours if compiled is model else Graph(compiled.proto))
+    known = {spec.name: spec for spec in model.inputs}
+    for theirs in compiled.inputs:
+        spec = known.get(found.get(theirs.name, ""))
+        if spec is None or not _fits(spec, theirs):
+            raise UsageError(
+                f"--candidate {compiled.path} takes {theirs}, which no input of {model.path} fits",
+                f"Give another export of the same network. The model takes "
+                f"{', '.join(map(str, model.inputs))}.",
+            )
+    return found
+
+
+def _fits(ours: TensorSpec, theirs: TensorSpec) -> bool:
+    """Whether what is fed to one input can have the other's shape."""
+    return len(ours.shape) == len(theirs.shape) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(ours.shape, theirs.shape, strict=True)
+    )
 
 
 class _Samples:

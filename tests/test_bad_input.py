@@ -177,6 +177,11 @@ BAD_ARGUMENTS = [
     (["--seed", "pi"], "--seed", "--help"),
     (["--nonsense"], "--nonsense", "--help"),
     (["--candidate", "nowhere.onnx"], "nowhere.onnx does not exist", "path"),
+    (
+        ["--candidate", "wide.onnx"],
+        "takes `x` (float32, nx5)",
+        "The model takes `x` (float32, nx4)",
+    ),
     (["-o", "nowhere/report.json"], "nowhere does not exist", "Create"),
     (["-o", "."], "not a regular file", "-o"),
     (["-o", "/dev/null"], "not a regular file", "-o"),
@@ -245,6 +250,12 @@ def test_bad_data(folder: Path, model: Path, make: Callable[[Path], Path], words
 def test_bad_arguments(
     folder: Path, model: Path, arguments: list[str], words: str, hint: str
 ) -> None:
+    if "wide.onnx" in arguments:
+        wide = linear()
+        wide.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
+        del wide.graph.node[:], wide.graph.initializer[:]
+        wide.graph.node.append(helper.make_node("Identity", ["x"], [wide.graph.output[0].name]))
+        (folder / "wide.onnx").write_bytes(wide.SerializeToString())
     backends = [] if "--backends" in arguments else ["--backends", "ort"]
     message = refused(folder, model.name, *backends, *arguments)
     assert words in message
@@ -280,6 +291,10 @@ def test_unreadable_model(folder: Path, model: Path) -> None:
 
 def test_no_arguments(folder: Path) -> None:
     assert "MODEL" in refused(folder)
+
+
+def test_a_mistyped_command(folder: Path) -> None:
+    assert "Did you mean `audit show`?" in refused(folder, "shwo", "report.json")
 
 
 # --- interruption --------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from auditor.errors import UsageError
 
 MAIN = "audit"  # the verb meant when none is given
 
@@ -16,8 +21,19 @@ class _Verbs(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Insert the default verb unless the first word is one (options may come first)."""
         if not args or args[0] not in self.commands:
+            _check_verb(args[0] if args else "", self.commands)
             args = [MAIN, *args]
         return super().parse_args(ctx, args)
+
+
+def _check_verb(word: str, verbs: Collection[str]) -> None:
+    """Refuse a first word that is almost a verb, and neither a path nor a file."""
+    close = difflib.get_close_matches(word, verbs, n=1, cutoff=0.7)
+    if close and Path(word).name == word and not Path(word).suffix and not Path(word).exists():
+        raise UsageError(
+            f"there is no command `{word}`, nor a model of that name",
+            f"Did you mean `audit {close[0]}`? `audit --help` lists the commands.",
+        )
 
 
 class MainVerb(TyperCommand):

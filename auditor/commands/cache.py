@@ -36,7 +36,7 @@ def _cache(
     if (size is None) == (action == "limit"):
         raise UsageError(
             "audit cache limit takes a size" if size is None else f"`{action}` takes no size",
-            "Write audit cache limit 8G.",
+            "Write audit cache limit 8G." if size is None else f"Write audit cache {action}.",
         )
     folder = cache.folder()
     if folder is None:

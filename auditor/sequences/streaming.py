@@ -200,7 +200,8 @@ def _wave(path: Path) -> Array:
             raw = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
         raise UsageError(
-            f"--wave {path} cannot be read: {error}", "Give an uncompressed .wav file."
+            f"--wave {path} cannot be read: {str(error) or 'it is too short'}",
+            "Give an uncompressed .wav file.",
         ) from error
     types = {1: (np.uint8, 128, 128), 2: (np.int16, 0, 2**15), 4: (np.int32, 0, 2**31)}
     if width not in types:
