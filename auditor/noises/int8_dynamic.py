@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -30,16 +30,29 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     layout = Layout(segment.model, segment.weights)
     types, shapes = surgery.types(segment.model), surgery.shapes(segment.model)
     rows = {
-        index: shapes[node.input[1]][-1 if surgery.attributes(node).get("transB") else -2]
-        for index, node in surgery.find(segment.model, ("MatMul", "Gemm"))
+        index: row
+        for index, node in surgery.find(segment.model, ("MatMul", "Gemm", "Conv"))
         if types.get(node.input[0]) == onnx.TensorProto.FLOAT
-        and len(shapes.get(node.input[1], ())) >= 2
-        and not surgery.attributes(node).get("transA")
+        and (row := _row(node, shapes.get(node.input[1], ())))
         and _compressed(layout, node.input[1])
     }
     for group in _GROUPS:
-        if rows and all(group is None or not row % group for row in rows.values()):
+        if rows and (group is None or any(row > group for row in rows.values())):
             yield Variant(_name(group), _quantised(layout, rows, group))
+
+
+def _row(node: onnx.NodeProto, weights: Sequence[int]) -> int:
+    """How many values of what it reads a product adds up; 0 for what is no matrix product."""
+    given = surgery.attributes(node)
+    if len(weights) < 2 or given.get("transA"):
+        return 0
+    if node.op_type == "Conv":
+        # Across channels only, it is a matrix product of pixels, and OpenVINO computes it as one.
+        moves = {*given.get("strides", ()), given.get("group", 1)} != {1} or any(
+            given.get("pads", ())
+        )
+        return 0 if moves or any(size != 1 for size in weights[2:]) else weights[1]
+    return weights[-1 if given.get("transB") else -2]
 
 
 def _compressed(layout: Layout, name: str) -> bool:
@@ -57,6 +70,7 @@ def _is_integer(values: Array | None) -> bool:
 
 
 def _quantised(layout: Layout, rows: dict[int, int], group: int | None) -> onnx.ModelProto:
+    shapes = surgery.shapes(layout.model)
     editor = Editor(layout.model)
     made: dict[str, str] = {}  # several products may read one tensor
     for index, node in enumerate(layout.nodes):
@@ -65,21 +79,38 @@ def _quantised(layout: Layout, rows: dict[int, int], group: int | None) -> onnx.
             continue
         x = node.input[0]
         if x not in made:
-            made[x] = _rounded(editor, x, rows[index], group or rows[index])
+            rank = len(shapes[node.input[1]]) if node.op_type == "Conv" else 0
+            last = (0, *range(2, rank), 1)
+            read = editor.add("Transpose", x, perm=last) if rank else x
+            rounded = _rounded(editor, read, rows[index], group or rows[index])
+            back = np.argsort(last).tolist()
+            made[x] = editor.add("Transpose", rounded, perm=back) if rank else rounded
         editor.copy(node)
         editor.model.graph.node[-1].input[0] = made[x]
     return editor.model
 
 
 def _rounded(editor: Editor, x: str, row: int, group: int) -> str:
-    """A tensor on 255 values around 0 in each group: the largest is 127."""
-    apart = editor.add("Reshape", x, editor.constant([-1, row // group, group], np.int64))
+    """A tensor on 255 values around 0 in each group, the last of a row a shorter one.
+
+    The largest of a group is 127.
+    """
+    count = -(-row // group)
+    apart = editor.add("Reshape", x, editor.constant([-1, row], np.int64))
+    if short := count * group - row:
+        apart = editor.add("Pad", apart, editor.constant([0, 0, 0, short], np.int64))
+    apart = editor.add("Reshape", apart, editor.constant([-1, count, group], np.int64))
     largest = _largest(editor, editor.add("Abs", apart))
     scale = editor.add("Div", largest, editor.constant(127))
     # What is all zeros stays so.
     some = editor.add("Max", scale, editor.constant(np.finfo(np.float32).tiny))
     steps = editor.add("Round", editor.add("Mul", apart, editor.add("Reciprocal", some)))
-    return editor.add("Reshape", editor.add("Mul", steps, scale), editor.add("Shape", x))
+    made = editor.add("Mul", steps, scale)
+    if short:
+        made = editor.add("Reshape", made, editor.constant([-1, count * group], np.int64))
+        ends = (editor.constant([value], np.int64) for value in (0, row, 1))
+        made = editor.add("Slice", made, *ends)
+    return editor.add("Reshape", made, editor.add("Shape", x))
 
 
 def _largest(editor: Editor, values: str) -> str:
@@ -98,8 +129,8 @@ NOISE = Cause(
         "The file says nothing of it."
     ),
     applies=(
-        "MatMul and Gemm of float32 with weights that DequantizeLinear makes of integer "
-        "constants, and com.microsoft.MatMulNBits; operator set 13 or later"
+        "MatMul, Gemm and Conv of one pixel, of float32 with weights that DequantizeLinear makes "
+        "of integer constants, and com.microsoft.MatMulNBits; operator set 13 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO documentation, "

@@ -131,6 +131,46 @@ def test_what_is_quantised_in_the_model_is_quantised_once_more(
     assert found.explained > 0.999
 
 
+def test_a_convolution_of_single_pixels_is_such_a_product(
+    make_segment: Any, generator: np.random.Generator, run: Any
+) -> None:
+    """As OpenVINO computes it; 80 channels end in a group of 16."""
+    grid = {"s": np.float32(0.02), "z": np.int8(3)}
+    weights = grid | {"w": generator.integers(-127, 128, (8, 80, 1, 1)).astype(np.int8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
+        helper.make_node("Conv", ["x", "v"], ["y"]),
+    ]
+    segment = make_segment(nodes, weights, ["x"], ["y"])
+    x = generator.standard_normal((1, 80, 3, 5)).astype(np.float32)
+    pixels = x[0].reshape(80, 15).T
+    read = np.hstack([by_groups(pixels[:, :64], 32), by_groups(pixels[:, 64:], 16)])
+    real = (weights["w"].astype(np.float32) - 3)[:, :, 0, 0] * grid["s"]
+    observed = {"y": (read @ real.T).T.reshape(1, 8, 3, 5).astype(np.float32)}
+    replayed = run(segment.model, {"x": x})
+    found = attribution.explain(segment, {"x": x}, observed, replayed, (int8_dynamic.NOISE,))
+    assert (found.noise, found.variant) == (ID, "in groups of 32")
+    assert found.explained > 0.999
+
+
+@pytest.mark.parametrize("changed", [{"strides": [2, 2]}, {"pads": [1] * 4}, {"group": 2}, {}])
+def test_other_convolutions_are_none(
+    changed: dict[str, Any], make_segment: Any, generator: np.random.Generator
+) -> None:
+    size = 1 if changed else 3
+    inner = 8 // changed.get("group", 1)
+    weights = {
+        "s": np.float32(0.02),
+        "w": generator.integers(-127, 128, (8, inner, size, size)).astype(np.int8),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "s"], ["v"]),
+        helper.make_node("Conv", ["x", "v"], ["y"], **changed),
+    ]
+    segment = make_segment(nodes, weights, ["x"], ["y"])
+    assert list(int8_dynamic.NOISE.variants(segment)) == []
+
+
 def test_products_of_plain_weights_are_not_touched(
     make_segment: Any, generator: np.random.Generator
 ) -> None:
