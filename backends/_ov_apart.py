@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from auditor.errors import BackendError
 from auditor.ports import Array
 from backends._ov_program import Candidate, Executed, Twins
 from backends._ov_session import Cut, CutOut, Plain, element_type, result, same_bits
@@ -50,11 +52,13 @@ class Apart:
         for candidate in sorted(rest, key=lambda c: (last[c], c not in faithful)):
             cut = None
             if strayed < _REFUSALS:
-                cut = self._near(candidate, observed, known, copy)
+                with suppress(BackendError):  # the engine need not compile it
+                    cut = self._near(candidate, observed, known, copy)
                 strayed += 1 if cut is None else -1
             if cut is None and cones < _CONES and not self._maker(candidate).widens:
                 cones += 1
-                cut = self._cone(candidate, observed, known)
+                with suppress(BackendError):
+                    cut = self._cone(candidate, observed, known)
             if cut is not None:
                 cuts.append((cut, (candidate,)))
                 found.add(candidate)
