@@ -10,6 +10,7 @@ from backends._ov_program import Candidate, Executed, Program
 from backends._ov_session import Plain, Session, result, same_bits
 from backends._ov_source import MOVEMENT
 
+_FUSING = frozenset({"Convolution", "Deconvolution"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
 _RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
 _BISECTIONS = 12  # compilations at most when bisecting
@@ -79,15 +80,15 @@ class Probing:
         """Makers of tensors whose observation is known to change the program.
 
         OpenVINO makes a reduction compute in the type in which its result is asked for, and what it
-        reads with it. An element-wise kernel that was left alone to be fused with a deconvolution,
-        and was not in the end, becomes a subgraph where the deconvolution is observed.
+        reads with it. An element-wise kernel that was left alone to be fused with a convolution,
+        and was not in the end, becomes a subgraph where the convolution is observed.
         """
         found = set[int]()
         for kernel in self._program.kernels():
             if kernel.operations and kernel.widens:
                 found.add(max(kernel.operations))
             for parent in self._program.parents(kernel) if kernel.type == "Eltwise" else ():
-                if parent.type == "Deconvolution" and parent.operations:
+                if parent.type in _FUSING and parent.operations:
                     found.add(max(parent.operations))
         return found
 
