@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from auditor.ports import Array
 from backends._ov_program import Candidate, Executed, Program
 from backends._ov_session import Plain, Session, result, same_bits
-from backends._ov_source import MOVEMENT
+from backends._ov_source import FLOATS, MOVEMENT
 
 _FUSING = frozenset({"Convolution", "Deconvolution"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
@@ -87,7 +87,8 @@ class Probing:
         for kernel in self._program.kernels():
             if kernel.operations and kernel.widens:
                 found.add(max(kernel.operations))
-            for parent in self._program.parents(kernel) if kernel.type == "Eltwise" else ():
+            apart = kernel.type == "Eltwise" and kernel.precision in FLOATS
+            for parent in self._program.parents(kernel) if apart else ():
                 if parent.type in _FUSING and parent.operations:
                     found.add(max(parent.operations))
         return found
