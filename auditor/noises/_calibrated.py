@@ -428,11 +428,12 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
                 best, left = grid, now
 
     def lows(step: float) -> set[int]:
-        """The range begins where the operand's does, or ends there, or is symmetric."""
+        """Its range begins or ends where the operand does, is less at both ends, or symmetric."""
         first, last = round(least / step), round(most / step)
         found = {max(first, -255)}
         if last - first > 255:
             found.add(min(last - 255, 0))
+            found.add(round(first * 255 / (last - first)))
         if least < 0 or last > 127:
             found.add(-128)
         return {low for low in found if -255 <= low <= 0}
