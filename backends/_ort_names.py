@@ -181,7 +181,7 @@ class Names:
         tensor = _named_by(stem, self.original, self._made)
         if tensor is not None and len(node.input) > 3 and node.input[3]:
             tensor = self._after_sum(tensor, node.input[3])
-        return None if tensor is None else self._after_activation(tensor, node)
+        return None if tensor is None else _after_activation(tensor, node, self.original)
 
     def _after_sum(self, tensor: str, addend: str) -> str | None:
         """The Conv took over the Add that followed it; its fourth input is the other addend."""
@@ -192,15 +192,6 @@ class Names:
             if node.op_type in ("Add", "Sum") and seat is not None and seat.name in node.input
         ]
         return str(sums[0].output[0]) if len(sums) == 1 else None
-
-    def _after_activation(self, tensor: str, node: onnx.NodeProto) -> str | None:
-        """The tensor behind the activation that ``node`` took over, if it did."""
-        activation = attribute_of(node, "activation")
-        wanted = "" if activation is None else activation.s.decode()
-        if not wanted or self.original.op_type(tensor) == wanted:
-            return tensor
-        following = [n for n in self.original.consumers[tensor] if n.op_type == wanted]
-        return str(following[0].output[0]) if len(following) == 1 else None
 
     def _after_silu(self, name: str) -> str | None:
         """The Mul of ``x * Sigmoid(alpha * x)``, fused into QuickGelu."""
@@ -226,7 +217,7 @@ class Names:
             return self._quantised(tensor)
         if origin.op_type == "Conv" and _has_bias(node) and not _has_bias(origin):
             return None  # it took over the sum or the normalisation behind it
-        return self._after_activation(tensor, node)
+        return _after_activation(tensor, node, self.original)
 
     def _is_quantised(self, node: onnx.NodeProto) -> bool:
         if node.op_type.startswith("QLinear"):
@@ -359,9 +350,22 @@ def made_by_name(graph: Graph) -> dict[str, str]:
 def _named_by(stem: str, original: Graph, made: Mapping[str, str]) -> str | None:
     """The tensor that an NCHWc node is named after: by its name, or by that of its node."""
     stem = stem.removeprefix(_CAST_PREFIX)
-    names = (stem, stem.removesuffix("_bn"))
+    names = (stem, stem.removesuffix("_bn"), TOKEN.sub("", stem))
     known = (name if name in original.producer else made.get(name) for name in names)
     return next(filter(None, known), None)
+
+
+def _after_activation(tensor: str, node: onnx.NodeProto, original: Graph) -> str | None:
+    """The tensor behind the activation that ``node`` took over, if it did."""
+    activation = attribute_of(node, "activation")
+    wanted = "" if activation is None else activation.s.decode()
+    if not wanted or original.op_type(tensor) == wanted:
+        return tensor
+    reading = original.consumers[tensor]
+    for transpose in [n for n in reading if n.op_type == "Transpose"]:  # it may be taken out
+        reading = [*reading, *original.consumers[transpose.output[0]]]
+    following = [n for n in reading if n.op_type == wanted]
+    return str(following[0].output[0]) if len(following) == 1 else None
 
 
 def _has_bias(conv: onnx.NodeProto) -> bool:
@@ -384,7 +388,8 @@ def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
             layout = Layout(order, "plain" if node.op_type == "ReorderOutput" else "blocked")
         elif node.domain == NCHWC:
             stem = _named_by(node.name.rpartition("_nchwc")[0], original, made)
-            turned = given.order if stem is None else _turned(stem, _core(node.op_type), original)
+            tensor = stem and (_after_activation(stem, node, original) or stem)
+            turned = _turned(tensor, _core(node.op_type), original) if tensor else given.order
             layout = Layout(turned, "blocked")
         elif node.op_type == "Transpose":
             order = attribute_of(node, "perm")

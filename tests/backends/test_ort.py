@@ -314,10 +314,14 @@ def test_a_network_with_channels_last_is_observed_in_its_own_layout(tmp_path: Pa
     swish = node("Mul", "swish", first, node("Mul", "sixth", gate, "1/6"))
     second = layer(swish, "c2", kernel_shape=[3, 3], pads=[1] * 4, group=24)
     third = layer(node("Relu", "relu", second), "c3", kernel_shape=[1, 1])
-    node("Add", "y", third, swish)
+    turned = node("Transpose", "c4__in", third, perm=[0, 3, 1, 2])
+    made = node("Conv", "c4", turned, "c4_w", "c4_b", kernel_shape=[1, 1])
+    back = node("Transpose", "c4__out", made, perm=[0, 2, 3, 1])
+    node("Add", "y", node("HardSwish", "hard", back), swish)
     shapes = {"c1_w": (24, 4, 3, 3), "c2_w": (24, 1, 3, 3), "c3_w": (24, 24, 1, 1)}
+    shapes["c4_w"] = (24, 24, 1, 1)
     weights = [weight(rng, n, *shape) for n, shape in shapes.items()]
-    weights += [weight(rng, f"c{i}_b", 24) for i in (1, 2, 3)]
+    weights += [weight(rng, f"c{i}_b", 24) for i in (1, 2, 3, 4)]
     numbers = {"3": 3, "0": 0, "6": 6, "1/6": 1 / 6}
     weights += [numpy_helper.from_array(np.float32(v), n) for n, v in numbers.items()]
     graph = helper.make_graph(
@@ -330,7 +334,15 @@ def test_a_network_with_channels_last_is_observed_in_its_own_layout(tmp_path: Pa
     observed = built.instrument(feeds)
     tensors = observed.run(feeds).tensors
     assert observed.skipped == ()
-    assert tensors.keys() >= {"c1/add:0", "three:0", "relu6:0", "sixth:0", "swish:0", "relu:0"}
+    assert tensors.keys() >= {
+        "c1/add:0",
+        "three:0",
+        "relu6:0",
+        "sixth:0",
+        "swish:0",
+        "relu:0",
+        "hard:0",
+    }
     truth = reference(path, feeds)
     assert max(relative(value, truth[name]) for name, value in tensors.items()) < 1e-5
 
