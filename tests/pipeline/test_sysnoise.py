@@ -210,7 +210,8 @@ def test_bad_photographs_are_named_and_never_fatal(
     turned = option(report, "preprocessing.orientation", "orientation apply")
     assert turned.same == turned.photos - 1
     said = table.render(report, 100, False)
-    assert "left out" in said and "preprocessing.decoder: jpeglib:6b, jpeglib:7, jpeglib:8d" in said
+    assert "left out" in said and "preprocessing.decoder: jpeglib:6b" in said
+    assert all(f"jpeglib:{version}" in said for version in ("7", "8d"))  # alike, or each by itself
 
 
 def test_advice_names_the_mildest_option_of_every_type_that_matters() -> None:
