@@ -24,6 +24,7 @@ MOVES = {
 }
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
+_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 
@@ -128,9 +129,13 @@ class Layout:
         return result
 
     def _continue(self, found: list[Group | None]) -> None:
-        """A kernel that writes no tensor of the model ends in what no kernel names behind it."""
+        """A kernel that writes no tensor of the model ends in what no kernel names behind it.
+
+        Not in a product, with which a kernel begins.
+        """
         for index, node in enumerate(self.nodes):
-            for name in node.input if found[index] is None else ():
+            free = found[index] is None and node.op_type not in _PRODUCTS
+            for name in node.input if free else ():
                 source = self.producer.get(name)
                 group = None if source is None else found[source]
                 if group and group.kernel and not group.kernel.outputs:
