@@ -490,7 +490,10 @@ def _fits(bench: Bench, tested: Tested) -> bool:
     """Whether a hypothesis explains enough, and not by chance."""
     found = tested.hypothesis
     unstated = found.noise in ROUNDED and found.noise not in bench.says
-    if not tested.fits or (bench.counted and unstated and bench.coarse and bench.turned < TURNED):
+    # Choices, and which values are finite, do not tell one narrow format from another.
+    other = not bench.says.isdisjoint(ROUNDED)
+    chance = other or (bench.counted and bench.turned < TURNED)
+    if not tested.fits or (unstated and bench.coarse and chance):
         return False
     return holds(found.explained, found.bit_identical, bench.needed(found), bench.counted)
 

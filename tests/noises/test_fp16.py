@@ -100,6 +100,20 @@ def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
     assert explain(segment, {"x": x}, {"y": saturated}).noise is None
 
 
+def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states(
+    make_segment: Any, explain: Any
+) -> None:
+    nodes = [helper.make_node("Mul", ["x", "c"], ["y"])]
+    x = np.arange(-8, 8, dtype=np.float32)[None]  # exact in every format
+    weights = {"c": np.float32(1 << 20)}
+    with np.errstate(invalid="ignore"):
+        planted = x * np.float32(np.inf)
+    stated = Kernel("y", "Subgraph", ("y",), ("y",), "", "bf16", "bf16")
+    for kernels, noise in (((), ID), ((stated,), None)):
+        segment = make_segment(nodes, weights, ["x"], ["y"], kernels)
+        assert explain(segment, {"x": x}, {"y": planted}).noise == noise
+
+
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm", "Conv", "grouped Conv"])
 @pytest.mark.parametrize("typed", [np.float16, np.float32])
 def test_running_sums(
