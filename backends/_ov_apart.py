@@ -42,7 +42,10 @@ class Apart:
         """
         if not missing:
             return [], set()
-        cuts, found, faithful = self._alone(missing, observed, known)
+        cuts: list[Cut] = []
+        found, faithful = set[Candidate](), frozenset[Candidate]()
+        with suppress(BackendError):  # the engine need not compile parts of a program
+            cuts, found, faithful = self._alone(missing, observed, known)
         cones = refused = strayed = 0
         copy = Copy(self._source)
         rest = [c for c in missing if c not in found]
@@ -52,7 +55,7 @@ class Apart:
         for candidate in sorted(rest, key=lambda c: (last[c], c not in faithful)):
             cut = None
             if strayed < _REFUSALS:
-                with suppress(BackendError):  # the engine need not compile it
+                with suppress(BackendError):
                     cut = self._near(candidate, observed, known, copy)
                 strayed += 1 if cut is None else -1
             if cut is None and cones < _CONES and not self._maker(candidate).widens:
@@ -72,7 +75,7 @@ class Apart:
         missing: Sequence[Candidate],
         observed: Sequence[Candidate],
         known: Mapping[str, Array],
-    ) -> tuple[list[Cut], set[Candidate], Collection[Candidate]]:
+    ) -> tuple[list[Cut], set[Candidate], frozenset[Candidate]]:
         """Compile the kernels that make ``missing``, each fed with captured values.
 
         A tensor is accepted when its kernel is the plain program's, and what reads it makes
@@ -116,7 +119,7 @@ class Apart:
         for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
             if readers[candidate] & proved:
                 proved.add(candidate.maker)
-        return cuts, {c for c in readers if c.maker in proved}, readers.keys()
+        return cuts, {c for c in readers if c.maker in proved}, frozenset(readers)
 
     def _faithful(
         self,

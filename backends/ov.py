@@ -416,7 +416,8 @@ def _compile_error(
             return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
     return BackendError(
         f"OpenVINO cannot compile the model: {reason}",
-        "Export the operator it names differently, or give another opset version.",
+        "Try `--option ov.INFERENCE_PRECISION_HINT=f32`, another opset version, or the operator it "
+        "names, if any, exported differently.",
     )
 
 
