@@ -14,9 +14,9 @@ from auditor.replays import surgery
 _LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _ALL = (*_LAYERS, "RMSNormalization", "BatchNormalization")
 _PER_CHANNEL = 21  # GroupNormalization scales channels from here on, groups before
-# Epsilons in use: PyTorch and ONNX, Keras, older BERT, TensorFlow's batch normalisation; and
-# the power of ten between them.
-_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-4)
+# Epsilons in use: PyTorch and ONNX, vision transformers, BERT, TensorFlow's batch normalisation,
+# DeBERTa, style transfer; and the powers of ten beside them.
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-7, 1e-8, 1e-4, 1e-2)
 # A constant added in front of a square root counts as an epsilon up to here.
 _LARGEST = 1e-2
 _ROOTS = ("Sqrt", "Pow")
