@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.replays import surgery
 
 _LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
@@ -20,13 +20,42 @@ _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-7, 1e-8, 1e-4, 1e-2)
 # A constant added in front of a square root counts as an epsilon up to here.
 _LARGEST = 1e-2
 _ROOTS = ("Sqrt", "Pow")
+_FEW = 4  # so many normalisations of a segment are tried one by one
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
-    """The segment with its normalisations computed the other ways."""
+    """The segment with all its normalisations computed the other ways."""
+    return _ways(segment.model, *_normalisations(segment.model))
+
+
+def _each(segment: SegmentGraph, _inputs: Arrays, _observed: Arrays) -> Iterable[Variant]:
+    """The segment with one of a few normalisations computed the other ways: faults are in one."""
     model = segment.model
+    found, written = _normalisations(model)
+    if not 1 < len(found) + len(written) <= _FEW:
+        return
+    nodes = model.graph.node
+    alone = [(nodes[i], _ways(model, {i: n}, {})) for i, n in found.items()]
+    alone += [(nodes[at[0]], _ways(model, {}, {at: value})) for at, value in written.items()]
+    for node, ways in alone:
+        for way in ways:
+            yield Variant(f"{way.name}, at {node.output[0]} alone", way.model)
+
+
+def _normalisations(
+    model: onnx.ModelProto,
+) -> tuple[dict[int, onnx.NodeProto], dict[tuple[int, int], float]]:
+    """Those that are one node, by index, and the epsilons of those written out, by their place."""
     found = {i: n for i, n in surgery.find(model, _ALL) if len(n.output) == 1}
-    written = dict(_written_out(model))
+    return found, dict(_written_out(model))
+
+
+def _ways(
+    model: onnx.ModelProto,
+    found: Mapping[int, onnx.NodeProto],
+    written: Mapping[tuple[int, int], float],
+) -> Iterator[Variant]:
+    """A segment with these normalisations, and those written out, computed the other ways."""
     version = surgery.opset(model)
     layers = {i: n for i, n in found.items() if n.op_type in _LAYERS}
     batches = {i: n for i, n in found.items() if n.op_type == "BatchNormalization"}
@@ -246,6 +275,8 @@ NOISE = Cause(
         *(f"epsilon {e:g}" for e in _EPSILONS),
         "epsilon added to the deviation, not to the variance",
         "mean and variance of the batch instead of the stored ones",
+        "one of these, at NODE alone",
     ),
     variants=_variants,
+    fitted=_each,
 )

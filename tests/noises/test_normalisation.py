@@ -72,6 +72,23 @@ def test_another_epsilon(
     assert f"{epsilon:g}" in (found.variant or "")
 
 
+def test_one_of_two_normalisations_has_another_epsilon(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    nodes, constants = [], {}
+    x = planted = generator.standard_normal((2, 8, 5, 5)).astype(np.float32)
+    for index, (read, made, epsilon) in enumerate((("x", "h", 1e-3), ("h", "y", 1e-5))):
+        names = [f"{letter}{index}" for letter in "gbmv"]
+        nodes.append(helper.make_node("BatchNormalization", [read, *names], [made], epsilon=1e-3))
+        values = [generator.uniform(0.01, 0.1, 8).astype(np.float32) for _ in names]
+        constants |= dict(zip(names, values, strict=True))
+        g, b, m, v = (value[:, None, None] for value in values)
+        planted = (planted - m) / np.sqrt(v + epsilon) * g + b
+    segment = make_segment(nodes, constants, ["x"], ["y"])
+    found = diagnose(segment, {"x": x}, {"y": planted.astype(np.float32)})
+    assert (found.noise, found.variant) == (ID, "epsilon 1e-05, at y alone")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_variance_divided_by_one_less(
     make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str
