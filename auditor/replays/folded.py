@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
+from auditor import weights
 from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
@@ -26,16 +27,20 @@ _LEAST = 8  # elements that all happen to be of half precision are no coincidenc
 
 
 def in_half(segment: SegmentGraph, *, divisors: bool = False) -> SegmentGraph | None:
-    """The segment with its constants folded; None where it is none of half precision.
+    """The segment with its constants folded; None where neither it nor the file is half precision.
 
     Args:
         segment: one of a float16 model, widened: all its constants are numbers of half precision.
+            Or one whose constants the compiled file stores in float16.
         divisors: whether constant divisors become factors as well. Where the engine fuses what
             divides with what is before it, they do not.
     """
     layout = Layout(segment.model, segment.weights)
     if not _is_half(layout):
-        return None
+        if all(constant.storage != "float16" for constant in segment.compiled.values()):
+            return None
+        segment = _stored_in_half(segment)
+        layout = Layout(segment.model)
     folding = _Folding(layout, divisors)
     folding.run()
     if not folding.changed or (divisors and not folding.inverted):
@@ -174,6 +179,16 @@ def _half(values: Array | float) -> Array:
     """Rounded to float16, as float32."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float32).astype(np.float16).astype(np.float32)
+
+
+def _stored_in_half(segment: SegmentGraph) -> SegmentGraph:
+    """A segment with every float32 constant rounded."""
+    model = surgery.copied(weights.inside(segment.model, segment.weights))
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(_half(values), tensor.name))
+    return replace(segment, model=model, weights={})
 
 
 def _is_half(layout: Layout) -> bool:

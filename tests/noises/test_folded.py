@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnx import helper
 
 from auditor.noises import fp16
-from auditor.ports import Array, Arrays
+from auditor.ports import Array, Arrays, CompiledConstant
 from auditor.replays import folded
 
 
@@ -51,20 +52,32 @@ def test_a_factor_and_a_shift_behind_a_convolution(
     assert found.explained > 0.9999
 
 
+@pytest.mark.parametrize("reference", ["of half precision", "of single precision"])
 def test_each_step_of_a_batch_normalisation(
-    drawn: Arrays, generator: np.random.Generator, make_segment: Any, explain: Any
+    reference: str,
+    drawn: Arrays,
+    generator: np.random.Generator,
+    make_segment: Any,
+    explain: Any,
 ) -> None:
-    stored = {
-        "scale": half(generator.uniform(0.5, 2, 8)),
-        "shift": half(generator.standard_normal(8)),
-        "mean": half(generator.standard_normal(8)),
-        "variance": half(generator.uniform(0.2, 2, 8)),
+    """In a model of half precision, or in the file that is compared with one of single."""
+    own = {
+        "scale": generator.uniform(0.5, 2, 8).astype(np.float32),
+        "shift": generator.standard_normal(8).astype(np.float32),
+        "mean": generator.standard_normal(8).astype(np.float32),
+        "variance": generator.uniform(0.2, 2, 8).astype(np.float32),
     }
+    stored = {name: half(value) for name, value in own.items()}
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["p"]),
         helper.make_node("BatchNormalization", ["p", *stored], ["y"], epsilon=1e-3),
     ]
     segment = make_segment(nodes, {"w": drawn["w"], **stored}, ["x"], ["y"])
+    if reference == "of single precision":
+        segment = replace(
+            make_segment(nodes, {"w": drawn["w"], **own}, ["x"], ["y"]),
+            compiled={n: CompiledConstant(v, 1e-4, "float16", None) for n, v in stored.items()},
+        )
     factor = half(stored["scale"] / half(np.sqrt(half(stored["variance"] + half(1e-3)))))
     bias = half(stored["shift"] - half(stored["mean"] * factor))
     planted = convolved(drawn["x"], half(drawn["w"] * factor.reshape(8, 1, 1, 1)))
