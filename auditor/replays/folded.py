@@ -184,7 +184,8 @@ def _half(values: Array | float) -> Array:
 def _stored_in_half(segment: SegmentGraph) -> SegmentGraph:
     """A segment with every float32 constant rounded."""
     model = surgery.copied(weights.inside(segment.model, segment.weights))
-    for tensor in model.graph.initializer:
+    written = (a.t for n in model.graph.node if n.op_type == "Constant" for a in n.attribute)
+    for tensor in (*model.graph.initializer, *written):
         if tensor.data_type == onnx.TensorProto.FLOAT:
             values = onnx.numpy_helper.to_array(tensor)
             tensor.CopyFrom(onnx.numpy_helper.from_array(_half(values), tensor.name))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from auditor.noises import fp16
 from auditor.ports import Array, Arrays, CompiledConstant
@@ -52,7 +52,9 @@ def test_a_factor_and_a_shift_behind_a_convolution(
     assert found.explained > 0.9999
 
 
-@pytest.mark.parametrize("reference", ["of half precision", "of single precision"])
+@pytest.mark.parametrize(
+    "reference", ["of half precision", "of single precision", "of single precision, in nodes"]
+)
 def test_each_step_of_a_batch_normalisation(
     reference: str,
     drawn: Arrays,
@@ -73,9 +75,14 @@ def test_each_step_of_a_batch_normalisation(
         helper.make_node("BatchNormalization", ["p", *stored], ["y"], epsilon=1e-3),
     ]
     segment = make_segment(nodes, {"w": drawn["w"], **stored}, ["x"], ["y"])
-    if reference == "of single precision":
+    if reference != "of half precision":
+        constants = {"w": drawn["w"], **own}
+        if "nodes" in reference:
+            values = ((n, numpy_helper.from_array(v)) for n, v in constants.items())
+            written = [helper.make_node("Constant", [], [n], value=v) for n, v in values]
+            nodes, constants = [*written, *nodes], {}
         segment = replace(
-            make_segment(nodes, {"w": drawn["w"], **own}, ["x"], ["y"]),
+            make_segment(nodes, constants, ["x"], ["y"]),
             compiled={n: CompiledConstant(v, 1e-4, "float16", None) for n, v in stored.items()},
         )
     factor = half(stored["scale"] / half(np.sqrt(half(stored["variance"] + half(1e-3)))))
