@@ -90,7 +90,7 @@ class Names:
         self.original = original
         self._compiled = compiled
         self._layouts = _layouts(original, compiled)
-        self._made = made_by_name(original)
+        self._made = _made_by_name(original)
         self._by_stem: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in original.nodes:
             if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -340,7 +340,7 @@ def _core(op_type: str) -> str:
     return op_type
 
 
-def made_by_name(graph: Graph) -> dict[str, str]:
+def _made_by_name(graph: Graph) -> dict[str, str]:
     """The output of every node that has a name, and one output."""
     return {
         node.name: node.output[0] for node in graph.nodes if node.name and len(node.output) == 1
@@ -378,7 +378,7 @@ def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
     # A transpose of quantised values keeps its name, but what it makes is called otherwise.
     permutations = {_permutation(n) for n in original.nodes if n.op_type == "Transpose" and n.name}
     named = {n.name: n for n in original.nodes if n.name}
-    made = made_by_name(original)
+    made = _made_by_name(original)
     for node in compiled.nodes:
         given = next((p for n in node.input if (p := layouts[n]) != AS_IN_ONNX), AS_IN_ONNX)
         layout = AS_IN_ONNX

@@ -14,6 +14,7 @@ from onnx import TensorProto
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import surgery
+from auditor.replays.portions import PRODUCTS
 from auditor.replays.quantised import Layout as Quantised
 
 # Operators that only move values.
@@ -24,7 +25,6 @@ MOVES = {
 }
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
-_PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 
@@ -134,7 +134,7 @@ class Layout:
         Not in a product, with which a kernel begins.
         """
         for index, node in enumerate(self.nodes):
-            free = found[index] is None and node.op_type not in _PRODUCTS
+            free = found[index] is None and node.op_type not in PRODUCTS | {"Einsum"}
             for name in node.input if free else ():
                 source = self.producer.get(name)
                 group = None if source is None else found[source]

@@ -17,7 +17,7 @@ from auditor.replays import surgery
 from auditor.segments import Cut, Graph
 
 # What ends a portion; where values are rounded to 8 bits, a portion begins there.
-_PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _ROUNDING = "QuantizeLinear"
 # More portions than these would take too many replays.
 MOST = 48
@@ -38,7 +38,7 @@ class Portions:
         inner = {o for node in nodes for o in node.output}
         roundings = {n.input[0] for n in nodes if n.op_type == _ROUNDING}
         self.quantised = bool(roundings)
-        seams = roundings or {n.output[0] for n in nodes if n.op_type in _PRODUCTS}
+        seams = roundings or {n.output[0] for n in nodes if n.op_type in PRODUCTS}
         several = len(seams) > 1
         readers = Counter(name for node in nodes for name in set(node.input))
         seams |= {name for name in inner if readers[name] > 1}  # so that no two portions overlap
