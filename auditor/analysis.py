@@ -12,20 +12,18 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from auditor import (
-    artefact,
-    attribution,
     divergence,
+    evidence,
     impact,
     metrics,
     model,
-    naming,
     pictures,
     witness,
 )
+from auditor.alignment import Alignment
 from auditor.causes import Causes
 from auditor.divergence import Local, Meter
 from auditor.errors import UsageError
@@ -35,10 +33,10 @@ from auditor.noises import fp32_rounding
 from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.recording import Source
-from auditor.records.backend import Gap, Kernel, Probe, Skipped
+from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
 from auditor.records.terms import OutputKind
-from auditor.replays import branches, qdq, surgery
+from auditor.replays import surgery
 from auditor.replays.replay import Block, Reference, ReplayError, difference
 from auditor.screening import Screening
 from auditor.segments import Cut
@@ -75,8 +73,8 @@ class Analysis:
         tracer: the backend's tracer, which knows what was built and probed.
         reference: the reference model.
         noises: the catalogue of hypotheses by id.
-        cuts: the segments, once the first sample was added; ``meters`` their running sums.
-        probes: what is observed, by the reference's names; ``skipped`` what is not.
+        alignment: the backend's tensors and kernels by the reference's names.
+        meters: the segments' running sums, once the first sample was added.
         outputs: the final outputs' divergence by name.
         equal: whether every instrumented run had the plain run's very outputs.
         run_to_run, rebuild: largest relative L2 between plain runs, and between two builds.
@@ -119,11 +117,9 @@ class Analysis:
         """
         self.tracer = tracer
         self.reference = reference
+        self.alignment = Alignment(tracer, reference, rename)
         self.noises = {noise.id: noise for noise in noises}
-        self.cuts: tuple[Cut, ...] = ()
         self.meters: dict[str, Meter] = {}
-        self.probes: dict[str, Probe] = {}
-        self.skipped: list[Skipped] = []
         self.outputs: dict[str, OutputMeter] = {}
         self.equal = True
         self.run_to_run = 0.0
@@ -140,11 +136,8 @@ class Analysis:
         self.concentrated: dict[str, Concentration | None] = {}
         self.pictures: dict[str, Picture] = {}
         self.warnings: list[str] = []
-        self._rename = rename
         self._kinds = kinds or {}
         self._tokens = tokens
-        self._other_file = False
-        self._reshaped = set[str]()  # tensors that the other file has in another shape
         self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
@@ -152,14 +145,7 @@ class Analysis:
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
         self._blocks: Mapping[str, Block] = {}
-        self._all_kernels: tuple[Kernel, ...] | None = None
-        self._by_node: dict[str, list[int]] | None = None  # positions in these, by node key
         self._gaps: dict[Gap, None] = {}  # in order, each once
-
-    @property
-    def effects(self) -> dict[str, float]:
-        """By segment id, the mean relative L2 that its error alone causes in the outputs."""
-        return {id: running.mean for id, running in self._effects.items()}
 
     def hold(
         self,
@@ -176,11 +162,21 @@ class Analysis:
             other_file: whether its tensors may have other shapes under the same names.
         """
         self._compiled, self._grids = compiled, grids or {}
-        self._other_file |= other_file
+        self.alignment.other_file |= other_file
 
     def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the module has otherwise; before the first sample."""
         self._trained = trained
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The segments, once the first sample was added."""
+        return self.alignment.cuts
+
+    @property
+    def effects(self) -> dict[str, float]:
+        """By segment id, the mean relative L2 that its error alone causes in the outputs."""
+        return {id: running.mean for id, running in self._effects.items()}
 
     # --- one sample ----------------------------------------------------------------------------
 
@@ -201,7 +197,7 @@ class Analysis:
             trace: what the backend did.
             upstream: the sample in the pipeline around the network, where there is one.
         """
-        captured = feeds | self.reference.wide(self._renamed(trace.tensors))
+        captured = feeds | self.alignment.tensors(trace.tensors)
         self.equal &= trace.bitwise_equal
         self.run_to_run = max(self.run_to_run, trace.run_to_run)
         self.rebuild = max(self.rebuild, trace.difference)
@@ -210,14 +206,14 @@ class Analysis:
             self._add_system(index, upstream, [n for n in expected if n in captured], captured)
         try:
             if index == 0:
-                base = self._cut(feeds, captured)
+                base = self.alignment.cut(feeds, captured)
                 self._check_seams(base, expected, captured)
             else:
                 base = self.reference.replayer.walk(self.cuts, feeds)
         except ReplayError as error:
             self._gap("compare", f"sample {index} is compared at the outputs only: {error.message}")
             return
-        captured = _counted(self._shaped(captured, base), base)
+        captured = self.alignment.fitted(captured, base)
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         if index == 0:
             self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
@@ -303,97 +299,6 @@ class Analysis:
             )
             self._gap("compare", f"{seam:.1e} of relative L2 is in no segment: {why}")
 
-    def _renamed(self, tensors: Arrays) -> Arrays:
-        return {self._rename[n]: v for n, v in tensors.items() if n in self._rename}
-
-    def _shaped(self, captured: Arrays, base: Arrays) -> Arrays:
-        return captured | {
-            n: captured[n].reshape(base[n].shape) for n in self._reshaped if n in base
-        }
-
-    def _cut(self, feeds: Arrays, captured: Arrays) -> Arrays:
-        """Choose the segments; returns the reference's tensors on the first sample."""
-        graph = self.reference.graph
-        self.probes = {
-            self._rename[p.tensor]: p for p in self.tracer.probes if p.tensor in self._rename
-        }
-        self.skipped = list(self.tracer.skipped)
-        self.skipped += [
-            Skipped(p.tensor, "has no counterpart in the reference model")
-            for p in self.tracer.probes
-            if p.tensor not in self._rename
-        ]
-        known = {*self.probes, *graph.outputs} & captured.keys()
-        base = self._walk(known, feeds)
-        if self._other_file:  # optimisers write a product of matrices with other axes
-            inside = self.probes.keys() & base.keys() - set(graph.outputs)
-            self._reshaped = {
-                n
-                for n in inside
-                if captured[n].shape != base[n].shape and captured[n].size == base[n].size
-            }
-            captured = self._shaped(captured, base)
-        # Of two such tensors one behind the other, the first shows once the second is left out.
-        while doubtful := self._doubtful(captured, base):
-            for name, reason in doubtful.items():
-                self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))
-            known -= doubtful.keys()
-            base = self._walk(known, feeds)
-        return base
-
-    def _doubtful(self, captured: Arrays, base: Arrays) -> dict[str, str]:
-        """Observed tensors that are not what their names say, and why."""
-        graph = self.reference.graph
-        inferred = {n for n, probe in self.probes.items() if probe.inferred} | self._reshaped
-        held = set[str]()
-        doubtful = dict[str, str]()
-        if self._other_file:
-            held = self.probes.keys() & base.keys() - set(graph.outputs)
-            own = {ours for theirs, ours in self._rename.items() if theirs == ours}
-            for name in held - own:  # paired by its place in the graph
-                if captured[name].shape != base[name].shape:
-                    doubtful[name] = "its counterpart in the reference has another size"
-        for name in naming.unconfirmed(
-            self.reference.replayer, self.cuts, inferred, captured, base, held
-        ):
-            doubtful[name] = "what is computed behind it shows that it is not what its name says"
-            if name in inferred:
-                doubtful[name] = "its derived name was not confirmed by its values"
-        for name in self.probes.keys() & base.keys():
-            if base[name].dtype.kind == "f" and captured[name].dtype.kind in "iu":
-                # A quantised tensor under the name of what it stands for.
-                doubtful[name] = f"the program holds {captured[name].dtype} under its name"
-            elif _is_fractional(captured[name], base[name]):
-                doubtful[name] = "the program holds fractions under its name"
-        for name, grid in qdq.awaited(graph.proto.graph).items():
-            # Rounding it once more changes nothing: what is behind shows the same.
-            if name not in self.probes or name not in base:
-                continue
-            if qdq.lies_on(captured[name], grid) and not qdq.lies_on(base[name], grid):
-                doubtful[name] = "the program rounds it to 8 bits before it has this name"
-        return doubtful
-
-    def _walk(self, known: set[str], feeds: Arrays) -> Arrays:
-        """Cut the reference at ``known`` tensors and run it, at fewer where a piece cannot run.
-
-        Raises:
-            ReplayError: a piece cannot run, and is no larger without its inner boundary.
-        """
-        graph, replayer = self.reference.graph, self.reference.replayer
-        while True:
-            self.cuts = graph.cut(known - graph.halves(known))
-            try:
-                return replayer.walk(self.cuts, feeds)
-            except ReplayError as error:
-                inner = {n for n in error.inputs if n in self.probes and n not in graph.outputs}
-                if not inner & known:
-                    self.cuts = ()
-                    raise
-                known = known - inner
-                for name in inner:
-                    probe = self.probes.pop(name)
-                    self.skipped.append(Skipped(probe.tensor, f"cannot be cut at: {error.message}"))
-
     def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
         """Add to every segment's sums; returns the divergence of those above their floor."""
         beside = chain.replayer.beside
@@ -401,8 +306,7 @@ class Analysis:
         noisy = index == 0 and again is not None
         renamed = None
         if again is not None:
-            renamed = self._shaped(self.reference.wide(self._renamed(again)), chain.base)
-            renamed = _counted(renamed, chain.base)
+            renamed = self.alignment.fitted(self.alignment.tensors(again), chain.base)
         # What leaves one segment enters others, so tensors are compared first, each once.
         names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
         known = dict(zip(names, beside(chain.apart, names), strict=True))
@@ -543,7 +447,7 @@ class Analysis:
         """Look for the cause of one segment's error; the part of it that the cause reproduces."""
         segment = SegmentGraph(
             surgery.without_copies(chain.replayer.model(cut, local.inputs)),
-            self.kernels(cut),
+            self.alignment.kernels(cut),
             self._compiled,
             self._trained,
             self._grids,
@@ -555,13 +459,9 @@ class Analysis:
         )
         for failure in failures:
             self._gap("explain", failure)
-        if self._grids or self._compiled:
-            self.constants[cut.id] = (
-                *self._quantised(segment, local),
-                *self._changed_constants(segment, local),
-            )
-        if self._trained:
-            self.constants[cut.id] = artefact.sentences_of_trained(segment)
+        if self._grids or self._compiled or self._trained:
+            threads = self.reference.replayer.threads
+            self.constants[cut.id] = evidence.of_constants(segment, local, threads)
         if thorough and self.causes.noise(cut.id) is None and cut.id not in self.constants:
             said = witness.sides_with(segment, local.inputs, local.observed, local.replayed)
             if said is not None:
@@ -569,54 +469,6 @@ class Analysis:
                 nodes = ", ".join(model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
                 self.warnings.append(f"At {nodes}: {said}.")
         return part
-
-    def _quantised(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
-        """How much of a segment's error its weights explain, and how much its activations."""
-        if not self._grids:
-            return ()
-        threads = self.reference.replayer.threads
-        said = []
-        for what, changed in artefact.quantised(segment).items():
-            explained = attribution.measured(
-                replace(segment, model=changed),
-                local.inputs,
-                local.observed,
-                local.replayed,
-                threads=threads,
-            )
-            if explained is not None:
-                said.append(f"{what} {explained:.4f}")
-        if not said:
-            return ()
-        return ("of the error, replaying what the quantiser chose explains: " + ", ".join(said),)
-
-    def _changed_constants(self, segment: SegmentGraph, local: Local) -> tuple[str, ...]:
-        """Which of a segment's constants the compiled file changed, and what that alone explains.
-
-        It is evidence and no name: a cause that is none of the catalogue stays unexplained. What a
-        quantiser chose is none of these.
-        """
-        changed = {n: c for n, c in segment.compiled.items() if not (c.quantised and self._grids)}
-        values = {name: constant.values for name, constant in changed.items()}
-        model = artefact.replaced(segment.model, values)
-        if model is None:
-            return ()
-        held = artefact.held_by(segment.model)
-        said = [artefact.sentence(n, c) for n, c in changed.items() if n in held]
-        threads = self.reference.replayer.threads
-        explained = attribution.measured(
-            replace(segment, model=model),
-            local.inputs,
-            local.observed,
-            local.replayed,
-            threads=threads,
-        )
-        if explained is not None:
-            said.append(
-                f"replaying this segment with the compiled file's constants explains "
-                f"{explained:.4f} of the error"
-            )
-        return tuple(said)
 
     def _telescope(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Where this sample's whole divergence came from, by segment.
@@ -685,35 +537,6 @@ class Analysis:
 
     # --- what the report asks for --------------------------------------------------------------
 
-    def kernels(self, cut: Cut) -> tuple[Kernel, ...]:
-        """What the engine says it ran for a segment, in execution order, by reference names."""
-        kernels = self.all_kernels()
-        if self._by_node is None:
-            self._by_node = {}
-            for position, kernel in enumerate(kernels):
-                for node in kernel.nodes:
-                    self._by_node.setdefault(node, []).append(position)
-        nodes = [self.reference.graph.nodes[i] for i in cut.nodes]
-        keys = (*map(model.key, nodes), *branches.inner_names(nodes))
-        found = {position for key in keys for position in self._by_node.get(key, ())}
-        return tuple(kernels[position] for position in sorted(found))
-
-    def all_kernels(self) -> tuple[Kernel, ...]:
-        """Every kernel of the build, by reference names."""
-        if self._all_kernels is None:
-            kernels = self.tracer.provenance.kernels if self.tracer.provenance else ()
-            inner = {n: n for n in branches.inner_names(self.reference.graph.nodes)}
-            names = {**inner, **self._rename}
-            self._all_kernels = tuple(
-                replace(
-                    kernel,
-                    nodes=tuple(names[n] for n in kernel.nodes if n in names),
-                    outputs=tuple(self._rename[n] for n in kernel.outputs if n in self._rename),
-                )
-                for kernel in kernels
-            )
-        return self._all_kernels
-
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""
         own = [self.tracer.gap] if self.tracer.gap else []
@@ -730,24 +553,6 @@ class Analysis:
     def _top(self, count: int = TOP) -> set[str]:
         effects = self.effects
         return set(sorted(effects, key=effects.__getitem__, reverse=True)[:count])
-
-
-def _counted(captured: Arrays, base: Arrays) -> Arrays:
-    """Tensors that count, as the model's integers where an engine holds them as floats."""
-    return {
-        name: value.astype(base[name].dtype)
-        if name in base and _floats_for_integers(value, base[name])
-        else value
-        for name, value in captured.items()
-    }
-
-
-def _is_fractional(value: Array, of: Array) -> bool:
-    return _floats_for_integers(value, of) and not (value == value.astype(of.dtype)).all()
-
-
-def _floats_for_integers(value: Array, of: Array) -> bool:
-    return value.dtype.kind == "f" and of.dtype.kind in "iu"
 
 
 def _norm(tensors: Arrays) -> float:

@@ -33,7 +33,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
     tracer, ledger = measured.tracer, measured.ledger
     provenance = tracer.stated()
     if provenance is not None and measured.cuts:
-        provenance = replace(provenance, kernels=measured.all_kernels())
+        provenance = replace(provenance, kernels=measured.alignment.all_kernels())
     blank = BackendReport(
         id=tracer.id,
         device=provenance.device if provenance else device,
@@ -113,20 +113,20 @@ def _unexplained(measured: Analysis) -> float:
 def _proof(measured: Analysis) -> FidelityProof:
     tracer, graph = measured.tracer, measured.reference.graph
     proved = measured.equal and tracer.program_unchanged
-    kinds = [p.fidelity for p in measured.probes.values()] if proved else []
-    finals = [n for n in graph.outputs if n not in measured.probes]
+    kinds = [p.fidelity for p in measured.alignment.probes.values()] if proved else []
+    finals = [n for n in graph.outputs if n not in measured.alignment.probes]
     finals = [n for n in finals if measured.reference.computes(n)]
     return FidelityProof(
         outputs_bitwise_equal=measured.equal and tracer.unproved is None,
         program_unchanged=tracer.program_unchanged,
-        candidates=len(measured.probes) + len(finals) + len(measured.skipped),
+        candidates=len(measured.alignment.probes) + len(finals) + len(measured.alignment.skipped),
         # A final output is what the plain program itself returns: nothing was added to see it.
         output_proved=kinds.count("output-proved") + len(finals),
         cone_proved=kinds.count("cone-proved"),
-        perturbing=kinds.count("perturbing") if proved else len(measured.probes),
+        perturbing=kinds.count("perturbing") if proved else len(measured.alignment.probes),
         run_to_run=measured.run_to_run,
         rebuild=measured.rebuild if tracer.rebuilt else None,
-        skipped=tuple(measured.skipped),
+        skipped=tuple(measured.alignment.skipped),
         cached=tracer.recalled,
     )
 
@@ -134,7 +134,7 @@ def _proof(measured: Analysis) -> FidelityProof:
 def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
     meter = measured.meters[cut.id]
     nodes = [measured.reference.graph.nodes[i] for i in cut.nodes]
-    kernels = measured.kernels(cut)
+    kernels = measured.alignment.kernels(cut)
     # A segment that one sample flagged may be below its floor over all of them.
     known = cut.id in measured.causes and meter.flagged
     found = measured.causes.verdict(cut.id) if known else None
@@ -196,7 +196,7 @@ def _consequences(measured: Analysis, cut: Cut) -> tuple[Consequence, ...]:
 def _fidelity(measured: Analysis, cut: Cut) -> Fidelity:
     if not (measured.equal and measured.tracer.program_unchanged):
         return "perturbing"
-    probes = measured.probes
+    probes = measured.alignment.probes
     kinds = {probes[n].fidelity for n in (*cut.inputs, *cut.outputs) if n in probes}
     return next(
         (k for k in ("perturbing", "cone-proved", "output-proved") if k in kinds),
