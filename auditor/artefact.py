@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -319,10 +319,7 @@ class _Constants:
         if scale.size > 1:
             across[surgery.attributes(node).get("axis", 1)] = -1
         steps = (original - value) / scale.reshape(across)
-        beyond = ((integers == integers.max()) & (steps > 0)) | (
-            (integers == integers.min()) & (steps < 0)
-        )
-        return bool(((np.abs(steps) <= 0.5 + _NEAR) | beyond).all())
+        return bool(_rounds(steps.ravel(), value.ravel()))
 
     def _dequantised(self, node: onnx.NodeProto) -> Array | None:
         given = surgery.attributes(node)
@@ -373,13 +370,27 @@ def _storage(original: Array, value: Array) -> Storage | None:
     """The narrow format that the original's values were stored in."""
     if original.dtype != np.float32:
         return None
-    with np.errstate(over="ignore"):
-        for name, kind in _FLOATS.items():
-            narrow = original.astype(helper.tensor_dtype_to_np_dtype(kind))
-            if np.array_equal(narrow.astype(np.float32), value):
-                return name
+    for name, kind in _FLOATS.items():
+        if _is_neighbour(original, value, helper.tensor_dtype_to_np_dtype(kind)):
+            return name
     levels = _levels(original, value)
     return None if levels is None else "8 bits" if levels > _FOUR_BITS else "4 bits"
+
+
+def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
+    """Whether every value is one of the two of a narrower format around its original.
+
+    Which of them is the converter's choice: the nearest, the one towards zero (bfloat16 as the
+    upper half of the bits), the largest that is finite.
+    """
+    with np.errstate(over="ignore"):
+        nearest = original.astype(narrow)
+    back = nearest.astype(np.float32)
+    same = (value == back) | (np.isnan(value) & np.isnan(back))
+    if same.all():
+        return True
+    other = np.nextafter(nearest, np.copysign(np.float32(np.inf), original - back).astype(narrow))
+    return bool((same | ((back != original) & (value == other.astype(np.float32)))).all())
 
 
 def _levels(original: Array, value: Array) -> int | None:
@@ -414,12 +425,27 @@ def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
     # What was on a grid before was changed in another way than by rounding.
     steps[np.isfinite(_steps(original))] = np.nan
     with np.errstate(invalid="ignore"):
-        near = np.abs(original - value) <= steps[:, None] * (0.5 + _NEAR)
-    above = (value == value.max(axis=1, keepdims=True)) & (original > value)
-    below = (value == value.min(axis=1, keepdims=True)) & (original < value)
-    fits = np.isfinite(steps) & (near | above | below).all(axis=1) & ~same
+        fits = np.isfinite(steps) & _rounds((original - value) / steps[:, None], value) & ~same
     found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
     return found
+
+
+def _rounds(steps: Array, values: Array) -> NDArray[np.bool_]:
+    """By row, whether values are the originals rounded: to the nearest, downwards or towards zero.
+
+    Args:
+        steps: how far the originals are above the values, in steps of their grid.
+        values: of which the largest and the smallest may be any distance from theirs.
+    """
+    beyond = (values == values.max(axis=-1, keepdims=True)) & (steps > 0)
+    beyond |= (values == values.min(axis=-1, keepdims=True)) & (steps < 0)
+    found = ((np.abs(steps) <= 0.5 + _NEAR) | beyond).all(axis=-1)
+    # Whole steps are a grid that was moved.
+    whole = np.mean(np.abs(steps - np.rint(steps)) <= _NEAR, axis=-1)
+    for over in (steps, steps * np.sign(values)):
+        inside = (over >= -_NEAR) & (over <= 1 + _NEAR)
+        found |= (inside | beyond).all(axis=-1) & (whole < 0.5)
+    return np.asarray(found)
 
 
 def _steps(rows: Array) -> NDArray[np.float64]:

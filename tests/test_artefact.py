@@ -81,6 +81,22 @@ def test_eight_bits(tmp_path: Path, axis: int | None, percentile: float) -> None
     assert found.storage == "4 bits"
 
 
+@pytest.mark.parametrize("rounding", [np.floor, np.trunc])
+def test_other_roundings(tmp_path: Path, rounding: np.ufunc) -> None:
+    """bfloat16 as the upper half of the bits; 8 bits by a cast to integers; no grid that moved."""
+    w = original()
+    upper = (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    assert artefact._storage(w, upper) == "bfloat16"
+    assert artefact._storage(upper, upper + np.spacing(upper) * 2**16) is None
+    scale = (abs(w).max(axis=(1, 2, 3), keepdims=True) / 127).astype(np.float32)
+    integers = np.clip(rounding(w / scale), -127, 127).astype(np.int8)
+    assert artefact._storage(w, (integers * scale).astype("f4")) == "8 bits"
+    for moved, chosen in ((0, True), (1, False)):
+        stored = (integers + np.int8(moved), scale.reshape(-1))
+        (constant,) = changed(tmp_path, w, name="v", quantised=stored).values()
+        assert constant.quantised is chosen
+
+
 def test_eight_bits_of_a_depthwise_filter() -> None:
     """Nine values to a grid, hardly two of which fall together."""
     w = np.random.default_rng(2).standard_normal((32, 1, 3, 3)).astype(np.float32)
