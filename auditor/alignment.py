@@ -26,6 +26,7 @@ class Alignment:
     Attributes:
         other_file: whether the engine's tensors may have other shapes under the same names; to be
             said before the first sample.
+        constants: what the engine's program has otherwise than the reference; said then, too.
         cuts: the segments, once they were chosen on the first sample.
         probes: what is observed, by the reference's names; ``skipped`` what is not.
     """
@@ -39,6 +40,7 @@ class Alignment:
             rename: compiled model's tensor names → the reference's.
         """
         self.other_file = False
+        self.constants: Arrays = {}
         self.cuts: tuple[Cut, ...] = ()
         self.probes: dict[str, Probe] = {}
         self.skipped: list[Skipped] = []
@@ -122,7 +124,7 @@ class Alignment:
                 if captured[name].shape != base[name].shape:
                     doubtful[name] = "its counterpart in the reference has another size"
         for name in naming.unconfirmed(
-            self._reference.replayer, self.cuts, inferred, captured, base, held
+            self._reference.replayer, self.cuts, inferred, captured, base, held, self.constants
         ):
             doubtful[name] = "what is computed behind it shows that it is not what its name says"
             if name in inferred:

@@ -163,6 +163,7 @@ class Analysis:
         """
         self._compiled, self._grids = compiled, grids or {}
         self.alignment.other_file |= other_file
+        self.alignment.constants = {n: c.values for n, c in compiled.items()}
 
     def hold_trained(self, trained: Mapping[str, CompiledConstant]) -> None:
         """Say which constants the module has otherwise; before the first sample."""

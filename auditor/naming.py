@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-from auditor import metrics
+from auditor import artefact, metrics
 from auditor.replays.replay import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from auditor.ports import Array, Arrays
     from auditor.records.measured import Distance
@@ -35,6 +35,7 @@ def unconfirmed(
     captured: Arrays,
     base: Arrays,
     held: Collection[str] = (),
+    constants: Arrays | None = None,
 ) -> set[str]:
     """Tensors under a derived name that their values do not bear out.
 
@@ -50,6 +51,7 @@ def unconfirmed(
         held: those that another file has under these names. Its optimiser may have kept the name of
             one tensor for another, but one that is off is first of all a fault: only what was not
             read is doubtful.
+        constants: those that the compiled file has otherwise.
     """
 
     @functools.cache
@@ -67,15 +69,27 @@ def unconfirmed(
         # past several operators, each of their results fits the other's and none fits its name.
         if wrong and doubtful.isdisjoint(cut.inputs):
             try:
-                made = replayer.run(cut, captured)
+                for made in _replays(replayer, cut, captured, constants or {}):
+                    wrong = {
+                        n
+                        for n in wrong
+                        if metrics.distance(captured[n], made[n]).cosine < CONFIRMED
+                    }
             except ReplayError:
                 pass
-            else:
-                wrong = {
-                    n for n in wrong if metrics.distance(captured[n], made[n]).cosine < CONFIRMED
-                }
         doubtful |= wrong
     return doubtful
+
+
+def _replays(replayer: Replayer, cut: Cut, captured: Arrays, constants: Arrays) -> Iterator[Arrays]:
+    """What a segment makes of the captured inputs, as it is and with the compiled file's constants.
+
+    These may be so far off that nothing of the former is left.
+    """
+    yield (made := replayer.run(cut, captured))
+    yield replayer.run_changed(
+        cut, captured, made, lambda model: artefact.replaced(model, constants), 0, "replayed"
+    )
 
 
 def _bypassed(

@@ -44,3 +44,18 @@ def test_an_error_that_nothing_behind_reads_is_a_wrong_name(fault: str) -> None:
     captured = replayer.walk(cuts, feeds | {"w": feeds["w"] * np.float32(1.2)})
     captured["s"] = captured["s"] + np.float32(0.3)
     assert unconfirmed(replayer, cuts, (), captured, base, {"h", "s"}) == {"s"}
+
+
+def test_what_only_the_compiled_constants_make_is_confirmed_by_them() -> None:
+    """Weights so far off that nothing of the reference's result is left."""
+    model = onnx.parser.parse_model(MODEL.replace(", float[4] w", "", 1))
+    w, other = np.float32([[1, -1, 1, -1], [1, 1, -1, -1]])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    feeds = {"x": np.ones((3, 4), np.float32), "b": np.zeros(4, np.float32)}
+    cuts = graph.cut(["h", "y"])
+    base = replayer.walk(cuts, feeds)
+    captured = base | {"h": other * feeds["x"], "y": np.maximum(other * feeds["x"], 0)}
+    assert unconfirmed(replayer, cuts, {"h"}, captured, base) == {"h"}
+    assert not unconfirmed(replayer, cuts, {"h"}, captured, base, constants={"w": other})

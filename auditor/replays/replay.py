@@ -336,7 +336,7 @@ class Replayer:
         """
         from auditor.replays.reorder import OPSET, reordered
 
-        return self._run_changed(cut, values, replayed, reordered, OPSET, "reordered")
+        return self.run_changed(cut, values, replayed, reordered, OPSET, "reordered")
 
     def run_exact(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
         """Run one segment with exponentials and their like in double precision, if it has any.
@@ -345,7 +345,7 @@ class Replayer:
         """
         from auditor.replays.functions import OPSET, exact
 
-        return self._run_changed(cut, values, replayed, exact, OPSET, "evaluated exactly")
+        return self.run_changed(cut, values, replayed, exact, OPSET, "evaluated exactly")
 
     def run_in_order(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
         """Run one segment with its products added up one after another, if it has any.
@@ -356,7 +356,7 @@ class Replayer:
         from auditor.replays.writer import OPSET_OF_SUMS
 
         with self._summing:
-            return self._run_changed(
+            return self.run_changed(
                 cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order"
             )
 
@@ -369,11 +369,11 @@ class Replayer:
         """
         from auditor.replays.quantised import OPSET, either_side
 
-        return self._run_changed(
+        return self.run_changed(
             cut, values, replayed, lambda m: either_side(m, observed), OPSET, "rounded"
         )
 
-    def _run_changed(
+    def run_changed(
         self,
         cut: Cut,
         values: Mapping[str, Array],
@@ -382,6 +382,10 @@ class Replayer:
         opset: int,
         how: str,
     ) -> Arrays:
+        """Run one segment rewritten by ``change``, at an opset of at least ``opset``.
+
+        ``how`` is said where it cannot be run; the other arguments are those of ``run_reordered``.
+        """
         model = self.model(cut, values)
         candidates = [model] if surgery.opset(model) >= opset else upgraded(model, opset)
         feeds = {name: values[name] for name in cut.inputs}
