@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING
 import onnx
 
 from auditor import discovery
-from auditor.audit import model_of
 from auditor.errors import UsageError
 from auditor.fixes._author import Author
 from auditor.fixes._bench import Attempt, Bench, Change
 from auditor.ports import Keeping
 from auditor.records.fix import FixReport
+from auditor.subject import model_of
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.ports import Progress
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, BackendReport, Finding

@@ -25,7 +25,6 @@ import onnx
 
 from auditor import discovery, metrics
 from auditor import model as models
-from auditor.audit import model_of, reference_of, request_for, stimulus_of
 from auditor.errors import UsageError
 from auditor.ports import Script, Scriptable
 from auditor.processes.limits import Limits, physical_memory
@@ -34,11 +33,12 @@ from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
 from auditor.replays import replay
 from auditor.segments import Cut, Graph
+from auditor.subject import model_of, reference_of, request_for, stimulus_of
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
+    from auditor.options import AuditOptions, BackendSpec
     from auditor.ports import Array, Arrays, Progress
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, Finding

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import auditor.cli  # noqa: F401  registers the verbs that a report's command is read with
 from auditor import fix
-from auditor.audit import model_of
 from auditor.commands._asked import again, asked_for
 from auditor.fixes._bench import Bench, Change
 from auditor.ports import Silent
 from auditor.records.fix import FixReport
 from auditor.records.measured import Segment
+from auditor.subject import model_of
 from reports import json_v1
 
 

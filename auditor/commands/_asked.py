@@ -22,7 +22,7 @@ from auditor.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.policy import Policy
 
 
@@ -55,7 +55,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     Raises:
         UsageError: they contradict one another, or name what there is not.
     """
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.processes import cache
     from auditor.processes.limits import GIB, Limits
 

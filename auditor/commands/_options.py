@@ -11,7 +11,7 @@ import typer
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
-    from auditor.audit import BackendSpec
+    from auditor.options import BackendSpec
     from auditor.records.terms import OutputKind
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="The exported ONNX model.")]
@@ -91,7 +91,7 @@ Format = Annotated[
 
 def backend_specs(names: Sequence[str] | None) -> tuple[BackendSpec, ...]:
     from auditor import discovery
-    from auditor.audit import BackendSpec
+    from auditor.options import BackendSpec
 
     known = discovery.backend_ids()
     if not names:
@@ -117,7 +117,7 @@ def training_ids() -> tuple[str, ...]:
 
 def with_training(specs: Sequence[BackendSpec], source: str | None) -> tuple[BackendSpec, ...]:
     """The backends of an audit, the training side first where there is a source."""
-    from auditor.audit import BackendSpec
+    from auditor.options import BackendSpec
 
     if source is None:  # no look at each backend: that takes longer than starting their processes
         return tuple(specs)

@@ -30,7 +30,7 @@ from auditor.commands._output import destination_for, emit
 from auditor.commands._stop import StoppableProgress
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.policy import Policy
     from auditor.records.report import AuditReport
 

@@ -112,7 +112,7 @@ def _export(
     open_axes = _open_axes(dynamic)
 
     from auditor import discovery
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.training.export import compare
     from reports import _export as table
     from reports._progress import LiveProgress

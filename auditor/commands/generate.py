@@ -87,7 +87,7 @@ def _generate(
     pairs = dict(_pair(text) for text in cache or ())
 
     from auditor import datafiles, discovery
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.sequences.generate import generate
     from reports import _generate as table
     from reports._progress import LiveProgress

@@ -63,7 +63,8 @@ def _record(
     options = engine_options(option, specs)
     shapes = dict(parse_shape(text) for text in shape or ())
 
-    from auditor.audit import AuditOptions, record
+    from auditor.audit import record
+    from auditor.options import AuditOptions
     from reports._progress import LiveProgress
 
     asked = AuditOptions(

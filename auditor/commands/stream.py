@@ -111,7 +111,7 @@ def _stream(
     numbers = {name: _number(text) for name, text in (_pair("--set", t) for t in value or ())}
 
     from auditor import discovery
-    from auditor.audit import AuditOptions
+    from auditor.options import AuditOptions
     from auditor.sequences import streaming
     from reports import _stream as table
     from reports._progress import LiveProgress

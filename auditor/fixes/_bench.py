@@ -14,17 +14,18 @@ import onnx
 
 from auditor import discovery, metrics, weights
 from auditor import model as models
-from auditor.audit import audit, reference_of, request_for, stimulus_of
+from auditor.audit import audit
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Keeping
 from auditor.processes.worker import workers
 from auditor.records.fix import FixAttempt
 from auditor.replays import replay, surgery
+from auditor.subject import reference_of, request_for, stimulus_of
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:
-    from auditor.audit import AuditOptions, BackendSpec
     from auditor.model import Model
+    from auditor.options import AuditOptions, BackendSpec
     from auditor.ports import Arrays, Progress
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, Finding

@@ -24,8 +24,8 @@ import onnx
 
 from auditor import metrics, pieces, summary
 from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
+from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.generation import (
     Carried,
@@ -40,6 +40,7 @@ from auditor.sequences.caches import Cache, Decoder, Run, Step, decoder_of, step
 from auditor.sequences.decisions import Logits, Tokens, compared, judged
 from auditor.sequences.layers import Frozen, avoiding_options, numbered
 from auditor.sequences.runs import analysed, built, built_beside, plain_runs
+from auditor.subject import reference_of
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:

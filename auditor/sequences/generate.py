@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor import model as models
-from auditor.audit import AuditOptions
 from auditor.errors import UsageError
+from auditor.options import AuditOptions
 from auditor.records.generation import GenerationReport
 from auditor.sequences import cached, rerun
 from auditor.sequences.caches import caches_of, checked

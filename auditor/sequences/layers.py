@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from auditor import discovery, divergence
 from auditor import model as models
-from auditor.audit import BackendSpec
 from auditor.impact import Chain, frozen
+from auditor.options import BackendSpec
 from auditor.records.measured import CategoryShare
 from auditor.replays.replay import Patch
 from auditor.trace import Tracer

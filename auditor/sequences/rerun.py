@@ -19,8 +19,8 @@ import onnx
 from auditor import model as models
 from auditor import pieces, summary
 from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
+from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.generation import (
     Generation,
@@ -34,6 +34,7 @@ from auditor.replays.replay import ReplayError
 from auditor.sequences.decisions import Logits, Tokens, compared, judged, lead
 from auditor.sequences.layers import Frozen, avoiding_options
 from auditor.sequences.runs import analysed, built, built_beside, plain_runs
+from auditor.subject import reference_of
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:

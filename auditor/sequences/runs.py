@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor.analysis import Analysis
-from auditor.audit import AuditOptions, BackendSpec, request_for
 from auditor.errors import BackendError
+from auditor.options import AuditOptions, BackendSpec
 from auditor.processes.worker import workers
+from auditor.subject import request_for
 from auditor.trace import Tracer
 
 if TYPE_CHECKING:

@@ -23,11 +23,12 @@ import numpy as np
 
 from auditor import datafiles, metrics, stimulus, summary, tasks
 from auditor import model as models
-from auditor.audit import AuditOptions, BackendSpec, reference_of
 from auditor.errors import BackendError, UsageError
+from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.stream import Streamed, StreamReport, StreamStep
 from auditor.sequences.runs import analysed, built, plain_runs
+from auditor.subject import reference_of
 
 if TYPE_CHECKING:
     from auditor.model import Model, Shape, TensorSpec

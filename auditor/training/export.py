@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor import datafiles
-from auditor.audit import AuditOptions, audit
+from auditor.audit import audit
 from auditor.errors import BackendError, UsageError
+from auditor.options import AuditOptions
 from auditor.processes.limits import Limits, physical_memory
 from auditor.processes.wire import encode, save
 from auditor.processes.worker import Worker, availability, workers

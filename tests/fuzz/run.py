@@ -62,8 +62,8 @@ def _use_model(path: Path) -> None:
     """Load a model as an audit does, run it, cut it at every tensor, and run the pieces."""
     from auditor import model as models
     from auditor import stimulus
-    from auditor.audit import reference_of
     from auditor.replays.replay import ReplayError
+    from auditor.subject import reference_of
 
     model = models.load(path)
     samples = stimulus.load(model, None, 0, 1, {})
