@@ -317,6 +317,27 @@ def test_a_probe_that_changes_the_program_is_refused(
     assert {p.tensor: p.fidelity for p in made.probes}["a1"] == "cone-proved"
 
 
+def test_a_probe_that_the_engine_cannot_compile_is_left_out(
+    residual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: as "object is not initialized", where bfloat16 reads the steps of a QDQ pair."""
+    built = build(residual, options=F32)
+    foreseen = built.instrument(X)
+    compiled = _ov_session.Plain.compiled
+    (probe,) = (c.probe for c in built._plain.candidates if c.tensor == "r1")
+
+    def refused(self: _ov_session.Plain, model: Any) -> Any:
+        if any(r.get_friendly_name() == probe for r in model.get_results()):
+            raise BackendError("object is not initialized", stage="instrument")
+        return compiled(self, model)
+
+    monkeypatch.setattr(_ov_session.Plain, "compiled", refused)
+    made = built.instrument(X)
+    assert made.program_unchanged
+    observed, before = ({p.tensor for p in i.probes} for i in (made, foreseen))
+    assert before - {"r1"} <= observed
+
+
 def test_nothing_is_claimed_when_outputs_differ(
     residual: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
