@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         OutputDistance,
         Spread,
     )
+    from auditor.records.model import ReferenceInfo
     from auditor.records.report import AuditReport, BackendReport, Finding
     from auditor.records.terms import Severity, Status
 
@@ -426,6 +427,11 @@ def ran(made: Provenance, status: Status) -> str:
     if made.kernels:
         said += f", {count(len(made.kernels), 'kernel')}{f' ({kinds})' if kinds else ''}"
     return said + "".join(f", {key}={value}" for key, value in sorted(made.options.items()))
+
+
+def reference(info: ReferenceInfo) -> str:
+    """What the backends are compared with."""
+    return f"{info.engine}, version {info.version}, {info.precision}"
 
 
 def by_reason(skipped: Iterable[Skipped]) -> dict[str, list[str]]:

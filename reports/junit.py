@@ -95,7 +95,7 @@ def _suite(root: Element, report: AuditReport, backend: BackendReport, number: i
     properties = {
         "model": report.model.path,
         "sha256": report.model.sha256,
-        "reference": f"{report.reference.engine} {report.reference.version}",
+        "reference": words.reference(report.reference),
         "verdict": f"{report.verdict}, exit code {report.exit_code}",
         "fail-on": report.fail_on,
         "ran": words.ran(made, backend.status) if made else "",

@@ -147,7 +147,7 @@ def _verdict(report: AuditReport) -> str:
         f"{_judgement(report)}"
         f"- Model: {_code(model.path)}, sha256 {_code(model.sha256[:12])}{candidate}\n"
         f"- Inputs: {samples}{source}{seed}{random}\n"
-        f"- Reference: {_prose(f'{reference.engine} {reference.version}, {reference.precision}')}"
+        f"- Reference: {_prose(words.reference(reference))}"
         f"{outlier}\n"
     )
 

@@ -315,7 +315,7 @@ def _properties(report: AuditReport) -> Object:
         "verdict": report.verdict,
         "failOn": report.fail_on,
         "findings": len(report.findings),
-        "reference": f"{reference.engine} {reference.version}, {reference.precision}",
+        "reference": words.reference(reference),
         "inputs": {"kind": stimulus.kind, "samples": stimulus.samples, "seed": stimulus.seed},
         "outlier": report.outlier,
         "agreement": [

@@ -119,7 +119,7 @@ def _draw_verdict(page: Page, report: AuditReport) -> None:
     for note in stimulus.notes:
         page.say(Span(note, "yellow"), label=tag("", 11))
     page.say(
-        Span(f"{reference.engine} {reference.version}, {reference.precision}", "dim"),
+        Span(words.reference(reference), "dim"),
         label=tag("reference", 11),
     )
 
@@ -291,10 +291,10 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
         return
     page.say(
         Span(
-            "impact: part of the final divergence that this error alone makes; share: its part "
-            "in the exact book-keeping, which sums to 100%; introduced: relative L2 made here; "
-            "explained, bits: how much of it, and how many elements exactly, replaying the cause "
-            "reproduces",
+            "ranked by what each error alone changes in the outputs; impact: that, as part of the "
+            "final divergence; share: its part in the exact book-keeping, which sums to 100%; "
+            "introduced: relative L2 made here; explained, bits: how much of it, and how many "
+            "elements exactly, replaying the cause reproduces",
             "dim",
         )
     )

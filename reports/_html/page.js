@@ -26,7 +26,7 @@ function header() {
       ["candidate", MODEL.candidate && `${clip(MODEL.candidate, 200)}, compiled by the backends`],
       ["inputs", `${count(STIMULUS.samples, `${STIMULUS.kind} sample`)}${source}${seed}: `, shapes,
         STIMULUS.notes.map((note) => html("p", { class: "warning" }, clip(note, 600)))],
-      ["reference", `${clip(REFERENCE.engine)} ${clip(REFERENCE.version)}, ${clip(REFERENCE.precision)}`],
+      ["reference", `${clip(REFERENCE.engine)}, version ${clip(REFERENCE.version)}, ${clip(REFERENCE.precision)}`],
       ["limit", REPORT.judgement ? judgement(REPORT.judgement)
         : `fails from ${REPORT.fail_on}; exit code ${REPORT.exit_code}`]),
     navigation());
@@ -141,6 +141,9 @@ function categories(backend, said) {
   if (backend.outputs.every((output) => output.relative_l2 === 0)) {
     return html("p", { class: "quiet" }, "Equal to the reference: nothing to explain.");
   }
+  if (!backend.categories.length && backend.unexplained_share === null) {
+    return html("p", { class: "quiet" }, "No shares of a divergence that is not finite.");
+  }
   const parts = [...backend.categories]
     .sort((a, b) => (b.share ?? 0) - (a.share ?? 0))
     .map(({ noise, stage, share, spread: varied }, i) => ({
@@ -169,15 +172,15 @@ function experiments(backend) {
   const head = [{ title: "built without" }, { title: "conclusion" }, { title: "before", number: true },
     { title: "after", number: true }, { title: "removed", number: true }, { title: "claimed", number: true },
     { title: "latency", number: true }];
-  const measured = (value) => (value === null ? NONE : error(value));
   return [
     html("h4", null, "Built again without one factor"),
     table(`Counterfactuals of ${clip(backend.id)}`, head, tried.map((one) => [
       [clip(one.factor, 120), html("div", { class: "quiet option" },
-        Object.entries(one.options).map(([key, value]) => `${clip(key, 60)}=${clip(value, 60)} `),
-        one.noises.length > 0 && `speaks to ${clip(one.noises.join(", "), 120)}`)],
+        Object.entries(one.options).map(([key, value]) => html("div", null,
+          `${clip(key, 60)}=${clip(value, 60)}`.split(/(?<=_)/).map((part) => [part, html("wbr")]))),
+        one.noises.length > 0 && `brings ${clip(one.noises.join(", "), 120)}`)],
       [one.conclusion, one.failure && html("div", { class: "warning" }, clip(one.failure, 300))],
-      measured(one.before), measured(one.after), percent(one.removed), percent(one.claimed),
+      error(one.before), error(one.after), percent(one.removed), percent(one.claimed),
       one.latency_after === null || !one.latency_before ? NONE
         : `${plain(one.latency_after / one.latency_before)}×`])),
   ];
@@ -278,7 +281,7 @@ function offenderSection() {
         ` (${count(number, "finding")}): ${clip(remedy, 800)}`];
     }), 6)],
     html("p", { class: "quiet" },
-      "Impact: part of the final divergence that this error alone makes. Share: its part in the exact book-keeping, which sums to 100%. Introduced: relative L2 made here. Explained, bits: how much of it, and how many elements exactly, replaying the cause reproduces."),
+      "Ranked by what each error alone changes in the outputs. Impact: that, as part of the final divergence. Share: its part in the exact book-keeping, which sums to 100%. Introduced: relative L2 made here. Explained, bits: how much of it, and how many elements exactly, replaying the cause reproduces."),
     html("div", { class: "legend" }, html("label", { for: "filter" }, "Filter"), filter, found),
     html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Ranked offenders" },
       html("table", { class: "offenders" }, html("thead", null, html("tr", null, heads)), body)),
