@@ -92,9 +92,9 @@ class Bench:
     _weights: dict[str, float] = field(default_factory=dict)  # of one non-finite element
     reshaped: set[str] = field(default_factory=set)
     _error: float = 0.0
+    _finite: float | None = None  # the part of it in values that are finite, once it was asked for
     different: int = 0  # elements
     turned: int = 0  # those of them that are choices or counts
-    _coarse: bool | None = None  # once it was asked for
     says: frozenset[str] = frozenset()  # the precisions that the engine reports
     base: Tested | None = None  # the best of those
     likely: list[Tested] = field(default_factory=list)  # of the others, beside it
@@ -190,15 +190,30 @@ class Bench:
 
         Numbers tell one computation from another; that one box of ten is missing does not.
         """
-        if self._coarse is None:
-            ordinary = sum(
-                _ordinary(self.observed[n], v) / self._scales[n]
-                for n, v in self.replayed.items()
-                if v.dtype.kind == "f"
-            )
-            few = self.turned < ELEMENTS
-            self._coarse = few and ordinary <= (1 - ENOUGH) * self._error
-        return self._coarse
+        return self.turned < ELEMENTS and self._plain_ordinary() <= (1 - ENOUGH) * self._error
+
+    def _plain_ordinary(self) -> float:
+        if self._finite is None:
+            self._finite = self._ordinary(self.replayed)
+        return self._finite
+
+    def _ordinary(self, outputs: Arrays) -> float:
+        return sum(
+            _ordinary(self.observed[n], v) / self._scales[n]
+            for n, v in outputs.items()
+            if v.dtype.kind == "f"
+        )
+
+    def _spoils(self, outputs: Arrays) -> bool:
+        """Whether values are wrong by more than rounding that were right without the hypothesis.
+
+        One value that is infinite outweighs what is wrong of all others.
+        """
+        before = self._plain_ordinary()
+        if self.counted or self.reshaped or before > (1 - ENOUGH) * self._error:
+            return False
+        rounding = len(self.replayed) * (BESIDE * self.floor) ** 2
+        return self._ordinary(outputs) > max(2 * before, rounding)
 
     def test(self, noise: str, variant: Variant) -> None:
         """Replay one variant, unless the engine refuses the model.
@@ -227,7 +242,8 @@ class Bench:
         self._note(hypothesis, outputs, variant)
 
     def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
-        tested = Tested(hypothesis, outputs, variant, self._beside(outputs), self._fits(outputs))
+        fits = self._fits(outputs) and not self._spoils(outputs)
+        tested = Tested(hypothesis, outputs, variant, self._beside(outputs), fits)
         if hypothesis.noise in self.says:
             self.base = tested if self.base is None else max(self.base, tested, key=merit)
         elif self.base is not None:

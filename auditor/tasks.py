@@ -197,6 +197,10 @@ class TaskMeter:
         layout = _Boxes.like(r)
         if b.ndim != r.ndim or r.ndim not in (2, 3):
             return 0, 0
+        images, columns = layout.images(r).shape[::2]
+        if layout.images(b).shape[::2] != (images, columns):
+            boxes = r.size // max(columns, 1)
+            return boxes, boxes
         items = lost = 0
         for pair in zip(layout.images(r), layout.images(b), strict=False):
             mine, theirs = (rows[_filled(rows)] for rows in pair)  # rows of zeros are padding

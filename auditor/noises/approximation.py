@@ -106,6 +106,12 @@ def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
         {surgery.reduction("sum", "ReduceSum", "p", [axis], version)} y = Div(p, sum) }}"""
 
 
+def _defined(node: onnx.NodeProto, version: int) -> str:
+    """1 / (1 + e⁻ˣ), which is 0 where e⁻ˣ overflows; ONNX Runtime's fraction never is."""
+    return f"""(x) => (y) {{ {_number("one", 1)}
+        d = Neg(x) p = Exp(d) q = Add(p, one) y = Div(one, q) }}"""
+
+
 def _unshifted(node: onnx.NodeProto, version: int) -> str | None:
     """e^x / Σ e^x, which overflows in float32 from x = 88.7 on; the largest x is not taken off."""
     axis = surgery.attributes(node).get("axis", -1)
@@ -174,6 +180,7 @@ _ERF = f"(x) => (y) {{ {_number('r', math.sqrt(0.5))} z = Mul(x, r) y = Erf(z) }
 _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | None]], ...] = (
     ("GELU by tanh instead of erf, or the reverse", ("Gelu", "Erf"), _gelu),
     ("GELU by a sigmoid", ("Gelu", "Erf"), _quick_gelu),
+    ("sigmoid by its definition, which ends at 0", ("Sigmoid",), _defined),
     ("sigmoid and tanh as straight lines", ("Sigmoid", "Tanh"), _lines),
     ("hard sigmoid with the other slope", ("HardSigmoid", "HardSwish", "Sigmoid"), _other_slope),
     ("a smooth sigmoid instead of a hard one", ("HardSigmoid", "HardSwish"), _smooth),

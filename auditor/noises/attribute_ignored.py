@@ -102,6 +102,8 @@ def _changes(
         known = schema.attributes.get(name)
         if known is None or known.required or name in _ATTRIBUTES_ELSEWHERE:
             continue
+        if name == "mode" and surgery.attributes(node).get("sampling_ratio") == 1:
+            continue  # RoiAlign: of one sample, the mean is the largest
         if name in _SHAPING and not surgery.takes_any_shape(model, node):
             continue
         if value != _default(known):

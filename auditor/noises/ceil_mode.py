@@ -27,9 +27,12 @@ def _full_kernel(node: onnx.NodeProto) -> str | None:
     """The same windows, but an average divides by the cells past the padded edge too."""
     if not (_counts_padding(node) and _rounds_up(node)):
         return None
+    # Twice the channels: else ONNX Runtime, whose inference keeps windows that it drops when it
+    # runs, would put both averages into one buffer. Slice ends where there are no more.
     return (
         f"(x) => (y) {{ {_padded(node, more=True)} all = {_bare(node)} (padded) "
-        f"plain = AveragePool {surgery.options(node)} (x) size = Shape (plain) "
+        "twice = Concat <axis = 1> (x, x) "
+        f"plain = AveragePool {surgery.options(node)} (twice) size = Shape (plain) "
         "start = Sub (size, size) y = Slice (all, start, size) }"
     )
 

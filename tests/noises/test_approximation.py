@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import helper
 
+from auditor.attribution import explain
 from auditor.noises import approximation
-from auditor.ports import Array
+from auditor.ports import Array, SegmentGraph, Variant
 
 ID = "implementation.approximation"
 erf = np.vectorize(math.erf)
@@ -155,3 +157,24 @@ def test_softmax_without_the_shift(make_segment: Any, diagnose: Any) -> None:
     planted[0, :] = np.nan  # a row that does not overflow
     lost = np.where(np.isnan(planted).any(1, keepdims=True), np.nan, planted)[::-1].copy()
     assert diagnose(single(make_segment, "Softmax"), {"x": x}, {"y": lost}).noise != ID
+
+
+def test_infinity_is_no_evidence_where_the_other_values_are_right(
+    make_segment: Any, run: Any
+) -> None:
+    """ONNX Runtime's sigmoid never is 0, where others are and their logarithm is infinite."""
+    nodes = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Log", ["s"], ["y"])]
+    segment = make_segment(nodes, {}, ["x"], ["y"])
+    x = np.concatenate([np.linspace(-120, -90, 9), np.linspace(-15, 10, 99)])[None]
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore", divide="ignore"):
+        planted = np.log(np.float32(1) / (np.float32(1) + np.exp(-x)))
+    plain = run(segment.model, {"x": x})
+    fast = replace(approximation.NOISE, variants=_fast)
+    for noise, named in ((approximation.NOISE, ID), (fast, None)):
+        found = explain(segment, {"x": x}, {"y": planted}, plain, [noise], floor=1e-5)
+        assert found.noise == named
+
+
+def _fast(segment: SegmentGraph) -> list[Variant]:
+    return [v for v in approximation.NOISE.variants(segment) if "bits" in v.name]

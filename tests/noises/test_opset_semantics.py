@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import opset_semantics
 from auditor.ports import Array
+from auditor.replays import surgery
 
 ID = "implementation.opset_semantics"
 
@@ -99,12 +100,15 @@ def test_region_maximum_over_interpolated_samples(
         mode="max", output_height=3, output_width=3, sampling_ratio=2,
     )  # fmt: skip
     segment = make_segment([node], {"roi": roi, "batch": np.array([0])}, ["x"], ["y"])
-    planted = np.empty((1, 1, 3, 3), np.float32)
-    for i, j in np.ndindex(3, 3):
-        points = [(2 * i + 0.5 + a, 2 * j + 0.5 + b) for a in (0, 1) for b in (0, 1)]
-        planted[0, 0, i, j] = max(bilinear(x[0, 0], 1.5 + p, 0.5 + q) for p, q in points)
-    found = diagnose(segment, {"x": x}, {"y": planted})
-    assert found.noise == ID and "RoiAlign" in (found.variant or "")
+    for ratio in (2, 1):  # of one sample, the mean is the largest
+        surgery.set_attributes(segment.model.graph.node[0], sampling_ratio=ratio)
+        planted = np.empty((1, 1, 3, 3), np.float32)
+        at = [(k + 0.5) * 2 / ratio for k in range(ratio)]
+        for i, j in np.ndindex(3, 3):
+            points = [(2 * i + a, 2 * j + b) for a in at for b in at]
+            planted[0, 0, i, j] = max(bilinear(x[0, 0], 1.5 + p, 0.5 + q) for p, q in points)
+        found = diagnose(segment, {"x": x}, {"y": planted})
+        assert found.noise == ID and "RoiAlign" in (found.variant or "")
 
 
 def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: Any) -> None:
