@@ -540,7 +540,7 @@ class Analysis:
 
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""
-        own = [self.tracer.gap] if self.tracer.gap else []
+        own = [gap for gap in (self.tracer.gap, self.tracer.unobserved) if gap]
         unmeasured = [
             Gap(self.tracer.id, "compare", meter.unmeasured)
             for meter in self.meters.values()

@@ -288,10 +288,11 @@ def held_against(report: AuditReport, comparison: Comparison) -> AuditReport:
 
 def _decided(report: AuditReport, judgement: Judgement) -> AuditReport:
     audited = {backend.id for backend in report.backends if backend.status == "audited"}
+    complete = {backend.id for backend in report.backends if backend.complete}
     verdict: Verdict = "pass"
     if judgement.broken:
         verdict = "fail"
-    elif not audited or not audited.issuperset(report.requested):
+    elif not audited or not complete.issuperset(report.requested):
         verdict = "incomplete"
     code = {"pass": 0, "fail": 1, "incomplete": 3}[verdict]
     return replace(report, judgement=judgement, verdict=verdict, exit_code=code)

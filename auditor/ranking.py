@@ -120,7 +120,7 @@ def verdict(
     ]
     if any(SEVERITIES.index(s) >= limit for s in worst):
         return "fail", 1
-    if any(b.status != "audited" for b in backends if b.id in requested):
+    if any(not b.complete for b in backends if b.id in requested):
         return "incomplete", 3
     if not any(b.status == "audited" for b in backends):
         return "incomplete", 3

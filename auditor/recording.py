@@ -56,6 +56,7 @@ class Recording:
     rebuilt: bool = False
     unproved: str | None = None
     gap: Gap | None = None
+    unobserved: Gap | None = None
     built_only: bool = False
     recalled: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -362,7 +363,8 @@ def write(path: Path, model: Model, samples: stimulus.Stimulus, tracer: Tracer) 
         for index in range(len(samples)):
             feeds = samples.sample(index)
             trace = tracer.sample(feeds, last=index + 1 == len(samples))
-            if trace is None:
+            if trace is None or tracer.unobserved is not None:
+                tracer.gap = tracer.gap or tracer.unobserved
                 return False
             for kind, arrays in (
                 ("input", feeds),

@@ -44,6 +44,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
     )
     if tracer.gap is not None:
         return blank
+    blank = replace(blank, gap=tracer.unobserved)
     booked = {
         group[0].id: share
         for group, share in zip(ledger.groups, ledger.shares, strict=True)

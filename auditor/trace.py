@@ -122,6 +122,7 @@ class Tracer:
     origins: tuple[Origin, ...] = ()  # of the training side
     unproved: str | None = None  # why nothing could ever be proved; said instead of the proofs
     gap: Gap | None = None
+    unobserved: Gap | None = None  # why its outputs alone are compared
     built_only: bool = False
     blocked: str | None = None  # why the build cannot run here
     sha256: str = ""  # of the model that is compiled
@@ -196,15 +197,9 @@ class Tracer:
                 plain = self._call("run", _Ran, feeds=stored, repeats=_REPEATS if first else 1)
                 outputs = self._final(plain.outputs)
                 if first:
-                    made = self._call("instrument", _Instrumented, feeds=stored, last=last)
-                    self.probes = made.probes
-                    self.skipped = made.skipped
-                    self.program_unchanged = made.program_unchanged
-                    self.rebuilt = made.rebuilt
-                    self.origins = made.origins
-                    if made.kernels is not None and self.provenance is not None:
-                        self.provenance = replace(self.provenance, kernels=made.kernels)
-                    self._instrumented = True
+                    self._instrument(stored, last)
+                if self.unobserved is not None:
+                    return SampleTrace(outputs, outputs, None, True, 0.0, plain.run_to_run)
                 twice = plain.run_to_run > 0
                 answer = self._call("capture", _Captured, feeds=stored, last=last and not twice)
                 if twice:
@@ -223,6 +218,35 @@ class Tracer:
             difference=answer.difference,
             run_to_run=plain.run_to_run,
         )
+
+    def _instrument(self, stored: dict[str, Any], last: bool) -> None:
+        """Add probes; sets ``unobserved`` where the engine refuses every program with probes.
+
+        Raises:
+            BackendError: it crashed or hung.
+        """
+        self._instrumented = True
+        try:
+            made = self._call("instrument", _Instrumented, feeds=stored, last=last)
+        except BackendError as error:
+            if not self.worker.alive:
+                raise
+            self.unobserved = Gap(
+                self.id,
+                error.stage,
+                f"compared at its outputs only: {error.message}",
+                error.hint or None,
+                error.log,
+            )
+            self.program_unchanged = True  # the plain one
+            return
+        self.probes = made.probes
+        self.skipped = made.skipped
+        self.program_unchanged = made.program_unchanged
+        self.rebuilt = made.rebuilt
+        self.origins = made.origins
+        if made.kernels is not None and self.provenance is not None:
+            self.provenance = replace(self.provenance, kernels=made.kernels)
 
     def constants(self) -> Arrays:
         """The constants of the artefact or module that was loaded, by ONNX name.

@@ -227,7 +227,7 @@ def blocks(backend: BackendReport, report: AuditReport) -> bool:
     comparison was left.
     """
     needed = report.requested or (b.id for b in report.backends if report.exit_code == 3)
-    return backend.status != "audited" and backend.id in needed
+    return not backend.complete and backend.id in needed
 
 
 def distance(output: OutputDistance) -> str:

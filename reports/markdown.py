@@ -195,7 +195,7 @@ def _backends(report: AuditReport) -> Iterator[str]:
     """A line per output of every backend, the farthest first."""
     for backend in report.backends:
         who = _code(backend.id)
-        if backend.gap is not None or not backend.outputs:
+        if not backend.outputs:
             reason = backend.gap.reason if backend.gap else "no output was compared"
             yield _row(who, f"⚠️ {_prose(reason)}", *[""] * 7)
             continue

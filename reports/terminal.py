@@ -224,7 +224,7 @@ def _draw_backends(page: Page, report: AuditReport) -> None:
 def _backend_rows(backend: BackendReport, beside: int) -> list[Row]:
     """One line per output, worst first; causes and proof in the columns beside, or beneath."""
     who = Span(backend.id, "bold")
-    if backend.gap is not None or not backend.outputs:
+    if not backend.outputs:
         reason = backend.gap.reason if backend.gap else "no output was compared"
         style = "yellow" if backend.status == "built" else "red"
         return [Row((who, Span(elide(reason, _REASON), style)))]

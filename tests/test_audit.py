@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.errors import BackendError
 from auditor.ports import Silent
 from auditor.processes.worker import Worker
 
@@ -551,6 +552,22 @@ def test_a_backend_that_dies_is_a_gap_with_its_stage(run, monkeypatch, stage):
     assert "SIGSEGV" in ov.gap.reason
     assert ov.gap in report.gaps
     assert report.exit_code == 3
+
+
+def test_a_backend_that_refuses_probes_is_compared_at_its_outputs(run, monkeypatch):
+    original = Worker.call
+
+    def refusing(worker, do, *answer, **arguments):
+        if worker.backend == "ov" and do == "instrument":
+            raise BackendError("no probes today", stage="instrument")
+        return original(worker, do, *answer, **arguments)
+
+    monkeypatch.setattr(Worker, "call", refusing)
+    report = run(_cnn(), "ort", "ov")
+    ov = report.backends[1]
+    assert ov.status == "audited" and ov.outputs and len(ov.segments) == 1
+    assert ov.gap in report.gaps and "outputs only: no probes today" in ov.gap.reason
+    assert report.exit_code == 3 or report.findings
 
 
 @pytest.mark.parametrize("op", ["Div", "Mod"])

@@ -139,7 +139,7 @@ class Remembered(Tracer):
             self._differs("observes other tensors")
             return None
         self._traced += 1
-        if key:
+        if key and self.unobserved is None:
             self._remember(key, trace)
         return trace
 

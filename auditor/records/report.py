@@ -25,6 +25,7 @@ class BackendReport:
     """Everything known about one backend after the audit.
 
     Attributes:
+        gap: why it was not compared; of an audited one, why at its outputs only.
         booked: label and share of each telescoping group, in order; shares sum to 1. Means over
             ``booked_samples`` samples; the categories' spreads say on how many those rest.
         additivity: Σ leave_one_in²; far from 1 means contributions do not add. None when not
@@ -53,6 +54,11 @@ class BackendReport:
     counterfactuals: tuple[Counterfactual, ...] = ()
     latency: Latency | None = None  # where it was asked for
     end_to_end: EndToEnd | None = None  # where photographs were fed through a pipeline
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was compared, at its outputs and between its layers."""
+        return self.status == "audited" and self.gap is None
 
 
 @dataclass(frozen=True, slots=True)
