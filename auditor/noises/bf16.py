@@ -38,10 +38,10 @@ SITES = (
         outputs=True,
     ),
     Sites(
-        "operands of products and results of each kernel in bf16, elementwise kernels read FP32",
+        "operands of products and results of each kernel in bf16, all else that enters in FP32",
         "kernel",
         inputs=True,
-        elementwise=False,
+        entering=False,
         weights=True,
         bias="fully-connected",
         outputs=True,

@@ -1,9 +1,9 @@
-"""Operators that an optimiser fused before deployment: what they compute, in ONNX's own operators.
+"""Operators that stand for many: what they compute, in simpler ones.
 
-ONNX Runtime's transformer optimiser writes files with operators of the domain ``com.microsoft``
-(Attention, SkipLayerNormalization, BiasGelu …; see ContribOperators.md). Other runtimes read these
-files and take the operators apart again, so that roundings inside of them can be replayed only
-where the reference is written out as well.
+ONNX has Attention from operator set 23 on, and ONNX Runtime's transformer optimiser writes files
+with operators of the domain ``com.microsoft`` (Attention, SkipLayerNormalization, BiasGelu …; see
+ContribOperators.md). Runtimes take them apart again, so that roundings inside of them can be
+replayed only where the reference is written out as well.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import onnx
 
 from auditor.ports import SegmentGraph
@@ -21,9 +23,22 @@ from auditor.replays.quantised import Editor
 
 _DOMAIN = "com.microsoft"
 _OPSET = 17  # LayerNormalization exists
-_Shapes = dict[str, tuple[int, ...]]
-# Kernel types that multiply with weights, and that normalise.
-_PROJECTING, _NORMALISING = "FullyConnected", "MVN"
+# Kernel types that multiply with weights, that normalise, and that may be all of an attention.
+_PROJECTING, _NORMALISING, _WHOLE = "FullyConnected", "MVN", "Subgraph"
+_FLOAT = onnx.TensorProto.FLOAT
+_OTHER = ""  # kernels of any other type
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """Shapes and ONNX element types of a segment's tensors, where known."""
+
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, int]
+
+    def rank(self, name: str) -> int:
+        """How many axes one has; 0 where unknown."""
+        return len(self.shapes.get(name, ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,61 +46,71 @@ class _Written:
     """An operator written out.
 
     Attributes:
-        first: the tensor that ends the first kernel of several, "" where there is but one.
-        kind: by the type of a kernel, whether that is the first.
-        upto: whether all kernels before one of that type are the first, instead.
+        ends: in the order of their kernels, where several compute it: what type these have, and
+            which tensor they end in. Kernels behind the last of them end in the operator's result.
+        whole: these, where not all of those types are there.
     """
 
-    first: str = ""
-    kind: str = ""
-    upto: bool = False
+    ends: tuple[tuple[str, str], ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
 
 
 def written_out(segment: SegmentGraph) -> SegmentGraph:
-    """The segment with such operators as ONNX has them, so that noises see inside.
+    """The segment with such operators in simpler ones, so that noises see inside.
 
-    Equal up to the order of sums. Those stay that read or write more than is written out here:
-    a cache, or statistics.
+    Equal up to the order of sums. Those stay that read or write more than is written out here, such
+    as statistics.
     """
     model = segment.model
-    if surgery.opset(model) < _OPSET or not any(n.domain == _DOMAIN for n in model.graph.node):
+    if surgery.opset(model) < _OPSET or not any(map(_writer, model.graph.node)):
         return segment
     editor = Editor(model)
     shapes = surgery.shapes(model) | {t.name: tuple(t.dims) for t in model.graph.initializer}
+    tensors = _Tensors(shapes, surgery.types(model))
     kernels = list(segment.kernels)
     for node in model.graph.node:
-        write = _WRITTEN.get(node.op_type) if node.domain == _DOMAIN else None
-        written = write(node, editor, shapes) if write else None
+        write = _writer(node)
+        written = write(node, editor, tensors) if write else None
         if written is None:
             editor.copy(node)
-        elif written.first:
+        elif written.ends:
             kernels = list(_divided(kernels, node.output[0], written))
     return replace(segment, model=editor.model, kernels=tuple(kernels))
 
 
 def _divided(kernels: list[Kernel], key: str, written: _Written) -> Iterator[Kernel]:
-    """The kernels, of which those that end at ``written.first`` say so."""
-    passed = False
+    """The kernels, of which each says in which tensor it ends."""
+    named = {kernel.type for kernel in kernels if key in kernel.nodes}
+    ends = written.ends if {kind for kind, _ in written.ends} <= {*named, _OTHER} else written.whole
+    types = [kind for kind, _ in ends]
+    following = 0
     for kernel in kernels:
-        passed |= written.upto and kernel.type == written.kind and key in kernel.nodes
-        first = not passed if written.upto else kernel.type == written.kind
-        if first and key in kernel.nodes:
-            nodes = tuple(written.first if name == key else name for name in kernel.nodes)
-            yield replace(kernel, nodes=nodes)
+        if key not in kernel.nodes:
+            yield kernel
+            continue
+        if kernel.type in types[following:]:
+            here = types.index(kernel.type, following)
+            following = here + 1
+        elif types[following : following + 1] == [_OTHER]:
+            here = following
         else:
             yield kernel
+            continue
+        yield replace(kernel, nodes=tuple(ends[here][1] if n == key else n for n in kernel.nodes))
 
 
 def _given(node: onnx.NodeProto, position: int) -> str:
     return node.input[position] if position < len(node.input) else ""
 
 
-def _attention(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Written | None:
+def _projected_attention(
+    node: onnx.NodeProto, editor: Editor, tensors: _Tensors
+) -> _Written | None:
     """Self-attention with its projections in one product."""
     given = surgery.attributes(node)
     x, weights, bias, mask, past, added = (_given(node, i) for i in range(6))
     own = {"num_heads", "mask_filter_value", "scale", "unidirectional"}
-    rank, width = len(shapes.get(mask, ())), shapes.get(weights, (0, 0))[1]
+    rank, width = tensors.rank(mask), tensors.shapes.get(weights, (0, 0))[1]
     if past or given.get("unidirectional") or not own.issuperset(given) or len(node.output) > 1:
         return None
     if not bias or not width or (mask and rank not in (1, 2)):
@@ -94,18 +119,158 @@ def _attention(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Writte
     parts = editor.split("Split", projected, outputs=3, axis=-1)
     heads = given["num_heads"]
     q, k, v = (_in_heads(part, heads, editor) for part in parts)
-    scores = editor.add("MatMul", q, editor.add("Transpose", k, perm=[0, 1, 3, 2]))
-    scale = given.get("scale") or 1 / math.sqrt(width / 3 / heads)
-    scores = editor.add("Mul", scores, editor.constant(scale))
-    if mask:
-        masked = _mask(mask, rank, x, given.get("mask_filter_value", -10000.0), editor)
-        scores = editor.add("Add", scores, masked)
-    if added:
-        scores = editor.add("Add", scores, added)
-    mixed = editor.add("MatMul", editor.add("Softmax", scores, axis=-1), v)
-    together = editor.add("Transpose", mixed, perm=[0, 2, 1, 3])
-    editor.add("Reshape", together, editor.constant([0, 0, -1], "int64"), to=node.output[0])
-    return _Written(projected, _PROJECTING)
+    biases = [_mask(mask, rank, x, given, editor)] if mask else []
+    scores = _Scores(given.get("scale") or 1 / math.sqrt(width / 3 / heads), [*biases, added])
+    scores.attend(q, k, v, editor, heads=node.output[0])
+    return _Written(((_PROJECTING, projected),))
+
+
+def _biased_attention(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
+    """Attention to what other operators projected, to which it may add their biases."""
+    given = surgery.attributes(node)
+    q, k, v, bias, mask, added, *cached = (_given(node, i) for i in range(10))
+    own = {"num_heads", "mask_filter_value", "scale"}
+    rank, width = tensors.rank(mask), tensors.shapes.get(q, (0,))[-1]
+    if any(cached) or not own.issuperset(given) or any(node.output[1:]):
+        return None
+    if any(tensors.rank(x) != 3 for x in (q, k, v)) or (mask and rank not in (1, 2)):
+        return None
+    if bias:
+        sizes = editor.constant([tensors.shapes[x][-1] for x in (q, k, v)], "int64")
+        biases = editor.split("Split", bias, sizes, outputs=3, axis=0)
+        q, k, v = (editor.add("Add", *pair) for pair in zip((q, k, v), biases, strict=True))
+    heads = given["num_heads"]
+    biases = [_mask(mask, rank, k, given, editor)] if mask else []
+    scores = _Scores(given.get("scale") or 1 / math.sqrt(width / heads), [*biases, added])
+    q, k, v = (_in_heads(x, heads, editor) for x in (q, k, v))
+    return scores.attend(q, k, v, editor, heads=node.output[0])
+
+
+def _attention(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
+    """Attention as ONNX has it: of any number of heads, with a cache of keys and values."""
+    given = surgery.attributes(node)
+    q, k, v, mask, past_key, past_value, lengths = (_given(node, i) for i in range(7))
+    shapes, rank = tensors.shapes, tensors.rank(q)
+    precision = given.get("softmax_precision", _FLOAT)
+    if rank not in (3, 4) or not shapes.get(k) or lengths or precision != _FLOAT:
+        return None
+    y, *more = [*node.output, "", "", ""][:4]
+    heads, groups = shapes[q][1], shapes[k][1]
+    if rank == 3:
+        heads, groups = given["q_num_heads"], given["kv_num_heads"]
+        q, k, v = (_in_heads(*of, editor) for of in ((q, heads), (k, groups), (v, groups)))
+    width = shapes[node.input[0]][-1] // (heads if rank == 3 else 1)
+    rows, columns = (shapes[node.input[i]][-2] for i in (0, 1))
+    cached: tuple[tuple[str, str], ...] = ()
+    if past_key:
+        before = shapes.get(past_key, ())
+        if not before:
+            return None
+        columns += before[2]
+        k = editor.add("Concat", past_key, k, to=more[0], axis=2)
+        v = editor.add("Concat", past_value, v, to=more[1], axis=2)
+        cached = (("Concatenation", k), ("Concatenation", v))
+    else:
+        for tensor, name in ((k, more[0]), (v, more[1])):
+            if name:
+                editor.add("Identity", tensor, to=name)
+    k, v = (_repeated(x, heads, groups, editor) for x in (k, v))
+    added = []
+    if mask and shapes.get(mask, (0,))[-1] != columns:
+        return None
+    if mask and tensors.types.get(mask) == onnx.TensorProto.BOOL:
+        mask = editor.add("Where", mask, editor.constant(0.0), editor.constant(-math.inf))
+    if given.get("is_causal"):
+        seen = np.tri(rows, columns, columns - rows if past_key else 0, dtype=bool)
+        added.append(editor.constant(np.where(seen, 0.0, -math.inf)))
+    scores = _Scores(
+        given.get("scale") or 1 / math.sqrt(width),
+        [mask, *added],
+        given.get("softcap", 0.0),
+        empty=bool(mask),
+    )
+    to = {"heads": y} if rank == 3 else {"mixed": y}
+    if more[2]:
+        to[_STEPS[given.get("qk_matmul_output_mode", 0)]] = more[2]
+    written = scores.attend(q, k, v, editor, **to)
+    return _Written((*cached, *written.ends), (*cached, *written.whole))
+
+
+def _repeated(tensor: str, heads: int, groups: int, editor: Editor) -> str:
+    """Each head as often as others attend to it."""
+    if heads == groups:
+        return tensor
+    apart = editor.add("Unsqueeze", tensor, editor.constant([2], "int64"))
+    times = editor.constant([1, 1, heads // groups, 1, 1], "int64")
+    shape = editor.add("Shape", tensor)
+    last = editor.add("Slice", shape, editor.constant([2], "int64"), editor.constant([4], "int64"))
+    first = editor.constant([0, heads], "int64")
+    return editor.add(
+        "Reshape", editor.add("Expand", apart, times), editor.add("Concat", first, last, axis=0)
+    )
+
+
+# What ONNX's Attention can give of its scores, by ``qk_matmul_output_mode``.
+_STEPS = ("scaled", "capped", "masked", "softmax")
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """How scores become weights.
+
+    Attributes:
+        scale: what products of queries and keys are multiplied with.
+        added: what is added to them then; "" for nothing.
+        cap: the limit that they approach before that; 0 for none.
+        empty: whether nothing may be left to attend to, which gives zeros.
+    """
+
+    scale: float
+    added: list[str]
+    cap: float = 0.0
+    empty: bool = False
+
+    def attend(self, q: str, k: str, v: str, editor: Editor, **to: str) -> _Written:
+        """Add attention to an editor, for queries, keys and values ``[batch, heads, row, width]``.
+
+        ``to`` names tensors: one of ``_STEPS``, ``mixed``, or ``heads``, these beside each other.
+        """
+        product = editor.add("MatMul", q, editor.add("Transpose", k, perm=[0, 1, 3, 2]))
+        factor = editor.constant(self.scale)
+        first = scores = editor.add("Mul", product, factor, to=to.get("scaled", ""))
+        if self.cap:
+            cap = editor.constant(self.cap)
+            curve = editor.add("Tanh", editor.add("Div", scores, cap))
+            scores = editor.add("Mul", curve, cap, to=to.get("capped", ""))
+        elif "capped" in to:
+            editor.add("Identity", scores, to=to["capped"])
+        added = [name for name in self.added if name]
+        for position, name in enumerate(added):
+            last = position == len(added) - 1
+            scores = editor.add("Add", scores, name, to=to.get("masked", "") if last else "")
+        if not added and "masked" in to:
+            editor.add("Identity", scores, to=to["masked"])
+        given = to.get("softmax", "")
+        weights = safe = editor.add("Softmax", scores, to="" if self.empty else given, axis=-1)
+        if self.empty:
+            nothing = editor.add("IsNaN", weights)
+            safe = editor.add("Where", nothing, editor.constant(0.0), weights, to=given)
+        mixed = editor.add("MatMul", safe, v)
+        if "mixed" in to:
+            editor.add("Identity", mixed, to=to["mixed"])
+        else:
+            together = editor.add("Transpose", mixed, perm=[0, 2, 1, 3])
+            editor.add("Reshape", together, editor.constant([0, 0, -1], "int64"), to=to["heads"])
+        return _Written(
+            (
+                ("MatMul", first),
+                (_OTHER, scores),
+                ("Softmax", weights),
+                (_OTHER, safe),
+                ("MatMul", mixed),
+            ),
+            ((_WHOLE, mixed),),
+        )
 
 
 def _in_heads(tensor: str, heads: int, editor: Editor) -> str:
@@ -113,8 +278,9 @@ def _in_heads(tensor: str, heads: int, editor: Editor) -> str:
     return editor.add("Transpose", split, perm=[0, 2, 1, 3])
 
 
-def _mask(mask: str, rank: int, x: str, least: float, editor: Editor) -> str:
+def _mask(mask: str, rank: int, x: str, given: dict[str, Any], editor: Editor) -> str:
     """What is added to scores: lengths of the sequences, or one for what may be attended to."""
+    least = given.get("mask_filter_value", -10000.0)
     last = editor.constant([1], "int64")
     kept = editor.cast(mask, onnx.TensorProto.INT64)
     if rank == 1:
@@ -128,7 +294,7 @@ def _mask(mask: str, rank: int, x: str, least: float, editor: Editor) -> str:
     return editor.add("Unsqueeze", added, editor.constant([1, 2], "int64"))
 
 
-def _skip(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Written | None:
+def _skip(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
     """A sum and its normalisation."""
     if any(node.output[1:3]):
         return None
@@ -139,10 +305,10 @@ def _skip(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Written | N
     inputs = filter(None, (total, gamma, _given(node, 3)))
     epsilon = surgery.attributes(node).get("epsilon", 1e-12)
     editor.add("LayerNormalization", *inputs, to=node.output[0], epsilon=epsilon)
-    return _Written(total, _NORMALISING, upto=True)
+    return _Written(((_OTHER, total), (_NORMALISING, node.output[0])))
 
 
-def _gelu(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Written | None:
+def _gelu(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
     """A value times the share of a normal distribution below it, or an approximation."""
     x = node.input[0]
     if bias := _given(node, 1):
@@ -165,11 +331,19 @@ def _gelu(node: onnx.NodeProto, editor: Editor, shapes: _Shapes) -> _Written | N
     return _Written()
 
 
-_WRITTEN: dict[str, Callable[[onnx.NodeProto, Editor, _Shapes], _Written | None]] = {
-    "Attention": _attention,
-    "BiasGelu": _gelu,
-    "FastGelu": _gelu,
-    "Gelu": _gelu,
-    "QuickGelu": _gelu,
-    "SkipLayerNormalization": _skip,
+_WRITTEN: dict[tuple[str, str], Callable[[onnx.NodeProto, Editor, _Tensors], _Written | None]] = {
+    ("", "Attention"): _attention,
+    (_DOMAIN, "Attention"): _projected_attention,
+    (_DOMAIN, "BiasGelu"): _gelu,
+    (_DOMAIN, "FastGelu"): _gelu,
+    (_DOMAIN, "Gelu"): _gelu,
+    (_DOMAIN, "MultiHeadAttention"): _biased_attention,
+    (_DOMAIN, "QuickGelu"): _gelu,
+    (_DOMAIN, "SkipLayerNormalization"): _skip,
 }
+
+
+def _writer(
+    node: onnx.NodeProto,
+) -> Callable[[onnx.NodeProto, Editor, _Tensors], _Written | None] | None:
+    return _WRITTEN.get((node.domain, node.op_type))

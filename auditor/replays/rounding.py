@@ -60,7 +60,7 @@ class Sites:
         scope: what one kernel is: the engine's own fusion groups, each operator by itself, or
             the whole segment.
         inputs: values that a kernel reads, and operands of sums of products inside it.
-        elementwise: kernels without sums of products, too, round the values that they read.
+        entering: of what enters the segment, not only operands of sums of products.
         weights: constant operands of sums of products.
         bias: constants added to sums of products: none of them, those of fully connected layers
             whose output is rounded, or all.
@@ -86,7 +86,7 @@ class Sites:
     name: str
     scope: Scope
     inputs: bool = False
-    elementwise: bool = True
+    entering: bool = True
     weights: bool = False
     bias: Literal["none", "fully-connected", "all"] = "none"
     constants: bool = False
@@ -307,8 +307,9 @@ class _Surgery(Writer):
             return self._round(name) if rounds else name
         if not (self.sites.inputs and self._reduced(group)) or node.op_type in _QUANTISERS:
             return name
+        enters = name not in self.at.producer
         if position not in operands and (
-            self.sites.products or not (self.sites.elementwise or self._multiplies(group))
+            self.sites.products or (enters and not self.sites.entering)
         ):
             return name
         return self._round(name)

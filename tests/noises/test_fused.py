@@ -43,6 +43,7 @@ ENDS = {
         ("Attention", {"x": X}, QKV, {"num_heads": 3}),
         ("Attention", {"x": X}, {**QKV, "m": KEPT}, WEAK),
         ("Attention", {"x": X}, {**QKV, "m": KEPT.sum(1, dtype=np.int32)}, {**WEAK, "scale": 0.7}),
+        ("MultiHeadAttention", {"q": X, "k": SKIP, "v": X}, {"b": drawn(36), "m": KEPT}, WEAK),
     ],
 )
 def test_written_out(
@@ -79,3 +80,53 @@ def test_what_keeps_a_cache_stays(make_segment: Any) -> None:
     segment = make_segment([node], QKV, ["x", "p"], ["y", "q"])
     segment.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     assert fused.written_out(segment).model.graph.node[0].op_type == "Attention"
+
+
+Q, K, SEEN = drawn(2, 4, 5, 3), drawn(2, 2, 5, 3), np.tri(5, 7, -1, bool)
+CACHED = {
+    "q": X[..., :6],
+    "k": SKIP[..., :6],
+    "v": X,
+    "m": SEEN,
+    "pk": K[:, :, :2],
+    "pv": drawn(2, 2, 2, 6),
+}
+UNFUSED = ("Concatenation", "Concatenation", "MatMul", "Eltwise", "Softmax", "Eltwise", "MatMul")
+FUSED = ("Subgraph", "Eltwise", "Subgraph")
+
+
+@pytest.mark.parametrize(
+    ("feeds", "outputs", "options", "kinds", "ends"),
+    [
+        ({"q": Q, "k": K, "v": K}, ["y"], {"is_causal": 1}, FUSED, ["MatMul", *2 * ["Identity"]]),
+        (
+            CACHED,
+            ["y", "nk", "nv", "qk"],
+            {"q_num_heads": 2, "kv_num_heads": 2, "softcap": 0.5, "qk_matmul_output_mode": 3},
+            UNFUSED,
+            ["Concat", "Concat", "Mul", "Add", "Softmax", "Where", "MatMul"],
+        ),
+    ],
+)
+def test_attention(
+    feeds: dict[str, Array],
+    outputs: list[str],
+    options: dict[str, Any],
+    kinds: tuple[str, ...],
+    ends: list[str],
+    make_segment: Any,
+    run: Any,
+) -> None:
+    """One kernel or many; nothing left to attend to gives zeros."""
+    node = helper.make_node("Attention", list(feeds), outputs, **options)
+    made = make_segment([node], {}, list(feeds), outputs, opset=24).model
+    for value, name in zip(made.graph.input, feeds, strict=True):
+        kind = helper.np_dtype_to_tensor_dtype(feeds[name].dtype)
+        value.CopyFrom(helper.make_tensor_value_info(name, kind, feeds[name].shape))
+    kernels = tuple(Kernel(kind, kind, ("y",), (), "", "f32", "f32") for kind in kinds)
+    segment = fused.written_out(SegmentGraph(made, kernels))
+    types = {name: n.op_type for n in segment.model.graph.node for name in n.output}
+    assert [types[kernel.nodes[0]] for kernel in segment.kernels] == ends
+    expected = run(made, feeds)
+    for name, value in run(segment.model, feeds).items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-6)
