@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from auditor import (
@@ -144,7 +145,7 @@ class Analysis:
         self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
-        self._blocks: Mapping[str, Block] = {}
+        self._blocks: Mapping[str, Block] | None = None
         self._gaps: dict[Gap, None] = {}  # in order, each once
 
     def hold(
@@ -216,12 +217,11 @@ class Analysis:
             return
         captured = self.alignment.fitted(captured, base)
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
-        if index == 0:
-            self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
-        chain = Chain(
-            self.reference.replayer, self.cuts, feeds, base, captured, outputs, self._blocks
-        )
+        chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
         flagged = self._decompose(index, chain, trace.again)
+        if flagged and self._blocks is None:
+            self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
+        chain = replace(chain, blocks=self._blocks or {})
         self._add_impact(index, chain, flagged, upstream)
         if self._pictured:
             self._add_pictures(index, chain, flagged)

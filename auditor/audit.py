@@ -201,6 +201,7 @@ def _measure(
     import numpy as np
 
     from auditor.agreement import Agreements
+    from auditor.processes import memory
 
     reference, exported = against.reference, against.exported
     stimulus, photographs = subject.stimulus, subject.photographs
@@ -217,12 +218,14 @@ def _measure(
         if index + 1 == len(stimulus):
             reference.release()
         outputs = {"reference": expected}
+        # A trace that was analysed is let go before the next one is: nothing else may hold it.
         by_job = {job: who for who, job in jobs.items()}
+        jobs.clear()
         for job in as_completed(by_job):
-            who = by_job[job]
+            who = by_job.pop(job)
             trace = job.result()
+            del job
             if trace is None:
-                del jobs[who]
                 continue
             if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
                 source = analyses[who].tracer
@@ -235,8 +238,11 @@ def _measure(
             outputs[who] = {
                 subject.rename[n]: v for n, v in trace.outputs.items() if n in subject.rename
             }
+            del trace
+            memory.give_back()
         # In the order asked for, not in that of arrival: the report is the same every time.
         agreements.add({who: outputs[who] for who in ("reference", *analyses) if who in outputs})
+    reference.release_all()  # or it would be held beside what is built to confirm
     return digest.hexdigest(), agreements
 
 

@@ -115,7 +115,7 @@ def load(path: Path, names: Sequence[str]) -> Arrays:
     if not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError(f"{path.name} is no file")
     try:
-        stored = load_file(str(path))
+        stored = load_file(str(path), backend="pread")  # mapped it is in memory twice
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged: {error}") from error
     path.unlink()

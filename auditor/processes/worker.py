@@ -541,7 +541,8 @@ class _Session:
 
         from auditor.processes.wire import named
 
-        stored = load_file(message["path"])  # the parent's file: read again by other requests
+        # The parent's file stays: other requests read it again.
+        stored = load_file(message["path"], backend="pread")
         return named(stored, message["names"])
 
 

@@ -226,6 +226,11 @@ class Reference:
         self._session = None
         memory.give_back()
 
+    def release_all(self) -> None:
+        """Free what runs the segments too, until they are run again."""
+        self.replayer.release()
+        self.release()
+
     def computes(self, tensor: str) -> bool:
         """Whether a node computes the tensor from the stimulus."""
         return tensor in self.graph.producer and not self.graph.is_constant(tensor)
@@ -562,6 +567,12 @@ class Replayer:
             self.held += size
         self._sessions[key] = made
         return made[0]
+
+    def release(self) -> None:
+        """Give up every session, until it is needed again."""
+        with self._lock:
+            self._sessions.clear()
+            self.held = 0
 
     def _make_room(self, size: int) -> None:
         """Give up the sessions that were not used for longest, until ``size`` more bytes fit."""
