@@ -44,6 +44,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
     z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 
+_STORED = "a real bias is stored in steps of the products' scale"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
 _SOFTMAX = 13  # along a single axis from here on
 # ln of the largest float32, less the room that ONNX Runtime leaves: what exponents are shifted by.
@@ -62,6 +63,13 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         name = "the range divides last: x · 255 / (max − min)"
         yield Variant(name, surgery.substituted(model, dynamic))
     layout = Layout(model, segment.weights)
+    if biases := _biases(layout):
+        editor = Editor(model)
+        for index, node in enumerate(layout.nodes):
+            editor.copy(node)
+            if index in biases:
+                editor.model.graph.node[index].input[2] = editor.constant(biases[index])
+        yield Variant(_STORED, editor.model)
     grids = {
         i: grid
         for i, n in surgery.find(model, ("QuantizeLinear",))
@@ -89,6 +97,18 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name, body in _ROUNDINGS.items():
         bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
         yield Variant(name, surgery.substituted(model, bodies))
+
+
+def _biases(layout: Layout) -> dict[int, Array]:
+    """Real biases rounded to integers in units of the products' scale, by position."""
+    found: dict[int, Array] = {}
+    for index, node in surgery.find(layout.model, ("Conv", "ConvTranspose", "Gemm")):
+        if len(node.input) < 3 or (bias := layout.constant(node.input[2])) is None:
+            continue
+        steps = layout.steps(node)
+        if bias.dtype == np.float32 and steps is not None and steps.size in (1, bias.size):
+            found[index] = np.rint(bias / steps) * steps
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +322,7 @@ NOISE = Cause(
     ablations={"ort": {"session.disable_quant_qdq": "1"}},
     forms=(
         "the range divides last: x · 255 / (max − min)",
+        _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",
         "sums of integers, real bias, one rescaling in float32",

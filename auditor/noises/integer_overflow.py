@@ -66,7 +66,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             "arithmetic and casts saturate",
             arithmetic | clipped if arithmetic and clipped else {},
         ),
-        ("arithmetic in 32 bits does not wrap around", _unwrapped(model, types)),
+        ("arithmetic and casts in 32 bits do not wrap around", _unwrapped(model, types)),
         ("casts wrap around", wrapped),
         ("quantised values wrap around", quantised),
     ):
@@ -75,20 +75,24 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
 
 def _unwrapped(model: onnx.ModelProto, types: Mapping[str, int]) -> dict[int, str]:
-    """Arithmetic on 16 bits that only casts read, with its result left in 32."""
+    """Arithmetic on and casts to 16 bits that only casts read, with their results left in 32."""
     outputs = {o.name for o in model.graph.output}
     read = {n for node in model.graph.node if node.op_type != "Cast" for n in node.input}
     return {
         index: (
             f"({', '.join(names)}) => (y) {{ "
             + " ".join(f"w{n} = Cast <to = {TensorProto.INT32}> ({n})" for n in names)
-            + f" y = {node.op_type}({', '.join(f'w{n}' for n in names)}) }}"
+            + f" y = {_wide(node)}({', '.join(f'w{n}' for n in names)}) }}"
         )
-        for index, node in surgery.find(model, ("Add", "Sub", "Mul", "Neg", "Abs"))
+        for index, node in surgery.find(model, (*_ARITHMETIC[:-1], "Cast"))
         if types.get(node.output[0]) in (TensorProto.INT16, TensorProto.UINT16)
         and node.output[0] not in outputs | read
         for names in [["a", "b"][: len(node.input)]]
     }
+
+
+def _wide(node: onnx.NodeProto) -> str:
+    return "Identity" if node.op_type == "Cast" else node.op_type
 
 
 def _clipped(node: onnx.NodeProto, kind: int) -> str:
@@ -181,7 +185,7 @@ NOISE = Cause(
         "arithmetic saturates",
         "casts saturate",
         "arithmetic and casts saturate",
-        "arithmetic in 32 bits does not wrap around",
+        "arithmetic and casts in 32 bits do not wrap around",
         "casts wrap around",
         "quantised values wrap around",
     ),

@@ -181,10 +181,12 @@ def _in_float(node: onnx.NodeProto, types: dict[str, int]) -> str:
     numbers = names[: _NUMBERS[node.op_type]]
     wide = " ".join(f"f{n} = Cast <to = 1> ({n})" for n in numbers)
     operands = ", ".join(f"f{n}" if n in numbers else n for n in names)
-    changed = {"fmod": 1} if node.op_type == "Mod" else {}
+    if node.op_type == "Mod" and not surgery.attributes(node).get("fmod", 0):
+        result = "q = Div(fa0, fa1) w = Floor(q) p = Mul(w, fa1) r = Sub(fa0, p)"
+    else:
+        result = f"r = {node.op_type} {surgery.options(node)} ({operands})"
     return (
-        f"({', '.join(names)}) => (y) {{ {wide} "
-        f"r = {node.op_type} {surgery.options(node, **changed)} ({operands}) "
+        f"({', '.join(names)}) => (y) {{ {wide} {result} "
         f"y = Cast <to = {types[node.output[0]]}> (r) }}"
     )
 
@@ -193,14 +195,15 @@ _SMALL = "keep integers below 2³¹ (hash, rescale or split them before the mode
 NOISE = Cause(
     id="precision.narrowed_integers",
     type="data precision",
-    title="64-bit integers are computed with 32 bits",
+    title="Integers are computed with fewer bits than they have",
     cause=(
         "Many engines have no 64-bit integer kernels and convert to int32, or to float32 for "
         "division, without a warning; numbers from 2³¹ (or 2²⁴) on are lost."
     ),
     applies=(
-        "arithmetic, comparisons, reductions and casts on 64-bit integers that may be large; "
-        "shapes and small constants are left out; operator set 12 or later"
+        "arithmetic, comparisons, reductions and casts on integers of 64 bits, and of 32 in "
+        "float32, that may be large; shapes and small constants are left out; operator set 12 or "
+        "later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO issues 35896 and "

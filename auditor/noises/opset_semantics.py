@@ -15,6 +15,9 @@ _REDUCTIONS = (
     *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean"),
     *("ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "ArgMax", "ArgMin"),
 )
+# Reductions that change their input also where they reduce nothing.
+_ELEMENTWISE = ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare")
+_IDLE = "a reduction over no axes gives its input as it is"
 _PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dimensions
 _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
@@ -126,6 +129,16 @@ def _reductions(model: onnx.ModelProto) -> Iterable[Variant]:
         ]
         if [index for index in tolerated if change(changed.graph.node[index])]:
             yield Variant(name, changed)
+    constants = surgery.constants(model)
+    idle = {
+        i: f"({', '.join(('x', 'axes')[: len(n.input)])}) => (y) {{ y = Identity(x) }}"
+        for i, n in found
+        if n.op_type in _ELEMENTWISE
+        and surgery.attributes(n).get("noop_with_empty_axes", 0) == 1
+        and (len(n.input) == 1 or (n.input[1] in constants and not constants[n.input[1]].size))
+    }
+    if idle:
+        yield Variant(_IDLE, surgery.substituted(model, idle))
 
 
 def _without_axes(node: onnx.NodeProto) -> bool:
@@ -232,6 +245,7 @@ NOISE = Cause(
         "axes ignored: reduced over all of them",
         "keepdims at its default",
         "noop_with_empty_axes ignored",
+        _IDLE,
         "axes of Squeeze ignored: every dimension of one removed",
         "RoiAlign: the largest interpolated sample, not corner value",
         "RoiAlign: coordinates of the other operator sets",

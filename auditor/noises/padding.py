@@ -10,6 +10,7 @@ import onnx
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import surgery
+from auditor.replays.quantised import Layout
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")
@@ -82,6 +83,7 @@ def _zero(given: Attributes) -> Attributes | None:
     return {"value": None} if given.get("value") else None
 
 
+_STORED = "padded cells are the integer 0, not the zero point"
 _ANY = (*_CONVOLUTIONS, *_POOLS)
 # Forms, most likely first, with the operators that have them.
 _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[Attributes], Attributes | None]], ...] = (
@@ -174,6 +176,27 @@ def _rounded_down(node: onnx.NodeProto) -> str | None:
     )
 
 
+def _stored_zeros(model: onnx.ModelProto, weights: Mapping[str, Array]) -> dict[int, str]:
+    """Padding of quantised tensors by what the integer 0 stands for, which is not the number 0."""
+    layout = Layout(model, weights)
+    bodies = {}
+    for index, node in surgery.find(model, ("AveragePool", "Conv")):
+        begin, end = _halves(surgery.attributes(node))
+        grid = layout.grid(node.input[0]) if any(begin + end) else None
+        if grid is None or grid.zero is None or not grid.zero:
+            continue
+        names = ", ".join(("x", "w", "b")[: len(node.input)])
+        value = -float(grid.scale) * int(grid.zero)
+        bodies[index] = (
+            f"({names}) => (y) {{ {_integers('amounts', [0, 0, *begin, 0, 0, *end])} "
+            f"value = Constant <value = float {{{value!r}}}> () "
+            "padded = Pad (x, amounts, value) "
+            f"y = {node.op_type} {surgery.options(node, pads=None)} "
+            f"({names.replace('x', 'padded')}) }}"
+        )
+    return bodies
+
+
 def _integers(name: str, values: list[int]) -> str:
     listed = ", ".join(map(str, values))
     return f"{name} = Constant <value = int64[{len(values)}] {{{listed}}}> ()"
@@ -224,6 +247,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     modern = surgery.opset(model) >= _AMOUNTS
     if modern:
         yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
+        if bodies := _stored_zeros(model, segment.weights):
+            yield Variant(_STORED, surgery.substituted(model, bodies))
     known = surgery.constants(model)
     nodes = [(i, node, _given(node, known)) for i, node in found]
     for name, operators, form in _FORMS:
@@ -271,6 +296,7 @@ NOISE = Cause(
         "SAME padding for a size rounded down",
         *(name for name, _, _ in _FORMS),
         *(name for name, _ in _PADS),
+        _STORED,
         "padded cells are 0 in a maximum",
     ),
     variants=_variants,

@@ -152,6 +152,14 @@ class Layout:
         found = (self._product(i, n) for i, n in surgery.find(self.model, _PRODUCTS))
         return [product for product in found if product is not None]
 
+    def steps(self, node: onnx.NodeProto) -> Array | None:
+        """What products of a quantised tensor and constant 8-bit weights are multiples of.
+
+        One number, or one per channel of the weights; None where either is not quantised.
+        """
+        grid, weights = self.grid(node.input[0]), self._weights(node.input[1])
+        return None if grid is None or weights is None else grid.scale * weights[1]
+
     def roundings(self) -> Roundings:
         """Quantise–dequantise pairs of computed tensors with one scale."""
         found: Roundings = {}

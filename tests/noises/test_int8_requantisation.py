@@ -106,6 +106,31 @@ def test_a_bias_of_another_scale_is_taken_as_it_is_stored(
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+def test_a_real_bias_becomes_integers(
+    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    """As ONNX Runtime's optimiser makes of it; the weights of the second lie the other way."""
+    _, t = conv
+    feeds = {"x": t.pop("x")}
+    t["real"] = ((t["b"] + generator.uniform(-0.4, 0.4, 8)) * t["bs"]).astype(np.float32)
+    t["w"] = t["w"][:, :1]
+    for op_type, group, axis in (("Conv", 4, 0), ("ConvTranspose", 1, 1)):
+        t["w"] = t["w"] if axis == 0 else np.ascontiguousarray(t["w"][:4].repeat(8, 1))
+        results = {}
+        for bias in ("real", "bd"):
+            nodes = [
+                dq("x", "x", "xd"),
+                helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=axis),
+                helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["bd"], axis=0),
+                helper.make_node(op_type, ["xd", "wd", bias], ["y"], group=group),
+            ]
+            made = make_segment(nodes, t, ["x"], ["y"])
+            made.model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+            results[bias] = made, run(made.model, feeds)["y"]
+        found = explain(run, results["real"][0], feeds, results["bd"][1])
+        assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_a_softmax_between_8_bit_values(
     make_segment: Any, run: Any, generator: np.random.Generator, axis: int

@@ -70,6 +70,11 @@ def test_16_bits_kept_in_32(make_segment: Any, run: Any, generator: np.random.Ge
     segment = make_segment(nodes, {}, ["a", "b"], ["y"], kind=TensorProto.INT16)
     found = explain(run, segment, {"a": a, "b": b}, (a.astype(int) * b).astype(np.float32))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
+    nodes[0] = helper.make_node("Cast", ["x"], ["product"], to=TensorProto.INT16)
+    segment = make_segment(nodes, {}, ["x"], ["y"])
+    x = np.linspace(-1e5, 1e5, 77, dtype=np.float32)
+    found = explain(run, segment, {"x": x}, np.trunc(x))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
 def test_quantised_values_that_wrap(

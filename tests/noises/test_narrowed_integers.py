@@ -84,13 +84,22 @@ def test_casts_that_do_not_fit(make_segment: Any, run: Any, most: int) -> None:
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_integers_in_float32(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+@pytest.mark.parametrize("op_type", ["Sub", "Mod"])
+def test_integers_in_float32(
+    make_segment: Any, run: Any, generator: np.random.Generator, op_type: str
+) -> None:
     feeds = {n: generator.integers(2**26, 2**30, (4, 50)).astype(np.int32) for n in "ab"}
+    feeds["b"] //= 2**20 if op_type == "Mod" else 1
     segment = make_segment(
-        [helper.make_node("Sub", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"], kind=TensorProto.INT32
+        [helper.make_node(op_type, ["a", "b"], ["y"])],
+        {},
+        ["a", "b"],
+        ["y"],
+        kind=TensorProto.INT32,
     )
     a, b = (feeds[n].astype(np.float32) for n in "ab")
-    found = explain(run, segment, feeds, (a - b).astype(np.int32))
+    planted = a - b if op_type == "Sub" else a - np.floor(a / b) * b
+    found = explain(run, segment, feeds, planted.astype(np.int32))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 

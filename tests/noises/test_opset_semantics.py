@@ -111,6 +111,14 @@ def test_region_maximum_over_interpolated_samples(
         assert found.noise == ID and "RoiAlign" in (found.variant or "")
 
 
+def test_a_reduction_over_no_axes_still_squares(make_segment: Any, diagnose: Any) -> None:
+    node = helper.make_node("ReduceSumSquare", ["x"], ["y"], noop_with_empty_axes=1)
+    segment = make_segment([node], {}, ["x"], ["y"], opset=18)
+    x = np.linspace(-3, 3, 60, dtype=np.float32)[None]
+    found = diagnose(segment, {"x": x}, {"y": x})
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: Any) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
     x = np.random.default_rng(3).standard_normal((2, 3, 4, 5)).astype(np.float32)

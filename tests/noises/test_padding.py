@@ -131,7 +131,25 @@ def test_padding_in_an_average(make_segment: Any, diagnose: Any, x: Array, count
     check(found, "count_include_pad is the other way")
 
 
-@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (5, 3)])
+def test_stored_zeros_around_a_quantised_average(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    """Of stored integers; their zero point is 30, which OpenVINO does not pad with."""
+    stored = generator.integers(0, 256, (1, 2, 9, 9), np.uint8)
+    constants = {"s": np.asarray(0.1, np.float32), "z": np.asarray(30, np.uint8)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"]),
+        helper.make_node(
+            "AveragePool", ["x"], ["y"], kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1
+        ),
+    ]
+    segment = make_segment(nodes, constants, ["q"], ["y"], kind=TensorProto.UINT8)
+    mean = (windows(stored, 3, 1, (1, 1, 1, 1)).mean((4, 5)) - 30) * 0.1
+    found = diagnose(segment, {"q": stored}, {"y": mean.astype(np.float32)})
+    check(found, "padded cells are the integer 0, not the zero point")
+
+
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (5, 3)])
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
 def test_same_size_rounded_down(
     make_segment: Any, diagnose: Any, x: Array, size: int, stride: int, auto_pad: str
