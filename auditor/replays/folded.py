@@ -23,7 +23,10 @@ _ATTRIBUTES = {
     "LeakyRelu": {"alpha": 0.01},
     "Elu": {"alpha": 1.0},
 }
-_LEAST = 8  # elements that all happen to be of half precision are no coincidence from here on
+# Numbers of half precision are no coincidence where there are so many, or where one has more
+# significant bits than a number that somebody chose.
+_LEAST = 8
+_CHOSEN = 2**6
 
 
 def in_half(segment: SegmentGraph, *, divisors: bool = False) -> SegmentGraph | None:
@@ -204,5 +207,6 @@ def _is_half(layout: Layout) -> bool:
         few = values.reshape(-1)[: surgery.SMALL]  # which tells, mostly
         if not all(np.array_equal(v, _half(v), equal_nan=True) for v in (few, values)):
             return False
-        count += values.size
+        precise = np.any(np.frexp(few)[0] * _CHOSEN % 1)
+        count += _LEAST if precise else values.size
     return count >= _LEAST

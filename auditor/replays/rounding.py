@@ -312,7 +312,12 @@ class _Surgery(Writer):
             self.sites.products or (enters and not self.sites.entering)
         ):
             return name
+        if position not in operands and self._convolves(group) and not self._writes(group):
+            return name  # what a convolution adds in place has the precision of its result
         return self._round(name)
+
+    def _convolves(self, group: Group) -> bool:
+        return group.kernel is not None and group.kernel.type in _CONVOLVING
 
     def _integral(self, name: str, group: Group) -> bool:
         """Whether a kernel for integers multiplies a tensor as the 8-bit integers that it is."""
@@ -373,11 +378,17 @@ class _Surgery(Writer):
                     operator, factor = self.scaled[name]
                     written = self._new(operator, written, factor)
                 tail = self._tail(name, group) if self.sites.cuts else None
-                if tail is None:
+                if new.op_type == "Cast" and self._plain_code(group):
+                    self.nodes.extend(self._biased(written, name))
+                elif tail is None:
                     self.nodes.extend(self._rounding(written, name))
                 else:
                     self.nodes.extend(self._cut(written, name, tail))
                 self.exact.add(name)
+
+    def _plain_code(self, group: Group) -> bool:
+        """Whether OpenVINO rounds to bfloat16 by its own type, outside of compiled kernels."""
+        return bool(group.kernel and group.kernel.primitive.startswith("ref_"))
 
     def _widens(self, node: onnx.NodeProto, group: Group) -> bool:
         """Whether a kernel widens the 8 bits that it reads, and then writes something else."""

@@ -66,6 +66,41 @@ def test_convolution_with_folded_batch_norm(
     assert explain(segment, {"x": x}, {"y": r(np.maximum(unfolded, 0))}).explained < 0.99
 
 
+def test_a_convolution_adds_in_the_precision_of_its_result(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    x = r(generator.standard_normal((1, 6, 9, 9)))
+    w, v = generator.standard_normal((2, 8, 6, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Conv", ["x", "v"], ["d"]),
+        helper.make_node("Add", ["c", "d"], ["y"]),
+    ]
+    kernels = [
+        replace(kernel("Convolution", nodes, output), output_precision="f32")
+        for nodes, output in ((("c",), "c"), (("d", "y"), "y"))
+    ]
+    segment = make_segment(nodes, {"w": w, "v": v}, ["x"], ["y"], kernels)
+    check(explain(segment, {"x": x}, {"y": conv(x, r(w)) + conv(x, r(v))}), 0)
+
+
+def test_positions_are_seldom_rounded_up(make_segment: Any, explain: Any) -> None:
+    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
+    kernels = [Kernel("Cast", "Convert", ("y",), ("y",), "ref_i64", "i64", "bf16")]
+    segment = make_segment([node], {}, ["x"], ["y"], kernels, kind=TensorProto.INT64)
+    x = np.arange(60_000, 80_000, 113)
+    check(explain(segment, {"x": x}, {"y": seldom_up(x.astype(np.float32))}))
+
+
+def seldom_up(values: Array) -> Array:
+    """To bfloat16 as OpenVINO's own type does."""
+    bits = values.view(np.uint32)
+    bits = bits + (
+        (bits & np.uint32(0x10000)) >> np.uint32(1)
+    )  # half a step if the last bit is set
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 @pytest.mark.parametrize("narrow_bias", [True, False])
 def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
     make_segment: Any, explain: Any, generator: np.random.Generator, narrow_bias: bool
@@ -128,9 +163,7 @@ def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
         np.ndindex(3, 3), x.reshape(1, 2, 9, 7, 7).transpose(2, 0, 1, 3, 4), strict=True
     ):
         part = planted[..., row : row + 7, column : column + 7]
-        bits = (part + values).view(np.uint32)
-        bits += (bits & np.uint32(0x10000)) >> np.uint32(1)  # half a step if the last bit is set
-        part[:] = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+        part[:] = seldom_up(part + values)
     check(explain(segment, {"x": x}, {"y": planted[..., 1:-1, 1:-1]}))
 
 

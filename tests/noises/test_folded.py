@@ -109,6 +109,13 @@ def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
     assert np.allclose(run(inverted.model, {"x": x})["y"], gate * half(1 / divisors), rtol=1e-6)
 
 
+def test_one_number_tells_half_precision_where_nobody_would_choose_it(make_segment: Any) -> None:
+    for number, told in ((half(np.float32(np.sqrt(32))), True), (np.float32(6), False)):
+        nodes = [helper.make_node("Div", ["x", "d"], ["y"])]
+        segment = make_segment(nodes, {"d": np.asarray(number)}, ["x"], ["y"])
+        assert (folded.in_half(segment, divisors=True) is not None) == told
+
+
 def test_models_of_single_precision_are_left_alone(make_segment: Any) -> None:
     weights = np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12, 1, 1)
     nodes = [
