@@ -80,6 +80,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     floats = {
         i: n for i, n in exposed.items() if n.op_type in _IN_FLOAT and _touches(n, types, _INTEGERS)
     }
+    divided = {i: n for i, n in floats.items() if n.op_type in _DIVIDING}
     wrap, divide = _through(_WRAP), _through(_WRAP, real_division=True)
     divides = long if any(n.op_type == "Div" for n in long.values()) else {}
     for name, nodes, body in (
@@ -88,6 +89,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         ("converted to 32 bits by wrapping around", long, wrap),
         ("converted to 32 bits by clipping", long, _through(_CLIP)),
         ("computed in float32", floats, _in_float),
+        ("divided in float32", divided if divided != floats else {}, _in_float),
     ):
         if nodes:
             bodies = {i: body(n, types) for i, n in nodes.items()}
@@ -221,6 +223,7 @@ NOISE = Cause(
         "converted to 32 bits by wrapping around",
         "converted to 32 bits by clipping",
         "computed in float32",
+        "divided in float32",
     ),
     variants=_variants,
 )

@@ -112,8 +112,15 @@ class _Folding:
         if last is None or self.layout.nodes[last].op_type != "BatchNormalization":
             return
         found = _normalisation(self.layout, self.layout.nodes[last])
-        if found is not None and made.bias is None:
-            self._convolutions[index], self._shifts[last] = made.times(found[0]), found[1]
+        if found is None:
+            return
+        factor, mean, shift = found
+        if made.bias is None:
+            self._convolutions[index] = made.times(factor)
+            self._shifts[last] = _half(shift - _half(mean * factor))
+        else:
+            self._convolutions[index] = made.plus(-mean).times(factor).plus(shift)
+            self._gone.add(last)
 
     def _after(self, node: onnx.NodeProto, op_type: str) -> tuple[int | None, Array]:
         """The operator of this type that alone reads a node, and its constant operand."""
@@ -166,16 +173,15 @@ class _Folding:
         return weights.ndim
 
 
-def _normalisation(layout: Layout, node: onnx.NodeProto) -> tuple[Array, Array] | None:
-    """Factor and shift of a batch normalisation, each step of half precision."""
+def _normalisation(layout: Layout, node: onnx.NodeProto) -> tuple[Array, Array, Array] | None:
+    """Factor, mean and shift of a batch normalisation, each step of half precision."""
     values = [layout.constant(name) for name in node.input[1:5]]
     if any(value is None for value in values):
         return None
     scale, shift, mean, variance = (np.asarray(value, np.float32) for value in values)
     epsilon = surgery.attributes(node).get("epsilon", 1e-5)
     deviation = _half(np.sqrt(_half(variance + _half(epsilon))))
-    factor = _half(scale / deviation)
-    return factor, _half(shift - _half(mean * factor))
+    return _half(scale / deviation), mean, shift
 
 
 def _half(values: Array | float) -> Array:

@@ -53,7 +53,13 @@ def test_a_factor_and_a_shift_behind_a_convolution(
 
 
 @pytest.mark.parametrize(
-    "reference", ["of half precision", "of single precision", "of single precision, in nodes"]
+    "reference",
+    [
+        "of half precision",
+        "of half precision, with a bias",
+        "of single precision",
+        "of single precision, in nodes",
+    ],
 )
 def test_each_step_of_a_batch_normalisation(
     reference: str,
@@ -74,8 +80,11 @@ def test_each_step_of_a_batch_normalisation(
         helper.make_node("Conv", ["x", "w"], ["p"]),
         helper.make_node("BatchNormalization", ["p", *stored], ["y"], epsilon=1e-3),
     ]
-    segment = make_segment(nodes, {"w": drawn["w"], **stored}, ["x"], ["y"])
-    if reference != "of half precision":
+    before = [n for n in "b" if "bias" in reference]
+    nodes[0].input.extend(before)
+    constants = {"w": drawn["w"], **stored} | {n: drawn[n] for n in before}
+    segment = make_segment(nodes, constants, ["x"], ["y"])
+    if "single" in reference:
         constants = {"w": drawn["w"], **own}
         if "nodes" in reference:
             values = ((n, numpy_helper.from_array(v)) for n, v in constants.items())
@@ -87,6 +96,8 @@ def test_each_step_of_a_batch_normalisation(
         )
     factor = half(stored["scale"] / half(np.sqrt(half(stored["variance"] + half(1e-3)))))
     bias = half(stored["shift"] - half(stored["mean"] * factor))
+    if before:
+        bias = half(half(half(drawn["b"] - stored["mean"]) * factor) + stored["shift"])
     planted = convolved(drawn["x"], half(drawn["w"] * factor.reshape(8, 1, 1, 1)))
     planted = (planted + bias.reshape(1, 8, 1, 1)).astype(np.float32)
     found = explain(segment, {"x": drawn["x"]}, {"y": planted})

@@ -101,6 +101,13 @@ def test_integers_in_float32(
     planted = a - b if op_type == "Sub" else a - np.floor(a / b) * b
     found = explain(run, segment, feeds, planted.astype(np.int32))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
+    if op_type == "Mod":  # behind arithmetic that wraps
+        segment.model.graph.node.insert(0, helper.make_node("Mul", ["x", "x"], ["a"]))
+        segment.model.graph.input[0].name = "x"
+        feeds["x"] = feeds.pop("a")
+        a = (feeds["x"] * feeds["x"]).astype(np.float32)
+        found = explain(run, segment, feeds, (a - np.floor(a / b) * b).astype(np.int32))
+        assert (found.variant, found.bit_identical) == ("divided in float32", 1.0)
 
 
 def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
