@@ -1,9 +1,13 @@
-"""Models that several tests are about."""
+"""What several tests need: models, the command in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,63 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor import attribution
+from auditor.attribution import Explanation
+from auditor.ports import Array, Arrays, Noise, SegmentGraph
+
+ROOT = Path(__file__).resolve().parents[1]
+_TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
 NETS = Path(__file__).parent / "source" / "nets.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's, without what changes a report's looks."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    return kept | {"PYTHONPATH": path} | extra
+
+
+def audit_in(
+    folder: Path, *arguments: object, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run ``audit`` with the given arguments in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "auditor", *map(str, arguments)],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def explained(
+    noises: Sequence[Noise], run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array
+) -> Explanation:
+    """What ``noises`` say of a segment whose output ``y`` a plant changed."""
+    replayed = run(segment.model, feeds)
+    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
+    return attribution.explain(segment, feeds, {"y": observed}, replayed, noises, thorough=True)
+
+
+def named(id: str, found: Explanation, variant: str | None = None) -> None:
+    """Hold that a cause was named, in that form, and that all its forms could be replayed."""
+    assert found.noise == id and found.explained > 0.9999
+    assert variant is None or found.variant == variant
+    assert not [f for f in found.failures if id in f]
+
+
+def closed(schema: Any) -> Any:
+    """A JSON schema with every object closed, to find keys that it does not describe."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        found["additionalProperties"] = False
+    return found
 
 
 def scaled(weight: float) -> onnx.ModelProto:
@@ -28,6 +88,13 @@ def scaled(weight: float) -> onnx.ModelProto:
         [numpy_helper.from_array(w, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def untimed(value: Any) -> Any:
+    """A report without what a clock says."""
+    if isinstance(value, dict):
+        return {k: untimed(v) for k, v in value.items() if k not in _TIMED}
+    return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
 def unused(names: set[str]) -> set[str]:

@@ -20,8 +20,8 @@ from auditor.errors import UsageError
 from auditor.processes import cache
 from auditor.processes.cache import Store
 from auditor.records.backend import BuildRequest
+from tests.helpers import ROOT, audit_in
 
-ROOT = Path(__file__).resolve().parents[1]
 KEY = "ab" * 32
 
 
@@ -296,15 +296,7 @@ def test_audits_at_the_same_time_share_it(tmp_path: Path) -> None:
 
 def test_the_verb(tmp_path: Path) -> None:
     def verb(*words: str, folder: str = str(tmp_path)) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "auditor", "cache", *words],
-            env=os.environ | {"SYSNOISE_CACHE": folder},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = audit_in(ROOT, "cache", *words, SYSNOISE_CACHE=folder)
         return done.returncode, done.stdout + done.stderr
 
     Store(tmp_path).put(KEY, {}, arrays())

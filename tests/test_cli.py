@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,32 +23,13 @@ import auditor
 from auditor import cli, discovery
 from auditor.commands import _output
 from auditor.errors import UsageError
+from tests.helpers import ROOT, audit_in, environment
 
-ROOT = Path(auditor.__file__).parent.parent
 Audit = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
-    return kept | {"PYTHONPATH": path} | extra
-
-
 def auditing(folder: Path) -> Audit:
-    """Runs ``audit`` with the given arguments in a folder."""
-
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "auditor", *arguments],
-            cwd=folder,
-            env=environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    return run
+    return partial(audit_in, folder)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """A real library of custom operators, loaded only when it is named."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import onnx
@@ -10,12 +9,12 @@ import onnxruntime_extensions
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers import ROOT, audit_in
+
 LIBRARY = onnxruntime_extensions.get_library_path()
 
 
-def audit(*arguments):
-    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+audit = partial(audit_in, ROOT)
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +16,8 @@ from auditor.records.backend import Gap
 from auditor.records.model import Machine
 from auditor.records.report import AuditReport
 from reports import json_v1
-from tests.helpers import scaled
-
-ROOT = Path(__file__).parents[1]
-
-
-def audit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "auditor", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+from tests.helpers import ROOT, scaled
+from tests.helpers import audit_in as audit
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor import discovery
 from auditor.fixes._view import View
 from auditor.replays import replay
+from tests.helpers import ROOT, audit_in
 
-ROOT = Path(__file__).resolve().parents[1]
 F, H, U = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
 
 
-def audit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+audit = partial(audit_in, ROOT)
 
 
 def model_of(node: onnx.NodeProto, inputs: dict[str, Any], **constants: Any) -> onnx.ModelProto:

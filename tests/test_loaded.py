@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,9 @@ from tvm.relax.frontend.onnx import from_onnx
 from tvm.target import codegen
 
 from backends import _tvm_library
+from tests.helpers import ROOT, audit_in
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def audit(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+audit = partial(audit_in, ROOT)
 
 
 def network(path: Path, *, scale: float = 1.0, output: str = "logits") -> Path:

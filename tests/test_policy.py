@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 from datetime import date
@@ -21,22 +18,10 @@ from auditor.policy import judged, load
 from auditor.records.measured import CategoryShare, Latency
 from auditor.records.report import AuditReport
 from reports import json_v1
+from tests.helpers import audit_in as audit
 from tests.helpers import scaled
 
-ROOT = Path(__file__).parents[1]
 TODAY = date(2026, 11, 24)
-
-
-def audit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "auditor", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 WRONG = ("m.onnx", "--candidate", "off.onnx", "--backends", "ort", "--no-confirm")

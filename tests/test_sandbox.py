@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 import auditor
 import auditor.errors
 from auditor.processes import sandbox
+from tests.helpers import untimed
 
 ROOT = Path(auditor.__file__).parent.parent
-_TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
 
 needs_landlock = pytest.mark.skipif(sandbox.version() == 0, reason="this system has no Landlock")
 
@@ -60,12 +60,6 @@ def audited(folder: Path, *more: str, before: tuple[str, ...] = ()) -> Any:
     assert done.returncode == 0, done.stderr
     assert [path.name for path in report.parent.iterdir()] == ["report.json"]
     return untimed(json.loads(report.read_text()))
-
-
-def untimed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in _TIMED}
-    return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
 def network_namespace() -> tuple[str, ...]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import audit_in
 
 
 def test_from_the_first_audit_to_the_next_release(tmp_path: Path) -> None:
@@ -32,15 +29,7 @@ def test_from_the_first_audit_to_the_next_release(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "m.onnx")
 
     def audit(code: int, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "auditor", *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = audit_in(tmp_path, *arguments, COLUMNS="200")
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 

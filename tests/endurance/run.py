@@ -28,13 +28,12 @@ import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.ports import Silent
-from tests.helpers import unused
+from tests.helpers import untimed, unused
 
 ROOT = Path(__file__).parents[2]
 _WARM = 5  # audits after which caches are full
 _GROWTH = 8 * 2**20  # bytes that the median memory of the last quarter may be above the first's
 _TOGETHER = 8
-_TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
 
 
 def model(path: Path) -> Path:
@@ -61,13 +60,6 @@ def model(path: Path) -> Path:
     opset = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
     return path
-
-
-def untimed(value: Any) -> Any:
-    """A report without what a clock says."""
-    if isinstance(value, dict):
-        return {k: untimed(v) for k, v in value.items() if k not in _TIMED}
-    return [untimed(v) for v in value] if isinstance(value, list) else value
 
 
 def digest(report: Any) -> str:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 
-from auditor import attribution
 from auditor.noises import bf16, double_as_float, fp16, integer_overflow, narrowed_integers, tf32
-from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.ports import SegmentGraph
+from tests.helpers import explained
 
 ID = "precision.double_as_float"
 NOISES = (bf16.NOISE, double_as_float.NOISE, fp16.NOISE, integer_overflow.NOISE)
 NOISES += (narrowed_integers.NOISE, tf32.NOISE)  # type: ignore[assignment]
 
 
-def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
-    replayed = run(segment.model, feeds)
-    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
-    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+explain = partial(explained, NOISES)
 
 
 def cancelling(make_segment: Any, kind: int) -> SegmentGraph:

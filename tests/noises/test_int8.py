@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution
 from auditor.noises import _calibrated, bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
+from tests.helpers import explained
 
 ID = "precision.int8"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
 NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
 
 
-def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
-    replayed = run(segment.model, feeds)
-    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
-    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+explain = partial(explained, NOISES)
 
 
 @pytest.fixture

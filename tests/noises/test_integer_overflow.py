@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from auditor import attribution
 from auditor.noises import bf16, double_as_float, integer_overflow, narrowed_integers
-from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.ports import Array
+from tests.helpers import explained
 
 ID = "precision.integer_overflow"
 NOISES = (bf16.NOISE, double_as_float.NOISE, integer_overflow.NOISE, narrowed_integers.NOISE)
@@ -18,10 +19,7 @@ KINDS = {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8, "int32": TensorPr
 OPERATIONS = {"Add": lambda a, b: a + b, "Sub": lambda a, b: a - b, "Mul": lambda a, b: a * b}
 
 
-def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
-    replayed = run(segment.model, feeds)
-    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
-    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+explain = partial(explained, NOISES)
 
 
 def saturated(values: Any, kind: str) -> Array:

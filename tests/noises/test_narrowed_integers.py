@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from auditor import attribution
 from auditor.noises import bf16, double_as_float, integer_overflow, narrowed_integers
 from auditor.ports import Array, Arrays, SegmentGraph
+from tests.helpers import explained
 
 ID = "precision.narrowed_integers"
 NOISES = (bf16.NOISE, double_as_float.NOISE, integer_overflow.NOISE, narrowed_integers.NOISE)
 
 
-def explain(run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array) -> Any:
-    replayed = run(segment.model, feeds)
-    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
-    return attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+explain = partial(explained, NOISES)
 
 
 def low_half(values: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import padding
 from auditor.ports import Array
+from tests.helpers import named
 
 ID = "inference.padding"
 Pads = tuple[int, int, int, int]  # top, left, bottom, right: ONNX's order
@@ -55,10 +57,7 @@ def conv_segment(make_segment: Any, w: Array) -> Callable[..., Any]:
     return make
 
 
-def check(found: Any, variant: str | None = None) -> None:
-    assert found.noise == ID and found.explained > 0.9999
-    assert variant is None or found.variant == variant
-    assert not [f for f in found.failures if ID in f]
+check = partial(named, ID)
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])

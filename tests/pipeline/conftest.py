@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import reports
+from tests.helpers import closed
 
 PICTURES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PIPELINE = """\
@@ -103,16 +103,6 @@ def named_jpeg() -> Callable[..., bytes]:
 @pytest.fixture
 def conforms() -> Callable[[object, str], None]:
     """Holds a document against a published schema whose objects are closed: it is complete."""
-
-    def closed(schema: Any) -> Any:
-        if isinstance(schema, list):
-            return [closed(item) for item in schema]
-        if not isinstance(schema, dict):
-            return schema
-        found = {key: closed(value) for key, value in schema.items()}
-        if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-            found["additionalProperties"] = False
-        return found
 
     def check(document: object, name: str) -> None:
         path = Path(reports.__file__).parent / f"{name}_v1.schema.json"

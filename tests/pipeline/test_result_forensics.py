@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from auditor.pipeline import post, result_forensics, results
 from auditor.pipeline.post import Post
 from auditor.pipeline.results import NAME
 from auditor.pipeline.stages import Placement
+from tests.helpers import ROOT, audit_in
 
-ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(11)
 DESCRIBED = Post(
     "boxes",
@@ -174,11 +173,7 @@ def test_the_command(tmp_path: Path, conforms: Callable[[object, str], None]) ->
     )
     np.save(tmp_path / "result.npy", recorded(replace(DESCRIBED, offset=0)))
     np.savez(tmp_path / "outputs.npz", **OUTPUTS)
-    line = [sys.executable, "-m", "auditor", "forensics", "--pipeline", str(pipeline)]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*line, *more], cwd=ROOT, capture_output=True, text=True, check=False)
-
+    run = partial(audit_in, ROOT, "forensics", "--pipeline", pipeline)
     given = ["--deployed-result", str(tmp_path / "result.npy")]
     outputs = ["--outputs", str(tmp_path / "outputs.npz")]
     done = run(*given, *outputs, "-o", str(tmp_path / "answer.json"))

@@ -36,8 +36,7 @@ from auditor.records.sysnoise import (
 )
 from reports import _plots
 from reports import _sysnoise as table
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import ROOT, audit_in
 
 
 def run(
@@ -371,11 +370,8 @@ def test_wrong_usage_is_one_message(
 
 def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plots" / "here"
-    line = [sys.executable, "-m", "auditor", "sysnoise", network, "--images", photos]
-    line += ["--pipeline", pipeline, "--samples", "3", "--noise", "none", "--plots", folder]
-    done = subprocess.run(
-        list(map(str, line)), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    line = ["sysnoise", network, "--images", photos, "--pipeline", pipeline]
+    done = audit_in(ROOT, *line, "--samples", 3, "--noise", "none", "--plots", folder)
     assert done.returncode == 0, done.stderr
     drawn_by_lines = {"effects.svg", "accumulation.svg", "resize.svg"}
     assert {f.name for f in folder.iterdir()} == {*drawn_by_lines, "pixels.png"}

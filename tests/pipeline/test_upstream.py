@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
 from auditor.ports import Silent
 from auditor.records.report import AuditReport, PipelineStep
+from tests.helpers import ROOT, audit_in
 
-ROOT = Path(__file__).resolve().parents[2]
 # Each mistake alone, and the step that must be named for it.
 MISTAKES = {
     'decoder = "simplejpeg:fast"': "decoder",
@@ -231,9 +230,7 @@ def test_a_side_that_does_not_fit_the_network(network: Path, photos: Path, pipel
         run(network, photos, deployed(pipeline, "crop = 16"))
 
 
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+command = partial(audit_in, ROOT)
 
 
 @pytest.mark.parametrize("given", [["--images", "x"], ["--pipeline", "imagenet-tf"]])

@@ -17,6 +17,7 @@ from auditor.errors import UsageError
 from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
 from reports import json_v1
+from tests.helpers import closed
 
 _SCHEMA: dict[str, Any] = json.loads(
     (Path(package.__file__).parent / "report_v1.schema.json").read_text(encoding="utf-8")
@@ -53,18 +54,6 @@ _PROMISED = {
     ),
 }
 _PATHS = [where + key for where, keys in _PROMISED.items() for key in keys.split()]
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with every object closed, to find keys that it does not describe."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
-        closed["additionalProperties"] = False
-    return closed
 
 
 def _remove(data: Any, path: str) -> None:
@@ -121,14 +110,14 @@ def test_the_schema_is_a_schema() -> None:
 
 
 def test_every_key_written_is_described(report: AuditReport) -> None:
-    strict = Draft202012Validator(_closed(_SCHEMA))
+    strict = Draft202012Validator(closed(_SCHEMA))
     assert [e.message for e in strict.iter_errors(json_v1.dump(report))] == []
 
 
 def test_the_closed_schema_notices_an_undescribed_key(report: AuditReport) -> None:
     data: dict[str, Any] = json_v1.dump(report)
     data["backends"][0]["segments"][0]["surprise"] = 1
-    assert not Draft202012Validator(_closed(_SCHEMA)).is_valid(data)
+    assert not Draft202012Validator(closed(_SCHEMA)).is_valid(data)
     assert _VALIDATOR.is_valid(data)  # readers must ignore what they do not know
 
 
