@@ -371,7 +371,8 @@ def test_wrong_usage_is_one_message(
 def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plots" / "here"
     line = ["sysnoise", network, "--images", photos, "--pipeline", pipeline]
-    done = audit_in(ROOT, *line, "--samples", 3, "--noise", "none", "--plots", folder)
+    line += ["--samples", 3, "--noise", "none", "--plots"]
+    done = audit_in(ROOT, *line, folder)
     assert done.returncode == 0, done.stderr
     drawn_by_lines = {"effects.svg", "accumulation.svg", "resize.svg"}
     assert {f.name for f in folder.iterdir()} == {*drawn_by_lines, "pixels.png"}
@@ -381,10 +382,7 @@ def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -
         assert np.asarray(drawn.convert("RGB")).std() > 10
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    line[-1] = taken
-    refused = subprocess.run(
-        list(map(str, line)), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    refused = audit_in(ROOT, *line, taken)
     assert refused.returncode == 2 and "cannot make the folder" in refused.stderr
     assert taken.read_text() == "mine"
 
