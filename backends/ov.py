@@ -263,18 +263,7 @@ class OpenVINO:
                 other = Program(compile_model(explicit.clone()), shown)
                 if program.alike(other):
                     source, program = shown, other
-        if request.dynamic and not request.open:
-            shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
-            notes.insert(0, f"The model was compiled at these static shapes: {shapes}.")
-        if precision != "f32" and _PRECISION not in request.options:
-            notes.insert(
-                0,
-                f"OpenVINO computes in {precision} by default on this device although the model "
-                f"is f32; --option ov.{_PRECISION}=f32 keeps f32.",
-            )
-        asked = request.options.get(_PRECISION, precision)
-        if asked not in (precision, "undefined"):
-            notes.insert(0, f"{asked} was asked for; this device computes in {precision} instead.")
+        notes = [*_unasked(request, precision), *notes]
         candidates, finals, skipped, foreign = candidates_of(
             source, program, outputs, reduced=precision != "f32"
         )
@@ -314,6 +303,21 @@ class OpenVINO:
             ),
             _quantised=chosen,
         )
+
+
+def _unasked(request: BuildRequest, precision: str) -> Iterator[str]:
+    """Sentences on what was compiled otherwise than the model or the user says."""
+    asked = request.options.get(_PRECISION, precision)
+    if asked not in (precision, "undefined"):
+        yield f"{asked} was asked for; this device computes in {precision} instead."
+    if precision != "f32" and _PRECISION not in request.options:
+        yield (
+            f"OpenVINO computes in {precision} by default on this device although the model "
+            f"is f32; --option ov.{_PRECISION}=f32 keeps f32."
+        )
+    if request.dynamic and not request.open:
+        shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())
+        yield f"The model was compiled at these static shapes: {shapes}."
 
 
 def _choices(

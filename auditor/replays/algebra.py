@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from onnx import helper, numpy_helper
 from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
+
+# What is left of an operator: its type, or the constant that it is, and its operands.
+_Left = tuple[str, list[str]]
 
 _NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _COMPARISONS = 12  # the first operator set with all four
@@ -181,30 +184,39 @@ def _to(cast: onnx.NodeProto) -> int:
     return int(surgery.attributes(cast)["to"])
 
 
-def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | None:
-    """What is left of an operator that cancels: its type, or the constant, and its operands."""
-    if node.op_type == "Log":
-        inner = layout.source(node.input[0])
-        if inner is not None and inner.op_type == "Add":  # log(exp(x) + 1)
-            a, b = (layout.source(name) for name in inner.input)
-            one = (layout.constant(name) for name in inner.input)
-            if any(v is not None and v.size == 1 and v.item() == 1 for v in one):
-                inner = next((n for n in (a, b) if n is not None and n.op_type == "Exp"), None)
-                return ("Softplus", [inner.input[0]]) if inner else None
-        return ("Identity", [inner.input[0]]) if inner and inner.op_type == "Exp" else None
-    if node.op_type == "Cast":
-        inner = layout.source(node.input[0])
-        narrow = inner is not None and inner.op_type == "Cast" and _to(inner) in _NARROW
-        if inner is not None and narrow and _to(node) == onnx.TensorProto.FLOAT:
-            return "Cast", [inner.input[0]]
-        return None
-    if node.op_type == "Not":
-        inner = layout.source(node.input[0])
-        opposite = _OPPOSITES.get(inner.op_type) if inner is not None else None
-        known = surgery.opset(layout.model) >= _COMPARISONS
-        return (opposite, list(inner.input)) if inner is not None and opposite and known else None
-    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
-        return None
+def _without(layout: Layout, node: onnx.NodeProto) -> _Left | None:
+    """What is left of an operator that cancels."""
+    cancels = _CANCELS.get(node.op_type)
+    return cancels(layout, node) if cancels is not None else None
+
+
+def _without_log(layout: Layout, node: onnx.NodeProto) -> _Left | None:
+    inner = layout.source(node.input[0])
+    if inner is not None and inner.op_type == "Add":  # log(exp(x) + 1)
+        a, b = (layout.source(name) for name in inner.input)
+        one = (layout.constant(name) for name in inner.input)
+        if any(v is not None and v.size == 1 and v.item() == 1 for v in one):
+            inner = next((n for n in (a, b) if n is not None and n.op_type == "Exp"), None)
+            return ("Softplus", [inner.input[0]]) if inner else None
+    return ("Identity", [inner.input[0]]) if inner and inner.op_type == "Exp" else None
+
+
+def _without_cast(layout: Layout, node: onnx.NodeProto) -> _Left | None:
+    inner = layout.source(node.input[0])
+    narrow = inner is not None and inner.op_type == "Cast" and _to(inner) in _NARROW
+    if inner is not None and narrow and _to(node) == onnx.TensorProto.FLOAT:
+        return "Cast", [inner.input[0]]
+    return None
+
+
+def _without_not(layout: Layout, node: onnx.NodeProto) -> _Left | None:
+    inner = layout.source(node.input[0])
+    opposite = _OPPOSITES.get(inner.op_type) if inner is not None else None
+    known = surgery.opset(layout.model) >= _COMPARISONS
+    return (opposite, list(inner.input)) if inner is not None and opposite and known else None
+
+
+def _without_arithmetic(layout: Layout, node: onnx.NodeProto) -> _Left | None:
     a, b = node.input
     if a == b and node.op_type in ("Sub", "Div"):
         return ("0" if node.op_type == "Sub" else "1", [a, b])
@@ -222,6 +234,14 @@ def _without(layout: Layout, node: onnx.NodeProto) -> tuple[str, list[str]] | No
         if value == 0 and node.op_type == "Add" and constant.ndim == 0:
             return "Identity", [other]
     return None
+
+
+_CANCELS: dict[str, Callable[[Layout, onnx.NodeProto], _Left | None]] = {
+    "Log": _without_log,
+    "Cast": _without_cast,
+    "Not": _without_not,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _without_arithmetic),
+}
 
 
 def _inverted(layout: Layout, node: onnx.NodeProto) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from auditor.model import key
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import surgery
@@ -39,15 +40,13 @@ class Group:
     nodes: list[int] = field(default_factory=list)
 
 
-class Layout:
+class Layout(Quantised):
     """What surgery must know of a segment, whatever the format."""
 
     def __init__(self, segment: SegmentGraph, alone: Set[str] = frozenset()) -> None:
         """``alone`` are tensors that kernels of their own write."""
-        self.model = segment.model
+        super().__init__(segment.model, segment.weights)
         self.alone = alone
-        self.nodes: Sequence[onnx.NodeProto] = segment.model.graph.node
-        self.outputs = {o.name for o in segment.model.graph.output}
         self.constants: dict[str, tuple[int, ...] | None] = {  # with their shapes where known
             t.name: tuple(t.dims) for t in segment.model.graph.initializer
         }
@@ -62,13 +61,7 @@ class Layout:
         types = surgery.types(segment.model)
         self.floats = {n for n, t in types.items() if t == TensorProto.FLOAT}
         self.halves = {n for n, t in types.items() if t == TensorProto.FLOAT16}
-        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
-        self.readers: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
-            for name in node.input:
-                self.readers.setdefault(name, []).append(index)
         self.kernels = tuple(k for k in segment.kernels if k.nodes and k.type not in _NOT_COMPUTING)
-        self.quantised = Quantised(segment.model, segment.weights)
         self.reports = any(k.precision for k in self.kernels)
         self.reduced = stated(self.kernels, NARROW)
 
@@ -84,7 +77,7 @@ class Layout:
 
     def filled(self, name: str, number: float) -> bool:
         """Whether a constant is one number throughout."""
-        value = self.quantised.constant(name)
+        value = self.constant(name)
         return value is not None and bool(np.all(value == number))
 
     def groups(self, scope: Scope) -> list[Group]:
@@ -114,19 +107,23 @@ class Layout:
         for index, node in enumerate(self.nodes):
             if key(node) in self.alone:
                 result[index] = Group(result[index].kernel)
-        inside: dict[int, set[int]] = {}
-        for index, group in enumerate(result):
-            inside.setdefault(id(group), set()).add(index)
-        for index, group in enumerate(list(result)):
-            for name in self.nodes[index].input:
-                moves = self.moves(name, inside[id(group)])
-                source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
-                if source is not None and result[source] is group:
-                    for move in moves:
-                        result[move] = group  # the engine moves after what the kernel computes
+        self._join_moves(result)
         for index, group in enumerate(result):
             group.nodes.append(index)
         return result
+
+    def _join_moves(self, groups: list[Group]) -> None:
+        """What a kernel both computes and reads after it was moved, the engine moves itself."""
+        inside: dict[int, set[int]] = {}
+        for index, group in enumerate(groups):
+            inside.setdefault(id(group), set()).add(index)
+        for index, group in enumerate(list(groups)):
+            for name in self.nodes[index].input:
+                moves = self.moves(name, inside[id(group)])
+                source = self.producer.get(self.nodes[moves[-1]].input[0]) if moves else None
+                if source is not None and groups[source] is group:
+                    for move in moves:
+                        groups[move] = group
 
     def _continue(self, found: list[Group | None]) -> None:
         """A kernel that writes no tensor of the model ends in what no kernel names behind it.
@@ -150,7 +147,7 @@ class Layout:
         while (
             (index := self.producer.get(name)) is not None
             and self.nodes[index].op_type in MOVES
-            and (self.sole_reader(name) is not None or self._read_by(name, readers))
+            and (self.reader(name) is not None or self._read_by(name, readers))
         ):
             moves.append(index)
             name = self.nodes[index].input[0]
@@ -159,20 +156,10 @@ class Layout:
     def _read_by(self, tensor: str, readers: Set[int]) -> bool:
         return tensor not in self.outputs and readers >= set(self.readers.get(tensor, ()))
 
-    def sole_reader(self, tensor: str) -> int | None:
-        """The one node that reads a tensor which nothing else sees."""
-        readers = self.readers.get(tensor, [])
-        return readers[0] if len(readers) == 1 and tensor not in self.outputs else None
-
 
 def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
     """Whether an engine says that one of these kernels computes or writes in a format."""
     return any(k.precision in names or k.output_precision in names for k in kernels)
-
-
-def key(node: onnx.NodeProto) -> str:
-    """The first output of a node, which names it."""
-    return next((o for o in node.output if o), "")
 
 
 def subgraphs(node: onnx.NodeProto) -> bool:

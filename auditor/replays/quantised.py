@@ -91,7 +91,7 @@ class Layout:
         """``weights`` are the values of initialisers that are detached from the segment."""
         self.model = model
         self._detached = weights or {}
-        self.nodes = list(model.graph.node)
+        self.nodes: Sequence[onnx.NodeProto] = list(model.graph.node)
         self.outputs = {o.name for o in model.graph.output}
         self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
         self.readers: dict[str, list[int]] = {}

@@ -18,9 +18,10 @@ from typing import Literal
 import onnx
 from onnx import TensorProto, helper
 
+from auditor.model import key
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, surgery
-from auditor.replays.layout import MOVES, NARROW, Group, Layout, Scope, key, stated, subgraphs
+from auditor.replays.layout import MOVES, NARROW, Group, Layout, Scope, stated, subgraphs
 from auditor.replays.writer import OPSET_OF_SUMS, Format, Writer
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
@@ -324,7 +325,7 @@ class _Surgery(Writer):
         kernel = group.kernel
         if kernel is None or kernel.precision not in _INTEGERS:
             return False
-        return self.at.quantised.grid(name) is not None
+        return self.at.grid(name) is not None
 
     def _rounds_constant(
         self, node: onnx.NodeProto, position: int, name: str, group: Group
@@ -488,7 +489,7 @@ class _Surgery(Writer):
         rank = len(self.constants.get(product.input[1]) or ())
         chain: list[int] = []
         tensor = product.output[0]
-        while (index := self.at.sole_reader(tensor)) is not None and self.groups[index] is group:
+        while (index := self.at.reader(tensor)) is not None and self.groups[index] is group:
             node = self.at.nodes[index]
             others = [n for n in node.input if n != tensor]
             if node.op_type not in ("BatchNormalization", "Mul", "Div", "Add", "Sub") or any(
@@ -569,7 +570,7 @@ class _Surgery(Writer):
                     break
                 keys = self.at.nodes[move].input[0]
             source = self.at.producer.get(keys)
-            if source is None or self.at.sole_reader(keys) is None:
+            if source is None or self.at.reader(keys) is None:
                 continue
             projection = self.groups[source]
             if (
@@ -591,7 +592,7 @@ class _Surgery(Writer):
 
     def _scale_of(self, product: onnx.NodeProto, group: Group) -> int | None:
         """The node that scales a product of two activations, whole or by head, if fused."""
-        index = self.at.sole_reader(product.output[0])
+        index = self.at.reader(product.output[0])
         if (
             index is None
             or self.groups[index] is not group
