@@ -105,7 +105,7 @@ def _clipped(node: onnx.NodeProto, kind: int) -> str:
         result = "Mul(wa, factor)"
     return (
         f"({', '.join(names)}) => (y) {{ {wide} r = {result} "
-        f"{_between('r', kind)} y = Cast <to = {kind}> (m) }}"
+        f"{_between(kind)} y = Cast <to = {kind}> (m) }}"
     )
 
 
@@ -120,20 +120,16 @@ def _cast(source: int, kind: int, *, clip: bool) -> str | None:
         whole = "r = Cast <to = 7> (x)"
     else:
         return None
-    last = (
-        f"{_between('r', kind)} y = Cast <to = {kind}> (m)"
-        if clip
-        else f"y = Cast <to = {kind}> (r)"
-    )
+    last = f"{_between(kind)} y = Cast <to = {kind}> (m)" if clip else f"y = Cast <to = {kind}> (r)"
     return f"(x) => (y) {{ {whole} {last} }}"
 
 
-def _between(name: str, kind: int) -> str:
-    """The text of ``m``, an int64 tensor clipped to a type's range."""
+def _between(kind: int) -> str:
+    """The text of ``m``: ``r``, an int64 tensor, clipped to a type's range."""
     low, high = _LIMITS[kind]
     return (
         f"lo = Constant <value = int64 {{{low}}}> () hi = Constant <value = int64 {{{high}}}> () "
-        f"n = Max({name}, lo) m = Min(n, hi)"
+        f"n = Max(r, lo) m = Min(n, hi)"
     )
 
 

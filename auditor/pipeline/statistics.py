@@ -55,27 +55,28 @@ class Drawn:
 class Means(Drawn):
     """The mean of each column, and the same on every draw."""
 
-    def __init__(self, values: Array, seed: int = 0) -> None:
+    def __init__(self, values: Array) -> None:
         """Draw.
 
         Args:
             values: float, ``[photographs, columns]``; NaN where a column was not measured.
-            seed: of the draws; equal seeds and numbers of photographs give the same draws.
         """
         measured = np.isfinite(values) | np.isinf(values)
         filled = np.where(measured, values, 0.0)
         counts = measured.astype(np.float64)
         with np.errstate(invalid="ignore"):  # infinities that a draw leaves out
             parts = [
-                _ratio(_product(drawn, filled), drawn @ counts)
-                for drawn in weights(len(values), seed=seed)
+                _ratio(_product(drawn, filled), drawn @ counts) for drawn in weights(len(values))
             ]
         super().__init__(_ratio(filled.sum(axis=0), counts.sum(axis=0)), np.concatenate(parts))
 
 
-def weights(photos: int, draws: int = DRAWS, seed: int = 0) -> Iterator[Array]:
-    """How often each photograph is in each draw, ``[some draws, photographs]`` at a time."""
-    rng = np.random.default_rng(seed)
+def weights(photos: int, draws: int = DRAWS) -> Iterator[Array]:
+    """How often each photograph is in each draw, ``[some draws, photographs]`` at a time.
+
+    Equal numbers of photographs give the same draws.
+    """
+    rng = np.random.default_rng(0)
     step = max(1, _AT_ONCE // max(photos, 1))
     for begin in range(0, draws, step):
         size = min(step, draws - begin)

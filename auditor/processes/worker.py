@@ -328,10 +328,10 @@ def availability(worker: Worker, timeout: float) -> Availability:
         )
 
 
-def probe(backends: Sequence[str], timeout: float = 120.0) -> list[tuple[str, Availability]]:
-    """Ask each backend, in a process of its own, whether it can be used here."""
+def probe(backends: Sequence[str]) -> list[tuple[str, Availability]]:
+    """Ask each backend, in a process of its own, whether it can be used here: two minutes each."""
     with workers(backends) as started, ThreadPoolExecutor() as pool:
-        answers = [pool.submit(availability, worker, timeout) for worker in started]
+        answers = [pool.submit(availability, worker, 120.0) for worker in started]
         try:
             return [(w.backend, a.result()) for w, a in zip(started, answers, strict=True)]
         except BaseException:
