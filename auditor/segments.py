@@ -131,7 +131,7 @@ class Graph:
 
         Args:
             cut: the segment.
-            types: ONNX element type of each of its inputs.
+            types: ONNX element type of each of its inputs, and of outputs where known.
             shapes: shape of each of its inputs; None leaves them open. Some operators of ONNX
                 Runtime want to know shapes before they run (cubic Resize, Scan), as they do in
                 the whole model.
@@ -160,7 +160,11 @@ class Graph:
             shape = shapes[name] if shapes is not None else None
             graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
             self._annotate(graph, name, weights)
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in cut.outputs)
+        for name in cut.outputs:
+            output = graph.output.add(name=name)
+            source = self.nodes[self.producer[name]]
+            if name in types and not onnx.defs.has(source.op_type, source.domain):
+                output.type.tensor_type.elem_type = types[name]  # which ONNX cannot infer
         return model
 
     def _annotate(self, graph: onnx.GraphProto, name: str, weights: Mapping[str, Array]) -> None:

@@ -25,6 +25,7 @@ _DOMAIN = "com.microsoft"
 _OPSET = 17  # LayerNormalization exists
 # Kernel types that multiply with weights, that normalise, and that may be all of an attention.
 _PROJECTING, _NORMALISING, _WHOLE = "FullyConnected", "MVN", "Subgraph"
+_AXES_OPSET = 18  # ReduceMean takes its axes as an input
 _FLOAT = onnx.TensorProto.FLOAT
 _OTHER = ""  # kernels of any other type
 
@@ -96,7 +97,9 @@ def _divided(kernels: list[Kernel], key: str, written: _Written) -> Iterator[Ker
         else:
             yield kernel
             continue
-        yield replace(kernel, nodes=tuple(ends[here][1] if n == key else n for n in kernel.nodes))
+        end = ends[here][1]
+        nodes = tuple(end if name == key else name for name in kernel.nodes)
+        yield replace(kernel, nodes=nodes, outputs=(end,))
 
 
 def _given(node: onnx.NodeProto, position: int) -> str:
@@ -242,6 +245,8 @@ class _Scores:
             cap = editor.constant(self.cap)
             curve = editor.add("Tanh", editor.add("Div", scores, cap))
             scores = editor.add("Mul", curve, cap, to=to.get("capped", ""))
+            if "scaled" not in to:
+                first = scores
         elif "capped" in to:
             editor.add("Identity", scores, to=to["capped"])
         added = [name for name in self.added if name]
@@ -298,14 +303,75 @@ def _skip(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written |
     """A sum and its normalisation."""
     if any(node.output[1:3]):
         return None
+    simple = node.op_type == "SkipSimplifiedLayerNormalization"
     x, skip, gamma = node.input[:3]
-    if bias := _given(node, 4):
+    if bias := _given(node, 3 if simple else 4):
         x = editor.add("Add", x, bias)
     total = editor.add("Add", x, skip, to=node.output[3] if len(node.output) > 3 else "")
-    inputs = filter(None, (total, gamma, _given(node, 3)))
+    if simple:
+        return _scaled(node, total, editor)
+    return _normalised(node, total, gamma, _given(node, 3), editor)
+
+
+def _embedding(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
+    """The sum of what tables have of words, places and segments, and its normalisation."""
+    ids, segments, words, places, parts, gamma, beta = (_given(node, i) for i in range(7))
+    shape = tensors.shapes.get(ids)
+    if _given(node, 8) or shape is None or not beta or any(node.output[2:]):
+        return None
+    total = editor.add("Gather", words, ids)
+    ends = [("Gather", total)]
+    first = editor.constant(range(shape[1]), "int64")
+    total = editor.add("Add", total, editor.add("Gather", places, first))
+    if segments:
+        part = editor.add("Gather", parts, segments)
+        total = editor.add("Add", total, part)
+        ends.append(("Gather", part))
+    written = _normalised(node, total, gamma, beta, editor)
+    return _Written((*ends, *written.ends), written.ends)
+
+
+def _normalised(
+    node: onnx.NodeProto, total: str, gamma: str, beta: str, editor: Editor
+) -> _Written:
     epsilon = surgery.attributes(node).get("epsilon", 1e-12)
+    inputs = filter(None, (total, gamma, beta))
     editor.add("LayerNormalization", *inputs, to=node.output[0], epsilon=epsilon)
     return _Written(((_OTHER, total), (_NORMALISING, node.output[0])))
+
+
+def _scaled(node: onnx.NodeProto, total: str, editor: Editor) -> _Written:
+    """A sum divided by the root of its mean square."""
+    square = editor.add("Mul", total, total)
+    if surgery.opset(editor.model) < _AXES_OPSET:
+        mean = editor.add("ReduceMean", square, axes=[-1])
+    else:
+        mean = editor.add("ReduceMean", square, editor.constant([-1], "int64"))
+    epsilon = editor.constant(surgery.attributes(node).get("epsilon", 1e-12))
+    width = editor.add("Sqrt", editor.add("Add", mean, epsilon))
+    value = editor.add("Mul", total, editor.add("Reciprocal", width))
+    editor.add("Mul", value, node.input[2], to=node.output[0])
+    return _Written(((_OTHER, total), ("RMS", node.output[0])))
+
+
+def _product(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
+    """A product of matrices that may be transposed, times a number."""
+    given = surgery.attributes(node)
+    operands = []
+    for name, which in zip(node.input, ("A", "B"), strict=True):
+        if given.get(f"transBatch{which}"):
+            return None
+        if given.get(f"trans{which}"):
+            axes = list(range(tensors.rank(name)))
+            if len(axes) < 2:
+                return None
+            order = [*axes[:-2], axes[-1], axes[-2]]
+            operands.append(editor.add("Transpose", name, perm=order))
+        else:
+            operands.append(name)
+    alpha = editor.constant(given.get("alpha", 1.0))
+    editor.add("Mul", editor.add("MatMul", *operands), alpha, to=node.output[0])
+    return _Written()
 
 
 def _gelu(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
@@ -335,11 +401,14 @@ _WRITTEN: dict[tuple[str, str], Callable[[onnx.NodeProto, Editor, _Tensors], _Wr
     ("", "Attention"): _attention,
     (_DOMAIN, "Attention"): _projected_attention,
     (_DOMAIN, "BiasGelu"): _gelu,
+    (_DOMAIN, "EmbedLayerNormalization"): _embedding,
     (_DOMAIN, "FastGelu"): _gelu,
+    (_DOMAIN, "FusedMatMul"): _product,
     (_DOMAIN, "Gelu"): _gelu,
     (_DOMAIN, "MultiHeadAttention"): _biased_attention,
     (_DOMAIN, "QuickGelu"): _gelu,
     (_DOMAIN, "SkipLayerNormalization"): _skip,
+    (_DOMAIN, "SkipSimplifiedLayerNormalization"): _skip,
 }
 
 

@@ -297,9 +297,13 @@ class Replayer:
         """
         feeds = {name: self._typed(name, values[name]) for name in cut.inputs}
         try:
-            return dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
+            found = dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
         except Exception as error:  # ORT raises a family of classes that share no base
             raise ReplayError(cut, "replayed", error) from error
+        for name, value in found.items():
+            if name not in self.types and hasattr(value, "dtype"):
+                self.types[name] = _element_type(value)
+        return found
 
     def run_decided(self, cut: Cut, values: Mapping[str, Array], moved: Arrays) -> Arrays:
         """Run one segment on moved inputs, where what is decided on its inputs is not moved.

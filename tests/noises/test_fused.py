@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper
 
+from auditor import model_file
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays import fused
+from auditor.replays import fused, surgery
+from auditor.segments import Graph
 
 DOMAIN = "com.microsoft"
 RNG = np.random.default_rng(5)
@@ -20,15 +24,33 @@ def drawn(*shape: int) -> Array:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
+def declare(segment: SegmentGraph, feeds: dict[str, Array]) -> onnx.ModelProto:
+    """Give the inputs their types and shapes, as segments have them."""
+    for value in segment.model.graph.input:
+        kind = helper.np_dtype_to_tensor_dtype(feeds[value.name].dtype)
+        shape = feeds[value.name].shape
+        value.CopyFrom(helper.make_tensor_value_info(value.name, kind, shape))
+    return segment.model
+
+
 X, SKIP = drawn(2, 5, 12), drawn(2, 5, 12)
 QKV = {"w": drawn(12, 36), "b": drawn(36)}
 KEPT = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32)
 NORM = {"g": drawn(12), "b": drawn(12), "a": drawn(12)}
+WORDS = np.array([[3, 0, 4, 1, 2], [1, 1, 2, 3, 0]], np.int32)
+TABLES = {
+    "we": drawn(5, 12),
+    "pe": drawn(7, 12),
+    "se": drawn(2, 12),
+    "g": drawn(12),
+    "b": drawn(12),
+}
 WEAK = {"num_heads": 3, "mask_filter_value": -3.0}
 # What ends each of the kernels below, where there are several.
 ENDS = {
     "Attention": ["Reshape", "Add", "Reshape", "Reshape"],
     "SkipLayerNormalization": ["Add", "Add", "LayerNormalization", "LayerNormalization"],
+    "EmbedLayerNormalization": ["Add", "Add", "LayerNormalization", "LayerNormalization"],
 }
 
 
@@ -43,6 +65,9 @@ ENDS = {
         ("Attention", {"x": X}, QKV, {"num_heads": 3}),
         ("Attention", {"x": X}, {**QKV, "m": KEPT}, WEAK),
         ("Attention", {"x": X}, {**QKV, "m": KEPT.sum(1, dtype=np.int32)}, {**WEAK, "scale": 0.7}),
+        ("SkipSimplifiedLayerNormalization", {"x": X, "s": SKIP}, {"g": NORM["g"]}, {}),
+        ("FusedMatMul", {"x": X, "s": SKIP}, {}, {"transB": 1, "alpha": 0.3}),
+        ("EmbedLayerNormalization", {"i": WORDS, "s": WORDS % 2}, TABLES, {"epsilon": 0.01}),
         ("MultiHeadAttention", {"q": X, "k": SKIP, "v": X}, {"b": drawn(36), "m": KEPT}, WEAK),
     ],
 )
@@ -54,11 +79,11 @@ def test_written_out(
     make_segment: Any,
     run: Any,
 ) -> None:
-    node = helper.make_node(op_type, [*feeds, *constants], ["y"], domain=DOMAIN, **options)
+    outputs = ["y", "mask"] if op_type == "EmbedLayerNormalization" else ["y"]
+    node = helper.make_node(op_type, [*feeds, *constants], outputs, domain=DOMAIN, **options)
     made: SegmentGraph = make_segment([node], constants, list(feeds), ["y"])
     made.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    for value in made.model.graph.input:
-        value.CopyFrom(helper.make_tensor_value_info(value.name, 1, feeds[value.name].shape))
+    declare(made, feeds)
     kernels = tuple(
         Kernel(kind, kind, ("y",), (), "", "f32", "f32")
         for kind in ("Subgraph", "FullyConnected", "MVN", "Subgraph")
@@ -119,10 +144,8 @@ def test_attention(
 ) -> None:
     """One kernel or many; nothing left to attend to gives zeros."""
     node = helper.make_node("Attention", list(feeds), outputs, **options)
-    made = make_segment([node], {}, list(feeds), outputs, opset=24).model
-    for value, name in zip(made.graph.input, feeds, strict=True):
-        kind = helper.np_dtype_to_tensor_dtype(feeds[name].dtype)
-        value.CopyFrom(helper.make_tensor_value_info(name, kind, feeds[name].shape))
+    segment = make_segment([node], {}, list(feeds), outputs, opset=24)
+    made = declare(segment, feeds)
     kernels = tuple(Kernel(kind, kind, ("y",), (), "", "f32", "f32") for kind in kinds)
     segment = fused.written_out(SegmentGraph(made, kernels))
     types = {name: n.op_type for n in segment.model.graph.node for name in n.output}
@@ -130,3 +153,15 @@ def test_attention(
     expected = run(made, feeds)
     for name, value in run(segment.model, feeds).items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=2e-6)
+
+
+def test_types_that_onnx_cannot_infer(make_segment: Any) -> None:
+    """An operator of ONNX Runtime's in ONNX's domain: roundings need the type of its result."""
+    node = helper.make_node("SimplifiedLayerNormalization", ["x", "g"], ["y"], axis=-1)
+    proto = make_segment([node], {"g": NORM["g"]}, ["x"], ["y"]).model
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, 1, X.shape))
+    model_file.check(Path("m.onnx"), proto, ())
+    graph = Graph(proto)
+    made = graph.extract(graph.cut(["y"])[0], {"x": 1, "y": 1}, None, {})
+    assert surgery.types(made)["y"] == onnx.TensorProto.FLOAT
