@@ -27,7 +27,7 @@ from reports._page import (
 
 if TYPE_CHECKING:
     from auditor.records.measured import Distance, Segment, TensorStats
-    from auditor.records.report import AuditReport, BackendReport, PipelineStep
+    from auditor.records.report import AuditReport, BackendReport, Finding, PipelineStep
 
 
 _MOST_MATCHES = 4
@@ -140,17 +140,18 @@ def _draw_matches(page: Page, name: str, found: Sequence[tuple[BackendReport, Se
     page.say(Span("Give a segment's id or a node's name to see one in full.", "dim"))
 
 
+def _offender(finding: Finding) -> Span:
+    return Span(
+        f"offender {finding.rank}: {finding.severity} severity, {finding.confidence} confidence",
+        COLORS[finding.severity],
+    )
+
+
 def draw_step(page: Page, report: AuditReport, step: PipelineStep) -> None:
     finding = next((f for f in report.findings if f.noise == step.noise), None)
     page.rule(f"pipeline, step {step.name}")
     if finding:
-        page.say(
-            Span(
-                f"offender {finding.rank}, {finding.severity}, {finding.confidence} confidence",
-                COLORS[finding.severity],
-            ),
-            label=tag("rank"),
-        )
+        page.say(_offender(finding), label=tag("rank"))
     page.say(Span(step.training), label=tag("training"))
     page.say(Span(step.deployment), label=tag("deployment"))
     page.say(
@@ -197,13 +198,7 @@ def draw_segment(page: Page, report: AuditReport, backend: BackendReport, segmen
     ]
     page.grid((Column(""), Column(""), Column("")), nodes)
     page.blank()
-    ranked = Span("not an offender")
-    if finding:
-        ranked = Span(
-            f"offender {finding.rank}, {finding.severity}, {finding.confidence} confidence",
-            COLORS[finding.severity],
-        )
-    page.say(ranked, label=tag("rank"))
+    page.say(_offender(finding) if finding else Span("not an offender"), label=tag("rank"))
     if segment.modules:
         page.say(Span(", ".join(segment.modules)), label=tag("from"))
     page.say(*_spans_of_kernels(backend, segment), label=tag("ran"))
@@ -242,6 +237,8 @@ def _draw_errors(page: Page, segment: Segment) -> None:
         page.say(Span(segment.unmeasured, "yellow"), label=tag("not measured"))
     ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
     above = "below its floor" if ratio <= 1 else f"{words.plain(ratio)} times its floor"
+    if math.isinf(segment.introduced):
+        above = "not finite on one side; its floor"
     page.say(
         Span(f"introduced {words.error(segment.introduced)}", "bold"),
         Span(f" ({above} {words.error(segment.floor)})"),
@@ -254,7 +251,8 @@ def _draw_errors(page: Page, segment: Segment) -> None:
     if segment.amplification is not None:
         page.say(
             Span(
-                f"accumulated error leaves {words.plain(segment.amplification)} times as it entered"
+                f"the accumulated error leaves {words.plain(segment.amplification)} times as large "
+                "as it entered"
             ),
             label=tag("amplification"),
         )

@@ -303,7 +303,8 @@ def ranged(spread: Spread | None, figure: Callable[[float], str]) -> str:
     """How far a number varied: ``12% to 98% over 4 samples``; empty where it rests on one."""
     if spread is None or spread.samples < 2:
         return ""
-    return f"{figure(spread.low)} to {figure(spread.high)} over {spread.samples} samples"
+    low, high = figure(spread.low), figure(spread.high)
+    return f"{low if low == high else f'{low} to {high}'} over {spread.samples} samples"
 
 
 def books(backend: BackendReport) -> str:

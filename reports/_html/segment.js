@@ -57,7 +57,7 @@ function divergence(segment) {
     facts(
       ["above floor", times > 1 && `introduced is ${plain(times)} times its floor`],
       ["amplification", segment.amplification !== null &&
-        `error leaves ${plain(segment.amplification)} times as it entered`],
+        `the error leaves ${plain(segment.amplification)} times as large as it entered`],
       ["one step off", segment.one_step && `${percent(segment.one_step)} of its integer elements`],
       ["concentrated", segment.concentration && concentrated(segment.concentration)]),
   ];
