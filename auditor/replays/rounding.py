@@ -45,7 +45,9 @@ _STRUCTURAL = MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape",
 _QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
 # How engines write that a kernel multiplies 8-bit integers.
 _INTEGERS = {"i8", "int8", "s8", "u8", "uint8"}
-# ReduceMean takes its axes as an input from here on.
+# LogSoftmax works along one axis from here on; before, on two dimensions.
+_SOFTMAX_ALONG = 13
+# ReduceMean and ReduceMax take their axes as an input from here on.
 _AXES_OPSET = 18
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 # Kernel types that convolve.
@@ -269,6 +271,8 @@ class _Surgery(Writer):
                 self._move_scale(new, group)
             elif node.op_type == "LayerNormalization":
                 self._split_normalization(new, group)
+                return
+            elif node.op_type == "LogSoftmax" and self._split_log_softmax(new, group):
                 return
             elif node.op_type == "ReduceSumSquare":
                 self._sum_squares(new, group)
@@ -627,8 +631,10 @@ class _Surgery(Writer):
         axes = list(range(options.get("axis", -1), 0))  # a positive one says no number of axes
         if self.sites.steps and axes:
             x = self._input(node, 0, node.input[0], group)
-            centred = self._round(self._new("Sub", x, self._round(self._mean(x, axes))))
-            square = self._mean(self._new("Mul", centred, centred), axes)
+            centred = self._round(
+                self._new("Sub", x, self._round(self._reduce("ReduceMean", x, axes)))
+            )
+            square = self._reduce("ReduceMean", self._new("Mul", centred, centred), axes)
             epsilon = self._scalar(options.get("epsilon", 1e-5))
             width = self._new("Sqrt", self._new("Add", square, epsilon))
             scaled = self._new("Mul", self._new("Div", centred, width), gamma)
@@ -648,6 +654,23 @@ class _Surgery(Writer):
         self.nodes.append(plain)
         value = self._round(plain.output[0])
         self._shift_normalized(self._new("Mul", value, gamma), node, group)
+
+    def _split_log_softmax(self, node: onnx.NodeProto, group: Group) -> bool:
+        """OpenVINO makes six kernels of it: the exponentials are summed as they were rounded."""
+        version, given = surgery.opset(self.at.model), surgery.attributes(node)
+        axes = [given.get("axis", -1)]
+        if version < _SOFTMAX_ALONG:
+            rank = len(self.at.shapes.get(node.input[0], ()))
+            axes = list(range(given.get("axis", 1) % max(rank, 1), rank))
+        if not (axes and self.sites.outputs and self._writes(group)):
+            return False
+        x = self._input(node, 0, node.input[0], group)
+        below = self._new("Sub", x, self._reduce("ReduceMax", self._round(x), axes))
+        total = self._reduce("ReduceSum", self._round(self._new("Exp", below)), axes)
+        last = self._round(self._new("Log", total))
+        result = helper.make_node("Sub", [self._round(below), last], node.output)
+        self._outputs(result, group)
+        return True
 
     def _sum_squares(self, node: onnx.NodeProto, group: Group) -> None:
         """OpenVINO's frontend makes a multiplication and a sum of it: two kernels."""
@@ -695,10 +718,11 @@ class _Surgery(Writer):
         self.exact.add(node.output[0])
         return True
 
-    def _mean(self, tensor: str, axes: list[int]) -> str:
-        if surgery.opset(self.at.model) < _AXES_OPSET:
-            return self._new("ReduceMean", tensor, axes=axes)
-        return self._new("ReduceMean", tensor, self._integers(axes))
+    def _reduce(self, op_type: str, tensor: str, axes: list[int]) -> str:
+        since = OPSET_OF_SUMS if op_type == "ReduceSum" else _AXES_OPSET
+        if surgery.opset(self.at.model) < since:
+            return self._new(op_type, tensor, axes=axes)
+        return self._new(op_type, tensor, self._integers(axes))
 
     def _shift_normalized(self, scaled: str, node: onnx.NodeProto, group: Group) -> None:
         """Beta of a layer normalisation, if it has one."""

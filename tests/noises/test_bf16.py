@@ -167,6 +167,20 @@ def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
     check(explain(segment, {"x": x}, {"y": planted[..., 1:-1, 1:-1]}))
 
 
+@pytest.mark.parametrize(("axis", "opset"), [(1, 17), (1, 11)])
+def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
+    make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int
+) -> None:
+    x = r(generator.standard_normal((5, 3, 7)) * 4)
+    node = helper.make_node("LogSoftmax", ["x"], ["y"], axis=axis)
+    segment = make_segment([node], {}, ["x"], ["y"], [kernel("Subgraph", ("y",), "y")], opset)
+    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
+    along = (1,) if opset >= 13 else (1, 2)
+    below = x - x.max(along, keepdims=True)
+    planted = r(r(below) - r(np.log(r(np.exp(below)).sum(along, keepdims=True))))
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
 def test_a_sum_of_squares_is_two_kernels(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
