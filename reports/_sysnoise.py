@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span
+from reports._page import Column, Page, Row, Span, tag
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ def render(report: SysnoiseReport, width: int | None, color: bool) -> str:
     page = Page(width, color)
     page.rule(f"SysNoise of {report.model}")
     for label, text in _head(report):
-        page.say(Span(text), label=Span(f"{label}  ", "dim"), begin=12)
+        page.say(Span(text), label=tag(f"{label}  ", 13), begin=13)
     page.rule("Each type, its options switched alone")
     columns = _columns(report)
     page.grid(columns, [row for t in report.types for row in _type_rows(t, report)])
