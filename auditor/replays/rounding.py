@@ -222,6 +222,12 @@ class _Surgery(Writer):
         self.replaced = set[int]()  # nodes folded into another
         self.unscaled: dict[int, int] = {}  # product → the node that its own kernel lost
         self.scaled: dict[str, tuple[str, str]] = {}  # tensor → operator and factor before writing
+        # What may be written out in several kernels: whether it was.
+        self._splits = {
+            "Col2Im": self._sum_columns,
+            "GroupNormalization": self._split_groups,
+            "LogSoftmax": self._split_log_softmax,
+        }
         if sites.scope == "kernel" and sites.scales != "product":
             self._move_scales()
 
@@ -272,12 +278,10 @@ class _Surgery(Writer):
             elif node.op_type == "LayerNormalization":
                 self._split_normalization(new, group)
                 return
-            elif node.op_type == "LogSoftmax" and self._split_log_softmax(new, group):
-                return
             elif node.op_type == "ReduceSumSquare":
                 self._sum_squares(new, group)
                 return
-            elif node.op_type == "Col2Im" and self._sum_columns(new, group):
+            elif (split := self._splits.get(node.op_type)) is not None and split(new, group):
                 return
         self._finish(new, group)
 
@@ -654,6 +658,26 @@ class _Surgery(Writer):
         self.nodes.append(plain)
         value = self._round(plain.output[0])
         self._shift_normalized(self._new("Mul", value, gamma), node, group)
+
+    def _split_groups(self, node: onnx.NodeProto, group: Group) -> bool:
+        """Like a layer normalisation; gamma and beta are one number for each channel."""
+        x, gamma, beta = node.input
+        shape, rank = self.constants.get(gamma), len(self.at.shapes.get(x, ()))
+        if shape is None or not rank:
+            return False
+        ones, zeros = (
+            self._initializer(
+                f"{self.mark}{value} {shape}", TensorProto.FLOAT, shape, [value] * shape[0]
+            )
+            for value in (1.0, 0.0)
+        )
+        across = self._integers([-1, *[1] * (rank - 2)])
+        x = self._input(node, 0, x, group)
+        plain = self._new("GroupNormalization", x, ones, zeros, **surgery.attributes(node))
+        scaled = self._new("Mul", self._round(plain), self._new("Reshape", gamma, across))
+        shift = self._new("Reshape", beta, across)
+        self._outputs(helper.make_node("Add", [scaled, shift], node.output), group)
+        return True
 
     def _split_log_softmax(self, node: onnx.NodeProto, group: Group) -> bool:
         """OpenVINO makes six kernels of it: the exponentials are summed as they were rounded."""

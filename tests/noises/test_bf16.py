@@ -167,6 +167,30 @@ def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
     check(explain(segment, {"x": x}, {"y": planted[..., 1:-1, 1:-1]}))
 
 
+def test_groups_are_rounded_before_gamma_and_beta(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """What is behind them, too: ONNX infers no type of a GroupNormalization."""
+    x = r(generator.standard_normal((2, 6, 5, 5)) + 1)
+    gamma, beta = generator.standard_normal((2, 6, 1, 1)).astype(np.float32)
+    segment = make_segment(
+        [
+            helper.make_node("GroupNormalization", ["x", "g", "b"], ["n"], num_groups=3),
+            helper.make_node("Tanh", ["n"], ["y"]),
+        ],
+        {"g": gamma.ravel(), "b": beta.ravel()},
+        ["x"],
+        ["y"],
+        [kernel("Subgraph", ("n", "y"), "y")],
+        opset=21,
+    )
+    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
+    groups = x.reshape(2, 3, -1).astype(np.float64)
+    spread = np.sqrt(groups.var(2, keepdims=True) + 1e-5)
+    normalised = r((groups - groups.mean(2, keepdims=True)) / spread).reshape(x.shape)
+    check(explain(segment, {"x": x}, {"y": r(np.tanh(normalised * gamma + beta))}))
+
+
 @pytest.mark.parametrize(("axis", "opset"), [(1, 17), (1, 11)])
 def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
     make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int
