@@ -123,6 +123,7 @@ class Analysis:
         self.meters: dict[str, Meter] = {}
         self.outputs: dict[str, OutputMeter] = {}
         self.equal = True
+        self._random = False
         self.run_to_run = 0.0
         self.rebuild = 0.0
         self.impacts: dict[str, Running] = {}
@@ -292,9 +293,10 @@ class Analysis:
         )
         whole = metrics.relative_l2(captured, expected, tuple(n for n in names if n in captured))
         if seam > SEAM * whole:
+            self._random = divergence.draws(self.reference.graph.nodes)
             why = (
                 "the model draws random numbers"
-                if divergence.draws(self.reference.graph.nodes)
+                if self._random
                 else "between layers the model's narrow types round or overflow, and the whole "
                 "reference does not"
             )
@@ -501,11 +503,17 @@ class Analysis:
         base, captured = chain.pick(chain.base), chain.pick(chain.captured)
         apart = metrics.relative_l2(captured, base, chain.outputs) > 0
         network = Parts({}, None)
+        # What no flagged segment brings is rounding where every other one was measured.
+        rounding = not self._random and not any(
+            meter.unmeasured and meter.relative(meter.accumulated) > meter.floor
+            for meter in self.meters.values()
+        )
         if apart:
             with contextlib.suppress(ReplayError):  # without books the share is said to be unknown
                 network = impact.parts_by_category(chain, flagged, parts)
                 whole = difference(captured, base)
-                self.ledger.book(impact.booked(network, whole, base, chain.outputs), index)
+                books = impact.booked(network, whole, base, chain.outputs, rounding=rounding)
+                self.ledger.book(books, index)
         elif diverges:
             self.ledger.book(Books({}, 1.0, 0.0), index)  # all of it lies between the segments
         if upstream is not None:
@@ -513,7 +521,8 @@ class Analysis:
                 origin = upstream.origin(chain.outputs)
                 system = upstream.parts(network, base, captured)
                 last, names = upstream.deployed(captured), tuple(origin)
-                books = impact.booked(system, difference(last, origin), origin, names)
+                off = difference(last, origin)
+                books = impact.booked(system, off, origin, names, rounding=rounding)
                 self.system.add(books, metrics.relative_l2(last, origin, names))
 
     def _describe(self, chain: Chain) -> None:

@@ -213,7 +213,9 @@ def parts_by_category(
     return Parts(dict(zip(explained, added, strict=False)), added[-1])
 
 
-def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...]) -> Books:
+def booked(
+    parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...], *, rounding: bool = True
+) -> Books:
     """The share of each part in a whole difference, by projection on it.
 
     Args:
@@ -221,6 +223,7 @@ def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...
         whole: the difference of the final outputs.
         reference: the outputs that it is a difference from.
         names: the final outputs.
+        rounding: whether what is missing can only be rounding; else nothing explains it.
     """
     shares = {
         noise: metrics.projection(part, whole, reference, names)
@@ -229,7 +232,8 @@ def booked(parts: Parts, whole: Arrays, reference: Arrays, names: tuple[str, ...
     rest = 0.0
     if parts.rest is not None:
         rest = metrics.projection(parts.rest, whole, reference, names)
-    return Books(shares, rest, 1.0 - sum(shares.values()) - rest)
+    missing = 1.0 - sum(shares.values()) - rest
+    return Books(shares, rest, missing) if rounding else Books(shares, rest + missing, 0.0)
 
 
 @dataclass(slots=True)

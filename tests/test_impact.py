@@ -173,11 +173,11 @@ def _alone(made, locals_):
     return list(work)
 
 
-def booked(made, flagged, explained):
+def booked(made, flagged, explained, **options):
     base = made.pick(made.base)
     whole = difference(made.pick(made.captured), base)
     parts = impact.parts_by_category(made, flagged, explained)
-    return impact.booked(parts, whole, base, made.outputs)
+    return impact.booked(parts, whole, base, made.outputs, **options)
 
 
 def test_categories_and_the_unexplained_rest_and_rounding_sum_to_one(chain):
@@ -194,6 +194,8 @@ def test_categories_and_the_unexplained_rest_and_rounding_sum_to_one(chain):
 def test_without_a_flagged_segment_everything_is_rounding(chain):
     books = booked(chain(_network(scaled=2)), {}, {})
     assert (books.named, books.unexplained, books.rounding) == ({}, 0.0, 1.0)
+    books = booked(chain(_network(scaled=2)), {}, {}, rounding=False)  # not all was measured
+    assert (books.named, books.unexplained, books.rounding) == ({}, 1.0, 0.0)
 
 
 def test_a_clean_backend_has_nothing_to_book(chain):

@@ -185,6 +185,17 @@ def test_sparse_and_missing_optional_inputs_are_fine():
     assert float(found["y"].max()) == 0.5
 
 
+def test_integers_of_another_width_are_replayed_as_the_model_holds_them():
+    text = """<ir_version: 10, opset_import: ["": 18]>
+        g (int32[2] x) => (int32[2] y) { h = Add (x, x)  y = Add (h, x) }"""
+    graph = Graph(onnx.parser.parse_model(text))
+    replayer, cuts = Replayer(graph, 1), graph.cut(["h", "y"])
+    x = {"x": np.array([1, 2], np.int32)}
+    replayer.walk(cuts, x)
+    seen = x | {"h": np.array([7, 2**32 + 7])}
+    assert replayer.run(cuts[1], seen)["y"].tolist() == [8, 9]
+
+
 def test_types_that_cannot_be_fed_are_named(tmp_path):
     text = """<ir_version: 10, opset_import: ["": 21]>
         g (float8e4m3fn[4] x) => (float[4] y) { y = Cast <to = 1> (x) }"""

@@ -103,7 +103,8 @@ def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str
     yield {"mode": "linear", "exclude_outside": 0} if mode == "cubic" else {"mode": "cubic"}
     yield from ({_CENTRE: other} for other in _CENTRES)
     if version >= _ANTIALIAS:
-        yield {"antialias": 1}
+        for excluded in (1, 0):  # PyTorch and Pillow do not count what lies outside
+            yield {"antialias": 1, "exclude_outside": excluded}
 
 
 def _described(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

@@ -541,10 +541,11 @@ class Replayer:
 
     def _typed(self, name: str, value: Array) -> Array:
         kind = self.types.get(name)
-        if kind is None or value.dtype.kind != "f":
+        if kind is None:
             return value
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
-        if value.dtype == dtype or dtype.kind != "f":
+        kinds = value.dtype.kind + dtype.kind
+        if value.dtype == dtype or kinds not in ("ff", "ii", "iu", "ui", "uu"):
             return value
         with np.errstate(over="ignore"):
             return value.astype(dtype)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import helper
+from torch.nn.functional import interpolate
 
 from auditor.noises import upsample
 from auditor.ports import Array
@@ -185,6 +187,14 @@ def test_antialias_is_ignored(make_segment: Any, diagnose: Any, x: Array, kind: 
             for n, m, s in zip((6, 7), (3, 4), steps, strict=True)
         ]
         check(diagnose(segment, {"x": x}, {"y": apply(x, *matrices)}), variant)
+
+
+def test_antialias_of_pytorch_was_lost(make_segment: Any, diagnose: Any, x: Array) -> None:
+    """At the borders it leaves out what lies outside."""
+    pixels = torch.from_numpy(x)
+    planted = interpolate(pixels, (3, 4), mode="bilinear", antialias=True).numpy()
+    segment = resize(make_segment, sizes=(*x.shape[:2], 3, 4), mode="linear")
+    check(diagnose(segment, {"x": x}, {"y": planted}))
 
 
 def test_aspect_ratio_is_not_kept(make_segment: Any, diagnose: Any, x: Array) -> None:
