@@ -42,6 +42,21 @@ class _Held:
     grids: dict[str, Arrays]
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What is left of the samples beside each backend's analysis.
+
+    Attributes:
+        digest: the SHA-256 of the inputs.
+        agreements: how far outputs are from each other.
+        expected: the reference's outputs on the samples that causes are confirmed on.
+    """
+
+    digest: str
+    agreements: Agreements
+    expected: list[Arrays]
+
+
 def audit(
     model_path: Path,
     options: AuditOptions,
@@ -103,11 +118,9 @@ def _run(
         if who in subject.training:
             analyses[who].hold_trained(artefact.trained(against.truth, own.constants[who]))
 
-    digest, agreements = _measure(subject, against, analyses, jobs, hold, pool, progress)
+    measured = _measure(subject, against, analyses, jobs, hold, pool, progress)
     clock.lap("measure")
-    return _conclude(
-        subject, against, options, noises, tracers, analyses, digest, agreements, clock
-    )
+    return _conclude(subject, against, options, noises, tracers, analyses, measured, clock)
 
 
 def _build(
@@ -183,7 +196,7 @@ def _measure(
     hold: Callable[[str], None],
     pool: ThreadPoolExecutor,
     progress: Progress,
-) -> tuple[str, Agreements]:
+) -> _Measured:
     """Compare sample by sample; a backend runs the next one while this one is analysed.
 
     Args:
@@ -194,12 +207,10 @@ def _measure(
         hold: called with a backend's label once it has built, before its first sample is added.
         pool: where backends run.
         progress: told which backend is compared.
-
-    Returns:
-        The SHA-256 of the inputs, and how far outputs are from each other.
     """
     import numpy as np
 
+    from auditor import confirm
     from auditor.agreement import Agreements
     from auditor.processes import memory
 
@@ -207,6 +218,7 @@ def _measure(
     stimulus, photographs = subject.stimulus, subject.photographs
     agreements = Agreements()
     digest = hashlib.sha256()
+    first: list[Arrays] = []
     for index in range(len(stimulus)):
         sample = stimulus.sample(index)
         for name in sorted(sample):
@@ -218,6 +230,8 @@ def _measure(
         if index + 1 == len(stimulus):
             reference.release()
         outputs = {"reference": expected}
+        if index < confirm.SAMPLES:
+            first.append(expected)
         # A trace that was analysed is let go before the next one is: nothing else may hold it.
         by_job = {job: who for who, job in jobs.items()}
         jobs.clear()
@@ -243,7 +257,7 @@ def _measure(
         # In the order asked for, not in that of arrival: the report is the same every time.
         agreements.add({who: outputs[who] for who in ("reference", *analyses) if who in outputs})
     reference.release_all()  # or it would be held beside what is built to confirm
-    return digest.hexdigest(), agreements
+    return _Measured(digest.hexdigest(), agreements, first)
 
 
 def _conclude(
@@ -253,8 +267,7 @@ def _conclude(
     noises: Sequence[Noise],
     tracers: Sequence[Tracer],
     analyses: Mapping[str, Analysis],
-    digest: str,
-    agreements: Agreements,
+    totals: _Measured,
     clock: _Clock,
 ) -> AuditReport:
     """Rank what was measured, confirm it on the backends, and come to a verdict."""
@@ -272,7 +285,7 @@ def _conclude(
     catalogue = {noise.id: noise for noise in noises}
     effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
     found = ranking.findings(reports, effects, catalogue)
-    pairs = agreements.pairs()
+    pairs = totals.agreements.pairs()
     clock.lap("report")
     shapes: list[Gap] = []
     for tracer in (t for t in tracers if t.id in subject.training and t.gap is None):
@@ -284,18 +297,12 @@ def _conclude(
         clock.lap("shapes")
     unconfirmed: tuple[Gap, ...] = ()
     if options.confirm:
-
-        def cases() -> list[confirm.Case]:
-            feeds = [samples.feeds(i) for i in range(min(len(stimulus), confirm.SAMPLES))]
-            expected = [reference.run(stimulus.sample(i)) for i in range(len(feeds))]
-            return [confirm.Case(f, e) for f, e in zip(feeds, expected, strict=True)]
-
         reports, found, unconfirmed = confirm.confirm(
             reports,
             found,
             {t.id: t for t in tracers},
             subject.rename,
-            cases,
+            [confirm.Case(samples.feeds(i), e) for i, e in enumerate(totals.expected)],
             own_file=subject.compiled is not model,
         )
         clock.lap("confirm")
@@ -314,7 +321,7 @@ def _conclude(
         model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
         stimulus=replace(
             stimulus.info,
-            sha256=digest,
+            sha256=totals.digest,
             notes=(*stimulus.info.notes, *subjects.calibrated(subject, options)),
         ),
         reference=reference.info,

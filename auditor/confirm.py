@@ -12,7 +12,7 @@ This comes last: every other result is already here when an engine crashes on an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from auditor.errors import AuditError, BackendError
@@ -53,7 +53,7 @@ def confirm(
     findings: Sequence[Finding],
     tracers: Mapping[str, Tracer],
     rename: Mapping[str, str],
-    cases: Callable[[], Sequence[Case]],
+    cases: Sequence[Case],
     *,
     own_file: bool,
 ) -> tuple[tuple[BackendReport, ...], tuple[Finding, ...], tuple[Gap, ...]]:
@@ -64,7 +64,7 @@ def confirm(
         findings: their ranked findings.
         tracers: the live ones, by backend id; no sample can be traced with them after this.
         rename: the compiled model's tensor names → the reference's.
-        cases: the samples to run, asked for once and only when there is something to build.
+        cases: the samples to run.
         own_file: whether the backends compiled another file than the reference's: a cause may then
             be in that file, so that no factor of the engine speaks against it.
 
@@ -72,7 +72,6 @@ def confirm(
         The reports with their counterfactuals, the findings with what these say of them, and what
         could not be measured.
     """
-    samples: Sequence[Case] = ()
     gaps: list[Gap] = []
     confirmed = []
     for report in reports:
@@ -86,8 +85,7 @@ def confirm(
         if not planned:
             confirmed.append(report)
             continue
-        samples = samples or cases()
-        confirmed.append(_tried(report, planned, tracer, rename, samples, gaps))
+        confirmed.append(_tried(report, planned, tracer, rename, cases, gaps))
     by_id = {report.id: report for report in confirmed}
     weighed = tuple(_weighed(f, by_id[f.backend], own_file=own_file) for f in findings)
     return tuple(confirmed), weighed, tuple(gaps)

@@ -43,7 +43,7 @@ _GRACE = 2.0  # seconds a worker may take to end by itself after its input is cl
 _ROOM = 1 << 16  # bytes; a disk that has no more is full
 MAKE_ROOM = "Make room in the folder for temporary files, or set TMPDIR to another one."
 _PAUSE = 0.05  # seconds after which another program's threads sleep
-_TURN, _TURN_SECONDS = 5, 0.2  # runs in a turn of a race, fewer once so much time is over
+_TURN, _TURN_SECONDS = 3, 0.1  # runs in a turn of a race, fewer once so much time is over
 _ANSWER = 1 << 28  # bytes of one answer: far more than the largest models need
 
 _FIRST = "availability"  # what any worker is asked first
