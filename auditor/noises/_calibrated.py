@@ -235,8 +235,8 @@ def _bfloat16(values: Array) -> Array:
     return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-# Steps, and whether they were fitted.
-_Form = tuple["_Steps", bool]
+# Which steps weights can have, and those that some channels were fitted with.
+_Form = tuple["_Steps", Array | None]
 
 
 def _found(
@@ -247,7 +247,8 @@ def _found(
     Everything is decided on some of the channels; then the others' steps are fitted too.
     """
     some = _some(w)
-    fitted, held = (equations.of(some).half(which) for which in (0, 1))
+    every = equations.of(some)
+    fitted, held = (every.half(which) for which in (0, 1))
     whole, around = (float(held.left(w[some], about=a).sum()) for a in (False, True))
     if not whole > 0:
         return
@@ -265,17 +266,21 @@ def _found(
         found: list[tuple[float, Array, _Form]] = []
         for symmetric, per_channel in itertools.product((True, False), (True, False)):
             steps = _Steps(w, per_channel=per_channel, symmetric=symmetric)
-            for clips in (False, True):
-                weights = steps.of(some).quantised(known if clips else None)
-                found.append((share(weights, grid), weights, (steps, clips)))
+            part = steps.of(some)
+            for step in (None, part.fitted(known)):
+                weights = part.rounded(part.largest if step is None else step)
+                found.append((share(weights, grid), weights, (steps, step)))
             if found[-1][0] >= _ENOUGH:
                 break
         return max(found, key=lambda f: f[0])
 
     def all_of(form: _Form, grid: Grid | None) -> Array:
-        steps, clips = form
+        steps, step = form
+        if step is None:
+            return steps.rounded(steps.largest)
         known = equations.half(0)
-        return steps.quantised((known if grid is None else known.on(grid)) if clips else None)
+        known = known if grid is None else known.on(grid)
+        return steps.rounded(steps.refined(known, step) if steps.single else steps.fitted(known))
 
     explained, weights, form = best(None)
     if explained >= _WORTH:
@@ -283,12 +288,12 @@ def _found(
     if explained >= _ENOUGH:
         return
     found: list[tuple[float, Grid, _Form | None]] = []
-    if (grid := _grid(fitted, w[some], operand)) is not None:
+    if (grid := _grid(fitted, every, w[some], operand)) is not None:
         found.append((share(w[some], grid), grid, None))
-    if (grid := _grid(fitted, weights, operand)) is not None:
+    if (grid := _grid(fitted, every, weights, operand)) is not None:
         if share(weights, grid) < _ENOUGH:
             _, weights, form = best(grid)
-            grid = _grid(fitted, weights, operand) or grid
+            grid = _grid(fitted, every, weights, operand) or grid
         found.append((share(weights, grid), grid, form))
     if not found:
         return
@@ -315,12 +320,13 @@ class _Steps:
     def __init__(self, w: Array, *, per_channel: bool, symmetric: bool) -> None:
         self.w = w
         self.name = _WEIGHTS[0 if per_channel else 1]
-        self.axes: tuple[int, ...] = (1,) if per_channel else (0, 1, 2)
+        self.single = not per_channel  # one step for all
+        axes: tuple[int, ...] = (1,) if per_channel else (0, 1, 2)
         if symmetric:
-            span = np.abs(w).max(axis=self.axes, keepdims=True) / np.float32(127)
+            span = np.abs(w).max(axis=axes, keepdims=True) / np.float32(127)
         else:
-            least = np.minimum(w.min(axis=self.axes, keepdims=True), 0)
-            most = np.maximum(w.max(axis=self.axes, keepdims=True), 0)
+            least = np.minimum(w.min(axis=axes, keepdims=True), 0)
+            most = np.maximum(w.max(axis=axes, keepdims=True), 0)
             span = (most - least) / np.float32(255)
         # Of the step that clips nothing, and the integers' limits: [g, 1, c] or one for all.
         self.largest = np.asarray(np.where(span > _NOTHING, span, 1), np.float32)
@@ -338,25 +344,22 @@ class _Steps:
         """The same steps for some of the weights."""
         part = copy.copy(self)
         part.w = self.w[some]
-        if len(self.axes) == 1:
+        if not self.single:
             part.largest, part.low, part.high = (
                 a[some] for a in (self.largest, self.low, self.high)
             )
             part.least, part.typical = self.least[some], self.typical[some]
         return part
 
-    def quantised(self, known: _Equations | None) -> Array:
-        """The weights with the steps that explain most of what is known, or that clip nothing."""
-        return self.rounded(self.largest) if known is None else self.fitted(known)
-
     def rounded(self, step: Array) -> Array:
+        """The weights on grids with these steps."""
         return np.asarray(self._integers(step) * step, np.float32)
 
     def _integers(self, step: Array) -> Array:
         return np.asarray(np.clip(np.rint(self.w / step), self.low, self.high))
 
     def fitted(self, known: _Equations) -> Array:
-        """The weights with the steps that explain most of what is known."""
+        """The steps that explain most of what is known."""
         tried = [self.largest * np.float32(1.02)]
         while len(tried) < _TRIED and (tried[-1] > self.least).any():
             tried.append(tried[-1] * (1 - self._apart(tried[-1])))
@@ -364,16 +367,18 @@ class _Steps:
         likely = np.argsort(lefts, axis=0)[:_LIKELY]
         best, left = self.largest, self._left(known, self.largest)
         for start in np.take_along_axis(np.stack(tried), likely, axis=0):
-            refined = self._refined(known, start)
+            refined = self.refined(known, start)
             best, left = self._better(known, best, left, refined)
-        enough = known.known() >= _EQUATIONS
-        return self.rounded(np.where(enough | (len(self.axes) > 1), best, self.largest))
+        if self.single:
+            return best
+        return np.where(known.known() >= _EQUATIONS, best, self.largest)
 
     def _apart(self, step: Array) -> Array:
         """How far steps to try are from each other, in steps."""
-        return np.asarray(np.minimum(_SPACING * step / self.typical, 0.05))
+        spacing = _SPACING / 2 if self.single else _SPACING
+        return np.asarray(np.minimum(spacing * step / self.typical, 0.05))
 
-    def _refined(self, known: _Equations, best: Array) -> Array:
+    def refined(self, known: _Equations, best: Array) -> Array:
         """The best step near one."""
         left = self._left(known, best)
         for part in (1.0, 0.15):
@@ -385,7 +390,7 @@ class _Steps:
             given = known.weight * (known.x @ self._integers(best))
             square = np.square(given).sum(axis=1, keepdims=True)
             product = (given * known.weight * known.result).sum(axis=1, keepdims=True)
-            if len(self.axes) > 1:
+            if self.single:
                 square, product = square.sum(), product.sum()
             with np.errstate(invalid="ignore", divide="ignore"):
                 nearer = np.where(square > 0, product / square, best)
@@ -403,11 +408,14 @@ class _Steps:
 
     def _left(self, known: _Equations, step: Array) -> Array:
         left = known.left(self.rounded(step))
-        return left.sum(keepdims=True) if len(self.axes) > 1 else left
+        return left.sum(keepdims=True) if self.single else left
 
 
-def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
-    """The 8-bit grid of the operand that explains most of what is known, with these weights."""
+def _grid(known: _Equations, every: _Equations, weights: Array, operand: Array) -> Grid | None:
+    """The 8-bit grid of the operand that explains most of what is known, with these weights.
+
+    ``every`` is asked where the range ends, since few values are beyond it.
+    """
     least, most = min(float(operand.min()), 0.0), max(float(operand.max()), 0.0)
     span = (most - least) / 255
     if not (0 < span < math.inf) or known.known().sum() < 2 * _EQUATIONS:
@@ -416,7 +424,7 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     typical = float(np.sqrt(np.square(np.clip(known.x, *inner)).mean())) or span
     best, left = Grid(span, 0, 0), math.inf
 
-    def attempt(step: float, lows: set[int]) -> None:
+    def attempt(step: float, lows: Iterable[int]) -> None:
         nonlocal best, left
         for low in lows:
             grid = Grid(float(np.float32(step)), low, low + 255)
@@ -427,16 +435,15 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
             if now < left:
                 best, left = grid, now
 
-    def lows(step: float) -> set[int]:
+    def lows(step: float) -> list[int]:
         """Its range begins or ends where the operand does, is less at both ends, or symmetric."""
         first, last = round(least / step), round(most / step)
-        found = {max(first, -255)}
+        found = [max(first, -255)]
         if last - first > 255:
-            found.add(min(last - 255, 0))
-            found.add(round(first * 255 / (last - first)))
+            found += (min(last - 255, 0), round(first * 255 / (last - first)))
         if least < 0 or last > 127:
-            found.add(-128)
-        return {low for low in found if -255 <= low <= 0}
+            found.append(-128)
+        return [low for low in found if -255 <= low <= 0]
 
     step = max(_LEAST * span, float(np.ptp(np.append(inner, 0))) / 255)
     while step < _MOST * span:
@@ -444,6 +451,12 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
         step *= 1 + min(_SPACING * step / typical, 0.05)
     if left == math.inf:
         return None
+    for part in np.tile(np.linspace(0, 1, _FINE + 1), 2):  # a range that is less at both ends
+        low, high = best.step * best.low, best.step * best.high
+        for first, last in ((part * least, high), (low, part * most)):
+            if last > first:
+                step = float(last - first) / 255
+                attempt(step, (min(max(round(float(first) / step), -255), 0),))
     for _ in range(2):  # one end of the range stays where it is, the other one moves
         around, apart = best, min(_SPACING * best.step / typical, 0.05)
         for way in np.arange(-0.15, 0.15, apart):
@@ -453,21 +466,19 @@ def _grid(known: _Equations, weights: Array, operand: Array) -> Grid | None:
     for part in (1.0, 0.15, 0.02):
         around, apart = best, part * min(_SPACING * best.step / typical, 0.05)
         for way in np.linspace(-apart, apart, _FINE):
-            attempt(around.step * (1 + way), {around.low})
-        attempt(best.step, set(range(-255, 1, 8)))
-        attempt(best.step, set(range(max(best.low - 8, -255), min(best.low + 9, 1))))
+            attempt(around.step * (1 + way), (around.low,))
+        attempt(best.step, range(-255, 1, 8))
+        attempt(best.step, range(max(best.low - 8, -255), min(best.low + 9, 1)))
     for _ in range(4):
         integers = np.clip(np.rint(known.x / np.float32(best.step)), best.low, best.high)
         given = known.weight * (integers @ weights)
         square = float(np.square(given).sum())
         if square:
-            attempt(float((given * known.weight * known.result).sum()) / square, {best.low})
+            attempt(float((given * known.weight * known.result).sum()) / square, (best.low,))
     # Where few values are beyond it, the end of the range that the operand itself has does as well.
-    for low in lows(best.step):
-        grid = Grid(best.step, low, low + 255)
-        if float(known.left(weights, grid).sum()) <= _ALIKE * left:
-            return grid
-    return best
+    ranges = [Grid(best.step, low, low + 255) for low in (*lows(best.step), best.low)]
+    lefts = [float(every.left(weights, grid).sum()) for grid in ranges]
+    return ranges[next(i for i, end in enumerate(lefts) if end <= _ALIKE * min(lefts))]
 
 
 # ------------------------------------------------------------------------------ equations

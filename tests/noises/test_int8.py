@@ -209,6 +209,21 @@ def test_inputs_clipped_by_an_unknown_calibration(
     assert found.variant == "inputs fitted"
 
 
+def test_a_skewed_operand_that_is_clipped_at_both_ends(make_segment: Any) -> None:
+    generator = np.random.default_rng(1)
+    x = generator.standard_normal((256, 36)) ** 3
+    x = (x * np.where(x > 0, 0.4, 0.07)).astype(np.float32)
+    w = generator.standard_normal((36, 8)).astype(np.float32)
+    step = np.float32(5 / 255)
+    observed = (np.clip(np.rint(x / step), -61, 194) * step).astype(np.float32) @ w
+    model = make_segment(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"]
+    ).model
+    *_, fit = _calibrated.fits(model, {0: w}, {"x": x}, {"y": observed})
+    assert fit.operand is not None and fit.operand.low == -61
+    assert fit.operand.step == pytest.approx(step, rel=1e-4)
+
+
 def test_inputs_that_a_kernel_in_bfloat16_gives(
     make_segment: Any, generator: np.random.Generator
 ) -> None:
