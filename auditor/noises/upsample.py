@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
@@ -35,6 +35,8 @@ _ROUNDINGS = ("floor", "round_prefer_floor", "round_prefer_ceil", "ceil")
 _NEAREST = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "floor"))
 _PLAIN = {"antialias": 0, "exclude_outside": 0}  # all that mode nearest may be
 _COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
+_EIGHT_BITS = (TensorProto.UINT8, TensorProto.INT8)
+_ROUNDED = "8-bit values are rounded to the nearest, not cut off"
 _CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
 
 
@@ -203,6 +205,23 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name in dict.fromkeys(name for site in sites for name in site.changes):
         changes = {s.index: s.changes[name] for s in sites if name in s.changes}
         yield Variant(name, _changed(segment.model, changes))
+    types = surgery.types(segment.model) if sites else {}
+    nodes = segment.model.graph.node
+    stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _EIGHT_BITS}
+    if bodies := {i: body for i in stored if (body := _in_float(nodes[i])) is not None}:
+        yield Variant(_ROUNDED, surgery.substituted(segment.model, bodies))
+
+
+def _in_float(node: onnx.NodeProto) -> str | None:
+    """A Resize of 8-bit values, rounded to the nearest of these."""
+    if surgery.attributes(node).get("mode", "nearest") == "nearest":
+        return None
+    names = ("x", "roi", "scales", "sizes")[: len(node.input)]
+    return (
+        f"({', '.join(names)}) => (y) {{ wide = Cast <to = {TensorProto.FLOAT}> (x) "
+        f"between = {node.op_type} {surgery.options(node)} ({', '.join(('wide', *names[1:]))}) "
+        "whole = Round (between) y = Cast <to = $T> (whole) }"
+    )
 
 
 _COMMON = (
@@ -241,6 +260,7 @@ NOISE = Cause(
         "cubic, CENTRE, coefficient NUMBER",
         "cubic, CENTRE, coefficient NUMBER, exclude_outside",
         "MODE, CENTRE, antialias",
+        _ROUNDED,
     ),
     variants=_variants,
 )

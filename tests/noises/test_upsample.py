@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import helper
+from onnx import TensorProto, helper
 from torch.nn.functional import interpolate
 
 from auditor.noises import upsample
@@ -224,6 +224,19 @@ def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None
     x = x[:, :, :5]
     planted = apply(x, linear(5, 12, 5 / 12, "half_pixel"), np.eye(7))
     check(diagnose(segment, {"x": x}, {"y": planted}))
+
+
+def test_8_bits_are_rounded(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    node = helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear")
+    scales = {"s": np.array([1, 1, 1, 2], np.float32)}
+    segment = make_segment([node], scales, ["x"], ["y"], kind=TensorProto.UINT8)
+    x = generator.integers(0, 256, (1, 1, 9, 11), np.uint8)
+    at = (np.arange(22) + 0.5) / 2 - 0.5
+    planted = np.array([[[np.interp(at, np.arange(11), row) for row in x[0, 0]]]])
+    found = diagnose(segment, {"x": x}, {"y": np.rint(planted).astype(np.uint8)})
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
 def test_tvm_takes_the_scale_from_the_sizes(make_segment: Any, diagnose: Any, x: Array) -> None:
