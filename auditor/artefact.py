@@ -281,6 +281,32 @@ class _Constants:
         self._arrays = model.weights
         self._tensors = {t.name: t for t in model.proto.graph.initializer}
         self.nodes = {o: n for n in model.proto.graph.node for o in n.output if o}
+        for node in model.proto.graph.node:
+            self._name_dequantised(node)
+
+    def _name_dequantised(self, node: onnx.NodeProto) -> None:
+        """Write what quantisers make of tables and recurrent layers as reading float constants."""
+        made: dict[int, onnx.NodeProto] = {}
+        if node.op_type == "DequantizeLinear":
+            reader = self.nodes.get(node.input[0])
+            if reader is None or reader.op_type != "Gather" or reader.input[0] not in self._tensors:
+                return
+            made[0] = helper.make_node(node.op_type, [reader.input[0], *node.input[1:]], [""])
+        elif node.op_type == "DynamicQuantizeLSTM":  # the axes of its weights are swapped
+            reader = helper.make_node("LSTM", list(node.input[:8]), list(node.output))
+            for position, first in ((1, 8), (2, 10)):
+                inputs = [node.input[position], *node.input[first : first + 2]]
+                made[position] = helper.make_node("DequantizeLinear", inputs, [""])
+                surgery.set_attributes(made[position], axis=0, perm=[0, 2, 1])
+        else:
+            return
+        whole = onnx.NodeProto()
+        whole.CopyFrom(reader)
+        for position, constant in made.items():
+            name = f"{constant.input[0]}, dequantised"
+            self.nodes[name] = constant
+            whole.input[position] = name
+        self.nodes.update((o, whole) for o in node.output if o)
 
     def __contains__(self, name: str) -> bool:
         node = self.nodes.get(name)
@@ -318,7 +344,7 @@ class _Constants:
         across = [1] * integers.ndim
         if scale.size > 1:
             across[surgery.attributes(node).get("axis", 1)] = -1
-        steps = (original - value) / scale.reshape(across)
+        steps = np.asarray((original - value) / scale.reshape(across))
         return bool(_rounds(steps.ravel(), value.ravel()))
 
     def _dequantised(self, node: onnx.NodeProto) -> Array | None:
@@ -326,11 +352,14 @@ class _Constants:
         integers, scale, *zero = (self.value(name) for name in node.input)
         if integers is None or scale is None or given.get("block_size", 0):
             return None
-        across = [1] * integers.ndim
+        across, axis = [1] * integers.ndim, given.get("axis", 1)
         if scale.size > 1:
-            across[given.get("axis", 1)] = -1
+            across[axis] = -1
+            if scale.size != integers.shape[axis]:
+                return None
         offset = zero[0].astype(np.int32).reshape(across) if zero and zero[0] is not None else 0
-        return np.asarray((integers.astype(np.int32) - offset) * scale.reshape(across))
+        value = np.asarray((integers.astype(np.int32) - offset) * scale.reshape(across))
+        return value.transpose(given["perm"]) if "perm" in given else value
 
 
 def _pairs(
@@ -416,14 +445,14 @@ def _levels(original: Array, value: Array) -> int | None:
 def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
     """By row, levels of the grid next to the originals; 0 where these are left; NaN for no grid."""
     same = np.asarray((original == value).all(axis=1))
-    steps = _steps(value[:, :_GLANCE])
+    steps = grid_steps(value[:, :_GLANCE])
     if value.shape[1] > _GLANCE and np.isfinite(steps).any():
-        steps = _steps(value)
+        steps = grid_steps(value)
     found = np.where(same, 0.0, np.nan)
     if np.isnan(steps).all():
         return found
     # What was on a grid before was changed in another way than by rounding.
-    steps[np.isfinite(_steps(original))] = np.nan
+    steps[np.isfinite(grid_steps(original))] = np.nan
     with np.errstate(invalid="ignore"):
         fits = np.isfinite(steps) & _rounds((original - value) / steps[:, None], value) & ~same
     found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
@@ -448,7 +477,7 @@ def _rounds(steps: Array, values: Array) -> NDArray[np.bool_]:
     return np.asarray(found)
 
 
-def _steps(rows: Array) -> NDArray[np.float64]:
+def grid_steps(rows: Array) -> NDArray[np.float64]:
     """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
     levels = np.sort(rows.astype(np.float64), axis=1)
     found = np.full(len(levels), np.nan)

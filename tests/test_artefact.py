@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 
 from auditor import artefact, discovery, model
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.ports import Array, Silent
+from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
-from auditor.replays import qdq
+from auditor.replays import qdq, recurrent, replay
 
 
 def original() -> Array:
@@ -191,7 +192,7 @@ def test_a_grid_that_moved_is_no_rounding() -> None:
     assert artefact._storage(w, stretched) is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 300))
 def test_random_values_are_on_no_grid(seed: int, size: int) -> None:
     """Of three values and more; any two lie on a grid of their difference."""
@@ -233,3 +234,38 @@ def test_a_scaled_weight_is_evidence_and_no_name(tmp_path: Path) -> None:
     assert float(measured.split(" explains ")[1].split()[0]) > 0.999
     segment = next(s for s in report.backends[0].segments if s.id == finding.segment)
     assert said in segment.constants and measured in segment.constants
+
+
+def test_tables_and_recurrent_layers_quantised_dynamically(tmp_path: Path) -> None:
+    """ONNX Runtime's tool dequantises what it gathers, and an LSTM rounds what it reads."""
+    rng = np.random.default_rng(7)
+    sizes = {"t": (50, 8), "W": (2, 24, 8), "R": (2, 24, 6), "B": (2, 48)}
+    values = {n: rng.standard_normal(size, np.float32) / 2 for n, size in sizes.items()}
+    nodes = [
+        helper.make_node("Gather", ["t", "i"], ["e"], name="table"),
+        helper.make_node(
+            "LSTM", ["e", "W", "R", "B"], ["y"], "layer", hidden_size=6, direction="bidirectional"
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, [5, 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 2, 1, 6])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(proto, tmp_path / "m.onnx")
+    quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx")
+    ours, theirs = model.load(tmp_path / "m.onnx"), model.load(tmp_path / "q.onnx")
+    found = artefact.changed(ours, theirs, {n: n for n in ("i", "e", "y")})
+    assert {name: constant.storage for name, constant in found.items()} == dict.fromkeys(
+        "tWR", "8 bits"
+    )
+    rounded = artefact.replaced(ours.proto, {n: c.values for n, c in found.items()})
+    assert rounded is not None
+    made = recurrent.quantising(SegmentGraph(rounded, ()))
+    assert made is not None
+    feeds = {"i": np.arange(5)[:, None]}
+    results = [replay.session(m, 1).run(None, feeds)[0] for m in (made, theirs.proto)]
+    np.testing.assert_array_equal(*results)

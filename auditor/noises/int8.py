@@ -14,11 +14,12 @@ from auditor.noises import _calibrated, bf16
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
-from auditor.replays import rounding, surgery
+from auditor.replays import recurrent, rounding, surgery
 from auditor.replays.layout import stated
 from auditor.replays.quantised import Editor, Layout
 from auditor.weights import inside
 
+RECURRENT = "; what LSTM layers read, too, by its range in each step"
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
 # Operators with weights.
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -69,7 +70,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
     Scales come from the values themselves; ``_fitted`` has those of a calibration.
     """
-    yield from artefact.variants(segment, "8 bits")
+    for variant in artefact.variants(segment, "8 bits"):
+        yield variant
+        while_running = recurrent.quantising(replace(segment, model=variant.model))
+        if while_running is not None:
+            yield Variant(variant.name + RECURRENT, while_running)
     layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
     if weighted:
@@ -211,6 +216,7 @@ NOISE = Cause(
     stated=_STATED,
     forms=(
         artefact.form("8 bits"),
+        artefact.form("8 bits") + RECURRENT,
         *artefact.CHOSEN_FORMS,
         *(scheme.name for scheme in SCHEMES),
         *_calibrated.FORMS,

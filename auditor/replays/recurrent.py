@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from auditor import artefact
 from auditor.ports import Array, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
@@ -43,6 +44,59 @@ def in_bfloat16(segment: SegmentGraph) -> onnx.ModelProto | None:
             layer.emit(editor)
             changed = True
     return editor.model if changed else None
+
+
+def quantising(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """A segment whose LSTM layers multiply 8 bits; None where no layer's weights lie on such grids.
+
+    ONNX Runtime's DynamicQuantizeLSTM (ContribOperators.md): the sequence and the hidden state are
+    quantised in each step, by their range.
+    """
+    layout = Layout(segment.model, segment.weights)
+    editor = Editor(segment.model)
+    changed = False
+    for node in layout.nodes:
+        names = [*node.input, *[""] * (8 - len(node.input))]
+        layered = _is_lstm(node)
+        w, r = (_on_grid(layout.constant(n)) if layered else None for n in names[1:3])
+        if w is None or r is None:
+            editor.copy(node)
+            continue
+        names[1:3] = (editor.constant(integers, integers.dtype) for integers in (w[0], r[0]))
+        parameters = [editor.constant(value, value.dtype) for value in (*w[1:], *r[1:])]
+        made = helper.make_node("DynamicQuantizeLSTM", [*names, *parameters], list(node.output))
+        made.domain = "com.microsoft"
+        made.attribute.extend(node.attribute)
+        editor.copy(made)
+        changed = True
+    if not changed:
+        return None
+    if all(entry.domain != "com.microsoft" for entry in editor.model.opset_import):
+        editor.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return editor.model
+
+
+def _is_lstm(node: onnx.NodeProto) -> bool:
+    return node.op_type == "LSTM" and not surgery.attributes(node).get("layout", 0)
+
+
+def _on_grid(weights: Array | None) -> tuple[Array, Array, Array] | None:
+    """Weights ``[directions, rows, columns]`` of 8 bits, transposed, their scales and zeros."""
+    if weights is None or weights.dtype != np.float32:
+        return None
+    rows = weights.reshape(len(weights), -1)
+    steps = artefact.grid_steps(rows)
+    if not np.isfinite(steps).all():
+        return None
+    integers = np.rint(rows / steps[:, None])
+    largest = np.abs(integers).max(axis=1)
+    # The step to its last bit: what the largest value is a multiple of.
+    scales = (np.abs(rows).max(axis=1) / np.maximum(largest, 1)).astype(np.float32)
+    signed = integers.min() >= -128 and integers.max() <= 127
+    zeros = np.zeros(len(rows)) if signed else -integers.min(axis=1)
+    kind = np.int8 if signed else np.uint8
+    stored = (integers + zeros[:, None]).astype(kind).reshape(weights.shape)
+    return np.ascontiguousarray(stored.transpose(0, 2, 1)), scales, zeros.astype(kind)
 
 
 def _layer(layout: Layout, node: onnx.NodeProto) -> _Layer | None:
