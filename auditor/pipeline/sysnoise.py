@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -158,15 +158,6 @@ def sysnoise(
         checkpoint.close(finished=finished)
     steps = {group: joint.step(group) for group in (*((c,) for c in worst), *together)}
     order = (tuple(worst[:n]) for n in range(1, len(worst) + 1))
-    notes = [*description.notes, *photos.notes]
-    if nets.silent:
-        notes.append(f"Nothing to simulate in this model: {', '.join(nets.silent)}.")
-    if checkpoint.reused:
-        notes.append(
-            f"{checkpoint.reused} photographs had been measured before an interruption, and were "
-            "not measured again."
-        )
-    notes += [*_strangers(photos, values, read), *measured.doubts(read)]
     deployment = None
     if differs:
         deployment = measured.option(_DEPLOYMENT, "as described", description.source)
@@ -194,7 +185,13 @@ def sysnoise(
         ),
         oddities=_oddities(photos, alone),
         gaps=(*gaps, *nets.gaps, *measured.refusals()),
-        notes=tuple(notes),
+        notes=(
+            *description.notes,
+            *photos.notes,
+            *_remarks(nets, checkpoint),
+            *_strangers(photos, values, read),
+            *measured.doubts(read),
+        ),
         network_runs={networks.name(forms): n for forms, n in sweep.runs.items()},
         seconds=seconds,
     )
@@ -513,6 +510,17 @@ def _read(values: Arrays, post: Post | None, wanted: str | None, *, labelled: bo
             'Name a file with `charset` in `post`, or charset = "model".',
         )
     return Read(name, kind, task if labelled else None, classes=classes)
+
+
+def _remarks(nets: Networks, checkpoint: Checkpoint) -> Iterator[str]:
+    """What there is to know of the sweep itself."""
+    if nets.silent:
+        yield f"Nothing to simulate in this model: {', '.join(nets.silent)}."
+    if checkpoint.reused:
+        yield (
+            f"{checkpoint.reused} photographs had been measured before an interruption, and were "
+            "not measured again."
+        )
 
 
 def _strangers(photos: Photos, values: Arrays, read: Read) -> list[str]:
