@@ -85,9 +85,9 @@ def confirm(
         if not planned:
             confirmed.append(report)
             continue
-        confirmed.append(_tried(report, planned, tracer, rename, cases, gaps))
+        confirmed.append(_tried(report, planned, tracer, rename, cases, gaps, own_file))
     by_id = {report.id: report for report in confirmed}
-    weighed = tuple(_weighed(f, by_id[f.backend], own_file=own_file) for f in findings)
+    weighed = tuple(_weighed(f, by_id[f.backend]) for f in findings)
     return tuple(confirmed), weighed, tuple(gaps)
 
 
@@ -164,6 +164,7 @@ def _tried(
     rename: Mapping[str, str],
     samples: Sequence[Case],
     gaps: list[Gap],
+    own_file: bool,
 ) -> BackendReport:
     """The report with a counterfactual for each plan that was still open when its turn came."""
     done: dict[str, Counterfactual] = {}
@@ -176,7 +177,7 @@ def _tried(
         if len(done) == _REBUILDS:
             left.setdefault(factor)
             continue
-        made = _counterfactual(plan.switch, report, tracer, rename, samples, gaps)
+        made = _counterfactual(plan.switch, report, tracer, rename, samples, gaps, own_file)
         done[factor] = replace(made, sentence=_sentence(made))
         if made.conclusion == "confirmed":
             settled |= set(made.noises)
@@ -203,6 +204,7 @@ def _counterfactual(
     rename: Mapping[str, str],
     samples: Sequence[Case],
     gaps: list[Gap],
+    own_file: bool,
 ) -> Counterfactual:
     claims = _claims(report)
     tested = [claims[noise] for noise in switch.noises if noise in claims]
@@ -234,7 +236,9 @@ def _counterfactual(
     removed = _removed(before.error, after.error)
     return replace(
         blank,
-        conclusion="unchanged" if unchanged else _conclusion(removed, blank.claimed),
+        conclusion="unchanged"
+        if unchanged
+        else _conclusion(removed, blank.claimed, own_file=own_file),
         samples=len(samples),
         before=_finite(before.error),
         after=_finite(after.error),
@@ -277,19 +281,22 @@ def _removed(before: float, after: float) -> float | None:
     return 1.0 - (after / before) ** 2  # 1 where only ``before`` is infinite
 
 
-def _conclusion(removed: float | None, claimed: float | None) -> Conclusion:
+def _conclusion(removed: float | None, claimed: float | None, *, own_file: bool) -> Conclusion:
     """What the change says of the causes that claim a share of the divergence.
 
     Shares are projections onto the divergence. Were the claimed part gone and all else the same,
     the square of the divergence would fall by just that share when the parts are orthogonal, by
-    more when they point the same way, and by less only where parts cancel each other.
+    more when they point the same way, and by less only where parts cancel each other; or where the
+    cause is in a file of the backend's own (``own_file``) and not in what was left out.
     """
     if removed is None or claimed is None:
         return "measured"
     part = removed / min(claimed, 1.0)
     if part >= _CONFIRMED:
         return "confirmed"
-    return "contradicted" if part < _CONTRADICTED else "partial"
+    if part >= _CONTRADICTED:
+        return "partial"
+    return "measured" if own_file else "contradicted"
 
 
 def _finite(value: float) -> float | None:
@@ -299,7 +306,7 @@ def _finite(value: float) -> float | None:
 # --- what it says of the findings ----------------------------------------------------------------
 
 
-def _weighed(finding: Finding, report: BackendReport, *, own_file: bool) -> Finding:
+def _weighed(finding: Finding, report: BackendReport) -> Finding:
     """The finding with the counterfactuals that speak to it as evidence, and their weight."""
     about = [c for c in report.counterfactuals if _speaks(c, finding, report)]
     if not about:
@@ -311,7 +318,7 @@ def _weighed(finding: Finding, report: BackendReport, *, own_file: bool) -> Find
         exact = (finding.explained or 0.0) >= _EXACT
         if exact and confidence == "medium" and _proved(finding, report):
             confidence = "high"
-    elif "contradicted" in conclusions and finding.bit_identical < _SAME_BITS and not own_file:
+    elif "contradicted" in conclusions and finding.bit_identical < _SAME_BITS:
         confidence = _LEVELS[max(_LEVELS.index(confidence) - 1, 0)]
     told = tuple(c.sentence for c in about)
     first = "confirmed" in conclusions
@@ -344,7 +351,7 @@ def _sentence(made: Counterfactual) -> str:
     if made.removed is None:
         return said
     said += f": {_percent(made.removed)} of its square is gone"
-    if made.claimed is None:
+    if made.claimed is None or made.conclusion == "measured":
         return said
     return f"{said}, the causes behind it claim {_percent(made.claimed)}: {made.conclusion}"
 
