@@ -244,6 +244,18 @@ def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
             "errors are independent): repairing several segments helps "
             f"{'less' if total > 1 else 'more'} than their impacts suggest."
         )
+    blind = [
+        m
+        for m in measured.meters.values()
+        if m.relative(m.introduced) == 0 and math.isinf(m.relative(m.accumulated))
+    ]
+    if blind:
+        one = len(blind) == 1
+        said.append(
+            f"{'1 segment' if one else f'{len(blind)} segments'}, from {blind[0].cut.id} on, "
+            f"{'was' if one else 'were'} handed NaN or infinity where the reference has numbers, "
+            "and passed it on: what else is wrong there does not show."
+        )
     effects = measured.effects
     unranked = [m for m in measured.meters.values() if m.flagged and m.cut.id not in effects]
     if unranked:

@@ -299,6 +299,10 @@ def test_nan_handling_is_audited_on_request(run, tmp_path):
     found = run(model, "ort", candidate=laundered, data=data, nonfinite=True)
     assert found.findings[0].severity == "critical"
     assert found.exit_code == 1
+    infinite = copy.deepcopy(model)
+    infinite.graph.node[0].op_type = "Log"
+    (backend,) = run(model, "ort", candidate=infinite, data=data, nonfinite=True).backends
+    assert any("1 segment, from s1 on, was handed NaN" in said for said in backend.warnings)
 
 
 def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_path, monkeypatch):
