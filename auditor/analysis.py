@@ -323,7 +323,10 @@ class Analysis:
             except ReplayError as error:
                 meter.unmeasured = meter.unmeasured or error.message
             meter.add(local, chain.captured, chain.base, known)
-            return local
+            # Needed again: what did something, and what says how far an output may be off.
+            last = not set(cut.outputs).isdisjoint(chain.outputs)
+            off = last and meter.relative(meter.accumulated) > meter.floor
+            return local if noisy or meter.flagged or off else None
 
         def floor(cut: Cut) -> float:
             own = self.reference.own_type(cut)
@@ -331,11 +334,7 @@ class Analysis:
             return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
         for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True):
-            meter = self.meters[cut.id]
-            # Needed again: what did something, and what says how far an output may be off.
-            last = not set(cut.outputs).isdisjoint(chain.outputs)
-            off = last and meter.relative(meter.accumulated) > meter.floor
-            if local is not None and (noisy or meter.flagged or off):
+            if local is not None:
                 kept[cut.id] = local
         # The floor is measured on the first sample that exceeds the smallest one there is.
         unknown = [c for c in self.cuts if c.id in kept and c.id not in self._floored]

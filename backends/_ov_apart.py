@@ -14,7 +14,8 @@ from backends._ov_program import Candidate, Executed, Twins
 from backends._ov_session import Cut, CutOut, Plain, element_type, result, same_bits
 from backends._ov_source import FLOATS, Copy, Port
 
-_NEAR = 3  # kernels in a row that make a tensor; where they prove nothing, its whole cone may
+# Kernels in a row that make a tensor; where the first prove nothing, more or its whole cone may.
+_NEAR, _FURTHER = 3, 8
 _CONES = 16  # compilations at most of whole ancestor cones
 _REFUSALS = 2  # at most so many more that prove nothing than that do, and tensors in a row given up
 # Elements of tensors that kernels compiled apart may make beyond what they are compiled for.
@@ -56,12 +57,15 @@ class Apart:
             cut = None
             if strayed < _REFUSALS:
                 with suppress(BackendError):
-                    cut = self._near(candidate, observed, known, copy)
+                    cut = self._near(candidate, observed, known, copy, _NEAR)
                 strayed += 1 if cut is None else -1
             if cut is None and cones < _CONES and not self._maker(candidate).widens:
                 cones += 1
                 with suppress(BackendError):
-                    cut = self._cone(candidate, observed, known)
+                    cut = self._near(candidate, observed, known, copy, _FURTHER)
+                if cut is None:
+                    with suppress(BackendError):
+                        cut = self._cone(candidate, observed, known)
             if cut is not None:
                 cuts.append((cut, (candidate,)))
                 found.add(candidate)
@@ -204,8 +208,9 @@ class Apart:
         observed: Sequence[Candidate],
         known: Mapping[str, Array],
         copy: Copy,
+        count: int,
     ) -> CutOut | None:
-        """Compile the last few kernels on the way to ``candidate``, fed with captured values.
+        """Compile the last ``count`` kernels on the way to ``candidate``, fed with captured values.
 
         Accepted when they are the plain program's, in its layouts (a kernel alone may be given
         another, and a sum then rounds otherwise), read the same precisions, and every probe among
@@ -213,7 +218,7 @@ class Apart:
         """
         near = {candidate.maker}
         rim = [self._maker(candidate)]
-        for _ in range(_NEAR - 1):
+        for _ in range(count - 1):
             rim = [p for k in rim for p in self._program.parents(k) if p.operations]
             near |= {max(k.operations) for k in rim}
         stops = {c.port: c.tensor for c in observed if c.maker not in near}
