@@ -44,7 +44,7 @@ from auditor.metrics import Running, to_float
 from auditor.ports import Array
 from auditor.records.measured import Consequence
 from auditor.records.terms import OutputKind
-from auditor.sequences.retrieval import Retrieval
+from auditor.retrieval import Retrieval
 from auditor.texts import Spelling, edits
 
 # Words as the common exporters put them into the names of outputs.

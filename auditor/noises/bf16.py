@@ -12,9 +12,9 @@ from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import blockwise, dynamic, folded, loops, recurrent, rounding
 from auditor.replays.rounding import Sites
-from auditor.replays.writer import Format
+from auditor.replays.writer import BF16
 
-FORMAT = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
+FORMAT = BF16
 
 RECURRENT = "recurrent layers: sequence, hidden state and weights in bf16, all else in FP32"
 # Recurrent layers beside other kernels in one segment: joined with each of ``SITES``.

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onnx import TensorProto
-
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import folded, rounding
 from auditor.replays.rounding import Sites
-from auditor.replays.writer import Format
+from auditor.replays.writer import FP16
 
-FORMAT = Format(
-    "fp16", frozenset({"f16", "fp16", "float16", "half"}), TensorProto.FLOAT16, opset=6, bits=11
-)
+FORMAT = FP16
 
 FOLDED = "constants of a half-precision model folded in fp16"
 # Operands in fp16 with results in FP32 have TF32's bits and are left to that noise.

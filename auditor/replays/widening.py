@@ -20,13 +20,12 @@ from onnx import TensorProto, numpy_helper
 
 from auditor import weights
 from auditor.model import Model
-from auditor.noises import bf16, fp16
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.replays import surgery
 from auditor.replays.rounding import Sites, variants
-from auditor.replays.writer import Format
+from auditor.replays.writer import BF16, FP16, Format
 
-FORMATS: dict[int, Format] = {TensorProto.FLOAT16: fp16.FORMAT, TensorProto.BFLOAT16: bf16.FORMAT}
+FORMATS: dict[int, Format] = {TensorProto.FLOAT16: FP16, TensorProto.BFLOAT16: BF16}
 # Attributes that hold an element type (ONNX operators; com.microsoft's follow the same names).
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype", "stash_type")
 _ROUNDED = Sites("results of every operator", "operator", inputs=True, outputs=True)

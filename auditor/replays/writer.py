@@ -44,6 +44,12 @@ class Format:
     bits: int
 
 
+BF16 = Format("bf16", frozenset({"bf16", "bfloat16"}), TensorProto.BFLOAT16, opset=13, bits=8)
+FP16 = Format(
+    "fp16", frozenset({"f16", "fp16", "float16", "half"}), TensorProto.FLOAT16, opset=6, bits=11
+)
+
+
 class Writer:
     """The nodes and initialisers of a graph that is written anew, and how values are rounded.
 

@@ -1,1 +1,1 @@
-"""Models that are run again and again: decoders, streams, and embeddings that are searched."""
+"""Models that are run again and again: decoders and streams."""
