@@ -1,7 +1,7 @@
 """Dynamic quantisation as OpenVINO's bfloat16 programs compute it.
 
 Measured on OpenVINO 2026.4 with AMX, bit for bit: least and largest are rounded to bfloat16, and so
-is x · 255 before the range divides it; integers that are multiplied stay exact, and their sums
+is x · 255 before the inverse of the range multiplies it; integers that are multiplied stay exact, and their sums
 become bfloat16 by OpenVINO's own conversion, which rounds to nearest only where the last bit that
 is kept is odd, and truncates where it is even.
 """
@@ -24,7 +24,7 @@ _RANGE = """(x) => (y, s, z) {
     down = Neg(low) offset = Div(down, s) near = Round(offset) held = Clip(near, zero, keep)
     z = Cast <to = 2> (held)
     wide = Mul(x, keep) wide16 = Cast <to = 16> (wide) wide32 = Cast <to = 1> (wide16)
-    q = Div(wide32, span) r = Round(q)
+    inverse = Reciprocal(span) q = Mul(wide32, inverse) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 # What was rounded up goes back one step; it stays there where its last bit, which seven bits
 # have no room for, is even.

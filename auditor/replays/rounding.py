@@ -561,7 +561,7 @@ class _Surgery(Writer):
 
         OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
         of the product no longer has it: where attention is not fused, and with AMX where it is.
-        So does, with AMX, the kernel that normalises the keys; the scale may be one for each head.
+        So does, with AMX, any kernel that writes the keys; the scale may be one for each head.
         """
         for index, product in enumerate(self.at.nodes):
             if product.op_type != "MatMul" or index in self.at.derived:
@@ -585,13 +585,10 @@ class _Surgery(Writer):
                 projection is not group
                 and self._writes(projection)
                 and (
-                    any(
+                    self.sites.scales == "keys"
+                    or any(
                         self.at.nodes[i].op_type == "MatMul" and self._has_weights(i)
                         for i in projection.nodes
-                    )
-                    or (
-                        self.sites.scales == "keys"
-                        and self.at.nodes[source].op_type in ("Div", "Mul")
                     )
                 )
             ):

@@ -507,8 +507,9 @@ def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
-def test_a_kernel_that_normalises_keys_multiplies_them_by_the_scale_of_their_head(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+@pytest.mark.parametrize("op_type", ["Div", "Add"])
+def test_a_kernel_that_writes_keys_multiplies_them_by_the_scale_of_their_head(
+    make_segment: Any, explain: Any, generator: np.random.Generator, op_type: str
 ) -> None:
     """And a bias of positions that a kernel computes is rounded (Swin V2)."""
     q, k = (r(generator.standard_normal((2, 3, 9, 8))) for _ in "qk")
@@ -517,7 +518,7 @@ def test_a_kernel_that_normalises_keys_multiplies_them_by_the_scale_of_their_hea
     bias = generator.standard_normal((3, 9, 9)).astype(np.float32)
     segment = make_segment(
         [
-            helper.make_node("Div", ["k", "norm"], ["n"]),
+            helper.make_node(op_type, ["k", "norm"], ["n"]),
             helper.make_node("Transpose", ["n"], ["t"], perm=[0, 1, 3, 2]),
             helper.make_node("MatMul", ["q", "t"], ["p"]),
             helper.make_node("Mul", ["p", "s"], ["m"]),
@@ -529,9 +530,10 @@ def test_a_kernel_that_normalises_keys_multiplies_them_by_the_scale_of_their_hea
         ["y"],
         [kernel("Subgraph", ("n",), "n"), kernel("MatMul", ("y",), "y")],
     )
-    keys = r(k / norm * scale).transpose(0, 1, 3, 2).astype(np.float64)
+    written = k / norm if op_type == "Div" else k + norm
+    keys = r(written * scale).transpose(0, 1, 3, 2).astype(np.float64)
     added = r(1 / (1 + np.exp(-bias.astype(np.float64))))
-    check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys + added)}))
+    check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys + added)}), 0.98)
 
 
 def test_an_attention_mask_multiplied_out_does_not_cancel(
@@ -572,3 +574,21 @@ def test_parameters_of_gates_go_to_the_functions_that_have_them(
     plain, narrow = run(segment.model, feeds), run(recurrent.in_bfloat16(segment), feeds)
     np.testing.assert_allclose(narrow["y"], plain["y"], atol=0.02)
     assert not np.array_equal(narrow["y"], plain["y"])
+
+
+def test_dynamic_quantisation_multiplies_by_the_inverse_of_the_range(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Which decides where rounding to bfloat16 put values in the middle between two steps."""
+    x = generator.uniform(-3, 3, (64, 64)).astype(np.float32)
+    x[0, :2] = -3.34375, 3.65625
+    span, wide = np.float32(7), r(x * np.float32(255))
+    zero = np.rint(np.float32(3.34375) / np.float32(span / np.float32(255)))
+    steps = wide * (np.float32(1) / span)
+    assert (np.rint(steps) != np.rint(wide / span)).any()
+    planted = np.clip(np.rint(steps) + zero, 0, 255).astype(np.uint8)
+    segment = make_segment(
+        [helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])], {}, ["x"], ["y"]
+    )
+    found = explain(segment, {"x": x}, {"y": planted})
+    assert found.noise == "precision.bf16" and found.bit_identical == 1
