@@ -1,9 +1,9 @@
 """Dynamic quantisation as OpenVINO's bfloat16 programs compute it.
 
 Measured on OpenVINO 2026.4 with AMX, bit for bit: least and largest are rounded to bfloat16, and so
-is x · 255 before the inverse of the range multiplies it; integers that are multiplied stay exact, and their sums
-become bfloat16 by OpenVINO's own conversion, which rounds to nearest only where the last bit that
-is kept is odd, and truncates where it is even.
+is x · 255 before the inverse of the range multiplies it; integers that are multiplied stay exact,
+and their sums become bfloat16 by OpenVINO's own conversion, which rounds to nearest only where the
+last bit that is kept is odd, and truncates where it is even.
 """
 
 from __future__ import annotations
