@@ -27,7 +27,7 @@ What is measured, where r is the reference:
 * text, which is never assumed: as scores, a row for each step; and of the texts that are read off
   the steps (``auditor.texts``) how many change, and by how many edits.
 * embedding: cosine similarity of each vector (last axis); and over at least three samples, for how
-  many the nearest of the others, or their order, changes (``auditor.sequences.retrieval``).
+  many the nearest of the others, or their order, changes (``auditor.retrieval``).
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Consequence:
         searched: vectors, at least three, each of which was searched for among the others; None for
             other kinds and fewer vectors.
         nearest_changed, ranks_changed: of how many of them the nearest other one, or any rank,
-            changed (``auditor.sequences.retrieval``).
+            changed (``auditor.retrieval``).
         texts, texts_changed: how many texts there are, and how many of them are read differently;
             None, as all the following, for other kinds.
         edits, characters: insertions, deletions and replacements that turn these into the
