@@ -17,7 +17,7 @@ function drawSegment(backend, segment, [before, after], open) {
   const jumps = (indices) => indices.flatMap((index, i) => (i ? [", ", jump(index)] : [jump(index)]));
   return [
     html("p", { class: "verdictline" }, finding
-      ? [severity(finding.severity), ` offender ${finding.rank}, ${finding.confidence} confidence`]
+      ? [severity(finding.severity), ` severity, ${finding.confidence} confidence; offender ${finding.rank}`]
       : "not an offender"),
     part("Divergence", divergence(segment)),
     part("Effect on the final outputs", effect(segment, finding)),
