@@ -583,6 +583,11 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
     """
     data: object = parse(source) if isinstance(source, Path) else source
     if not isinstance(data, Mapping) or "schema_version" not in data:
+        if isinstance(data, Mapping) and isinstance(other := data.get("format"), str):
+            raise UsageError(
+                f"this is `{other}`, and not the report of an audit",
+                "`audit show` draws reports of audits and of fleets; other files are for programs.",
+            )
         raise UsageError(
             "this is not a report of the auditor: it has no schema_version",
             "Give the file that `audit MODEL -o report.json` wrote.",

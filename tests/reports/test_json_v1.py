@@ -223,6 +223,7 @@ def test_malformed_reports_are_refused_by_path(report: AuditReport, change: Any,
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[1, 2]", "no schema_version"),
         (b'"text"', "no schema_version"),
+        (b'{"format": "sysnoise-table/1"}', "this is `sysnoise-table/1`"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
