@@ -99,7 +99,7 @@ class _Values:
     ) -> Any:
         from tvm import ir, relax
 
-        if isinstance(expression, relax.Var):
+        if isinstance(expression, relax.Var) and expression in environment:
             return environment[expression]
         if isinstance(expression, relax.Tuple):
             return tuple(
@@ -109,7 +109,8 @@ class _Values:
             value = self._evaluate(expression.tuple_value, environment, module, parts)
             index = expression.index
             return value[index] if isinstance(value, tuple) else self._number((value, index))
-        if isinstance(expression, relax.ShapeExpr | ir.GlobalVar):
+        # Any other variable is a size that only a run tells.
+        if isinstance(expression, relax.ShapeExpr | ir.GlobalVar | relax.Var):
             return self._number(str(expression))
         if not isinstance(expression, ir.Call):
             # Constants are the same objects in every program; anything else is only itself.

@@ -281,18 +281,20 @@ def test_repeated_computations_keep_their_own_names(tmp_path: Path) -> None:
     assert {"a", "b", "y"} <= capture.tensors.keys()
 
 
-def test_a_sequence_is_no_tensor(tmp_path: Path) -> None:
+def test_a_sequence_is_no_tensor_and_a_size_may_be_unknown(tmp_path: Path) -> None:
     nodes = [
+        node("NonZero", ["x"], ["places"]),
+        node("Gather", ["places", "one"], ["columns"]),
         node("Relu", ["x"], ["r"]),
         node("SplitToSequence", ["r", "size"], ["sequence"], axis=1),
         node("SequenceAt", ["sequence", "one"], ["part"]),
         node("Sigmoid", ["part"], ["y"]),
     ]
     constants = {"size": np.array(4), "one": np.array(1)}
-    path = save(tmp_path / "sequence.onnx", nodes, {"x": (4, 8)}, ["y"], constants)
+    path = save(tmp_path / "sequence.onnx", nodes, {"x": (4, 8)}, ["y", "columns"], constants)
     built = build(path, ROWS)
     capture = assert_true_captures(path, built, ROWS)
-    assert "y" in capture.tensors
+    assert {"y", "columns"} <= capture.tensors.keys()
     assert "sequence" not in capture.tensors
 
 
