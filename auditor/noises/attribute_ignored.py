@@ -141,17 +141,17 @@ def _flat(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
 
 
 def _without_outputs(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The segment with zero in place of optional outputs that nothing in it reads."""
-    read = {name for node in model.graph.node for name in node.input}
+    """The segment with zero in place of optional outputs."""
     changed = surgery.copied(model)
-    missing = []
+    missing: list[str] = []
     for index, node in surgery.find(model, _OPTIONAL):
-        missing += [name for name in node.output[1:] if name and name not in read]
+        missing += filter(None, node.output[1:])
         for position, name in enumerate(node.output):
             if name in missing:
                 changed.graph.node[index].output[position] = ""
     zero = helper.make_tensor("zero", TensorProto.FLOAT, (), (0.0,))
-    changed.graph.node.extend(helper.make_node("Constant", [], [n], value=zero) for n in missing)
+    for name in missing:  # first, for nodes may read them
+        changed.graph.node.insert(0, helper.make_node("Constant", [], [name], value=zero))
     return changed if missing else None
 
 
