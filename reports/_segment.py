@@ -236,7 +236,7 @@ def _draw_errors(page: Page, segment: Segment) -> None:
     if segment.unmeasured:
         page.say(Span(segment.unmeasured, "yellow"), label=tag("not measured"))
     ratio = segment.introduced / segment.floor if segment.floor > 0 else math.inf
-    above = "below its floor" if ratio <= 1 else f"{words.plain(ratio)} times its floor"
+    above = "below its floor" if ratio <= 1 else f"{words.times(ratio)} its floor"
     if math.isinf(segment.introduced):
         above = "not finite on one side; its floor"
     page.say(
@@ -251,7 +251,7 @@ def _draw_errors(page: Page, segment: Segment) -> None:
     if segment.amplification is not None:
         page.say(
             Span(
-                f"the accumulated error leaves {words.plain(segment.amplification)} times as large "
+                f"the accumulated error leaves {words.times(segment.amplification)} as large "
                 "as it entered"
             ),
             label=tag("amplification"),

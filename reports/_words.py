@@ -299,6 +299,11 @@ def _shares(categories: Iterable[CategoryShare], unexplained: float) -> str:
     return ", ".join(parts)
 
 
+def times(ratio: float) -> str:
+    """How many times: ``3.91 times``, ``1,270 times``."""
+    return f"{f'{ratio:,.0f}' if 1e3 <= ratio < 1e6 else plain(ratio)} times"
+
+
 def ranged(spread: Spread | None, figure: Callable[[float], str]) -> str:
     """How far a number varied: ``12% to 98% over 4 samples``; empty where it rests on one."""
     if spread is None or spread.samples < 2:

@@ -99,6 +99,11 @@ function plain(value) {
   return `${Number(mantissa)}e${Number(exponent)}`;
 }
 
+/** How many times. */
+function times(ratio) {
+  return `${ratio >= 1e3 && ratio < 1e6 ? Math.round(ratio).toLocaleString("en") : plain(ratio)} times`;
+}
+
 /** A share in per cent; never rounded up to 100% or down to 0%; null was not measured. */
 function percent(share) {
   if (share === null) return NONE;

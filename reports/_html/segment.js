@@ -46,7 +46,7 @@ function divergence(segment) {
   const high = Math.max(...values, -1);
   // Bars are on a log scale: their length says how many decades above the smallest.
   const length = (value) => (value === null ? 1 : value > 0 ? (Math.log10(value) - low) / (high - low) : 0);
-  const times = segment.floor > 0 && segment.introduced !== null && segment.introduced / segment.floor;
+  const above = segment.floor > 0 && segment.introduced !== null && segment.introduced / segment.floor;
   return [
     segment.unmeasured && html("p", { class: "warning" }, `Not measured: ${clip(segment.unmeasured, 600)}`),
     html("div", { class: "bars" }, rows.map(([name, value]) => [
@@ -55,9 +55,9 @@ function divergence(segment) {
       bar(length(value), `${name} ${error(value)}`)])),
     html("p", { class: "quiet" }, "Relative L2, on a log scale."),
     facts(
-      ["above floor", times > 1 && `introduced is ${plain(times)} times its floor`],
+      ["above floor", above > 1 && `introduced is ${times(above)} its floor`],
       ["amplification", segment.amplification !== null &&
-        `the error leaves ${plain(segment.amplification)} times as large as it entered`],
+        `the error leaves ${times(segment.amplification)} as large as it entered`],
       ["one step off", segment.one_step && `${percent(segment.one_step)} of its integer elements`],
       ["concentrated", segment.concentration && concentrated(segment.concentration)]),
   ];
