@@ -10,7 +10,16 @@ from onnx import TensorProto
 from auditor import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import blockwise, dynamic, folded, loops, recurrent, rounding
+from auditor.replays import (
+    blockwise,
+    dynamic,
+    folded,
+    loops,
+    recurrent,
+    reorder,
+    rounding,
+    surgery,
+)
 from auditor.replays.rounding import Sites
 from auditor.replays.writer import BF16
 
@@ -24,6 +33,8 @@ INSIDE = "inside the bodies of loops, too: "
 # … and where the model is of half precision, and constants are folded in that.
 FOLDED = "constants folded in fp16; "
 INVERTED = "constants folded and divisors inverted in fp16; "
+# Of a few rounded values, the order of a sum decides on which side of a step its last digit falls.
+ORDERED = "plain sums one value after another; "
 # Dynamic quantisation, alone and joined with each of ``SITES``.
 DYNAMIC = "dynamic quantisation with its range in bf16, sums of integers to bf16"
 # … and where weights are compressed, which kernels multiply by their scales in bf16.
@@ -204,6 +215,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         for variant in rounding.variants(scaled, FORMAT, SITES):
             yield Variant(SCALED + variant.name, variant.model)
     yield from rounding.variants(segment, FORMAT, SITES)
+    known = surgery.opset(segment.model) >= reorder.OPSET
+    ordered = reorder.reordered(segment.model, plain=True) if known else None
+    if ordered is not None:
+        for variant in rounding.variants(replace(segment, model=ordered), FORMAT, SITES[:2]):
+            yield Variant(ORDERED + variant.name, variant.model)
 
 
 NOISE = Cause(
@@ -247,6 +263,7 @@ NOISE = Cause(
         f"{INVERTED}FORM",
         DYNAMIC,
         f"{DYNAMIC}; FORM",
+        f"{ORDERED}FORM",
         *(sites.name for sites in SITES),
     ),
     variants=_variants,

@@ -28,8 +28,10 @@ _EQUIVARIANT = {"InstanceNormalization": (0,), "LayerNormalization": (0, 1, 2)}
 OPSET = 13  # what the surgery below is written for
 
 
-def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
+def reordered(model: onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto | None:
     """A copy of a segment (of opset 13 or later) with its sums in another order, None without any.
+
+    ``plain`` leaves all but plain sums and means as they are.
 
     Conv and ConvTranspose (over channels), Gemm, MatMul, LayerNormalization and
     InstanceNormalization run backwards; Softmax, GlobalAveragePool, and ReduceMean and ReduceSum
@@ -50,9 +52,9 @@ def reordered(model: onnx.ModelProto) -> onnx.ModelProto | None:
             continue
         if (axis := _plain_sum(node, constants)) is not None:
             surgery.sequential(new, axis)
-        elif node.op_type == "Softmax":
+        elif not plain and node.op_type == "Softmax":
             surgery.softmax(new)
-        elif axes := list(_axes(node)):
+        elif not plain and (axes := list(_axes(node))):
             surgery.reversed(new, axes, back=node.op_type in _EQUIVARIANT)
         else:
             result.graph.node.append(new)

@@ -592,3 +592,23 @@ def test_dynamic_quantisation_multiplies_by_the_inverse_of_the_range(
     )
     found = explain(segment, {"x": x}, {"y": planted})
     assert found.noise == "precision.bf16" and found.bit_identical == 1
+
+
+def test_the_order_of_a_sum_decides_its_last_digit(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """The sum of a few rounded values is often near the middle between two others."""
+    x = np.broadcast_to(np.float32([1, 2**-8, *[2**-25] * 30]), (20, 32))
+    x = x * generator.choice(np.float32([-2, -1, 1, 2, 4]), (20, 1))
+    total = np.zeros(x.shape[:-1], np.float32)
+    for position in range(x.shape[-1]):
+        total += x[..., position]
+    segment = make_segment(
+        [helper.make_node("ReduceSum", ["x", "axis"], ["y"], keepdims=0)],
+        {"axis": np.array([-1])},
+        ["x"],
+        ["y"],
+        [kernel("Reduce", ("y",), "y")],
+    )
+    found = explain(segment, {"x": x}, {"y": r(total)})
+    assert found.noise == ID and found.bit_identical == 1
