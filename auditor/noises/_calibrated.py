@@ -393,7 +393,7 @@ class _Steps:
             if self.single:
                 square, product = square.sum(), product.sum()
             with np.errstate(invalid="ignore", divide="ignore"):
-                nearer = np.where(square > 0, product / square, best)
+                nearer = np.where((square > 0) & (product > 0), product / square, best)
             best, left = self._better(known, best, left, np.asarray(nearer, np.float32))
         return best
 
