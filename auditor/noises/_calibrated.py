@@ -53,7 +53,7 @@ _NOTHING = 1e-30
 _CLIPPED = 0.05
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
 _WORTH, _ENOUGH = 0.2, 0.99
-# An operand is sought with that many channels of the product.
+# An operand is sought with that many channels of the product, where there are ``_ROWS`` of each.
 _CHANNELS = 32
 # Squares of numbers up to here are finite.
 _HUGE = 1e15
@@ -246,7 +246,7 @@ def _found(
 
     Everything is decided on some of the channels; then the others' steps are fitted too.
     """
-    some = _some(w)
+    some = _some(w, equations.x.shape[1])
     every = equations.of(some)
     fitted, held = (every.half(which) for which in (0, 1))
     whole, around = (float(held.left(w[some], about=a).sum()) for a in (False, True))
@@ -306,12 +306,12 @@ def _found(
         yield f"{chosen[0].name}, {_INPUTS}", all_of(chosen, grid), grid
 
 
-def _some(w: Array) -> tuple[slice, slice, slice]:
-    """Some of the channels of weights [g, k, c]."""
-    every = slice(None)
+def _some(w: Array, rows: int) -> tuple[slice, slice, slice]:
+    """Some of the channels of weights [g, k, c]: more where there are few rows of equations."""
+    every, most = slice(None), _CHANNELS * max(1, _ROWS // rows)
     if len(w) > 1:
-        return slice(None, None, -(-len(w) // _CHANNELS)), every, every
-    return every, every, slice(None, None, -(-w.shape[2] // _CHANNELS))
+        return slice(None, None, -(-len(w) // most)), every, every
+    return every, every, slice(None, None, -(-w.shape[2] // most))
 
 
 class _Steps:

@@ -209,6 +209,25 @@ def test_inputs_clipped_by_an_unknown_calibration(
     assert found.variant == "inputs fitted"
 
 
+@pytest.mark.parametrize("defect", [False, True])
+def test_one_row_of_a_layer_behind_a_global_pooling(
+    make_segment: Any, run: Any, generator: np.random.Generator, defect: bool
+) -> None:
+    """The steps of weights are known; two numbers of the operand's are not, in 50 equations."""
+    x = generator.gamma(1, 0.3, (1, 200)).astype(np.float32) - np.float32(0.2)
+    w = generator.standard_normal((200, 50)).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    step = np.float32(x.max() * 1.1 / 210)
+    read = np.clip(np.rint(x / step), -45, 210) * step
+    if defect:
+        read = x * np.float32(1.01)
+        read[0, ::9] = 0
+    observed = (read @ clipped(w, np.ones(50))).astype(np.float32)
+    found = explain(run, segment, {"x": x}, observed)
+    assert found.noise == (None if defect else ID)
+    assert defect or found.explained > 0.97
+
+
 def test_a_skewed_operand_that_is_clipped_at_both_ends(make_segment: Any) -> None:
     generator = np.random.default_rng(1)
     x = generator.standard_normal((256, 36)) ** 3
