@@ -1,8 +1,9 @@
 """Finds a module's parameters in an ONNX file: by name, else by value.
 
-Exporters keep a parameter's name where its initialiser is the parameter; a weight that was
-transposed for a product, or into which the following batch normalisation was folded, has a name of
-its own and is found as the parameter, or the fold, that it is closest to.
+Exporters keep a parameter's name where its initialiser is the parameter, and PyTorch's newer one
+also where the following batch normalisation was folded into it: what is far from the parameter of
+its name may be a fold. A weight that has a name of its own is found as the parameter, transposed or
+not, or the fold that it is closest to.
 """
 
 from __future__ import annotations
@@ -31,18 +32,17 @@ def constants(module: Any, initializers: Mapping[str, Array]) -> Arrays:
         for name, value in initializers.items()
         if name in own and own[name].shape == value.shape
     }
-    rest = {n: v for n, v in initializers.items() if n not in found and v.ndim > 0 and v.size > 1}
+    near = {n for n, value in found.items() if _distance(initializers[n], value) <= _ALIKE}
+    rest = {n: v for n, v in initializers.items() if n not in near and v.ndim > 0 and v.size > 1}
     if not rest:
         return found
-    shapes = {value.shape for value in rest.values()}
-    forms: dict[tuple[int, ...], list[Array]] = {}
-    for form in (*_forms(own), *_folds(module)):
-        if form.shape in shapes:
-            forms.setdefault(form.shape, []).append(form)
+    folds = list(_folds(module))
+    forms = [*_forms(own), *folds]
     for name, value in rest.items():
-        close = [(_distance(value, form), i) for i, form in enumerate(forms.get(value.shape, ()))]
+        alike = [f for f in (folds if name in found else forms) if f.shape == value.shape]
+        close = [(_distance(value, form), i) for i, form in enumerate(alike)]
         if close and min(close)[0] <= _ALIKE:
-            found[name] = forms[value.shape][min(close)[1]]
+            found[name] = alike[min(close)[1]]
     return found
 
 

@@ -17,6 +17,7 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Silent
 from auditor.records.report import AuditReport, Finding
+from backends import _parameters
 from tests.helpers import NETS, nets
 
 SHAPE = (2, 3, 10, 10)
@@ -78,6 +79,16 @@ def test_a_constant_of_another_checkpoint(tmp_path: Path) -> None:
     assert finding.noise == "export.constants" and (finding.explained or 0) > 0.999
     assert finding.modules[0].startswith("norm (nets.py:")
     assert any("`norm.weight` differs from the module's" in line for line in finding.evidence)
+
+
+def test_a_fold_that_keeps_the_parameters_name_is_compared_with_the_fold() -> None:
+    """As PyTorch's newer exporter folds; its epsilon was another one."""
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).eval()
+    torch.nn.init.uniform_(block[1].running_var, 0.01, 0.02)
+    weight, variance = block[0].weight.detach(), block[1].running_var[:, None, None, None]
+    right, wrong = ((weight / torch.sqrt(variance + eps)).numpy() for eps in (1e-5, 1e-3))
+    (found,) = _parameters.constants(block, {"0.weight": wrong}).values()
+    np.testing.assert_allclose(found, right, rtol=1e-5)
 
 
 def test_a_file_in_float16(tmp_path: Path) -> None:

@@ -275,15 +275,22 @@ def _laid_out(tensor: Array, shape: tuple[int, ...]) -> tuple[Layout, Array]:
     """The layout, and the tensor as height x width x channels in float64."""
     image = tensor[0] if tensor.ndim == 4 and len(tensor) == 1 else tensor
     places: tuple[tuple[Layout, tuple[int, ...]], ...] = (("nchw", (1, 2, 0)), ("nhwc", (0, 1, 2)))
-    if image.ndim == 3 and image.dtype.kind in "fui" and np.isfinite(image).all():
-        for layout, axes in places:
-            if image.transpose(axes).shape == shape:
-                return layout, image.transpose(axes).astype(np.float64)
-    raise UsageError(
-        f"the tensor is {tensor.dtype} {shown(tensor.shape)}, but the pipeline makes "
-        f"{shape[0]}x{shape[1]} pixels with 3 channels, and finite",
-        "Save one photograph's tensor, and give the pipeline of its size (resize, crop).",
-    )
+    fitting = [p for p in places if image.ndim == 3 and image.transpose(p[1]).shape == shape]
+    if not fitting or image.dtype.kind not in "fui":
+        raise UsageError(
+            f"the tensor is {tensor.dtype} {shown(tensor.shape)}, but the pipeline makes "
+            f"{shape[0]}x{shape[1]} pixels with 3 channels",
+            "Save one photograph's tensor, and give the pipeline of its size (resize, crop).",
+        )
+    finite = np.isfinite(image).all()
+    if not finite or image.min() == image.max():
+        raise UsageError(
+            f"the tensor is {'the same everywhere' if finite else 'not finite'}, which tells "
+            "nothing about what made it",
+            "Save what the device fed to the network for a photograph with something on it.",
+        )
+    layout, axes = fitting[0]
+    return layout, image.transpose(axes).astype(np.float64)
 
 
 def _levels(fed: Array, normalisation: _Normalisation) -> tuple[Array, bool]:
