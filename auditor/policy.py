@@ -37,7 +37,7 @@ from auditor.errors import UsageError
 from auditor.records.comparison import Comparison
 from auditor.records.measured import OutputDistance
 from auditor.records.report import AuditReport, BackendReport, Broken, Finding, Judgement, Waiver
-from auditor.records.terms import SEVERITIES, Severity, Verdict, severity
+from auditor.records.terms import PIPELINE, SEVERITIES, Severity, Verdict, severity
 
 FILE = "audit.toml"
 _PYPROJECT = "pyproject.toml"
@@ -435,28 +435,39 @@ def proposed(report: AuditReport, source: str) -> str:
     if audited:
         ids = ", ".join(_quoted(backend.id) for backend in audited)
         lines += ["# Without these the audit is incomplete.", f"backends = [{ids}]"]
+    alone: dict[str, float] = {}  # what the worst finding of each backend does by itself
+    for finding in report.findings:
+        if finding.effect is not None and math.isfinite(finding.effect):
+            alone[finding.backend] = max(finding.effect, alone.get(finding.backend, 0.0))
     for backend in audited:
-        if backend.latency:
-            limit = _MARGIN * backend.latency.ratio
-            lines += [
-                "",
-                f"[tolerance.{_quoted(backend.id)}]",
-                f"{_LATENCY} = {_rounded(limit)}  # measured {backend.latency.ratio:.2g}",
-            ]
+        outputs: list[str] = []
+        limits: list[float] = []
+        general: list[str] = []
         for output in backend.outputs:
             error = output.distance.relative_l2
             if not math.isfinite(error):
                 continue
             worst = max(error, output.spread.high if output.spread else 0.0)
-            limit = max(_MARGIN * worst, _LEAST)
-            lines += [
+            limits.append(max(_MARGIN * worst, _LEAST))
+            outputs += [
                 "",
                 f"[tolerance.{_quoted(backend.id)}.outputs.{_quoted(output.name)}]",
-                f"relative_l2 = {_rounded(limit)}  # measured {worst:.2g}",
+                f"relative_l2 = {_rounded(limits[-1])}  # measured {worst:.2g}",
             ]
             if output.top1_agreement is not None:
                 flips = 1.0 - output.top1_agreement
-                lines.append(f"top1_flips = {flips:.4g}  # measured {flips:.4g}")
+                outputs.append(f"top1_flips = {flips:.4g}  # measured {flips:.4g}")
+        if backend.latency:
+            ratio = backend.latency.ratio
+            general.append(f"{_LATENCY} = {_rounded(_MARGIN * ratio)}  # measured {ratio:.2g}")
+        # Errors that cancel, or that a result is judged by: the outputs' own limits stay.
+        if limits and (effect := alone.get(backend.id, 0.0)) > max(limits):
+            general.append(_by_itself(effect))
+        if general:
+            lines += ["", f"[tolerance.{_quoted(backend.id)}]", *general]
+        lines += outputs
+    if PIPELINE in alone:
+        lines += ["", f"[tolerance.{_quoted(PIPELINE)}]", _by_itself(alone[PIPELINE])]
     lines += [
         "",
         "# Causes that are decisions of yours rather than faults.",
@@ -477,6 +488,11 @@ def proposed(report: AuditReport, source: str) -> str:
     if (more := len(report.findings) - _SHOWN) > 0:
         lines += ["", f"# And {more} more findings: their fingerprints are in the JSON report."]
     return "\n".join(lines) + "\n"
+
+
+def _by_itself(effect: float) -> str:
+    limit = _rounded(_MARGIN * effect)
+    return f"relative_l2 = {limit}  # of what one finding makes alone; measured {effect:.2g}"
 
 
 def _rounded(limit: float) -> str:

@@ -194,8 +194,12 @@ def test_one_policy_at_most(tmp_path: Path) -> None:
         policy.find(tmp_path)
 
 
-@given(names=st.lists(st.text(), min_size=1, max_size=3), error=st.floats(1e-9, 10))
-def test_a_proposal_passes(names: list[str], error: float) -> None:
+@given(
+    names=st.lists(st.text(min_size=1), min_size=1, max_size=3),
+    error=st.floats(1e-9, 10),
+    alone=st.floats(1e-9, 10),  # of the result, where there is a pipeline
+)
+def test_a_proposal_passes(names: list[str], error: float, alone: float) -> None:
     from auditor.records.measured import Distance, OutputDistance
     from auditor.records.report import BackendReport
 
@@ -206,13 +210,17 @@ def test_a_proposal_passes(names: list[str], error: float) -> None:
     report = replace(
         empty,
         backends=(BackendReport("ov:GPU", "", "audited", None, outputs=outputs),),
-        findings=(),
+        findings=tuple(
+            replace(empty.findings[0], backend=id, effect=alone) for id in ("ov:GPU", "pipeline")
+        ),
     )
     text = policy.proposed(report, "first.json\n[tolerance]")
     document = tomllib.loads(text)
     limits = [o["relative_l2"] for o in document["tolerance"]["ov:GPU"]["outputs"].values()]
     assert all(limit >= error for limit in limits)
     assert all(limit <= max(4.1 * error, 1.1e-5) for limit in limits)
+    judgement = policy.judged(report, policy._policy(document, "p"), date.today()).judgement
+    assert judgement is not None and not judgement.broken
 
 
 def test_a_proposal_lists_the_first_findings_and_counts_the_others(report: AuditReport) -> None:
