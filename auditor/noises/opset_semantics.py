@@ -61,12 +61,15 @@ def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
         yield Variant(_ALONG, _rejoined(model, converted, axes))
     if last := {i: -1 for i, axis in axes.items() if axis == 1}:
         yield Variant(_LAST, _rejoined(model, converted, last))
-    bodies = {
-        i: _flattened(n, axis)
-        for i, n in found.items()
-        if (axis := surgery.attributes(n).get("axis", -1)) != -1
+    stated = {
+        i: axis for i, n in found.items() if (axis := surgery.attributes(n).get("axis", -1)) != -1
     }
-    if bodies:
+    if stated:
+        changed = surgery.copied(model)
+        for index in stated:
+            surgery.set_attributes(changed.graph.node[index], axis=-1)
+        yield Variant(_LAST, changed)
+        bodies = {i: _flattened(found[i], axis) for i, axis in stated.items()}
         yield Variant(
             "softmax over its axis and all behind, as before opset 13",
             surgery.substituted(model, bodies),

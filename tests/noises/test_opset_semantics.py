@@ -48,6 +48,8 @@ def test_newer_softmax_read_as_an_older_one(
     segment = make_segment([node], {}, ["x"], ["y"])
     found = diagnose(segment, {"x": x}, {"y": soft(x, (1, 2))})
     assert found.noise == ID and "before opset 13" in (found.variant or "")
+    found = diagnose(segment, {"x": x}, {"y": soft(x, -1)})
+    assert found.noise == ID and "opset 13's default" in (found.variant or "")
     assert diagnose(segment, {"x": x}, {"y": soft(x * np.float32(1.1), 1)}).noise is None
 
 
