@@ -117,13 +117,16 @@ def _with(layout: Layout, fit: Fit) -> onnx.ModelProto:
         if index != fit.index:
             editor.copy(node)
             continue
-        x, _, *others = node.input
+        x, original, *others = node.input
         if fit.operand is not None:
             step = editor.constant(fit.operand.step)
             zero = editor.constant(-fit.operand.low, np.uint8)
             integers = editor.add("QuantizeLinear", x, step, zero)
             x = editor.add("DequantizeLinear", integers, step, zero)
-        inputs = (x, editor.constant(fit.weights), *others)
+        weights = fit.weights
+        if (trained := layout.constant(original)) is not None:
+            weights = _stored(weights, trained)
+        inputs = (x, editor.constant(weights), *others)
         editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
     return editor.model
 
@@ -138,8 +141,8 @@ def _quantised(layout: Layout, weighted: dict[int, Array], scheme: _Scheme) -> o
         x, *others = node.input
         if scheme.inputs:
             x = _activation(editor, x, scheme.inputs)
-        weights = editor.constant(_weights(weighted[index], axis, scheme.weights))
-        inputs = (x, weights, *others[1:])
+        weights = _stored(_weights(weighted[index], axis, scheme.weights), weighted[index])
+        inputs = (x, editor.constant(weights), *others[1:])
         if scheme.outputs is None:
             editor.add(node.op_type, *inputs, to=node.output[0], **surgery.attributes(node))
         else:
@@ -171,6 +174,16 @@ def _weights(values: Array, axis: int | None, layout: str) -> Array:
     zero = np.rint(-low / scale)
     integers = np.clip(np.rint(values / scale) + zero, 0, 255)
     return np.asarray((integers - zero) * scale, np.float32)
+
+
+def _stored(rounded: Array, trained: Array) -> Array:
+    """Weights as a file holds them, which is in half precision where it holds the trained ones so.
+
+    Steps times a scale are rounded once more then.
+    """
+    with np.errstate(over="ignore"):
+        halves = trained.astype(np.float16) == trained
+        return rounded.astype(np.float16).astype(np.float32) if halves.all() else rounded
 
 
 def _activation(editor: Editor, name: str, layout: str) -> str:

@@ -62,6 +62,18 @@ def test_convolution_channels(make_segment: Any, run: Any, conv: Any) -> None:
     assert found.noise == ID and found.explained > 0.99
 
 
+def test_weights_of_8_bits_in_a_half_precision_file(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    """It stores steps times a scale, which its own format rounds once more."""
+    x = generator.standard_normal((16, 96)).astype(np.float32)
+    w = generator.standard_normal((96, 32)).astype(np.float16).astype(np.float32)
+    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    planted = stepped(w, np.abs(w).max(axis=0) / 127.0).astype(np.float16).astype(np.float32)
+    found = explain(run, segment, {"x": x}, x @ planted)
+    assert found.noise == ID and found.bit_identical > 0.9  # a column may hold a tie
+
+
 def test_dynamic_quantisation(dense: tuple[SegmentGraph, Arrays], run: Any, tmp_path: Path) -> None:
     """ONNX Runtime's quantize_dynamic, with uint8 weights so that nothing saturates."""
     quantization = pytest.importorskip("onnxruntime.quantization")
