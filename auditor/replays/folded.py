@@ -213,6 +213,7 @@ def _is_half(layout: Layout) -> bool:
         few = values.reshape(-1)[: surgery.SMALL]  # which tells, mostly
         if not all(np.array_equal(v, _half(v), equal_nan=True) for v in (few, values)):
             return False
-        precise = np.any(np.frexp(few)[0] * _CHOSEN % 1)
+        with np.errstate(invalid="ignore"):  # of NaN and infinity
+            precise = np.any(np.frexp(few)[0] * _CHOSEN % 1)
         count += _LEAST if precise else values.size
     return count >= _LEAST
