@@ -268,6 +268,8 @@ class _Surgery(Writer):
             elif index in self.unscaled:
                 new.output[0] = self.at.nodes[self.unscaled[index]].output[0]
                 self.replaced.add(self.unscaled[index])
+            elif node.op_type == "Gemm":
+                self._fold_gemm(new, group)
             elif node.op_type == "MatMul" and self._has_weights(index):
                 if (shift := self._fold_factors(new, group)) is not None:
                     self._finish(new, group)
@@ -400,9 +402,16 @@ class _Surgery(Writer):
         return bool(group.kernel and group.kernel.primitive.startswith("ref_"))
 
     def _widens(self, node: onnx.NodeProto, group: Group) -> bool:
-        """Whether a kernel widens the 8 bits that it reads, and then writes something else."""
-        writes = group.kernel.outputs if group.kernel else ()
-        return node.op_type == "DequantizeLinear" and bool(writes) and node.output[0] not in writes
+        """Whether a kernel that reads 8 bits widens them, and rounds after that or not at all.
+
+        A kernel of OpenVINO's that only widens writes FP32 where its result is read out; those
+        that read it round it then.
+        """
+        kernel = group.kernel
+        if kernel is None or node.op_type != "DequantizeLinear":
+            return False
+        reads = kernel.precision in _INTEGERS and not self._inside(node.input[0], group)
+        return reads or (bool(kernel.outputs) and node.output[0] not in kernel.outputs)
 
     def _inside(self, name: str, group: Group) -> bool:
         source = self.at.producer.get(name)
@@ -440,17 +449,8 @@ class _Surgery(Writer):
                 return
             axis = 1
         bias = conv.input[2] if len(conv.input) > 2 else ""
-        scale = ""
-        for index in chain:
-            node = self.at.nodes[index]
-            factor, shift = self._affine(node)
-            if factor:
-                scale = self._new("Mul", scale, factor) if scale else factor
-                bias = self._new("Mul", bias, factor) if bias else ""
-            if shift:
-                bias = self._new("Add", bias, shift) if bias else shift
-            self.replaced.add(index)
-            conv.output[0] = node.output[0]
+        scale, bias = self._compose(chain, "", bias)
+        conv.output[0] = self.at.nodes[chain[-1]].output[0]
         if scale:
             shape = [1] * len(weights)
             shape[axis] = -1
@@ -471,21 +471,50 @@ class _Surgery(Writer):
         if not weights or len(weights) != 2 or product.input[1] not in self.floats:
             return None
         chain = self._affine_chain(product, group, last=True)
-        pieces = [self.at.nodes[index] for index in chain]
-        if all(node.op_type in ("Add", "Sub") for node in pieces):
+        if self._only_shifts(chain):
             return None
-        scale = shift = ""
-        for node in pieces:
-            factor, more = self._affine(node)
+        scale, shift = self._compose(chain, "", "")
+        product.input[1] = self._new("Mul", product.input[1], scale)
+        output = self.at.nodes[chain[-1]].output[0]
+        return helper.make_node("Add", [product.output[0], shift or self._scalar(0.0)], [output])
+
+    def _fold_gemm(self, gemm: onnx.NodeProto, group: Group) -> None:
+        """Factors and shifts after a Gemm, and its own alpha, go into its weights and bias."""
+        options = surgery.attributes(gemm)
+        alpha, beta = options.get("alpha", 1.0), options.get("beta", 1.0)
+        bias = gemm.input[2] if len(gemm.input) > 2 else ""
+        if not self.constants.get(gemm.input[1]) or gemm.input[1] not in self.floats:
+            return
+        if bias and not self._per_channel(bias, 2, "Add", last=False):
+            return
+        chain = self._affine_chain(gemm, group)
+        if alpha == 1 and self._only_shifts(chain):
+            return
+        scale = self._scalar(alpha) if alpha != 1 else ""
+        if bias and beta != 1:
+            bias = self._new("Mul", bias, self._scalar(beta))
+        scale, bias = self._compose(chain, scale, bias)
+        if chain:
+            gemm.output[0] = self.at.nodes[chain[-1]].output[0]
+        shape = self._integers([-1, 1] if options.get("transB") else [1, -1])
+        gemm.input[1] = self._new("Mul", gemm.input[1], self._new("Reshape", scale, shape))
+        gemm.input[2:] = [bias] if bias else []
+        surgery.set_attributes(gemm, alpha=None, beta=None)
+
+    def _only_shifts(self, chain: list[int]) -> bool:
+        return all(self.at.nodes[index].op_type in ("Add", "Sub") for index in chain)
+
+    def _compose(self, chain: list[int], scale: str, shift: str) -> tuple[str, str]:
+        """Factor and shift of per-channel affine nodes behind x · scale + shift; "" for neither."""
+        for index in chain:
+            factor, more = self._affine(self.at.nodes[index])
             if factor:
                 scale = self._new("Mul", scale, factor) if scale else factor
                 shift = self._new("Mul", shift, factor) if shift else ""
             if more:
                 shift = self._new("Add", shift, more) if shift else more
         self.replaced.update(chain)
-        product.input[1] = self._new("Mul", product.input[1], scale)
-        output = pieces[-1].output[0]
-        return helper.make_node("Add", [product.output[0], shift or self._scalar(0.0)], [output])
+        return scale, shift
 
     def _affine_chain(
         self, product: onnx.NodeProto, group: Group, *, last: bool = False
