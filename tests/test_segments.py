@@ -196,6 +196,15 @@ def test_integers_of_another_width_are_replayed_as_the_model_holds_them():
     assert replayer.run(cuts[1], seen)["y"].tolist() == [8, 9]
 
 
+def test_a_mask_of_floats_is_replayed_where_they_are_zeros_and_ones():
+    text = """<ir_version: 10, opset_import: ["": 18]>
+        g (float[2] x) => (float[2] y) { m = Greater (x, x)  y = Cast <to = 1> (m) }"""
+    graph = Graph(onnx.parser.parse_model(text))
+    replayer, cut = Replayer(graph, 1), graph.cut(["m", "y"])[1]
+    for mask in (np.array([True, False]), np.float32([1, 0])):
+        assert replayer.run(cut, {"m": mask})["y"].tolist() == [1, 0]
+
+
 def test_types_that_cannot_be_fed_are_named(tmp_path):
     text = """<ir_version: 10, opset_import: ["": 21]>
         g (float8e4m3fn[4] x) => (float[4] y) { y = Cast <to = 1> (x) }"""
