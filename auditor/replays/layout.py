@@ -26,6 +26,8 @@ MOVES = {
 }
 # How engines write the formats in which a kernel's tensors can be narrower than float32.
 NARROW = frozenset({"bf16", "bfloat16", "f16", "fp16", "float16", "half"})
+# How they write that a kernel reads 8-bit integers.
+INTEGERS = frozenset({"i8", "int8", "s8", "u8", "uint8"})
 # Kernel types that stand for tensors rather than work.
 _NOT_COMPUTING = {"Const", "Constant", "Input", "Output", "Parameter", "Reorder", "Result"}
 

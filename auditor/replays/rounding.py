@@ -21,7 +21,16 @@ from onnx import TensorProto, helper
 from auditor.model import key
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, surgery
-from auditor.replays.layout import MOVES, NARROW, Group, Layout, Scope, stated, subgraphs
+from auditor.replays.layout import (
+    INTEGERS,
+    MOVES,
+    NARROW,
+    Group,
+    Layout,
+    Scope,
+    stated,
+    subgraphs,
+)
 from auditor.replays.writer import OPSET_OF_SUMS, Format, Writer
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
@@ -41,10 +50,10 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _KEEP = MOVES | {"Relu", "MaxPool"}
 # Operators whose constant inputs describe a shape, a table or a limit rather than a factor.
 _STRUCTURAL = MOVES | {"Clip", "Resize", "Upsample", "Range", "ConstantOfShape", "Where"}
+# Operators whose result of integers OpenVINO scales, rather than their operand.
+_MEANS = ("AveragePool", "GlobalAveragePool", "ReduceMean")
 # What rounds to 8 bits by itself reads its operand as it is.
 _QUANTISERS = ("DynamicQuantizeLinear", "QuantizeLinear")
-# How engines write that a kernel multiplies 8-bit integers.
-_INTEGERS = {"i8", "int8", "s8", "u8", "uint8"}
 # LogSoftmax works along one axis from here on; before, on two dimensions.
 _SOFTMAX_ALONG = 13
 # ReduceMean and ReduceMax take their axes as an input from here on.
@@ -262,6 +271,8 @@ class _Surgery(Writer):
                     new.input[position] = self.raw.get(name, name)
             self.nodes.append(new)
             return
+        if node.op_type in _MEANS and self._average_steps(new, group):
+            return
         if self.sites.scope == "kernel" and self._reduced(group):
             if node.op_type in _CONVOLUTIONS:
                 self._fold_scale(new, group)
@@ -333,7 +344,7 @@ class _Surgery(Writer):
     def _integral(self, name: str, group: Group) -> bool:
         """Whether a kernel for integers multiplies a tensor as the 8-bit integers that it is."""
         kernel = group.kernel
-        if kernel is None or kernel.precision not in _INTEGERS:
+        if kernel is None or kernel.precision not in INTEGERS:
             return False
         return self.at.grid(name) is not None
 
@@ -402,16 +413,15 @@ class _Surgery(Writer):
         return bool(group.kernel and group.kernel.primitive.startswith("ref_"))
 
     def _widens(self, node: onnx.NodeProto, group: Group) -> bool:
-        """Whether a kernel that reads 8 bits widens them, and rounds after that or not at all.
+        """Whether a kernel widens the 8 bits that it reads, and rounds after that or not at all.
 
-        A kernel of OpenVINO's that only widens writes FP32 where its result is read out; those
-        that read it round it then.
+        OpenVINO writes FP32 where what is only widened is read out; kernels that read it round it.
         """
-        kernel = group.kernel
-        if kernel is None or node.op_type != "DequantizeLinear":
+        if group.kernel is None or node.op_type != "DequantizeLinear":
             return False
-        reads = kernel.precision in _INTEGERS and not self._inside(node.input[0], group)
-        return reads or (bool(kernel.outputs) and node.output[0] not in kernel.outputs)
+        writes = group.kernel.outputs
+        within = self._inside(node.input[0], group)
+        return not within or (bool(writes) and node.output[0] not in writes)
 
     def _inside(self, name: str, group: Group) -> bool:
         source = self.at.producer.get(name)
@@ -765,6 +775,30 @@ class _Surgery(Writer):
                 self.nodes.extend(self._biased(added, part))
             total = part
         self.nodes.append(helper.make_node("Identity", [total], node.output))
+        self.exact.add(node.output[0])
+        return True
+
+    def _average_steps(self, node: onnx.NodeProto, group: Group) -> bool:
+        """OpenVINO averages 8-bit integers as they are; what widens them comes behind that.
+
+        Where it is a kernel of its own, it reads the average of the integers rounded.
+        """
+        kernel, grid = group.kernel, self.at.grid(node.input[0])
+        if kernel is None or kernel.precision not in INTEGERS or kernel.nodes != (key(node),):
+            return False
+        if grid is None or grid.zero is None or grid.scale.size != 1:
+            return False
+        if not (self.at.reduced and self.sites.inputs and self.sites.outputs):
+            return False
+        scale, zero = self._scalar(grid.scale.item()), self._scalar(grid.zero.item())
+        x, *others = node.input
+        counted = self._new("Add", self._new("Div", x, scale), self._scalar(0.5))
+        mean = self._new(
+            node.op_type, self._new("Floor", counted), *others, **surgery.attributes(node)
+        )
+        steps = self._round(self._new("Add", mean, zero))
+        real = self._new("Mul", self._new("Sub", steps, zero), scale)
+        self.nodes.extend(self._rounding(real, node.output[0]))
         self.exact.add(node.output[0])
         return True
 

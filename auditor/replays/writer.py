@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor.replays import surgery
-from auditor.replays.layout import Group, Layout
+from auditor.replays.layout import INTEGERS, Group, Layout
 
 _REDUCTIONS = {
     *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
@@ -226,11 +226,16 @@ class Writer:
         return self._split(source, target)
 
     def _tail(self, name: str, group: Group) -> str | None:
-        """Which elements of a reduction's result lie beyond whole vectors of their row."""
+        """Which elements of a reduction's result lie beyond whole vectors of their row.
+
+        Of 8-bit integers, OpenVINO scales each channel's result by itself: no row has several.
+        """
         shape = self.at.shapes.get(name)
         if not shape or not any(self.at.nodes[i].op_type in _REDUCTIONS for i in group.nodes):
             return None
-        axis = max((i for i, size in enumerate(shape) if size > 1), default=0)
+        first = 2 if group.kernel and group.kernel.precision in INTEGERS else 0
+        longer = (i for i, size in enumerate(shape) if size > 1 and i >= first)
+        axis = max(longer, default=len(shape) - 1)
         size, broadcast = shape[axis], [1] * len(shape)
         if size % _VECTOR == 0:
             return None

@@ -505,6 +505,45 @@ def test_a_kernel_that_widens_8_bits_hands_over_what_its_readers_round(
     check(explain(segment, {"x": x, "y": y}, {"d": levels * scale}))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_averages_of_8_bits_are_widened_after_they_are_rounded_or_as_they_are_written(
+    make_segment: Any, explain: Any, generator: np.random.Generator, fused: bool
+) -> None:
+    x = generator.standard_normal((2, 32, 4, 6)).astype(np.float32)
+    scale = np.float32(0.0237)
+    segment = make_segment(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+            helper.make_node("GlobalAveragePool", ["d"], ["y"]),
+        ],
+        {"scale": np.array(scale), "zero": np.array(128, np.uint8)},
+        ["x"],
+        ["y"],
+        [
+            Kernel("Subgraph", "Subgraph", ("q",), ("q",), "", "f32", "u8"),
+            *(
+                [Kernel("Reduce", "Reduce", ("d", "y"), ("y",), "", "u8", "bf16")]
+                if fused
+                else [
+                    Kernel("Reduce", "Reduce", ("y",), ("y",), "", "u8", "f32"),
+                    kernel("Subgraph", ("d",), "d"),
+                ]
+            ),
+        ],
+    )
+    sized = helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)
+    segment.model.graph.input[0].CopyFrom(sized)
+    levels = np.clip(np.rint(x / scale), -128, 127) + 128
+    mean = levels.mean((2, 3), keepdims=True, dtype=np.float32)
+    if fused:  # each channel is written by itself, and cut off
+        bits = ((mean - 128) * scale).view(np.uint32) & np.uint32(0xFFFF0000)
+        planted = bits.view(np.float32)
+    else:
+        planted = r((r(mean) - 128) * scale)
+    check(explain(segment, {"x": x}, {"y": planted}), identical=0.98)
+
+
 def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
