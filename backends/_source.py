@@ -39,11 +39,13 @@ class Source:
         module: ``torch.nn.Module``.
         exported: whether it is the graph of an ExportedProgram, which knows its own modules.
         notes: what a reader must know, as sentences.
+        keywords: the arguments that an ExportedProgram takes by name; all others only by order.
     """
 
     module: Any
     exported: bool
     notes: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
 
 
 def load(text: str, *, trusted: bool) -> Source:
@@ -86,7 +88,8 @@ def _archive(path: Path, trusted: bool) -> Source:
     try:
         if path.suffix == ".pt2":
             program = torch.export.load(path)
-            return Source(program.module(), True, ())
+            _, keywords = program.call_spec.in_spec.children()  # as saved: ((…), {…})
+            return Source(program.module(), True, (), tuple(keywords.context))
         made = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as error:  # pickle and torch raise what they like
         raise UsageError(f"--source {path} cannot be loaded: {first_line(error)}", _HINT) from error

@@ -222,7 +222,10 @@ class TorchBuild:
         with contextlib.suppress(ValueError, TypeError):
             known = inspect.signature(self.source.module.forward).parameters
             if given.keys() <= known.keys():
-                return [], given
+                if not self.source.exported:
+                    return [], given
+                by_name = {n: given.pop(n) for n in self.source.keywords if n in given}
+                return [given[n] for n in known if n in given], by_name
         return list(given.values()), {}
 
     def _given(self, array: Array) -> Any:
