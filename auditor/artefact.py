@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _FOLDED = 1e-5  # of a constant's largest value
 # Steps of an 8-bit grid, and how near to its points values must lie, in steps.
 _STEPS, _NEAR = 256, 0.01
+_HALF = 2.0**-11  # a file may keep the steps in half precision that were rounded by in single
 # Any few numbers lie on some grid.
 _LEVELS = 4
 # Up to so many levels, 8 bits are not what they are stored in.
@@ -454,25 +455,27 @@ def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
     # What was on a grid before was changed in another way than by rounding.
     steps[np.isfinite(grid_steps(original))] = np.nan
     with np.errstate(invalid="ignore"):
-        fits = np.isfinite(steps) & _rounds((original - value) / steps[:, None], value) & ~same
+        above, points = (original - value) / steps[:, None], value / steps[:, None]
+        fits = np.isfinite(steps) & _rounds(above, value, _NEAR + _HALF * np.abs(points)) & ~same
     found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
     return found
 
 
-def _rounds(steps: Array, values: Array) -> NDArray[np.bool_]:
+def _rounds(steps: Array, values: Array, near: Array | float = _NEAR) -> NDArray[np.bool_]:
     """By row, whether values are the originals rounded: to the nearest, downwards or towards zero.
 
     Args:
         steps: how far the originals are above the values, in steps of their grid.
         values: of which the largest and the smallest may be any distance from theirs.
+        near: how far beyond half a step is a rounding too.
     """
     beyond = (values == values.max(axis=-1, keepdims=True)) & (steps > 0)
     beyond |= (values == values.min(axis=-1, keepdims=True)) & (steps < 0)
-    found = ((np.abs(steps) <= 0.5 + _NEAR) | beyond).all(axis=-1)
+    found = ((np.abs(steps) <= 0.5 + near) | beyond).all(axis=-1)
     # Whole steps are a grid that was moved.
     whole = np.mean(np.abs(steps - np.rint(steps)) <= _NEAR, axis=-1)
     for over in (steps, steps * np.sign(values)):
-        inside = (over >= -_NEAR) & (over <= 1 + _NEAR)
+        inside = (over >= -near) & (over <= 1 + near)
         found |= (inside | beyond).all(axis=-1) & (whole < 0.5)
     return np.asarray(found)
 

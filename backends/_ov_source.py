@@ -19,6 +19,7 @@ _DEQUANTIZE = frozenset({"Convert", "Subtract", "Multiply"})
 _HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 BYTES = frozenset({"u8", "i8"})
+_INTEGERS = BYTES | {"u4", "i4"}  # what weights are compressed to
 _COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants stored in float16
 
 # Operations are renamed ``#12#`` before compiling, because ONNX node names may be empty,
@@ -90,7 +91,29 @@ class Source:
             # A constant without a type stands for a bias that is not there.
             if op.get_type_name() == "Constant" and not op.get_element_type().is_dynamic():
                 found[name.removesuffix(_COMPRESSED)] = np.array(op.data)
+        read = {port[0] for number in self._varying for port in self.inputs(number)}
+        for number in read - self._varying:
+            constant, value = self._widened(number)
+            if value is not None and self.element_type((constant, 0)) in _INTEGERS:
+                found[self.names[constant]] = value
         return found
+
+    def _widened(self, number: int) -> tuple[int, Array | None]:
+        """Compressed weights as they are read: the number of their constant, and real values."""
+        op, kind = self._ops[number], self.type(number)
+        if kind == "Constant" and not op.get_element_type().is_dynamic():
+            return number, np.array(op.get_data(dtype=np.float32))
+        if kind not in _DEQUANTIZE and kind != "Reshape":
+            return number, None
+        (constant, value), *others = (self._widened(port[0]) for port in self.inputs(number))
+        if value is None or kind == "Convert":
+            return constant, value
+        if kind == "Reshape":
+            return constant, value.reshape(tuple(op.get_output_shape(0)))
+        other = others[0][1]
+        if other is None:
+            return constant, None
+        return constant, value - other if kind == "Subtract" else value * other
 
     @cached_property
     def keys(self) -> list[tuple[str, ...]]:

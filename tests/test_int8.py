@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import quantization
@@ -96,7 +97,7 @@ def test_a_model_that_was_quantised_before_is_explained_as_well(
     import openvino
 
     data = nncf.Dataset([{"x": x} for x in np.load(folder / "calibration.npz")["x"][:, None]])
-    made = nncf.quantize(openvino.Core().read_model(folder / "m.onnx"), data, subset_size=6)
+    made = nncf.quantize(openvino.Core().read_model(folder / "m.onnx"), data, subset_size=1)
     openvino.save_model(made, tmp_path / "m.xml", compress_to_fp16=False)
     options = AuditOptions(
         backends=(BackendSpec("ov"),),
@@ -114,6 +115,34 @@ def test_a_model_that_was_quantised_before_is_explained_as_well(
     assert {category.noise for category in part.categories if category.share > 0.9} == {
         "precision.int8"
     }
+
+
+def test_compressed_weights_of_a_file_are_read_as_the_engine_reads_them(tmp_path: Path) -> None:
+    """Zero points, scales in half precision, and activations rounded while the model runs."""
+    nncf = pytest.importorskip("nncf", reason="needs the [nncf] extra")
+    import openvino
+
+    weights = np.random.default_rng(3).standard_normal((64, 48)).astype(np.float32)
+    model = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 17]> g (float[4, 64] x) => (float[4, 48] y)'
+        "{ y = MatMul(x, w) }"
+    )
+    model.graph.initializer.append(numpy_helper.from_array(weights, "w"))
+    onnx.save(model, tmp_path / "m.onnx")
+    read = openvino.Core().read_model(tmp_path / "m.onnx")
+    made = nncf.compress_weights(read, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    openvino.save_model(made, tmp_path / "m.xml", compress_to_fp16=False)
+    options = AuditOptions(
+        backends=(BackendSpec("ov"),),
+        artifacts={"ov": tmp_path / "m.xml"},
+        options={"ov": MORE["ov"]},
+        threads=1,
+        confirm=False,
+        pictures=False,
+    )
+    report = audit(tmp_path / "m.onnx", options, noises=discovery.noises(), progress=Silent())
+    (part,) = report.backends
+    assert next(c.share for c in part.categories if c.noise == "precision.int8") > 0.99
 
 
 def test_what_cannot_be_quantised_is_said(folder: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from auditor import artefact
-from auditor.noises import _calibrated, bf16
+from auditor.noises import _calibrated, bf16, int8_dynamic
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
@@ -20,6 +20,7 @@ from auditor.replays.quantised import Editor, Layout
 from auditor.weights import inside
 
 RECURRENT = "; what LSTM layers read, too, by its range in each step"
+RUNNING = "; what products read, too, while the model runs, "
 _STATED = frozenset(("i8", "u8", "int8", "uint8", "I8", "INT8"))
 # Operators with weights.
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -75,6 +76,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         while_running = recurrent.quantising(replace(segment, model=variant.model))
         if while_running is not None:
             yield Variant(variant.name + RECURRENT, while_running)
+        if not segment.grids:  # of a calibration
+            stored = {n for n, c in segment.compiled.items() if c.storage == "8 bits"}
+            around = replace(segment, model=variant.model)
+            for read in int8_dynamic.reading(around, stored.__contains__):
+                yield Variant(variant.name + RUNNING + read.name, read.model)
     layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
     if weighted:
@@ -230,6 +236,7 @@ NOISE = Cause(
     forms=(
         artefact.form("8 bits"),
         artefact.form("8 bits") + RECURRENT,
+        *(artefact.form("8 bits") + RUNNING + name for name in int8_dynamic.NOISE.forms),
         *artefact.CHOSEN_FORMS,
         *(scheme.name for scheme in SCHEMES),
         *_calibrated.FORMS,

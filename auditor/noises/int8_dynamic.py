@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -25,6 +25,12 @@ def _name(group: int | None) -> str:
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with what such products read quantised, one scale for each group of a row."""
+    layout = Layout(segment.model, segment.weights)
+    return reading(segment, lambda name: _compressed(layout, name))
+
+
+def reading(segment: SegmentGraph, compressed: Callable[[str], bool]) -> Iterator[Variant]:
+    """The same, of products whose weights have a name that is ``compressed``."""
     if surgery.opset(segment.model) < _OPSET:
         return
     layout = Layout(segment.model, segment.weights)
@@ -34,7 +40,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         for index, node in surgery.find(segment.model, ("MatMul", "Gemm", "Conv"))
         if types.get(node.input[0]) == onnx.TensorProto.FLOAT
         and (row := _row(node, shapes.get(node.input[1], ())))
-        and _compressed(layout, node.input[1])
+        and compressed(node.input[1])
     }
     for group in _GROUPS:
         if rows and (group is None or any(row > group for row in rows.values())):
