@@ -124,8 +124,8 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     that take the whole segment for one kernel where it does. Narrow running sums cost much to
     replay and are tested only where the engine does not report another precision.
     """
-    segment, apart = _biases_apart(segment)
-    plain = Layout(segment, alone=apart)
+    segment = _biases_apart(segment)
+    plain = Layout(segment)
     spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
@@ -133,7 +133,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if where.distributed:
             if spread is None:
                 continue
-            layout = Layout(replace(segment, model=spread[0]), alone=spread[1] | apart)
+            layout = Layout(replace(segment, model=spread[0]), alone=spread[1])
         if where.scope == ("segment" if layout.kernels else "kernel"):
             continue
         if where.sums and layout.reports and not stated(layout.kernels, to.stated):
@@ -145,15 +145,13 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
             yield Variant(where.name, model)
 
 
-def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
+def _biases_apart(segment: SegmentGraph) -> SegmentGraph:
     """A segment with the biases of convolutions added by nodes of their own, where a kernel does.
 
     An engine that computes every other element of a convolution and then leaves out some (OpenVINO
-    moves the strides of a pointwise convolution ahead) adds the bias behind that: the convolution
-    is named by two kernels, and what it hands over is rounded.
-
-    Returns:
-        The segment, and what these convolutions write.
+    moves the strides of a pointwise convolution ahead) adds the bias behind that, and so does one
+    that multiplies 8-bit integers: the convolution is named by two kernels, and what it hands over
+    is rounded.
     """
     by_key = Counter(key for kernel in segment.kernels for key in kernel.nodes)
     starts = {k for kernel in segment.kernels if kernel.type in _CONVOLVING for k in kernel.nodes}
@@ -163,13 +161,13 @@ def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
         if len(node.input) > 2 and node.input[2] and key(node) in starts and by_key[key(node)] > 1
     ]
     if not split:
-        return segment, frozenset()
+        return segment
     model = surgery.copied(segment.model)
     nodes = list(model.graph.node)
-    shapes = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    made = set[str]()
+    shapes = surgery.shapes(model)
+    made: dict[str, str] = {}
     for index, node in reversed(split):
-        rank = shapes.get(node.input[1], 0)
+        rank = len(shapes.get(node.input[1], ()))
         if not rank:
             continue
         conv, whole = nodes[index], key(node)
@@ -184,10 +182,16 @@ def _biases_apart(segment: SegmentGraph) -> tuple[SegmentGraph, frozenset[str]]:
         ]
         del conv.input[2:]
         conv.output[0] = bare
-        made.add(bare)
+        made[whole] = bare
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return replace(segment, model=model), frozenset(made)
+    kernels = tuple(
+        replace(kernel, nodes=tuple(made.get(name, name) for name in kernel.nodes))
+        if kernel.type in _CONVOLVING
+        else kernel
+        for kernel in segment.kernels
+    )
+    return replace(segment, model=model, kernels=kernels)
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:

@@ -544,6 +544,31 @@ def test_averages_of_8_bits_are_widened_after_they_are_rounded_or_as_they_are_wr
     check(explain(segment, {"x": x}, {"y": planted}), identical=0.98)
 
 
+def test_the_bias_of_a_product_of_8_bits_is_added_to_its_rounded_sums(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    x = generator.integers(-128, 128, (1, 6, 9, 9)).astype(np.float32) * np.float32(0.0237)
+    w = generator.integers(-127, 128, (8, 6, 3, 3)).astype(np.int8)
+    b = generator.standard_normal(8).astype(np.float32)
+    scale = np.float32(0.003)
+    segment = make_segment(
+        [
+            helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["wd"]),
+            helper.make_node("Conv", ["x", "wd", "b"], ["c"]),
+            helper.make_node("Relu", ["c"], ["y"]),
+        ],
+        {"w": w, "b": b, "scale": np.array(scale), "zero": np.array(0, np.int8)},
+        ["x"],
+        ["y"],
+        [
+            Kernel("Convolution", "Convolution", ("c",), (), "", "u8", "bf16"),
+            kernel("Subgraph", ("c", "y"), "y"),
+        ],
+    )
+    planted = r(np.maximum(r(conv(x, w * scale)) + b[:, None, None], 0))
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
 def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
