@@ -153,7 +153,7 @@ def _biases_apart(segment: SegmentGraph) -> SegmentGraph:
     that multiplies 8-bit integers: the convolution is named by two kernels, and what it hands over
     is rounded.
     """
-    by_key = Counter(key for kernel in segment.kernels for key in kernel.nodes)
+    by_key = Counter(key for kernel in segment.kernels for key in {*kernel.nodes})
     starts = {k for kernel in segment.kernels if kernel.type in _CONVOLVING for k in kernel.nodes}
     split = [
         (index, node)

@@ -439,6 +439,23 @@ def test_stated_by_the_kernels_alone() -> None:
     assert not bf16.NOISE.stated_by(())
 
 
+def test_a_kernel_that_names_its_convolution_twice_adds_the_bias_itself(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    """As where a candidate has an Identity behind it, which the reference has not."""
+    x = r(generator.standard_normal((1, 6, 9, 9)))
+    w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
+    b = generator.standard_normal(8).astype(np.float32)
+    segment = make_segment(
+        [helper.make_node("Conv", ["x", "w", "b"], ["y"])],
+        {"w": w, "b": b},
+        ["x"],
+        ["y"],
+        [kernel("Convolution", ("y", "y"), "y")],
+    )
+    check(explain(segment, {"x": x}, {"y": r(conv(x, r(w)) + b[:, None, None])}))
+
+
 def test_factor_and_shift_after_a_convolution_go_into_its_rounded_weights_and_bias(
     make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
 ) -> None:
