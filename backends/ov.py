@@ -269,8 +269,8 @@ class OpenVINO:
         )
         if foreign:
             notes.append(
-                f"{len(foreign)} of the compiled program's tensors are no tensor of the ONNX graph "
-                f"and are audited together with what reads them: {', '.join(foreign)}."
+                "Tensors of the compiled program that the ONNX graph does not have, audited with "
+                f"what reads them: {', '.join(foreign)}."
             )
         return _Build(
             provenance=Provenance(

@@ -94,7 +94,8 @@ def _effects(report: SysnoiseReport, path: Path) -> Path:
     labels = [f"{_plain(t.title)}: {_plain(t.worst)}" for t in types]
     axes.set_yticks(range(len(types)), labels)
     axes.set_xlabel(f"{_measure(report)}: worst option with its 95 % interval; mean of all options")
-    axes.set_title(f"SysNoise of {_plain(Path(report.model).name)}, {report.photos} photographs")
+    name, photos = _plain(Path(report.model).name), words.count(report.photos, "photograph")
+    axes.set_title(f"SysNoise of {name}, {photos}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -184,7 +185,7 @@ def _matrix(report: SysnoiseReport, names: Sequence[str], rates: NDArray[Any], p
                     column, row, f"{value:.1f}", ha="center", va="center", size=6, color=colour
                 )
     figure.colorbar(shown, ax=axes, shrink=0.7, label=_flips(report.kind))
-    axes.set_title(f"one resizer instead of another, {report.photos} photographs")
+    axes.set_title(f"one resizer instead of another, {words.count(report.photos, 'photograph')}")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path

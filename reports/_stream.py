@@ -59,11 +59,12 @@ def _draw(page: Page, part: Streamed, output: str) -> None:
         nearest = min(part.steps, key=lambda s: s.margin_after or 0.0)
         left = words.plain(nearest.margin_after or 0.0)
         page.say(
-            Span(f"all {len(part.steps)} decisions alike", "green"),
+            Span(f"{words.count(len(part.steps), 'decision')}, all alike", "green"),
             Span(f"; closest at step {nearest.number}: {left} away"),
         )
     else:
-        page.say(Span(f"{len(part.steps)} steps; `{output}` is nothing to decide by"))
+        steps = words.count(len(part.steps), "step")
+        page.say(Span(f"{steps}; `{output}` is nothing to decide by"))
 
     def grown(of: Callable[[StreamStep], float]) -> str:
         first, last, most = part.steps[0], part.steps[-1], max(part.steps, key=of)

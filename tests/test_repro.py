@@ -191,7 +191,9 @@ def test_bad_requests_are_named(reported: Path, tmp_path: Path) -> None:
 def test_a_report_can_be_made_again_from_itself(reported: Path, tmp_path: Path) -> None:
     before = reported.read_bytes()
     second = tmp_path / "second.json"
-    done = audit("rerun", reported, "-o", second)
+    # A policy that the first run did not have.
+    (tmp_path / "audit.toml").write_text('backends = ["tvm"]\n[tolerance]\nrelative_l2 = 1e3\n')
+    done = audit("rerun", reported, "-o", second, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     old, new = json.loads(before), json.loads(second.read_text())
     assert reported.read_bytes() == before, "what the command wrote is not written again"

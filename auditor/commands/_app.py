@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from auditor.errors import UsageError
 
 MAIN = "audit"  # the verb meant when none is given
+UNRULED = "unruled"  # in the meta of an audit made again: no policy is looked for
 
 
 class _Verbs(TyperGroup):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from auditor import __version__
-from auditor.commands._app import MAIN, MainVerb, app, examples
+from auditor.commands._app import MAIN, UNRULED, MainVerb, app, examples
 from auditor.commands._asked import asked_for
 from auditor.commands._options import (
     Backends,
@@ -272,7 +272,8 @@ def _audit(
     from auditor import discovery
 
     destination = destination_for(format, output, [model, candidate, data, policy, baseline])
-    rules, earlier = _rules(policy, baseline, [name for name, _ in parse_traces(trace)])
+    traces = [name for name, _ in parse_traces(trace)]
+    rules, earlier = _rules(policy, baseline, traces, look=not context.meta.get(UNRULED))
     asked = asked_for(context.params, rules)
     if sandbox:
         asked = _closed_in(asked, context.params, output)
@@ -313,9 +314,9 @@ def _folders(given: Mapping[str, Any]) -> set[Path]:
 
 
 def _rules(
-    policy: Path | None, baseline: Path | None, traces: Sequence[str]
+    policy: Path | None, baseline: Path | None, traces: Sequence[str], *, look: bool
 ) -> tuple[Policy | None, AuditReport | None]:
-    """The policy and the baseline, read before any work is done."""
+    """The policy, the folder's own too if ``look``, and the baseline, before any work is done."""
     from auditor import discovery
     from auditor import policy as rulebook
     from auditor.records.terms import PIPELINE
@@ -325,7 +326,8 @@ def _rules(
         from reports import json_v1
 
         earlier = json_v1.load(baseline)
-    rules = rulebook.load(policy) if policy else rulebook.find(Path())
+    found = rulebook.find(Path()) if look and not policy else None
+    rules = rulebook.load(policy) if policy else found
     if rules is not None:
         known = [*discovery.backend_ids(), *traces, PIPELINE]
         rulebook.check(rules, known, [n.id for n in discovery.noises()])

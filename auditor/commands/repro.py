@@ -39,6 +39,7 @@ def _repro(
     from auditor.repro import ISSUE, SCRIPT, reproduce
     from reports import json_v1
     from reports._progress import LiveProgress
+    from reports._words import count
 
     loaded = json_v1.load(report)
     chosen = next((f for f in loaded.findings if f.rank == finding), None)
@@ -59,8 +60,9 @@ def _repro(
     finally:
         progress.close()
     emit(
-        f"{output}: a model of {made.nodes} nodes (the segment has {made.of}) shows a relative L2 "
-        f"of {made.relative_l2:.1e} ({made.place}; {made.trials} models tried)\n"
+        f"{output}: a model of {count(made.nodes, 'node')} (the segment has {made.of}) shows a "
+        f"relative L2 of {made.relative_l2:.1e} ({made.place}; "
+        f"{count(made.trials, 'model')} tried)\n"
         f"{made.said}\n"
         f"Run it: python {output / SCRIPT}; text for an issue: {output / ISSUE}"
     )

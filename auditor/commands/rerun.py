@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from auditor.commands._app import app, examples
+from auditor.commands._app import UNRULED, app, examples
 from auditor.commands._asked import again
 from auditor.commands._options import Format, Report
 
@@ -35,11 +35,14 @@ def _rerun(
     """Run the audit that made a report again, with the same arguments, in the same folder.
 
     Models, data and policies are read from where the report's command names them; what the
-    command wrote is not written again.
+    command wrote is not written again, and a policy of the folder counts only if one did before.
     """
     from reports import json_v1
 
-    context = again(json_v1.load(report).command)
+    earlier = json_v1.load(report)
+    context = again(earlier.command)
+    # A policy that lies here by now is none of the audit that is made again.
+    context.meta[UNRULED] = earlier.judgement is None
     context.params.update(format=format, output=output)
     if no_cache:
         context.params["cache"] = False

@@ -75,12 +75,13 @@ def find(folder: Path, labels: str | None, samples: int | None, task: str = "cls
         )
     notes = []
     if others := len(files) - len(found):
-        notes.append(f"{others} files in {folder} are not pictures by their names.")
+        notes.append(f"Files in {folder} that are no pictures by their names: {others}.")
     known = scoring.load(task).read(folder, found, labels) if labels else Labels({})
     notes += known.notes
     if samples is not None and samples < len(found):
+        used = f"{samples} of {len(found)}"
+        notes.append(f"Photographs used: {used}, spread evenly over the sorted names.")
         found = [found[i * len(found) // samples] for i in range(samples)]
-        notes.append(f"{samples} photographs are used, spread evenly over the sorted names.")
     chosen = {name: known.values[name] for name in found if name in known.values}
     if labels and not chosen:
         raise UsageError(

@@ -142,7 +142,7 @@ def sysnoise(
         alone = sweep.run(trials)
         if len(alone.failed) == len(photos.names):
             raise UsageError(
-                f"none of the {len(photos.names)} photographs can be used: {alone.failed[0]}",
+                f"no photograph can be used of {len(photos.names)}: {alone.failed[0]}",
                 "The training side's decoder must be able to read them.",
             )
         clock.append(time.perf_counter())
@@ -369,7 +369,7 @@ class _Measured:
     def refusals(self) -> list[Gap]:
         """What options could not process."""
         return [
-            Gap(name, "run", f"{count} photographs: {first}")
+            Gap(name, "run", f"{count} photograph{'s' * (count > 1)}: {first}")
             for name, (count, first) in self._table.refusals.items()
         ]
 
@@ -459,7 +459,7 @@ def _first(photos: Photos, training: Pipeline) -> Preparation:
         except PhotoError as error:
             reason = reason or f"{name}: {error.message}"
     raise UsageError(
-        f"none of the {len(photos.names)} photographs can be used: {reason}",
+        f"no photograph can be used of {len(photos.names)}: {reason}",
         "The training side's decoder must be able to read them.",
     )
 
@@ -518,8 +518,8 @@ def _remarks(nets: Networks, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"Nothing to simulate in this model: {', '.join(nets.silent)}."
     if checkpoint.reused:
         yield (
-            f"{checkpoint.reused} photographs had been measured before an interruption, and were "
-            "not measured again."
+            "Photographs measured before an interruption, and not measured again: "
+            f"{checkpoint.reused}."
         )
 
 

@@ -322,7 +322,7 @@ class Photographs:
                 self._gap(name, "compare", f"{why}: an audit compiles for one shape")
         if not self._used:
             raise UsageError(
-                f"none of the {len(photos.names)} photographs can be used: "
+                f"no photograph can be used of {len(photos.names)}: "
                 f"{self.gaps[0].subject}: {self.gaps[0].reason}",
                 "Both sides of the pipeline must read them and make what the model takes.",
             )

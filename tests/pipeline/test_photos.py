@@ -19,7 +19,7 @@ def test_photographs_are_sorted_and_spread(photos: Path) -> None:
     found = folders.find(photos, None, 5)
     numbers = [int(name[:2]) for name in found.names]
     assert numbers == [0, 2, 4, 7, 9]
-    assert "2 files" in found.notes[0]
+    assert "by their names: 2." in found.notes[0]
 
 
 def test_labels_from_names_folders_and_files(photos: Path, tmp_path: Path) -> None:

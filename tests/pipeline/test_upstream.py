@@ -221,7 +221,7 @@ def test_photographs_that_cannot_be_used_are_gaps(
 def test_nothing_left_is_one_clear_error(network: Path, photos: Path, pipeline: Path) -> None:
     for photo in photos.iterdir():
         photo.write_bytes(b"no picture")
-    with pytest.raises(UsageError, match="none of the 4 photographs can be used"):
+    with pytest.raises(UsageError, match="no photograph can be used of 4"):
         run(network, photos, pipeline)
 
 
