@@ -737,11 +737,18 @@ class _Surgery(Writer):
         return True
 
     def _sum_squares(self, node: onnx.NodeProto, group: Group) -> None:
-        """OpenVINO's frontend makes a multiplication and a sum of it: two kernels."""
-        x = self._input(node, 0, node.input[0], group)
+        """OpenVINO's frontend makes a multiplication and a sum of it: two kernels.
+
+        The first squares what it computed itself as it is; without axes there is no second.
+        """
+        x, kernel = node.input[0], group.kernel
+        squares = (k for k in self.at.kernels if k is not kernel and key(node) in k.nodes)
+        within = any(x in k.nodes for k in squares)
+        x = self.raw.get(x, x) if within else self._input(node, 0, x, group)
         square = self._new("Mul", x, x)
         node.op_type = "ReduceSum"
-        node.input[0] = self._round(square) if self.sites.outputs else square
+        apart = self.sites.outputs and (kernel is None or kernel.type == "Reduce")
+        node.input[0] = self._round(square) if apart else square
         axes = surgery.attributes(node).get("axes")
         if axes is not None and surgery.opset(self.at.model) >= OPSET_OF_SUMS:
             node.input.append(self._integers(axes))

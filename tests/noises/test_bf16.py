@@ -208,15 +208,15 @@ def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
 def test_a_sum_of_squares_is_two_kernels(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
+    """The first may hold what comes before it, too."""
     x = r(generator.standard_normal((4, 2, 160)))
-    segment = make_segment(
-        [helper.make_node("ReduceSumSquare", ["x"], ["y"], axes=[1], keepdims=0)],
-        {},
-        ["x"],
-        ["y"],
-        [kernel("Reduce", ("y",), "y")],
-    )
-    check(explain(segment, {"x": x}, {"y": r(r(x * x).sum(1))}))
+    kernels = [kernel("Subgraph", ("t", "y"), ""), kernel("Reduce", ("y",), "y")]
+    nodes = [
+        helper.make_node("Tanh", ["x"], ["t"]),
+        helper.make_node("ReduceSumSquare", ["t"], ["y"], axes=[1], keepdims=0),
+    ]
+    segment = make_segment(nodes, {}, ["x"], ["y"], kernels)
+    check(explain(segment, {"x": x}, {"y": r(r(np.tanh(x) ** 2).sum(1))}), identical=0.98)
 
 
 def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.Generator) -> None:
