@@ -62,6 +62,12 @@ def load(text: str, *, trusted: bool) -> Source:
     if text.endswith(_ARCHIVES):
         return _archive(Path(text), trusted)
     where, colon, name = text.rpartition(":")
+    if Path(text).is_dir():
+        raise UsageError(
+            f"--source {text} is a folder, which does not say what to build of it",
+            "Name a factory that loads it, such as load.py:make with `def make(): return "
+            f"transformers.AutoModel.from_pretrained({text!r})`.",
+        )
     if not colon or not where or not name:
         raise UsageError(f"--source `{text}` names no factory", _HINT)
     found = _attribute(_file(Path(where)) if where.endswith(".py") else _module(where), name, text)

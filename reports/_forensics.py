@@ -96,7 +96,8 @@ def render_result(report: ResultForensics, width: int | None, color: bool) -> st
     )
     page.rule("Against the description")
     if not report.differs:
-        page.say(Span("Nothing differs."))
+        nearest = "Nothing differs." if report.exact else "The nearest way is the one described."
+        page.say(Span(nearest))
     for step, (wanted, made) in report.differs.items():
         page.say(Span(f"{step}: ", "bold"), Span(f"described {wanted}; made by {made}"))
     if report.indistinguishable:

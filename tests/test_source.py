@@ -159,6 +159,7 @@ def test_what_goes_wrong_in_the_users_code_is_a_gap(small: Path, name: str, said
         (f"{NETS}:smal", "no `smal`"),
         (f"{NETS}:no_module", "not a torch.nn.Module"),
         ("small", "names no factory"),
+        ("tests/source", "is a folder"),
         ("missing.py:f", "does not exist"),
         ("missing.pt2", "does not exist"),
     ],

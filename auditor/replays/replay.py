@@ -78,7 +78,7 @@ class ReplayError(AuditError):
 
     def __init__(self, cut: Cut, what: str, error: Exception) -> None:
         """``what`` could not be done with the segment, and ONNX Runtime's own words."""
-        super().__init__(f"segment {cut.id} cannot be {what}: {_first_line(error)}")
+        super().__init__(f"segment {cut.id} cannot be {what}: {_one_line(error)}")
         self.inputs = cut.inputs
 
 
@@ -168,7 +168,7 @@ class Reference:
             self._session = self._compile()
         except Exception as error:  # ORT raises a family of classes that share no base
             raise UsageError(
-                f"the reference cannot load the model: {_first_line(error)}",
+                f"the reference cannot load the model: {_one_line(error)}",
                 "The reference is ONNX Runtime on the CPU: check that it has every operator.",
             ) from error
 
@@ -203,7 +203,7 @@ class Reference:
             self._session = self._session or self._compile()
             return dict(zip(names, self._session.run(names, self.wide(feeds)), strict=True))
         except Exception as error:
-            said = _first_line(error)
+            said = _one_line(error)
             hint = "Give real inputs with --data, or other shapes with --shape."
             if "umpy" in said:  # ONNX Runtime's words, by number: types that NumPy does not have
                 odd = {f"`{n}` is {v.dtype}" for n, v in feeds.items() if v.dtype.kind == "V"}
@@ -707,5 +707,6 @@ def _minus(a: Array, b: Array) -> Array:
     return a.astype(np.float64) - b.astype(np.float64)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+def _one_line(error: Exception) -> str:
+    # Which sizes are wrong stands in further lines.
+    return " ".join(str(error).split())[:300] or repr(error)
