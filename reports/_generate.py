@@ -120,6 +120,8 @@ def _draw(
 
 def shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
     """Causes and their shares in one line."""
+    if not categories and not unexplained:
+        return "nothing to explain"
     known = [f"{c.noise} {words.percent(c.share)}" for c in categories]
     return ", ".join([*known, f"unexplained {words.percent(unexplained)}"])
 
