@@ -12,6 +12,7 @@ from backends._ov_session import Plain, Session, result, same_bits
 from backends._ov_source import FLOATS, MOVEMENT
 
 _FUSING = frozenset({"Convolution", "Deconvolution"})
+_NARROW = frozenset({"bf16", "f16"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
 _RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
 _BISECTIONS = 16  # compilations at most when bisecting
@@ -129,10 +130,32 @@ class Probing:
         suspects = set[int]()
         for kernel in self._program.kernels():
             if kernel.key not in same:
+                if widening := self._widening(kernel, changed, probes):
+                    suspects |= widening
+                    continue
                 read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
                 own = {max(kernel.operations)} if kernel.operations else set()
                 suspects |= (read & probed or own) if kernel.end in ends else own
         return frozenset(suspects) or self._crossed(changed, probed)
+
+    def _widening(
+        self, kernel: Executed, changed: Program, probes: Sequence[Candidate]
+    ) -> set[int]:
+        """Makers of what is observed in a wider type and needs what ``kernel`` gives or reads.
+
+        OpenVINO may compute a kernel in float32 for such a Result, even if that needs no more than
+        its shape, as positions do in a program of open lengths.
+        """
+        wide = {k.end for k in changed.kernels() if k.precision == "f32"}
+        if kernel.precision not in _NARROW or kernel.end not in wide:
+            return set()
+        near = (kernel, *self._program.sources(kernel))
+        made = {(number, 0) for one in near for number in one.operations}
+        return {
+            c.maker
+            for c in probes
+            if c.precision not in _NARROW and self._source.needs(c.port, made)
+        }
 
     def _crossed(self, changed: Program, probed: Collection[int]) -> frozenset[int]:
         """Observed operations that a kernel moved past, in a program with the same kernels.

@@ -279,6 +279,36 @@ def test_what_changes_a_kernel_without_touching_it_is_found_around_it(
     assert {"s1", "s2", "s3"} <= {probe.tensor for probe in made.probes}
 
 
+def test_what_needs_no_more_than_a_shape_is_found_where_it_widens_a_kernel(tmp_path: Path) -> None:
+    """Positions of an open length, observed in float32, make OpenVINO normalise in that, too."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (int64[b,s] ids) => (float[b,s,32] y)
+        <int64 zero = {0}, int64 one = {1}, float eps = {0.00001}, int64[1] axis = {1}> {
+            h = Gather(e, ids) squares = Mul(h, h) mean = ReduceMean <axes = [-1]> (squares)
+            shifted = Add(mean, eps) root = Sqrt(shifted) inverse = Reciprocal(root)
+            normal = Mul(h, inverse) scaled = Mul(normal, g)
+            shape = Shape(h) length = Gather(shape, one) places = Range(zero, length, one)
+            floats = Cast <to = 1> (places) column = Unsqueeze(floats, axis)
+            angle = Mul(column, f) c = Cos(angle)
+            q = MatMul(scaled, w) turned = Mul(q, c) y = MatMul(turned, w)
+        }""")
+    draw = np.random.default_rng(0)
+    for name, shape in {"e": (50, 32), "g": (32,), "w": (32, 32), "f": (1, 32)}.items():
+        value = draw.uniform(0.1, 1, shape).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    built = BACKEND.build(
+        BuildRequest(path, {"ids": (1, 8)}, True, None, 2, {}, tmp_path, open=True)
+    )
+    if precision_of(built) != "bf16":
+        pytest.skip("this CPU has no bf16")
+    instrumented = built.instrument({"ids": np.arange(1, 9).reshape(1, 8)})
+    assert instrumented.program_unchanged
+    proofs = {p.tensor: p.fidelity for p in instrumented.probes}
+    assert [proofs[n] for n in ("scaled", "angle", "q", "turned")] == ["output-proved"] * 4
+
+
 def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Path) -> None:
     """Grouped attention's scale is applied before keys are repeated, unless those are observed."""
     path = tmp_path / "decoder.onnx"
