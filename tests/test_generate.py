@@ -182,6 +182,8 @@ def test_what_is_no_decoder_is_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes 24 tokens") as error:
         rerun.decoder_of(model, 10, 32)
     assert "--tokens 14" in error.value.hint
+    with pytest.raises(UsageError, match="vocabulary, which ends at 1999"):
+        generate._check_prompt(model, [3, 2000])
     cached = replace(model, inputs=(*model.inputs, replace(model.inputs[0], name="past.0.key")))
     with pytest.raises(UsageError, match="no sequence of tokens"):
         rerun.decoder_of(cached, 4, 16)

@@ -99,7 +99,7 @@ def caches_of(
         n for n, s in inputs.items() if n in named or _PAST.match(n) or s.dtype.kind not in "iub"
     ]
     pairs = dict(named)
-    free = [n for n in model.outputs if n != _logits(model) and n not in named.values()]
+    free = [n for n in model.outputs if n != logits_of(model) and n not in named.values()]
     suffixes = {_PRESENT.sub("", n): n for n in free if _PRESENT.match(n)}
     for name in pasts:
         if name not in pairs and _PAST.match(name) and (found := suffixes.get(_PAST.sub("", name))):
@@ -120,7 +120,8 @@ def caches_of(
     )
 
 
-def _logits(model: Model) -> str:
+def logits_of(model: Model) -> str:
+    """The output with a number for each token of the vocabulary."""
     return next((n for n in model.outputs if "logits" in n.lower()), model.outputs[0])
 
 
@@ -236,7 +237,7 @@ def decoder_of(model: Model, caches: tuple[Cache, ...], given: Arrays | None = N
     if not ids:
         raise UsageError(f"{model.path} takes no token ids", "Give a decoder.")
     mask = masks[0] if masks else None
-    return Decoder(ids[0], mask, tuple(positions), _logits(model), caches, branch, given)
+    return Decoder(ids[0], mask, tuple(positions), logits_of(model), caches, branch, given)
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from auditor.errors import UsageError
 from auditor.options import AuditOptions
 from auditor.records.generation import GenerationReport
 from auditor.sequences import cached, rerun
-from auditor.sequences.caches import caches_of, checked
+from auditor.sequences.caches import caches_of, checked, logits_of
 
 if TYPE_CHECKING:
+    from auditor.model import Model
     from auditor.ports import Arrays, Noise, Progress
 
 
@@ -62,6 +63,7 @@ def generate(
         UsageError: the model is no decoder, or the prompt does not fit it.
     """
     model = models.load(path)
+    _check_prompt(model, prompt)
     fixed = checked(model, given or {})
     if kept := caches_of(model, caches or {}, fixed):
         return cached.generate(
@@ -81,3 +83,14 @@ def generate(
     return rerun.generate(
         model, prompt, count, options, noises=noises, progress=progress, scratch=scratch
     )
+
+
+def _check_prompt(model: Model, prompt: Sequence[int]) -> None:
+    logits = next(o for o in model.proto.graph.output if o.name == logits_of(model))
+    vocabulary = [d.dim_value for d in logits.type.tensor_type.shape.dim][-1:]
+    if vocabulary and 0 < vocabulary[0] <= max(prompt):
+        raise UsageError(
+            f"token {max(prompt)} of the prompt is not in the model's vocabulary, which ends at "
+            f"{vocabulary[0] - 1}",
+            "Take token ids of this model's own tokenizer.",
+        )
