@@ -139,6 +139,7 @@ SITES = (
         products=True,
     ),
     Sites("weights in bf16", "operator", weights=True, products=True),
+    Sites("activations in bf16, weights in FP32", "operator", inputs=True, products=True),
     Sites(
         "operands and results of each kernel in bf16, factors of sums multiplied in by others",
         "kernel",

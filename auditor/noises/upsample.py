@@ -94,7 +94,8 @@ def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str
             yield {_CENTRE: other, _ROUNDING: rounding}
         yield from ({_ROUNDING: rounding} for rounding in _ROUNDINGS)
         yield {_CENTRE: "align_corners", _ROUNDING: "round_prefer_ceil"}
-        yield {"mode": "cubic", _CENTRE: "half_pixel"}
+        for other in dict.fromkeys(("half_pixel", centre)):
+            yield {"mode": "cubic", _CENTRE: other}
         return
     if mode == "cubic":
         for excluded in (given["exclude_outside"], 1 - given["exclude_outside"]):

@@ -439,6 +439,18 @@ def test_stated_by_the_kernels_alone() -> None:
     assert not bf16.NOISE.stated_by(())
 
 
+def test_activations_alone(
+    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+) -> None:
+    """As where what is handed over between kernels in float32 is stored in bfloat16."""
+    x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
+    w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
+    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    found = explain(segment, {"x": x}, {"y": conv(r(x), w)})
+    assert found.noise == ID and found.explained > 0.999
+    assert found.variant == "activations in bf16, weights in FP32"
+
+
 def test_a_kernel_that_names_its_convolution_twice_adds_the_bias_itself(
     make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
 ) -> None:
