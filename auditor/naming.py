@@ -87,9 +87,10 @@ def _replays(replayer: Replayer, cut: Cut, captured: Arrays, constants: Arrays) 
     These may be so far off that nothing of the former is left.
     """
     yield (made := replayer.run(cut, captured))
-    yield replayer.run_changed(
-        cut, captured, made, lambda model: artefact.replaced(model, constants), 0, "replayed"
-    )
+    if constants:
+        yield replayer.run_changed(
+            cut, captured, made, lambda model: artefact.replaced(model, constants), 0, "replayed"
+        )
 
 
 def _bypassed(

@@ -54,7 +54,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
     return replace(
         blank,
         status="audited",
-        fidelity=_proof(measured),
+        fidelity=None if tracer.unobserved else _proof(measured),
         outputs=tuple(meter.report() for meter in measured.outputs.values()),
         categories=_categories(measured),
         unexplained_share=_unexplained(measured),

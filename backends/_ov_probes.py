@@ -122,33 +122,32 @@ class Probing:
         """Which kernels' outputs to leave alone for the program to stay as it is.
 
         A kernel that ``changed`` still has in another form was fused with what it reads; one
-        that it no longer has was fused with what reads it.
+        that it no longer has was fused with what reads it. One that is computed in float32 now was
+        widened for something observed in that.
         """
         probed = {c.maker for c in probes}
         same = {kernel.key for kernel in changed.kernels()}
         ends = {kernel.end for kernel in changed.kernels() if kernel.type not in MOVEMENT}
+        wide = {kernel.end for kernel in changed.kernels() if kernel.precision == "f32"}
         suspects = set[int]()
         for kernel in self._program.kernels():
-            if kernel.key not in same:
-                if widening := self._widening(kernel, changed, probes):
-                    suspects |= widening
-                    continue
-                read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
-                own = {max(kernel.operations)} if kernel.operations else set()
-                suspects |= (read & probed or own) if kernel.end in ends else own
+            if kernel.key in same:
+                continue
+            widened = kernel.precision in _NARROW and kernel.end in wide
+            if widened and (widening := self._widening(kernel, probes)):
+                suspects |= widening
+                continue
+            read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
+            own = {max(kernel.operations)} if kernel.operations else set()
+            suspects |= (read & probed or own) if kernel.end in ends else own
         return frozenset(suspects) or self._crossed(changed, probed)
 
-    def _widening(
-        self, kernel: Executed, changed: Program, probes: Sequence[Candidate]
-    ) -> set[int]:
+    def _widening(self, kernel: Executed, probes: Sequence[Candidate]) -> set[int]:
         """Makers of what is observed in a wider type and needs what ``kernel`` gives or reads.
 
         OpenVINO may compute a kernel in float32 for such a Result, even if that needs no more than
         its shape, as positions do in a program of open lengths.
         """
-        wide = {k.end for k in changed.kernels() if k.precision == "f32"}
-        if kernel.precision not in _NARROW or kernel.end not in wide:
-            return set()
         near = (kernel, *self._program.sources(kernel))
         made = {(number, 0) for one in near for number in one.operations}
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
@@ -16,7 +15,7 @@ from auditor.records.backend import Gap
 from auditor.records.model import Machine
 from auditor.records.report import AuditReport
 from reports import json_v1
-from tests.helpers import ROOT, scaled
+from tests.helpers import ROOT, closed, scaled
 from tests.helpers import audit_in as audit
 
 
@@ -111,22 +110,10 @@ def test_the_command(folder: Path) -> None:
     Draft202012Validator.check_schema(schema)
     for text in ("diff.json", "worse.json"):
         document = json.loads((folder / text).read_text())
-        Draft202012Validator(_closed(schema)).validate(document)
+        Draft202012Validator(closed(schema)).validate(document)
         for key in document:
             without = {name: value for name, value in document.items() if name != key}
             assert not Draft202012Validator(schema).is_valid(without)
-
-
-def _closed(schema: Any) -> Any:
-    """The schema without room for keys that it does not describe."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict):
-        closed["additionalProperties"] = False
-    return closed
 
 
 def test_bad_input(folder: Path) -> None:
