@@ -48,7 +48,7 @@ _MOST_OUTPUTS = 4
 
 _MOST_NAMES = 3
 _MOST_RULES = 8
-_REASON = 600  # characters of an engine's message shown; the JSON report has all of it
+_REASON = 600  # characters of an engine's message or note shown; the JSON report has all of it
 _CONCLUSIONS = {"confirmed": "green", "contradicted": "yellow", "failed": "yellow"}
 
 
@@ -279,7 +279,7 @@ def _backend_facts(backend: BackendReport) -> Iterable[Span]:
     if latency := words.latency(backend):
         yield Span(latency)
     for note in backend.provenance.notes if backend.provenance else ():
-        yield Span(f"note: {note}")
+        yield Span(f"note: {elide(note, _REASON)}")
     for warning in backend.warnings:
         yield Span(f"warning: {warning}", "yellow")
 

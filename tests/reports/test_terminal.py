@@ -194,6 +194,17 @@ def test_long_names_lose_their_middle(report: AuditReport) -> None:
     assert name not in text
 
 
+def test_a_long_note_loses_its_middle(report: AuditReport) -> None:
+    """An engine may name a hundred tensors that the model does not have."""
+    backend = next(b for b in report.backends if b.provenance)
+    assert backend.provenance is not None
+    note = f"Tensors: {', '.join(f'Conv__{i}/WithoutBiases' for i in range(100))}, the last."
+    made = replace(backend, provenance=replace(backend.provenance, notes=(note,)))
+    text = _flat(_render(replace(report, backends=(made,)), 80))
+    assert "note: Tensors: Conv__0/WithoutBiases" in text and "the last." in text
+    assert "Conv__50/WithoutBiases" not in text
+
+
 # --- honesty -------------------------------------------------------------------------------------
 
 
