@@ -15,34 +15,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from auditor import (
-    divergence,
-    evidence,
-    impact,
-    metrics,
-    model,
-    pictures,
-    witness,
-)
-from auditor.alignment import Alignment
-from auditor.causes import Causes
-from auditor.divergence import Local, Meter
+from auditor.attribution import evidence, witness
+from auditor.attribution.causes import Causes
+from auditor.capture.alignment import Alignment
+from auditor.capture.recording import Source
+from auditor.capture.trace import SampleTrace
+from auditor.comparison import metrics, pictures
+from auditor.comparison.metrics import Moments, Running
+from auditor.comparison.outputs import OutputMeter
+from auditor.comparison.tasks import TaskMeter
+from auditor.decomposition import divergence, impact
+from auditor.decomposition.divergence import Local, Meter
+from auditor.decomposition.impact import Books, Chain, Ledger, Parts, Pool
+from auditor.decomposition.screening import Screening
 from auditor.errors import UsageError
-from auditor.impact import Books, Chain, Ledger, Parts, Pool
-from auditor.metrics import Moments, Running
+from auditor.graphs import model, surgery
+from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
-from auditor.outputs import OutputMeter
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
-from auditor.recording import Source
 from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
 from auditor.records.terms import OutputKind
-from auditor.replays import surgery
 from auditor.replays.replay import Block, Reference, ReplayError, difference
-from auditor.screening import Screening
-from auditor.segments import Cut
-from auditor.tasks import TaskMeter
-from auditor.trace import SampleTrace
 
 if TYPE_CHECKING:
     from auditor.pipeline.upstream import Upstream

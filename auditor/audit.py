@@ -19,12 +19,12 @@ from auditor.records.backend import BuildRequest, Gap
 from auditor.records.report import AuditReport, BackendReport, Finding, NoiseInfo, PipelineReport
 
 if TYPE_CHECKING:
-    from auditor.agreement import Agreements
     from auditor.analysis import Analysis
+    from auditor.capture.recording import Source
+    from auditor.capture.trace import SampleTrace, Tracer
+    from auditor.comparison.agreement import Agreements
     from auditor.ports import Arrays, Noise, Progress
-    from auditor.recording import Source
     from auditor.subject import References, Samples, Subject
-    from auditor.trace import SampleTrace, Tracer
 
 __all__ = ["AuditOptions", "BackendSpec", "audit", "record"]
 
@@ -109,7 +109,7 @@ def _run(
     analyses = _analyses(subject, against, options, noises, tracers)
 
     def hold(who: str) -> None:
-        from auditor import artefact
+        from auditor.graphs import artefact
 
         quantised = who in subject.quantised
         if who in options.artifacts or quantised:
@@ -159,8 +159,8 @@ def _analyses(
 ) -> dict[str, Analysis]:
     """What will be measured on each backend, by its label; nothing is yet."""
     # Imported here: the workers are starting meanwhile.
-    from auditor import artefact
     from auditor.analysis import Analysis
+    from auditor.graphs import artefact
     from auditor.replays import qdq
 
     # Only PyTorch, before the export, can show what the export did.
@@ -210,9 +210,9 @@ def _measure(
     """
     import numpy as np
 
-    from auditor import confirm
-    from auditor.agreement import Agreements
+    from auditor.comparison.agreement import Agreements
     from auditor.processes import memory
+    from auditor.verdict import confirm
 
     reference, exported = against.reference, against.exported
     stimulus, photographs = subject.stimulus, subject.photographs
@@ -271,9 +271,9 @@ def _conclude(
     clock: _Clock,
 ) -> AuditReport:
     """Rank what was measured, confirm it on the backends, and come to a verdict."""
-    from auditor import confirm, latency, ranking, summary
     from auditor.processes import machine
     from auditor.training import origins, second_shape
+    from auditor.verdict import confirm, latency, ranking, summary
 
     model, stimulus, samples = subject.model, subject.stimulus, subject.samples
     reference, photographs = against.reference, subject.photographs
@@ -355,7 +355,7 @@ def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: 
     The training side has none: what the user's code computes rests on more than its name. What is
     quantised rests on its calibration too.
     """
-    from auditor.trace import Tracer
+    from auditor.capture.trace import Tracer
 
     if options.cache is None or subjects.trains(spec) or subjects.quantises(spec, options):
         return Tracer(spec.label, worker, options.timeout, progress)
@@ -372,9 +372,9 @@ def record(model_path: Path, options: AuditOptions, path: Path, progress: Progre
         UsageError: the model, the data or an option is unusable.
         OSError: ``path`` cannot be written.
     """
-    from auditor import model as models
-    from auditor import recording
-    from auditor.trace import Tracer
+    from auditor.capture import recording
+    from auditor.capture.trace import Tracer
+    from auditor.graphs import model as models
 
     (spec,) = options.backends
     with workers([spec.id], options.limits) as (worker,):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from auditor.segments import Cut, Graph
+from auditor.graphs.segments import Cut, Graph
 
 
 @dataclass(frozen=True, slots=True)

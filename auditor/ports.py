@@ -273,7 +273,7 @@ class SegmentGraph:
         compiled: constants that the compiled file has otherwise, by their names here.
         trained: those that the module has otherwise which the model was exported from.
         grids: what activations are rounded to in the compiled program (``Gridded``), by name.
-        weights: values of the initialisers that lie in files (``auditor.weights``), by name;
+        weights: values of the initialisers that lie in files (``auditor.graphs.weights``), by name;
         folder: where these files are.
     """
 

@@ -23,21 +23,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from auditor import discovery, metrics
-from auditor import model as models
+from auditor import discovery
+from auditor.capture.trace import Tracer
+from auditor.comparison import metrics
 from auditor.errors import UsageError
+from auditor.graphs import model as models
+from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Script, Scriptable
 from auditor.processes.limits import Limits, physical_memory
 from auditor.processes.worker import module_path, workers
 from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
 from auditor.replays import replay
-from auditor.segments import Cut, Graph
 from auditor.subject import model_of, reference_of, request_for, stimulus_of
-from auditor.trace import Tracer
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.options import AuditOptions, BackendSpec
     from auditor.ports import Array, Arrays, Progress
     from auditor.records.measured import Segment

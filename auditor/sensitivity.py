@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from auditor import attribution, metrics, weights
+from auditor.attribution import cause as attribution
+from auditor.comparison import metrics
+from auditor.comparison.outputs import OutputMeter
 from auditor.errors import NoiseError, UsageError
-from auditor.outputs import OutputMeter
+from auditor.graphs import surgery, weights
 from auditor.records.measured import Sensitivity
 from auditor.records.model import StimulusInfo
-from auditor.replays import replay, rounding, surgery
+from auditor.replays import replay, rounding
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.ports import Arrays, Noise, Progress, Variant
     from auditor.stimulus import Stimulus
 

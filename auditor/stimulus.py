@@ -15,10 +15,10 @@ import numpy as np
 from auditor import datafiles
 from auditor.datafiles import Stored
 from auditor.errors import UsageError
-from auditor.model import Model, Shape, TensorSpec, shown, suggestion
+from auditor.graphs.model import Model, Shape, TensorSpec, shown, suggestion
+from auditor.graphs.shapes import resolve_shapes
 from auditor.processes.limits import physical_memory
 from auditor.records.model import StimulusInfo
-from auditor.shapes import resolve_shapes
 
 if TYPE_CHECKING:
     import onnx

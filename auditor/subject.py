@@ -14,15 +14,15 @@ from auditor.processes.limits import GIB
 from auditor.records.backend import BuildRequest
 
 if TYPE_CHECKING:
-    from auditor.model import Model, TensorSpec
+    from auditor.capture.recording import Recording, Source
+    from auditor.capture.trace import SampleTrace
+    from auditor.graphs.model import Model, TensorSpec
     from auditor.options import AuditOptions, BackendSpec
     from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Progress
-    from auditor.recording import Recording, Source
     from auditor.records.report import AuditReport
     from auditor.replays.replay import Reference
     from auditor.stimulus import Stimulus
-    from auditor.trace import SampleTrace
 
 
 # The engine option that quantises after training, on the backends that have it.
@@ -74,8 +74,8 @@ def load(model_path: Path, options: AuditOptions, progress: Progress) -> Subject
     Raises:
         UsageError: the model, the data or an option is unusable.
     """
-    from auditor import custom_ops
-    from auditor import model as models
+    from auditor.graphs import custom_ops
+    from auditor.graphs import model as models
 
     custom_ops.use(options.custom_ops)
     model = models.load(model_path)
@@ -142,7 +142,7 @@ class Samples:
 
     def trace(self, tracer: Source, index: int) -> SampleTrace | None:
         """What a backend did with one sample; None where it has a gap."""
-        from auditor.recording import Recording
+        from auditor.capture.recording import Recording
 
         if isinstance(tracer, Recording):
             return tracer.sample(self.feeds(index), index, self._stimulus.available)
@@ -155,8 +155,8 @@ def model_of(report: AuditReport, options: AuditOptions) -> Model:
     Raises:
         UsageError: it cannot be loaded, or is another one by now.
     """
-    from auditor import custom_ops
-    from auditor import model as models
+    from auditor.graphs import custom_ops
+    from auditor.graphs import model as models
 
     custom_ops.use(options.custom_ops)
     model = models.load(Path(report.model.path))
@@ -173,8 +173,8 @@ def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
     Raises:
         UsageError: the model's inputs cannot be fed to it.
     """
-    from auditor.matching import match
-    from auditor.segments import Graph
+    from auditor.capture.matching import match
+    from auditor.graphs.segments import Graph
 
     ours = Graph(model.proto)
     found = match(ours, ours if compiled is model else Graph(compiled.proto))
@@ -258,7 +258,7 @@ def _recordings(
 ) -> tuple[Recording, ...]:
     if not options.traces:
         return ()
-    from auditor import recording
+    from auditor.capture import recording
 
     opened = tuple(
         recording.load(id, path, options.trace_names, progress) for id, path in options.traces

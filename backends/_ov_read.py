@@ -36,7 +36,7 @@ def onnx_names(path: Path) -> tuple[list[str], list[str], dict[str, str], dict[s
 
     Those that nodes of subgraphs make come apart, last, with the names of the nodes too.
     """
-    from auditor import weights
+    from auditor.graphs import weights
 
     graph = weights.read(path).graph
     inputs = [i.name for i in graph.input]

@@ -155,7 +155,7 @@ class OrtBuild:
             import onnx
             import onnxruntime as ort
 
-            from auditor import weights
+            from auditor.graphs import weights
         except ImportError as error:
             raise BackendError(first_line(error), _REMEDY, stage="start") from error
         ort.set_default_logger_severity(3)  # else importing a model prints warnings
@@ -251,7 +251,7 @@ class OrtBuild:
         """
         import onnx
 
-        from auditor import weights
+        from auditor.graphs import weights
 
         requested = onnx.ModelProto()
         requested.CopyFrom(self._compiled)
@@ -418,7 +418,7 @@ class OpaqueBuild:
         """Compile; raises ``BackendError``."""
         import onnxruntime as ort
 
-        from auditor import weights
+        from auditor.graphs import weights
 
         file = request.artifact or request.model_path
         self._session = options.session(file, None, options.level, {}, stage="build")

@@ -167,7 +167,7 @@ class TorchBuild:
         """Say what was loaded."""
         import torch
 
-        from auditor import weights
+        from auditor.graphs import weights
 
         graph = weights.read(self.request.model_path).graph
         held = {t.name for t in graph.initializer}
@@ -197,7 +197,7 @@ class TorchBuild:
 
     def constants(self) -> Arrays:
         """The module's own values of the ONNX file's constants, as far as they are recognised."""
-        from auditor import weights
+        from auditor.graphs import weights
         from backends import _parameters
 
         proto = weights.read(self.request.model_path)

@@ -366,7 +366,7 @@ class TVM:
             return Library(request)
         import tvm
 
-        from auditor import weights
+        from auditor.graphs import weights
 
         options = _Options.parse(request.options)
         original = weights.read(request.model_path).graph

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from auditor import analysis, audit, discovery, impact
+from auditor import analysis, audit, discovery
 from auditor.audit import AuditOptions, BackendSpec
-from auditor.divergence import Local
-from auditor.impact import Chain
+from auditor.decomposition import impact
+from auditor.decomposition.divergence import Local
+from auditor.decomposition.impact import Chain
 from auditor.ports import Silent
 from auditor.replays import replay
 from benchmarks import deep

@@ -177,7 +177,7 @@ def start_up(repeats: int, scratch: Path) -> Iterator[Row]:
 
 def tensors(repeats: int, scratch: Path) -> Iterator[Row]:
     """The comparison of two float32 tensors of 256 MiB, beside reading both and a copy of one."""
-    from auditor import metrics
+    from auditor.comparison import metrics
 
     rng = np.random.default_rng(0)
     a = rng.standard_normal(1 << 26, np.float32)

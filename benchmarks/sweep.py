@@ -51,7 +51,7 @@ PIPELINES = {
 def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises: list[str]) -> None:
     """Print the seconds that these runs take with nothing around them: wall, then processor."""
     from auditor import discovery
-    from auditor import model as models
+    from auditor.graphs import model as models
     from auditor.pipeline import description, networks
     from auditor.pipeline.steps import Preparation
     from auditor.ports import Silent

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution
-from auditor.attribution import Explanation
+from auditor.attribution import cause as attribution
+from auditor.attribution.cause import Explanation
 from auditor.ports import Array, Arrays, Noise, SegmentGraph
 
 ROOT = Path(__file__).resolve().parents[1]

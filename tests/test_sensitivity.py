@@ -10,8 +10,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import discovery, model, sensitivity, stimulus
+from auditor import discovery, sensitivity, stimulus
 from auditor.audit import AuditOptions, BackendSpec, audit
+from auditor.graphs import model
 from auditor.ports import Array, Silent
 from auditor.records.measured import Sensitivity
 

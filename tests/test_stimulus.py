@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from auditor import model as models
 from auditor import stimulus as stimuli
 from auditor.errors import UsageError
+from auditor.graphs import model as models
 
 Saver = Callable[[Path, dict[str, NDArray[np.generic]]], Path]
 FLOAT, INT64, INT32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32

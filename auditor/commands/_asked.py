@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from auditor.options import AuditOptions
-    from auditor.policy import Policy
+    from auditor.verdict.policy import Policy
 
 
 def again(command: Sequence[str]) -> typer.Context:
@@ -112,13 +112,13 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
 
 
 def _tokens(path: Path) -> tuple[str, ...]:
-    from auditor import texts  # reads arrays too
+    from auditor.comparison import texts  # reads arrays too
 
     return texts.tokens(path)
 
 
 def _trace_names(path: Path) -> dict[str, str]:
     """Imported for this alone: reading arrays takes numpy, and the workers are not started yet."""
-    from auditor.recording import read_names
+    from auditor.capture.recording import read_names
 
     return read_names(path)

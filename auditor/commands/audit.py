@@ -31,8 +31,8 @@ from auditor.commands._stop import StoppableProgress
 
 if TYPE_CHECKING:
     from auditor.options import AuditOptions
-    from auditor.policy import Policy
     from auditor.records.report import AuditReport
+    from auditor.verdict.policy import Policy
 
 _MORE = (
     examples(
@@ -318,8 +318,8 @@ def _rules(
 ) -> tuple[Policy | None, AuditReport | None]:
     """The policy, the folder's own too if ``look``, and the baseline, before any work is done."""
     from auditor import discovery
-    from auditor import policy as rulebook
     from auditor.records.terms import PIPELINE
+    from auditor.verdict import policy as rulebook
 
     earlier = None
     if baseline:
@@ -341,7 +341,7 @@ def _judged(
     from datetime import date
 
     from auditor import diff
-    from auditor import policy as rulebook
+    from auditor.verdict import policy as rulebook
 
     if earlier is not None:
         comparison = diff.compare(earlier, report, str(baseline), "this audit")

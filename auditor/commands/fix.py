@@ -69,8 +69,8 @@ def _fix(
     six builds at most. A rewritten model must compute the same on the reference. Exit code 0 when
     the limit is reached, 1 when not.
     """
-    from auditor import policy as rulebook
     from auditor.fix import fix
+    from auditor.verdict import policy as rulebook
     from reports import _fix as table
     from reports import json_v1
     from reports._progress import LiveProgress

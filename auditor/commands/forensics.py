@@ -147,7 +147,7 @@ def _result(
                 f"cannot read {outputs} as arrays by name: {error}", "Save it with numpy.savez."
             ) from error
     else:
-        from auditor import model as models
+        from auditor.graphs import model as models
         from auditor.pipeline.networks import network_input
         from auditor.replays import replay
 

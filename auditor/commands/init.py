@@ -31,7 +31,7 @@ def _init(
 
     `audit` finds audit.toml in the current folder by itself.
     """
-    from auditor import policy
+    from auditor.verdict import policy
     from reports import json_v1
 
     output = output.resolve()

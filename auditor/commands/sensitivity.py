@@ -52,9 +52,9 @@ def _sensitivity(
     ids = [id.strip() for text in noise or () for id in text.split(",")]
     chosen = [discovery.noise(id) for id in ids] if ids else catalogue
 
-    from auditor import model as models
     from auditor import sensitivity
     from auditor import stimulus as stimuli
+    from auditor.graphs import model as models
     from reports._lists import render_sensitivities
     from reports._progress import LiveProgress
 

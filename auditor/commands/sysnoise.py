@@ -94,7 +94,7 @@ def _sysnoise(
         _check_plots(plots)
     given = [id.strip() for text in noise or () for id in text.split(",")]
 
-    from auditor import model as models
+    from auditor.graphs import model as models
     from auditor.pipeline import description, networks, photos
     from auditor.pipeline.sysnoise import pixels, sysnoise
     from reports import _sysnoise as table

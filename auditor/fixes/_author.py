@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import onnx
 
 from auditor import discovery
-from auditor import model as models
 from auditor.fixes._bench import Bench, Change
 from auditor.fixes._view import MARK, View
-from auditor.replays import surgery
+from auditor.graphs import model as models
+from auditor.graphs import surgery
 from auditor.replays.rounding import upgraded
 
 if TYPE_CHECKING:

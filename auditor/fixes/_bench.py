@@ -12,19 +12,21 @@ from typing import TYPE_CHECKING
 
 import onnx
 
-from auditor import discovery, metrics, weights
-from auditor import model as models
+from auditor import discovery
 from auditor.audit import audit
+from auditor.capture.trace import Tracer
+from auditor.comparison import metrics
 from auditor.errors import BackendError, UsageError
+from auditor.graphs import model as models
+from auditor.graphs import surgery, weights
 from auditor.ports import Keeping
 from auditor.processes.worker import workers
 from auditor.records.fix import FixAttempt
-from auditor.replays import replay, surgery
+from auditor.replays import replay
 from auditor.subject import reference_of, request_for, stimulus_of
-from auditor.trace import Tracer
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.options import AuditOptions, BackendSpec
     from auditor.ports import Arrays, Progress
     from auditor.records.measured import Segment

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from auditor.graphs import surgery
 from auditor.ports import Surroundings
-from auditor.replays import surgery
 
 _POOLS = ("AveragePool", "MaxPool", "LpPool")
 

@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from auditor.graphs import surgery
 from auditor.ports import Array, Surroundings
-from auditor.replays import replay, surgery
+from auditor.replays import replay
 
 
 class _ResizeMatrix:

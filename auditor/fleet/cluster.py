@@ -254,7 +254,7 @@ def _described(paths: Sequence[Path]) -> tuple[File, ...]:
 
 def _beside(model: Path) -> tuple[Path, ...]:
     """The data files of a model; none where it is unusable, which its audit will say."""
-    from auditor import model as models
+    from auditor.graphs import model as models
 
     try:
         return models.external_files(model)

@@ -19,9 +19,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from auditor import metrics
+from auditor.comparison import metrics
+from auditor.graphs import surgery
 from auditor.ports import Array, Arrays
-from auditor.replays import replay, surgery
+from auditor.replays import replay
 
 # Operators that only move values, and those that compute each value from one of their operand's.
 _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))

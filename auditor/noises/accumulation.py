@@ -8,9 +8,10 @@ from math import prod
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout, surgery
+from auditor.replays import layout
 
 _HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 
 # GELU's Φ(x) = (1 + erf(x/√2)) / 2 is approximated as (1 + tanh(√(2/π)(x + 0.044715 x³))) / 2 or
 # as σ(1.702 x); both follow from what takes the place of erf.

@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Attributes that other noises vary, or that do not change the result by themselves.
 _ATTRIBUTES_ELSEWHERE = frozenset(

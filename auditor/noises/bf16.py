@@ -7,19 +7,10 @@ from dataclasses import replace
 
 from onnx import TensorProto
 
-from auditor import artefact
+from auditor.graphs import artefact, surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import (
-    blockwise,
-    dynamic,
-    folded,
-    loops,
-    recurrent,
-    reorder,
-    rounding,
-    surgery,
-)
+from auditor.replays import blockwise, dynamic, folded, loops, recurrent, reorder, rounding
 from auditor.replays.rounding import Sites
 from auditor.replays.writer import BF16
 

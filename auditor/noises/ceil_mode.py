@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Poolings, with the opset that gave each of them ``ceil_mode``.
 _POOLS = {"MaxPool": 10, "AveragePool": 10, "LpPool": 18}

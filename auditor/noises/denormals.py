@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Operators that move values and so leave subnormal ones alone.
 _MOVES = frozenset(

@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.graphs import surgery
+from auditor.graphs.weights import inside
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
-from auditor.weights import inside
 
 # Attributes that name an element type.
 _NAME = "everything in float32"

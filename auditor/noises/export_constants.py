@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from auditor import artefact
+from auditor.graphs import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 

@@ -14,9 +14,9 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 
 FORM = "constants that hold the traced size hold the other one"
 # Constants that say sizes have few elements; ranges and masks have as many as the size says.

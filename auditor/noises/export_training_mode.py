@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 
 _NORMALISATION = "batch normalisation by its stored mean and variance"
 _DROPOUT = "dropout left out"

@@ -9,15 +9,15 @@ from typing import Literal
 import numpy as np
 import onnx
 
-from auditor import artefact
+from auditor.graphs import artefact, surgery
+from auditor.graphs.weights import inside
 from auditor.noises import _calibrated, bf16, int8_dynamic
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
-from auditor.replays import recurrent, rounding, surgery
+from auditor.replays import recurrent, rounding
 from auditor.replays.layout import stated
 from auditor.replays.quantised import Editor, Layout
-from auditor.weights import inside
 
 RECURRENT = "; what LSTM layers read, too, by its range in each step"
 RUNNING = "; what products read, too, while the model runs, "

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
 # OpenVINO's default; what weights are grouped by, which ONNX Runtime uses; None: a whole row.

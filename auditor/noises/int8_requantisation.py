@@ -10,9 +10,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Range of each integer type that int64 can hold.
 _LIMITS: dict[int, tuple[int, int]] = {

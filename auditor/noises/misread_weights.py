@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from auditor.graphs import surgery
+from auditor.graphs.weights import inside
 from auditor.noises import bf16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout, rounding, surgery
-from auditor.weights import inside
+from auditor.replays import layout, rounding
 
 _BLOCK = 32  # bfloat16 values of one row of a tile register
 _WIDTHS = (16, 32)  # filters that are computed, and laid out, together

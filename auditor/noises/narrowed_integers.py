@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 _LONG = frozenset((TensorProto.INT64, TensorProto.UINT64))
 _INTEGERS = _LONG | {TensorProto.INT32, TensorProto.UINT32}

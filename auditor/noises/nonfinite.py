@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
 _LOSES = {

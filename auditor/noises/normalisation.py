@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Arrays, SegmentGraph, Variant
-from auditor.replays import surgery
 
 _LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
 _ALL = (*_LAYERS, "RMSNormalization", "BatchNormalization")

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 _SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 _REDUCTIONS = (

@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import surgery
 from auditor.replays.quantised import Layout
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")

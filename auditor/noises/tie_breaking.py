@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 
 import onnx
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 _OPSET = 11  # TopK and NonMaxSuppression have their present form, Slice has steps
 _SELECTIONS = ("ArgMax", "ArgMin", "TopK", "NonMaxSuppression")

@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
 
 # Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
 # pixel's corner; such nodes become a Resize of opset 13.

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.noises import bf16, fp16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout, surgery
+from auditor.replays import layout
 from auditor.replays.quantised import Editor
 from auditor.replays.writer import Format
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from auditor.errors import UsageError
-from auditor.model import shown
+from auditor.graphs.model import shown
 from auditor.pipeline import options, steps
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.stages import Channels, Colour, Decode, Layout, Pipeline, Resize

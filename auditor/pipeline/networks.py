@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from auditor import sensitivity
 from auditor.errors import NoiseError, UsageError
-from auditor.model import shown
+from auditor.graphs.model import shown
 from auditor.records.backend import Gap
 from auditor.replays import replay
 
 if TYPE_CHECKING:
     import onnx
 
-    from auditor.model import Model, TensorSpec
+    from auditor.graphs.model import Model, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
 
 # The types of the paper's Table 1 that lie in the network.

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from auditor.comparison.texts import edits
 from auditor.errors import UsageError
-from auditor.model import shown
+from auditor.graphs.model import shown
 from auditor.pipeline import heads, results
 from auditor.pipeline.masks import Enlarger, Enlarging
 from auditor.pipeline.post import (
@@ -35,7 +36,6 @@ from auditor.pipeline.post import (
 )
 from auditor.records.backend import Gap
 from auditor.records.forensics import ResultForensics, ResultVariant
-from auditor.texts import edits
 
 if TYPE_CHECKING:
     from auditor.pipeline.stages import Placement

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import metrics, sensitivity
+from auditor import sensitivity
+from auditor.comparison import metrics
+from auditor.comparison.tasks import TaskMeter
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.results import NAME, result, text
 from auditor.pipeline.scoring import Case, Gallery
 from auditor.pipeline.stages import Placement
 from auditor.pipeline.steps import Preparation, normalised
-from auditor.tasks import TaskMeter
 
 if TYPE_CHECKING:
     from auditor.pipeline.checkpoint import Cells, Checkpoint, Measured

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from auditor import __version__
+from auditor.comparison.tasks import assume
 from auditor.errors import UsageError
 from auditor.pipeline import networks, options, scoring
 from auditor.pipeline.checkpoint import Checkpoint
@@ -42,10 +43,9 @@ from auditor.records.sysnoise import (
     SysnoiseStep,
     SysnoiseType,
 )
-from auditor.tasks import assume
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post

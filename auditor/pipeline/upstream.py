@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from auditor import impact, metrics
+from auditor.comparison import metrics
+from auditor.comparison.metrics import Moments, Running
+from auditor.comparison.outputs import OutputMeter
+from auditor.comparison.tasks import TaskMeter
+from auditor.decomposition import impact
+from auditor.decomposition.impact import Parts, Pool
 from auditor.errors import UsageError
-from auditor.impact import Parts, Pool
-from auditor.metrics import Moments, Running
-from auditor.model import shown
-from auditor.outputs import OutputMeter
+from auditor.graphs.model import shown
 from auditor.pipeline import post as posts
 from auditor.pipeline import results
 from auditor.pipeline.libraries import PhotoError
@@ -30,12 +32,11 @@ from auditor.records.report import PipelineReport, PipelineStep
 from auditor.records.terms import OutputKind
 from auditor.replays.replay import difference
 from auditor.stimulus import Stimulus
-from auditor.tasks import TaskMeter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post

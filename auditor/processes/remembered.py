@@ -22,11 +22,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from auditor.capture.trace import SampleTrace, Tracer
 from auditor.errors import BackendError
 from auditor.processes import machine
 from auditor.processes.wire import decode, encode
 from auditor.records.backend import BuildRequest, Gap, Probe, Provenance, Skipped, Switch
-from auditor.trace import SampleTrace, Tracer
 
 if TYPE_CHECKING:
     from auditor.ports import Arrays, Progress

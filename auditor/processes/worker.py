@@ -418,7 +418,7 @@ class _Session:
 
     def run(self, feeds: Any, repeats: int) -> Any:
         """Run the plain program ``repeats`` times; the first run's outputs are kept."""
-        from auditor import metrics
+        from auditor.comparison import metrics
 
         inputs = self._load(feeds)
         self.plain = self.built.run(inputs)
@@ -453,7 +453,7 @@ class _Session:
 
         ``last``: nothing else will be captured, so that the program with probes can go.
         """
-        from auditor import metrics
+        from auditor.comparison import metrics
 
         capture = self.instrumented.run(self._load(feeds))
         names = tuple(self.plain)
@@ -484,7 +484,7 @@ class _Session:
 
     def contrast(self, feeds: Any) -> Any:
         """Run the plain program and the ablated one."""
-        from auditor import metrics
+        from auditor.comparison import metrics
 
         inputs = self._load(feeds)
         plain, ablated = self.built.run(inputs), self.ablated.run(inputs)

@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Consequence:
-    """What a change of one output does to what is read off it (``auditor.tasks``).
+    """What a change of one output does to what is read off it (``auditor.comparison.tasks``).
 
     Attributes:
         kind: as what the output is read.
@@ -70,7 +70,7 @@ class Consequence:
         searched: vectors, at least three, each of which was searched for among the others; None for
             other kinds and fewer vectors.
         nearest_changed, ranks_changed: of how many of them the nearest other one, or any rank,
-            changed (``auditor.retrieval``).
+            changed (``auditor.comparison.retrieval``).
         texts, texts_changed: how many texts there are, and how many of them are read differently;
             None, as all the following, for other kinds.
         edits, characters: insertions, deletions and replacements that turn these into the
@@ -187,7 +187,7 @@ class TensorStats:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One plane of a segment's output on one sample, small (``auditor.pictures``).
+    """One plane of a segment's output on one sample, small (``auditor.comparison.pictures``).
 
     Levels are bytes, row by row; 0 stands for what is no finite number. Values run from
     ``range[0]`` (level 1) to ``range[1]`` (255), differences from -most (1) over none (128) to
@@ -353,7 +353,7 @@ class OutputChange:
 
 @dataclass(frozen=True, slots=True)
 class Counterfactual:
-    """What building the plain program again without one factor did (``auditor.confirm``).
+    """What building the plain program again without one factor did (``auditor.verdict.confirm``).
 
     Errors are relative L2 of the final outputs to the reference, over ``samples`` samples and, of
     all outputs together, their root mean square. A number is None where it was not measured or
@@ -391,7 +391,7 @@ class Counterfactual:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long a run of the deployed program takes, beside ONNX Runtime (``auditor.latency``).
+    """How long the deployed program takes, beside ONNX Runtime (``auditor.verdict.latency``).
 
     Attributes:
         seconds: median wall seconds of one run; ``reference_seconds``: of ONNX Runtime on the CPU

@@ -127,7 +127,7 @@ class Finding:
         effect: relative L2 this segment's error alone causes in the final outputs.
         severity: from ``effect``. confidence: from the evidence. The two are independent.
         evidence: the experiments behind it, as sentences, strongest first.
-        fingerprint: names it across runs (``auditor.fingerprint``).
+        fingerprint: names it across runs (``auditor.verdict.fingerprint``).
         consequences: what its error alone does to what is read off the final outputs.
         modules: where its nodes come from in the training code, such as
             ``layer3.2.conv2 (resnet.py:104)``.

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from auditor.graphs import surgery
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
 # What is left of an operator: its type, or the constant that it is, and its operands.

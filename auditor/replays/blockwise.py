@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from auditor.model import Model
+from auditor.graphs import surgery
+from auditor.graphs.model import Model
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
 _OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"

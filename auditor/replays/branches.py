@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from auditor.graphs import surgery
+from auditor.graphs.segments import bodies_of, reads_of
 from auditor.ports import Arrays
-from auditor.replays import surgery
 from auditor.replays.recurrent import GATES
-from auditor.segments import bodies_of, reads_of
 
 Run = Callable[[onnx.ModelProto, Sequence[str]], Arrays]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import onnx
 
-from auditor.replays import surgery
+from auditor.graphs import surgery
 
 # Operators that hand on values they were given, unchanged.
 _PASSING = frozenset(

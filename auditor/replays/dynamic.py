@@ -11,8 +11,8 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.ports import SegmentGraph
-from auditor.replays import surgery
 
 _OPSET = 13  # Cast knows bfloat16 from here on
 _RANGE = """(x) => (y, s, z) {

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from auditor import weights
+from auditor.graphs import surgery, weights
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
 # Attributes that are factors and offsets of values, and what they are where none is given.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
-from auditor.replays import surgery
+from auditor.graphs import surgery
 
 # Those that ONNX Runtime has in double precision.
 _FUNCTIONS = frozenset({"Exp", "Log", "LogSoftmax", "Sigmoid", "Softmax", "Tanh"})

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from auditor.graphs import surgery
 from auditor.ports import SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor
 
 _DOMAIN = "com.microsoft"

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from auditor.model import key
+from auditor.graphs import surgery
+from auditor.graphs.model import key
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays import surgery
 from auditor.replays.portions import PRODUCTS
 from auditor.replays.quantised import Layout as Quantised
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import onnx
 
+from auditor.graphs import surgery
+from auditor.graphs.segments import reads_of
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import surgery
-from auditor.segments import reads_of
 
 _LOOPS = ("Loop", "Scan")
 

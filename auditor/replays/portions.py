@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import onnx
 
+from auditor.graphs import surgery
+from auditor.graphs.segments import Cut, Graph
 from auditor.ports import SegmentGraph
-from auditor.replays import surgery
-from auditor.segments import Cut, Graph
 
 # What ends a portion; where values are rounded to 8 bits, a portion begins there.
 PRODUCTS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))

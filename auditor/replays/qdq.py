@@ -49,7 +49,7 @@ def grids(
 
     Args:
         quantised: the graph.
-        weights: its detached initialisers (``auditor.weights``).
+        weights: its detached initialisers (``auditor.graphs.weights``).
         before: the model before; what it rounds itself no quantiser chose.
 
     Returns:

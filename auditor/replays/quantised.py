@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.graphs import surgery
+from auditor.graphs.weights import is_detached
 from auditor.ports import Array
 from auditor.records.backend import Kernel
-from auditor.replays import surgery
-from auditor.weights import is_detached
 
 # Round and Clip with limits as inputs exist from here on.
 OPSET = 11

@@ -15,9 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor import artefact
+from auditor.graphs import artefact, surgery
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import surgery
 from auditor.replays.quantised import Editor, Layout
 
 # Scan, Squeeze and Cast with bfloat16 as they are written here.

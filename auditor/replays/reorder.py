@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from auditor.replays.surgery import EXACT, types
+from auditor.graphs.surgery import EXACT, types
 
 # Which axis of which input is summed over: reversing all of them leaves the result's meaning.
 _SUMMED: dict[str, tuple[tuple[int, int], ...]] = {

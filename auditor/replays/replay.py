@@ -31,19 +31,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import onnx
 
-from auditor import custom_ops
+from auditor.comparison.metrics import bitwise_equal
 from auditor.errors import AuditError, UsageError
-from auditor.metrics import bitwise_equal
+from auditor.graphs import custom_ops, surgery
+from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Array, Arrays
 from auditor.processes import memory
 from auditor.records.model import ReferenceInfo
-from auditor.replays import surgery
 from auditor.replays.rounding import upgraded
 from auditor.replays.writer import Format
-from auditor.segments import Cut, Graph
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -91,7 +90,7 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
     Args:
         model: the model.
         threads: intra-op threads.
-        folder: where the files of its detached weights are (``auditor.weights``).
+        folder: where the files of its detached weights are (``auditor.graphs.weights``).
     """
     import onnxruntime as ort
 

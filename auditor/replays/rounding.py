@@ -18,9 +18,10 @@ from typing import Literal
 import onnx
 from onnx import TensorProto, helper
 
-from auditor.model import key
+from auditor.graphs import surgery
+from auditor.graphs.model import key
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import algebra, surgery
+from auditor.replays import algebra
 from auditor.replays.layout import (
     INTEGERS,
     MOVES,

@@ -18,10 +18,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from auditor import weights
-from auditor.model import Model
+from auditor.graphs import surgery, weights
+from auditor.graphs.model import Model
 from auditor.ports import Array, Arrays, SegmentGraph
-from auditor.replays import surgery
 from auditor.replays.rounding import Sites, variants
 from auditor.replays.writer import BF16, FP16, Format
 

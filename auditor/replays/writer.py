@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor.replays import surgery
+from auditor.graphs import surgery
 from auditor.replays.layout import INTEGERS, Group, Layout
 
 _REDUCTIONS = {

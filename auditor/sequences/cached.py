@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from auditor import metrics, pieces, summary
+from auditor import pieces
 from auditor.analysis import Analysis
+from auditor.capture.trace import Tracer
+from auditor.comparison import metrics
 from auditor.errors import BackendError, UsageError
 from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
@@ -41,13 +43,13 @@ from auditor.sequences.decisions import Logits, Tokens, compared, judged
 from auditor.sequences.layers import Frozen, avoiding_options, numbered
 from auditor.sequences.runs import analysed, built, built_beside, plain_runs
 from auditor.subject import reference_of
-from auditor.trace import Tracer
+from auditor.verdict import summary
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
+    from auditor.graphs.segments import Cut
     from auditor.ports import Arrays, Noise, Progress
     from auditor.replays.replay import Reference
-    from auditor.segments import Cut
 
 
 # Relative L2 between the last logits of a text in steps and in one run. Rounding alone makes some

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import model as models
 from auditor.errors import UsageError
+from auditor.graphs import model as models
+from auditor.graphs.shapes import BATCH_NAME
 from auditor.sequences.decisions import Logits
-from auditor.shapes import BATCH_NAME
 
 if TYPE_CHECKING:
-    from auditor.model import Model, TensorSpec
+    from auditor.graphs.model import Model, TensorSpec
     from auditor.ports import Array, Arrays
 
 Run = Callable[["Arrays"], "Arrays"]

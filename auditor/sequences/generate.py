@@ -21,15 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from auditor import model as models
 from auditor.errors import UsageError
+from auditor.graphs import model as models
 from auditor.options import AuditOptions
 from auditor.records.generation import GenerationReport
 from auditor.sequences import cached, rerun
 from auditor.sequences.caches import caches_of, checked, logits_of
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.ports import Arrays, Noise, Progress
 
 

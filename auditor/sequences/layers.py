@@ -6,20 +6,21 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from auditor import discovery, divergence
-from auditor import model as models
-from auditor.impact import Chain, frozen
+from auditor import discovery
+from auditor.capture.trace import Tracer
+from auditor.decomposition import divergence
+from auditor.decomposition.impact import Chain, frozen
+from auditor.graphs import model as models
 from auditor.options import BackendSpec
 from auditor.records.measured import CategoryShare
 from auditor.replays.replay import Patch
-from auditor.trace import Tracer
 from auditor.training import origins
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
+    from auditor.graphs.segments import Cut
     from auditor.ports import Arrays
     from auditor.replays.replay import Reference
-    from auditor.segments import Cut
 
 _NUMBERED = re.compile(r"^\D*\d+")
 

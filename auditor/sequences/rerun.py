@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from auditor import model as models
-from auditor import pieces, summary
+from auditor import pieces
 from auditor.analysis import Analysis
+from auditor.capture.trace import Tracer
 from auditor.errors import BackendError, UsageError
+from auditor.graphs import model as models
 from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.generation import (
@@ -35,10 +36,10 @@ from auditor.sequences.decisions import Logits, Tokens, compared, judged, lead
 from auditor.sequences.layers import Frozen, avoiding_options
 from auditor.sequences.runs import analysed, built, built_beside, plain_runs
 from auditor.subject import reference_of
-from auditor.trace import Tracer
+from auditor.verdict import summary
 
 if TYPE_CHECKING:
-    from auditor.model import Model, TensorSpec
+    from auditor.graphs.model import Model, TensorSpec
     from auditor.ports import Arrays, Noise, Progress
     from auditor.replays.replay import Reference
 

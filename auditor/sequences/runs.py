@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from auditor.analysis import Analysis
+from auditor.capture.trace import Tracer
 from auditor.errors import BackendError
 from auditor.options import AuditOptions, BackendSpec
 from auditor.processes.worker import workers
 from auditor.subject import request_for
-from auditor.trace import Tracer
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.graphs.model import Model
     from auditor.ports import Arrays, Noise, Progress
     from auditor.replays.replay import Reference
 

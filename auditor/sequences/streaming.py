@@ -21,17 +21,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import datafiles, metrics, stimulus, summary, tasks
-from auditor import model as models
+from auditor import datafiles, stimulus
+from auditor.comparison import metrics, tasks
 from auditor.errors import BackendError, UsageError
+from auditor.graphs import model as models
 from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.stream import Streamed, StreamReport, StreamStep
 from auditor.sequences.runs import analysed, built, plain_runs
 from auditor.subject import reference_of
+from auditor.verdict import summary
 
 if TYPE_CHECKING:
-    from auditor.model import Model, Shape, TensorSpec
+    from auditor.graphs.model import Model, Shape, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
     from auditor.replays.replay import Reference
 

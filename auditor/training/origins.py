@@ -17,8 +17,8 @@ from pathlib import PurePath
 
 import onnx
 
-from auditor import model as models
-from auditor.model import Model
+from auditor.graphs import model as models
+from auditor.graphs.model import Model
 from auditor.records.backend import Origin
 from auditor.records.measured import Segment
 from auditor.records.report import BackendReport

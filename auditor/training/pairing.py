@@ -21,13 +21,13 @@ from typing import Literal
 
 import numpy as np
 
-from auditor import metrics
-from auditor import model as models
+from auditor.comparison import metrics
+from auditor.graphs import model as models
+from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Array, Arrays
 from auditor.records.backend import Origin
 from auditor.replays import widening
 from auditor.replays.replay import Replayer, ReplayError
-from auditor.segments import Cut, Graph
 from auditor.training import origins
 
 How = Literal["value", "context", "name", "position"]

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor import metrics
-from auditor import model as models
+from auditor.comparison import metrics
 from auditor.errors import UsageError
-from auditor.fingerprint import fingerprint
+from auditor.graphs import model as models
 from auditor.noises import export_frozen_shape
 from auditor.noises.export_frozen_shape import Frozen
 from auditor.ports import Array, Arrays
@@ -28,11 +27,12 @@ from auditor.records.measured import Segment
 from auditor.records.report import BackendReport, Finding
 from auditor.records.terms import severity
 from auditor.replays import replay
+from auditor.verdict.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from auditor.model import Model
+    from auditor.capture.trace import Tracer
+    from auditor.graphs.model import Model
     from auditor.replays.replay import Reference
-    from auditor.trace import Tracer
 
 # Divergence at another shape that counts: this much, and this many times that at the audited one.
 _LEAST, _TIMES = 1e-3, 10.0

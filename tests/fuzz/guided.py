@@ -24,8 +24,9 @@ def _targets(made: Path) -> dict[str, tuple[str, Callable[[Path], object], list[
     """By name: the file's ending, what reads it, and sound examples."""
     import numpy as np
 
-    from auditor import datafiles, policy
+    from auditor import datafiles
     from auditor.pipeline import description
+    from auditor.verdict import policy
     from reports import json_v1
     from tests.fuzz import run
 

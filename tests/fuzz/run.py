@@ -60,8 +60,8 @@ class _HangError(BaseException):
 
 def _use_model(path: Path) -> None:
     """Load a model as an audit does, run it, cut it at every tensor, and run the pieces."""
-    from auditor import model as models
     from auditor import stimulus
+    from auditor.graphs import model as models
     from auditor.replays.replay import ReplayError
     from auditor.subject import reference_of
 
@@ -102,8 +102,8 @@ def _model_bytes(draw: random.Random, folder: Path, _: Path) -> None:
 def _data(draw: random.Random, folder: Path, made: Path) -> None:
     from safetensors.numpy import save_file
 
-    from auditor import model as models
     from auditor import stimulus
+    from auditor.graphs import model as models
 
     path = folder / f"data{draw.choice(['.npz', '.npy', '.safetensors'])}"
     x = np.zeros((1, 3, 8, 8), np.float32)
@@ -154,8 +154,8 @@ def _graph(draw: random.Random, folder: Path, _: Path) -> None:
 
 def _whole_audit(proto: onnx.ModelProto, folder: Path) -> None:
     from auditor import discovery
-    from auditor import model as models
     from auditor.audit import AuditOptions, BackendSpec, audit
+    from auditor.graphs import model as models
 
     path = folder / "model.onnx"
     path.write_bytes(proto.SerializeToString())
@@ -214,7 +214,7 @@ def _damaged_text(text: str, draw: random.Random) -> bytes:
 
 
 def _policy(draw: random.Random, folder: Path, _: Path) -> None:
-    from auditor import policy
+    from auditor.verdict import policy
 
     path = folder / "audit.toml"
     path.write_bytes(_damaged_text(_POLICY, draw))

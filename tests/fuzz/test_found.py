@@ -7,9 +7,12 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import datafiles, model, policy, stimulus, tasks
+from auditor import datafiles, stimulus
+from auditor.comparison import tasks
 from auditor.errors import UsageError
+from auditor.graphs import model
 from auditor.pipeline import description, libraries, post, results
+from auditor.verdict import policy
 from tests.fuzz import mutations
 
 

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution, discovery
-from auditor.attribution import Explanation
+from auditor import discovery
+from auditor.attribution import cause as attribution
+from auditor.attribution.cause import Explanation
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from auditor.attribution import explain
+from auditor.attribution.cause import explain
 from auditor.noises import approximation
 from auditor.ports import Array, SegmentGraph, Variant
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from auditor.attribution import Explanation
+from auditor.attribution.cause import Explanation
 from auditor.noises import bf16
 from auditor.ports import Array
 from auditor.records.backend import Kernel

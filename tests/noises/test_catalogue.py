@@ -12,11 +12,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from auditor import discovery, model
+from auditor import discovery
+from auditor.graphs import model
+from auditor.graphs.segments import Graph
 from auditor.noises import __main__ as generator
 from auditor.ports import Noise, SegmentGraph
 from auditor.records.backend import BuildRequest
-from auditor.segments import Graph
 
 ROOT = Path(__file__).parents[2]
 NOISES = tuple(discovery.noises())

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from auditor.graphs import surgery
 from auditor.noises import ceil_mode
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import surgery
 
 ID = "inference.ceil_mode"
 LOWEST = np.finfo(np.float32).min

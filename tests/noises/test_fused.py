@@ -10,11 +10,11 @@ import onnx
 import pytest
 from onnx import helper
 
-from auditor import model_file
+from auditor.graphs import model_file, surgery
+from auditor.graphs.segments import Graph
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays import fused, surgery
-from auditor.segments import Graph
+from auditor.replays import fused
 
 DOMAIN = "com.microsoft"
 RNG = np.random.default_rng(5)

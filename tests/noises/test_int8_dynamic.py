@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution, discovery
+from auditor import discovery
+from auditor.attribution import cause as attribution
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.noises import bf16, fp16, int8_dynamic, tf32
 from auditor.ports import Array, SegmentGraph, Silent

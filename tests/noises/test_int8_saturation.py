@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor import attribution
+from auditor.attribution import cause as attribution
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from auditor.graphs import surgery
 from auditor.noises import opset_semantics
 from auditor.ports import Array
-from auditor.replays import surgery
 
 ID = "implementation.opset_semantics"
 

@@ -10,14 +10,15 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor import attribution, divergence
-from auditor.model import key
+from auditor.attribution import cause as attribution
+from auditor.decomposition import divergence
+from auditor.graphs.model import key
+from auditor.graphs.segments import Cut, Graph
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Arrays, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import branches
 from auditor.replays.replay import Replayer
-from auditor.segments import Cut, Graph
 
 DATA = Path(__file__).parents[1] / "data" / "openvino_bf16"
 RECORDINGS = sorted(DATA.glob("*.npz"))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import replay, rounding, surgery
+from auditor.replays import replay, rounding
 from auditor.replays.rounding import Sites
 from auditor.replays.writer import Format
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper
 
-from auditor import discovery, model
+from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
+from auditor.graphs import model
 from auditor.pipeline import description, heads, post, results
 from auditor.pipeline import photos as folders
 from auditor.pipeline.post import Post

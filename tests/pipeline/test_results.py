@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw, ImageFont
 
-from auditor import discovery, model
+from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
+from auditor.graphs import model
 from auditor.pipeline import description, results, steps
 from auditor.pipeline import photos as folders
 from auditor.pipeline.masks import enlarged

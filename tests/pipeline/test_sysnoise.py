@@ -21,8 +21,9 @@ import onnxruntime as ort
 import pytest
 from PIL import Image
 
-from auditor import discovery, model
+from auditor import discovery
 from auditor.errors import UsageError
+from auditor.graphs import model
 from auditor.pipeline import description, libraries
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise

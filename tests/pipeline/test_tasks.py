@@ -21,8 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from auditor import model
 from auditor.errors import UsageError
+from auditor.graphs import model
 from auditor.pipeline import description, post, results
 from auditor.pipeline import photos as folders
 from auditor.pipeline.sysnoise import sysnoise

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from auditor import ranking
 from auditor.records.backend import Gap
 from auditor.records.report import AuditReport
 from auditor.records.terms import SEVERITIES, Severity
+from auditor.verdict import ranking
 from reports import _words as words
 from reports.junit import RENDERER
 

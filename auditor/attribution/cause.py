@@ -1,0 +1,555 @@
+"""Names the cause of one segment's introduced error by replaying hypotheses on its inputs.
+
+A cause is named only when running the reference with that cause reproduces most of what the
+backend did, and no other cause does nearly as well::
+
+    explained = 1 − Σ ‖out_b − h_n(in_b)‖² / Σ ‖out_b − h(in_b)‖²
+
+with each output divided by its norm. What an engine says about itself decides the order of the
+experiments and breaks ties; it never replaces one.
+
+Where out_b has another *shape* than h(in_b) there is no difference to take: the plain replay
+reproduces nothing of that output, so its error is the whole tensor and a cause that gives the
+observed shape explains 1 − ‖out_b − h_n(in_b)‖² / ‖out_b‖². A cause that gives a wrong shape where
+the plain replay's is right is infinitely far off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from auditor.attribution.hypotheses import ELEMENTS, EXACT, ROUNDED, TURNED, Bench, Tested, merit
+from auditor.comparison import metrics
+from auditor.errors import NoiseError
+from auditor.graphs import surgery
+from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
+from auditor.records.measured import Hypothesis
+from auditor.replays import blockwise, branches, fused, replay, rounding
+from auditor.replays.portions import Portions
+
+# Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
+ALIKE = frozenset(("precision.fp16", "precision.tf32"))
+# A second cause is looked for beside one that explains at least this much but is not named.
+PARTIAL = 0.2
+# How many variants of each other noise are tried as that second cause, and which part of what the
+# first leaves it must explain: a poor fit of one cause is no evidence of another.
+COMBINED = 2
+ADDS = 0.5
+# How many causes that explain part of the error are looked for beside what the engine says.
+OWN = 4
+# Causes of this family are tried on one product of several, in quantised segments those of 8 bits
+# only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
+# would be met by chance; and so many are tried at most.
+ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
+# How many other forms of the cause are tested again where few elements differ.
+FORMS = 4
+# Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
+CLEARLY = 2.0
+# Relative L2 between two ways to run one segment in float32.
+_SAME = 1e-6
+# bfloat16 exists in ONNX graphs from this opset on.
+OPSET = 13
+
+# Winners of earlier segments, by the operators they hold: (noise id, variant name).
+Prior = dict[tuple[str, ...], tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Retest:
+    """What replaying one cause on one sample did.
+
+    Attributes:
+        left, error: Σ over outputs of the squared error that the cause and the plain replay
+            leave, each relative to its output's norm: explained = 1 − left / error.
+        needed: the share explained from which on a cause is named here.
+        exact: whether the outputs are counted, so that ``bit_identical`` decides too.
+        outputs: h_n(in_b), by ONNX name.
+    """
+
+    left: float
+    error: float
+    bit_identical: float
+    needed: float
+    exact: bool
+    outputs: Arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A cause to test again on later samples, and how it did on the first one (no outputs)."""
+
+    noise: str
+    variant: Variant
+    first: Retest
+    says: frozenset[str]  # the precisions that the engine reports in this segment
+    folder: Path | None  # where the files with its weights are
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What replaying every hypothesis on one segment found.
+
+    Attributes:
+        noise: id of the cause named; None when the error is unexplained.
+        variant: the form of it that fits best; of the best hypothesis when none is named.
+        explained: share of the introduced error that it reproduces; 0 when none is named.
+        bit_identical: fraction of elements with the backend's exact value, by the named cause
+            or else by the plain replay.
+        residual: ‖out_b − h_n‖ / ‖out_b − h‖ of the named cause; 1 when none is named.
+        hypotheses: all that was tested, best first.
+        outputs: h_n(in_b) of the named cause, or else h(in_b), by ONNX name.
+        failures: hypotheses that could not be replayed, as sentences.
+        contenders: the named cause, where few elements differ its other forms that fit, and the
+            best of the others that would have been named without it, for ``retest``; empty when
+            none is named.
+    """
+
+    noise: str | None
+    variant: str | None
+    explained: float
+    bit_identical: float
+    residual: float
+    hypotheses: tuple[Hypothesis, ...]
+    outputs: Arrays
+    failures: tuple[str, ...] = ()
+    contenders: tuple[Contender, ...] = ()
+
+
+def explain(
+    segment: SegmentGraph,
+    inputs: Arrays,
+    observed: Arrays,
+    replayed: Arrays,
+    noises: Sequence[Noise],
+    *,
+    threads: int = 1,
+    prior: Prior | None = None,
+    thorough: bool = False,
+    floor: float = math.inf,
+    later: bool = False,
+) -> Explanation:
+    """Find the cause of one segment's introduced error.
+
+    Args:
+        segment: the reference segment, and the kernels the engine says it ran there.
+        inputs: in_b, the backend's own tensors at the segment's inputs.
+        observed: out_b, the backend's tensors at its outputs.
+        replayed: h(in_b), the reference segment run on ``inputs``.
+        noises: the catalogue.
+        threads: intra-op threads of each replay.
+        prior: winners of earlier segments, tried first; this segment's winner is added.
+        thorough: also test the most likely variant of every rival after a cause was found.
+        floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
+        later: whether other samples will come, which tell forms of one cause apart where this one
+            has too few elements.
+    """
+    bench = Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
+    if not bench.explainable:
+        return _conclude(bench, None)
+    bench.says = frozenset(
+        n.id for n in noises if n.id.startswith("precision.") and n.stated_by(segment.kernels)
+    )
+    prior = {} if prior is None else prior
+    operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
+    believed = prior.get(operators)
+    segment = fused.written_out(blockwise.written_out(_modern(bench)))
+    unbranched = _unbranched(bench, segment)
+    bench.branched = unbranched is not segment
+    ordered = sorted(
+        noises,
+        key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
+    )
+    for noise in ordered:
+        if bench.done and not (thorough or bench.coarse):
+            break
+        # Not from NAMED on: another cause may explain the rest as well.
+        settled = bench.done and not bench.coarse
+        expected = believed[1] if believed is not None and believed[0] == noise.id else None
+        seen = unbranched if _tells(bench, noise) else segment
+        for variant in _variants(bench, noise, seen, expected):
+            bench.test(noise.id, variant)
+            if settled or (bench.done and not bench.coarse):
+                break
+    if not bench.found:
+        for noise in ordered:
+            for variant in (
+                noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ()
+            ):
+                bench.test(noise.id, variant)
+    _beneath(bench, noises, dict(prior.values()))
+    best = bench.best
+    if best is not None and not bench.found and best.hypothesis.explained >= PARTIAL:
+        _combine(bench, ordered, dict(prior.values()))
+    if not bench.found:
+        _alone(bench, segment, ordered)
+    winner = _winner(bench, noises)
+    if winner is not None:
+        if later and bench.different < ELEMENTS:
+            tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
+            for noise in (n for n in noises if n.id == winner.hypothesis.noise):
+                for variant in _variants(bench, noise, unbranched, None):
+                    if (noise.id, variant.name) not in tested:
+                        bench.test(noise.id, variant)
+        prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
+    return _conclude(bench, winner)
+
+
+def retest(
+    contenders: Sequence[Contender],
+    inputs: Arrays,
+    observed: Arrays,
+    replayed: Arrays,
+    *,
+    threads: int = 1,
+) -> list[Retest]:
+    """Replay the contenders of an earlier explanation on another sample of the same segment.
+
+    The arguments are those of ``explain``. One result per contender; none at all where there is
+    no contender, where this sample has no finite error to explain, or where a contender cannot
+    be replayed any more.
+    """
+    if not contenders:
+        return []
+    segment = SegmentGraph(contenders[0].variant.model, (), folder=contenders[0].folder)
+    bench = Bench(segment, inputs, observed, replayed, threads)
+    if not bench.explainable:
+        return []
+    bench.says = contenders[0].says
+    for contender in contenders:
+        bench.test(contender.noise, contender.variant)
+    if len(bench.tested) < len(contenders):
+        return []
+    return [_result(bench, tested, tested.outputs) for tested in bench.tested]
+
+
+def measured(
+    segment: SegmentGraph, inputs: Arrays, observed: Arrays, replayed: Arrays, *, threads: int
+) -> float | None:
+    """Share of a segment's error that running it, changed, on its inputs explains.
+
+    None where there is no finite error or the model cannot be run; the other arguments are those
+    of ``explain``.
+    """
+    bench = Bench(segment, inputs, observed, replayed, threads)
+    if bench.explainable:
+        bench.test("", Variant("", segment.model))
+    return bench.tested[0].hypothesis.explained if bench.tested else None
+
+
+def holds(explained: float, bit_identical: float, needed: float, exact: bool) -> bool:
+    """Whether a share explained is enough to name a cause."""
+    return explained >= needed and (not exact or bit_identical >= EXACT)
+
+
+def _modern(bench: Bench) -> SegmentGraph:
+    """The segment at an opset that knows bfloat16, if that leaves its outputs' bits alone."""
+    segment = bench.segment
+    if surgery.opset(segment.model) >= OPSET:
+        return segment
+    for model in rounding.upgraded(segment.model, OPSET):
+        try:
+            session = replay.session(model, bench.threads, segment.folder)
+            values = session.run(list(bench.replayed), bench.inputs)
+        except Exception:  # what ORT refuses is no conversion; its errors share no base
+            continue
+        outputs = dict(zip(bench.replayed, values, strict=True))
+        if metrics.bitwise_equal(outputs, bench.replayed):
+            return replace(segment, model=model)
+    return segment
+
+
+def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
+    """The segment with the branches that it takes, if it then gives its outputs.
+
+    Up to rounding: ONNX Runtime packs weights that are constants, and adds up in another order.
+    """
+
+    def run(model: onnx.ModelProto, names: Sequence[str]) -> Arrays:
+        session = replay.session(model, bench.threads, segment.folder)
+        values = session.run(list(names), bench.inputs)
+        return dict(zip(names, values, strict=True))
+
+    names = tuple(bench.replayed)
+    try:
+        model = branches.taken(segment.model, bench.inputs, run)
+        if model is None or metrics.relative_l2(run(model, names), bench.replayed, names) > _SAME:
+            return segment
+    except Exception:  # what ORT refuses is looked at as it is; its errors share no base
+        return segment
+    return replace(segment, model=model)
+
+
+def _tells(bench: Bench, noise: Noise) -> bool:
+    """Whether a noise is looked for inside branches.
+
+    One holds a whole network sometimes. A precision is that of all of it; of faults that may be
+    anywhere in it, one or the other would fit by chance.
+    """
+    return not bench.branched or noise.id.startswith("precision.")
+
+
+def _variants(
+    bench: Bench, noise: Noise, segment: SegmentGraph, expected: str | None
+) -> Iterator[Variant]:
+    """A noise's variants, the expected one first."""
+    try:
+        if expected is None:
+            yield from noise.variants(segment)
+            return
+        waiting: list[Variant] = []
+        found = False
+        for variant in noise.variants(segment):
+            if found:
+                yield variant
+            elif variant.name == expected:
+                found = True
+                yield variant
+                yield from waiting
+            else:
+                waiting.append(variant)
+        if not found:
+            yield from waiting
+    except NoiseError as error:
+        bench.failures.append(f"{noise.id}: {error.message}")
+
+
+def _beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test what the engine says it does on top of the causes that are likeliest beside it.
+
+    A small fault changes what every narrow rounding makes of its values, so that neither explains
+    anything by itself where both together explain all.
+    """
+    base = bench.base
+    if base is None or bench.found:
+        return
+    noise = next(n for n in noises if n.id == base.hypothesis.noise)
+    # Its form that fits best without the fault, and that of other segments.
+    forms = {base.hypothesis.variant, usual.get(noise.id)}
+    for position, first in enumerate(_firsts(bench)):
+        on_top = replace(bench.segment, model=first.variant.model)
+        for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
+            # Beside a fault another of its forms may be the right one: those of the likeliest ones.
+            if position >= COMBINED and variant.name not in forms:
+                continue
+            second = replace(base.hypothesis, variant=variant.name)
+            _test_both(bench, first.hypothesis, second, variant.model)
+            if bench.done:
+                return
+
+
+def _firsts(bench: Bench) -> list[Tested]:
+    """Causes to look for beside what the engine says: by themselves, then by their sum with it.
+
+    A sum is an estimate, and none where the rounding turns with the fault.
+    """
+    own = [
+        t
+        for t in sorted(bench.tested, key=merit, reverse=True)
+        if t.hypothesis.noise not in bench.says and t.hypothesis.explained >= PARTIAL
+    ][:OWN]
+    return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
+
+
+def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:
+    """Test two causes, and forget it where one explains too little of what the other leaves.
+
+    Named is the one that explains more by itself; the variant says both. Of a precision that the
+    engine states no more is asked: that it is there is known.
+    """
+    causes = sorted((first, second), key=lambda h: -h.explained)
+    least = [
+        1 - (1 - ADDS) * (1 - one.explained)
+        for one, other in (causes, causes[::-1])
+        if other.noise not in bench.says
+    ]
+    tested = len(bench.tested)
+    name = f"{causes[0].variant}, and {causes[1].noise}: {causes[1].variant}"
+    bench.test(causes[0].noise, Variant(name, model))
+    if any(t.hypothesis.explained < max(least, default=-math.inf) for t in bench.tested[tested:]):
+        del bench.tested[tested:]
+
+
+def _alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
+    """Test causes on one product of several: a runtime may treat one kernel alone so."""
+    if bench.different < ELEMENTS or bench.reshaped:
+        return
+    portions, most = Portions(segment), len(bench.tested) + TRIED
+    family = ALONE_QUANTISED if portions.quantised else ALONE
+    tried = [n for n in noises if n.id.startswith(family)]
+    values = replay.inside(segment.model, bench.threads, bench.inputs)
+    for cut, portion in portions:
+        for noise in tried:
+            for variant in _variants(bench, noise, portion, None):
+                if not _matters(variant.model, values, bench.threads):
+                    continue
+                whole = portions.with_one(cut, variant.model)
+                if whole is not None:
+                    bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
+                if bench.done or len(bench.tested) >= most:
+                    return
+
+
+def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
+    """Whether a portion gives other bits than the reference's, which costs less to ask."""
+    names = [o.name for o in model.graph.output]
+    try:
+        feeds = {i.name: values[i.name] for i in model.graph.input}
+        found = replay.session(model, threads).run(names, feeds)
+        return not all(np.array_equal(v, values[n]) for n, v in zip(names, found, strict=True))
+    except Exception:  # what cannot be run alone is tried in its place; ORT's errors share no base
+        return True
+
+
+def _combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test a second cause on top of the best one: the likeliest variants of every other noise.
+
+    ``usual`` are the causes of earlier segments with their variants. They are tried first, since
+    what a build does everywhere it also does beside a fault.
+    """
+    first = bench.best
+    assert first is not None
+    likely: dict[str, list[tuple[float, str]]] = {}
+    for tested in bench.tested:
+        hypothesis = tested.hypothesis
+        likely.setdefault(hypothesis.noise, []).append((tested.beside, hypothesis.variant))
+    for found in likely.values():
+        found.sort(reverse=True)
+    most = {noise: found[0][0] for noise, found in likely.items()}
+    for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
+        names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
+        _pair(bench, first, noise, usual, names)
+        if bench.done:
+            return
+    # What the engine says it does hides which of several forms of a fault is the right one.
+    says = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
+    others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
+    for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
+        for noise in says:
+            _pair(bench, other, noise, usual)
+
+
+def _pair(
+    bench: Bench,
+    first: Tested,
+    noise: Noise,
+    usual: Mapping[str, str],
+    likely: Sequence[str] = (),
+) -> None:
+    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named.
+
+    Of one that was found earlier in this build, all: its forms were tested before the others.
+    """
+    found = first.hypothesis
+    if noise.id == found.noise or noise.id in found.beside or not _tells(bench, noise):
+        return
+    base = replace(bench.segment, model=first.variant.model)
+    expected = usual.get(noise.id)
+    tested = (t.hypothesis for t in bench.tested)
+    shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
+    for position, variant in enumerate(_variants(bench, noise, base, expected)):
+        if position >= COMBINED and variant.name not in likely and noise.id not in usual:
+            continue
+        share = shares.get(variant.name, -math.inf)
+        second = Hypothesis(noise.id, variant.name, share, 0.0)
+        _test_both(bench, found, second, variant.model)
+        if bench.done:
+            return
+
+
+def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:
+    """The best hypothesis, when it explains enough and clearly more than every other noise.
+
+    Two causes can fit alike: what the engine says of itself decides, two that give the very same
+    numbers are one for this purpose, and otherwise none is named.
+    """
+    fitting = [t for t in bench.tested if _fits(bench, t)]
+    best = max(fitting, key=merit, default=None)
+    if best is None:
+        return None
+    rivals = [
+        t
+        for t in fitting
+        if t.hypothesis.noise != best.hypothesis.noise
+        and not ALIKE.issuperset((t.hypothesis.noise, best.hypothesis.noise))
+        and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
+    ]
+    says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
+    spoken = [t for t in (best, *rivals) if t.hypothesis.noise in says]
+    if spoken:
+        return max(spoken, key=merit)
+    same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
+    return best if same and not (rivals and bench.coarse) else None
+
+
+def _fits(bench: Bench, tested: Tested) -> bool:
+    """Whether a hypothesis explains enough, and not by chance."""
+    found = tested.hypothesis
+    unstated = found.noise in ROUNDED and found.noise not in bench.says
+    # Choices, and which values are finite, do not tell one narrow format from another.
+    other = not bench.says.isdisjoint(ROUNDED)
+    chance = other or (bench.counted and bench.turned < TURNED)
+    if not tested.fits or (unstated and bench.coarse and chance):
+        return False
+    return holds(found.explained, found.bit_identical, bench.needed(found), bench.counted)
+
+
+def _contenders(bench: Bench, winner: Tested) -> tuple[Contender, ...]:
+    fitting = sorted((t for t in bench.tested if _fits(bench, t)), key=merit, reverse=True)
+    same = [t for t in fitting if t.hypothesis.noise == winner.hypothesis.noise and t is not winner]
+    rivals = [t for t in fitting if t.hypothesis.noise != winner.hypothesis.noise]
+    close = [winner, *same[: FORMS if bench.different < ELEMENTS else 0], *rivals[:1]]
+    return tuple(
+        Contender(
+            t.hypothesis.noise,
+            t.variant,
+            _result(bench, t, {}),
+            bench.says,
+            bench.segment.folder,
+        )
+        for t in close
+    )
+
+
+def _result(bench: Bench, tested: Tested, outputs: Arrays) -> Retest:
+    return Retest(
+        left=(1 - tested.hypothesis.explained) * bench.error,
+        error=bench.error,
+        bit_identical=tested.hypothesis.bit_identical,
+        needed=bench.needed(tested.hypothesis),
+        exact=bench.counted,
+        outputs=outputs,
+    )
+
+
+def _conclude(bench: Bench, winner: Tested | None) -> Explanation:
+    tested = sorted((t.hypothesis for t in bench.tested), key=lambda h: -h.explained)
+    if winner is None:
+        same = [metrics.bit_identical(bench.observed[n], v) for n, v in bench.replayed.items()]
+        return Explanation(
+            noise=None,
+            variant=tested[0].variant if tested else None,
+            explained=0.0,
+            bit_identical=sum(same) / len(same) if same else 1.0,
+            residual=1.0,
+            hypotheses=tuple(tested),
+            outputs=bench.replayed,
+            failures=tuple(bench.failures),
+        )
+    found = winner.hypothesis
+    return Explanation(
+        noise=found.noise,
+        variant=found.variant,
+        explained=found.explained,
+        bit_identical=found.bit_identical,
+        residual=math.sqrt(max(0.0, 1 - found.explained)),
+        hypotheses=tuple(tested),
+        outputs=winner.outputs,
+        failures=tuple(bench.failures),
+        contenders=_contenders(bench, winner),
+    )

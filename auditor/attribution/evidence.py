@@ -1,0 +1,57 @@
+"""What the constants of the file that was compiled, or of the module, say of a segment's error.
+
+It is evidence and no name: a cause that is none of the catalogue stays unexplained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx
+
+from auditor.attribution import cause as attribution
+from auditor.decomposition.divergence import Local
+from auditor.graphs import artefact
+from auditor.ports import SegmentGraph
+
+
+def of_constants(segment: SegmentGraph, local: Local, threads: int) -> tuple[str, ...]:
+    """Sentences on how a segment's constants were changed, and what that alone explains.
+
+    Args:
+        segment: the reference segment, with the constants that are otherwise.
+        local: its divergence.
+        threads: intra-op threads of each replay.
+    """
+    if segment.trained:
+        return artefact.sentences_of_trained(segment)
+    said = list[str]()
+
+    def explained(changed: onnx.ModelProto) -> float | None:
+        return attribution.measured(
+            replace(segment, model=changed),
+            local.inputs,
+            local.observed,
+            local.replayed,
+            threads=threads,
+        )
+
+    if segment.grids:
+        shares = {what: explained(made) for what, made in artefact.quantised(segment).items()}
+        parts = [f"{what} {share:.4f}" for what, share in shares.items() if share is not None]
+        if parts:
+            said.append(
+                f"of the error, replaying what the quantiser chose explains: {', '.join(parts)}"
+            )
+    # What a quantiser chose is said above.
+    other = {n: c for n, c in segment.compiled.items() if not (c.quantised and segment.grids)}
+    changed = artefact.replaced(segment.model, {n: c.values for n, c in other.items()})
+    if changed is not None:
+        held = artefact.held_by(segment.model)
+        said += (artefact.sentence(n, c) for n, c in other.items() if n in held)
+        if (share := explained(changed)) is not None:
+            said.append(
+                f"replaying this segment with the compiled file's constants explains "
+                f"{share:.4f} of the error"
+            )
+    return tuple(said)

@@ -1,0 +1,1 @@
+"""Distances between tensors, and what people read off a model's outputs."""

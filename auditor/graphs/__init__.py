@@ -1,0 +1,1 @@
+"""ONNX graphs: read and checked, cut into segments, edited, compared with another file."""

@@ -1,0 +1,506 @@
+"""Where the compiled file's constants differ from the reference model's, and in what way.
+
+A file that is compiled instead of the reference (``--candidate``) may store its weights in fewer
+bits, or be another model. Both show in its constants before anything runs. What they do to a
+segment is still measured: it is replayed with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor.graphs import surgery
+from auditor.graphs.weights import attach
+from auditor.ports import Array, CompiledConstant, SegmentGraph, Storage, Variant
+
+if TYPE_CHECKING:
+    from auditor.graphs.model import Model
+
+_FOLDED = 1e-5  # of a constant's largest value
+# Steps of an 8-bit grid, and how near to its points values must lie, in steps.
+_STEPS, _NEAR = 256, 0.01
+_HALF = 2.0**-11  # a file may keep the steps in half precision that were rounded by in single
+# Any few numbers lie on some grid.
+_LEVELS = 4
+# Up to so many levels, 8 bits are not what they are stored in.
+_FOUR_BITS = 16
+_GRIDS = ("8 bits", "4 bits")
+# So many values of a row are looked at first, since most are on no grid.
+_GLANCE = 4096
+_FLOATS: dict[Storage, int] = {
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+# Part of the square norm that channels may have which are on no grid.
+_NOTHING = 1e-6
+# A scaled constant is said to be one when this fraction of its square norm is explained by it.
+_SCALED = 1 - 1e-6
+
+
+def changed(
+    reference: Model, compiled: Model, rename: Mapping[str, str]
+) -> dict[str, CompiledConstant]:
+    """The reference's constants that the compiled file has otherwise, by the reference's names.
+
+    Constants correspond when they have the same name, or are the same input of corresponding
+    nodes; a dequantised constant counts as its real values. Those of another shape, and those
+    computed by other operators, are left out.
+
+    Args:
+        reference: the reference model.
+        compiled: the model that the backends compile.
+        rename: the compiled model's tensor names → the reference's.
+    """
+    ours, theirs = _Constants(reference), _Constants(compiled)
+    found: dict[str, CompiledConstant] = {}
+    for name, other in _pairs(ours, theirs, rename):
+        if name in found:
+            continue
+        original, value = ours.value(name), theirs.value(other)
+        if original is None or value is None or value.shape != original.shape:
+            continue
+        value = value.astype(original.dtype, copy=False)
+        if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
+            constant = _compared(original, value)
+            rounded = constant.storage in _GRIDS or theirs.rounds(other, original)
+            found[name] = replace(constant, quantised=rounded)
+    return found
+
+
+def held(
+    reference: Model, values: Mapping[str, Array], *, quantised: bool = False
+) -> dict[str, CompiledConstant]:
+    """Those of an engine's own constants that differ from the reference's of the same name.
+
+    ``quantised`` says that the engine's side had the reference quantised.
+    """
+    ours = _Constants(reference)
+    found: dict[str, CompiledConstant] = {}
+    for name, stored in values.items():
+        original = ours.value(name) if name in ours else None
+        if original is None or original.shape != stored.shape:
+            continue
+        value = stored.astype(original.dtype, copy=False)
+        if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
+            found[name] = replace(_compared(original, value), quantised=quantised)
+    return found
+
+
+def trained(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledConstant]:
+    """Those of the reference's constants that the module has otherwise which it came from.
+
+    Args:
+        reference: the reference model.
+        values: the module's own, by the reference's names, in their own types.
+    """
+    ours = _Constants(reference)
+    found: dict[str, CompiledConstant] = {}
+    for name, own in values.items():
+        exported = ours.value(name) if name in ours else None
+        if exported is None or exported.shape != own.shape or exported.dtype.kind != "f":
+            continue
+        exported = exported.astype(own.dtype, copy=False)
+        # The last bits are the exporter's, which folds a normalisation into a convolution.
+        if np.abs(exported - own).max(initial=0) > _FOLDED * np.abs(own).max(initial=0):
+            found[name] = replace(_compared(own, exported), values=own)
+    return found
+
+
+def sentences_of_trained(segment: SegmentGraph) -> tuple[str, ...]:
+    """What there is to say of a segment's constants that the export changed."""
+    said = []
+    for name in sorted(held_by(segment.model) & segment.trained.keys()):
+        constant = segment.trained[name]
+        how = ""
+        if constant.storage:
+            how = f": the module's in {constant.storage}"
+        elif constant.factor is not None:
+            how = f": {constant.factor:.6g} times the module's"
+        said.append(
+            f"the file's constant `{name}` differs from the module's by "
+            f"{constant.relative_l2:.1e} relative L2{how}"
+        )
+    return tuple(said)
+
+
+def held_by(model: onnx.ModelProto) -> set[str]:
+    """Names of a segment's constants."""
+    nodes = (n.output[0] for n in model.graph.node if n.op_type == "Constant")
+    return {*(t.name for t in model.graph.initializer), *nodes}
+
+
+# What a quantiser's choices make of a segment, as ``quantised`` calls it.
+_CHOSEN = ", as the quantiser chose"
+_WHERE = {"": (True, False), ", with results": (True, True), ", results only": (False, True)}
+CHOSEN_FORMS = (
+    f"weights{_CHOSEN}",
+    *(f"{what}{where}{_CHOSEN}" for what in ("activations", "both") for where in _WHERE),
+)
+
+
+def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
+    """The segment with those constants of the compiled file that are the model's own, stored so."""
+    if segment.grids and storage == "8 bits":
+        for what, model in quantised(segment).items():
+            yield Variant(what + _CHOSEN, model)
+        return
+    values = {n: c.values for n, c in segment.compiled.items() if c.storage == storage}
+    changed = replaced(segment.model, values)
+    if changed is not None:
+        yield Variant(form(storage), changed)
+
+
+def quantised(segment: SegmentGraph) -> dict[str, onnx.ModelProto]:
+    """A segment with what a quantiser chose: its weights, its activations, and both.
+
+    Activations are rounded where nodes read them; with results, also those that leave it; results
+    only, not those inside it, as OpenVINO leaves out the rounding between a product and a sum.
+    """
+    chosen = {
+        n: c.values for n, c in segment.compiled.items() if c.quantised or c.storage in _GRIDS
+    }
+    weights = replaced(segment.model, chosen)
+    found = {}
+    for what, base in (("weights", weights), ("activations", segment.model), ("both", weights)):
+        if what == "weights" and base is not None:
+            found[what] = base
+        elif what != "weights" and base is not None:
+            for where, (inside, results) in _WHERE.items():
+                made = _on_their_grids(base, segment.grids, inside=inside, results=results)
+                if made is not None and made not in found.values():
+                    found[what + where] = made
+    return found
+
+
+def _on_their_grids(
+    model: onnx.ModelProto, grids: Mapping[str, Array], *, inside: bool, results: bool
+) -> onnx.ModelProto | None:
+    """A copy whose tensors are rounded to their grids; None where none has one.
+
+    Args:
+        model: a segment.
+        grids: by tensor.
+        inside: also what nodes make and others of the segment read.
+        results: also what leaves it.
+    """
+    made = surgery.copied(model)
+    graph = made.graph
+    finals = {o.name for o in graph.output}
+    inputs = [i.name for i in graph.input]
+    read = {n for node in graph.node for n in node.input}
+    nodes = list(graph.node)
+    del graph.node[:]
+    renamed: dict[str, str] = {}
+
+    def rounded(name: str, source: str, to: str) -> None:
+        low, high, levels = grids[name]
+        step = np.maximum((high - low) / (levels - 1), np.finfo(np.float32).tiny)
+        constants = {"low": np.rint(low / step), "high": np.rint(high / step), "step": step}
+        graph.initializer.extend(
+            numpy_helper.from_array(np.asarray(value, np.float32), f"{to}/{key}")
+            for key, value in constants.items()
+        )
+        steps = (
+            ("Div", (source, f"{to}/step"), f"{to}/steps"),
+            ("Round", (f"{to}/steps",), f"{to}/whole"),
+            ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
+            ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
+            ("Mul", (f"{to}/within", f"{to}/step"), to),
+        )
+        graph.node.extend(helper.make_node(kind, list(given), [out]) for kind, given, out in steps)
+
+    def inner(name: str) -> None:
+        renamed[name] = f"{name}/rounded"
+        rounded(name, name, renamed[name])
+
+    for name in inputs:
+        if name in grids and name in read:
+            inner(name)
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = renamed.get(name, name)
+        graph.node.append(node)
+        for i, name in enumerate(node.output):
+            if name not in grids:
+                continue
+            if name in finals and results:
+                graph.node[-1].output[i] = f"{name}/plain"
+                rounded(name, f"{name}/plain", name)
+            elif name in read and inside:
+                inner(name)
+    return made if len(graph.node) > len(nodes) else None
+
+
+def form(storage: Storage) -> str:
+    """Name of such a variant."""
+    return f"constants as the compiled file stores them, in {storage}"
+
+
+def replaced(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelProto | None:
+    """A copy of a segment with other constants; None where it has none of these."""
+    kept = {t.name: i for i, t in enumerate(model.graph.initializer)}
+    nodes = {n.output[0]: i for i, n in surgery.find(model, ("Constant",))}
+    if values.keys().isdisjoint(kept.keys() | nodes.keys()):
+        return None
+    result = surgery.copied(model)
+    for name, value in values.items():
+        if name in kept:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            result.graph.initializer[kept[name]].CopyFrom(tensor)
+        elif name in nodes:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(value))
+            node = result.graph.node[nodes[name]]
+            del node.attribute[:]
+            surgery.set_attributes(node, value=tensor)
+    return result
+
+
+def sentence(name: str, constant: CompiledConstant) -> str:
+    """What there is to say of one changed constant."""
+    how = ""
+    if constant.storage:
+        how = f": the same values stored in {constant.storage}"
+    elif constant.factor is not None:
+        how = f": {constant.factor:.6g} times the model's"
+    return (
+        f"the compiled file's constant `{name}` differs from the model's by "
+        f"{constant.relative_l2:.1e} relative L2{how}"
+    )
+
+
+class _Constants:
+    """A model's constants by name."""
+
+    def __init__(self, model: Model) -> None:
+        self._arrays = model.weights
+        self._tensors = {t.name: t for t in model.proto.graph.initializer}
+        self.nodes = {o: n for n in model.proto.graph.node for o in n.output if o}
+        for node in model.proto.graph.node:
+            self._name_dequantised(node)
+
+    def _name_dequantised(self, node: onnx.NodeProto) -> None:
+        """Write what quantisers make of tables and recurrent layers as reading float constants."""
+        made: dict[int, onnx.NodeProto] = {}
+        if node.op_type == "DequantizeLinear":
+            reader = self.nodes.get(node.input[0])
+            if reader is None or reader.op_type != "Gather" or reader.input[0] not in self._tensors:
+                return
+            made[0] = helper.make_node(node.op_type, [reader.input[0], *node.input[1:]], [""])
+        elif node.op_type == "DynamicQuantizeLSTM":  # the axes of its weights are swapped
+            reader = helper.make_node("LSTM", list(node.input[:8]), list(node.output))
+            for position, first in ((1, 8), (2, 10)):
+                inputs = [node.input[position], *node.input[first : first + 2]]
+                made[position] = helper.make_node("DequantizeLinear", inputs, [""])
+                surgery.set_attributes(made[position], axis=0, perm=[0, 2, 1])
+        else:
+            return
+        whole = onnx.NodeProto()
+        whole.CopyFrom(reader)
+        for position, constant in made.items():
+            name = f"{constant.input[0]}, dequantised"
+            self.nodes[name] = constant
+            whole.input[position] = name
+        self.nodes.update((o, whole) for o in node.output if o)
+
+    def __contains__(self, name: str) -> bool:
+        node = self.nodes.get(name)
+        if node is None:
+            return name in self._tensors
+        quantised = node.op_type == "DequantizeLinear" and all(n in self for n in node.input)
+        return node.op_type == "Constant" or quantised
+
+    def names(self) -> Iterator[str]:
+        """Every initialiser and Constant."""
+        yield from self._tensors
+        yield from (o for o, n in self.nodes.items() if n.op_type == "Constant")
+
+    def value(self, name: str) -> Array | None:
+        """A constant's values, dequantised ones included; None for what is computed otherwise."""
+        if name in self._arrays:
+            return self._arrays[name]
+        if name in self._tensors:
+            return numpy_helper.to_array(attach(self._tensors[name], self._arrays))
+        node = self.nodes[name]
+        if node.op_type == "Constant":
+            tensor = surgery.attributes(node).get("value")
+            return None if tensor is None else numpy_helper.to_array(tensor)
+        return self._dequantised(node)
+
+    def rounds(self, name: str, original: Array) -> bool:
+        """Whether a dequantised constant holds the nearest steps to other values, or its ends."""
+        node = self.nodes.get(name)
+        if node is None or node.op_type != "DequantizeLinear" or original.dtype.kind != "f":
+            return False
+        integers, scale = (self.value(n) for n in node.input[:2])
+        value = self._dequantised(node)
+        if integers is None or scale is None or value is None or value.shape != original.shape:
+            return False
+        across = [1] * integers.ndim
+        if scale.size > 1:
+            across[surgery.attributes(node).get("axis", 1)] = -1
+        steps = np.asarray((original - value) / scale.reshape(across))
+        return bool(_rounds(steps.ravel(), value.ravel()))
+
+    def _dequantised(self, node: onnx.NodeProto) -> Array | None:
+        given = surgery.attributes(node)
+        integers, scale, *zero = (self.value(name) for name in node.input)
+        if integers is None or scale is None or given.get("block_size", 0):
+            return None
+        across, axis = [1] * integers.ndim, given.get("axis", 1)
+        if scale.size > 1:
+            across[axis] = -1
+            if scale.size != integers.shape[axis]:
+                return None
+        offset = zero[0].astype(np.int32).reshape(across) if zero and zero[0] is not None else 0
+        value = np.asarray((integers.astype(np.int32) - offset) * scale.reshape(across))
+        return value.transpose(given["perm"]) if "perm" in given else value
+
+
+def _pairs(
+    ours: _Constants, theirs: _Constants, rename: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Corresponding constants: the reference's name, then the compiled file's."""
+    yield from ((name, name) for name in ours.names() if name in theirs)
+    for output, node in theirs.nodes.items():
+        mine = ours.nodes.get(rename.get(output, ""))
+        if mine is None or mine.op_type != node.op_type:
+            continue
+        for name, other in zip(mine.input, node.input, strict=False):
+            if name and other and name != other and name in ours and other in theirs:
+                yield name, other
+
+
+def _compared(original: Array, value: Array) -> CompiledConstant:
+    if original.dtype.kind != "f":
+        same = float(np.mean(original != value))
+        return CompiledConstant(value, same, None, None)
+    a, b = original.astype(np.float64).ravel(), value.astype(np.float64).ravel()
+    norm = float(np.sqrt(np.dot(a, a)))
+    with np.errstate(invalid="ignore", over="ignore"):  # a value may be infinite
+        error = float(np.sqrt(np.dot(b - a, b - a)))
+        factor = float(np.dot(a, b)) / norm**2 if norm else 0.0
+        rest = b - factor * a
+        scaled = error > 0 and np.dot(rest, rest) <= (1 - _SCALED) * error**2
+    return CompiledConstant(
+        values=value,
+        relative_l2=error / norm if norm else float("inf"),
+        storage=_storage(original, value),
+        factor=factor if scaled else None,
+    )
+
+
+def _storage(original: Array, value: Array) -> Storage | None:
+    """The narrow format that the original's values were stored in."""
+    if original.dtype != np.float32:
+        return None
+    for name, kind in _FLOATS.items():
+        if _is_neighbour(original, value, helper.tensor_dtype_to_np_dtype(kind)):
+            return name
+    levels = _levels(original, value)
+    return None if levels is None else "8 bits" if levels > _FOUR_BITS else "4 bits"
+
+
+def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
+    """Whether every value is one of the two of a narrower format around its original.
+
+    Which of them is the converter's choice: the nearest, the one towards zero (bfloat16 as the
+    upper half of the bits), the largest that is finite.
+    """
+    with np.errstate(over="ignore"):
+        nearest = original.astype(narrow)
+    back = nearest.astype(np.float32)
+    same = (value == back) | (np.isnan(value) & np.isnan(back))
+    if same.all():
+        return True
+    other = np.nextafter(nearest, np.copysign(np.float32(np.inf), original - back).astype(narrow))
+    return bool((same | ((back != original) & (value == other.astype(np.float32)))).all())
+
+
+def _levels(original: Array, value: Array) -> int | None:
+    """Levels of the 8-bit grids that values lie on, next to their originals; None if on none.
+
+    One grid, or one per channel. Channels without weight in the sum, which round to nothing, need
+    no grid.
+    """
+    for axis in (None, 0, -1):
+        if axis is None:
+            a, b = original.reshape(1, -1), value.reshape(1, -1)
+        elif value.ndim > 1:
+            a, b = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
+        else:
+            continue
+        squares = np.square(a, dtype=np.float64).sum(axis=1)
+        levels = _on_grid(a, b)
+        if squares[np.isnan(levels)].sum() <= _NOTHING * squares.sum():
+            return int(np.nanmax(levels, initial=0))
+    return None
+
+
+def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
+    """By row, levels of the grid next to the originals; 0 where these are left; NaN for no grid."""
+    same = np.asarray((original == value).all(axis=1))
+    steps = grid_steps(value[:, :_GLANCE])
+    if value.shape[1] > _GLANCE and np.isfinite(steps).any():
+        steps = grid_steps(value)
+    found = np.where(same, 0.0, np.nan)
+    if np.isnan(steps).all():
+        return found
+    # What was on a grid before was changed in another way than by rounding.
+    steps[np.isfinite(grid_steps(original))] = np.nan
+    with np.errstate(invalid="ignore"):
+        above, points = (original - value) / steps[:, None], value / steps[:, None]
+        fits = np.isfinite(steps) & _rounds(above, value, _NEAR + _HALF * np.abs(points)) & ~same
+    found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
+    return found
+
+
+def _rounds(steps: Array, values: Array, near: Array | float = _NEAR) -> NDArray[np.bool_]:
+    """By row, whether values are the originals rounded: to the nearest, downwards or towards zero.
+
+    Args:
+        steps: how far the originals are above the values, in steps of their grid.
+        values: of which the largest and the smallest may be any distance from theirs.
+        near: how far beyond half a step is a rounding too.
+    """
+    beyond = (values == values.max(axis=-1, keepdims=True)) & (steps > 0)
+    beyond |= (values == values.min(axis=-1, keepdims=True)) & (steps < 0)
+    found = ((np.abs(steps) <= 0.5 + near) | beyond).all(axis=-1)
+    # Whole steps are a grid that was moved.
+    whole = np.mean(np.abs(steps - np.rint(steps)) <= _NEAR, axis=-1)
+    for over in (steps, steps * np.sign(values)):
+        inside = (over >= -near) & (over <= 1 + near)
+        found |= (inside | beyond).all(axis=-1) & (whole < 0.5)
+    return np.asarray(found)
+
+
+def grid_steps(rows: Array) -> NDArray[np.float64]:
+    """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
+    levels = np.sort(rows.astype(np.float64), axis=1)
+    found = np.full(len(levels), np.nan)
+    if not np.isfinite(levels).all():
+        return found
+    gaps = np.diff(levels, axis=1)
+    distinct = (gaps > 0).sum(axis=1) + 1
+    open_ = np.flatnonzero((distinct >= _LEVELS) & (distinct <= _STEPS))
+    levels, gaps = levels[open_], gaps[open_]
+    least = np.where(gaps > 0, gaps, np.inf).min(axis=1, initial=np.inf)
+    largest = np.abs(levels).max(axis=1, initial=0)
+    # The step is a part of the smallest gap; or the largest value is the last of 8 or 7 bits.
+    for step in (
+        *(least / n for n in (1, 2, 3, 4)),
+        *(largest / n for n in (127, 128, 255, 63, 64)),
+    ):
+        points = levels / step[:, None]
+        fits = (np.ptp(points, axis=1) <= _STEPS) & (
+            np.abs(points - np.rint(points)).max(axis=1) <= _NEAR
+        )
+        new = fits & np.isnan(found[open_])
+        found[open_[new]] = step[new]
+    return found

@@ -1,0 +1,209 @@
+"""Reversing sums changes bits and nothing else."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from auditor.decomposition import divergence
+from auditor.graphs.segments import Graph
+from auditor.replays.reorder import longest_sum, reordered
+from auditor.replays.replay import Replayer, session
+
+RNG = np.random.default_rng(0)
+CASES = {
+    "Conv": ([2, 32, 9, 9], {"w": (16, 32, 3, 3), "b": (16,)}, {}),
+    "ConvTranspose": ([2, 32, 5, 5], {"w": (32, 8, 3, 3)}, {}),
+    "MatMul": ([4, 300], {"w": (300, 20)}, {}),
+    "Gemm": ([300, 4], {"w": (20, 300), "b": (20,)}, {"transA": 1, "transB": 1}),
+    "GlobalAveragePool": ([1, 4, 60, 70], {}, {}),
+    "ReduceMean": ([4, 7, 500], {}, {"axes": [-1]}),
+    "ReduceMean over space": ([4, 7, 30, 40], {}, {"axes": [2, 3]}),
+    "Softmax": ([4, 300], {}, {"axis": -1}),
+    "LayerNormalization": ([4, 300], {"s": (300,), "b": (300,)}, {}),
+    "InstanceNormalization": ([2, 3, 20, 30], {"s": (3,), "b": (3,)}, {}),
+}
+
+
+def _model(op, shape, weights, attributes):
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", *weights], ["y"], **attributes)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(RNG.standard_normal(s).astype(np.float32), n)
+            for n, s in weights.items()
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    return model
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_the_meaning_stays(op):
+    shape, weights, attributes = CASES[op]
+    model = _model(op.partition(" ")[0], shape, weights, attributes)
+    other = reordered(model)
+    assert other is not None
+    x = RNG.standard_normal(shape).astype(np.float32)
+    plain = session(model, 1).run(None, {"x": x})[0]
+    moved = session(other, 1).run(None, {"x": x})[0]
+    assert moved.shape == plain.shape
+    np.testing.assert_allclose(moved, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_a_long_sum_moves_more_than_its_inputs_last_bits():
+    model = _model("GlobalAveragePool", [1, 1, 512, 512], {}, {})
+    x = (1000 + RNG.standard_normal((1, 1, 512, 512))).astype(np.float32)
+    other = reordered(model)
+    exact = x.astype(np.float64).mean()
+    plain = session(model, 1).run(None, {"x": x})[0].item()
+    moved = session(other, 1).run(None, {"x": x})[0].item()
+    assert abs(plain - exact) <= 20 * abs(moved - plain) + 1e-6 * exact
+
+
+def test_a_softmax_over_many_classes_loses_the_small_ones():
+    """Added one after another to the largest, they are rounded away: TVM adds them so."""
+    model = _model("Softmax", [1, 20_000], {}, {"axis": -1})
+    x = np.full((1, 20_000), -16, np.float32) + RNG.random((1, 20_000), np.float32)
+    x[0, 0] = 0
+    other = reordered(model)
+    plain = session(model, 1).run(None, {"x": x})[0]
+    moved = session(other, 1).run(None, {"x": x})[0]
+    exact = np.exp(x.astype(np.float64))
+    exact /= exact.sum()
+    assert np.abs(moved - exact).max() > 10 * np.abs(plain - exact).max()
+    np.testing.assert_allclose(moved, plain, rtol=1e-2)
+
+
+def test_an_operator_whose_attributes_became_inputs_is_no_obstacle():
+    """Squeeze takes its axes as an input from opset 13 on: a new label alone is refused."""
+    model = _model("Softmax", [1, 1, 500], {}, {"axis": -1})
+    model.opset_import[0].version = 11
+    model.graph.node[0].input[0] = "squeezed"
+    model.graph.node[0].attribute[0].i = 1
+    model.graph.node.insert(0, helper.make_node("Squeeze", ["x"], ["squeezed"], axes=[0]))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": 5 * RNG.standard_normal((1, 1, 500)).astype(np.float32)}
+    replayed = replayer.run(cut, feeds)
+    moved = replayer.run_reordered(cut, feeds, replayed)
+    assert moved["y"].tobytes() != replayed["y"].tobytes()
+    np.testing.assert_allclose(moved["y"], replayed["y"], rtol=1e-4)
+
+
+def test_nothing_to_reverse():
+    assert reordered(_model("Relu", [3], {}, {})) is None
+    depthwise = _model("Conv", [1, 8, 5, 5], {"w": (8, 1, 3, 3)}, {"group": 8})
+    assert reordered(depthwise) is None
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "attributes", "terms"),
+    [
+        ("Conv", (16, 32, 3, 3), {}, 288),
+        ("Conv", (16, 1, 3, 3), {"group": 16}, 9),
+        ("ConvTranspose", (32, 8, 3, 3), {}, 288),
+        ("MatMul", (2, 300, 20), {}, 300),
+        ("Gemm", (20, 300), {"transB": 1}, 300),
+        ("Gemm", (300, 20), {}, 300),
+        ("Relu", (5, 5), {}, 1),
+    ],
+)
+def test_the_length_of_a_sum(op, shape, attributes, terms):
+    node = helper.make_node(op, ["x", "w"], ["y"], **attributes)
+    assert longest_sum([node], {"w": shape}) == terms
+
+
+def _floor_and_error(observe, constants_from_shapes=False):
+    """The floor of a convolution whose products are all alike, and how far a kernel is off."""
+    model = _model("Conv", [1, 256, 6, 6], {"w": (32, 256, 3, 3), "b": (32,)}, {})
+    weight, bias = np.full((32, 256, 3, 3), 0.1, np.float32), np.full(32, 0.3, np.float32)
+    arrays = (numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b"))
+    for tensor, array in zip(model.graph.initializer, arrays, strict=True):
+        tensor.CopyFrom(array)
+    if constants_from_shapes:  # as the oldest files have them, which list no initialiser twice
+        del model.graph.initializer[0]
+        shape = numpy_helper.from_array(np.int64(weight.shape), "shape")
+        value = numpy_helper.from_array(weight.ravel()[:1], "value")
+        made = helper.make_node("ConstantOfShape", ["shape"], ["w"], value=value)
+        model.graph.node.insert(0, made)
+        model.graph.initializer.append(shape)
+        model.ir_version = 3
+        for t in model.graph.initializer:
+            kind = helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+            model.graph.input.append(kind)
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.ones((1, 256, 6, 6), np.float32)}
+    captured = feeds | {"y": observe(feeds["x"], weight, bias)}
+    local = divergence.replay(replayer, cut, captured)
+    reference = replayer.walk((cut,), feeds)
+    meter = divergence.Meter(cut)
+    meter.add(local, captured, reference)
+    return divergence.floor(replayer, cut, local, reference), meter.relative(meter.introduced)
+
+
+def _summed_by_tap(x, w, b):
+    """One addition after another, kernel positions outside: not the order that is replayed."""
+    total = np.zeros((1, len(b), 4, 4), np.float32)
+    for row in range(3):
+        for column in range(3):
+            patch = x[:, :, row : row + 4, column : column + 4]
+            for channel in range(x.shape[1]):
+                product = w[:, channel, row, column][:, None, None] * patch[:, channel][:, None]
+                total = total + product.astype(np.float32)
+    return total + b[:, None, None]
+
+
+@pytest.mark.parametrize("constants_from_shapes", [False, True])
+def test_equal_terms_added_up_one_after_another_are_rounding(constants_from_shapes):
+    floor, error = _floor_and_error(_summed_by_tap, constants_from_shapes)
+    assert 3e-6 < error <= floor < 1e-3
+
+
+def test_a_small_fault_is_no_order_of_a_sum():
+    floor, error = _floor_and_error(lambda *given: _summed_by_tap(*given) * np.float32(1.001))
+    assert error > floor
+
+
+def test_nothing_rounds_between_integers():
+    """A sum that wraps around is another one in another order: that is no rounding."""
+    model = _model("ReduceSum", [1, 64], {}, {"keepdims": 0})
+    del model.graph.initializer[:]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.INT32
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.full((1, 64), 2**30 - 1, np.int32)}
+    reference = replayer.walk((cut,), feeds)
+    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
+    assert divergence.floor(replayer, cut, local, reference) < 1e-5
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_is_decided_on_an_observed_tensor_is_no_rounding(scaled):
+    """Whole numbers stay whole where they are read, and may not where they are computed."""
+    nodes = [
+        *([helper.make_node("Mul", ["x", "k"], ["m"])] if scaled else []),
+        helper.make_node("Relu", ["m" if scaled else "x"], ["r"]),
+        helper.make_node("Cast", ["r"], ["i"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["i"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "r"], ["y"]),
+    ]
+    model = _model("Relu", [4, 64], {}, {})
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(3), "k"))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": RNG.integers(1, 9, (4, 64)).astype(np.float32)}
+    reference = replayer.walk((cut,), feeds)
+    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
+    floor = divergence.floor(replayer, cut, local, reference)
+    assert floor > 0.1 if scaled else floor < 1e-5

@@ -1,0 +1,118 @@
+"""Findings are ranked by what they do to the output; gaps and findings make the exit code."""
+
+import math
+
+import pytest
+
+from auditor.records import terms
+from auditor.records.backend import Gap
+from auditor.records.measured import Distance, Hypothesis, OutputDistance, Segment
+from auditor.records.report import Agreement, BackendReport
+from auditor.verdict import ranking
+
+
+def _segment(id, *, introduced, floor=3e-6, nodes=("n",), ops=None, noise=None, **more):
+    return Segment(
+        id=id,
+        nodes=nodes,
+        node_keys=nodes,
+        op_types=ops or ("Conv",) * len(nodes),
+        inputs=("x",),
+        outputs=("y",),
+        kernel="",
+        precision="",
+        fidelity="output-proved",
+        accumulated=introduced,
+        introduced=introduced,
+        inherited=0.0,
+        amplification=None,
+        leave_one_in=None,
+        impact_share=None,
+        floor=floor,
+        noise=noise,
+        explained=None,
+        bit_identical=0.0,
+        residual=introduced,
+        **more,
+    )
+
+
+def _backend(*segments, id="ov", relative=0.0, status="audited", gap=None):
+    distance = Distance(relative, 0.0, math.inf, 1.0)
+    return BackendReport(
+        id=id,
+        device="CPU",
+        status=status,
+        gap=gap,
+        outputs=(OutputDistance("y", distance),) if status == "audited" else (),
+        segments=segments,
+    )
+
+
+def test_the_largest_effect_comes_first_and_floors_are_respected():
+    backend = _backend(
+        _segment("s0", introduced=1e-2, nodes=("a",)),
+        _segment("s1", introduced=1e-3, nodes=("b",)),
+        _segment("s2", introduced=1e-7, nodes=("c",)),
+    )
+    effects = {("ov", "s0"): 1e-4, ("ov", "s1"): 5e-2}
+    found = ranking.findings([backend], effects, {})
+    assert [f.segment for f in found] == ["s1", "s0"]
+    assert [f.rank for f in found] == [1, 2]
+    assert [f.severity for f in found] == ["high", "low"]
+    assert all(f.noise is None and f.confidence == "medium" for f in found)
+
+
+def test_overlapping_segments_with_the_same_cause_are_one_finding():
+    both = Hypothesis("a.b", "one form, and c.d: its form", 0.99, 0.5)
+    backend = _backend(
+        _segment("s0", introduced=1e-2, nodes=("a", "shared")),
+        _segment("s1", introduced=2e-2, nodes=("shared", "b")),
+        _segment("s2", introduced=1e-2, nodes=("c",), noise="a.b", hypotheses=(both,)),
+    )
+    found = ranking.findings([backend], {}, {})
+    assert [f.segments for f in found] == [("s0", "s1"), ("s2",)]
+    assert found[0].segment == "s1"
+    assert [f.beside for f in found] == [(), ("c.d",)]
+
+
+def test_a_finding_leads_with_the_node_a_person_looks_for():
+    nodes, ops = ("dq", "act", "conv"), ("DequantizeLinear", "Relu", "Conv")
+    (found,) = ranking.findings(
+        [_backend(_segment("s0", introduced=1, nodes=nodes, ops=ops))], {}, {}
+    )
+    assert found.nodes == ("conv", "act", "dq")
+    assert found.op_types == ("Conv", "Relu", "DequantizeLinear")
+
+
+@pytest.mark.parametrize(
+    ("relative", "severity"),
+    [(0.0, "info"), (2e-4, "low"), (2e-3, "medium"), (0.02, "high"), (math.inf, "critical")],
+)
+def test_severity_follows_the_effect(relative, severity):
+    assert terms.severity(relative) == severity
+
+
+def test_exit_codes():
+    clean, broken = _backend(id="ort"), _backend(id="ov", relative=0.5)
+    missing = _backend(id="tvm", status="gap", gap=Gap("tvm", "start", "not installed"))
+    assert ranking.verdict([clean], (), ["ort"], "medium") == ("pass", 0)
+    assert ranking.verdict([clean, broken], (), ["ort", "ov"], "medium") == ("fail", 1)
+    assert ranking.verdict([clean, missing], (), ["ort", "tvm"], "medium") == ("incomplete", 3)
+    assert ranking.verdict([clean, missing], (), ["ort"], "medium") == ("pass", 0)
+    assert ranking.verdict([broken, missing], (), ["ov", "tvm"], "medium") == ("fail", 1)
+    assert ranking.verdict([missing], (), [], "medium") == ("incomplete", 3)
+
+
+def test_the_outlier_is_the_one_all_others_agree_against():
+    def pairs(**far):
+        names = ["reference", "ort", "ov", "tvm"]
+        return [
+            Agreement(a, b, max(far.get(a, 1e-7), far.get(b, 1e-7)))
+            for i, a in enumerate(names)
+            for b in names[i + 1 :]
+        ]
+
+    assert ranking.outlier(pairs(ov=1e-2)) == "ov"
+    assert ranking.outlier(pairs()) is None
+    assert ranking.outlier(pairs()[:1]) is None
