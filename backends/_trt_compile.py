@@ -24,6 +24,10 @@ _ON_OFF = {"on": True, "off": False}
 # Source: ``BuilderFlag`` in TensorRT's Python API.
 _FACTORS = {
     ("TF32", True): ("TF32 products", {"tf32": "off"}, ("precision.tf32",)),
+    # Up to TensorRT 10, which may choose these types where a flag allows it.
+    ("FP16", True): ("float16 kernels", {"fp16": "off"}, ("precision.fp16",)),
+    ("BF16", True): ("bfloat16 kernels", {"bf16": "off"}, ("precision.bf16",)),
+    ("INT8", True): ("8-bit kernels", {"int8": "off"}, ("precision.int8",)),
     ("STRICT_NANS", False): (
         "fusions that do not keep NaN",
         {"strict-nans": "on"},
@@ -81,6 +85,23 @@ def _switches(trt: Any, config: Any) -> tuple[Switch, ...]:
         for (flag, on), (factor, options, noises) in _FACTORS.items()
         if flag in known and config.get_flag(known[flag]) == on
     )
+
+
+def _observe(network: Any) -> None:
+    """Mark what survives fusion as debug tensors.
+
+    Raises:
+        BackendError: this TensorRT, or this network, has none.
+    """
+    mark = "mark_unfused_tensors_as_debug_tensors"
+    if not hasattr(network, mark):
+        raise BackendError(
+            f"{engine_name()} {engine().__version__} cannot show tensors without changing fusions",
+            f"Install a later one, which has `INetworkDefinition.{mark}`.",
+            stage="instrument",
+        )
+    if not getattr(network, mark)():
+        raise BackendError("TensorRT cannot observe this network", stage="instrument")
 
 
 def _members(enum: Any) -> tuple[str, ...]:
@@ -146,8 +167,8 @@ class Compiler:
         # The path tells where external weights lie; the file itself is not read again.
         if not parser.parse(self.model.SerializeToString(), str(request.model_path.resolve())):
             raise self._refused(parser, log.parsing)
-        if observed and not network.mark_unfused_tensors_as_debug_tensors():
-            raise BackendError("TensorRT cannot observe this network", stage="instrument")
+        if observed:
+            _observe(network)
         config = self._configure(trt, builder.create_builder_config())
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         profiled = self._specialise(builder, config, inputs)

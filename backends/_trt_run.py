@@ -174,7 +174,7 @@ class Observed:
         self._shapes = compiled.shapes
         self._names = names
         self._observer = _observer(cuda, names)
-        self._runner = Runner(compiled.plan, cuda, self._observer)
+        self.runner = Runner(compiled.plan, cuda, self._observer)
         seen = self.run(feeds).tensors
         self.probes = tuple(Probe(tensor, inferred=True) for tensor in seen)
         self.missed = tuple(
@@ -186,7 +186,7 @@ class Observed:
     def run(self, feeds: Mapping[str, Array]) -> Capture:
         """Run once with the listener."""
         self._observer.received = {}
-        outputs = self._runner.run(feeds)
+        outputs = self.runner.run(feeds)
         received = self._observer.received
         tensors = {
             tensor: received[name] for name, tensor in self._names.items() if name in received

@@ -10,13 +10,13 @@ Source: TensorRT documentation, "Python API" (``Builder``, ``OnnxParser``, ``IDe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from auditor.errors import BackendError
 from auditor.ports import Array, Arrays, Capture, Script
 from auditor.records.backend import Availability, Device, Probe, Provenance, Skipped, Switch
-from backends._trt_compile import Compiler, notes, options_of
+from backends._trt_compile import Compiled, Compiler, notes, options_of
 from backends._trt_cuda import Cuda, engine, engine_name, index_of, visible_gpus
 from backends._trt_layers import attribute, parse_layers
 from backends._trt_plan import Finished
@@ -53,6 +53,16 @@ class _Build:
         cuda = Cuda(index) if gpus else None
         self._compiler = Compiler(request)
         self._compiled = self._compiler.compile(observed=False)
+        self._blocked = None if gpus else f"no CUDA device ({why})"
+        self._loaded: tuple[Runner, Cuda] | None = None
+        if cuda is not None:
+            try:
+                runner = Runner(self._compiled.plan, cuda)
+            except BackendError as error:
+                self._blocked = error.message
+            else:
+                self._loaded = runner, cuda
+                self._compiled = _described(self._compiled, runner)
         self._layers = parse_layers(self._compiled.layers)
         kernels = self._compiler.graph.kernels(self._layers, self._compiled.tf32)
         self._provenance = Provenance(
@@ -63,13 +73,6 @@ class _Build:
             kernels=kernels,
             notes=notes(self._compiler, self._compiled, kernels),
         )
-        self._blocked = None if gpus else f"no CUDA device ({why})"
-        self._loaded: tuple[Runner, Cuda] | None = None
-        if cuda is not None:
-            try:
-                self._loaded = Runner(self._compiled.plan, cuda), cuda
-            except BackendError as error:
-                self._blocked = error.message
 
     @property
     def provenance(self) -> Provenance:
@@ -93,6 +96,7 @@ class _Build:
         boundaries = self._compiler.graph.boundaries(self._layers)
         names, skipped = attribute(self._layers, boundaries, self._compiled.shapes)
         observed = Observed(marked, cuda, names, feeds)
+        marked = _described(marked, observed.runner)
         # No description, no proof.
         unchanged = bool(self._layers) and marked.program == self._compiled.program
         return _Instrumented(observed.probes, skipped + observed.missed, unchanged, observed)
@@ -105,6 +109,11 @@ class _Build:
                 stage="run",
             )
         return self._loaded
+
+
+def _described(compiled: Compiled, runner: Runner) -> Compiled:
+    """With its layers as the loaded engine tells them, where the builder did not."""
+    return compiled if compiled.layers else replace(compiled, layers=runner.description())
 
 
 # --- the backend -------------------------------------------------------------------------------

@@ -198,6 +198,14 @@ def test_observing_leaves_the_program_as_it_was(tmp_path):
 
 
 @needs_engine
+def test_a_release_that_cannot_observe_says_so():
+    with pytest.raises(BackendError, match="without changing fusions") as raised:
+        _trt_compile._observe(object())  # a network as older releases have it
+    assert raised.value.stage == "instrument"
+    assert "Install a later one" in raised.value.hint
+
+
+@needs_engine
 @without_gpu
 def test_without_a_gpu_it_says_that_it_did_not_run(tmp_path):
     feeds = {"x": np.zeros((1, 3, 16, 16), np.float32)}
