@@ -20,7 +20,7 @@ from auditor.errors import NoiseError, UsageError
 from auditor.graphs import surgery, weights
 from auditor.records.measured import Sensitivity
 from auditor.records.model import StimulusInfo
-from auditor.replays import replay, rounding
+from auditor.replays import replay
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -153,7 +153,7 @@ def whole(model: Model, feeds: Arrays, expected: Arrays, threads: int) -> onnx.M
         )
     if surgery.opset(proto) >= attribution.OPSET:
         return proto
-    for candidate in rounding.upgraded(proto, attribution.OPSET):
+    for candidate in surgery.upgraded(proto, attribution.OPSET):
         try:
             values = replay.session(candidate, threads).run(list(expected), feeds)
         except Exception:  # what ORT refuses is no conversion; its errors share no base

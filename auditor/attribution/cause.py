@@ -30,7 +30,7 @@ from auditor.errors import NoiseError
 from auditor.graphs import surgery
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
-from auditor.replays import blockwise, branches, fused, replay, rounding
+from auditor.replays import blockwise, branches, fused, replay
 from auditor.replays.portions import Portions
 
 # Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
@@ -252,7 +252,7 @@ def _modern(bench: Bench) -> SegmentGraph:
     segment = bench.segment
     if surgery.opset(segment.model) >= OPSET:
         return segment
-    for model in rounding.upgraded(segment.model, OPSET):
+    for model in surgery.upgraded(segment.model, OPSET):
         try:
             session = replay.session(model, bench.threads, segment.folder)
             values = session.run(list(bench.replayed), bench.inputs)

@@ -12,7 +12,6 @@ from auditor.fixes._bench import Bench, Change
 from auditor.fixes._view import MARK, View
 from auditor.graphs import model as models
 from auditor.graphs import surgery
-from auditor.replays.rounding import upgraded
 
 if TYPE_CHECKING:
     from auditor.ports import Fix
@@ -114,7 +113,7 @@ class Author:
             return
         ranks = tuple(f.rank for f in taken)
         for opset in (o for o in _OPSETS if o > surgery.opset(model)):
-            for changed in upgraded(model, opset):
+            for changed in surgery.upgraded(model, opset):
                 if self._bench.disagrees(changed) is None:
                     yield Change(f"operator set {opset}", ranks, {}, (), changed)
                     break

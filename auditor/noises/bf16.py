@@ -11,7 +11,7 @@ from auditor.graphs import artefact, surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import blockwise, dynamic, folded, loops, recurrent, reorder, rounding
-from auditor.replays.rounding import Sites
+from auditor.replays.rounder import Sites
 from auditor.replays.writer import BF16
 
 FORMAT = BF16

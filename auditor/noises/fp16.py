@@ -8,7 +8,7 @@ from auditor.graphs import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import folded, rounding
-from auditor.replays.rounding import Sites
+from auditor.replays.rounder import Sites
 from auditor.replays.writer import FP16
 
 FORMAT = FP16

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import rounding
-from auditor.replays.rounding import Sites
+from auditor.replays.rounder import Sites
 from auditor.replays.writer import Format
 
 FORMAT = Format("tf32", frozenset({"tf32"}), cast=None, opset=7, bits=11)

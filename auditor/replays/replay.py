@@ -38,7 +38,6 @@ from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Array, Arrays
 from auditor.processes import memory
 from auditor.records.model import ReferenceInfo
-from auditor.replays.rounding import upgraded
 from auditor.replays.writer import Format
 
 if TYPE_CHECKING:
@@ -395,7 +394,7 @@ class Replayer:
         ``how`` is said where it cannot be run; the other arguments are those of ``run_reordered``.
         """
         model = self.model(cut, values)
-        candidates = [model] if surgery.opset(model) >= opset else upgraded(model, opset)
+        candidates = [model] if surgery.opset(model) >= opset else surgery.upgraded(model, opset)
         feeds = {name: values[name] for name in cut.inputs}
 
         def run(variant: onnx.ModelProto) -> Arrays:

@@ -21,7 +21,8 @@ from onnx import TensorProto, numpy_helper
 from auditor.graphs import surgery, weights
 from auditor.graphs.model import Model
 from auditor.ports import Array, Arrays, SegmentGraph
-from auditor.replays.rounding import Sites, variants
+from auditor.replays.rounder import Sites
+from auditor.replays.rounding import variants
 from auditor.replays.writer import BF16, FP16, Format
 
 FORMATS: dict[int, Format] = {TensorProto.FLOAT16: FP16, TensorProto.BFLOAT16: BF16}

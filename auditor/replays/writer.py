@@ -55,7 +55,6 @@ class Writer:
 
     Attributes:
         nodes, initializers: what was written so far.
-        rounded: names of rounded copies, by tensor.
         exact: tensors whose values already fit the format.
     """
 
@@ -64,16 +63,14 @@ class Writer:
         self.to = to
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
-        self.rounded: dict[str, str] = {}
+        self._rounded: dict[str, str] = {}
         self.exact = set[str]()
         self.constants = dict(layout.constants)
         self.floats = set(layout.floats)
         self.mark = _unused_mark(layout.model)
         self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
 
-    def _sum_narrowly(
-        self, node: onnx.NodeProto, shape: tuple[int, ...] | None, half: bool
-    ) -> None:
+    def sum_narrowly(self, node: onnx.NodeProto, shape: tuple[int, ...] | None, half: bool) -> None:
         """Replace a sum of products by a loop that rounds each product and each running sum."""
         if half and self.to.cast != TensorProto.FLOAT16:
             return
@@ -87,13 +84,13 @@ class Writer:
             reduced = self._multiply
         else:
             return
-        inputs = [self._new("Cast", n, to=TensorProto.FLOAT) if half else n for n in node.input]
+        inputs = [self.new("Cast", n, to=TensorProto.FLOAT) if half else n for n in node.input]
         total, across = reduced(inputs[0], inputs[1], shape or (), options)
         bias = inputs[2] if len(inputs) > 2 else ""
         if bias:
             if across:
-                bias = self._new("Reshape", bias, self._integers(across))
-            total = self._new("Add", total, bias)
+                bias = self.new("Reshape", bias, self.integers(across))
+            total = self.new("Add", total, bias)
         final = helper.make_node("Identity", [total], list(node.output))
         if half:
             final = helper.make_node("Cast", [total], list(node.output), to=TensorProto.FLOAT16)
@@ -103,18 +100,16 @@ class Writer:
         self, a: str, b: str, shape: tuple[int, ...], options: dict[str, Any]
     ) -> tuple[str, list[int]]:
         """A matrix product with its leading axes made one; its bias needs no other shape."""
-        a = self._new("Transpose", a) if options.get("transA") else a
-        b = self._new("Transpose", b) if options.get("transB") else b
-        like = self._new("MatMul", a, b)
+        a = self.new("Transpose", a) if options.get("transA") else a
+        b = self.new("Transpose", b) if options.get("transB") else b
+        like = self.new("MatMul", a, b)
         matrices = [self._matrices(tensor) for tensor in (a, b, like)]
         total = self._scan(*matrices, rank=3)
-        return self._new("Reshape", total, self._new("Shape", like)), []
+        return self.new("Reshape", total, self.new("Shape", like)), []
 
     def _matrices(self, tensor: str) -> str:
-        matrix = self._new("Gather", self._new("Shape", tensor), self._integers([-2, -1]))
-        return self._new(
-            "Reshape", tensor, self._new("Concat", self._integers([-1]), matrix, axis=0)
-        )
+        matrix = self.new("Gather", self.new("Shape", tensor), self.integers([-2, -1]))
+        return self.new("Reshape", tensor, self.new("Concat", self.integers([-1]), matrix, axis=0))
 
     def _convolve(
         self, x: str, w: str, shape: tuple[int, ...], options: dict[str, Any]
@@ -130,23 +125,23 @@ class Writer:
             for t in range(taps)
             for i in range(taps)
         ]
-        picker = self._initializer(
+        picker = self.initializer(
             f"{self.mark}{w}/taps", TensorProto.FLOAT, (math.prod(columns), 1, *size), one_hot
         )
-        patches = self._new("Conv", x, picker, **{**options, "group": groups * channels})
-        like = self._new("Conv", x, w, **options)
+        patches = self.new("Conv", x, picker, **{**options, "group": groups * channels})
+        like = self.new("Conv", x, w, **options)
         total = self._scan(
-            self._new("Reshape", w, self._integers([1, groups, filters // groups, columns[1]])),
-            self._new("Reshape", patches, self._integers([0, *columns, -1])),
-            self._new("Reshape", like, self._integers([0, groups, filters // groups, -1])),
+            self.new("Reshape", w, self.integers([1, groups, filters // groups, columns[1]])),
+            self.new("Reshape", patches, self.integers([0, *columns, -1])),
+            self.new("Reshape", like, self.integers([0, groups, filters // groups, -1])),
             rank=4,
         )
-        return self._new("Reshape", total, self._new("Shape", like)), [-1, *(1 for _ in size)]
+        return self.new("Reshape", total, self.new("Shape", like)), [-1, *(1 for _ in size)]
 
     def _scan(self, a: str, b: str, like: str, *, rank: int) -> str:
         """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""
-        zeros = self._new("ConstantOfShape", self._new("Shape", like))
-        return self._new(
+        zeros = self.new("ConstantOfShape", self.new("Shape", like))
+        return self.new(
             "Scan", zeros, a, b, body=self._step(rank), num_scan_inputs=2, scan_input_axes=[-1, -2]
         )
 
@@ -158,9 +153,9 @@ class Writer:
             helper.make_node("Unsqueeze", ["a", "last"], ["a1"]),
             helper.make_node("Unsqueeze", ["b", "second"], ["b1"]),
             helper.make_node("Mul", ["a1", "b1"], ["exact"]),
-            *self._rounding("exact", "product"),
+            *self.rounding("exact", "product"),
             helper.make_node("Add", ["sum", "product"], ["wide"]),
-            *self._rounding("wide", "total"),
+            *self.rounding("wide", "total"),
         ]
 
         def value(name: str, dims: int) -> onnx.ValueInfoProto:
@@ -171,7 +166,7 @@ class Writer:
         body = helper.make_graph(nodes, "step", inputs, [value("total", rank)])
         return surgery.enclosed(body)
 
-    def _new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+    def new(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         """Emit an FP32 node of the surgery's own and return its output."""
         output = f"{self.mark}{inputs[0]}/{op_type}{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [output], **attributes))
@@ -180,16 +175,19 @@ class Writer:
             self.constants[output] = None
         return output
 
-    def _integers(self, values: Sequence[int]) -> str:
+    def integers(self, values: Sequence[int]) -> str:
+        """A constant of int64."""
         name = f"{self.mark}int64 {list(values)}"
-        return self._initializer(name, TensorProto.INT64, (len(values),), values)
+        return self.initializer(name, TensorProto.INT64, (len(values),), values)
 
-    def _scalar(self, value: float) -> str:
-        return self._initializer(f"{self.mark}float {value!r}", TensorProto.FLOAT, (), [value])
+    def scalar(self, value: float) -> str:
+        """A constant of one float32."""
+        return self.initializer(f"{self.mark}float {value!r}", TensorProto.FLOAT, (), [value])
 
-    def _initializer(
+    def initializer(
         self, name: str, kind: int, shape: Sequence[int], values: Sequence[float]
     ) -> str:
+        """A constant of a name that says what it holds: it is written once."""
         if all(t.name != name for t in self.initializers):
             self.initializers.append(helper.make_tensor(name, kind, shape, values))
             self.constants[name] = tuple(shape)
@@ -197,26 +195,28 @@ class Writer:
 
     # --- rounding ------------------------------------------------------------------------------
 
-    def _round(self, name: str) -> str:
+    def round(self, name: str) -> str:
+        """A copy of a tensor in the format; itself where it already fits."""
         if name in self.exact:
             return name
-        if name not in self.rounded:
-            target = self.rounded[name] = f"{self.mark}{name}/{self.to.name}"
-            self.nodes.extend(self._rounding(name, target))
+        if name not in self._rounded:
+            target = self._rounded[name] = f"{self.mark}{name}/{self.to.name}"
+            self.nodes.extend(self.rounding(name, target))
             self.exact.add(target)
-        return self.rounded[name]
+        return self._rounded[name]
 
-    def _saturated(self, name: str) -> str:
+    def saturated(self, name: str) -> str:
         """A constant within what float16 holds."""
         value = self.at.values.get(name)
         if value is None or not np.any(np.abs(value) > _LARGEST):
             return name
         if surgery.opset(self.at.model) < _OPSET_OF_LIMITS:
             return name
-        least, most = self._scalar(-_LARGEST), self._scalar(_LARGEST)
-        return self._new("Max", self._new("Min", name, most), least)
+        least, most = self.scalar(-_LARGEST), self.scalar(_LARGEST)
+        return self.new("Max", self.new("Min", name, most), least)
 
-    def _rounding(self, source: str, target: str) -> list[onnx.NodeProto]:
+    def rounding(self, source: str, target: str) -> list[onnx.NodeProto]:
+        """Nodes that round ``source`` to nearest, into ``target``."""
         if self.casts:
             narrow = f"{self.mark}{target}/narrow"
             return [
@@ -225,7 +225,7 @@ class Writer:
             ]
         return self._split(source, target)
 
-    def _tail(self, name: str, group: Group) -> str | None:
+    def tail(self, name: str, group: Group) -> str | None:
         """Which elements of a reduction's result lie beyond whole vectors of their row.
 
         Of 8-bit integers, OpenVINO scales each channel's result by itself: no row has several.
@@ -241,11 +241,9 @@ class Writer:
             return None
         broadcast[axis] = size
         beyond = [i >= size - size % _VECTOR for i in range(size)]
-        return self._initializer(
-            f"{self.mark}tail {broadcast}", TensorProto.BOOL, broadcast, beyond
-        )
+        return self.initializer(f"{self.mark}tail {broadcast}", TensorProto.BOOL, broadcast, beyond)
 
-    def _cut(self, source: str, target: str, where: str) -> list[onnx.NodeProto]:
+    def cut(self, source: str, target: str, where: str) -> list[onnx.NodeProto]:
         """Rounds, and where it is so said towards zero: what was rounded up goes back one step.
 
         A share 2⁻ᵇ of a value with b significant bits is half a step to one step of its own, so
@@ -256,9 +254,9 @@ class Writer:
         sizes = (f"{marked}/size", f"{marked}/true size")
         up, back = f"{marked}/up", f"{marked}/back"
         return [
-            *self._rounding(source, near),
-            helper.make_node("Mul", [near, self._scalar(1 - 2.0**-self.to.bits)], [less]),
-            *self._rounding(less, below),
+            *self.rounding(source, near),
+            helper.make_node("Mul", [near, self.scalar(1 - 2.0**-self.to.bits)], [less]),
+            *self.rounding(less, below),
             helper.make_node("Abs", [near], [sizes[0]]),
             helper.make_node("Abs", [source], [sizes[1]]),
             helper.make_node("Greater", sizes, [up]),
@@ -266,7 +264,7 @@ class Writer:
             helper.make_node("Where", [back, below, near], [target]),
         ]
 
-    def _biased(self, source: str, target: str) -> list[onnx.NodeProto]:
+    def biased(self, source: str, target: str) -> list[onnx.NodeProto]:
         """Rounds as OpenVINO's own bfloat16 does outside of compiled kernels: seldom up.
 
         It adds half a step to values whose last bit is set and cuts the others off
@@ -277,11 +275,11 @@ class Writer:
         near, coarse = f"{marked}/nearest", f"{marked}/coarse"
         even, odd = f"{marked}/even", f"{marked}/odd"
         return [
-            *self._rounding(source, near),
+            *self.rounding(source, near),
             *self._split(near, coarse, self.to.bits - 1),
             helper.make_node("Equal", [near, coarse], [even]),
             helper.make_node("Not", [even], [odd]),
-            *self._cut(source, target, odd),
+            *self.cut(source, target, odd),
         ]
 
     def _split(self, source: str, target: str, bits: int = 0) -> list[onnx.NodeProto]:
@@ -292,7 +290,7 @@ class Writer:
         precision"; Boldo 2006).
         """
         shift = 24 - (bits or self.to.bits)
-        factor = self._scalar(float(2**shift + 1))
+        factor = self.scalar(float(2**shift + 1))
         scaled, rest = f"{self.mark}{target}/scaled", f"{self.mark}{target}/rest"
         return [
             helper.make_node("Mul", [source, factor], [scaled]),

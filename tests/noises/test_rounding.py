@@ -12,7 +12,7 @@ from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, SegmentGraph
 from auditor.replays import replay, rounding
-from auditor.replays.rounding import Sites
+from auditor.replays.rounder import Sites
 from auditor.replays.writer import Format
 
 EVERYTHING = Sites("every operator", "operator", inputs=True, outputs=True)
@@ -142,7 +142,7 @@ def test_upgrading_offers_a_model_with_the_same_bits(old: int) -> None:
     x = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
     expected = replay.session(model, 1).run(["y"], {"x": x})[0]
     matching = 0
-    for upgraded in rounding.upgraded(model, 13):
+    for upgraded in surgery.upgraded(model, 13):
         assert surgery.opset(upgraded) == 13
         try:
             result = replay.session(upgraded, 1).run(["y"], {"x": x})[0]
