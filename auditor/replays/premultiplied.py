@@ -193,13 +193,11 @@ def _move_scale(rounder: Rounder, product: onnx.NodeProto, group: Group) -> None
         return
     keys = product.input[1]
     entered = rounder.raw.get(keys, keys)
-    rounded = _has_softmax(rounder, group) and rounder.sites.scales != "keys"
-    if rounded and not rounder.inside(keys, group):
+    if _reads_rounded_keys(rounder, group) and not rounder.inside(keys, group):
         entered = rounder.round(keys)
     operator, factor = _scaling(rounder, index, product.output[0])
     product.input[1] = rounder.new(operator, entered, factor)
-    product.output[0] = rounder.at.nodes[index].output[0]
-    rounder.replaced.add(index)
+    _skip(rounder, product, index)
 
 
 def move_scales(rounder: Rounder) -> None:
@@ -214,11 +212,11 @@ def move_scales(rounder: Rounder) -> None:
             continue
         group = rounder.groups[index]
         scale = _scale_of(rounder, product, group)
-        fused = _has_softmax(rounder, group) and rounder.sites.scales != "keys"
-        if scale is None or fused:
+        if scale is None or _reads_rounded_keys(rounder, group):
             continue
         keys = product.input[1]
-        single = _is_single(rounder, _scaling(rounder, scale, product.output[0])[1])
+        scaling = _scaling(rounder, scale, product.output[0])
+        single = rounder.constants.get(scaling[1]) in ((), (1,))
         for move in rounder.at.moves(keys):
             if not single and not _swaps_last(rounder.at.nodes[move]):
                 break
@@ -227,18 +225,13 @@ def move_scales(rounder: Rounder) -> None:
         if source is None or rounder.at.reader(keys) is None:
             continue
         projection = rounder.groups[source]
-        if (
-            projection is not group
-            and rounder.writes(projection)
-            and (
-                rounder.sites.scales == "keys"
-                or any(
-                    rounder.at.nodes[i].op_type == "MatMul" and rounder.has_weights(i)
-                    for i in projection.nodes
-                )
-            )
+        if projection is group or not rounder.writes(projection):
+            continue
+        if rounder.sites.scales == "keys" or any(
+            rounder.at.nodes[i].op_type == "MatMul" and rounder.has_weights(i)
+            for i in projection.nodes
         ):
-            rounder.scaled[keys] = _scaling(rounder, scale, product.output[0])
+            rounder.scaled[keys] = scaling
             rounder.unscaled[index] = scale
 
 
@@ -258,17 +251,19 @@ def _scale_of(rounder: Rounder, product: onnx.NodeProto, group: Group) -> int | 
     return index if heads and node.op_type in ("Mul", "Div") else None
 
 
-def _is_single(rounder: Rounder, constant: str) -> bool:
-    return rounder.constants.get(constant) in ((), (1,))
-
-
 def _scaling(rounder: Rounder, index: int, product: str) -> tuple[str, str]:
     node = rounder.at.nodes[index]
     return node.op_type, next(n for n in node.input if n != product)
 
 
-def _has_softmax(rounder: Rounder, group: Group) -> bool:
-    return any(rounder.at.nodes[i].op_type == "Softmax" for i in group.nodes)
+def _reads_rounded_keys(rounder: Rounder, group: Group) -> bool:
+    """Whether a kernel is fused attention that multiplies the scale into keys as they were written.
+
+    With AMX (``Sites.scales``), what writes the keys has multiplied it in.
+    """
+    return rounder.sites.scales != "keys" and any(
+        rounder.at.nodes[i].op_type == "Softmax" for i in group.nodes
+    )
 
 
 def _swaps_last(node: onnx.NodeProto) -> bool:
