@@ -14,7 +14,16 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.noises import _calibrated, bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
+from auditor.noises import (
+    _calibrated,
+    _equations,
+    bf16,
+    fp16,
+    int8,
+    int8_requantisation,
+    int8_saturation,
+    tf32,
+)
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
 from tests.helpers import explained
@@ -164,7 +173,7 @@ def test_what_two_results_may_have_given_says_nothing(make_segment: Any, run: An
     given = x + np.tile(np.float32([[0.03], [-0.03]]), (150, 1))
     observed = np.where(given > 0, given, -given / 2)
     values = {"x": x, "z": x, "y": run(model, {"x": x})["y"]}
-    found = _calibrated._before(model, 0, values, {"y": observed}, narrow=False)
+    found = _equations._before(model, 0, values, {"y": observed}, narrow=False)
     assert found is not None
     result, weight = found
     known = weight > 0
