@@ -123,7 +123,8 @@ class Probing:
 
         A kernel that ``changed`` still has in another form was fused with what it reads; one
         that it no longer has was fused with what reads it. One that is computed in float32 now was
-        widened for something observed in that.
+        widened for something observed in that. One of several outputs was split if parts of it are
+        kernels of their own now.
         """
         probed = {c.maker for c in probes}
         same = {kernel.key for kernel in changed.kernels()}
@@ -140,7 +141,14 @@ class Probing:
             read = {max(k.operations) for k in self._program.parents(kernel) if k.operations}
             own = {max(kernel.operations)} if kernel.operations else set()
             suspects |= (read & probed or own) if kernel.end in ends else own
-        return frozenset(suspects) or self._crossed(changed, probed)
+        known = {kernel.end for kernel in self._program.kernels()}
+        parts = {n for k in changed.kernels() if k.end not in known for n in k.operations}
+        split = {
+            max(kernel.operations)
+            for kernel in self._program.kernels()
+            if parts & {*kernel.operations}
+        }
+        return frozenset(suspects or split & probed) or self._crossed(changed, probed)
 
     def _widening(self, kernel: Executed, probes: Sequence[Candidate]) -> set[int]:
         """Makers of what is observed in a wider type and needs what ``kernel`` gives or reads.
@@ -215,7 +223,13 @@ class Probing:
         if not probes:
             return Trial(self._plain.session, proved=True)
         model, ops = self._source.clone()
+        # The engine numbers operations from the last Result on and fuses in that order: before the
+        # model's own, probes leave it as it is.
+        own = model.get_results()
         model.add_results([result(ops, c) for c in probes])
+        for each in own:
+            model.remove_result(each)
+        model.add_results(own)
         try:
             session, program = self._plain.compiled(model)
         except BackendError:  # a defect of the engine's: fewer probes may do

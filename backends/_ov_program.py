@@ -83,7 +83,8 @@ class Executed:
     @property
     def key(self) -> tuple[str, ...]:
         """Equal for the same kernel in two programs."""
-        return (self.type, self.end, self.primitive, self.precision, *self.outputs)
+        # The engine lists an output once for each reader.
+        return (self.type, self.end, self.primitive, self.precision, *dict.fromkeys(self.outputs))
 
 
 class Program:

@@ -142,12 +142,14 @@ class Plain:
     def capture(
         self, session: Session, probes: Sequence[Candidate], feeds: Mapping[str, Array]
     ) -> tuple[Arrays, Arrays]:
-        """Final outputs, and the values of ``probes``, the results that follow them."""
-        results = len(self.source.results)
-        values = session.infer([feeds[n] for n in self.inputs], range(results + len(probes)))
+        """Final outputs, and the values of ``probes``, the results that come before them."""
+        count = len(probes)
+        values = session.infer(
+            [feeds[n] for n in self.inputs], range(count + len(self.source.results))
+        )
         return (
-            {name: values[index] for name, index in self.outputs},
-            {c.tensor: as_shown(v, c) for c, v in zip(probes, values[results:], strict=True)},
+            {name: values[count + index] for name, index in self.outputs},
+            {c.tensor: as_shown(v, c) for c, v in zip(probes, values[:count], strict=True)},
         )
 
 

@@ -237,7 +237,7 @@ def test_a_deep_network_is_copied_a_few_times_only(
 ) -> None:
     """Each block's sum is made apart, one after another: a copy for each would be quadratic."""
     path = tmp_path / "deep.onnx"
-    onnx.save(deep.network(56, channels=8, side=8), path)
+    onnx.save(deep.network(40, channels=8, side=8), path)
     built = build(path, options=F32)
     copies: list[int] = []
     cloned = _ov_source.Source.clone
@@ -277,6 +277,36 @@ def test_what_changes_a_kernel_without_touching_it_is_found_around_it(
     made = built.instrument({"x": np.random.default_rng(0).random(shape, np.float32)})
     assert made.program_unchanged
     assert {"s1", "s2", "s3"} <= {probe.tensor for probe in made.probes}
+
+
+def test_probes_leave_the_order_in_which_kernels_are_fused(tmp_path: Path) -> None:
+    """Masks that are multiplied on from one step to the next are one kernel with what reads them.
+
+    OpenVINO fuses in the order in which it meets operations, from the last Result on, and lists an
+    output as often as it is read.
+    """
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[4,16] x) => (float[4,16] y, float[4,16] z)
+        <float top = {1.3}, int64[1] ax = {1}, int64[1] k = {3}> {
+            a = MatMul(x, w0) m0 = Relu(a) s0 = Sub(top, m0)
+            h0 = Mul(m0, x) b0 = MatMul(h0, w0) z1 = Mul(b0, s0)
+            v1, i1 = TopK(z1, k) r1 = ReduceSum(v1, ax) g1 = GatherElements <axis = 1> (z1, i1)
+            f1 = ReduceMax <axes = [1]> (g1) e1 = Add(r1, f1)
+            q1 = Sub(z1, e1) m1 = Relu(q1) t1 = Sub(top, m1) s1 = Mul(s0, t1)
+            h1 = Mul(m1, x) b1 = MatMul(h1, w0) z2 = Mul(b1, s1) r2 = ReduceSum(z2, ax)
+            q2 = Sub(z2, r2) m2 = Relu(q2) t2 = Sub(top, m2) z = Mul(s1, t2)
+            h2 = Mul(m2, x) y = MatMul(h2, w0)
+        }""")
+    draw = np.random.default_rng(0)
+    weights = draw.standard_normal((16, 16)).astype(np.float32) / 4
+    model.graph.initializer.append(numpy_helper.from_array(weights, "w0"))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    made = build(path).instrument({"x": draw.standard_normal((4, 16)).astype(np.float32)})
+    proofs = {p.tensor: p.fidelity for p in made.probes}
+    assert made.program_unchanged
+    steps = ("z1", "v1", "r1", "f1", "h1", "b1", "z2")
+    assert [proofs[name] for name in steps] == ["output-proved"] * 7
 
 
 def test_what_needs_no_more_than_a_shape_is_found_where_it_widens_a_kernel(tmp_path: Path) -> None:
