@@ -122,7 +122,8 @@ class Analysis:
         self.rebuild = 0.0
         self.impacts: dict[str, Running] = {}
         self.tasks: dict[str, dict[str, TaskMeter]] = {}
-        self.causes = Causes(noises, reference.replayer.threads, later=samples > 1)
+        replayer = reference.replayer
+        self.causes = Causes(noises, replayer.threads, later=samples > 1, beside=replayer.beside)
         self.constants: dict[str, tuple[str, ...]] = {}
         self.ledger = Ledger(())
         self.system = Pool()

@@ -17,8 +17,9 @@ the plain replay's is right is infinitely far off.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,9 @@ OPSET = 13
 
 # Winners of earlier segments, by the operators they hold: (noise id, variant name).
 Prior = dict[tuple[str, ...], tuple[str, str]]
+# What trying a cause gave: results, or sentences why there are none; and what maps causes to that.
+_Tried = list[Tested | str]
+Beside = Callable[[Callable[[Noise], _Tried], Iterable[Noise]], Iterable[_Tried]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,7 @@ def explain(
     thorough: bool = False,
     floor: float = math.inf,
     later: bool = False,
+    beside: Beside = map,
 ) -> Explanation:
     """Find the cause of one segment's introduced error.
 
@@ -148,6 +153,7 @@ def explain(
         floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
         later: whether other samples will come, which tell forms of one cause apart where this one
             has too few elements.
+        beside: maps a function over rivals, perhaps on several threads.
     """
     bench = Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
     if not bench.explainable:
@@ -165,17 +171,29 @@ def explain(
         noises,
         key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
     )
-    for noise in ordered:
-        if bench.done and not (thorough or bench.coarse):
-            break
-        # Not from NAMED on: another cause may explain the rest as well.
-        settled = bench.done and not bench.coarse
+    waiting = iter(ordered)
+
+    def variants(noise: Noise, failures: list[str]) -> Iterator[Variant]:
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
         seen = unbranched if _tells(bench, noise) else segment
-        for variant in _variants(bench, noise, seen, expected):
+        return _variants(failures, noise, seen, expected)
+
+    for noise in waiting:
+        for variant in variants(noise, bench.failures):
             bench.test(noise.id, variant)
-            if settled or (bench.done and not bench.coarse):
+            if bench.settled:  # not from NAMED on: another cause may explain the rest as well
                 break
+        if bench.settled:
+            break
+
+    def likeliest(noise: Noise) -> _Tried:
+        failures: list[str] = []
+        first = islice(variants(noise, failures), 1)
+        return [*(bench.tried(noise.id, variant) for variant in first), *failures]
+
+    for rival in beside(likeliest, waiting if thorough else ()):
+        for found in rival:
+            bench.note(found)
     if not bench.found:
         for noise in ordered:
             for variant in (
@@ -193,7 +211,7 @@ def explain(
         if later and bench.different < ELEMENTS:
             tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
             for noise in (n for n in noises if n.id == winner.hypothesis.noise):
-                for variant in _variants(bench, noise, unbranched, None):
+                for variant in _variants(bench.failures, noise, unbranched, None):
                     if (noise.id, variant.name) not in tested:
                         bench.test(noise.id, variant)
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
@@ -295,9 +313,9 @@ def _tells(bench: Bench, noise: Noise) -> bool:
 
 
 def _variants(
-    bench: Bench, noise: Noise, segment: SegmentGraph, expected: str | None
+    failures: list[str], noise: Noise, segment: SegmentGraph, expected: str | None
 ) -> Iterator[Variant]:
-    """A noise's variants, the expected one first."""
+    """A noise's variants, the expected one first; where there are none, ``failures`` say why."""
     try:
         if expected is None:
             yield from noise.variants(segment)
@@ -316,7 +334,7 @@ def _variants(
         if not found:
             yield from waiting
     except NoiseError as error:
-        bench.failures.append(f"{noise.id}: {error.message}")
+        failures.append(f"{noise.id}: {error.message}")
 
 
 def _beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
@@ -333,7 +351,7 @@ def _beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) ->
     forms = {base.hypothesis.variant, usual.get(noise.id)}
     for position, first in enumerate(_firsts(bench)):
         on_top = replace(bench.segment, model=first.variant.model)
-        for variant in _variants(bench, noise, on_top, base.hypothesis.variant):
+        for variant in _variants(bench.failures, noise, on_top, base.hypothesis.variant):
             # Beside a fault another of its forms may be the right one: those of the likeliest ones.
             if position >= COMBINED and variant.name not in forms:
                 continue
@@ -385,7 +403,7 @@ def _alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None
     values = replay.inside(segment.model, bench.threads, bench.inputs)
     for cut, portion in portions:
         for noise in tried:
-            for variant in _variants(bench, noise, portion, None):
+            for variant in _variants(bench.failures, noise, portion, None):
                 if not _matters(variant.model, values, bench.threads):
                     continue
                 whole = portions.with_one(cut, variant.model)
@@ -452,7 +470,7 @@ def _pair(
     expected = usual.get(noise.id)
     tested = (t.hypothesis for t in bench.tested)
     shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
-    for position, variant in enumerate(_variants(bench, noise, base, expected)):
+    for position, variant in enumerate(_variants(bench.failures, noise, base, expected)):
         if position >= COMBINED and variant.name not in likely and noise.id not in usual:
             continue
         share = shares.get(variant.name, -math.inf)

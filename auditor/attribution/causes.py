@@ -101,17 +101,26 @@ class _Case:
 class Causes:
     """The causes of one backend's segments."""
 
-    def __init__(self, noises: Sequence[Noise], threads: int, *, later: bool) -> None:
+    def __init__(
+        self,
+        noises: Sequence[Noise],
+        threads: int,
+        *,
+        later: bool,
+        beside: attribution.Beside = map,
+    ) -> None:
         """Nothing is explained yet.
 
         Args:
             noises: the catalogue of hypotheses.
             threads: intra-op threads of each replay.
             later: whether more than one sample will come, so that contenders are worth keeping.
+            beside: maps a function over rival causes, perhaps on several threads.
         """
         self._noises = tuple(noises)
         self._threads = threads
         self._later = later
+        self._beside = beside
         self._prior: attribution.Prior = {}
         self._cases: dict[str, _Case] = {}
 
@@ -154,6 +163,7 @@ class Causes:
             thorough=thorough,
             floor=floor,
             later=self._later,
+            beside=self._beside,
         )
         tallies = [_Tally(contender.noise) for contender in found.contenders]
         for tally, contender in zip(tallies, found.contenders, strict=True):

@@ -148,6 +148,11 @@ class Bench:
         return any(f.explained >= max(ENOUGH, self.needed(f)) for f in found)
 
     @property
+    def settled(self) -> bool:
+        """Whether what explains all there is must be the cause: other causes are rivals only."""
+        return self.done and not self.coarse
+
+    @property
     def explainable(self) -> bool:
         """Whether there is a finite error."""
         return 0 < self._error < math.inf
@@ -217,9 +222,14 @@ class Bench:
         return self._ordinary(outputs) > max(2 * before, rounding)
 
     def test(self, noise: str, variant: Variant) -> None:
-        """Replay one variant, unless the engine refuses the model.
+        """Replay one variant, and keep what it explains."""
+        self.note(self.tried(noise, variant))
+
+    def tried(self, noise: str, variant: Variant) -> Tested | str:
+        """Replay one variant; why not, where the engine refuses the model.
 
         One whose shapes do not fit the rest of the segment is refuted, since the backend did run.
+        Nothing is changed here: several may be tried beside each other.
         """
         refuted = Hypothesis(noise, variant.name, -math.inf, 0.0)
         try:
@@ -227,30 +237,36 @@ class Bench:
         except Exception as error:  # ORT raises a family of classes that share no base
             reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
             if _MISSHAPEN in reason:
-                self._note(refuted, self.replayed, variant)
-                return
-            self.failures.append(f"{noise} ({variant.name}) cannot be replayed: {reason}")
-            return
+                return self._judged(refuted, self.replayed, variant)
+            return f"{noise} ({variant.name}) cannot be replayed: {reason}"
         try:
             values = session.run(list(self.observed), self.inputs)
         except Exception:  # as above
-            self._note(refuted, self.replayed, variant)
-            return
+            return self._judged(refuted, self.replayed, variant)
         outputs = dict(zip(self.observed, values, strict=True))
         explained = 1 - self._distance(outputs) / self._error
         same = sum(metrics.bit_identical(self.observed[n], v) for n, v in outputs.items())
         hypothesis = Hypothesis(noise, variant.name, explained, same / len(outputs))
-        self._note(hypothesis, outputs, variant)
+        return self._judged(hypothesis, outputs, variant)
 
-    def _note(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> None:
+    def _judged(self, hypothesis: Hypothesis, outputs: Arrays, variant: Variant) -> Tested:
         fits = self._fits(outputs) and not self._spoils(outputs)
-        tested = Tested(hypothesis, outputs, variant, self._beside(outputs), fits)
+        return Tested(hypothesis, outputs, variant, fits=fits)
+
+    def note(self, found: Tested | str) -> None:
+        """Keep what a variant explains, or why it could not be replayed."""
+        if isinstance(found, str):
+            self.failures.append(found)
+            return
+        tested = replace(found, beside=self._beside(found.outputs))
+        hypothesis = tested.hypothesis
         if hypothesis.noise in self.says:
             self.base = tested if self.base is None else max(self.base, tested, key=merit)
         elif self.base is not None:
             self.likely = sorted((*self.likely, tested), key=lambda t: -t.beside)[:LIKELY]
         if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
-            tested = replace(tested, outputs={}, variant=Variant(variant.name, onnx.ModelProto()))
+            empty = Variant(tested.variant.name, onnx.ModelProto())
+            tested = replace(tested, outputs={}, variant=empty)
         self.tested.append(tested)
 
     def _beside(self, outputs: Arrays) -> float:

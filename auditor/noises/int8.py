@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -31,6 +31,7 @@ _QUANTISED = (
 # DynamicQuantizeLinear exists from here on.
 _LARGEST = float(np.finfo(np.float32).max) / 4  # a range of weights is finite
 _OPSET = 11
+_SOME = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def _weighted(layout: Layout) -> dict[int, Array]:
         weights = layout.constant(node.input[1])
         if weights is None or weights.dtype != np.float32 or weights.ndim < 2:
             continue
-        if np.all(np.abs(weights) <= _LARGEST):  # NaN and infinity have no 8 bits
+        if weights.size and _most(weights) <= _LARGEST:  # NaN and infinity have no 8 bits
             weighted[index] = weights
     return weighted
 
@@ -166,20 +167,35 @@ def _channel(node: onnx.NodeProto, weights: Array) -> int:
     return 1 if node.op_type == "ConvTranspose" else 0
 
 
+def _most(values: Array, **along: Any) -> Array:
+    """The largest absolute values, without a tensor of all of them."""
+    return np.asarray(np.maximum(values.max(**along), -values.min(**along)))
+
+
 def _weights(values: Array, axis: int | None, layout: str) -> Array:
-    """Weights rounded to 8 bits (eq. 9 and 10 of the paper)."""
+    """Weights rounded to 8 bits (eq. 9 and 10 of the paper).
+
+    In place: layers of tens of megabytes cost more for new memory than for arithmetic.
+    """
     axes = tuple(i for i in range(values.ndim) if i != axis)
     if layout == "symmetric":
-        scale = np.abs(values).max(axis=axes, keepdims=True) / np.float32(127)
+        scale = _most(values, axis=axes, keepdims=True) / np.float32(127)
         scale[scale == 0] = 1
-        return np.asarray(np.rint(values / scale) * scale, np.float32)
-    low = np.minimum(values.min(axis=axes, keepdims=True), 0)
-    high = np.maximum(values.max(axis=axes, keepdims=True), 0)
-    scale = (high - low) / np.float32(255)
-    scale[scale == 0] = 1
-    zero = np.rint(-low / scale)
-    integers = np.clip(np.rint(values / scale) + zero, 0, 255)
-    return np.asarray((integers - zero) * scale, np.float32)
+        steps = values / scale
+        np.rint(steps, out=steps)
+    else:
+        low = np.minimum(values.min(axis=axes, keepdims=True), 0)
+        high = np.maximum(values.max(axis=axes, keepdims=True), 0)
+        scale = (high - low) / np.float32(255)
+        scale[scale == 0] = 1
+        zero = np.rint(-low / scale)
+        steps = values / scale
+        np.rint(steps, out=steps)
+        steps += zero
+        np.clip(steps, 0, 255, out=steps)
+        steps -= zero
+    steps *= scale
+    return steps
 
 
 def _stored(rounded: Array, trained: Array) -> Array:
@@ -188,8 +204,9 @@ def _stored(rounded: Array, trained: Array) -> Array:
     Steps times a scale are rounded once more then.
     """
     with np.errstate(over="ignore"):
-        halves = trained.astype(np.float16) == trained
-        return rounded.astype(np.float16).astype(np.float32) if halves.all() else rounded
+        some = trained.reshape(-1)[:_SOME]  # most weights tell at once
+        halves = all(np.array_equal(part.astype(np.float16), part) for part in (some, trained))
+        return rounded.astype(np.float16).astype(np.float32) if halves else rounded
 
 
 def _activation(editor: Editor, name: str, layout: str) -> str:

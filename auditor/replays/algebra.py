@@ -129,7 +129,6 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
     layout = Layout(segment.model, segment.weights)
     editor = Editor(segment.model)
     gone: dict[int, str] = {}  # what a layer took in, and what it reads
-    changed = False
     for index, node in enumerate(layout.nodes):
         if index in gone:
             editor.add("Identity", gone[index], to=node.output[0])
@@ -139,14 +138,18 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
             editor.copy(node)
             continue
         name, behind = node.output[0], layout.reader(node.output[0])
+        taken = len(gone)
         while behind is not None and (step := _step(layout, layout.nodes[behind])) is not None:
             if step.base != name or not layer.takes(step):
                 break
-            gone[behind], changed = name, True
+            gone[behind] = name
             name = layout.nodes[behind].output[0]
             behind = layout.reader(name)
-        layer.emit(editor)
-    return editor.model if changed else None
+        if len(gone) > taken:
+            layer.emit(editor)
+        else:
+            editor.copy(node)
+    return editor.model if gone else None
 
 
 def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
