@@ -25,6 +25,7 @@ from auditor.comparison.metrics import Moments, Running
 from auditor.comparison.outputs import OutputMeter
 from auditor.comparison.tasks import TaskMeter
 from auditor.decomposition import divergence, impact
+from auditor.decomposition import floor as floors
 from auditor.decomposition.divergence import Local, Meter
 from auditor.decomposition.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.decomposition.screening import Screening
@@ -288,7 +289,7 @@ class Analysis:
         )
         whole = metrics.relative_l2(captured, expected, tuple(n for n in names if n in captured))
         if seam > SEAM * whole:
-            self._random = divergence.draws(self.reference.graph.nodes)
+            self._random = floors.draws(self.reference.graph.nodes)
             why = (
                 "the model draws random numbers"
                 if self._random
@@ -326,7 +327,7 @@ class Analysis:
         def floor(cut: Cut) -> float:
             own = self.reference.own_type(cut)
             local = kept[cut.id]
-            return divergence.floor(chain.replayer, cut, local, chain.base, renamed, own)
+            return floors.floor(chain.replayer, cut, local, chain.base, renamed, own)
 
         for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True):
             if local is not None:

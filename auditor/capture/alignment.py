@@ -106,8 +106,8 @@ class Alignment:
             captured = self._shaped(captured, base)
         # Of two such tensors one behind the other, the first shows once the second is left out.
         while doubtful := self._doubtful(captured, base):
-            for name, reason in doubtful.items():
-                self.skipped.append(Skipped(self.probes.pop(name).tensor, reason))
+            for name in [n for n in self.probes if n in doubtful]:  # in the program's order
+                self.skipped.append(Skipped(self.probes.pop(name).tensor, doubtful[name]))
             known -= doubtful.keys()
             base = self._walk(known, feeds)
         return base
@@ -156,11 +156,11 @@ class Alignment:
             try:
                 return replayer.walk(self.cuts, feeds)
             except ReplayError as error:
-                inner = {n for n in error.inputs if n in self.probes and n not in graph.outputs}
-                if not inner & known:
+                inner = [n for n in error.inputs if n in self.probes and n not in graph.outputs]
+                if known.isdisjoint(inner):
                     self.cuts = ()
                     raise
-                known = known - inner
+                known = known.difference(inner)
                 for name in inner:
                     probe = self.probes.pop(name)
                     self.skipped.append(Skipped(probe.tensor, f"cannot be cut at: {error.message}"))

@@ -271,7 +271,6 @@ class Replayer:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._sessions: dict[tuple[object, ...], tuple[Any, int]] = {}  # the last used at the end
         self._lock = threading.Lock()  # of the sessions
-        self._summing = threading.Lock()  # every product is held: one segment at a time
         self._budget = budget
         self._workers = threads if fits else 1
         self._live = 1  # bytes of tensors that a walk holds at once
@@ -293,7 +292,7 @@ class Replayer:
         Raises:
             ReplayError: ONNX Runtime refused the segment or the values.
         """
-        feeds = {name: self._typed(name, values[name]) for name in cut.inputs}
+        feeds = {name: self.typed(name, values[name]) for name in cut.inputs}
         try:
             found = dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
         except Exception as error:  # ORT raises a family of classes that share no base
@@ -302,83 +301,6 @@ class Replayer:
             if name not in self.types and hasattr(value, "dtype"):
                 self.types[name] = _element_type(value)
         return found
-
-    def run_decided(self, cut: Cut, values: Mapping[str, Array], moved: Arrays) -> Arrays:
-        """Run one segment on moved inputs, where what is decided on its inputs is not moved.
-
-        Args:
-            cut: the segment.
-            values: its inputs, on which comparisons and their like are made.
-            moved: the same inputs, on which all else is computed.
-
-        Raises:
-            ReplayError: ONNX Runtime refused the segment or the values.
-        """
-        from auditor.replays.decisions import OBSERVED, decided
-
-        split = decided(self.model(cut, values))
-        if split is None:
-            return self.run(cut, moved)
-        feeds = {
-            value.name: self._typed(name, (moved if value.name == name else values)[name])
-            for value in split.graph.input
-            for name in [value.name.removesuffix(OBSERVED)]
-        }
-        try:
-            results = session(split, self.threads, self.folder).run(list(cut.outputs), feeds)
-        except Exception:  # ORT raises a family of classes that share no base
-            return self.run(cut, moved)
-        return dict(zip(cut.outputs, results, strict=True))
-
-    def run_reordered(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
-        """Run one segment with its sums added up in another order, if it has any.
-
-        Args:
-            cut: the segment.
-            values: its inputs.
-            replayed: what it computes from them as written, to check a change of opset by.
-
-        Raises:
-            ReplayError: ONNX Runtime refused the reordered segment.
-        """
-        from auditor.replays.reorder import OPSET, reordered
-
-        return self.run_changed(cut, values, replayed, reordered, OPSET, "reordered")
-
-    def run_exact(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
-        """Run one segment with exponentials and their like in double precision, if it has any.
-
-        The arguments and what it raises are those of ``run_reordered``.
-        """
-        from auditor.replays.functions import OPSET, exact
-
-        return self.run_changed(cut, values, replayed, exact, OPSET, "evaluated exactly")
-
-    def run_in_order(self, cut: Cut, values: Mapping[str, Array], replayed: Arrays) -> Arrays:
-        """Run one segment with its products added up one after another, if it has any.
-
-        The arguments and what it raises are those of ``run_reordered``.
-        """
-        from auditor.replays.rounding import in_order
-        from auditor.replays.writer import OPSET_OF_SUMS
-
-        with self._summing:
-            return self.run_changed(
-                cut, values, replayed, in_order, OPSET_OF_SUMS, "summed in order"
-            )
-
-    def run_sided(
-        self, cut: Cut, values: Mapping[str, Array], replayed: Arrays, observed: Arrays
-    ) -> Arrays:
-        """Run one segment with what lies between two steps of 8 bits on the side observed.
-
-        The arguments are those of ``run_reordered``, and what the backend made of the outputs.
-        """
-        from auditor.replays.quantised import OPSET, either_side
-
-        return self.run_changed(
-            cut, values, replayed, lambda m: either_side(m, observed), OPSET, "rounded"
-        )
 
     def run_changed(
         self,
@@ -389,9 +311,18 @@ class Replayer:
         opset: int,
         how: str,
     ) -> Arrays:
-        """Run one segment rewritten by ``change``, at an opset of at least ``opset``.
+        """Run one segment rewritten by ``change``, or give what it computes if that is nothing.
 
-        ``how`` is said where it cannot be run; the other arguments are those of ``run_reordered``.
+        Args:
+            cut: the segment.
+            values: its inputs.
+            replayed: what it computes from them as written, to check a change of opset by.
+            change: rewrites the segment; None where there is nothing to rewrite.
+            opset: from which on ``change`` works.
+            how: what is said to have been tried where it cannot be run.
+
+        Raises:
+            ReplayError: ONNX Runtime refused the rewritten segment.
         """
         model = self.model(cut, values)
         candidates = [model] if surgery.opset(model) >= opset else surgery.upgraded(model, opset)
@@ -537,7 +468,7 @@ class Replayer:
                     values.pop(name, None)
         return {name: values[name] for name in self.graph.outputs if name in values}
 
-    def _typed(self, name: str, value: Array) -> Array:
+    def typed(self, name: str, value: Array) -> Array:
         """A backend's tensor in the model's type; as it is where that would change its numbers.
 
         TVM's mask of a Dropout, for one, is of floats.

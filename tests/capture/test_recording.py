@@ -184,6 +184,7 @@ def test_names_are_mapped_and_believed_only_if_the_values_agree(tmp_path):
     report = _audit(model, traces=[("phone", path)], trace_names=wrong)
     reasons = {s.tensor: s.reason for s in report.backends[0].fidelity.skipped}
     assert "not confirmed" in reasons["b"]
+    assert list(reasons) == ["fc_1", "c", "b"]  # as the dump has them, whatever hashes are
 
 
 def test_data_given_beside_a_dump_must_be_what_it_was_made_with(tmp_path):

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.comparison import metrics
 from auditor.decomposition import divergence, impact
+from auditor.decomposition import floor as floors
 from auditor.decomposition.divergence import Local, Meter
 from auditor.decomposition.impact import Chain
 from auditor.graphs.segments import Graph
@@ -97,7 +98,7 @@ def test_an_error_is_seen_beside_what_is_masked(mask):
         seen = base["a"] + np.float32(off) * np.where(base["a"] > -100, base["a"], 0)
         captured = {"x": x, "a": seen, "y": base["y"]}
         local = divergence.replay(replayer, cuts[0], captured)
-        meter = Meter(cuts[0], floor=divergence.floor(replayer, cuts[0], local, base))
+        meter = Meter(cuts[0], floor=floors.floor(replayer, cuts[0], local, base))
         meter.add(local, captured, base)
         assert meter.relative(meter.introduced) == pytest.approx(off, rel=0.01)
         assert meter.flagged is flagged

@@ -5,8 +5,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.decomposition import divergence
+from auditor.decomposition import floor as floors
 from auditor.graphs.segments import Graph
-from auditor.replays.reorder import longest_sum, reordered
+from auditor.replays.reorder import OPSET, longest_sum, reordered
 from auditor.replays.replay import Replayer, session
 
 RNG = np.random.default_rng(0)
@@ -89,7 +90,7 @@ def test_an_operator_whose_attributes_became_inputs_is_no_obstacle():
     (cut,) = graph.cut({"y"})
     feeds = {"x": 5 * RNG.standard_normal((1, 1, 500)).astype(np.float32)}
     replayed = replayer.run(cut, feeds)
-    moved = replayer.run_reordered(cut, feeds, replayed)
+    moved = replayer.run_changed(cut, feeds, replayed, reordered, OPSET, "reordered")
     assert moved["y"].tobytes() != replayed["y"].tobytes()
     np.testing.assert_allclose(moved["y"], replayed["y"], rtol=1e-4)
 
@@ -144,7 +145,7 @@ def _floor_and_error(observe, constants_from_shapes=False):
     reference = replayer.walk((cut,), feeds)
     meter = divergence.Meter(cut)
     meter.add(local, captured, reference)
-    return divergence.floor(replayer, cut, local, reference), meter.relative(meter.introduced)
+    return floors.floor(replayer, cut, local, reference), meter.relative(meter.introduced)
 
 
 def _summed_by_tap(x, w, b):
@@ -182,7 +183,7 @@ def test_nothing_rounds_between_integers():
     feeds = {"x": np.full((1, 64), 2**30 - 1, np.int32)}
     reference = replayer.walk((cut,), feeds)
     local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
-    assert divergence.floor(replayer, cut, local, reference) < 1e-5
+    assert floors.floor(replayer, cut, local, reference) < 1e-5
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -205,5 +206,5 @@ def test_what_is_decided_on_an_observed_tensor_is_no_rounding(scaled):
     feeds = {"x": RNG.integers(1, 9, (4, 64)).astype(np.float32)}
     reference = replayer.walk((cut,), feeds)
     local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
-    floor = divergence.floor(replayer, cut, local, reference)
+    floor = floors.floor(replayer, cut, local, reference)
     assert floor > 0.1 if scaled else floor < 1e-5

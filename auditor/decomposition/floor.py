@@ -1,0 +1,223 @@
+"""The introduced error that rounding alone can make: nothing below it is blamed on a segment."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from auditor.comparison import metrics
+from auditor.comparison.metrics import Moments
+from auditor.decomposition.divergence import Local
+from auditor.graphs import surgery
+from auditor.graphs.segments import Cut
+from auditor.noises import fp32_rounding
+from auditor.ports import Array, Arrays
+from auditor.replays import decisions, functions, quantised, reorder, rounding
+from auditor.replays.replay import Replayer, ReplayError, session
+from auditor.replays.widening import own_types
+from auditor.replays.writer import OPSET_OF_SUMS, Format
+
+# Operators that draw numbers.
+_RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
+# A runtime may round to the model's narrow types at other places than every operator's result.
+OWN_TYPES_FACTOR = 2.0
+OWN_TYPES_LIMIT = 8.0  # half units in the last place
+# So that a floor that is the error itself is not below it where that is added up otherwise.
+_ABOVE = 1 + 1e-6
+# Additions up to which sums are added up one after another: a second's work, and 2 GB at worst.
+STEPS = 5e8
+# Adding up one after another holds every product: one segment at a time.
+_SUMMING = threading.Lock()
+
+
+def floor(
+    replayer: Replayer,
+    cut: Cut,
+    local: Local,
+    reference: Mapping[str, Array],
+    again: Arrays | None = None,
+    own: Format | None = None,
+) -> float:
+    """The introduced error below which nothing is blamed on this segment.
+
+    The largest of what rounding can do there (replays with the inputs perturbed in their last bit,
+    but for what is decided on them as they were observed, with every sum added up in reverse order,
+    and with exponentials evaluated exactly), of what rounding to the model's own narrow types does
+    (unless that is far more than a few roundings: then it is worth a word), and, for a program that
+    does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
+    texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
+    Where only values in the middle between two steps of 8 bits went to the other side, all of it is
+    rounding.
+
+    Args:
+        replayer: runs the reference's segments.
+        cut: the segment.
+        local: its divergence on one sample.
+        reference: the reference's tensors, whose norms the error is relative to.
+        again: a second capture, where the program does not repeat its own bits.
+        own: the narrow format that the model gives the segment's outputs, if any.
+    """
+    scale = {name: Moments() for name in cut.outputs}
+    for name, moments in scale.items():
+        moments.add(reference[name], reference[name])
+    moved = _Moved(replayer, cut, local, scale)
+    repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
+    model = replayer.model(cut, local.inputs)
+    # What draws numbers moves by itself, in the program too: that says nothing about rounding.
+    if surgery.is_exact(model) or moved.draws():
+        return max(fp32_rounding.floor(0.0), repeat)
+    jitter = moved.jittered()
+    terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
+    half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
+    found = fp32_rounding.floor(
+        jitter, moved.reordered(), terms, half=half, exact=moved.evaluated_exactly()
+    )
+    found = max(found, moved.in_own_types(own) if own else 0.0, repeat)
+    introduced = moved.distance(local.observed, local.replayed)
+    if found < introduced <= fp32_rounding.furthest(jitter, terms) and moved.quick(terms):
+        in_order = moved.summed_in_order()
+        found = max(found, fp32_rounding.floor(jitter, in_order, terms, half=half))
+    if found < introduced and (sided := moved.sided()) is not None:
+        return introduced * _ABOVE if moved.distance(local.observed, sided) <= found else found
+    return found
+
+
+def draws(nodes: Iterable[onnx.NodeProto]) -> bool:
+    """Whether any of the nodes may draw random numbers."""
+    return any(node.op_type.startswith(_RANDOM) for node in nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """How far roundings move a segment's outputs, relative L2; 0 where that cannot be run.
+
+    Attributes:
+        replayer, cut, local: as ``floor`` has them.
+        scale: by output, what distances are relative to.
+    """
+
+    replayer: Replayer
+    cut: Cut
+    local: Local
+    scale: Mapping[str, Moments]
+
+    def draws(self) -> bool:
+        """Whether the segment draws random numbers: it does not repeat its own outputs."""
+        nodes = (self.replayer.graph.nodes[i] for i in self.cut.nodes)
+        return draws(nodes) and not metrics.bitwise_equal(
+            self.replayer.run(self.cut, self.local.inputs), self.local.replayed
+        )
+
+    def jittered(self) -> float:
+        """Inputs in their last bit, but for what is decided on them as they were observed."""
+        generator = np.random.default_rng(0)
+        inputs = self.local.inputs
+        jittered = {n: fp32_rounding.jitter(v, generator) for n, v in inputs.items()}
+        moved = self._by(lambda: self._decided(jittered))
+        if any(value.dtype.kind != "f" for value in self.local.replayed.values()):
+            # What is counted in steps: moving all of them alike moves many over the edge.
+            return moved
+        scaled = {n: fp32_rounding.scaled(v) for n, v in inputs.items()}
+        return max(moved, self._by(lambda: self._decided(scaled)))
+
+    def reordered(self) -> float:
+        """Sums added up in another order."""
+        return self._by(lambda: self._changed(reorder.reordered, reorder.OPSET, "reordered"))
+
+    def evaluated_exactly(self) -> float:
+        """Exponentials and their like in double precision."""
+        return self._by(
+            lambda: self._changed(functions.exact, functions.OPSET, "evaluated exactly")
+        )
+
+    def summed_in_order(self) -> float:
+        """Products added up one after another."""
+        with _SUMMING:
+            return self._by(
+                lambda: self._changed(rounding.in_order, OPSET_OF_SUMS, "summed in order")
+            )
+
+    def quick(self, terms: int) -> bool:
+        """Whether sums of ``terms`` can be added up one after another in a second or so."""
+        return terms * max(value.size for value in self.local.replayed.values()) <= STEPS
+
+    def in_own_types(self, own: Format) -> float:
+        """Roundings to the model's own narrow type, unless that is far more than a few of them."""
+        half_unit = 2.0**-own.bits  # what one rounding does at most
+        moved = self._by(lambda: self._in_own_types(own))
+        return max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
+
+    def sided(self) -> Arrays | None:
+        """The outputs with what lies between two steps of 8 bits on the backend's side."""
+        observed = self.local.observed
+        try:
+            return self._changed(
+                lambda model: quantised.either_side(model, observed), quantised.OPSET, "rounded"
+            )
+        except ReplayError:
+            return None
+
+    def distance(self, a: Arrays, b: Arrays) -> float:
+        """Root mean square over the outputs; nothing where it is not finite."""
+        total = 0.0
+        for name, value in b.items():
+            moments = Moments()
+            moments.add(a[name], value)
+            if 0 < moments.error < math.inf and self.scale[name].reference > 0:
+                total += moments.relative_to(self.scale[name])
+        return math.sqrt(total / len(b))
+
+    def _by(self, run: Callable[[], Arrays]) -> float:
+        try:
+            return self.distance(run(), self.local.replayed)
+        except ReplayError:
+            return 0.0
+
+    def _changed(
+        self,
+        change: Callable[[onnx.ModelProto], onnx.ModelProto | None],
+        opset: int,
+        how: str,
+    ) -> Arrays:
+        local = self.local
+        return self.replayer.run_changed(self.cut, local.inputs, local.replayed, change, opset, how)
+
+    def _decided(self, moved: Arrays) -> Arrays:
+        """Run on moved inputs, where comparisons and their like are made on the inputs as are."""
+        replayer, cut, values = self.replayer, self.cut, self.local.inputs
+        split = decisions.decided(replayer.model(cut, values))
+        if split is None:
+            return replayer.run(cut, moved)
+        feeds = {}
+        for given in split.graph.input:
+            name = given.name.removesuffix(decisions.OBSERVED)
+            value = (moved if given.name == name else values)[name]
+            feeds[given.name] = replayer.typed(name, value)
+        try:
+            run = session(split, replayer.threads, replayer.folder).run
+            results = run(list(cut.outputs), feeds)
+        except Exception:  # ORT raises a family of classes that share no base
+            return replayer.run(cut, moved)
+        return dict(zip(cut.outputs, results, strict=True))
+
+    def _in_own_types(self, own: Format) -> Arrays:
+        """Inputs and the result of every operator rounded as the types say.
+
+        Inputs move by as much as rounding to the type could move them: a runtime may hold more
+        bits than it shows.
+        """
+        replayer, local = self.replayer, self.local
+        plain = replayer.model(self.cut, local.inputs)
+        generator, unit = np.random.default_rng(0), 2.0**-own.bits
+        inputs = {n: fp32_rounding.jitter(v, generator, unit) for n, v in local.inputs.items()}
+        try:
+            rounded = own_types(plain, own) or plain
+            values = session(rounded, replayer.threads, replayer.folder).run(None, inputs)
+        except Exception as error:  # ORT raises a family of classes that share no base
+            raise ReplayError(self.cut, "rounded", error) from error
+        return dict(zip(self.cut.outputs, values, strict=True))
