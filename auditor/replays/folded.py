@@ -162,7 +162,8 @@ class _Folding:
 
     def _divisor(self, node: onnx.NodeProto) -> Array | None:
         found = self.layout.constant(node.input[1]) if node.op_type == "Div" else None
-        return found if found is not None and np.all(found) else None
+        floats = found is not None and found.dtype == np.float32  # not of a shape
+        return found if floats and np.all(found) else None
 
     def _rank(self, node: onnx.NodeProto) -> int:
         convolution = self.layout.source(node.input[0])

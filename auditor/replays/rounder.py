@@ -264,6 +264,7 @@ class Rounder(Writer):
         if self.sites.scope != "kernel" or group.kernel is None:
             return False
         node = self.at.nodes[self.at.producer[name]]
-        if node.op_type != "Div" or node.input[1] not in self.at.producer:
+        if node.op_type != "Div" or node.input[0] in self.constants:  # a factor, 1 / deviation
             return False
-        return self.at.nodes[self.at.producer[node.input[1]]].op_type == "Sqrt"
+        divisor = self.at.producer.get(node.input[1])
+        return divisor is not None and self.at.nodes[divisor].op_type == "Sqrt"

@@ -191,6 +191,27 @@ def test_groups_are_rounded_before_gamma_and_beta(
     check(explain(segment, {"x": x}, {"y": r(np.tanh(normalised * gamma + beta))}))
 
 
+def test_a_root_mean_square_is_rounded_as_a_whole(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """1 / deviation is no normalised value; what enters is rounded, though a Cast is first."""
+    x = generator.standard_normal((20, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["k"], to=TensorProto.FLOAT),
+        helper.make_node("Pow", ["k", "two"], ["p"]),
+        helper.make_node("ReduceMean", ["p"], ["m"], axes=[-1]),
+        helper.make_node("Sqrt", ["m"], ["s"]),
+        helper.make_node("Div", ["one", "s"], ["d"]),
+        helper.make_node("Mul", ["k", "d"], ["y"]),
+    ]
+    constants = {"two": np.array(2, np.float32), "one": np.array(1, np.float32)}
+    kernels = [kernel("RMS", ("y",), "y")]
+    segment = make_segment(nodes, constants, ["x"], ["y"], kernels)
+    wide = r(x).astype(np.float64)
+    planted = r((wide / np.sqrt((wide**2).mean(-1, keepdims=True))).astype(np.float32))
+    check(explain(segment, {"x": x}, {"y": planted}))
+
+
 @pytest.mark.parametrize(("axis", "opset"), [(1, 17), (1, 11)])
 def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
     make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int

@@ -108,10 +108,14 @@ def test_each_step_of_a_batch_normalisation(
 def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
     nodes = [
         helper.make_node("HardSigmoid", ["x"], ["h"], alpha=1 / 6),
-        helper.make_node("Div", ["h", "d"], ["y"]),
+        helper.make_node("Shape", ["h"], ["n"]),
+        helper.make_node("Div", ["n", "one"], ["k"]),
+        helper.make_node("Reshape", ["h", "k"], ["z"]),
+        helper.make_node("Div", ["z", "d"], ["y"]),
     ]
     divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
-    segment = make_segment(nodes, {"d": divisors}, ["x"], ["y"])
+    constants = {"d": divisors, "one": np.array([1])}  # a number of elements stays an integer
+    segment = make_segment(nodes, constants, ["x"], ["y"])
     x = np.linspace(-2, 2, 8, dtype=np.float32)
     gate = x.astype(float) * half(np.float32(1 / 6)) + 0.5
     plain, inverted = (folded.in_half(segment, divisors=d) for d in (False, True))
