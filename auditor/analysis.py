@@ -37,7 +37,8 @@ from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
 from auditor.records.terms import OutputKind
-from auditor.replays.replay import Block, Reference, ReplayError, difference
+from auditor.replays.reference import Reference
+from auditor.replays.replay import Block, ReplayError, difference
 
 if TYPE_CHECKING:
     from auditor.pipeline.upstream import Upstream

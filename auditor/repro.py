@@ -34,7 +34,7 @@ from auditor.processes.limits import Limits, physical_memory
 from auditor.processes.worker import module_path, workers
 from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
-from auditor.replays import replay
+from auditor.replays import sessions
 from auditor.subject import model_of, reference_of, request_for, stimulus_of
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def _shrunk(case: _Case, lab: _Lab) -> _Case:
     inside = [i for i, node in enumerate(graph.nodes) if not _constant(graph, node)]
     if len(inside) < 2:
         return case
-    values = replay.inside(case.model, 1, case.feeds)
+    values = sessions.inside(case.model, 1, case.feeds)
     wanted = KEPT * case.relative_l2
     limit = lab.trials + _TRIALS
     for part in _parts(inside):

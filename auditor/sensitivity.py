@@ -20,7 +20,8 @@ from auditor.errors import NoiseError, UsageError
 from auditor.graphs import surgery, weights
 from auditor.records.measured import Sensitivity
 from auditor.records.model import StimulusInfo
-from auditor.replays import replay
+from auditor.replays import sessions
+from auditor.replays.reference import Reference
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -53,7 +54,7 @@ def simulated(
     Raises:
         UsageError: the reference does not run.
     """
-    base = [replay.Reference(model, threads).run(f) for f in _samples(stimulus)]
+    base = [Reference(model, threads).run(f) for f in _samples(stimulus)]
     changeable = whole(model, stimulus.sample(0), base[0], threads)
     for noise in noises:
         progress.update("reference", f"simulate {noise.id}")
@@ -90,7 +91,7 @@ def _measured(
 ) -> Sensitivity:
     """One form on every sample."""
     try:
-        session = replay.session(variant.model, threads)
+        session = sessions.session(variant.model, threads)
         meters: dict[str, OutputMeter] = {}
         total = metrics.Running()
         for index, expected in enumerate(base):
@@ -155,7 +156,7 @@ def whole(model: Model, feeds: Arrays, expected: Arrays, threads: int) -> onnx.M
         return proto
     for candidate in surgery.upgraded(proto, attribution.OPSET):
         try:
-            values = replay.session(candidate, threads).run(list(expected), feeds)
+            values = sessions.session(candidate, threads).run(list(expected), feeds)
         except Exception:  # what ORT refuses is no conversion; its errors share no base
             continue
         if metrics.bitwise_equal(dict(zip(expected, values, strict=True)), expected):

@@ -371,11 +371,11 @@ def _check_memory(model: Model, shapes: Mapping[str, Shape]) -> None:
 
 def _refusal(model: Model, seed: int, shapes: Mapping[str, Shape]) -> str | None:
     """Why the model as written cannot be run at these shapes; None where it can."""
-    from auditor.replays import replay
+    from auditor.replays import sessions
 
     feeds = _drawn(model, seed, 0, shapes, _integer_ranges(model))
     try:
-        replay.session(model.proto, 1, model.folder).run(None, feeds)
+        sessions.session(model.proto, 1, model.folder).run(None, feeds)
     except Exception as error:  # ORT raises a family of classes that share no base
         return (str(error).splitlines() or [type(error).__name__])[0].rpartition("Message: ")[2]
     return None

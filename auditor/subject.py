@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.upstream import Photographs
     from auditor.ports import Arrays, Progress
     from auditor.records.report import AuditReport
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
     from auditor.stimulus import Stimulus
 
 
@@ -106,7 +106,7 @@ def references(subject: Subject, options: AuditOptions, scratch: Path) -> Refere
         UsageError: the model cannot be run, or an option names an output that it does not have.
     """
     from auditor.replays import widening
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
     threads = options.threads or os.cpu_count() or 1
     reference, truth = reference_of(subject.model, threads, scratch, options.memory)
@@ -319,7 +319,7 @@ def reference_of(
     It holds ``memory`` bytes of weights at most.
     """
     from auditor.replays import blockwise, widening
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
     model = blockwise.exact(model)
     if widening.is_narrow(model):

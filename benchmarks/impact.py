@@ -25,7 +25,7 @@ from auditor.decomposition import impact
 from auditor.decomposition.divergence import Local
 from auditor.decomposition.impact import Chain
 from auditor.ports import Silent
-from auditor.replays import replay
+from auditor.replays import sessions
 from benchmarks import deep
 
 TOP = 10
@@ -68,7 +68,7 @@ def measured(nodes: int) -> dict[str, Any]:
     """One network: seconds, and how many of the largest effects were among those followed."""
     model = deep.network(nodes)
     x = np.random.default_rng(0).standard_normal((1, 3, 16, 16), np.float32)
-    whole = replay.session(model, 1)
+    whole = sessions.session(model, 1)
     with tempfile.TemporaryDirectory(prefix="impact-") as folder:
         path, data = Path(folder) / "deep.onnx", Path(folder) / "x.npz"
         onnx.save(model, path)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.fixes._view import View
-from auditor.replays import replay
+from auditor.replays import sessions
 from tests.helpers import ROOT, audit_in
 
 F, H, U = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.UINT8
@@ -41,7 +41,7 @@ def model_of(node: onnx.NodeProto, inputs: dict[str, Any], **constants: Any) -> 
 
 def rewritten(id: str, model: onnx.ModelProto, feeds: dict[str, Any]) -> onnx.ModelProto | None:
     (fix,) = (f for f in discovery.fixes() if f.id == id)
-    (y,) = replay.session(model, 1).run(None, feeds)
+    (y,) = sessions.session(model, 1).run(None, feeds)
     view = View(model, feeds | {"y": y})
     nodes = fix.rewrite(model.graph.node[0], view)
     if nodes is None:
@@ -55,7 +55,7 @@ def rewritten(id: str, model: onnx.ModelProto, feeds: dict[str, Any]) -> onnx.Mo
 
 
 def compare(model: onnx.ModelProto, changed: onnx.ModelProto, feeds: dict[str, Any]) -> float:
-    one, other = (replay.session(m, 1).run(None, feeds)[0] for m in (model, changed))
+    one, other = (sessions.session(m, 1).run(None, feeds)[0] for m in (model, changed))
     assert one.shape == other.shape and one.dtype == other.dtype
     return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max(initial=0))
 
@@ -117,7 +117,7 @@ def test_a_mask_of_the_lowest_float_is_finite_in_bfloat16() -> None:
     model = model_of(helper.make_node("Mul", ["x", "k"], ["y"]), {"x": x}, k=np.float32([lowest]))
     changed = rewritten("finite-masks", model, {"x": x})
     assert changed is not None
-    (mask,) = replay.session(changed, 1).run(None, {"x": x})
+    (mask,) = sessions.session(changed, 1).run(None, {"x": x})
     narrow = (mask.view(np.uint32) >> 16 << 16).view(np.float32)
     assert np.isfinite(mask).all() and np.array_equal(narrow, mask)
     kept = model_of(helper.make_node("Mul", ["x", "k"], ["y"]), {"x": x}, k=np.float32([-1e9]))
@@ -135,7 +135,9 @@ def test_narrow_integers_wrap(op: str, kind: Any) -> None:
     assert changed is not None
     with np.errstate(over="ignore"):
         wanted = {"Add": a + b, "Sub": a - b, "Mul": a * b}[op]
-    np.testing.assert_array_equal(replay.session(changed, 1).run(None, {"a": a, "b": b})[0], wanted)
+    np.testing.assert_array_equal(
+        sessions.session(changed, 1).run(None, {"a": a, "b": b})[0], wanted
+    )
 
 
 def test_weights_of_half_precision_go_to_single_as_well() -> None:

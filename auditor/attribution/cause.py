@@ -31,7 +31,7 @@ from auditor.errors import NoiseError
 from auditor.graphs import surgery
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
-from auditor.replays import blockwise, branches, fused, replay
+from auditor.replays import blockwise, branches, fused, sessions
 from auditor.replays.portions import Portions
 
 # Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
@@ -272,7 +272,7 @@ def _modern(bench: Bench) -> SegmentGraph:
         return segment
     for model in surgery.upgraded(segment.model, OPSET):
         try:
-            session = replay.session(model, bench.threads, segment.folder)
+            session = sessions.session(model, bench.threads, segment.folder)
             values = session.run(list(bench.replayed), bench.inputs)
         except Exception:  # what ORT refuses is no conversion; its errors share no base
             continue
@@ -289,7 +289,7 @@ def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
     """
 
     def run(model: onnx.ModelProto, names: Sequence[str]) -> Arrays:
-        session = replay.session(model, bench.threads, segment.folder)
+        session = sessions.session(model, bench.threads, segment.folder)
         values = session.run(list(names), bench.inputs)
         return dict(zip(names, values, strict=True))
 
@@ -400,7 +400,7 @@ def _alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None
     portions, most = Portions(segment), len(bench.tested) + TRIED
     family = ALONE_QUANTISED if portions.quantised else ALONE
     tried = [n for n in noises if n.id.startswith(family)]
-    values = replay.inside(segment.model, bench.threads, bench.inputs)
+    values = sessions.inside(segment.model, bench.threads, bench.inputs)
     for cut, portion in portions:
         for noise in tried:
             for variant in _variants(bench.failures, noise, portion, None):
@@ -418,7 +418,7 @@ def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
     names = [o.name for o in model.graph.output]
     try:
         feeds = {i.name: values[i.name] for i in model.graph.input}
-        found = replay.session(model, threads).run(names, feeds)
+        found = sessions.session(model, threads).run(names, feeds)
         return not all(np.array_equal(v, values[n]) for n, v in zip(names, found, strict=True))
     except Exception:  # what cannot be run alone is tried in its place; ORT's errors share no base
         return True

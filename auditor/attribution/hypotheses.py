@@ -13,7 +13,7 @@ from auditor.comparison import metrics
 from auditor.graphs import surgery
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
-from auditor.replays import replay
+from auditor.replays import sessions
 
 # A cause is named from this share on: right causes were measured at 0.999 and more, the best
 # wrong one at 0.38 (docs/method.md).
@@ -285,12 +285,12 @@ class Bench:
     def _session(self, model: onnx.ModelProto) -> Any:
         """A session; with the inputs' shapes left open where they show already that none fits."""
         try:
-            return replay.session(model, self.threads, self.segment.folder)
+            return sessions.session(model, self.threads, self.segment.folder)
         except Exception:  # as above
             opened = surgery.copied(model)
             for value in opened.graph.input:
                 value.type.tensor_type.ClearField("shape")
-            return replay.session(opened, self.threads, self.segment.folder)
+            return sessions.session(opened, self.threads, self.segment.folder)
 
     def _distance(self, outputs: Arrays) -> float:
         """Σ over outputs of ‖out_b − outputs‖² / ‖h‖².

@@ -14,7 +14,8 @@ from auditor.graphs import model
 from auditor.ports import Array, Arrays
 from auditor.records.backend import Kernel, Probe, Skipped
 from auditor.replays import branches, qdq
-from auditor.replays.replay import Reference, ReplayError
+from auditor.replays.reference import Reference
+from auditor.replays.replay import ReplayError
 
 if TYPE_CHECKING:
     from auditor.capture.recording import Source

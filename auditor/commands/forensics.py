@@ -149,12 +149,12 @@ def _result(
     else:
         from auditor.graphs import model as models
         from auditor.pipeline.networks import network_input
-        from auditor.replays import replay
+        from auditor.replays.reference import Reference
 
         assert model is not None and tensor is not None
         loaded = models.load(model)
         name = network_input(loaded, tensor)
-        values = replay.Reference(loaded, 1).run({name: tensor})
+        values = Reference(loaded, 1).run({name: tensor})
     return result_forensics.identify(recorded, values, post, place)
 
 

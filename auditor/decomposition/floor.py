@@ -18,7 +18,8 @@ from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays
 from auditor.replays import decisions, functions, quantised, reorder, rounding
-from auditor.replays.replay import Replayer, ReplayError, session
+from auditor.replays.replay import Replayer, ReplayError
+from auditor.replays.sessions import session
 from auditor.replays.widening import own_types
 from auditor.replays.writer import OPSET_OF_SUMS, Format
 

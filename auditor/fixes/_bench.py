@@ -22,7 +22,7 @@ from auditor.graphs import surgery, weights
 from auditor.ports import Keeping
 from auditor.processes.worker import workers
 from auditor.records.fix import FixAttempt
-from auditor.replays import replay
+from auditor.replays import sessions
 from auditor.subject import reference_of, request_for, stimulus_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from auditor.ports import Arrays, Progress
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, Finding
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 SAMPLES = 4
 SAME = 1e-5  # a rewrite must keep the reference's outputs within this relative L2
@@ -127,7 +127,7 @@ class Bench:
         self.whole = _together(model)
         self.values: Arrays = {}
         if self.whole is not None:
-            self.values = replay.inside(self.whole, self._threads, self._feeds[0])
+            self.values = sessions.inside(self.whole, self._threads, self._feeds[0])
         self.before = math.nan
 
     def __enter__(self) -> Bench:

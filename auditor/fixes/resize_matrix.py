@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.ports import Array, Surroundings
-from auditor.replays import replay
+from auditor.replays import sessions
 
 
 class _ResizeMatrix:
@@ -84,7 +84,7 @@ def _matrix(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     try:
         units = np.eye(size, dtype=np.float32)[None, None]
-        found: Array = replay.session(model, 1).run(None, {"x": units})[0][0, 0]
+        found: Array = sessions.session(model, 1).run(None, {"x": units})[0][0, 0]
     except Exception:  # ORT's exceptions have no common base: then there is no such rewrite
         return None
     return found if found.shape == (size, target) else None

@@ -20,7 +20,7 @@ from auditor.graphs import surgery
 from auditor.noises._equations import ROWS, Equations, Grid, equations_of, grouped, ungrouped
 from auditor.noises._grids import Steps, grid_of
 from auditor.ports import Array, Arrays
-from auditor.replays import replay
+from auditor.replays import sessions
 
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
 _WORTH, _ENOUGH = 0.2, 0.99
@@ -66,14 +66,14 @@ def fits(
         observed: out_b, its outputs.
         narrow: the segment in bfloat16, where the backend says that it multiplies in that.
     """
-    values = replay.inside(model, 1, inputs)
+    values = sessions.inside(model, 1, inputs)
     reads: dict[str, str] = {}
     factors: dict[str, str] = {}
     rounded: Arrays = {}
     if narrow is not None:
         reads = _unrounded(narrow, values)
         factors = _factors(narrow, {model.graph.node[index].input[1] for index in weighted})
-        rounded = replay.inside(narrow, 1, inputs, {*reads.values(), *factors.values()})
+        rounded = sessions.inside(narrow, 1, inputs, {*reads.values(), *factors.values()})
     for index, weights in weighted.items():
         node = model.graph.node[index]
         if not {node.input[0], node.output[0]} <= values.keys():
@@ -84,7 +84,7 @@ def fits(
         read, at, known = node.input[0], model, values
         if reads.get(read, "") in rounded and read not in inputs:
             at = _given(model, read)
-            known = replay.inside(at, 1, {**inputs, read: rounded[reads[read]]})
+            known = sessions.inside(at, 1, {**inputs, read: rounded[reads[read]]})
         equations = equations_of(at, index, weights, w, known, observed, narrow=narrow is not None)
         if equations is None:
             continue

@@ -13,7 +13,7 @@ import onnx
 from auditor.comparison import metrics
 from auditor.graphs import surgery
 from auditor.ports import Array, Arrays
-from auditor.replays import replay
+from auditor.replays import sessions
 
 # Operators that only move values, and those that compute each value from one of their operand's.
 _MOVES = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
@@ -264,7 +264,7 @@ class _Tail:
         tail.graph.input.append(
             onnx.helper.make_tensor_value_info(self._z, onnx.TensorProto.FLOAT, None)
         )
-        self._session = replay.session(tail, 1)
+        self._session = sessions.session(tail, 1)
         # Where each element goes: the same nodes, of which those that compute only pass it on.
         moves = surgery.copied(tail)
         for node in moves.graph.node:
@@ -272,7 +272,7 @@ class _Tail:
             if on and node.op_type in _ELEMENTWISE:
                 node.CopyFrom(onnx.helper.make_node("Identity", [on], [node.output[0]]))
         places = np.arange(math.prod(self._shape), dtype=np.float32).reshape(self._shape)
-        (order,) = replay.session(moves, 1).run([target], {**self._feeds, self._z: places})
+        (order,) = sessions.session(moves, 1).run([target], {**self._feeds, self._z: places})
         self._order = order.astype(np.int64).ravel()
 
     def __call__(self, result: Array) -> Array:

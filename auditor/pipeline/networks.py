@@ -15,7 +15,8 @@ from auditor import sensitivity
 from auditor.errors import NoiseError, UsageError
 from auditor.graphs.model import shown
 from auditor.records.backend import Gap
-from auditor.replays import replay
+from auditor.replays import sessions
+from auditor.replays.reference import Reference
 
 if TYPE_CHECKING:
     import onnx
@@ -84,10 +85,10 @@ class Networks:
         self.gaps: list[Gap] = []
         self._noises = {noise.id: noise for noise in noises}
         feeds = {self.input: tensor}
-        expected = replay.Reference(model, 1).run(feeds)
+        expected = Reference(model, 1).run(feeds)
         self._whole = sensitivity.whole(model, feeds, expected, 1)
         self._sessions: dict[Forms, Any] = {
-            (): replay.session(model.proto, 1, model.folder),
+            (): sessions.session(model.proto, 1, model.folder),
         }
         self.seconds = min(self._timed((), feeds) for _ in range(3))
         for noise in noises:
@@ -120,7 +121,7 @@ class Networks:
                     self.gaps.append(Gap(name, "simulate", reason))
                     return False
                 model = made
-            self._sessions[forms] = replay.session(model, 1)
+            self._sessions[forms] = sessions.session(model, 1)
         except NoiseError as error:
             self.gaps.append(Gap(name, "simulate", error.message))
             return False
@@ -138,7 +139,7 @@ class Networks:
 
     def _try(self, form: Form, model: onnx.ModelProto, feeds: Arrays) -> None:
         try:
-            self._sessions[(form,)] = replay.session(model, 1)
+            self._sessions[(form,)] = sessions.session(model, 1)
             seconds = min(self._timed((form,), feeds) for _ in range(2))
         except Exception as error:  # as above
             why = f"{form.variant}: {sensitivity.reason(error)}"

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from auditor.pipeline.post import Post
     from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 SAMPLES = 4  # photographs where the user names no number, as of recorded samples
 

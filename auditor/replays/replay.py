@@ -24,24 +24,19 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 
 from auditor.comparison.metrics import bitwise_equal
-from auditor.errors import AuditError, UsageError
-from auditor.graphs import custom_ops, surgery
+from auditor.errors import AuditError
+from auditor.graphs import surgery
 from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Array, Arrays
 from auditor.processes import memory
-from auditor.records.model import ReferenceInfo
-from auditor.replays.writer import Format
-
-if TYPE_CHECKING:
-    from auditor.graphs.model import Model
+from auditor.replays.sessions import one_line, session
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,9 +58,6 @@ _LARGE = 64 << 20
 # done up to so many bytes of weights, which these sessions hold once more.
 _MANY, _IN_ONE, _LIGHT = 75, 16, 64 << 20
 
-# onnxruntime_session_options_config_keys.h
-_FOLDER = "session.model_external_initializers_file_folder_path"
-
 
 class ReplayError(AuditError):
     """The reference could not run a segment on the given tensors (a wrong shape, mostly).
@@ -76,37 +68,8 @@ class ReplayError(AuditError):
 
     def __init__(self, cut: Cut, what: str, error: Exception) -> None:
         """``what`` could not be done with the segment, and ONNX Runtime's own words."""
-        super().__init__(f"segment {cut.id} cannot be {what}: {_one_line(error)}")
+        super().__init__(f"segment {cut.id} cannot be {what}: {one_line(error)}")
         self.inputs = cut.inputs
-
-
-def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) -> Any:
-    """An ONNX Runtime CPU session that runs the model as written, without optimisation.
-
-    Spinning threads are off: hundreds of short sessions would otherwise fight for the cores. So
-    are arenas: each session would keep one as large as its tensors.
-
-    Args:
-        model: the model.
-        threads: intra-op threads.
-        folder: where the files of its detached weights are (``auditor.graphs.weights``).
-    """
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(4)  # some kernels warn past their session's options
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if folder is not None:
-        options.add_session_config_entry(_FOLDER, str(folder))
-    custom_ops.register(options)
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def _element_type(value: Array) -> int:
@@ -122,116 +85,6 @@ class Block:
 
     cuts: tuple[Cut, ...]
     merged: Cut
-
-
-class Reference:
-    """The model as written: ONNX Runtime on the CPU without optimisation, in its own precision.
-
-    Attributes:
-        graph, replayer: its graph, and its segments ready to run.
-        labels: by node key, what a person calls the node.
-        whole: whether one session runs the whole model; else it has more weights than may be held.
-        narrow: by tensor, the format in which the model has it, where this one has float32.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        threads: int,
-        narrow: Mapping[str, Format] | None = None,
-        budget: int = BUDGET,
-    ) -> None:
-        """Compile the reference.
-
-        Args:
-            model: the model, widened if its floats are narrow (``auditor.replays.widening``).
-            threads: how many threads may work.
-            narrow: of a widened model, the formats that its tensors have.
-            budget: bytes of weights to hold. A model that has more is run node by node.
-
-        Raises:
-            UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
-        """
-        self.graph = Graph(model.proto)
-        self.replayer = Replayer(self.graph, threads, model.weights, model.folder, budget)
-        self.labels = model.labels
-        self.narrow = narrow or {}
-        fits = self.graph.size(self.graph.initializers) <= budget
-        self.whole = fits or not all(map(self.computes, self.graph.outputs))
-        self._session: Any = None
-        if not self.whole:
-            return
-        self._compile = partial(session, model.proto, self.replayer.threads, model.folder)
-        try:
-            self._session = self._compile()
-        except Exception as error:  # ORT raises a family of classes that share no base
-            raise UsageError(
-                f"the reference cannot load the model: {_one_line(error)}",
-                "The reference is ONNX Runtime on the CPU: check that it has every operator.",
-            ) from error
-
-    @property
-    def info(self) -> ReferenceInfo:
-        """What the report says of the reference."""
-        import onnxruntime as ort
-
-        names = " and ".join(sorted({form.name for form in self.narrow.values()}))
-        precision = f"float32 for the model's {names}" if names else "the model's own types"
-        engine = "ONNX Runtime CPU, ORT_DISABLE_ALL"
-        if not self.whole:
-            engine += ", node by node (its weights exceed --memory)"
-        return ReferenceInfo(engine, ort.__version__, precision)
-
-    def wide(self, tensors: Arrays) -> Arrays:
-        """Tensors of the model, or of a runtime, in the reference's types."""
-        from auditor.replays.widening import wide
-
-        return wide(tensors) if self.narrow else tensors
-
-    def run(self, feeds: Arrays) -> Arrays:
-        """Final outputs by ONNX name, for inputs in the model's own types.
-
-        Raises:
-            UsageError: the model fails on these inputs.
-        """
-        names = list(self.graph.outputs)
-        try:
-            if not self.whole:
-                return self.replayer.stream(self.wide(feeds))
-            self._session = self._session or self._compile()
-            return dict(zip(names, self._session.run(names, self.wide(feeds)), strict=True))
-        except Exception as error:
-            said = _one_line(error)
-            hint = "Give real inputs with --data, or other shapes with --shape."
-            if "umpy" in said:  # ONNX Runtime's words, by number: types that NumPy does not have
-                odd = {f"`{n}` is {v.dtype}" for n, v in feeds.items() if v.dtype.kind == "V"}
-                said = " and ".join(sorted(odd)) or said
-                hint = (
-                    "ONNX Runtime takes and gives NumPy's types: put a Cast to one of them there."
-                )
-            raise UsageError(
-                f"the reference cannot run the model on this input: {said}", hint
-            ) from error
-
-    def own_type(self, cut: Cut) -> Format | None:
-        """The narrow format that the model gives tensors of a segment, the coarsest if several."""
-        made = (name for index in cut.nodes for name in self.graph.nodes[index].output)
-        formats = [self.narrow[name] for name in (*cut.inputs, *made) if name in self.narrow]
-        return min(formats, key=lambda form: form.bits, default=None)
-
-    def release(self) -> None:
-        """Free what runs the whole graph, until the next run; the segments stay."""
-        self._session = None
-        memory.give_back()
-
-    def release_all(self) -> None:
-        """Free what runs the segments too, until they are run again."""
-        self.replayer.release()
-        self.release()
-
-    def computes(self, tensor: str) -> bool:
-        """Whether a node computes the tensor from the stimulus."""
-        return tensor in self.graph.producer and not self.graph.is_constant(tensor)
 
 
 class Replayer:
@@ -443,7 +296,7 @@ class Replayer:
                 f"{part[0].id}–{part[-1].id}",
                 tuple(sorted({i for cut in part for i in cut.nodes})),
                 tuple(sorted({i for cut in part for i in cut.constants})),
-                tuple(reads.keys() - set(made)),
+                tuple(name for name in reads if name not in made),
                 tuple(n for n in made if last.get(n, 0) >= end or n in outputs),
             )
             with contextlib.suppress(ReplayError):
@@ -564,32 +417,6 @@ def _most_held(cuts: Sequence[Cut], values: Arrays, last: Mapping[str, str]) -> 
     return most
 
 
-def inside(
-    model: onnx.ModelProto, threads: int, feeds: Arrays, only: Collection[str] | None = None
-) -> Arrays:
-    """Every tensor that nodes of a small model compute, and the inputs, by name.
-
-    Only the inputs where the model holds sequences or optionals, which cannot be outputs.
-
-    Args:
-        model: the model.
-        threads: intra-op threads.
-        feeds: its inputs.
-        only: which of them; all unless given.
-    """
-    opened = surgery.copied(model)
-    finals = {o.name for o in opened.graph.output}
-    names = [n for node in opened.graph.node for n in node.output if n]
-    names = [n for n in names if only is None or n in only]
-    opened.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in finals)
-    try:
-        found = session(opened, threads).run(names, feeds)
-    except Exception:  # ORT raises a family of classes that share no base
-        return dict(feeds)
-    known = {n: v for n, v in zip(names, found, strict=True) if hasattr(v, "dtype")}
-    return known | dict(feeds)
-
-
 def add(outputs: Arrays, error: Arrays, observed: Arrays) -> Arrays:
     """A segment's outputs with a frozen error added, in the outputs' own types.
 
@@ -634,8 +461,3 @@ def _minus(a: Array, b: Array) -> Array:
             else a.astype(np.float32) - b.astype(np.float32)
         )
     return a.astype(np.float64) - b.astype(np.float64)
-
-
-def _one_line(error: Exception) -> str:
-    # Which sizes are wrong stands in further lines.
-    return " ".join(str(error).split())[:300] or repr(error)

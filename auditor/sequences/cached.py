@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.graphs.segments import Cut
     from auditor.ports import Arrays, Noise, Progress
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 
 # Relative L2 between the last logits of a text in steps and in one run. Rounding alone makes some

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.graphs.segments import Cut
     from auditor.ports import Arrays
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 _NUMBERED = re.compile(r"^\D*\d+")
 

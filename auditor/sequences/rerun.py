@@ -41,7 +41,7 @@ from auditor.verdict import summary
 if TYPE_CHECKING:
     from auditor.graphs.model import Model, TensorSpec
     from auditor.ports import Arrays, Noise, Progress
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 # Of the reference's margin at a step that a backend turned, the part that must be left for the step
 # to be out of reach; elsewhere the decision alone must hold.

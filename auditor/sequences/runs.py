@@ -18,7 +18,7 @@ from auditor.subject import request_for
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.ports import Arrays, Noise, Progress
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 
 @contextmanager

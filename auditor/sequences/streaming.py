@@ -35,7 +35,7 @@ from auditor.verdict import summary
 if TYPE_CHECKING:
     from auditor.graphs.model import Model, Shape, TensorSpec
     from auditor.ports import Array, Arrays, Noise, Progress
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 Run = Callable[["Arrays"], "Arrays"]
 

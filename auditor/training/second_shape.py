@@ -26,13 +26,13 @@ from auditor.records.backend import Gap, Origin
 from auditor.records.measured import Segment
 from auditor.records.report import BackendReport, Finding
 from auditor.records.terms import severity
-from auditor.replays import replay
+from auditor.replays import sessions
 from auditor.verdict.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from auditor.capture.trace import Tracer
     from auditor.graphs.model import Model
-    from auditor.replays.replay import Reference
+    from auditor.replays.reference import Reference
 
 # Divergence at another shape that counts: this much, and this many times that at the audited one.
 _LEAST, _TIMES = 1e-3, 10.0
@@ -142,7 +142,7 @@ def _apart(
     try:
         if changed:
             thawed = export_frozen_shape.thawed(reference.graph.proto, changed)
-            session = replay.session(thawed, reference.replayer.threads, model.folder)
+            session = sessions.session(thawed, reference.replayer.threads, model.folder)
             names = list(reference.graph.outputs)
             computed = dict(zip(names, session.run(names, truth.feeds), strict=True))
         else:

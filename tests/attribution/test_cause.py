@@ -25,7 +25,7 @@ from auditor.noises import (
 )
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
-from auditor.replays import replay
+from auditor.replays import sessions
 
 NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)
 
@@ -50,7 +50,7 @@ def segment(
 
 def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
     names = [o.name for o in model.graph.output]
-    return dict(zip(names, replay.session(model, 1).run(names, feeds), strict=True))
+    return dict(zip(names, sessions.session(model, 1).run(names, feeds), strict=True))
 
 
 def explain(

@@ -18,7 +18,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.graphs import artefact, model
 from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
-from auditor.replays import qdq, recurrent, replay
+from auditor.replays import qdq, recurrent, sessions
 
 
 def original() -> Array:
@@ -268,5 +268,5 @@ def test_tables_and_recurrent_layers_quantised_dynamically(tmp_path: Path) -> No
     made = recurrent.quantising(SegmentGraph(rounded, ()))
     assert made is not None
     feeds = {"i": np.arange(5)[:, None]}
-    results = [replay.session(m, 1).run(None, feeds)[0] for m in (made, theirs.proto)]
+    results = [sessions.session(m, 1).run(None, feeds)[0] for m in (made, theirs.proto)]
     np.testing.assert_array_equal(*results)

@@ -13,7 +13,9 @@ from auditor.comparison.metrics import bitwise_equal
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Graph
-from auditor.replays.replay import Reference, Replayer, session
+from auditor.replays.reference import Reference
+from auditor.replays.replay import Replayer
+from auditor.replays.sessions import session
 
 
 def _model(nodes, weights=(), inputs=("x",), outputs=("y",), opset=17):

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.ports import Array
-from auditor.replays import replay
+from auditor.replays import sessions
 
 
 def model(
@@ -26,7 +26,7 @@ def model(
 
 
 def run(of: onnx.ModelProto, x: Array) -> Array:
-    return np.asarray(replay.session(of, 1).run(None, {"x": x})[0])
+    return np.asarray(sessions.session(of, 1).run(None, {"x": x})[0])
 
 
 CHAIN = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("Neg", ["r"], ["y"])]

@@ -17,7 +17,7 @@ from auditor.graphs import model as models
 from auditor.graphs import weights
 from auditor.noises import bf16, int8
 from auditor.ports import SegmentGraph
-from auditor.replays import replay
+from auditor.replays import sessions
 
 TYPES = ["float32", "float64", "float16", "int8", "uint8", "int32", "int64", "bool"]
 X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 32)
@@ -97,8 +97,8 @@ def test_the_file_holds_the_only_copy(tmp_path: Path) -> None:
     assert sorted(model.weights) == ["c", "raw", "typed"]
     assert model.info.nodes == 4
     assert len(model.proto.SerializeToString()) < 1500
-    plain = replay.session(two_layers(), 1).run(None, {"x": X})[0]
-    mapped = replay.session(model.proto, 1, model.folder).run(None, {"x": X})[0]
+    plain = sessions.session(two_layers(), 1).run(None, {"x": X})[0]
+    mapped = sessions.session(model.proto, 1, model.folder).run(None, {"x": X})[0]
     assert plain.tobytes() == mapped.tobytes()
 
 
@@ -111,8 +111,8 @@ def test_causes_are_replayed_from_the_file(tmp_path: Path) -> None:
     for noise in (bf16.NOISE, int8.NOISE):
         for whole, light in zip(noise.variants(within), noise.variants(mapped), strict=True):
             assert light.model.ByteSize() < whole.model.ByteSize()
-            plain = replay.session(whole.model, 1).run(None, {"x": X})[0]
-            found = replay.session(light.model, 1, model.folder).run(None, {"x": X})[0]
+            plain = sessions.session(whole.model, 1).run(None, {"x": X})[0]
+            found = sessions.session(light.model, 1, model.folder).run(None, {"x": X})[0]
             assert plain.tobytes() == found.tobytes()
 
 
@@ -152,8 +152,8 @@ def apart(folder: Path, name: bytes | str) -> Path:
 def test_wherever_the_file_is(tmp_path: Path, where: object, name: bytes | str) -> None:
     path = where(tmp_path, name)  # type: ignore[operator]
     model = models.load(path)
-    plain = replay.session(two_layers(), 1).run(None, {"x": X})[0]
-    mapped = replay.session(model.proto, 1, model.folder).run(None, {"x": X})[0]
+    plain = sessions.session(two_layers(), 1).run(None, {"x": X})[0]
+    mapped = sessions.session(model.proto, 1, model.folder).run(None, {"x": X})[0]
     assert plain.tobytes() == mapped.tobytes()
 
 

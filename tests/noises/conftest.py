@@ -14,7 +14,7 @@ from auditor.attribution.cause import Explanation
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays import replay
+from auditor.replays import sessions
 
 NOISES = (bf16.NOISE, fp16.NOISE, tf32.NOISE)
 
@@ -58,7 +58,7 @@ def run() -> Callable[[onnx.ModelProto, Arrays], Arrays]:
 
     def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
         names = [o.name for o in model.graph.output]
-        return dict(zip(names, replay.session(model, 1).run(names, feeds), strict=True))
+        return dict(zip(names, sessions.session(model, 1).run(names, feeds), strict=True))
 
     return run
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, tf32
 from auditor.ports import Array, SegmentGraph
-from auditor.replays import replay, rounding
+from auditor.replays import rounding, sessions
 from auditor.replays.rounder import Sites
 from auditor.replays.writer import Format
 
@@ -29,7 +29,7 @@ def through(to: Format, values: Array, opset: int) -> Array:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     (variant,) = rounding.variants(SegmentGraph(model, ()), to, (EVERYTHING,))
-    result: Array = replay.session(variant.model, 1).run(["y"], {"x": values})[0]
+    result: Array = sessions.session(variant.model, 1).run(["y"], {"x": values})[0]
     return result
 
 
@@ -104,7 +104,7 @@ def test_integers_and_tensors_of_other_types_are_left_alone() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     ids = np.array([2**40 + 1, 2][1:], np.int64)
     for variant in rounding.variants(SegmentGraph(model, ()), bf16.FORMAT, bf16.SITES):
-        rows, wide = replay.session(variant.model, 1).run(["rows", "wide"], {"ids": ids})
+        rows, wide = sessions.session(variant.model, 1).run(["rows", "wide"], {"ids": ids})
         assert wide.dtype == np.float64 and wide.tolist() == [2.0]
         assert rows.dtype == np.float32 and rows[0, 0] == np.float32(ml_dtypes.bfloat16(1 / 3))
 
@@ -122,7 +122,7 @@ def test_surgery_can_be_repeated_on_its_own_result() -> None:
     seen = set[float]()
     for first in rounding.variants(SegmentGraph(model, ()), fp16.FORMAT, fp16.SITES):
         for second in rounding.variants(SegmentGraph(first.model, ()), bf16.FORMAT, bf16.SITES):
-            (y,) = replay.session(second.model, 1).run(["y"], {"x": x})
+            (y,) = sessions.session(second.model, 1).run(["y"], {"x": x})
             seen.update(y.ravel().tolist())
     assert seen == {1.0, 1 + 2**-9}  # rounded to bfloat16, or only its weights were
 
@@ -140,12 +140,12 @@ def test_upgrading_offers_a_model_with_the_same_bits(old: int) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", old)], ir_version=8)
     x = np.random.default_rng(0).standard_normal((3, 4), dtype=np.float32)
-    expected = replay.session(model, 1).run(["y"], {"x": x})[0]
+    expected = sessions.session(model, 1).run(["y"], {"x": x})[0]
     matching = 0
     for upgraded in surgery.upgraded(model, 13):
         assert surgery.opset(upgraded) == 13
         try:
-            result = replay.session(upgraded, 1).run(["y"], {"x": x})[0]
+            result = sessions.session(upgraded, 1).run(["y"], {"x": x})[0]
         except Exception:  # the relabelled model keeps an attribute that opset 13 dropped
             continue
         matching += bool(np.array_equal(result, expected))

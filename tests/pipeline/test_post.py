@@ -26,7 +26,7 @@ from auditor.pipeline.steps import Preparation
 from auditor.pipeline.sysnoise import sysnoise
 from auditor.ports import Silent
 from auditor.records.report import AuditReport
-from auditor.replays import replay
+from auditor.replays import sessions
 
 _CORNERS = hnp.arrays(
     np.float32, (6, 4), elements=st.floats(1, 100, width=32, allow_nan=False)
@@ -505,7 +505,7 @@ def test_the_table_has_what_comes_after_the_network(
     assert report.deployment is not None and report.deployment.effect.relative_l2.value > 0
     assert any("postprocessing.box_offset" in step.types for step in report.accumulation)
 
-    session = replay.session(onnx.load(detector), 1)
+    session = sessions.session(onnx.load(detector), 1)
     first, names = described.training_post, [o.name for o in session.get_outputs()]
     assert first is not None
     apart = []

@@ -8,7 +8,8 @@ from auditor.decomposition import divergence
 from auditor.decomposition import floor as floors
 from auditor.graphs.segments import Graph
 from auditor.replays.reorder import OPSET, longest_sum, reordered
-from auditor.replays.replay import Replayer, session
+from auditor.replays.replay import Replayer
+from auditor.replays.sessions import session
 
 RNG = np.random.default_rng(0)
 CASES = {

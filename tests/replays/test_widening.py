@@ -16,7 +16,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.graphs import model as models
 from auditor.ports import Array, Silent
 from auditor.records.report import AuditReport
-from auditor.replays import replay, widening
+from auditor.replays import sessions, widening
 
 RNG = np.random.default_rng(3)
 KINDS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -77,7 +77,7 @@ def test_the_widened_model_is_the_mathematics(tmp_path: Path, kind: str) -> None
     assert set(widening.declared(model)) >= {"x", "a", "normal", "gated", "y"}
     x = RNG.standard_normal((4, 64)).astype(KINDS[kind])
     feeds = widening.wide({"x": x})
-    (y,) = replay.session(wide.proto, 1, wide.folder).run(None, feeds)
+    (y,) = sessions.session(wide.proto, 1, wide.folder).run(None, feeds)
     first, second = (w.astype(KINDS[kind]).astype(np.float64) for w in (FIRST, SECOND))
     a = x.astype(np.float64) @ first
     centred = a - a.mean(-1, keepdims=True)
