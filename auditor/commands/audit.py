@@ -341,9 +341,9 @@ def _judged(
     from datetime import date
 
     from auditor import diff
-    from auditor.verdict import policy as rulebook
+    from auditor.verdict import judgement
 
     if earlier is not None:
         comparison = diff.compare(earlier, report, str(baseline), "this audit")
-        return rulebook.held_against(report, comparison)
-    return report if rules is None else rulebook.judged(report, rules, date.today())
+        return judgement.held_against(report, comparison)
+    return report if rules is None else judgement.judged(report, rules, date.today())

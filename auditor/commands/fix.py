@@ -91,7 +91,7 @@ def _fix(
     rules = rulebook.load(policy) if policy else rulebook.find(Path())
     limit = to
     if limit is None and rules is not None:
-        limit = rulebook.tolerance(rules, chosen.id, [o.name for o in chosen.outputs])
+        limit = rules.tolerance(chosen.id, [o.name for o in chosen.outputs])
     options = asked_for(again(loaded.command).params, None)
     progress = StoppableProgress(LiveProgress())
     with TemporaryDirectory(prefix="audit-fix-") as scratch:

@@ -31,13 +31,13 @@ def _init(
 
     `audit` finds audit.toml in the current folder by itself.
     """
-    from auditor.verdict import policy
+    from auditor.verdict.proposal import proposed
     from reports import json_v1
 
     output = output.resolve()
     if output.exists() and not force:
         raise UsageError(f"{output} is there already", "Give --force to replace it, or another -o.")
     check_writable(output)
-    write(output, policy.proposed(json_v1.load(report), str(report)))
+    write(output, proposed(json_v1.load(report), str(report)))
     emit(f"wrote {output}\n")
     return 0

@@ -16,7 +16,9 @@ from auditor.errors import UsageError
 from auditor.records.measured import CategoryShare, Latency
 from auditor.records.report import AuditReport
 from auditor.verdict import policy
-from auditor.verdict.policy import judged, load
+from auditor.verdict.judgement import judged
+from auditor.verdict.policy import load
+from auditor.verdict.proposal import proposed
 from reports import json_v1
 from tests.helpers import audit_in as audit
 from tests.helpers import scaled
@@ -107,8 +109,8 @@ def test_a_policys_latency_is_measured(made: Path, tmp_path: Path) -> None:
             assert backend.latency is not None
             assert backend.latency.seconds > 0
         assert "latency" in done.stdout
-    proposed = tomllib.loads(policy.proposed(said, "r.json"))
-    assert proposed["tolerance"]["ov"]["latency_ratio"] > 0
+    written = tomllib.loads(proposed(said, "r.json"))
+    assert written["tolerance"]["ov"]["latency_ratio"] > 0
 
 
 def test_acceptances_expire(report: AuditReport, tmp_path: Path) -> None:
@@ -214,18 +216,18 @@ def test_a_proposal_passes(names: list[str], error: float, alone: float) -> None
             replace(empty.findings[0], backend=id, effect=alone) for id in ("ov:GPU", "pipeline")
         ),
     )
-    text = policy.proposed(report, "first.json\n[tolerance]")
+    text = proposed(report, "first.json\n[tolerance]")
     document = tomllib.loads(text)
     limits = [o["relative_l2"] for o in document["tolerance"]["ov:GPU"]["outputs"].values()]
     assert all(limit >= error for limit in limits)
     assert all(limit <= max(4.1 * error, 1.1e-5) for limit in limits)
-    judgement = policy.judged(report, policy._policy(document, "p"), date.today()).judgement
+    judgement = judged(report, policy._policy(document, "p"), date.today()).judgement
     assert judgement is not None and not judgement.broken
 
 
 def test_a_proposal_lists_the_first_findings_and_counts_the_others(report: AuditReport) -> None:
     many = replace(report, findings=report.findings[:1] * 12)
-    text = policy.proposed(many, "first.json")
+    text = proposed(many, "first.json")
     assert text.count("# [[accept]]") == 10 and "And 2 more findings" in text
     offered = "\n".join(line.removeprefix("# ") for line in text.splitlines()[-6:-2])
     (taken,) = tomllib.loads(offered)["accept"]
