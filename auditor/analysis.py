@@ -311,7 +311,9 @@ class Analysis:
         names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
         known = dict(zip(names, beside(chain.apart, names), strict=True))
         for cut in self.cuts:
-            self.meters.setdefault(cut.id, Meter(cut, floor=fp32_rounding.floor(0.0)))
+            ends = (chain.base[n].dtype.kind for n in (*cut.inputs, *cut.outputs))
+            least = fp32_rounding.floor(0.0) if "f" in ends else 0.0
+            self.meters.setdefault(cut.id, Meter(cut, floor=least))
 
         def measured(cut: Cut) -> Local | None:
             meter, local = self.meters[cut.id], None

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from auditor.attribution.hypotheses import ELEMENTS, EXACT, ROUNDED, TURNED, Bench, Tested, merit
+from auditor.attribution.hypotheses import ELEMENTS, ROUNDED, TURNED, Bench, Tested, holds, merit
 from auditor.comparison import metrics
 from auditor.errors import NoiseError
 from auditor.graphs import surgery
@@ -258,11 +258,6 @@ def measured(
     if bench.explainable:
         bench.test("", Variant("", segment.model))
     return bench.tested[0].hypothesis.explained if bench.tested else None
-
-
-def holds(explained: float, bit_identical: float, needed: float, exact: bool) -> bool:
-    """Whether a share explained is enough to name a cause."""
-    return explained >= needed and (not exact or bit_identical >= EXACT)
 
 
 def _modern(bench: Bench) -> SegmentGraph:

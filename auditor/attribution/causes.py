@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from auditor.attribution import cause as attribution
+from auditor.attribution import hypotheses
 from auditor.attribution.cause import Explanation, Retest
 from auditor.comparison.metrics import Running
 from auditor.decomposition.divergence import Local
@@ -68,7 +69,7 @@ class _Tally:
     def add(self, found: Retest, sample: int) -> bool:
         """Add one sample; whether the contender fits it."""
         share = 1 - found.left / found.error
-        fits = attribution.holds(share, found.bit_identical, found.needed, found.exact)
+        fits = hypotheses.holds(share, found.bit_identical, found.needed, found.exact)
         self.left += found.left
         self.error += found.error
         self.needed = max(self.needed, found.needed)
@@ -86,7 +87,7 @@ class _Tally:
     @property
     def holds(self) -> bool:
         """Whether the cause can be named over all samples."""
-        return attribution.holds(self.share, self.identical.mean, self.needed, self.exact)
+        return hypotheses.holds(self.share, self.identical.mean, self.needed, self.exact)
 
 
 @dataclass(slots=True)

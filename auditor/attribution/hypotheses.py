@@ -145,7 +145,10 @@ class Bench:
     def done(self) -> bool:
         """Whether some hypothesis explains all there is to explain."""
         found = (t.hypothesis for t in self.tested if t.fits)
-        return any(f.explained >= max(ENOUGH, self.needed(f)) for f in found)
+        return any(
+            holds(f.explained, f.bit_identical, max(ENOUGH, self.needed(f)), self.counted)
+            for f in found
+        )
 
     @property
     def settled(self) -> bool:
@@ -310,6 +313,11 @@ class Bench:
             else:
                 return math.inf
         return total
+
+
+def holds(explained: float, bit_identical: float, needed: float, exact: bool) -> bool:
+    """Whether a share explained is enough to name a cause."""
+    return explained >= needed and (not exact or bit_identical >= EXACT)
 
 
 def merit(tested: Tested) -> tuple[float, float]:

@@ -69,8 +69,9 @@ def floor(
     moved = _Moved(replayer, cut, local, scale)
     repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
     model = replayer.model(cut, local.inputs)
-    # What draws numbers moves by itself, in the program too: that says nothing about rounding.
-    if surgery.is_exact(model) or moved.draws():
+    if surgery.is_exact(model):
+        return repeat
+    if moved.draws():  # it moves by itself, in the program too: that says nothing about rounding
         return max(fp32_rounding.floor(0.0), repeat)
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))

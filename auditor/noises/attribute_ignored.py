@@ -137,7 +137,7 @@ def _drop(node: onnx.NodeProto, at: int) -> None:
 
 def _flat(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether a slope is a vector, which ONNX puts along the last axis."""
-    return any(t.name == node.input[1] and len(t.dims) == 1 for t in model.graph.initializer)
+    return len(surgery.shapes(model).get(node.input[1], ())) == 1
 
 
 def _without_outputs(model: onnx.ModelProto) -> onnx.ModelProto | None:

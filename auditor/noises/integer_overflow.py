@@ -45,7 +45,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         for i, n in operators
         if n.op_type in _ARITHMETIC
         and target(n) in _LIMITS
-        and surgery.attributes(n).get("direction") != "RIGHT"
+        and not _to_the_right(n)
     }
     casts = {
         i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
@@ -79,34 +79,36 @@ def _unwrapped(model: onnx.ModelProto, types: Mapping[str, int]) -> dict[int, st
     outputs = {o.name for o in model.graph.output}
     read = {n for node in model.graph.node if node.op_type != "Cast" for n in node.input}
     return {
-        index: (
-            f"({', '.join(names)}) => (y) {{ "
-            + " ".join(f"w{n} = Cast <to = {TensorProto.INT32}> ({n})" for n in names)
-            + f" y = {_wide(node)}({', '.join(f'w{n}' for n in names)}) }}"
-        )
-        for index, node in surgery.find(model, (*_ARITHMETIC[:-1], "Cast"))
+        index: _computed(node, TensorProto.INT32, "y = Identity(r)")
+        for index, node in surgery.find(model, (*_ARITHMETIC, "BitwiseNot", "Cast"))
         if types.get(node.output[0]) in (TensorProto.INT16, TensorProto.UINT16)
         and node.output[0] not in outputs | read
-        for names in [["a", "b"][: len(node.input)]]
+        and not _to_the_right(node)
     }
 
 
-def _wide(node: onnx.NodeProto) -> str:
-    return "Identity" if node.op_type == "Cast" else node.op_type
+def _to_the_right(node: onnx.NodeProto) -> bool:
+    """Whether a node is a shift that loses no leading digits."""
+    return bool(surgery.attributes(node).get("direction") == "RIGHT")
 
 
 def _clipped(node: onnx.NodeProto, kind: int) -> str:
     """An operator computed in int64, whose result is clipped."""
+    clip = f"{_between(kind)} y = Cast <to = {kind}> (m)"
+    return _computed(node, TensorProto.INT64, clip)
+
+
+def _computed(node: onnx.NodeProto, kind: int, then: str) -> str:
+    """An operator on operands of another type, and what becomes of its result ``r``."""
     names = ["a", "b"][: len(node.input)]
-    wide = " ".join(f"w{n} = Cast <to = 7> ({n})" for n in names)
+    wide = " ".join(f"w{n} = Cast <to = {kind}> ({n})" for n in names)
     result = f"{node.op_type}({', '.join(f'w{n}' for n in names)})"
-    if node.op_type == "BitShift":
-        wide += " two = Constant <value = int64 {2}> () factor = Pow(two, wb)"
-        result = "Mul(wa, factor)"
-    return (
-        f"({', '.join(names)}) => (y) {{ {wide} r = {result} "
-        f"{_between(kind)} y = Cast <to = {kind}> (m) }}"
-    )
+    if node.op_type == "Cast":
+        result = "Identity(wa)"
+    elif node.op_type == "BitShift":
+        two = f"c = Constant <value = int64 {{2}}> () two = Cast <to = {kind}> (c)"
+        wide, result = f"{wide} {two} factor = Pow(two, wb)", "Mul(wa, factor)"
+    return f"({', '.join(names)}) => (y) {{ {wide} r = {result} {then} }}"
 
 
 def _cast(source: int, kind: int, *, clip: bool) -> str | None:

@@ -1,8 +1,8 @@
-"""64-bit integers computed with fewer bits: in 32-bit integers, or in float32."""
+"""Integers computed with fewer bits than they have: in int32, or in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np
 import onnx
@@ -12,49 +12,52 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 
-_LONG = frozenset((TensorProto.INT64, TensorProto.UINT64))
-_INTEGERS = _LONG | {TensorProto.INT32, TensorProto.UINT32}
+# What int32 does not hold.
+_WIDE = frozenset((TensorProto.INT64, TensorProto.UINT64, TensorProto.UINT32))
+_INTEGERS = _WIDE | {TensorProto.INT32}
 _REAL = frozenset((TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16))
-_BINARY = ("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Min", "Max", "Sum")
+_BINARY = ("Add", "Sub", "Mul", "Div", "Mod", "Pow", "Min", "Max", "Sum", "BitShift")
+_BITWISE = ("BitwiseAnd", "BitwiseOr", "BitwiseXor")
 _COMPARING = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
 _SUMMING = ("ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin", "ReduceMean", "CumSum", "MatMul")
-_UNARY = ("Neg", "Abs", "Sign", "Clip", "TopK", "ArgMax", "ArgMin", "Cast")
+_UNARY = ("Neg", "Abs", "Sign", "Clip", "TopK", "ArgMax", "ArgMin", "Cast", "BitwiseNot")
 # Operators that hand on what they are given.
 _MOVES = ("Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Flatten")
 # Which of their inputs are numbers rather than shapes, axes or indices.
 _NUMBERS = (
-    dict.fromkeys((*_BINARY, *_COMPARING, "MatMul"), 2**31)
+    dict.fromkeys((*_BINARY, *_BITWISE, *_COMPARING, "MatMul"), 2**31)
     | dict.fromkeys((*_SUMMING[:-1], *_UNARY, *_MOVES), 1)
     | {"Where": 3}
 )
 # Operators computed in float32 where an engine has no integer kernel.
-_IN_FLOAT = ("Div", "Mod", "Mul", "Add", "Sub", "Pow", "ReduceSum", "ReduceMean", "CumSum")
 _DIVIDING = ("Div", "Mod")
+_IN_FLOAT = (*_DIVIDING, "Mul", "Add", "Sub", "Pow", *_SUMMING[:-1])
 # Results that count, rather than carry, values.
 _COUNTS = frozenset(("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Equal", "IsNaN"))
 # Min and Max know integers from here on.
 _OPSET = 12
 
-# How a tensor {s} becomes {t}. Casts alone would not do: ONNX Runtime merges a chain of them.
-_WRAP: dict[int, str] = {
-    TensorProto.INT64: (
-        "{t}_all = Constant <value = int64 {{4294967296}}> () "
-        "{t}_half = Constant <value = int64 {{2147483648}}> () "
-        "{t}_up = Add({s}, {t}_half) {t}_mod = Mod({t}_up, {t}_all) {t} = Sub({t}_mod, {t}_half)"
-    ),
-    TensorProto.UINT64: (
-        "{t}_all = Constant <value = uint64 {{4294967296}}> () {t} = Mod({s}, {t}_all)"
-    ),
-}
-_CLIP: dict[int, str] = {
-    TensorProto.INT64: (
-        "{t}_lo = Constant <value = int64 {{-2147483648}}> () "
-        "{t}_hi = Constant <value = int64 {{2147483647}}> () "
-        "{t}_up = Max({s}, {t}_lo) {t} = Min({t}_up, {t}_hi)"
-    ),
-    TensorProto.UINT64: (
-        "{t}_hi = Constant <value = uint64 {{4294967295}}> () {t} = Min({s}, {t}_hi)"
-    ),
+_WRAPPED = "converted to 32 bits by wrapping around"
+
+# How a tensor {s} becomes {t}, int64 within the range of int32. Casts alone would not do: ONNX
+# Runtime merges a chain of them.
+_WRAP = (
+    "{t}_long = Cast <to = 7> ({s}) {t}_all = Constant <value = int64 {{4294967296}}> () "
+    "{t}_half = Constant <value = int64 {{2147483648}}> () "
+    "{t}_up = Add({t}_long, {t}_half) {t}_mod = Mod({t}_up, {t}_all) {t} = Sub({t}_mod, {t}_half)"
+)
+_CLIP = (
+    "{t}_long = Cast <to = 7> ({s}) {t}_lo = Constant <value = int64 {{-2147483648}}> () "
+    "{t}_hi = Constant <value = int64 {{2147483647}}> () "
+    "{t}_up = Max({t}_long, {t}_lo) {t} = Min({t}_up, {t}_hi)"
+)
+_NONZERO = (  # a divisor that narrowing made 0 becomes 1: dividing by it would end the process
+    "one = Constant <value = int64 {{1}}> () none = Sub(one, one) void = Equal({s}, none) "
+    "{t} = Where(void, one, {s})"
+)
+_SHIFTS = {  # ONNX Runtime's shifts know no sign
+    "LEFT": "{y} = Mul({a}, factor)",
+    "RIGHT": "rest = Mod({a}, factor) whole = Sub({a}, rest) {y} = Div(whole, factor)",
 }
 
 
@@ -73,7 +76,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         for i, n in operators.items()
         if any(t in large for t in (*n.input[: _NUMBERS[n.op_type]], *n.output))
     }
-    long = {i: n for i, n in exposed.items() if _touches(n, types, _LONG)}
+    long = {i: n for i, n in exposed.items() if _touches(n, types, _WIDE)}
     casts = {
         i: n for i, n in long.items() if n.op_type == "Cast" and types.get(n.input[0]) in _REAL
     }
@@ -81,12 +84,16 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         i: n for i, n in exposed.items() if n.op_type in _IN_FLOAT and _touches(n, types, _INTEGERS)
     }
     divided = {i: n for i, n in floats.items() if n.op_type in _DIVIDING}
-    wrap, divide = _through(_WRAP), _through(_WRAP, real_division=True)
-    divides = long if any(n.op_type == "Div" for n in long.values()) else {}
+
+    def having(op_types: Container[str]) -> dict[int, onnx.NodeProto]:
+        return long if any(n.op_type in op_types for n in long.values()) else {}
+
+    others = frozenset(_IN_FLOAT) - frozenset(_DIVIDING)
     for name, nodes, body in (
         ("real numbers beyond 32 bits become -2³¹", casts, _indefinite),
-        ("converted to 32 bits by wrapping around, divided in float32", divides, divide),
-        ("converted to 32 bits by wrapping around", long, wrap),
+        (f"{_WRAPPED}, divided in float32", having(_DIVIDING), _through(_WRAP, _DIVIDING)),
+        (f"{_WRAPPED}, computed in float32", having(others), _through(_WRAP, _IN_FLOAT)),
+        (_WRAPPED, long, _through(_WRAP)),
         ("converted to 32 bits by clipping", long, _through(_CLIP)),
         ("computed in float32", floats, _in_float),
         ("divided in float32", divided if divided != floats else {}, _in_float),
@@ -122,51 +129,51 @@ def _touches(node: onnx.NodeProto, types: dict[str, int], kinds: frozenset[int])
 _Body = Callable[[onnx.NodeProto, dict[str, int]], str]
 
 
-def _through(steps: Mapping[int, str], *, real_division: bool = False) -> _Body:
-    """Operators whose 64-bit operands and results pass a 32-bit type.
+def _through(step: str, real: Container[str] = ()) -> _Body:
+    """Operators whose operands and results pass int32.
 
     Args:
-        steps: how, by type.
-        real_division: whether to divide in float32 and truncate.
+        step: how.
+        real: operators that are computed in float32 in between, and truncated.
     """
 
     def body(node: onnx.NodeProto, types: dict[str, int]) -> str:
         inputs = [f"a{i}" if name else "" for i, name in enumerate(node.input)]
         outputs = [f"y{i}" if name else "" for i, name in enumerate(node.output)]
-        before, after = [], []
+        steps = []
         operands, results = list(inputs), list(outputs)
         for i, name in enumerate(node.input[: _NUMBERS[node.op_type]]):
-            if (kind := types.get(name, 0)) in steps:
+            if types.get(name, 0) in _WIDE:
                 operands[i] = f"o{i}"
-                before.append(steps[kind].format(s=f"a{i}", t=f"o{i}"))
+                steps.append(step.format(s=f"a{i}", t=f"o{i}"))
         if node.op_type in _DIVIDING and operands[1] != inputs[1]:
-            before.append(_nonzero("o1", "d1", types[node.input[1]]))
+            steps.append(_NONZERO.format(s="o1", t="d1"))
             operands[1] = "d1"
-        for i, name in enumerate(node.output):
-            if (kind := types.get(name, 0)) in steps:
-                results[i] = f"r{i}"
-                after.append(steps[kind].format(s=f"r{i}", t=f"y{i}"))
-        call = f"{node.op_type} {surgery.options(node)} ({', '.join(operands)})"
-        if real_division and node.op_type == "Div":
-            kind = types[node.output[0]]
-            before += [f"f{i} = Cast <to = 1> ({name})" for i, name in enumerate(operands)]
-            call = f"Cast <to = {kind}> (q)"
-            before.append("q = Div(f0, f1)")
+        narrowed = [i for i, name in enumerate(node.output) if types.get(name, 0) in _WIDE]
+        for i in narrowed:
+            results[i] = f"r{i}"
+        steps.append(_called(node, operands, results, real))
+        for i in narrowed:
+            steps.append(step.format(s=f"r{i}", t=f"n{i}"))
+            steps.append(f"y{i} = Cast <to = {types[node.output[i]]}> (n{i})")
         return (
             f"({', '.join(n for n in inputs if n)}) => ({', '.join(n for n in outputs if n)}) {{ "
-            f"{' '.join(before)} {', '.join(results)} = {call} {' '.join(after)} }}"
+            f"{' '.join(steps)} }}"
         )
 
     return body
 
 
-def _nonzero(source: str, target: str, kind: int) -> str:
-    """A divisor that narrowing made 0 becomes 1: dividing by it would end the process."""
-    return (
-        f"one = Constant <value = int64 {{1}}> () least = Cast <to = {kind}> (one) "
-        f"none = Sub(least, least) void = Equal({source}, none) "
-        f"{target} = Where(void, least, {source})"
-    )
+def _called(
+    node: onnx.NodeProto, operands: Sequence[str], results: Sequence[str], real: Container[str]
+) -> str:
+    """A node's operator on int64 operands, by operators that know int64."""
+    if node.op_type == "BitShift":
+        shift = _SHIFTS[surgery.attributes(node)["direction"]].format(a=operands[0], y=results[0])
+        return f"two = Constant <value = int64 {{2}}> () factor = Pow(two, {operands[1]}) {shift}"
+    if node.op_type in real:
+        return f"{_real(node, operands)} {results[0]} = Cast <to = 7> (real)"
+    return f"{', '.join(results)} = {node.op_type} {surgery.options(node)} ({', '.join(operands)})"
 
 
 def _indefinite(node: onnx.NodeProto, types: dict[str, int]) -> str:
@@ -180,17 +187,19 @@ def _indefinite(node: onnx.NodeProto, types: dict[str, int]) -> str:
 def _in_float(node: onnx.NodeProto, types: dict[str, int]) -> str:
     """An operator on integers computed in float32 and truncated."""
     names = [f"a{i}" for i in range(len(node.input))]
+    kind = types[node.output[0]]
+    return f"({', '.join(names)}) => (y) {{ {_real(node, names)} y = Cast <to = {kind}> (real) }}"
+
+
+def _real(node: onnx.NodeProto, names: Sequence[str]) -> str:
+    """The text of ``real``: an operator on integers of these names, in float32."""
     numbers = names[: _NUMBERS[node.op_type]]
     wide = " ".join(f"f{n} = Cast <to = 1> ({n})" for n in numbers)
-    operands = ", ".join(f"f{n}" if n in numbers else n for n in names)
+    operands = [f"f{n}" if n in numbers else n for n in names]
     if node.op_type == "Mod" and not surgery.attributes(node).get("fmod", 0):
-        result = "q = Div(fa0, fa1) w = Floor(q) p = Mul(w, fa1) r = Sub(fa0, p)"
-    else:
-        result = f"r = {node.op_type} {surgery.options(node)} ({operands})"
-    return (
-        f"({', '.join(names)}) => (y) {{ {wide} {result} "
-        f"y = Cast <to = {types[node.output[0]]}> (r) }}"
-    )
+        a, b = operands
+        return f"{wide} q = Div({a}, {b}) w = Floor(q) p = Mul(w, {b}) real = Sub({a}, p)"
+    return f"{wide} real = {node.op_type} {surgery.options(node)} ({', '.join(operands)})"
 
 
 _SMALL = "keep integers below 2³¹ (hash, rescale or split them before the model)"
@@ -203,9 +212,9 @@ NOISE = Cause(
         "division, without a warning; numbers from 2³¹ (or 2²⁴) on are lost."
     ),
     applies=(
-        "arithmetic, comparisons, reductions and casts on integers of 64 bits, and of 32 in "
-        "float32, that may be large; shapes and small constants are left out; operator set 12 or "
-        "later"
+        "arithmetic, comparisons, reductions and casts on integers of 64 bits and unsigned ones of "
+        "32, and on all of 32 in float32, that may be large; shapes and small constants are left "
+        "out; operator set 12 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO issues 35896 and "
@@ -214,13 +223,14 @@ NOISE = Cause(
     ),
     advice=_SMALL,
     remedies={
-        "ov": f"{_SMALL}: OpenVINO's CPU plugin turns i64 into i32",
+        "ov": f"{_SMALL}: OpenVINO's CPU plugin turns i64, u64 and u32 into i32",
         "trt": f"{_SMALL}, or use an engine version with INT64 support",
     },
     forms=(
         "real numbers beyond 32 bits become -2³¹",
-        "converted to 32 bits by wrapping around, divided in float32",
-        "converted to 32 bits by wrapping around",
+        f"{_WRAPPED}, divided in float32",
+        f"{_WRAPPED}, computed in float32",
+        _WRAPPED,
         "converted to 32 bits by clipping",
         "computed in float32",
         "divided in float32",

@@ -21,6 +21,7 @@ _IDLE = "a reduction over no axes gives its input as it is"
 _PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dimensions
 _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
+_ONE_SAMPLE = "RoiAlign: one sample in each bin, not as many as the region is large"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -181,6 +182,11 @@ def _shapes(model: onnx.ModelProto) -> Iterable[Variant]:
 
 def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
     found = dict(surgery.find(model, ("RoiAlign",)))
+    if adaptive := [i for i, n in found.items() if not surgery.attributes(n).get("sampling_ratio")]:
+        changed = surgery.copied(model)
+        for index in adaptive:
+            surgery.set_attributes(changed.graph.node[index], sampling_ratio=1)
+        yield Variant(_ONE_SAMPLE, changed)
     if bodies := {i: body for i, n in found.items() if (body := _largest_sample(n))}:
         yield Variant(
             "RoiAlign: the largest interpolated sample, not corner value",
@@ -234,11 +240,12 @@ NOISE = Cause(
     applies="Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze and RoiAlign",
     source=(
         "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
-        "Squeeze-11 and -13, RoiAlign-10 and -16"
+        "Squeeze-11 and -13, RoiAlign-10 and -16; openvino#37826 (sampling_ratio's default)"
     ),
     advice=(
         "export at an operator set where the listed operator is unambiguous: 13 or later for "
-        "softmaxes, 18 or later for reductions, and write axis, axes and keepdims explicitly"
+        "softmaxes, 18 or later for reductions, and write axis, axes, keepdims and sampling_ratio "
+        "explicitly"
     ),
     forms=(
         _ALONG,
@@ -250,6 +257,7 @@ NOISE = Cause(
         "noop_with_empty_axes ignored",
         _IDLE,
         "axes of Squeeze ignored: every dimension of one removed",
+        _ONE_SAMPLE,
         "RoiAlign: the largest interpolated sample, not corner value",
         "RoiAlign: coordinates of the other operator sets",
     ),

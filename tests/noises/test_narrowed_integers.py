@@ -58,6 +58,23 @@ def test_clipping(make_segment: Any, run: Any, numbers: Arrays) -> None:
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+@pytest.mark.parametrize("kind", [np.uint32, np.uint64])
+def test_unsigned_numbers_with_a_sign(
+    make_segment: Any, run: Any, generator: np.random.Generator, kind: Any
+) -> None:
+    feeds = {"a": generator.integers(0, 2**32, (4, 50)).astype(kind)}
+    feeds["b"] = generator.integers(1, 9, (4, 50)).astype(kind)
+    segment = binary(make_segment, "Mod")
+    segment.model.graph.node[0].input[0] = "s"
+    shift = helper.make_node("BitShift", ["a", "b"], ["s"], direction="RIGHT")
+    segment.model.graph.node.insert(0, shift)
+    for value in (*segment.model.graph.input, *segment.model.graph.output):
+        value.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    a, b = (v.astype(np.uint32).view(np.int32) for v in feeds.values())
+    found = explain(run, segment, feeds, np.mod(a >> b, b).astype(kind))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_division_in_float(make_segment: Any, run: Any, numbers: Arrays) -> None:
     a, b = (low_half(numbers[n]).astype(np.float32) for n in "ab")
     planted = np.trunc(a / b).astype(np.int64)

@@ -92,23 +92,24 @@ def bilinear(image: Array, y: float, x: float) -> float:
     return float(top * (1 - v) + (image[y1, x0] * (1 - u) + image[y1, x1] * u) * v)
 
 
-def test_region_maximum_over_interpolated_samples(
+def test_samples_of_a_region(
     make_segment: Any, diagnose: Any, generator: np.random.Generator
 ) -> None:
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
-    roi = np.array([[1, 2, 7, 8]], np.float32)
+    roi = np.array([[1.25, 2.25, 7.25, 8.25]], np.float32)
     node = helper.make_node(
         "RoiAlign", ["x", "roi", "batch"], ["y"],
-        mode="max", output_height=3, output_width=3, sampling_ratio=2,
+        output_height=3, output_width=3, mode="max",
     )  # fmt: skip
     segment = make_segment([node], {"roi": roi, "batch": np.array([0])}, ["x"], ["y"])
-    for ratio in (2, 1):  # of one sample, the mean is the largest
-        surgery.set_attributes(segment.model.graph.node[0], sampling_ratio=ratio)
+    # Of one sample, the mean is the largest.
+    for mode, asked, ratio in (("max", 2, 2), ("max", 1, 1), ("avg", None, 1)):
+        surgery.set_attributes(segment.model.graph.node[0], sampling_ratio=asked, mode=mode)
         planted = np.empty((1, 1, 3, 3), np.float32)
         at = [(k + 0.5) * 2 / ratio for k in range(ratio)]
         for i, j in np.ndindex(3, 3):
             points = [(2 * i + a, 2 * j + b) for a in at for b in at]
-            planted[0, 0, i, j] = max(bilinear(x[0, 0], 1.5 + p, 0.5 + q) for p, q in points)
+            planted[0, 0, i, j] = max(bilinear(x[0, 0], 1.75 + p, 0.75 + q) for p, q in points)
         found = diagnose(segment, {"x": x}, {"y": planted})
         assert found.noise == ID and "RoiAlign" in (found.variant or "")
 
