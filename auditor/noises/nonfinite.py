@@ -44,8 +44,8 @@ _FINITE = """(x) => (y) {
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
-# Other types have no infinity to turn into NaN, and bool no product.
-_MULTIPLIED = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+# Other types have neither NaN nor infinity, and bool no product.
+_FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
@@ -64,9 +64,10 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         ("a comparison with NaN takes the later value", _RANKED, _later),
     ):
         nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
-        if body is _masked and nodes:
+        if nodes:
             kinds = surgery.types(model)
-            nodes = {i: n for i, n in nodes.items() if kinds.get(n.output[0]) in _MULTIPLIED}
+            ends = {i: {kinds.get(n.input[0]), kinds.get(n.output[0])} for i, n in nodes.items()}
+            nodes = {i: n for i, n in nodes.items() if ends[i] & _FLOATS}
         bodies = {i: body(n) for i, n in nodes.items()}
         if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
             yield Variant(name, surgery.substituted(model, bodies))
