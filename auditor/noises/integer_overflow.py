@@ -43,9 +43,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     arithmetic = {
         i: _clipped(n, target(n))
         for i, n in operators
-        if n.op_type in _ARITHMETIC
-        and target(n) in _LIMITS
-        and not _to_the_right(n)
+        if n.op_type in _ARITHMETIC and target(n) in _LIMITS and not _to_the_right(n)
     }
     casts = {
         i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
