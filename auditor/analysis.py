@@ -545,6 +545,10 @@ class Analysis:
 
     # --- what the report asks for --------------------------------------------------------------
 
+    def another_file(self) -> str | None:
+        """That the compiled file holds other weights than the model, if that makes errors."""
+        return evidence.of_another_file(self._compiled, *self.causes.of_the_file())
+
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""
         own = [gap for gap in (self.tracer.gap, self.tracer.unobserved) if gap]

@@ -28,7 +28,7 @@ import onnx
 from auditor.attribution.hypotheses import ELEMENTS, ROUNDED, TURNED, Bench, Tested, holds, merit
 from auditor.comparison import metrics
 from auditor.errors import NoiseError
-from auditor.graphs import surgery
+from auditor.graphs import artefact, surgery
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import blockwise, branches, fused, sessions
@@ -112,6 +112,8 @@ class Explanation:
         contenders: the named cause, where few elements differ its other forms that fit, and the
             best of the others that would have been named without it, for ``retest``; empty when
             none is named.
+        own: share of the introduced error that the compiled file's own constants explain, those
+            that are no rounding of the model's; None where it has none.
     """
 
     noise: str | None
@@ -123,6 +125,7 @@ class Explanation:
     outputs: Arrays
     failures: tuple[str, ...] = ()
     contenders: tuple[Contender, ...] = ()
+    own: float | None = None
 
 
 def explain(
@@ -162,6 +165,7 @@ def explain(
         n.id for n in noises if n.id.startswith("precision.") and n.stated_by(segment.kernels)
     )
     prior = {} if prior is None else prior
+    own = _own(bench)
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
     believed = prior.get(operators)
     segment = fused.written_out(blockwise.written_out(_modern(bench)))
@@ -194,6 +198,8 @@ def explain(
     for rival in beside(likeliest, waiting if thorough else ()):
         for found in rival:
             bench.note(found)
+    if not bench.found and own is not None and own >= bench.complete:
+        return replace(_conclude(bench, None), own=own)  # the file is another one: no noise beside
     if not bench.found:
         for noise in ordered:
             for variant in (
@@ -215,7 +221,7 @@ def explain(
                     if (noise.id, variant.name) not in tested:
                         bench.test(noise.id, variant)
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
-    return _conclude(bench, winner)
+    return replace(_conclude(bench, winner), own=own)
 
 
 def retest(
@@ -258,6 +264,16 @@ def measured(
     if bench.explainable:
         bench.test("", Variant("", segment.model))
     return bench.tested[0].hypothesis.explained if bench.tested else None
+
+
+def _own(bench: Bench) -> float | None:
+    """Share of the error that the compiled file's constants explain, but for mere roundings."""
+    segment = bench.segment
+    changed = artefact.replaced(segment.model, artefact.others(segment.compiled))
+    if changed is None:
+        return None
+    segment = replace(segment, model=changed)
+    return measured(segment, bench.inputs, bench.observed, bench.replayed, threads=bench.threads)
 
 
 def _modern(bench: Bench) -> SegmentGraph:

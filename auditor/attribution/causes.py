@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from auditor.attribution import cause as attribution
 from auditor.attribution import hypotheses
 from auditor.attribution.cause import Explanation, Retest
+from auditor.attribution.hypotheses import ENOUGH
 from auditor.comparison.metrics import Running
 from auditor.decomposition.divergence import Local
 from auditor.ports import Arrays, Noise, SegmentGraph
@@ -197,6 +198,11 @@ class Causes:
     def noise(self, id: str) -> str | None:
         """Id of the cause that the search named, None when it named none."""
         return self._cases[id].found.noise
+
+    def of_the_file(self) -> tuple[int, int]:
+        """Segments whose error the compiled file's constants make, of all that were looked at."""
+        shares = [case.found.own for case in self._cases.values()]
+        return sum(s is not None and s >= ENOUGH for s in shares), len(shares)
 
     def verdict(self, id: str) -> Cause:
         """What all samples together say."""

@@ -5,6 +5,7 @@ It is evidence and no name: a cause that is none of the catalogue stays unexplai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx
@@ -12,7 +13,35 @@ import onnx
 from auditor.attribution import cause as attribution
 from auditor.decomposition.divergence import Local
 from auditor.graphs import artefact
-from auditor.ports import SegmentGraph
+from auditor.ports import CompiledConstant, SegmentGraph
+
+# Constants that are named where many are others.
+_MOST = 3
+
+
+def of_another_file(
+    compiled: Mapping[str, CompiledConstant], reproduced: int, segments: int
+) -> str | None:
+    """That the compiled file holds other weights, where these make the error of segments.
+
+    Args:
+        compiled: constants that it has otherwise.
+        reproduced: segments whose error replaying with them explains.
+        segments: above their floor.
+    """
+    if not reproduced:
+        return None
+    others = artefact.others(compiled)
+    largest = sorted(others, key=lambda n: -compiled[n].relative_l2)
+    named = ", ".join(f"`{n}` {compiled[n].relative_l2:.1e}" for n in largest[:_MOST])
+    words = "1 constant" if len(others) == 1 else f"{len(others)} constants"
+    return (
+        f"The compiled file holds other values, and no rounded ones, for {words} of the model "
+        f"(relative L2 of {named}"
+        f"{', …' if len(others) > _MOST else ''}), and with them the reference itself makes the "
+        f"error of {reproduced} of {segments} segments above their floor. Another checkpoint, or "
+        "weights exchanged, turned, rescaled?"
+    )
 
 
 def of_constants(segment: SegmentGraph, local: Local, threads: int) -> tuple[str, ...]:

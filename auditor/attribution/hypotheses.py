@@ -178,9 +178,14 @@ class Bench:
             return self.named
         if narrow:
             return max(self.named, min(ENOUGH, 1 - NARROW**2 / self._error))
+        return max(self.named, self.complete)
+
+    @property
+    def complete(self) -> float:
+        """The share from which on nothing is left to explain but float32's rounding."""
         floor = math.inf if self.counted else self.floor  # choices turn one by one
         rounding = len(self.replayed) * (BESIDE * floor) ** 2
-        return max(self.named, ENOUGH, 1 - rounding / self._error)
+        return max(ENOUGH, 1 - rounding / self._error)
 
     @property
     def counted(self) -> bool:

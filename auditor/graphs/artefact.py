@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.graphs.weights import attach
-from auditor.ports import Array, CompiledConstant, SegmentGraph, Storage, Variant
+from auditor.ports import Array, Arrays, CompiledConstant, SegmentGraph, Storage, Variant
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -236,6 +236,11 @@ def _on_their_grids(
             elif name in read and inside:
                 inner(name)
     return made if len(graph.node) > len(nodes) else None
+
+
+def others(constants: Mapping[str, CompiledConstant]) -> Arrays:
+    """The values of those constants that are no rounding of the reference's."""
+    return {n: c.values for n, c in constants.items() if c.storage is None and not c.quantised}
 
 
 def form(storage: Storage) -> str:

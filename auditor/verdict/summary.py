@@ -222,7 +222,7 @@ def _additivity(measured: Analysis) -> float | None:
 
 def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     """What the reader must not miss."""
-    said = list(measured.warnings)
+    said = [*filter(None, (measured.another_file(),)), *measured.warnings]
     if measured.tracer.unproved is not None:
         said.append(measured.tracer.unproved)
     elif not measured.equal:

@@ -235,6 +235,10 @@ def test_a_scaled_weight_is_evidence_and_no_name(tmp_path: Path) -> None:
     assert float(measured.split(" explains ")[1].split()[0]) > 0.999
     segment = next(s for s in report.backends[0].segments if s.id == finding.segment)
     assert said in segment.constants and measured in segment.constants
+    (headline,) = (w for w in report.backends[0].warnings if "compiled file holds" in w)
+    assert "1 constant of the model (relative L2 of `w` 1.0e-02)" in headline
+    assert "the error of 1 of 1 segments" in headline
+    assert not any("fitted" in tried.variant for tried in segment.hypotheses)  # no search for it
 
 
 def test_tables_and_recurrent_layers_quantised_dynamically(tmp_path: Path) -> None:
