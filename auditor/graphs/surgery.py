@@ -38,13 +38,6 @@ UNARY = frozenset(
         *("Tanh", "ThresholdedRelu"),
     }
 )
-# Operators that broadcast.
-BINARY = frozenset(
-    {
-        *("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
-        *("Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor"),
-    }
-)
 DOMAIN = "auditor"
 SMALL = 64  # elements of a constant that may say a shape or an option
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
@@ -65,19 +58,11 @@ def find(model: onnx.ModelProto, op_types: Iterable[str]) -> Iterator[tuple[int,
             yield index, node
 
 
-def takes_any_shape(
-    model: onnx.ModelProto, node: onnx.NodeProto, *, broadcast: bool = False
-) -> bool:
-    """Whether the segment still runs when a node's outputs get other shapes.
-
-    Args:
-        model: the segment.
-        node: one of its nodes.
-        broadcast: whether the other shapes can be broadcast to the old ones.
-    """
+def takes_any_shape(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether the segment is sure to run when a node's outputs get other shapes."""
     names = set(node.output)
     for reader in model.graph.node:
-        if names.isdisjoint(reader.input) or (broadcast and reader.op_type in BINARY):
+        if names.isdisjoint(reader.input):
             continue
         if reader.op_type not in UNARY:
             return False

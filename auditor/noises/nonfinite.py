@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import onnx
-from onnx import TensorProto
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
@@ -44,10 +43,6 @@ _FINITE = """(x) => (y) {
     k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
 
 
-# Other types have neither NaN nor infinity, and bool no product.
-_FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
-
-
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with NaN or infinity replaced where kernels are known to do so."""
     model = segment.model
@@ -67,7 +62,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         if nodes:
             kinds = surgery.types(model)
             ends = {i: {kinds.get(n.input[0]), kinds.get(n.output[0])} for i, n in nodes.items()}
-            nodes = {i: n for i, n in nodes.items() if ends[i] & _FLOATS}
+            nodes = {i: n for i, n in nodes.items() if ends[i] & surgery.FLOATS}
         bodies = {i: body(n) for i, n in nodes.items()}
         if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
             yield Variant(name, surgery.substituted(model, bodies))

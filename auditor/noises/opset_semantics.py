@@ -121,18 +121,11 @@ def _reductions(model: onnx.ModelProto) -> Iterable[Variant]:
     found = list(surgery.find(model, _REDUCTIONS))
     if not found:
         return
-    changes: tuple[tuple[str, Callable[[onnx.NodeProto], bool], bool], ...] = (
-        ("axes ignored: reduced over all of them", _without_axes, True),
-        ("keepdims at its default", _with_dims, False),
-        ("noop_with_empty_axes ignored", _with_work, True),
-    )
-    for name, change, broadcast in changes:
-        changed = surgery.copied(model)
-        tolerated = [
-            index for index, n in found if surgery.takes_any_shape(model, n, broadcast=broadcast)
-        ]
-        if [index for index in tolerated if change(changed.graph.node[index])]:
-            yield Variant(name, changed)
+    kinds = dict.fromkeys(n.op_type for _, n in found)
+    for name, change in _CHANGES.items():
+        yield from _changed(model, name, change, kinds)
+        for kind in kinds if len(kinds) > 1 else ():
+            yield from _changed(model, f"{name}, {kind} alone", change, (kind,))
     constants = surgery.constants(model)
     idle = {
         i: f"({', '.join(('x', 'axes')[: len(n.input)])}) => (y) {{ y = Identity(x) }}"
@@ -143,6 +136,18 @@ def _reductions(model: onnx.ModelProto) -> Iterable[Variant]:
     }
     if idle:
         yield Variant(_IDLE, surgery.substituted(model, idle))
+
+
+def _changed(
+    model: onnx.ModelProto,
+    name: str,
+    change: Callable[[onnx.NodeProto], bool],
+    kinds: Iterable[str],
+) -> Iterable[Variant]:
+    """The segment with a change to the operators of these types, if there is one."""
+    changed = surgery.copied(model)
+    if any([change(node) for _, node in surgery.find(changed, kinds)]):
+        yield Variant(name, changed)
 
 
 def _without_axes(node: onnx.NodeProto) -> bool:
@@ -172,7 +177,7 @@ def _shapes(model: onnx.ModelProto) -> Iterable[Variant]:
     changed = False
     for index, node in surgery.find(model, ("Squeeze",)):
         given = len(node.input) > 1 or "axes" in surgery.attributes(node)
-        if given and surgery.takes_any_shape(model, node):
+        if given:
             del squeezed.graph.node[index].input[1:]
             surgery.set_attributes(squeezed.graph.node[index], axes=None)
             changed = True
@@ -229,6 +234,12 @@ def _largest_sample(node: onnx.NodeProto) -> str | None:
         y = MaxPool <kernel_shape = {window}, strides = {window}> (samples) }}"""
 
 
+# What is done to reductions, by its name.
+_CHANGES: dict[str, Callable[[onnx.NodeProto], bool]] = {
+    "axes ignored: reduced over all of them": _without_axes,
+    "keepdims at its default": _with_dims,
+    "noop_with_empty_axes ignored": _with_work,
+}
 NOISE = Cause(
     id="implementation.opset_semantics",
     type="operator implementation",
@@ -252,9 +263,7 @@ NOISE = Cause(
         _LAST,
         "softmax over its axis and all behind, as before opset 13",
         "softmax over all axes from 1, opset 12's default",
-        "axes ignored: reduced over all of them",
-        "keepdims at its default",
-        "noop_with_empty_axes ignored",
+        *(f"{change}{which}" for change in _CHANGES for which in ("", ", OPERATOR alone")),
         _IDLE,
         "axes of Squeeze ignored: every dimension of one removed",
         _ONE_SAMPLE,
