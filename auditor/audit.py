@@ -11,18 +11,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from auditor import __version__
 from auditor import subject as subjects
 from auditor.options import AuditOptions, BackendSpec
 from auditor.processes.worker import Worker, workers
 from auditor.records.backend import BuildRequest, Gap
-from auditor.records.report import AuditReport, BackendReport, Finding, NoiseInfo, PipelineReport
+from auditor.records.report import AuditReport
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis
     from auditor.capture.recording import Source
     from auditor.capture.trace import SampleTrace, Tracer
     from auditor.comparison.agreement import Agreements
+    from auditor.conclusion import Conclusion
     from auditor.ports import Arrays, Noise, Progress
     from auditor.subject import References, Samples, Subject
 
@@ -120,7 +120,10 @@ def _run(
 
     measured = _measure(subject, against, analyses, jobs, hold, pool, progress)
     clock.lap("measure")
-    return _conclude(subject, against, options, noises, tracers, analyses, measured, clock)
+    from auditor.conclusion import Conclusion  # here: the workers had the processor until now
+
+    conclusion = Conclusion(subject, options, noises, tracers, analyses)
+    return _conclude(conclusion, against, options, measured, clock)
 
 
 def _build(
@@ -261,92 +264,23 @@ def _measure(
 
 
 def _conclude(
-    subject: Subject,
+    conclusion: Conclusion,
     against: References,
     options: AuditOptions,
-    noises: Sequence[Noise],
-    tracers: Sequence[Tracer],
-    analyses: Mapping[str, Analysis],
     totals: _Measured,
     clock: _Clock,
 ) -> AuditReport:
-    """Rank what was measured, confirm it on the backends, and come to a verdict."""
-    from auditor.processes import machine
-    from auditor.training import origins, second_shape
-    from auditor.verdict import confirm, latency, ranking, summary
-
-    model, stimulus, samples = subject.model, subject.stimulus, subject.samples
-    reference, photographs = against.reference, subject.photographs
-    devices = {spec.label: spec.device or "" for spec in options.backends}
-    reports = tuple(summary.report(a, devices.get(who, "")) for who, a in analyses.items())
-    measured = [origin for tracer in tracers for origin in tracer.origins]
-    where = origins.merged(origins.of(model), measured)
-    reports = origins.attached(reports, where)
-    catalogue = {noise.id: noise for noise in noises}
-    effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
-    found = ranking.findings(reports, effects, catalogue)
-    pairs = totals.agreements.pairs()
+    """Confirm on the backends what was found, and come to a verdict."""
     clock.lap("report")
-    shapes: list[Gap] = []
-    for tracer in (t for t in tracers if t.id in subject.training and t.gap is None):
-        report = next(r for r in reports if r.id == tracer.id)
-        more, gaps = second_shape.tried(
-            tracer, report, against.exported, against.truth, stimulus.sample(0), where
-        )
-        found, shapes = ranking.with_more(found, more), shapes + gaps
+    if conclusion.try_other_shapes(against):
         clock.lap("shapes")
-    unconfirmed: tuple[Gap, ...] = ()
     if options.confirm:
-        reports, found, unconfirmed = confirm.confirm(
-            reports,
-            found,
-            {t.id: t for t in tracers},
-            subject.rename,
-            [confirm.Case(samples.feeds(i), e) for i, e in enumerate(totals.expected)],
-            own_file=subject.compiled is not model,
-        )
+        conclusion.confirm(totals.expected)
         clock.lap("confirm")
-    untimed: tuple[Gap, ...] = ()
     if options.latency:
-        reports, untimed = latency.timed(reports, {t.id: t for t in tracers}, samples.feeds(0))
+        conclusion.time()
         clock.lap("latency")
-    pipeline = photographs.report() if photographs else None
-    if pipeline is not None:
-        found = ranking.with_steps(found, pipeline, catalogue)
-    requested = [t.id for t in tracers] if options.requested else []
-    requested += [r.id for r in subject.recordings]
-    decision, exit_code = ranking.verdict(reports, found, requested, options.fail_on)
-    return AuditReport(
-        tool_version=__version__,
-        model=replace(model.info, candidate=str(options.candidate) if options.candidate else None),
-        stimulus=replace(
-            stimulus.info,
-            sha256=totals.digest,
-            notes=(*stimulus.info.notes, *subjects.calibrated(subject, options)),
-        ),
-        reference=reference.info,
-        backends=reports,
-        findings=found,
-        agreement=pairs,
-        outlier=ranking.outlier(pairs),
-        gaps=(
-            *(Gap("model", "outputs", f"{why}.") for why in model.unread),
-            *(photographs.gaps if photographs else ()),
-            *(gap for analysis in analyses.values() for gap in analysis.gaps()),
-            *shapes,
-            *unconfirmed,
-            *untimed,
-        ),
-        verdict=decision,
-        exit_code=exit_code,
-        timing=clock.laps,
-        fail_on=options.fail_on,
-        requested=tuple(requested),
-        noises=_named(reports, found, pipeline, catalogue),
-        pipeline=pipeline,
-        machine=machine.here(),
-        threads=options.threads,
-    )
+    return conclusion.report(against, totals.digest, totals.agreements, clock.laps)
 
 
 def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: Progress) -> Tracer:
@@ -388,24 +322,6 @@ def record(model_path: Path, options: AuditOptions, path: Path, progress: Progre
         if tracer.gap is None:
             recording.write(path, model, stimulus, tracer)
         return tracer.gap
-
-
-def _named(
-    reports: Sequence[BackendReport],
-    found: Sequence[Finding],
-    pipeline: PipelineReport | None,
-    catalogue: Mapping[str, Noise],
-) -> tuple[NoiseInfo, ...]:
-    """What the catalogue says of the causes named, ordered by id."""
-    ids = {s.noise for b in reports for s in b.segments if s.noise}
-    ids |= {c.noise for b in reports for c in b.categories}
-    ids |= {f.noise for f in found if f.noise}
-    ids |= {step.noise for step in pipeline.steps} if pipeline else set()
-    return tuple(
-        NoiseInfo(n.id, n.stage, n.type, n.title, n.cause, n.source)
-        for id, n in sorted(catalogue.items())
-        if id in ids
-    )
 
 
 def _begin(
