@@ -81,25 +81,26 @@ def _heap(model: onnx.ModelProto) -> Callable[[onnx.NodeProto], str | None]:
         turn = "Identity" if given.get("largest", 1) else "Neg"
         return f"""(x, k) => (values, indices) {{
             {_HEAP_CONSTANTS} shape = Shape(x) n = Gather(shape, minus) wide = Reshape(n, one)
-            rows = Concat <axis = 0> (minus, wide) flat = Reshape(x, rows) turned = {turn}(flat)
+            rows = Concat <axis = 0> (minus, wide) flat = Reshape(x, rows)
+            exact = Cast <to = {onnx.TensorProto.DOUBLE}> (flat) turned = {turn}(exact)
             size = Squeeze(k) top = Sub(size, i1) half = Div(size, i2) more = Sub(n, k)
             others = Squeeze(more)
-            places = Scan <num_scan_inputs = 1, body = row (float[] r) => (int64[chosen] px) {{
+            places = Scan <num_scan_inputs = 1, body = row (double[] r) => (int64[chosen] px) {{
                 v0 = Slice(r, zero, k) x0 = Range(i0, size, i1)
-                b, v1, x1 = Loop <body = build (int64 t, bool on, int64 s, float[] v, int64[] p)
-                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                b, v1, x1 = Loop <body = build (int64 t, bool on, int64 s, double[] v, int64[] p)
+                    => (bool go, int64 s1, double[] w, int64[] q) {{
                     back = Sub(half, t) at = Sub(back, i1) go = Identity(on) s1 = Identity(s)
                     {_sift("at", "size", "on", "v", "p")} }}> (half, yes, i0, v0, x0)
-                u, v2, x2 = Loop <body = fill (int64 t, bool on, int64 s, float[] v, int64[] p)
-                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                u, v2, x2 = Loop <body = fill (int64 t, bool on, int64 s, double[] v, int64[] p)
+                    => (bool go, int64 s1, double[] w, int64[] q) {{
                     j = Add(t, size) new = Gather(r, j) old = Gather(v, i0) enters = Less(old, new)
                     kept = Gather(p, i0) first = Where(enters, new, old)
                     place = Where(enters, j, kept) f1 = Unsqueeze(first, zero)
                     p1 = Unsqueeze(place, zero) v3 = ScatterElements(v, zero, f1)
                     p3 = ScatterElements(p, zero, p1) go = Identity(on) s1 = Identity(s)
                     {_sift("i0", "size", "enters", "v3", "p3")} }}> (others, yes, i0, v1, x1)
-                e, v4, px = Loop <body = take (int64 t, bool on, int64 s, float[] v, int64[] p)
-                    => (bool go, int64 s1, float[] w, int64[] q) {{
+                e, v4, px = Loop <body = take (int64 t, bool on, int64 s, double[] v, int64[] p)
+                    => (bool go, int64 s1, double[] w, int64[] q) {{
                     end = Sub(top, t) e1 = Unsqueeze(end, zero) both = Concat <axis = 0> (zero, e1)
                     swapped = Concat <axis = 0> (e1, zero)
                     va = Gather(v, swapped) pa = Gather(p, swapped)
@@ -122,8 +123,8 @@ _HEAP_CONSTANTS = """i0 = Constant <value = int64 {0}> () i1 = Constant <value =
 def _sift(start: str, size: str, moves: str, values: str, places: str) -> str:
     """Moves one of the first ``size`` values down a heap; gives ``w`` and ``q``."""
     return f"""last = Sub({size}, i1)
-        z, w, q = Loop <body = sift (int64 t2, bool on2, int64 i, float[] hv, int64[] hp)
-            => (bool down, int64 to, float[] nv, int64[] np) {{
+        z, w, q = Loop <body = sift (int64 t2, bool on2, int64 i, double[] hv, int64[] hp)
+            => (bool down, int64 to, double[] nv, int64[] np) {{
             twice = Mul(i, i2) left = Add(twice, i1) right = Add(left, i1)
             has = LessOrEqual(left, last) pair = LessOrEqual(right, last)
             l = Min(left, last) m = Min(right, last)

@@ -148,15 +148,16 @@ def test_openvino_counts_an_overlap_at_the_limit(boxes: Any, diagnose: Any) -> N
     assert diagnose(segment, feeds, {"y": observed}).noise == ID
 
 
-@pytest.mark.parametrize("largest", [0, 1])
+@pytest.mark.parametrize(("largest", "kind"), [(0, TensorProto.FLOAT), (1, TensorProto.DOUBLE)])
 def test_openvino_selects_by_a_heap(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, largest: int
+    make_segment: Any, diagnose: Any, generator: np.random.Generator, largest: int, kind: int
 ) -> None:
     node = helper.make_node("TopK", ["x", "k"], ["v", "i"], largest=largest)
     segment = make_segment([node], {"k": np.array([20])}, ["x"], ["v", "i"])
-    x = generator.integers(0, 4, (2, 90)).astype(np.float32)
-    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
-    observed = by_openvino(segment, {"x": x}, {"v": TensorProto.FLOAT, "i": TensorProto.INT64})
+    x = generator.integers(0, 4, (2, 90)).astype(helper.tensor_dtype_to_np_dtype(kind))
+    segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", kind, x.shape))
+    segment.model.graph.output[0].type.tensor_type.elem_type = kind
+    observed = by_openvino(segment, {"x": x}, {"v": kind, "i": TensorProto.INT64})
     found = diagnose(segment, {"x": x}, observed)
     assert found.noise == ID and found.bit_identical == 1
 
