@@ -405,7 +405,7 @@ def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
             origin = original.producer.get(node.output[0]) or named.get(node.name)
             moved = given != AS_IN_ONNX or node.op_type in _FOLLOWING
             if origin and moved and given.stored == "plain":
-                taken = _taken_out(origin, original, compiled)
+                taken = _taken_out(origin, node, original, compiled)
                 layout = Layout(_carried([layouts[n].order for n in node.input], taken))
         for name in node.output:
             layouts[name] = layout
@@ -461,22 +461,27 @@ def _carried(
 
 
 def _taken_out(
-    origin: onnx.NodeProto, original: Graph, compiled: Graph
+    origin: onnx.NodeProto, node: onnx.NodeProto, original: Graph, compiled: Graph
 ) -> list[tuple[int, ...] | None]:
-    """The permutations of the transposes that were in front of ``origin``'s inputs."""
+    """The permutations of the transposes in front of ``origin`` that ``node`` does not read."""
 
-    def before(name: str) -> tuple[int, ...] | None:
+    def before(name: str, read: str) -> tuple[int, ...] | None:
         order: Sequence[int] | None = None
-        while (node := original.producer.get(name)) is not None:
-            kept = name in original.constants or name in compiled.producer
-            if node.op_type != "Transpose" or kept:
+        first: list[Sequence[int] | None] = []  # up to what is still there, if not for this node
+        while name != read and name not in original.constants:
+            if name in compiled.producer:
+                first.append(order)
+            source = original.producer.get(name)
+            if source is None or source.op_type != "Transpose":
                 break
-            own = _permutation(node)[1]
+            own = _permutation(source)[1]
             order = own if order is None else [own[axis] for axis in order]
-            name = node.input[0]
+            name = source.input[0]
+        if name != read and first:
+            order = first[0]
         return None if order is None else _composed(order, range(len(order)))
 
-    return [before(name) for name in origin.input]
+    return [before(name, read) for name, read in zip(origin.input, node.input, strict=False)]
 
 
 def _permutation(node: onnx.NodeProto) -> tuple[str, tuple[int, ...]]:

@@ -97,14 +97,16 @@ class Alignment:
         ]
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
-        if self.other_file:  # optimisers write a product of matrices with other axes
-            inside = self.probes.keys() & base.keys() - set(graph.outputs)
-            self._reshaped = {
-                n
-                for n in inside
-                if captured[n].shape != base[n].shape and captured[n].size == base[n].size
-            }
-            captured = self._shaped(captured, base)
+        inside = self.probes.keys() & base.keys() - set(graph.outputs)
+        # Optimisers write a product of matrices with other axes.
+        self._reshaped = {
+            n
+            for n in inside
+            if (self.other_file or self.probes[n].inferred)
+            and captured[n].shape != base[n].shape
+            and captured[n].size == base[n].size
+        }
+        captured = self._shaped(captured, base)
         # Of two such tensors one behind the other, the first shows once the second is left out.
         while doubtful := self._doubtful(captured, base):
             for name in [n for n in self.probes if n in doubtful]:  # in the program's order
