@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from benchmarks.plants import faults, suite, table
-from benchmarks.plants.network import Network, values
+from benchmarks.plants.network import Network, Rewrite, values
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,7 @@ def test_rounding_by_splitting_is_rounding_to_bfloat16():
         "{ y = Identity(x) }"
     )
     network = Network(graph)
-    rewrite = faults.Rewrite(network, "y")
+    rewrite = Rewrite(network, "y")
     rewrite.done(faults.rounded(rewrite, "x", 8))
     assert np.array_equal(values(network.proto, {"x": x})["y"], faults.in_bfloat16(x))
 
