@@ -94,7 +94,11 @@ def generate(
         text.append(step.token)
     _check(reference, decoder, [*prompt, *text[:-1]], step.logits)
     truth = _Truth(model, reference, decoder, list(prompt), text)
-    parts = [_one(spec, truth, options, noises, progress, scratch) for spec in options.backends]
+    prefill = decoder.feeds(truth.prompt, 0, None)
+    parts = []
+    for spec in options.backends:
+        with built(spec, options, model, prefill, progress, open=True) as tracer:
+            parts.append(_Backend(spec, tracer, truth, options, noises, scratch).generation())
     return GenerationReport(
         model=model.info,
         prompt=tuple(prompt),
@@ -158,65 +162,69 @@ def _forced(run: Run, truth: _Truth, progress: Progress) -> _Forced:
     return _Forced(tuple(made), *chosen, math.sqrt(error / scale))
 
 
-def _one(
-    spec: BackendSpec,
-    truth: _Truth,
-    options: AuditOptions,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
-) -> Generation:
-    """One backend's text, and where its difference came from."""
-    decoder, reference = truth.decoder, truth.reference
-    prefill = decoder.feeds(truth.prompt, 0, None)
-    with built(spec, options, truth.model, prefill, progress, open=True) as tracer:
-        run = plain_runs(tracer)
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """One run of a backend, captured and analysed.
 
-        def audited(feeds: Arrays, names: Sequence[str], *, last: bool) -> tuple[Analysis, Arrays]:
-            """Capture one run, and find what causes the error of some outputs."""
-            expected = reference.run(feeds)
-            wanted = {name: expected[name] for name in names}
-            return analysed(tracer, reference, noises, feeds, wanted, last=last)
+    Attributes:
+        feeds: its inputs.
+        outputs: those whose error was analysed.
+        analysis: what was found.
+        tensors: what was captured.
+    """
 
+    feeds: Arrays
+    outputs: tuple[str, ...]
+    analysis: Analysis
+    tensors: Arrays
+
+    def frozen(self, truth: _Truth) -> Frozen:
+        """The reference with the errors that single layers made in this run."""
+        wide = truth.reference.wide(self.feeds)
+        cuts = self.analysis.cuts
+        return Frozen(truth.model, truth.reference, cuts, wide, self.tensors, self.outputs)
+
+
+class _Backend:
+    """One backend, built: its text, and where its difference came from."""
+
+    def __init__(
+        self,
+        spec: BackendSpec,
+        tracer: Tracer,
+        truth: _Truth,
+        options: AuditOptions,
+        noises: Sequence[Noise],
+        scratch: Path,
+    ) -> None:
+        self._spec, self._tracer, self._truth = spec, tracer, truth
+        self._options, self._noises, self._scratch = options, noises, scratch
+        self._prefill = truth.decoder.feeds(truth.prompt, 0, None)
+
+    def generation(self) -> Generation:
+        """What the report says of the backend."""
+        spec, tracer, truth = self._spec, self._tracer, self._truth
+        decoder, run = truth.decoder, plain_runs(tracer)
+        before: _Written | None = None
         try:
-            forced = _forced(run, truth, progress)
+            forced = _forced(run, truth, tracer.progress)
             own = _own_text(run, truth, forced)
-            carried = _carried(reference, decoder, forced)
+            carried = _carried(truth.reference, decoder, forced)
             if forced.number:
-                caches = [c.present for c in decoder.caches]
-                before, written = audited(prefill, caches, last=False)
-                prompt = summary.report(before, spec.device or "")
+                caches = tuple(c.present for c in decoder.caches)
+                before = self._audited(self._prefill, caches, last=False)
+                prompt = summary.report(before.analysis, spec.device or "")
                 carried = replace(
                     carried,
                     categories=prompt.categories,
                     unexplained_share=prompt.unexplained_share,
                 )
-            feeds = forced.theirs.feeds
-            analysis, tensors = audited(feeds, [decoder.logits], last=True)
+            step = self._audited(forced.theirs.feeds, (decoder.logits,), last=True)
         except BackendError:
             return Generation(spec.label, gap=tracer.gap)
-        part = summary.report(analysis, spec.device or "")
+        part = summary.report(step.analysis, spec.device or "")
         turned = not forced.steps[forced.number].same
-        gap = kept = None
-        effects: tuple[LayerEffect, ...] = ()
-        if turned:
-            wide, cuts = reference.wide(feeds), analysis.cuts
-            try:
-                frozen = Frozen(truth.model, reference, cuts, wide, tensors, (decoder.logits,))
-                effects = _effects(frozen, truth, forced, carried, progress)
-                harm = {effect.layer: effect.harm for effect in effects}
-                if forced.number:
-                    made = tuple(c.present for c in decoder.caches)
-                    first = reference.wide(prefill)
-                    wrote = Frozen(truth.model, reference, before.cuts, first, written, made)
-                    harm = _harm(wrote, truth, forced, carried, harm, progress)
-                names = sorted(frozen.layers, key=lambda name: -harm.get(name, 0.0))
-                avoiding = avoiding_options(tracer, part.categories, spec)
-                kept = _kept(names, frozen, truth, tracer, avoiding, spec, options, scratch)
-            except ReplayError as error:
-                reason = f"which layers matter is not known: {error.message}"
-                gap = Gap(spec.label, "layers", reason)
-        return Generation(
+        result = Generation(
             spec.label,
             text=tuple(own),
             steps=forced.steps,
@@ -226,11 +234,148 @@ def _one(
             unexplained_share=part.unexplained_share,
             fidelity=part.fidelity,
             provenance=tracer.provenance,
-            effects=effects,
-            kept=kept,
             carried=carried,
-            gap=gap,
         )
+        if not turned:
+            return result
+        avoiding = avoiding_options(tracer, part.categories, spec)
+        return self._with_layers(result, forced, carried, step, before, avoiding)
+
+    def _audited(self, feeds: Arrays, names: tuple[str, ...], *, last: bool) -> _Written:
+        """Capture one run, and find what causes the error of some outputs."""
+        reference = self._truth.reference
+        expected = reference.run(feeds)
+        wanted = {name: expected[name] for name in names}
+        analysis, tensors = analysed(
+            self._tracer, reference, self._noises, feeds, wanted, last=last
+        )
+        return _Written(feeds, names, analysis, tensors)
+
+    def _with_layers(
+        self,
+        result: Generation,
+        forced: _Forced,
+        carried: Carried,
+        step: _Written,
+        before: _Written | None,
+        avoiding: dict[str, str] | None,
+    ) -> Generation:
+        """The same with what single layers did to the decision that turned.
+
+        Args:
+            result: all else.
+            forced: the step.
+            carried: what the caches did to it.
+            step: the step, captured.
+            before: the run that wrote the prompt's caches, unless it is the step itself.
+            avoiding: options that avoid the causes named.
+        """
+        truth, progress = self._truth, self._tracer.progress
+        kept = None
+        effects: tuple[LayerEffect, ...] = ()
+        try:
+            frozen = step.frozen(truth)
+            effects = _effects(frozen, truth, forced, carried, progress)
+            harm = {effect.layer: effect.harm for effect in effects}
+            if before is not None:
+                harm = _harm(before.frozen(truth), truth, forced, carried, harm, progress)
+            names = sorted(frozen.layers, key=lambda name: -harm.get(name, 0.0))
+            kept = self._kept(names, frozen, avoiding)
+        except ReplayError as error:
+            reason = f"which layers matter is not known: {error.message}"
+            result = replace(result, gap=Gap(self._spec.label, "layers", reason))
+        return replace(result, effects=effects, kept=kept)
+
+    def _kept(
+        self, names: Sequence[str], frozen: Frozen, avoiding: dict[str, str] | None
+    ) -> KeptLayers:
+        """The fewest of the most harmful layers that must be exact for every decision to hold.
+
+        Found by building: the errors of all steps are not known apart, and caches carry them on.
+        """
+        if avoiding is None:
+            return KeptLayers(
+                tuple(names),
+                len(names),
+                failure="the backend has no option that avoids the causes named",
+            )
+        low, high, best = 0, len(names), None
+        while high - low > 1 or best is None:
+            middle = high if best is None else (low + high) // 2
+            self._tracer.progress.update(self._tracer.id, f"build with {middle} layers exact")
+            nodes = {i for name in names[:middle] for cut in frozen.layers[name] for i in cut.nodes}
+            tried = KeptLayers(tuple(names[:middle]), len(names), options=avoiding)
+            tried = self._in_pieces(tried, nodes)
+            if tried.turned == 0:
+                high, best = middle, tried
+            elif best is None:
+                return tried
+            else:
+                low = middle
+        return best
+
+    def _in_pieces(self, kept: KeptLayers, chosen: set[int]) -> KeptLayers:
+        """Build the model in pieces, and give it the reference's text, step by step.
+
+        One piece after the other takes all steps: each is compiled once, and only it is loaded.
+        """
+        truth, reference, decoder = self._truth, self._truth.reference, self._truth.decoder
+        made = pieces.split(reference.graph, chosen)
+        kept = replace(kept, pieces=len(made))
+        pasts = {cache.past.name: cache for cache in decoder.caches}
+        ours = list(steps(reference.run, decoder, truth.prompt, len(truth.text), truth.text))
+        values = [{n: v for n, v in step.feeds.items() if n not in pasts} for step in ours]
+
+        def inputs(cut: Cut, number: int) -> Arrays:
+            """What a piece reads in a step."""
+            found: Arrays = {}
+            for name in cut.inputs:
+                if name not in pasts:
+                    found[name] = values[number][name]
+                elif number:
+                    found[name] = values[number - 1][pasts[name].present]
+                else:
+                    found[name] = pasts[name].empty()
+            return found
+
+        replayer = reference.replayer
+        cuts = [piece.cut for piece in made]
+        ends = [replayer.walk(cuts, reference.wide(s.feeds)) for s in (ours[0], ours[-1])]
+        path = self._scratch / f"{self._spec.id}-piece.onnx"
+        try:
+            for piece in made:
+                cut = piece.cut
+                shapes = {n: _open(ends[0][n].shape, ends[1][n].shape) for n in cut.inputs}
+                onnx.save(
+                    reference.graph.extract(cut, replayer.types, shapes, truth.model.weights), path
+                )
+                more = kept.options if piece.chosen else {}
+                feeds = inputs(cut, 0)
+                run = built_beside(
+                    self._tracer,
+                    self._spec,
+                    self._options,
+                    truth.model,
+                    path,
+                    feeds,
+                    more,
+                    open=True,
+                )
+                for number in range(len(ours)):
+                    outputs = None if run.gap else run.plain(inputs(cut, number))
+                    if outputs is None:
+                        reason = run.gap.reason if run.gap else ""
+                        return replace(kept, failure=f"piece {cut.id} of {len(made)}: {reason}")
+                    values[number] |= reference.wide(outputs)
+        except KeyError as error:  # a cache that a later piece writes
+            return replace(kept, failure=f"{error} is written by a later piece than reads it")
+        except (UsageError, ReplayError) as error:
+            return replace(kept, failure=error.message)
+        logits = [
+            np.concatenate([decoder.last(v) for v in side])
+            for side in ([step.outputs for step in ours], values)
+        ]
+        return judged(kept, compared(truth.text, *logits))
 
 
 def _own_text(run: Run, truth: _Truth, forced: _Forced) -> Tokens:
@@ -300,9 +445,6 @@ def _effects(
     return tuple(sorted(found, key=lambda effect: -effect.harm))
 
 
-# --- which layers to keep exact -----------------------------------------------------------------
-
-
 def _harm(
     wrote: Frozen,
     truth: _Truth,
@@ -327,105 +469,6 @@ def _harm(
         change = _margin(last.logits, token, carried.other) - carried.lead
         found[layer] = found.get(layer, 0.0) - change / max(carried.lead, 1e-12)
     return found
-
-
-def _kept(
-    names: Sequence[str],
-    frozen: Frozen,
-    truth: _Truth,
-    tracer: Tracer,
-    avoiding: dict[str, str] | None,
-    spec: BackendSpec,
-    options: AuditOptions,
-    scratch: Path,
-) -> KeptLayers:
-    """The fewest of the most harmful layers that must be exact for every decision to hold.
-
-    Found by building: the errors of all steps are not known apart, and caches carry them on.
-    """
-    if avoiding is None:
-        return KeptLayers(
-            tuple(names),
-            len(names),
-            failure="the backend has no option that avoids the causes named",
-        )
-    low, high, best = 0, len(names), None
-    while high - low > 1 or best is None:
-        middle = high if best is None else (low + high) // 2
-        tracer.progress.update(tracer.id, f"build with {middle} layers exact")
-        nodes = {i for name in names[:middle] for cut in frozen.layers[name] for i in cut.nodes}
-        tried = KeptLayers(tuple(names[:middle]), len(names), options=avoiding)
-        tried = _in_pieces(tried, nodes, truth, tracer, spec, options, scratch)
-        if tried.turned == 0:
-            high, best = middle, tried
-        elif best is None:
-            return tried
-        else:
-            low = middle
-    return best
-
-
-def _in_pieces(
-    kept: KeptLayers,
-    chosen: set[int],
-    truth: _Truth,
-    tracer: Tracer,
-    spec: BackendSpec,
-    options: AuditOptions,
-    scratch: Path,
-) -> KeptLayers:
-    """Build the model in pieces, and give it the reference's text, step by step.
-
-    One piece after the other takes all steps: each is compiled once, and only it is loaded.
-    """
-    reference, decoder = truth.reference, truth.decoder
-    made = pieces.split(reference.graph, chosen)
-    kept = replace(kept, pieces=len(made))
-    pasts = {cache.past.name: cache for cache in decoder.caches}
-    ours = list(steps(reference.run, decoder, truth.prompt, len(truth.text), truth.text))
-    values = [{n: v for n, v in step.feeds.items() if n not in pasts} for step in ours]
-
-    def inputs(cut: Cut, number: int) -> Arrays:
-        """What a piece reads in a step."""
-        found: Arrays = {}
-        for name in cut.inputs:
-            if name not in pasts:
-                found[name] = values[number][name]
-            elif number:
-                found[name] = values[number - 1][pasts[name].present]
-            else:
-                found[name] = pasts[name].empty()
-        return found
-
-    replayer = reference.replayer
-    cuts = [piece.cut for piece in made]
-    ends = [replayer.walk(cuts, reference.wide(s.feeds)) for s in (ours[0], ours[-1])]
-    path = scratch / f"{spec.id}-piece.onnx"
-    try:
-        for piece in made:
-            cut = piece.cut
-            shapes = {n: _open(ends[0][n].shape, ends[1][n].shape) for n in cut.inputs}
-            onnx.save(
-                reference.graph.extract(cut, replayer.types, shapes, truth.model.weights), path
-            )
-            more = kept.options if piece.chosen else {}
-            feeds = inputs(cut, 0)
-            run = built_beside(tracer, spec, options, truth.model, path, feeds, more, open=True)
-            for number in range(len(ours)):
-                outputs = None if run.gap else run.plain(inputs(cut, number))
-                if outputs is None:
-                    reason = run.gap.reason if run.gap else ""
-                    return replace(kept, failure=f"piece {cut.id} of {len(made)}: {reason}")
-                values[number] |= reference.wide(outputs)
-    except KeyError as error:  # a cache that a later piece writes
-        return replace(kept, failure=f"{error} is written by a later piece than reads it")
-    except (UsageError, ReplayError) as error:
-        return replace(kept, failure=error.message)
-    logits = [
-        np.concatenate([decoder.last(v) for v in side])
-        for side in ([step.outputs for step in ours], values)
-    ]
-    return judged(kept, compared(truth.text, *logits))
 
 
 def _open(one: Sequence[int], other: Sequence[int]) -> tuple[int | None, ...]:
