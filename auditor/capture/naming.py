@@ -14,7 +14,7 @@ from auditor.graphs import artefact
 from auditor.replays.replay import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 
     from auditor.graphs.segments import Cut
     from auditor.ports import Array, Arrays
@@ -79,7 +79,8 @@ def unconfirmed(
             except ReplayError:
                 pass
         doubtful |= wrong
-    return doubtful
+    off = {n for n in held if n in makers and apart(n).relative_l2 > _SMALL}
+    return doubtful or _detour(replayer, cuts, off, captured)
 
 
 def _replays(replayer: Replayer, cut: Cut, captured: Arrays, constants: Arrays) -> Iterator[Arrays]:
@@ -111,10 +112,43 @@ def _bypassed(
     except ReplayError:
         return set()
 
+    return set(made) if _nearer(cut, captured, instead, read) else set()
+
+
+def _detour(replayer: Replayer, cuts: Sequence[Cut], off: Set[str], captured: Arrays) -> set[str]:
+    """Tensors in a row, of those that are ``off``, that what comes behind them did not read.
+
+    Exporters number their tensors, so an operator that another one writes otherwise (a GELU) gives
+    the names of its parts to others.
+    """
+    instead: Arrays = {}  # what replays make of replays
+    row: dict[str, set[str]] = {}
+    doubtful = set[str]()
+    for cut in cuts:
+        through = {n: instead[n] for n in cut.inputs if n in instead}
+        if not through and off.isdisjoint(cut.outputs):
+            continue
+        try:
+            made = replayer.run(cut, captured | through)
+            read = replayer.run(cut, captured) if through else made
+        except ReplayError:
+            continue
+        before = set[str]().union(*(row[n] for n in through))
+        if through and _nearer(cut, captured, made, read):
+            doubtful |= before
+            continue
+        for name in off & {*cut.outputs}:
+            instead[name], row[name] = made[name], {name, *before}
+    return doubtful
+
+
+def _nearer(cut: Cut, captured: Arrays, instead: Arrays, read: Arrays) -> bool:
+    """Whether one replay of a segment is much nearer to what was captured than another."""
+
     def error(found: Arrays) -> float:
         return max(_apart(found[n], captured[n]) for n in cut.outputs)
 
-    return set(made) if error(instead) * _MUCH < error(read) else set()
+    return error(instead) * _MUCH < error(read)
 
 
 def _apart(observed: Array, reference: Array) -> float:

@@ -44,6 +44,11 @@ def test_an_error_that_nothing_behind_reads_is_a_wrong_name(fault: str) -> None:
     captured = replayer.walk(cuts, feeds | {"w": feeds["w"] * np.float32(1.2)})
     captured["s"] = captured["s"] + np.float32(0.3)
     assert unconfirmed(replayer, cuts, (), captured, base, {"h", "s"}) == {"s"}
+    # Names in a row that mean something else are found together, and a real error among them not.
+    captured = base | {"h": base["s"] - np.float32(3), "s": base["h"] * np.float32(2)}
+    assert unconfirmed(replayer, cuts, (), captured, base, {"h", "s"}) == {"h", "s"}
+    captured = replayer.walk(cuts, feeds | {"w": -feeds["w"]})
+    assert unconfirmed(replayer, cuts, (), captured, base, {"h", "s"}) == set()
 
 
 def test_what_only_the_compiled_constants_make_is_confirmed_by_them() -> None:
