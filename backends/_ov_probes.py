@@ -237,7 +237,8 @@ class Probing:
         results = self._source.results
         expected, made = (p.fingerprint(results) for p in (self._program, program))
         if made != expected:
-            return Trial(session, tuple(probes), self._suspects(program, probes))
+            # Not its session: the next one would be compiled beside it.
+            return Trial(self._plain.session, tuple(probes), self._suspects(program, probes))
         outputs, _ = self._plain.capture(session, probes, self._feeds)
         return Trial(
             session,
