@@ -302,7 +302,6 @@ class Analysis:
     def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
         """Add to every segment's sums; returns the divergence of those above their floor."""
         beside = chain.replayer.beside
-        kept: dict[str, Local] = {}
         noisy = index == 0 and again is not None
         renamed = None
         if again is not None:
@@ -322,25 +321,22 @@ class Analysis:
             except ReplayError as error:
                 meter.unmeasured = meter.unmeasured or error.message
             meter.add(local, chain.captured, chain.base, known)
-            # Needed again: what did something, and what says how far an output may be off.
+            # It says as well how far an output may be off.
             last = not set(cut.outputs).isdisjoint(chain.outputs)
             off = last and meter.relative(meter.accumulated) > meter.floor
-            return local if noisy or meter.flagged or off else None
+            if local is None or not (noisy or meter.flagged or off):
+                return None
+            if cut.id not in self._floored:  # on the first sample above the smallest floor there is
+                self._floored.add(cut.id)
+                own = self.reference.own_type(cut)
+                meter.floor = floors.floor(chain.replayer, cut, local, chain.base, renamed, own)
+            return local if meter.flagged else None
 
-        def floor(cut: Cut) -> float:
-            own = self.reference.own_type(cut)
-            local = kept[cut.id]
-            return floors.floor(chain.replayer, cut, local, chain.base, renamed, own)
-
-        for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True):
-            if local is not None:
-                kept[cut.id] = local
-        # The floor is measured on the first sample that exceeds the smallest one there is.
-        unknown = [c for c in self.cuts if c.id in kept and c.id not in self._floored]
-        for cut, value in zip(unknown, beside(floor, unknown), strict=True):
-            self._floored.add(cut.id)
-            self.meters[cut.id].floor = value
-        found = {id: local for id, local in kept.items() if self.meters[id].flagged}
+        found = {
+            cut.id: local
+            for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True)
+            if local is not None
+        }
         if all(math.isfinite(self.meters[id].relative(self.meters[id].introduced)) for id in found):
             with contextlib.suppress(ReplayError):  # a shape, which is infinitely far off itself
                 decisive = impact.deciding(chain)
