@@ -112,6 +112,17 @@ def _defined(node: onnx.NodeProto, version: int) -> str:
         d = Neg(x) p = Exp(d) q = Add(p, one) y = Div(one, q) }}"""
 
 
+def _cancelling(node: onnx.NodeProto, version: int) -> str:
+    """(1 − e⁻²ˣ) / (1 + e⁻²ˣ) for positive x: near 0 little is left of the difference.
+
+    Small steps of the exponential are all that it is there, so it must be right to the last bit.
+    """
+    return f"""(x) => (y) {{ {_number("one", 1)} {_number("minus", -2)}
+        a = Abs(x) m = Mul(a, minus) wide = Cast <to = {onnx.TensorProto.DOUBLE}> (m)
+        e = Exp(wide) p = Cast <to = $T> (e) top = Sub(one, p) low = Add(one, p)
+        t = Div(top, low) s = Sign(x) y = Mul(t, s) }}"""
+
+
 def _unshifted(node: onnx.NodeProto, version: int) -> str | None:
     """e^x / Σ e^x, which overflows in float32 from x = 88.7 on; the largest x is not taken off."""
     axis = surgery.attributes(node).get("axis", -1)
@@ -185,6 +196,7 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | 
     ("hard sigmoid with the other slope", ("HardSigmoid", "HardSwish", "Sigmoid"), _other_slope),
     ("a smooth sigmoid instead of a hard one", ("HardSigmoid", "HardSwish"), _smooth),
     ("tanh as a fraction", ("Sigmoid", "Tanh"), _fraction),
+    ("tanh by exponentials, which cancel near 0", ("Tanh",), _cancelling),
     ("exponential by the bits of its exponent", ("Exp", "Sigmoid", "Softmax"), _fast_exp),
     ("softmax of values that are not shifted by the largest", ("Softmax",), _unshifted),
 )
@@ -212,7 +224,10 @@ NOISE = Cause(
             "train or export with the form that OpenVINO runs (Gelu with approximate set), or "
             "keep the subgraph from being matched as GELU"
         ),
-        "tvm": "leave the FastMathTransform pass and the fast-math target option out",
+        "tvm": (
+            "leave the FastMathTransform pass and the fast-math target option out; tanh of values "
+            "near 0 is always of exponentials: scale them up before it, or apply it outside"
+        ),
         "ort": "disable GeluApproximation: session option optimization.enable_gelu_approximation=0",
     },
     ablations={

@@ -128,6 +128,15 @@ def test_other_functions(
     assert found.noise == ID and found.explained > 0.99
 
 
+def test_a_tanh_that_cancels_near_0(make_segment: Any, diagnose: Any, x: Array) -> None:
+    """As TVM computes it: of 1 − e⁻²ˣ a few steps are left."""
+    small = x * np.float32(1e-7)
+    power = np.exp(np.abs(small).astype(float) * -2).astype(np.float32)
+    planted = np.sign(small) * ((1 - power) / (1 + power))
+    found = diagnose(single(make_segment, "Tanh"), {"x": small}, {"y": planted})
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_wrong_functions_are_no_approximation(make_segment: Any, diagnose: Any, x: Array) -> None:
     for op_type, planted in (
         ("Sigmoid", sigmoid(x * np.float32(1.05))),
