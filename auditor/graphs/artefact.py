@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -416,12 +417,13 @@ def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
     """Whether every value is one of the two of a narrower format around its original.
 
     Which of them is the converter's choice: the nearest, the one towards zero (bfloat16 as the
-    upper half of the bits), the largest that is finite.
+    upper half of the bits), the largest that is finite; zero for what would be subnormal.
     """
     with np.errstate(over="ignore"):
         nearest = original.astype(narrow)
     back = nearest.astype(np.float32)
     same = (value == back) | (np.isnan(value) & np.isnan(back))
+    same |= (value == 0) & (np.abs(original) < ml_dtypes.finfo(narrow).tiny)  # type: ignore[no-untyped-call]
     if same.all():
         return True
     other = np.nextafter(nearest, np.copysign(np.float32(np.inf), original - back).astype(narrow))

@@ -85,8 +85,15 @@ def test_eight_bits(tmp_path: Path, axis: int | None, percentile: float) -> None
 
 @pytest.mark.parametrize("rounding", [np.floor, np.trunc])
 def test_other_roundings(tmp_path: Path, rounding: np.ufunc) -> None:
-    """bfloat16 as the upper half of the bits; 8 bits by a cast to integers; no grid that moved."""
+    """bfloat16 as the upper half of the bits; 8 bits by a cast to integers; no grid that moved.
+
+    Half precision without subnormals.
+    """
     w = original()
+    small = np.where(np.arange(w.size).reshape(w.shape) % 3, w, w * np.float32(1e-4))
+    half = small.astype("f2").astype("f4")
+    assert artefact._storage(small, np.where(abs(half) < 2**-14, 0, half)) == "float16"
+    assert artefact._storage(small, np.where(abs(half) < 2**-10, 0, half)) is None
     upper = (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
     assert artefact._storage(w, upper) == "bfloat16"
     assert artefact._storage(upper, upper + np.spacing(upper) * 2**16) is None
