@@ -71,8 +71,9 @@ def floor(
     model = replayer.model(cut, local.inputs)
     if surgery.is_exact(model):
         return repeat
-    if moved.draws():  # it moves by itself, in the program too: that says nothing about rounding
-        return max(fp32_rounding.floor(0.0), repeat)
+    if moved.draws():  # no two runs of it are alike: nothing can be told by its numbers
+        apart = moved.distance(local.observed, local.replayed) * _ABOVE
+        return max(fp32_rounding.floor(0.0), repeat, apart)
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)

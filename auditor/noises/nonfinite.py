@@ -61,8 +61,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
         if nodes:
             kinds = surgery.types(model)
-            ends = {i: {kinds.get(n.input[0]), kinds.get(n.output[0])} for i, n in nodes.items()}
-            nodes = {i: n for i, n in nodes.items() if ends[i] & surgery.FLOATS}
+            read = {i: n.input[1 if n.op_type == "Where" else 0] for i, n in nodes.items()}
+            of = {i: kinds.get(read[i], kinds.get(n.output[0])) for i, n in nodes.items()}
+            nodes = {i: n for i, n in nodes.items() if of[i] in surgery.FLOATS}
         bodies = {i: body(n) for i, n in nodes.items()}
         if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
             yield Variant(name, surgery.substituted(model, bodies))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from auditor.decomposition.floor import draws
 from auditor.graphs import model
 from auditor.noises import fp32_rounding
 from auditor.records.backend import Kernel
@@ -236,6 +237,18 @@ def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
         said.append(
             f"The program does not repeat its own bits (relative L2 {measured.run_to_run:.1e} "
             "between runs)."
+        )
+    graph = measured.reference.graph
+    drawing = [
+        measured.reference.labels[model.key(n)]
+        for n in graph.nodes
+        if n.op_type != "Dropout" and draws([n])
+    ]
+    if drawing:
+        more = f" and {len(drawing) - 1} more" if len(drawing) > 1 else ""
+        said.append(
+            f"The model draws random numbers (`{drawing[0]}`{more}): what depends on them differs "
+            "in every run. Export it with these numbers as inputs to audit what is behind."
         )
     total = _additivity(measured)
     if total is not None and not ADDITIVE[0] <= total <= ADDITIVE[1]:

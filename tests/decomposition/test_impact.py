@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -102,6 +103,20 @@ def test_an_error_is_seen_beside_what_is_masked(mask):
         meter.add(local, captured, base)
         assert meter.relative(meter.introduced) == pytest.approx(off, rel=0.01)
         assert meter.flagged is flagged
+
+
+def test_random_numbers_are_no_error():
+    """Two draws are as far apart as they are large."""
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[9,9] x) => (float[9,9] y) { r = RandomNormalLike(x) y = Add(x, r) }""")
+    graph = Graph(proto)
+    cuts, replayer = graph.cut(("y",)), Replayer(graph, 1)
+    feeds = {"x": np.zeros((9, 9), np.float32)}
+    base, other = (replayer.walk(cuts, feeds) for _ in range(2))
+    local = divergence.replay(replayer, cuts[0], feeds | {"y": other["y"]})
+    meter = Meter(cuts[0], floor=floors.floor(replayer, cuts[0], local, base))
+    meter.add(local, feeds | {"y": other["y"]}, base)
+    assert meter.relative(meter.introduced) > 0.5 and not meter.flagged
 
 
 def test_errors_decompose(chain):
