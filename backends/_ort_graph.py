@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     import onnx
 
@@ -16,6 +17,11 @@ _RANDOM: Final = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike"}
     | {"Multinomial", "Bernoulli"}
 )
+# Operators whose weights are not laid out anew, types that the CPU computes in float32, and bytes
+# of other weights that may lie inside a saved graph.
+_AS_THEY_ARE: Final = frozenset({"Gather", "Gemm", "MatMul", "MatMulNBits"})
+_WIDENED: Final = frozenset({10, 16})  # float16, bfloat16
+_HELD: Final = 64 << 20
 
 
 class Graph:
@@ -148,6 +154,28 @@ def unique_local_names(graph: onnx.GraphProto) -> None:
                 visit(inner, renamed, top=False)
 
     visit(graph, {}, top=True)
+
+
+def stay_outside(graph: onnx.GraphProto, file: Path) -> bool:
+    """Whether optimisers leave the weights that a model has in other files as they are, mostly.
+
+    Then the graph that ONNX Runtime saves says where they lie, and need not hold them once more.
+    Of what it makes of others it would hold the values, and a graph is 2 GB at most.
+
+    Args:
+        graph: the model's, its large weights detached (``auditor.graphs.weights``).
+        file: where it was read from.
+    """
+    from auditor.graphs import weights
+
+    outside = [t for t in graph.initializer if _location(t) not in ("", file.name)]
+    read = {name for node in graph.node if node.op_type not in _AS_THEY_ARE for name in node.input}
+    changed = (t for t in outside if t.name in read or t.data_type in _WIDENED)
+    return bool(outside) and sum(map(weights.size_of, changed)) <= _HELD
+
+
+def _location(tensor: onnx.TensorProto) -> str:
+    return next((str(e.value) for e in tensor.external_data if e.key == "location"), "")
 
 
 def fingerprint(graph: onnx.GraphProto) -> list[tuple[object, ...]]:

@@ -28,6 +28,7 @@ LEVELS: Final = {
 # in silence, so a mistyped one must be caught here.
 _CONFIG_PREFIXES: Final = ("session.", "optimization.", "mlas.", "memory.", "ep.")
 OWN_KEYS: Final = "session.optimized_model_external_initializers"
+FOLDER: Final = "session.model_external_initializers_file_folder_path"  # of a model from memory
 # Other types (sequences, strings, bfloat16, 4 bits) do not come out of its Python API as arrays.
 COMPARABLE: Final = re.compile(r"tensor\((float|double|float16|bool|u?int(8|16|32|64))\)")
 
@@ -74,7 +75,13 @@ class Options:
         return cls(level, config, threads, provider, special)
 
     def session(
-        self, model: Path, dump: Path | None, level: str, extra: Mapping[str, str], *, stage: str
+        self,
+        model: Path | bytes,
+        dump: Path | None,
+        level: str,
+        extra: Mapping[str, str],
+        *,
+        stage: str,
     ) -> Any:
         """A session on ``model`` at ``level`` that writes the graph it executes to ``dump``."""
         import onnxruntime as ort
@@ -94,7 +101,8 @@ class Options:
             if self.provider != _ort_providers.CPU:
                 options.add_session_config_entry(_ort_providers.RECORD, "1")
             providers = _ort_providers.listed(self.provider, self.provider_options)
-            session = ort.InferenceSession(str(model), options, providers=providers)
+            source = model if isinstance(model, bytes) else str(model)
+            session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise _refusal(error, stage) from error
         _ort_providers.require(session, self.provider)

@@ -33,6 +33,7 @@ from backends._ort_graph import (
     attribute_of,
     drop_folded_inputs,
     fingerprint,
+    stay_outside,
     unique_local_names,
 )
 from backends._ort_names import Layout, Names, block_size, channels_of, unblock
@@ -40,6 +41,7 @@ from backends._ort_provenance import kernels, notes, primitive, stored, switches
 from backends._ort_session import (
     COMPARABLE,
     ENGINE,
+    FOLDER,
     LEVELS,
     OWN_KEYS,
     Options,
@@ -165,10 +167,14 @@ class OrtBuild:
         self._quantised = quantised
         self._folder = Path(tempfile.mkdtemp(prefix="ort-", dir=request.workdir)).resolve()
         dump = self._folder / "optimised.onnx"
+        original = weights.read(request.model_path)
         # Weights beside the graph: the graph stays a few kB to parse and to load again, and
-        # models over protobuf's 2 GB work.
-        weights_apart = {f"{OWN_KEYS}_file_name": "weights.bin"}
-        weights_apart[f"{OWN_KEYS}_min_size_in_bytes"] = "1024"
+        # models over protobuf's 2 GB work. Those in other files can stay there.
+        self._weights, weights_apart = request.model_path.parent, dict[str, str]()
+        if request.artifact is not None or not stay_outside(original.graph, request.model_path):
+            self._weights = self._folder
+            weights_apart = {f"{OWN_KEYS}_file_name": "weights.bin"}
+            weights_apart[f"{OWN_KEYS}_min_size_in_bytes"] = "1024"
         file = request.artifact or request.model_path
         self._session = options.session(file, dump, options.level, weights_apart, stage="build")
         # Not with the dump: the instrumented program has those weights mapped.
@@ -182,7 +188,6 @@ class OrtBuild:
         drop_folded_inputs(self._compiled.graph, {i.name for i in self._session.get_inputs()})
         unique_local_names(self._compiled.graph)
         compiled = Graph(self._compiled.graph)
-        original = weights.read(request.model_path)
         if request.artifact is not None:
             _require_same(self._session, original.graph, request.artifact)
         names = Names(Graph(original.graph), compiled)
@@ -261,16 +266,14 @@ class OrtBuild:
             for r in self._readings
             if r.engine_name not in declared
         )
-        path = self._folder / "instrumented.onnx"
-        path.write_bytes(requested.SerializeToString())
         dump = self._folder / "executed.onnx"
         # Loading a QDQ graph splits each DequantizeLinear whose value leaves it, even with the
         # optimiser off, unless QDQ handling is off too. The fusions themselves are in the graph.
         session = self._options.session(
-            path,
+            requested.SerializeToString(),
             dump,
             "disable",
-            {"session.disable_quant_qdq": "1"},
+            {"session.disable_quant_qdq": "1", FOLDER: str(self._weights)},
             stage="instrument",
         )
         executed = weights.read(dump)

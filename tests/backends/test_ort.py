@@ -489,6 +489,7 @@ def test_weights_in_external_data_and_raw_configuration(tmp_path: Path) -> None:
     assert observed.program_unchanged
     assert not any(p.inferred for p in observed.probes)
     assert capture.outputs["y"].tobytes() == built.run(X)["y"].tobytes()
+    assert not list(tmp_path.rglob("weights.bin"))  # they stay where they are
     assert built.provenance.options == {
         "level": "extended",
         "intra_op_num_threads": "2",
