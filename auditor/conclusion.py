@@ -128,7 +128,7 @@ class Conclusion:
             stimulus=replace(
                 stimulus,
                 sha256=digest,
-                notes=(*stimulus.notes, *subjects.calibrated(subject, options)),
+                notes=(*stimulus.notes, *subjects.handed(subject, options)),
             ),
             reference=against.reference.info,
             backends=self.reports,

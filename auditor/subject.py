@@ -93,7 +93,7 @@ def load(model_path: Path, options: AuditOptions, progress: Progress) -> Subject
         recordings=recordings,
         photographs=photographs,
         stimulus=stimulus,
-        samples=Samples(stimulus, {ours: theirs for theirs, ours in rename.items()}),
+        samples=Samples(stimulus, {rename[spec.name]: spec for spec in compiled.inputs}),
         training={spec.label for spec in options.backends if trains(spec)},
         quantised={spec.label for spec in options.backends if quantises(spec, options)},
     )
@@ -126,19 +126,23 @@ def references(subject: Subject, options: AuditOptions, scratch: Path) -> Refere
 
 
 class Samples:
-    """The stimulus under the compiled model's input names."""
+    """The stimulus under the compiled model's input names, in its types."""
 
-    def __init__(self, stimulus: Stimulus, names: dict[str, str]) -> None:
+    def __init__(self, stimulus: Stimulus, inputs: dict[str, TensorSpec]) -> None:
         self._stimulus = stimulus
-        self._names = names
+        self._inputs = inputs
 
     def of(self, stimulus: Stimulus) -> Samples:
         """Other samples under these names."""
-        return Samples(stimulus, self._names)
+        return Samples(stimulus, self._inputs)
 
     def feeds(self, index: int) -> Arrays:
-        """One sample, by the compiled model's input names."""
-        return {self._names.get(n, n): v for n, v in self._stimulus.sample(index).items()}
+        """One sample, as the compiled model takes it; what it does not take is left out."""
+        sample = self._stimulus.sample(index)
+        return {
+            spec.name: sample[name].astype(spec.dtype, copy=False)
+            for name, spec in self._inputs.items()
+        }
 
     def trace(self, tracer: Source, index: int) -> SampleTrace | None:
         """What a backend did with one sample; None where it has a gap."""
@@ -191,7 +195,14 @@ def _correspondence(model: Model, compiled: Model) -> dict[str, str]:
 
 
 def _fits(ours: TensorSpec, theirs: TensorSpec) -> bool:
-    """Whether what is fed to one input can have the other's shape."""
+    """Whether what is fed to one input can be handed to the other.
+
+    Converters to half precision narrow inputs as well, and some exporters narrow integers.
+    """
+    import numpy as np
+
+    if not np.can_cast(ours.dtype, theirs.dtype, "same_kind"):
+        return False
     return len(ours.shape) == len(theirs.shape) and all(
         a == b or not (isinstance(a, int) and isinstance(b, int))
         for a, b in zip(ours.shape, theirs.shape, strict=True)
@@ -298,14 +309,21 @@ def calibration(subject: Subject, options: AuditOptions, scratch: Path) -> Path 
     return folder
 
 
-def calibrated(subject: Subject, options: AuditOptions) -> tuple[str, ...]:
-    """What quantised backends were calibrated on, as a sentence."""
+def handed(subject: Subject, options: AuditOptions) -> tuple[str, ...]:
+    """What becomes of the stimulus, as sentences: its types, and what was calibrated on it."""
+    types = {spec.name: spec.dtype for spec in subject.model.inputs}
+    cast = tuple(
+        f"`{spec.name}` is handed over as {spec.dtype.name}, as the candidate takes it"
+        for spec in subject.compiled.inputs
+        if spec.dtype != types[subject.rename[spec.name]]
+    )
     if not subject.quantised:
-        return ()
+        return cast
     on = f"all samples of {options.calibration}"
     if options.calibration is None:
         on = f"the {len(subject.stimulus)} audited samples themselves, which flatters them"
-    return (f"quantised to 8 bits on {', '.join(sorted(subject.quantised))}: calibrated on {on}",)
+    who = ", ".join(sorted(subject.quantised))
+    return (*cast, f"quantised to 8 bits on {who}: calibrated on {on}")
 
 
 # --- reference ------------------------------------------------------------------------------------

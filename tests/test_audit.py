@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
-from auditor.errors import BackendError
+from auditor.errors import BackendError, UsageError
 from auditor.ports import Silent
 from auditor.processes.worker import Worker
 
@@ -269,6 +269,22 @@ def test_half_precision_arithmetic_is_named(run):
     assert "body1" in first.nodes
     assert first.noise == "precision.fp16"
     assert first.explained > 0.99
+
+
+def test_a_candidate_with_narrower_inputs_is_fed_as_it_takes_them(run):
+    model = _cnn()
+    other = copy.deepcopy(model)
+    for node in other.graph.node:
+        node.input[:] = ["wide" if name == "x" else name for name in node.input]
+    other.graph.node.insert(0, helper.make_node("Cast", ["x"], ["wide"], to=TensorProto.FLOAT))
+    other.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    whole = np.arange(3 * 32 * 32, dtype=np.float32).reshape(1, 1, 3, 32, 32) % 7
+    report = run(model, "ort", candidate=other, data={"x": whole}, confirm=False)
+    assert report.backends[0].status == "audited" and not report.findings
+    assert "`x` is handed over as float16" in report.stimulus.notes[-1]
+    other.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    with pytest.raises(UsageError, match="uint8"):
+        run(model, "ort", candidate=other)
 
 
 def test_several_samples_are_averaged(run, tmp_path):

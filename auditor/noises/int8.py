@@ -236,11 +236,13 @@ NOISE = Cause(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and eq. 9 and 10; ONNX "
         "operator DynamicQuantizeLinear; NNCF documentation, weight compression"
     ),
-    advice="leave the listed layers out of quantisation",
+    advice=(
+        "calibrate on inputs as they are deployed, or leave the listed layers out of quantisation"
+    ),
     remedies={
         "ort": (
-            "leave the listed layers out of quantisation (nodes_to_exclude), or quantise weights "
-            "per channel"
+            "calibrate on inputs as they are deployed, quantise weights per channel, or leave the "
+            "listed layers out of quantisation (nodes_to_exclude)"
         ),
         "ov": (
             "leave the listed layers out (NNCF: ignored_scope), and set "
