@@ -167,61 +167,93 @@ def explain(
     prior = {} if prior is None else prior
     own = _own(bench)
     operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
-    believed = prior.get(operators)
-    segment = fused.written_out(blockwise.written_out(_modern(bench)))
-    unbranched = _unbranched(bench, segment)
-    bench.branched = unbranched is not segment
-    ordered = sorted(
-        noises,
-        key=lambda n: (not n.stated_by(segment.kernels), believed is None or n.id != believed[0]),
-    )
-    waiting = iter(ordered)
-
-    def variants(noise: Noise, failures: list[str]) -> Iterator[Variant]:
-        expected = believed[1] if believed is not None and believed[0] == noise.id else None
-        seen = unbranched if _tells(bench, noise) else segment
-        return _variants(failures, noise, seen, expected)
-
-    for noise in waiting:
-        for variant in variants(noise, bench.failures):
-            bench.test(noise.id, variant)
-            if bench.settled:  # not from NAMED on: another cause may explain the rest as well
-                break
-        if bench.settled:
-            break
-
-    def likeliest(noise: Noise) -> _Tried:
-        failures: list[str] = []
-        first = islice(variants(noise, failures), 1)
-        return [*(bench.tried(noise.id, variant) for variant in first), *failures]
-
-    for rival in beside(likeliest, waiting if thorough else ()):
-        for found in rival:
-            bench.note(found)
+    search = _Search(bench, noises, prior.get(operators))
+    search.run(beside if thorough else None)
     if not bench.found and own is not None and own >= bench.complete:
         return replace(_conclude(bench, None), own=own)  # the file is another one: no noise beside
-    if not bench.found:
-        for noise in ordered:
-            for variant in (
-                noise.fits(segment, inputs, observed) if isinstance(noise, Fitting) else ()
-            ):
-                bench.test(noise.id, variant)
-    _beneath(bench, noises, dict(prior.values()))
+    search.fit()
+    usual = dict(prior.values())
+    _beneath(bench, noises, usual)
     best = bench.best
     if best is not None and not bench.found and best.hypothesis.explained >= PARTIAL:
-        _combine(bench, ordered, dict(prior.values()))
+        _combine(bench, search.ordered, usual)
     if not bench.found:
-        _alone(bench, segment, ordered)
+        _alone(bench, search.segment, search.ordered)
     winner = _winner(bench, noises)
     if winner is not None:
         if later and bench.different < ELEMENTS:
-            tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
-            for noise in (n for n in noises if n.id == winner.hypothesis.noise):
-                for variant in _variants(bench.failures, noise, unbranched, None):
-                    if (noise.id, variant.name) not in tested:
-                        bench.test(noise.id, variant)
+            search.all_forms(winner.hypothesis.noise)
         prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
     return replace(_conclude(bench, winner), own=own)
+
+
+class _Search:
+    """Tests the catalogue on one segment.
+
+    Attributes:
+        segment: as noises see it: operators that ONNX fuses are written out.
+        ordered: the noises, first those that the engine states, then what explained such segments.
+    """
+
+    def __init__(
+        self, bench: Bench, noises: Sequence[Noise], believed: tuple[str, str] | None
+    ) -> None:
+        """``believed`` are the noise and the variant that explained such a segment before."""
+        self._bench, self._believed = bench, believed
+        self.segment = fused.written_out(blockwise.written_out(_modern(bench)))
+        self._unbranched = _unbranched(bench, self.segment)
+        bench.branched = self._unbranched is not self.segment
+        self.ordered = sorted(
+            noises,
+            key=lambda n: (
+                not n.stated_by(self.segment.kernels),
+                believed is None or n.id != believed[0],
+            ),
+        )
+
+    def run(self, beside: Beside | None) -> None:
+        """Test until a cause is found; then the likeliest form of every rival, ``beside``."""
+        bench, waiting = self._bench, iter(self.ordered)
+        for noise in waiting:
+            for variant in self._variants(noise, bench.failures):
+                bench.test(noise.id, variant)
+                if bench.settled:  # not from NAMED on: another cause may explain the rest as well
+                    break
+            if bench.settled:
+                break
+        for rival in beside(self._likeliest, waiting) if beside else ():
+            for found in rival:
+                bench.note(found)
+
+    def fit(self) -> None:
+        """Fit what calibration decided, where no cause was found."""
+        bench = self._bench
+        if bench.found:
+            return
+        for noise in self.ordered:
+            if isinstance(noise, Fitting):
+                for variant in noise.fits(self.segment, bench.inputs, bench.observed):
+                    bench.test(noise.id, variant)
+
+    def all_forms(self, noise: str) -> None:
+        """Test every form of a noise that was not tested yet."""
+        bench = self._bench
+        tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
+        for known in (n for n in self.ordered if n.id == noise):
+            for variant in _variants(bench.failures, known, self._unbranched, None):
+                if (noise, variant.name) not in tested:
+                    bench.test(noise, variant)
+
+    def _variants(self, noise: Noise, failures: list[str]) -> Iterator[Variant]:
+        believed = self._believed
+        expected = believed[1] if believed is not None and believed[0] == noise.id else None
+        seen = self._unbranched if _tells(self._bench, noise) else self.segment
+        return _variants(failures, noise, seen, expected)
+
+    def _likeliest(self, noise: Noise) -> _Tried:
+        failures: list[str] = []
+        first = islice(self._variants(noise, failures), 1)
+        return [*(self._bench.tried(noise.id, variant) for variant in first), *failures]
 
 
 def retest(
