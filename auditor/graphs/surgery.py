@@ -126,6 +126,13 @@ def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     return values
 
 
+# Operators whose result is like what they read first.
+_LIKE_INPUT = {
+    *("GroupNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    *("SkipLayerNormalization", "BiasGelu", "FastGelu", "QuickGelu"),
+}
+
+
 def types(model: onnx.ModelProto) -> dict[str, int]:
     """ONNX element type of every tensor whose type can be inferred."""
     return {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
@@ -163,9 +170,10 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         if np.prod(t.dims) <= SMALL:
             light.graph.initializer.append(t)
     light.graph.output.extend(model.graph.output)
-    for _, node in find(light, ("GroupNormalization",)):  # of which ONNX infers nothing
-        node.op_type = "Identity"
-        del node.input[1:], node.attribute[:]
+    for node in light.graph.node:
+        if node.op_type in _LIKE_INPUT:  # of which ONNX infers nothing
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:], node.output[1:], node.attribute[:]
     return _inferred_of(light.SerializeToString())
 
 

@@ -212,6 +212,25 @@ def test_a_root_mean_square_is_rounded_as_a_whole(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
+def test_what_onnx_runtime_fused_is_rounded_between_kernels(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """ONNX infers no type of its normalisations."""
+    x = r(generator.standard_normal((20, 64)))
+    w = generator.standard_normal((64, 16)).astype(np.float32)
+    nodes = [
+        helper.make_node("SimplifiedLayerNormalization", ["x", "g"], ["n"], epsilon=1e-6),
+        helper.make_node("MatMul", ["n", "w"], ["y"]),
+    ]
+    kernels = [Kernel("RMS", "RMS", ("n",), (), "", "bf16", "bf16")]
+    kernels.append(Kernel("FC", "FullyConnected", ("y",), ("y",), "", "bf16", "f32"))
+    constants = {"g": np.ones(64, np.float32), "w": w}
+    segment = make_segment(nodes, constants, ["x"], ["y"], kernels)
+    wide = x.astype(np.float64)
+    normal = r(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6))
+    check(explain(segment, {"x": x}, {"y": (normal @ r(w)).astype(np.float32)}), identical=0.2)
+
+
 @pytest.mark.parametrize(("axis", "opset"), [(1, 17), (1, 11)])
 def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
     make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int
