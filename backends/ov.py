@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -250,19 +250,12 @@ class OpenVINO:
             compiled = compile_model(model.clone())
         except RuntimeError as error:
             raise _compile_error(error, request.options, core, model.clone(), device) from error
-        effective = {
-            name: _text(compiled.get_property(name))
-            for name in _REPORTED
-            if name in compiled.get_property("SUPPORTED_PROPERTIES")
-        }
+        effective = _effective(compiled)
         precision = effective.get(_PRECISION, "f32")
         session, program = Session(compiled), Program(compiled, source)
-        if explicit is not None:  # the program that ships runs; this one is observed
+        if explicit is not None:
             shown = Source(explicit, nodes, inner)
-            with contextlib.suppress(RuntimeError):  # which the engine need not compile
-                other = Program(compile_model(explicit.clone()), shown)
-                if program.alike(other):
-                    source, program = shown, other
+            source, program = _observed(source, program, shown, compile_model)
         notes = [*_unasked(request, precision), *notes]
         candidates, finals, skipped, foreign = candidates_of(
             source, program, outputs, reduced=precision != "f32"
@@ -303,6 +296,23 @@ class OpenVINO:
             ),
             _quantised=chosen,
         )
+
+
+def _effective(compiled: Any) -> dict[str, str]:
+    """The properties that a program was compiled with, of those that are reported."""
+    supported = compiled.get_property("SUPPORTED_PROPERTIES")
+    return {name: _text(compiled.get_property(name)) for name in _REPORTED if name in supported}
+
+
+def _observed(
+    source: Source, program: Program, shown: Source, compile_model: Callable[[Any], Any]
+) -> tuple[Source, Program]:
+    """What is observed while ``program`` runs: ``shown``, where that is the same program."""
+    with contextlib.suppress(RuntimeError):  # which the engine need not compile
+        other = Program(compile_model(shown.model.clone()), shown)
+        if program.alike(other):
+            return shown, other
+    return source, program
 
 
 def _unasked(request: BuildRequest, precision: str) -> Iterator[str]:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -466,36 +466,62 @@ def _tensors_page(rows: list[Row]) -> list[str]:
     return lines + table(("", "s", "GB/s moved"), body)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """A limit, and what was measured; None where it was not."""
+
+    what: str
+    limit: float
+    value: float | None
+    least: bool = False  # whether the value must not be below the limit, else not above
+
+    def row(self) -> list[str]:
+        """Its row of the table."""
+        assert self.value is not None
+        met = self.value >= self.limit if self.least else self.value <= self.limit
+        sign = "≥" if self.least else "≤"
+        return [self.what, f"{sign} {self.limit:.2g}", f"{self.value:.2g}", "yes" if met else "no"]
+
+
+def _over(row: Row, a: str, b: str, unit: str) -> float | None:
+    x, y = median(row, a, unit), median(row, b, unit)
+    return None if x is None or y is None else x / y
+
+
 def _targets(parts: Mapping[str, list[Row]]) -> list[str]:
     """What the project sets itself, and what was measured."""
-    rows: list[list[str]] = []
+    targets = (
+        *_of_models(parts),
+        *_of_polygraphy(parts),
+        *_of_growth(parts),
+        *_of_memory(parts),
+    )
+    rows = [target.row() for target in targets if target.value is not None]
+    head = ("target", "limit", "measured", "met")
+    return ["## Targets", "", *table(head, rows), *REASONS]
 
-    def judge(what: str, limit: float, value: float | None, less: bool = True) -> None:
-        if value is not None:
-            met = value <= limit if less else value >= limit
-            sign = "≤" if less else "≥"
-            rows.append([what, f"{sign} {limit:.2g}", f"{value:.2g}", "yes" if met else "no"])
 
-    def over(row: Row, a: str, b: str, unit: str) -> float | None:
-        x, y = median(row, a, unit), median(row, b, unit)
-        return None if x is None or y is None else x / y
-
+def _of_models(parts: Mapping[str, list[Row]]) -> Iterator[_Target]:
     for row in parts.get("models", ()):
-        plain = median(row, "floor", "wall")
-        name = f"{row['model']} on {row['backends']}"
+        plain, beside = median(row, "floor", "wall"), _over(row, "audit", "floor", "wall")
+        what = f"{row['model']} on {row['backends']}: audit / floor"
         if row["backends"] == "ort,ov" and plain is not None:
-            limit = 4 if plain <= SMALL else 2
-            judge(f"{name}: audit / floor", limit, over(row, "audit", "floor", "wall"))
+            yield _Target(what, 4 if plain <= SMALL else 2, beside)
         if row["backends"] == "tvm":
-            judge(f"{name}: audit / floor", 1.5, over(row, "audit", "floor", "wall"))
+            yield _Target(what, 1.5, beside)
+
+
+def _of_polygraphy(parts: Mapping[str, list[Row]]) -> Iterator[_Target]:
     for row in parts.get("polygraphy", ()):
-        name = row["model"]
         if POLYGRAPHY in row["costs"]:
-            faster = over(row, POLYGRAPHY, "audit", "wall")
-            judge(f"{name}: Polygraphy / audit, time", 10, faster, less=False)
-            judge(
-                f"{name}: audit / Polygraphy, memory", 1 / 3, over(row, "audit", POLYGRAPHY, "peak")
-            )
+            name = row["model"]
+            faster = _over(row, POLYGRAPHY, "audit", "wall")
+            yield _Target(f"{name}: Polygraphy / audit, time", 10, faster, least=True)
+            memory = _over(row, "audit", POLYGRAPHY, "peak")
+            yield _Target(f"{name}: audit / Polygraphy, memory", 1 / 3, memory)
+
+
+def _of_growth(parts: Mapping[str, list[Row]]) -> Iterator[_Target]:
     for names in NODES:
         series = [r for r in parts.get("nodes", ()) if r["backends"] == names and "nodes" in r]
         for unit in ("wall", "cpu"):
@@ -504,16 +530,20 @@ def _targets(parts: Mapping[str, list[Row]]) -> list[str]:
             ]
             if len(points) > 1:
                 value = exponent(*zip(*points[-2:], strict=True))
-                judge(f"nodes on {names}: exponent of {unit} time, last two", 1.1, value)
+                yield _Target(f"nodes on {names}: exponent of {unit} time, last two", 1.1, value)
     for row in parts.get("impact", ()):
-        judge(f"impact, {row['nodes']} nodes: plain runs' time", 20, _passes(row))
-        judge(f"impact, {row['nodes']} nodes: of the top ten", 10, row["found"], less=False)
+        what = f"impact, {row['nodes']} nodes"
+        yield _Target(f"{what}: plain runs' time", 20, _passes(row))
+        yield _Target(f"{what}: of the top ten", 10, row["found"], least=True)
     if sampled := parts.get("samples"):
         per = _per_sample(sampled)
-        plain = sampled[0]["reference_run_s"]
-        judge("further sample / plain run", 3, None if per is None else per / plain)
+        value = None if per is None else per / sampled[0]["reference_run_s"]
+        yield _Target("further sample / plain run", 3, value)
     for row in parts.get("start_up", ()):
-        judge("`audit --help`, s", 0.2, median(row, "audit --help", "wall"))
+        yield _Target("`audit --help`, s", 0.2, median(row, "audit --help", "wall"))
+
+
+def _of_memory(parts: Mapping[str, list[Row]]) -> Iterator[_Target]:
     for part in ("models", "nodes", "parameters"):
         extra = [
             (audited - plain) / 1024
@@ -521,10 +551,8 @@ def _targets(parts: Mapping[str, list[Row]]) -> list[str]:
             if (audited := median(row, "audit", "peak")) is not None
             and (plain := median(row, "floor", "peak")) is not None
         ]
-        if extra:
-            judge(f"{part}: audit's memory beyond the floor's, GiB, largest", 2, max(extra))
-    head = ("target", "limit", "measured", "met")
-    return ["## Targets", "", *table(head, rows), *REASONS]
+        what = f"{part}: audit's memory beyond the floor's, GiB, largest"
+        yield _Target(what, 2, max(extra, default=None))
 
 
 # Why a limit is not met; written by hand, figures are in the tables above.
