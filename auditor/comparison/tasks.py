@@ -144,8 +144,10 @@ class TaskMeter:
         self._samples += 1
         b, r = (to_float(v).astype(np.float64, copy=False) for v in (observed, reference))
         if self.kind == "text":  # of any number of steps on either side
-            self._add_texts(b, r)
-        if self.kind == "boxes":
+            texts = self._add_texts(b, r)
+        if self.kind == "text" and self._spelling and self._spelling.blank is None:
+            items, changed = texts
+        elif self.kind == "boxes":
             items, changed = self._add_boxes(b, r, sample)
         elif b.shape != r.shape or r.ndim == 0:
             items = changed = r.size if self.kind == "mask" else r.size // max(r.shape[-1:] or (1,))
@@ -178,9 +180,11 @@ class TaskMeter:
             self._kl.add(max(0.0, float(kl)), sample)
         return len(r), int(np.count_nonzero(changed))
 
-    def _add_texts(self, b: Array, r: Array) -> None:
+    def _add_texts(self, b: Array, r: Array) -> tuple[int, int]:
+        """How many there are, and how many change."""
         if b.ndim != r.ndim or b.shape[:-2] != r.shape[:-2] or b.shape[-1:] != r.shape[-1:]:
-            return
+            return 0, 0
+        before = self._texts, self._texts_changed
         self._spelling = self._spelling or Spelling.of(r, self._tokens)
         for theirs, mine in zip(self._spelling.read(b), self._spelling.read(r), strict=True):
             self._texts += 1
@@ -192,6 +196,7 @@ class TaskMeter:
                     self._spelling.write(mine),
                     self._spelling.write(theirs),
                 )
+        return self._texts - before[0], self._texts_changed - before[1]
 
     def _add_boxes(self, b: Array, r: Array, sample: int) -> tuple[int, int]:
         layout = _Boxes.like(r)
@@ -409,7 +414,7 @@ def _sentence(found: Consequence) -> str:
         changed = f"top-1 flips in {found.changed} of {found.items} {rows}s{first}"
         parts = [changed if found.changed else f"top-1 stays in {_all(found.items, rows)}"]
         if found.texts:
-            parts.insert(0, _texts(found))
+            parts = [_texts(found), *(parts if found.blank is not None else ())]
         if found.margin is not None and found.margin_after is not None:
             parts.append(f"margin {found.margin:.3g} → {found.margin_after:.3g}")
         if found.kl is not None:
@@ -439,7 +444,8 @@ def _texts(found: Consequence) -> str:
     if not found.texts_changed:
         return f"{_all(found.texts or 0, 'text')} ({found.characters} characters) unchanged"
     said = f"{found.texts_changed} of {found.texts} texts change, {found.edits} edits in "
-    said += f"{found.characters} characters (blank: class {found.blank})"
+    said += f"{found.characters} characters"
+    said += f" (blank: class {found.blank})" if found.blank is not None else ""
     if found.example is not None:
         said += f", first `{found.example[0]}` → `{found.example[1]}`"
     return said

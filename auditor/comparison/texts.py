@@ -25,11 +25,12 @@ class Spelling:
     """How a text is read off scores ``[..., steps, classes]``.
 
     Attributes:
-        blank: the class that is no character.
+        blank: the class that is no character; None where the text was read before, and each row
+            has a 1 at its character, or is empty behind the last one.
         tokens: what each class stands for; empty where that is not known.
     """
 
-    blank: int
+    blank: int | None
     tokens: tuple[str, ...] = ()
 
     @classmethod
@@ -38,11 +39,16 @@ class Spelling:
         for blank in _BLANKS:
             if blank in tokens:
                 return cls(tokens.index(blank), tuple(tokens))
+        if not scores.any(axis=-1).all() and ((scores == 0) | (scores == 1)).all():
+            return cls(None, tuple(tokens))
         best = scores.argmax(axis=-1).ravel()
         return cls(int(np.bincount(best, minlength=1).argmax()), tuple(tokens))
 
     def read(self, scores: Array) -> list[list[int]]:
         """The classes of each text, ``[..., steps, classes]`` taken as texts one after another."""
+        if self.blank is None:
+            rows = scores.reshape(-1, *scores.shape[-2:])
+            return [text[text.any(axis=-1)].argmax(axis=-1).tolist() for text in rows]
         found = []
         for best in scores.argmax(axis=-1).reshape(-1, scores.shape[-2]):
             kept = best != self.blank

@@ -152,8 +152,7 @@ class Upstream:
         """As what the result is read; empty without a post-processing."""
         if not self.after:
             return {}
-        kind = self.after[0][1].kind
-        return {results.NAME: "scores" if kind == "text" else kind}  # a row for each character
+        return {results.NAME: self.after[0][1].kind}
 
     def read(self, outputs: Arrays, place: Placement | None = None) -> Arrays:
         """What the training side makes of the network's outputs.

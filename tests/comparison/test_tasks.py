@@ -307,3 +307,16 @@ def test_boxes_that_only_the_other_side_has_are_new() -> None:
     meter.add(padded, more, 0)
     found = meter.result()
     assert found is not None and (found.changed, found.added) == (1, 0)
+
+
+def test_a_text_that_was_read_before_is_not_read_again():
+    """A pipeline's result: repeats are characters, and there is no blank."""
+    one, other = (np.zeros((1, 4, 2), np.float32) for _ in range(2))
+    one[0, [0, 1, 2], [1, 0, 0]] = 1
+    other[0, [0, 1], [1, 0]] = 1
+    meter = TaskMeter("result", "text", ("a", "b"))
+    meter.add(other, one, 0)
+    meter.add(one, one, 1)
+    found = meter.result()
+    assert (found.items, found.changed, found.edits) == (2, 1, 1)
+    assert found.sentence == "1 of 2 texts change, 1 edits in 6 characters, first `baa` → `ba`"
