@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from onnx import TensorProto
@@ -182,36 +182,33 @@ SITES = (
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
-    """The segment with bf16 roundings at each of ``SITES``."""
+    """The segment, and ways in which engines write it otherwise, with roundings at ``SITES``."""
     yield from artefact.variants(segment, "bfloat16")
-    recurrent_layers = recurrent.in_bfloat16(segment)
-    if recurrent_layers is not None:
-        yield Variant(RECURRENT, recurrent_layers)
-        around = replace(segment, model=recurrent_layers)
-        for variant in rounding.variants(around, FORMAT, SITES):
-            yield Variant(AROUND + variant.name, variant.model)
-    for variant in loops.inside(segment, lambda body: rounding.variants(body, FORMAT, SITES)):
+    if (layers := recurrent.in_bfloat16(segment)) is not None:
+        yield Variant(RECURRENT, layers)
+        yield from _rounded(replace(segment, model=layers), AROUND)
+    for variant in loops.inside(segment, _rounded):
         yield Variant(INSIDE + variant.name, variant.model)
     for name, divisors in ((FOLDED, False), (INVERTED, True)):
-        halved = folded.in_half(segment, divisors=divisors)
-        if halved is not None:
-            for variant in rounding.variants(halved, FORMAT, SITES):
-                yield Variant(name + variant.name, variant.model)
-    quantised = dynamic.in_bfloat16(segment)
-    if quantised is not None:
+        if (halved := folded.in_half(segment, divisors=divisors)) is not None:
+            yield from _rounded(halved, name)
+    if (quantised := dynamic.in_bfloat16(segment)) is not None:
         yield Variant(DYNAMIC, quantised)
-        for variant in rounding.variants(replace(segment, model=quantised), FORMAT, SITES):
-            yield Variant(f"{DYNAMIC}; {variant.name}", variant.model)
-    scaled = blockwise.with_narrow_scales(segment, TensorProto.BFLOAT16)
-    if scaled is not None:
-        for variant in rounding.variants(scaled, FORMAT, SITES):
-            yield Variant(SCALED + variant.name, variant.model)
-    yield from rounding.variants(segment, FORMAT, SITES)
-    known = surgery.opset(segment.model) >= reorder.OPSET
-    ordered = reorder.reordered(segment.model, plain=True) if known else None
-    if ordered is not None:
-        for variant in rounding.variants(replace(segment, model=ordered), FORMAT, SITES[:2]):
-            yield Variant(ORDERED + variant.name, variant.model)
+        yield from _rounded(replace(segment, model=quantised), f"{DYNAMIC}; ")
+    if (scaled := blockwise.with_narrow_scales(segment, TensorProto.BFLOAT16)) is not None:
+        yield from _rounded(scaled, SCALED)
+    yield from _rounded(segment)
+    if surgery.opset(segment.model) >= reorder.OPSET:
+        ordered = reorder.reordered(segment.model, plain=True)
+        if ordered is not None:
+            yield from _rounded(replace(segment, model=ordered), ORDERED, SITES[:2])
+
+
+def _rounded(
+    segment: SegmentGraph, prefix: str = "", sites: Sequence[Sites] = SITES
+) -> Iterator[Variant]:
+    for variant in rounding.variants(segment, FORMAT, sites):
+        yield Variant(prefix + variant.name, variant.model)
 
 
 NOISE = Cause(

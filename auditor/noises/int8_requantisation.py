@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,12 +64,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(name, surgery.substituted(model, dynamic))
     layout = Layout(model, segment.weights)
     if biases := _biases(layout):
-        editor = Editor(model)
-        for index, node in enumerate(layout.nodes):
-            editor.copy(node)
-            if index in biases:
-                editor.model.graph.node[index].input[2] = editor.constant(biases[index])
-        yield Variant(_STORED, editor.model)
+        yield Variant(_STORED, _with_biases(layout, biases))
     grids = {
         i: grid
         for i, n in surgery.find(model, ("QuantizeLinear",))
@@ -80,23 +75,43 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     sums = layout.into_sums(segment.kernels)
     if sums:
         yield Variant("values that enter a sum are limited, not rounded", _unrounded(layout, sums))
-    if groups := _groups(layout, grids):
-        name = "sums of integers, {} bias, one rescaling in float32"
-        yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
-        if any(_bias_differs(group.product) for group in groups.values()):
-            yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
-    every = layout.roundings()
-    inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
-    if inner and inner.keys() != sums.keys():
-        name = "values between operators are limited, not rounded"
-        yield Variant(name, _unrounded(layout, inner))
-    if every and every.keys() != inner.keys():
-        yield Variant("values are limited, not rounded", _unrounded(layout, every))
+    yield from _rescaled_once(layout, grids)
+    yield from _limited(layout, sums.keys())
     if tables := _tables(model, layout, grids):
         yield Variant(_TABLE, surgery.substituted(model, tables))
     for name, body in _ROUNDINGS.items():
         bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
         yield Variant(name, surgery.substituted(model, bodies))
+
+
+def _rescaled_once(layout: Layout, grids: Mapping[int, Grid]) -> Iterator[Variant]:
+    """Products as sums of integers, with the bias as stored and, where that differs, as it is."""
+    if groups := _groups(layout, grids):
+        name = "sums of integers, {} bias, one rescaling in float32"
+        yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
+        if any(_bias_differs(group.product) for group in groups.values()):
+            yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
+
+
+def _limited(layout: Layout, tested: Set[int]) -> Iterator[Variant]:
+    """Values between operators, then all, clipped to their range and not rounded."""
+    every = layout.roundings()
+    inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
+    if inner and inner.keys() != tested:
+        name = "values between operators are limited, not rounded"
+        yield Variant(name, _unrounded(layout, inner))
+    if every and every.keys() != inner.keys():
+        yield Variant("values are limited, not rounded", _unrounded(layout, every))
+
+
+def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto:
+    """The segment with other biases, by position."""
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        editor.copy(node)
+        if index in biases:
+            editor.model.graph.node[index].input[2] = editor.constant(biases[index])
+    return editor.model
 
 
 def _biases(layout: Layout) -> dict[int, Array]:
@@ -122,7 +137,7 @@ class _Group:
     grid: Grid
 
 
-def _groups(layout: Layout, quantised: dict[int, Grid]) -> dict[int, _Group]:
+def _groups(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, _Group]:
     """Fusible groups by the position of their QuantizeLinear."""
     found: dict[int, _Group] = {}
     for product in layout.products():
