@@ -372,7 +372,7 @@ class Analysis:
 
         def measure(chosen: Sequence[Cut]) -> list[float]:
             effects = []
-            results = chain.replayer.beside(alone, chosen)
+            results = chain.replayer.walking(alone, chosen)
             for cut, (effect, values) in zip(chosen, results, strict=True):
                 self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
                 self._effects.setdefault(cut.id, Running()).add(effect, index)

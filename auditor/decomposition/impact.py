@@ -140,7 +140,7 @@ def telescope(
     before = chain.pick(chain.base)
     adds = [any(cut.id not in exact for cut in group) for group in groups]
     rest = ([c for group in groups[k:] for c in group] for k, more in enumerate(adds, 1) if more)
-    afters = chain.replayer.beside(chain.following, rest)
+    afters = chain.replayer.walking(chain.following, rest)
     try:
         for more in adds:
             after = next(afters) if more else before
@@ -207,7 +207,7 @@ def parts_by_category(
     steps = [*accumulate(explained.values(), or_), whole]
     before = chain.pick(chain.base)
     added: list[Arrays] = []
-    for after in chain.replayer.beside(switched_on, steps):
+    for after in chain.replayer.walking(switched_on, steps):
         added.append(difference(after, before))
         before = after
     return Parts(dict(zip(explained, added, strict=False)), added[-1])

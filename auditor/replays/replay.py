@@ -24,6 +24,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Array, Arrays
 from auditor.processes import memory
 from auditor.replays.sessions import one_line, session
+from auditor.replays.turns import Turns
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,6 +52,9 @@ BUDGET = 2 << 30
 
 # Bytes of tensors that walks beside each other may hold.
 WALKING = 1 << 30
+
+# So many go in step at most.
+IN_STEP = 64
 
 _LARGE = 64 << 20
 
@@ -117,6 +122,7 @@ class Replayer:
         """
         self.graph = graph
         fits = graph.size(graph.initializers) <= budget
+        self._keeps = fits
         self.threads = 1 if fits else threads
         self.weights = weights or {}
         self.folder = folder
@@ -126,6 +132,7 @@ class Replayer:
         self._lock = threading.Lock()  # of the sessions
         self._budget = budget
         self._workers = threads if fits else 1
+        self._turns = threading.local()  # of the walk that a thread does in step with others
         self._live = 1  # bytes of tensors that a walk holds at once
         self.held = 0
 
@@ -145,6 +152,8 @@ class Replayer:
         Raises:
             ReplayError: ONNX Runtime refused the segment or the values.
         """
+        if turns := getattr(self._turns, "taken", None):
+            turns.wait(cut.nodes[-1])
         feeds = {name: self.typed(name, values[name]) for name in cut.inputs}
         try:
             found = dict(zip(cut.outputs, self._session(cut, feeds).run(None, feeds), strict=True))
@@ -220,6 +229,32 @@ class Replayer:
             finally:
                 for future in ahead:
                     future.cancel()
+
+    def walking(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """``work`` of each item, in order, which is one walk; they share what must be compiled.
+
+        Where not all sessions can be kept, as many walks as may be held at once go in step.
+        """
+        if self._keeps:
+            yield from self.beside(work, items)
+            return
+        items = iter(items)
+        while batch := list(islice(items, max(1, min(IN_STEP, WALKING // self._live)))):
+            turns = Turns(len(batch))
+
+            def walk(item: T, turns: Turns = turns) -> R:
+                self._turns.taken = turns
+                try:
+                    return work(item)
+                finally:
+                    self._turns.taken = None
+                    turns.leave()
+
+            with ThreadPoolExecutor(len(batch)) as pool:
+                try:
+                    yield from pool.map(walk, batch)
+                finally:
+                    turns.end()
 
     def walk(
         self,

@@ -13,6 +13,7 @@ from auditor.comparison.metrics import bitwise_equal
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Graph
+from auditor.replays import replay
 from auditor.replays.reference import Reference
 from auditor.replays.replay import Replayer
 from auditor.replays.sessions import session
@@ -274,6 +275,29 @@ def test_sessions_hold_no_more_weights_than_the_budget(heavy):
     again = replayer.walk(cuts, feeds)  # those given up are made again
     assert bitwise_equal(first, again)
     assert replayer.held <= 1 << 20
+
+
+def test_walks_in_step_share_sessions_that_cannot_be_kept(heavy, monkeypatch):
+    replayer = Replayer(Graph(heavy.proto), 1, heavy.weights, heavy.folder, budget=1 << 20)
+    feeds = {"x": np.ones((4, 256), np.float32)}
+    cuts = replayer.graph.cut(replayer.graph.producer)
+    base = replayer.walk(cuts, feeds)
+
+    def negated(cut):
+        patch = {cut.id: lambda outputs, _: {name: -value for name, value in outputs.items()}}
+        return replayer.walk(cuts, feeds, base, patch, ("t11",))
+
+    apart = list(map(negated, cuts[::3]))
+    made = []
+    compiled = replay.session
+    monkeypatch.setattr(replay, "session", lambda *given: made.append(given) or compiled(*given))
+    together = list(replayer.walking(negated, cuts[::3]))
+    assert all(map(bitwise_equal, together, apart))
+    assert len(made) <= len(cuts)
+    walks = replayer.walking(lambda cut: negated(cut) if cut is not cuts[3] else 1 / 0, cuts)
+    assert next(walks).keys() == {"t11"}
+    with pytest.raises(ZeroDivisionError):
+        list(walks)  # and the others are not waited for
 
 
 def test_integers_between_captured_real_values_are_no_boundary() -> None:
