@@ -417,7 +417,7 @@ def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:
     keys |= dict.fromkeys(key for key in inner if key is not None)
     # What is stated for a product is the type of what it reads, or of its compressed weights.
     computed = executed.primitive.rpartition("_")[2]
-    widened = executed.precision in BYTES and computed in FLOATS
+    widened = executed.precision not in FLOATS and computed in FLOATS
     return Kernel(
         name=source.display(executed.name),
         type=executed.type,

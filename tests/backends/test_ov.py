@@ -528,6 +528,27 @@ def test_hardswish_is_one_kernel_with_its_convolution(tmp_path: Path) -> None:
     assert [p.tensor for p in made.probes] == ["h"] and made.program_unchanged
 
 
+def test_weights_of_4_bits_are_multiplied_in_bfloat16(tmp_path: Path) -> None:
+    """The engine states the type in which they are compressed."""
+    draw = np.random.default_rng(0)
+    packed = draw.integers(0, 256, (32, 2, 16), np.uint8)
+    scales = draw.uniform(0.01, 0.02, 64).astype(np.float32)
+    nodes = [
+        helper.make_node(
+            "MatMulNBits", ["x", "w", "s"], ["y"], "y", domain="com.microsoft",
+            K=64, N=32, bits=4, block_size=32,
+        )
+    ]  # fmt: skip
+    weights = [numpy_helper.from_array(packed, "w"), numpy_helper.from_array(scales, "s")]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 4, 64)], [info("y", 4, 32)], weights)
+    model = onnx.load(path)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, path)
+    built = build(path)
+    (kernel,) = (k for k in built.provenance.kernels if k.type == "FullyConnected")
+    assert kernel.precision == precision_of(built)
+
+
 def test_a_factor_behind_moved_values_is_one_kernel_with_its_product(tmp_path: Path) -> None:
     """A bias of zeros is dropped, so that two tensors seem to end what was fused."""
     recorded = Path(__file__).parents[1] / "data" / "openvino_bf16" / "scales.onnx"
