@@ -7,34 +7,29 @@ before it is kept, and then made smaller while the difference stays.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
 
-from auditor import discovery
+from auditor import discovery, repro_files
 from auditor.capture.trace import Tracer
 from auditor.comparison import metrics
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Cut, Graph
-from auditor.ports import Script, Scriptable
-from auditor.processes.limits import Limits, physical_memory
-from auditor.processes.worker import module_path, workers
+from auditor.ports import Scriptable
+from auditor.processes.worker import workers
 from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
 from auditor.replays import sessions
+from auditor.repro_files import Case, Reproducer
 from auditor.subject import model_of, reference_of, request_for, stimulus_of
 
 if TYPE_CHECKING:
@@ -44,44 +39,8 @@ if TYPE_CHECKING:
     from auditor.records.measured import Segment
     from auditor.records.report import AuditReport, Finding
 
-MODEL, INPUTS, EXPECTED = "model.onnx", "inputs.safetensors", "expected.safetensors"
-SCRIPT, ISSUE = "repro.py", "ISSUE.md"
-
 KEPT = 0.5  # a smaller cut must show this part of the difference that the segment makes
 _TRIALS = 24  # builds at most while a cut is made smaller
-_SECONDS = 600.0  # for the script that is written, on this machine
-
-
-@dataclass(frozen=True, slots=True)
-class Reproducer:
-    """What was written.
-
-    Attributes:
-        place: of what the model was cut out, in words.
-        nodes, of: how many nodes it has, and how many the finding's segment has.
-        relative_l2: how far the backend's outputs are from the reference's in the cut.
-        shown: whether the script, run here, showed the difference; ``said`` is what it printed.
-        trials: how many models were built to get there.
-    """
-
-    place: str
-    nodes: int
-    of: int
-    relative_l2: float
-    shown: bool
-    said: str
-    trials: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """A model with its inputs, and what the two sides make of them."""
-
-    model: onnx.ModelProto
-    feeds: Arrays
-    expected: Arrays
-    relative_l2: float
-    reference: str  # what computed ``expected``
 
 
 def reproduce(
@@ -118,14 +77,14 @@ def reproduce(
     draft.mkdir(parents=True)
     try:
         part = KEPT * case.relative_l2
-        _write(draft, case, script, max(segment.floor, part if part < math.inf else 0.0))
-        shown, said = _run(draft, options.limits)
+        repro_files.write(draft, case, script, max(segment.floor, part if part < math.inf else 0.0))
+        shown, said = repro_files.run(draft, options.limits)
         nodes = len(case.model.graph.node)
         made = Reproducer(
             place, nodes, len(segment.nodes), case.relative_l2, shown, said, lab.trials
         )
-        text = _issue(made, case, finding, report, provenance)
-        (draft / ISSUE).write_text(text, encoding="utf-8")
+        text = repro_files.issue(made, case, finding, report, provenance)
+        (draft / repro_files.ISSUE).write_text(text, encoding="utf-8")
         draft.rename(folder)  # all of it or nothing
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -198,7 +157,7 @@ class _Lab:
         self._progress = progress
         self.trials = 0
 
-    def case(self, model: onnx.ModelProto, feeds: Arrays) -> _Case | None:
+    def case(self, model: onnx.ModelProto, feeds: Arrays) -> Case | None:
         """Both sides of a model; None where either cannot run it."""
         self.trials += 1
         path = self._scratch / f"{self.trials}.onnx"
@@ -214,7 +173,7 @@ class _Lab:
             return None
         distance = metrics.relative_l2(reference.wide(observed), expected, tuple(expected))
         info = reference.info
-        return _Case(model, feeds, expected, distance, f"{info.engine} {info.version}")
+        return Case(model, feeds, expected, distance, f"{info.engine} {info.version}")
 
     def _observed(self, model: Model, feeds: Arrays) -> Arrays | None:
         options = self._options
@@ -229,7 +188,7 @@ class _Lab:
 # --- the smallest cut ----------------------------------------------------------------------------
 
 
-def _smallest(model: Model, segment: Segment, values: Arrays, lab: _Lab) -> tuple[_Case, str]:
+def _smallest(model: Model, segment: Segment, values: Arrays, lab: _Lab) -> tuple[Case, str]:
     """The smallest model that shows the segment's difference, and what it was cut out of.
 
     Raises:
@@ -273,7 +232,7 @@ def _constant(graph: Graph, node: onnx.NodeProto) -> bool:
     return all(graph.is_constant(name) for name in node.output if name)
 
 
-def _case(graph: Graph, cut: Cut, values: Arrays, model: Model, lab: _Lab) -> _Case | None:
+def _case(graph: Graph, cut: Cut, values: Arrays, model: Model, lab: _Lab) -> Case | None:
     """A cut as a model of its own, on the values that the backend itself had there."""
     declared = {v.name: v for v in (*model.proto.graph.input, *model.proto.graph.value_info)}
     feeds: Arrays = {}
@@ -298,7 +257,7 @@ def _extracted(
     return inferred
 
 
-def _shrunk(case: _Case, lab: _Lab) -> _Case:
+def _shrunk(case: Case, lab: _Lab) -> Case:
     """Fewer nodes, as long as they show enough of the difference: first one, then a part."""
     graph = Graph(case.model)
     inside = [i for i, node in enumerate(graph.nodes) if not _constant(graph, node)]
@@ -345,171 +304,3 @@ def _cut(graph: Graph, part: Sequence[int], values: Arrays) -> Cut | None:
             constants.add(source)
             pending += graph.reads[source]
     return Cut("part", tuple(part), tuple(sorted(constants)), inputs, outputs)
-
-
-# --- what is written -----------------------------------------------------------------------------
-
-_SCRIPT = '''\
-"""Shows where {engine} differs from ONNX: exit code 1 while it does, 0 once it does not.
-
-Needs {packages}.
-Inputs are those that {engine} had inside the whole model; the expected values are those of
-ONNX Runtime without optimisation.
-"""
-
-import sys
-from pathlib import Path
-
-import numpy as np
-from safetensors.numpy import load_file
-
-HERE = Path(__file__).resolve().parent
-LIMIT = {limit!r}  # relative L2 from which on the two count as different
-
-{source}
-
-def relative_l2(observed, expected):
-    if observed.shape != expected.shape:
-        print(f"  shape {{observed.shape}} instead of {{expected.shape}}")
-        return np.inf
-    o, e = (np.asarray(v, np.float64) for v in (observed, expected))
-    finite = np.isfinite(e)
-    alike = np.array_equal(o[~finite], e[~finite], equal_nan=True)
-    if not alike or not np.isfinite(o[finite]).all():
-        print(f"  NaN or infinity: {{o.ravel()[:8]}} instead of {{e.ravel()[:8]}}")
-        return np.inf
-    return np.linalg.norm((o - e)[finite]) / (np.linalg.norm(e[finite]) or 1.0)
-
-
-def main():
-    expected = load_file(HERE / "{expected}")
-    feeds = load_file(HERE / "{inputs}")
-    observed = run(str(HERE / "{model}"), {{name: feeds[name] for name in {order!r}}})
-    print(version())
-    worst = 0.0
-    for name, value in expected.items():
-        print(repr(name))
-        distance = relative_l2(np.asarray(observed[name]), value)
-        if np.isfinite(distance):
-            apart = np.abs(np.asarray(observed[name], np.float64) - np.asarray(value, np.float64))
-            at = np.unravel_index(int(np.nanargmax(apart)), apart.shape) if apart.size else ()
-            got = np.asarray(observed[name])[at] if apart.size else None
-            print(f"  relative L2 {{distance:.3e}}, farthest at {{tuple(map(int, at))}}:", end=" ")
-            print(f"{{got!r}} instead of {{value[at] if apart.size else None!r}}")
-        worst = max(worst, distance)
-    print(f"{{'DIFFERENT' if worst >= LIMIT else 'alike'}}: {{worst:.3e}}, limit {{LIMIT:.3e}}")
-    return int(worst >= LIMIT)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
-'''
-
-
-def _write(folder: Path, case: _Case, script: Script, limit: float) -> None:
-    from safetensors.numpy import save_file
-
-    onnx.save(case.model, folder / MODEL)
-    # safetensors refuses strided arrays; ascontiguousarray would turn a scalar into a vector.
-    for name, values in ((INPUTS, case.feeds), (EXPECTED, case.expected)):
-        save_file({n: np.asarray(v, order="C") for n, v in values.items()}, folder / name)
-    text = _SCRIPT.format(
-        engine=script.engine,
-        packages=f"numpy, safetensors, {script.packages}",
-        limit=float(f"{limit:.3g}"),
-        source=script.source,
-        expected=EXPECTED,
-        inputs=INPUTS,
-        model=MODEL,
-        order=list(case.feeds),
-    )
-    (folder / SCRIPT).write_text(text, encoding="utf-8")
-
-
-# The limits of a backend's process, then the script as if it had been called.
-_BOOTSTRAP = """
-import json, runpy, sys
-from auditor.processes.limits import Limits, apply
-apply(Limits(**json.loads(sys.argv[1])))
-runpy.run_path(sys.argv[2], run_name="__main__")
-"""
-
-
-def _run(folder: Path, limits: Limits | None) -> tuple[bool, str]:
-    """Whether the script shows the difference, and what it printed.
-
-    It runs a part of a model from a stranger, so it gets the limits that a backend's process has.
-    """
-    allowed = json.dumps(asdict(limits or Limits(physical_memory())))
-    line = [sys.executable, "-c", _BOOTSTRAP, allowed, SCRIPT]
-    try:
-        done = subprocess.run(
-            line,
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": module_path()},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"the script took longer than {_SECONDS:g} s"
-    said = done.stdout if "DIFFERENT" in done.stdout else done.stdout + done.stderr[-2000:]
-    return done.returncode == 1 and "DIFFERENT" in done.stdout, said.strip()
-
-
-def _quoted(text: str) -> str:
-    """A name as Markdown shows it whatever it holds."""
-    shown = "".join(c if c.isprintable() and c != "`" else ascii(c)[1:-1] for c in text)
-    return f"`{shown[:300]}`"
-
-
-def _nodes(number: int) -> str:
-    return f"{number} node" if number == 1 else f"{number} nodes"
-
-
-def _issue(
-    made: Reproducer, case: _Case, finding: Finding, report: AuditReport, provenance: Provenance
-) -> str:
-    operators = [node.op_type for node in case.model.graph.node if node.op_type != "Constant"]
-    kinds = ", ".join(dict.fromkeys(operators))
-    opset = next((o.version for o in case.model.opset_import if o.domain in ("", "ai.onnx")), 1)
-    inputs = ", ".join(f"{v.dtype} {list(v.shape)}" for v in case.feeds.values())
-    options = ", ".join(_quoted(f"{k}={v}") for k, v in provenance.options.items()) or "none"
-    model_hash = report.model.sha256[:12]
-    cause = "not known: no replayed cause explains it"
-    if finding.noise is not None:
-        title = _quoted(finding.noise)
-        share = "" if finding.explained is None else f" (explains {finding.explained:.2%} of it)"
-        cause = f"{title}{share}"
-    return f"""\
-# {provenance.engine}: {kinds} differs from ONNX by {case.relative_l2:.1e} relative L2
-
-`python {SCRIPT}` in this folder runs `{MODEL}` ({_nodes(made.nodes)}: {kinds}; opset {opset}) on
-`{INPUTS}` ({inputs}) and compares it with `{EXPECTED}`, the values of
-{case.reference}.
-
-## Expected
-
-Values as the ONNX operator specification defines them, up to rounding.
-
-## What happens
-
-```
-{made.said}
-```
-
-## Environment
-
-- {provenance.engine} {provenance.version} on {provenance.device}
-- options: {options}
-- Python {platform.python_version()}, {platform.platform()}
-
-## Where it comes from
-
-- Cut out of {_quoted(os.path.basename(report.model.path))} (sha256 {model_hash}):
-  {made.place}.
-- Kernel, as the engine states it: {_quoted(finding.kernel) if finding.kernel else "not stated"}
-- Cause, measured by replaying it: {cause}
-"""

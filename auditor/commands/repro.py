@@ -36,7 +36,8 @@ def _repro(
     built and run before it is kept. The script needs the backend alone, and is run once here:
     exit code 3 if it does not show the difference.
     """
-    from auditor.repro import ISSUE, SCRIPT, reproduce
+    from auditor.repro import reproduce
+    from auditor.repro_files import ISSUE, SCRIPT
     from reports import json_v1
     from reports._progress import LiveProgress
     from reports._words import count
