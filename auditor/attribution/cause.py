@@ -29,6 +29,7 @@ from auditor.attribution.hypotheses import ELEMENTS, ROUNDED, TURNED, Bench, Tes
 from auditor.comparison import metrics
 from auditor.errors import NoiseError
 from auditor.graphs import artefact, surgery
+from auditor.graphs.weights import size_of
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import blockwise, branches, fused, sessions
@@ -54,6 +55,8 @@ FORMS = 4
 CLEARLY = 2.0
 # Relative L2 between two ways to run one segment in float32.
 _SAME = 1e-6
+# Each rival may hold its weights several times over: those of larger segments are tried in turn.
+_HEAVY = 256 << 20
 # bfloat16 exists in ONNX graphs from this opset on.
 OPSET = 13
 
@@ -221,7 +224,11 @@ class _Search:
                     break
             if bench.settled:
                 break
-        for rival in beside(self._likeliest, waiting) if beside else ():
+        if beside is None:
+            return
+        if sum(map(size_of, self.segment.model.graph.initializer)) > _HEAVY:
+            beside = map
+        for rival in beside(self._likeliest, waiting):
             for found in rival:
                 bench.note(found)
 
