@@ -26,6 +26,10 @@ _OPSET = 17  # LayerNormalization exists
 # Kernel types that multiply with weights, that normalise, and that may be all of an attention.
 _PROJECTING, _NORMALISING, _WHOLE = "FullyConnected", "MVN", "Subgraph"
 _AXES_OPSET = 18  # ReduceMean takes its axes as an input
+_CLIP_OPSET = 11  # Clip takes its limits as inputs
+_ACTIVATED = ("FusedConv", "FusedGemm")
+# What the numbers are that an activation is given, where these are attributes.
+_NUMBERS = {"LeakyRelu": ("alpha",), "Elu": ("alpha",), "HardSigmoid": ("alpha", "beta")}
 _FLOAT = onnx.TensorProto.FLOAT
 _OTHER = ""  # kernels of any other type
 
@@ -63,14 +67,15 @@ def written_out(segment: SegmentGraph) -> SegmentGraph:
     as statistics.
     """
     model = segment.model
-    if surgery.opset(model) < _OPSET or not any(map(_writer, model.graph.node)):
+    version = surgery.opset(model)
+    if not any(_writer(node, version) for node in model.graph.node):
         return segment
     editor = Editor(model)
     shapes = surgery.shapes(model) | {t.name: tuple(t.dims) for t in model.graph.initializer}
     tensors = _Tensors(shapes, surgery.types(model))
     kernels = list(segment.kernels)
     for node in model.graph.node:
-        write = _writer(node)
+        write = _writer(node, version)
         written = write(node, editor, tensors) if write else None
         if written is None:
             editor.copy(node)
@@ -374,6 +379,25 @@ def _product(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Writte
     return _Written()
 
 
+def _activated(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
+    """A sum of products, to which a convolution may add another tensor, and an activation."""
+    given = surgery.attributes(node)
+    own = {name: value for name, value in given.items() if not name.startswith("activation")}
+    names = ("activation_alpha", "activation_beta", "activation_gamma")
+    numbers = given.get("activation_params") or [given[name] for name in names if name in given]
+    activation = given["activation"]
+    first, last = (3, 4) if node.op_type == "FusedConv" else (len(node.input), 0)
+    total = editor.add(node.op_type[5:], *filter(None, node.input[:first]), **own)
+    for other in filter(None, node.input[first:last]):
+        total = editor.add("Add", total, other)
+    if activation == "Clip":
+        editor.add("Clip", total, *map(editor.constant, numbers), to=node.output[0])
+    else:
+        options = dict(zip(_NUMBERS.get(activation, ()), numbers, strict=False))
+        editor.add(activation, total, to=node.output[0], **options)
+    return _Written()
+
+
 def _gelu(node: onnx.NodeProto, editor: Editor, tensors: _Tensors) -> _Written | None:
     """A value times the share of a normal distribution below it, or an approximation."""
     x = node.input[0]
@@ -403,6 +427,8 @@ _WRITTEN: dict[tuple[str, str], Callable[[onnx.NodeProto, Editor, _Tensors], _Wr
     (_DOMAIN, "BiasGelu"): _gelu,
     (_DOMAIN, "EmbedLayerNormalization"): _embedding,
     (_DOMAIN, "FastGelu"): _gelu,
+    (_DOMAIN, "FusedConv"): _activated,
+    (_DOMAIN, "FusedGemm"): _activated,
     (_DOMAIN, "FusedMatMul"): _product,
     (_DOMAIN, "Gelu"): _gelu,
     (_DOMAIN, "MultiHeadAttention"): _biased_attention,
@@ -413,6 +439,8 @@ _WRITTEN: dict[tuple[str, str], Callable[[onnx.NodeProto, Editor, _Tensors], _Wr
 
 
 def _writer(
-    node: onnx.NodeProto,
+    node: onnx.NodeProto, version: int
 ) -> Callable[[onnx.NodeProto, Editor, _Tensors], _Written | None] | None:
+    if version < (_CLIP_OPSET if node.op_type in _ACTIVATED else _OPSET):
+        return None
     return _WRITTEN.get((node.domain, node.op_type))
