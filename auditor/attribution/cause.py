@@ -49,6 +49,8 @@ OWN = 4
 # only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
 # would be met by chance; and so many are tried at most.
 ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
+# Branches of a segment of so few nodes are looked into like any other segment.
+SHORT = 16
 # How many other forms of the cause are tested again where few elements differ.
 FORMS = 4
 # Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
@@ -204,8 +206,8 @@ class _Search:
         """``believed`` are the noise and the variant that explained such a segment before."""
         self._bench, self._believed = bench, believed
         self.segment = fused.written_out(blockwise.written_out(_modern(bench)))
-        self._unbranched = _unbranched(bench, self.segment)
-        bench.branched = self._unbranched is not self.segment
+        inside = self._unbranched = _unbranched(bench, self.segment)
+        bench.branched = inside is not self.segment and len(inside.model.graph.node) > SHORT
         self.ordered = sorted(
             noises,
             key=lambda n: (
@@ -356,8 +358,8 @@ def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
 def _tells(bench: Bench, noise: Noise) -> bool:
     """Whether a noise is looked for inside branches.
 
-    One holds a whole network sometimes. A precision is that of all of it; of faults that may be
-    anywhere in it, one or the other would fit by chance.
+    A long one holds a whole network sometimes. A precision is that of all of it; of faults that may
+    be anywhere in it, one or the other would fit by chance.
     """
     return not bench.branched or noise.id.startswith("precision.")
 

@@ -99,7 +99,7 @@ class Bench:
     says: frozenset[str] = frozenset()  # the precisions that the engine reports
     base: Tested | None = None  # the best of those
     likely: list[Tested] = field(default_factory=list)  # of the others, beside it
-    branched: bool = False  # whether there are branches to look into
+    branched: bool = False  # whether there are long branches to look into
     rounds: bool = False  # whether the model itself rounds, to 8 bits for instance
 
     def __post_init__(self) -> None:

@@ -196,15 +196,16 @@ class Tracer:
             with self._stored(feeds, "run") as stored:
                 plain = self._call("run", _Ran, feeds=stored, repeats=_REPEATS if first else 1)
                 outputs = self._final(plain.outputs)
+                if plain.run_to_run > 0:
+                    again = self._final(self._call("run", _Ran, feeds=stored, repeats=1).outputs)
                 if first:
                     self._instrument(stored, last)
                 if self.unobserved is not None:
                     return SampleTrace(outputs, outputs, None, True, 0.0, plain.run_to_run)
-                twice = plain.run_to_run > 0
-                answer = self._call("capture", _Captured, feeds=stored, last=last and not twice)
-                if twice:
+                answer = self._call("capture", _Captured, feeds=stored, last=last and again is None)
+                if again is not None:
                     second = self._call("capture", _Captured, feeds=stored, last=last)
-                    again = self._captured(second.tensors)
+                    again = self._captured(second.tensors) | again
                 tensors = self._captured(answer.tensors)
         except BackendError as error:
             self._fail(error)

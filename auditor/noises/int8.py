@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,6 +32,9 @@ _QUANTISED = (
 _LARGEST = float(np.finfo(np.float32).max) / 4  # a range of weights is finite
 _OPSET = 11
 _SOME = 4096
+_ON_GRID = "outputs rounded to the 256 values that they lie on"
+_MANY = 100  # elements that say what grid they lie on
+_OFF = 1e-3  # steps that a product with a scale, rounded, may be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,15 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
 
 def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
-    """One product on the grids that the backend's own tensors speak for."""
+    """Outputs, or one product, on the grids that the backend's own tensors speak for."""
     layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
+    if grids := {name: body for name, v in observed.items() if (body := _grid(v)) is not None}:
+        yield Variant(_ON_GRID, _rounded(segment.model, grids))
+        for scheme in SCHEMES if weighted else ():
+            if scheme.outputs is None:
+                quantised = _quantised(layout, weighted, scheme)
+                yield Variant(f"{scheme.name}, {_ON_GRID}", _rounded(quantised, grids))
     if weighted:
         whole = inside(segment.model, segment.weights)
         rounded: Iterator[Variant] = iter(())
@@ -101,6 +110,30 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
         narrow = next((v.model for v in rounded), None)
         for fit in _calibrated.fits(whole, weighted, inputs, observed, narrow=narrow):
             yield Variant(fit.name, _with(layout, fit))
+
+
+def _grid(values: Array) -> str | None:
+    """The function that rounds to the 256 values of equal distance that a tensor holds, if any."""
+    if values.dtype != np.float32 or values.size < _MANY or not np.isfinite(values).all():
+        return None
+    if np.unique(values.reshape(-1)[:_SOME]).size > 256:  # most tensors tell at once
+        return None
+    levels = np.unique(values).astype(np.float64)
+    if not 2 < levels.size <= 256:
+        return None
+    numbers = np.rint(levels / np.diff(levels).min())
+    step = float(levels @ numbers / (numbers @ numbers))
+    if np.ptp(numbers) > 255 or abs(levels / step - numbers).max() > _OFF:
+        return None
+    return f"""(x) => (y) {{
+        s = Constant <value = float {{{step!r}}}> () q = Div(x, s) r = Round(q)
+        l = Constant <value = float {{{numbers[0]}}}> () u = Max(r, l)
+        h = Constant <value = float {{{numbers[-1]}}}> () v = Min(u, h) y = Mul(v, s) }}"""
+
+
+def _rounded(model: onnx.ModelProto, grids: Mapping[str, str]) -> onnx.ModelProto:
+    written = {i: n.output[0] for i, n in enumerate(model.graph.node)}
+    return surgery.passing(model, {}, {i: grids[o] for i, o in written.items() if o in grids})
 
 
 def _weighted(layout: Layout) -> dict[int, Array]:
@@ -230,7 +263,8 @@ NOISE = Cause(
     ),
     applies=(
         "Conv, ConvTranspose, Gemm and MatMul with constant float32 weights, in segments "
-        "without quantised operators; operator set 11 or later"
+        "without quantised operators, and float32 outputs of whatever segment that lie on 256 "
+        "values; operator set 11 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision, and eq. 9 and 10; ONNX "
@@ -258,6 +292,8 @@ NOISE = Cause(
         *(artefact.form("8 bits") + RUNNING + name for name in int8_dynamic.NOISE.forms),
         *artefact.CHOSEN_FORMS,
         *(scheme.name for scheme in SCHEMES),
+        _ON_GRID,
+        *(f"{scheme.name}, {_ON_GRID}" for scheme in SCHEMES if scheme.outputs is None),
         *_calibrated.FORMS,
     ),
     variants=_variants,

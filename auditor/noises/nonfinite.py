@@ -18,7 +18,10 @@ _LOSES = {
     **dict.fromkeys(("Min", "ReduceMin", "ArgMin"), "inf"),
 }
 _OPPOSITE = {"-inf": "inf", "inf": "-inf"}
-_ZEROED = ("Sign", "Round", "Floor", "Ceil", "Cast", "ReduceSum", "ReduceMean", "CumSum")
+_ZEROED = (
+    *("Sign", "Round", "Floor", "Ceil", "Cast", "ReduceSum", "ReduceMean", "CumSum"),
+    *("Elu", "Selu", "Celu"),
+)
 # Operators in which the reference itself drops a NaN, as its kernels happen to compare.
 _DROPPING = ("ReduceMax", "ReduceMin", "MaxPool", "ThresholdedRelu")
 _MASKED = ("Relu", "ThresholdedRelu", "Where")

@@ -95,19 +95,26 @@ def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str
         yield from ({_ROUNDING: rounding} for rounding in _ROUNDINGS)
         yield {_CENTRE: "align_corners", _ROUNDING: "round_prefer_ceil"}
         for other in dict.fromkeys(("half_pixel", centre)):
-            yield {"mode": "cubic", _CENTRE: other}
+            yield from (cubic | {_CENTRE: other} for cubic in _cubics(given))
         return
     if mode == "cubic":
-        for excluded in (given["exclude_outside"], 1 - given["exclude_outside"]):
-            for a in dict.fromkeys((given["cubic_coeff_a"], *_COEFFICIENTS)):
-                yield {"cubic_coeff_a": a, "exclude_outside": excluded}
+        yield from _cubics(given)
     for other, rounding in _NEAREST[:2]:
         yield {"mode": "nearest", _CENTRE: other, _ROUNDING: rounding, **_PLAIN}
-    yield {"mode": "linear", "exclude_outside": 0} if mode == "cubic" else {"mode": "cubic"}
+    if mode == "cubic":
+        yield {"mode": "linear", "exclude_outside": 0}
+    else:
+        yield from _cubics(given)
     yield from ({_CENTRE: other} for other in _CENTRES)
     if version >= _ANTIALIAS:
         for excluded in (1, 0):  # PyTorch and Pillow do not count what lies outside
             yield {"antialias": 1, "exclude_outside": excluded}
+
+
+def _cubics(given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for excluded in (given["exclude_outside"], 1 - given["exclude_outside"]):
+        for a in dict.fromkeys((given["cubic_coeff_a"], *_COEFFICIENTS)):
+            yield {"mode": "cubic", "cubic_coeff_a": a, "exclude_outside": excluded}
 
 
 def _described(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> str:

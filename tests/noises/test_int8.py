@@ -50,6 +50,16 @@ def stepped(w: Array, scale: Array) -> Array:
     return stored.astype(np.float64) * scale
 
 
+def test_outputs_on_a_grid(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    feeds = {n: generator.standard_normal((8, 40)).astype(np.float32) for n in "ab"}
+    segment = make_segment([helper.make_node("Add", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"])
+    exact = feeds["a"].astype(np.float64) + feeds["b"]
+    for wrong, cause in ((1.0, ID), (1.05, None)):  # a factor that no rounding explains
+        steps = np.clip(np.floor(wrong * exact / 0.03 + 0.5), -100, 155)
+        found = explain(run, segment, feeds, (steps * 0.03).astype(np.float32))
+        assert found.noise == cause
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_stored_weights(dense: tuple[SegmentGraph, Arrays], run: Any, per_channel: bool) -> None:
     segment, t = dense

@@ -33,6 +33,7 @@ def floats(*values: float) -> Array:
         ("HardSigmoid", (NAN, 1, -9), (1, 0.7, 0)),
         ("Tanh", (NAN, 0.5, 2), (-1, np.tanh(0.5), np.tanh(2))),
         ("Sign", (NAN, 3, -2), (0, 1, -1)),
+        ("Elu", (NAN, 3, 2), (0, 3, 2)),
         ("ThresholdedRelu", (-INF, 0.5, 2), (NAN, 0, 2)),
         ("ThresholdedRelu", (NAN, 0.5, 2), (NAN, 0, 2)),
         ("Relu", (-INF, 3, -2), (NAN, 3, 0)),
