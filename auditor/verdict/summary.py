@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -223,18 +223,29 @@ def _additivity(measured: Analysis) -> float | None:
 
 def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     """What the reader must not miss."""
-    said = [*filter(None, (measured.another_file(),)), *measured.warnings]
+    another = measured.another_file()
+    return [
+        *((another,) if another else ()),
+        *measured.warnings,
+        *_on_the_program(measured),
+        *_on_the_ranking(measured),
+        *_on_the_error(measured, segments),
+    ]
+
+
+def _on_the_program(measured: Analysis) -> Iterator[str]:
+    """Whether what was captured is what ships, and repeats itself."""
     if measured.tracer.unproved is not None:
-        said.append(measured.tracer.unproved)
+        yield measured.tracer.unproved
     elif not measured.equal:
-        said.append(
+        yield (
             "The instrumented run's outputs differ from the plain run's: captures may not "
             "show the program that ships."
         )
     elif not measured.tracer.program_unchanged:
-        said.append("Observing this program could not be proved to leave it unchanged.")
+        yield "Observing this program could not be proved to leave it unchanged."
     if measured.run_to_run > 0:
-        said.append(
+        yield (
             f"The program does not repeat its own bits (relative L2 {measured.run_to_run:.1e} "
             "between runs)."
         )
@@ -246,13 +257,17 @@ def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     ]
     if drawing:
         more = f" and {len(drawing) - 1} more" if len(drawing) > 1 else ""
-        said.append(
+        yield (
             f"The model draws random numbers (`{drawing[0]}`{more}): what depends on them differs "
             "in every run. Export it with these numbers as inputs to audit what is behind."
         )
+
+
+def _on_the_ranking(measured: Analysis) -> Iterator[str]:
+    """What impacts do not tell."""
     total = _additivity(measured)
     if total is not None and not ADDITIVE[0] <= total <= ADDITIVE[1]:
-        said.append(
+        yield (
             f"Contributions do not add here (sum of squared impacts {total:.2f}, 1 where "
             "errors are independent): repairing several segments helps "
             f"{'less' if total > 1 else 'more'} than their impacts suggest."
@@ -264,7 +279,7 @@ def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     ]
     if blind:
         one = len(blind) == 1
-        said.append(
+        yield (
             f"{'1 segment' if one else f'{len(blind)} segments'}, from {blind[0].cut.id} on, "
             f"{'was' if one else 'were'} handed NaN or infinity where the reference has numbers, "
             "and passed it on: what else is wrong there does not show."
@@ -272,21 +287,24 @@ def _sentences(measured: Analysis, segments: Sequence[Segment]) -> list[str]:
     effects = measured.effects
     unranked = [m for m in measured.meters.values() if m.flagged and m.cut.id not in effects]
     if unranked:
-        said.append(
+        yield (
             f"Impact was measured for the {len(effects)} segments with the largest "
             f"introduced error; {len(unranked)} smaller ones are listed without it."
         )
+
+
+def _on_the_error(measured: Analysis, segments: Sequence[Segment]) -> Iterator[str]:
+    """Where it sits, and whether the model amplifies any."""
     finals = set(measured.reference.graph.outputs)
     for segment in segments:
         place = segment.concentration
         if place is not None and finals & set(segment.outputs):
-            said.append(
+            yield (
                 f"{place.share:.0%} of the error of output `{segment.outputs[0]}` sits at "
                 f"index {place.index} of axis {place.axis} (size {place.axis_size})."
             )
     if measured.control is not None and measured.control > 10:
-        said.append(
+        yield (
             f"The model itself amplifies relative noise on its input {measured.control:.0f} "
             "times: small differences anywhere become large ones at the output."
         )
-    return said
