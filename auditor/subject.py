@@ -310,20 +310,28 @@ def calibration(subject: Subject, options: AuditOptions, scratch: Path) -> Path 
 
 
 def handed(subject: Subject, options: AuditOptions) -> tuple[str, ...]:
-    """What becomes of the stimulus, as sentences: its types, and what was calibrated on it."""
+    """What becomes of the stimulus, as sentences: its types, and what takes statistics of it."""
+    from auditor.noises import export_training_mode
+
     types = {spec.name: spec.dtype for spec in subject.model.inputs}
-    cast = tuple(
+    said = tuple(
         f"`{spec.name}` is handed over as {spec.dtype.name}, as the candidate takes it"
         for spec in subject.compiled.inputs
         if spec.dtype != types[subject.rename[spec.name]]
     )
+    if training := export_training_mode.in_training(subject.compiled.proto):
+        said += (
+            f"{subject.compiled.path} is in training mode in {len(training)} nodes, the first of "
+            f"which makes `{training[0].output[0]}`: its answers depend on the batch at hand or on "
+            "chance. Call eval() and export again",
+        )
     if not subject.quantised:
-        return cast
+        return said
     on = f"all samples of {options.calibration}"
     if options.calibration is None:
         on = f"the {len(subject.stimulus)} audited samples themselves, which flatters them"
     who = ", ".join(sorted(subject.quantised))
-    return (*cast, f"quantised to 8 bits on {who}: calibrated on {on}")
+    return (*said, f"quantised to 8 bits on {who}: calibrated on {on}")
 
 
 # --- reference ------------------------------------------------------------------------------------

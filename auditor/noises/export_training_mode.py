@@ -30,6 +30,13 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(_DROPOUT, _evaluated(model, [], dropouts))
 
 
+def in_training(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Nodes whose results depend on the batch at hand, or on chance."""
+    constants = surgery.constants(model)
+    found = [n for _, n in surgery.find(model, ("BatchNormalization",)) if _trains(n)]
+    return found + [n for _, n in surgery.find(model, ("Dropout",)) if _drops(n, model, constants)]
+
+
 def _trains(node: onnx.NodeProto) -> bool:
     return bool(surgery.attributes(node).get("training_mode", 0))
 

@@ -59,6 +59,7 @@ def test_training_mode(tmp_path: Path) -> None:
     report = run(path)
     named = modules(report.findings, "export.training_mode")
     assert {"blocks.0.bn", "blocks.1.bn", "blocks.0.drop", "blocks.1.drop"} <= named
+    assert "is in training mode in 4 nodes" in report.stimulus.notes[-1]
     assert not modules(report.findings, None)
     assert report.exit_code == 1
     # The file draws random numbers: what no segment accounts for is no rounding.
