@@ -71,9 +71,12 @@ def floor(
     model = replayer.model(cut, local.inputs)
     if surgery.is_exact(model):
         return repeat
-    if moved.draws():  # no two runs of it are alike: nothing can be told by its numbers
-        apart = moved.distance(local.observed, local.replayed) * _ABOVE
-        return max(fp32_rounding.floor(0.0), repeat, apart)
+    if moved.draws():
+        least = max(fp32_rounding.floor(0.0), repeat)
+        if any(node.op_type == "Dropout" for node in model.graph.node):
+            return least  # that it drops at all has a name (export.training_mode)
+        # No two runs of it are alike: nothing can be told by its numbers.
+        return max(least, moved.distance(local.observed, local.replayed) * _ABOVE)
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
