@@ -98,13 +98,12 @@ class Alignment:
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
         inside = self.probes.keys() & base.keys() - set(graph.outputs)
-        # Optimisers write a product of matrices with other axes.
-        self._reshaped = {
+        self._reshaped = {  # optimisers write a product of matrices with other axes
             n
             for n in inside
-            if (self.other_file or self.probes[n].inferred)
-            and captured[n].shape != base[n].shape
+            if captured[n].shape != base[n].shape
             and captured[n].size == base[n].size
+            and (self.other_file or (self.probes[n].inferred and merged(captured[n], base[n])))
         }
         captured = self._shaped(captured, base)
         # Of two such tensors one behind the other, the first shows once the second is left out.
@@ -198,6 +197,14 @@ class Alignment:
                 for kernel in kernels
             )
         return self._all_kernels
+
+
+def merged(value: Array, whole: Array) -> bool:
+    """Whether one array may be another with axes in front made one, or several, as products have.
+
+    One of as many axes was transposed instead.
+    """
+    return value.ndim != whole.ndim and value.shape[-1:] == whole.shape[-1:]
 
 
 def _is_fractional(value: Array, of: Array) -> bool:

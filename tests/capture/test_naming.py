@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
+from auditor.capture.alignment import merged
 from auditor.capture.naming import unconfirmed
 from auditor.graphs.segments import Graph
 from auditor.replays.replay import Replayer
@@ -15,6 +16,13 @@ net (float[3,4] x, float[4] w, float[4] b) => (float[3,4] y) {
     t = Transpose<perm = [0, 1]>(s)
     y = Relu(t)
 }"""
+
+
+def test_a_transposed_tensor_is_not_one_with_other_axes() -> None:
+    whole = np.zeros((2, 8, 16))
+    assert merged(np.zeros((16, 16)), whole) and merged(np.zeros((2, 2, 4, 16)), whole)
+    assert not merged(np.zeros((2, 16, 8)), whole) and not merged(np.zeros((8, 2, 16)), whole)
+    assert not merged(np.zeros((32, 8)), whole)
 
 
 @pytest.mark.parametrize("fault", ["none", "scaled", "named before the bias", "other values"])
