@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from auditor.graphs import artefact, surgery
+from auditor.graphs import surgery
+from auditor.graphs.storage import grid_steps
 from auditor.ports import Array, SegmentGraph
 from auditor.replays.quantised import Editor, Layout
 
@@ -84,7 +85,7 @@ def _on_grid(weights: Array | None) -> tuple[Array, Array, Array] | None:
     if weights is None or weights.dtype != np.float32:
         return None
     rows = weights.reshape(len(weights), -1)
-    steps = artefact.grid_steps(rows)
+    steps = grid_steps(rows)
     if not np.isfinite(steps).all():
         return None
     integers = np.rint(rows / steps[:, None])

@@ -16,6 +16,7 @@ from onnxruntime.quantization import quantize_dynamic
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.graphs import artefact, model
+from auditor.graphs.storage import storage_of
 from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import qdq, recurrent, sessions
@@ -92,14 +93,14 @@ def test_other_roundings(tmp_path: Path, rounding: np.ufunc) -> None:
     w = original()
     small = np.where(np.arange(w.size).reshape(w.shape) % 3, w, w * np.float32(1e-4))
     half = small.astype("f2").astype("f4")
-    assert artefact._storage(small, np.where(abs(half) < 2**-14, 0, half)) == "float16"
-    assert artefact._storage(small, np.where(abs(half) < 2**-10, 0, half)) is None
+    assert storage_of(small, np.where(abs(half) < 2**-14, 0, half)) == "float16"
+    assert storage_of(small, np.where(abs(half) < 2**-10, 0, half)) is None
     upper = (w.view(np.uint32) & 0xFFFF0000).view(np.float32)
-    assert artefact._storage(w, upper) == "bfloat16"
-    assert artefact._storage(upper, upper + np.spacing(upper) * 2**16) is None
+    assert storage_of(w, upper) == "bfloat16"
+    assert storage_of(upper, upper + np.spacing(upper) * 2**16) is None
     scale = (abs(w).max(axis=(1, 2, 3), keepdims=True) / 127).astype(np.float32)
     integers = np.clip(rounding(w / scale), -127, 127).astype(np.int8)
-    assert artefact._storage(w, (integers * scale).astype("f4")) == "8 bits"
+    assert storage_of(w, (integers * scale).astype("f4")) == "8 bits"
     for moved, chosen in ((0, True), (1, False)):
         stored = (integers + np.int8(moved), scale.reshape(-1))
         (constant,) = changed(tmp_path, w, name="v", quantised=stored).values()
@@ -110,7 +111,7 @@ def test_eight_bits_of_a_depthwise_filter() -> None:
     """Nine values to a grid, hardly two of which fall together."""
     w = np.random.default_rng(2).standard_normal((32, 1, 3, 3)).astype(np.float32)
     integers, scale = rounded_to_8_bits(w, 100, 0)
-    assert artefact._storage(w, (integers * scale).astype(np.float32)) == "8 bits"
+    assert storage_of(w, (integers * scale).astype(np.float32)) == "8 bits"
 
 
 def test_eight_bits_as_integers_under_another_name(tmp_path: Path) -> None:
@@ -171,13 +172,13 @@ def test_channels_without_weight_need_no_grid() -> None:
     w = original()
     w[5] *= np.float32(1e-9)
     integers, scale = rounded_to_8_bits(w, 100, None)
-    assert artefact._storage(w, (integers * scale).astype(np.float32)) == "8 bits"
+    assert storage_of(w, (integers * scale).astype(np.float32)) == "8 bits"
     integers, scale = rounded_to_8_bits(w, 100, 0)
     value = (integers * scale).astype(np.float32)
     value[5] = 0
-    assert artefact._storage(w, value) == "8 bits"
+    assert storage_of(w, value) == "8 bits"
     value[6] = 0
-    assert artefact._storage(w, value) is None
+    assert storage_of(w, value) is None
 
 
 def test_few_values_are_no_grid() -> None:
@@ -185,19 +186,19 @@ def test_few_values_are_no_grid() -> None:
     r = np.random.default_rng(0)
     for shape in ((), (1,), (64,), (64, 1), (1, 64, 1)):
         w = np.ones(shape, np.float32)
-        assert artefact._storage(w, w * np.float32(1.01)) is None
+        assert storage_of(w, w * np.float32(1.01)) is None
         spread = np.asarray(w + 0.01 * r.standard_normal(shape), np.float32)
-        assert artefact._storage(w, spread) is None
-        assert artefact._storage(spread, w) != "8 bits"
+        assert storage_of(w, spread) is None
+        assert storage_of(spread, w) != "8 bits"
 
 
 def test_a_grid_that_moved_is_no_rounding() -> None:
     """The model was quantised before: its values are on a grid already."""
     integers, scale = rounded_to_8_bits(original(), 100, 0)
     w = (integers * scale).astype(np.float32)
-    assert artefact._storage(w, w * np.float32(1.001)) is None
+    assert storage_of(w, w * np.float32(1.001)) is None
     stretched = (integers * scale * np.linspace(1, 1.002, 16)[:, None, None, None]).astype("f4")
-    assert artefact._storage(w, stretched) is None
+    assert storage_of(w, stretched) is None
 
 
 @settings(deadline=None, max_examples=20)
@@ -207,7 +208,7 @@ def test_random_values_are_on_no_grid(seed: int, size: int) -> None:
     r = np.random.default_rng(seed)
     w = r.standard_normal((size, 9)).astype(np.float32)
     moved = (w * (1 + r.standard_normal(w.shape) * 1e-3)).astype(np.float32)
-    assert artefact._storage(w, moved) is None
+    assert storage_of(w, moved) is None
 
 
 # --- the audit ---------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""In which narrow format a constant was stored, told by its values alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from auditor.ports import Array, Storage
+
+# Steps of an 8-bit grid, and how near to its points values must lie, in steps.
+_STEPS, _NEAR = 256, 0.01
+_HALF = 2.0**-11  # a file may keep the steps in half precision that were rounded by in single
+# Any few numbers lie on some grid.
+_LEVELS = 4
+# Up to so many levels, 8 bits are not what they are stored in.
+_FOUR_BITS = 16
+# So many values of a row are looked at first, since most are on no grid.
+_GLANCE = 4096
+FLOATS: dict[Storage, int] = {
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+# Part of the square norm that channels may have which are on no grid.
+_NOTHING = 1e-6
+
+
+def storage_of(original: Array, value: Array) -> Storage | None:
+    """The narrow format that the original's values were stored in."""
+    if original.dtype != np.float32:
+        return None
+    for name, kind in FLOATS.items():
+        if _is_neighbour(original, value, helper.tensor_dtype_to_np_dtype(kind)):
+            return name
+    levels = _levels(original, value)
+    return None if levels is None else "8 bits" if levels > _FOUR_BITS else "4 bits"
+
+
+def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
+    """Whether every value is one of the two of a narrower format around its original.
+
+    Which of them is the converter's choice: the nearest, the one towards zero (bfloat16 as the
+    upper half of the bits), the largest that is finite; zero for what would be subnormal.
+    """
+    with np.errstate(over="ignore"):
+        nearest = original.astype(narrow)
+    back = nearest.astype(np.float32)
+    same = (value == back) | (np.isnan(value) & np.isnan(back))
+    same |= (value == 0) & (np.abs(original) < ml_dtypes.finfo(narrow).tiny)  # type: ignore[no-untyped-call]
+    if same.all():
+        return True
+    other = np.nextafter(nearest, np.copysign(np.float32(np.inf), original - back).astype(narrow))
+    return bool((same | ((back != original) & (value == other.astype(np.float32)))).all())
+
+
+def _levels(original: Array, value: Array) -> int | None:
+    """Levels of the 8-bit grids that values lie on, next to their originals; None if on none.
+
+    One grid, or one per channel. Channels without weight in the sum, which round to nothing, need
+    no grid.
+    """
+    for axis in (None, 0, -1):
+        if axis is None:
+            a, b = original.reshape(1, -1), value.reshape(1, -1)
+        elif value.ndim > 1:
+            a, b = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
+        else:
+            continue
+        squares = np.square(a, dtype=np.float64).sum(axis=1)
+        levels = _on_grid(a, b)
+        if squares[np.isnan(levels)].sum() <= _NOTHING * squares.sum():
+            return int(np.nanmax(levels, initial=0))
+    return None
+
+
+def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
+    """By row, levels of the grid next to the originals; 0 where these are left; NaN for no grid."""
+    same = np.asarray((original == value).all(axis=1))
+    steps = grid_steps(value[:, :_GLANCE])
+    if value.shape[1] > _GLANCE and np.isfinite(steps).any():
+        steps = grid_steps(value)
+    found = np.where(same, 0.0, np.nan)
+    if np.isnan(steps).all():
+        return found
+    # What was on a grid before was changed in another way than by rounding.
+    steps[np.isfinite(grid_steps(original))] = np.nan
+    with np.errstate(invalid="ignore"):
+        above, points = (original - value) / steps[:, None], value / steps[:, None]
+        fits = np.isfinite(steps) & rounds(above, value, _NEAR + _HALF * np.abs(points)) & ~same
+    found[fits] = np.rint(np.ptp(value[fits], axis=1) / steps[fits]) + 1
+    return found
+
+
+def rounds(steps: Array, values: Array, near: Array | float = _NEAR) -> NDArray[np.bool_]:
+    """By row, whether values are the originals rounded: to the nearest, downwards or towards zero.
+
+    Args:
+        steps: how far the originals are above the values, in steps of their grid.
+        values: of which the largest and the smallest may be any distance from theirs.
+        near: how far beyond half a step is a rounding too.
+    """
+    beyond = (values == values.max(axis=-1, keepdims=True)) & (steps > 0)
+    beyond |= (values == values.min(axis=-1, keepdims=True)) & (steps < 0)
+    found = ((np.abs(steps) <= 0.5 + near) | beyond).all(axis=-1)
+    # Whole steps are a grid that was moved.
+    whole = np.mean(np.abs(steps - np.rint(steps)) <= _NEAR, axis=-1)
+    for over in (steps, steps * np.sign(values)):
+        inside = (over >= -near) & (over <= 1 + near)
+        found |= (inside | beyond).all(axis=-1) & (whole < 0.5)
+    return np.asarray(found)
+
+
+def grid_steps(rows: Array) -> NDArray[np.float64]:
+    """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
+    levels = np.sort(rows.astype(np.float64), axis=1)
+    found = np.full(len(levels), np.nan)
+    if not np.isfinite(levels).all():
+        return found
+    gaps = np.diff(levels, axis=1)
+    distinct = (gaps > 0).sum(axis=1) + 1
+    open_ = np.flatnonzero((distinct >= _LEVELS) & (distinct <= _STEPS))
+    levels, gaps = levels[open_], gaps[open_]
+    least = np.where(gaps > 0, gaps, np.inf).min(axis=1, initial=np.inf)
+    largest = np.abs(levels).max(axis=1, initial=0)
+    # The step is a part of the smallest gap; or the largest value is the last of 8 or 7 bits.
+    for step in (
+        *(least / n for n in (1, 2, 3, 4)),
+        *(largest / n for n in (127, 128, 255, 63, 64)),
+    ):
+        points = levels / step[:, None]
+        fits = (np.ptp(points, axis=1) <= _STEPS) & (
+            np.abs(points - np.rint(points)).max(axis=1) <= _NEAR
+        )
+        new = fits & np.isnan(found[open_])
+        found[open_[new]] = step[new]
+    return found
