@@ -306,26 +306,7 @@ class Photographs:
         self._measured = 0
         self._outputs: dict[str, OutputMeter] = {}
         self._input = ""
-        self._used: list[str] = []
-        shape: tuple[int, ...] = ()
-        for name in photos.names:
-            try:
-                self._input, tensor = self._both(model, name)
-            except (PhotoError, UsageError) as error:
-                self._gap(name, "decode", error.message)
-                continue
-            shape = shape or tensor.shape
-            if tensor.shape == shape:
-                self._used.append(name)
-            else:
-                why = f"its tensor is {shown(tensor.shape)}, the first one's {shown(shape)}"
-                self._gap(name, "compare", f"{why}: an audit compiles for one shape")
-        if not self._used:
-            raise UsageError(
-                f"no photograph can be used of {len(photos.names)}: "
-                f"{self.gaps[0].subject}: {self.gaps[0].reason}",
-                "Both sides of the pipeline must read them and make what the model takes.",
-            )
+        self._used, shape = self._usable(model)
         side = "the deployment side of " if self._meters else ""
         alike = ("Both sides of the pipeline are alike: nothing but the network can differ.",)
         notes = (*description.notes, *photos.notes, *(() if self._meters else alike))
@@ -333,6 +314,34 @@ class Photographs:
         shapes = {self._input: shape}
         info = StimulusInfo("recorded", len(self._used), None, source, shapes, notes)
         self.stimulus = Stimulus(info, self._sample)
+
+    def _usable(self, model: Model) -> tuple[list[str], tuple[int, ...]]:
+        """The photographs that both sides can prepare, and the shape that they become.
+
+        Raises:
+            UsageError: there is none.
+        """
+        used: list[str] = []
+        shape: tuple[int, ...] = ()
+        for name in self._photos.names:
+            try:
+                self._input, tensor = self._both(model, name)
+            except (PhotoError, UsageError) as error:
+                self._gap(name, "decode", error.message)
+                continue
+            shape = shape or tensor.shape
+            if tensor.shape == shape:
+                used.append(name)
+            else:
+                why = f"its tensor is {shown(tensor.shape)}, the first one's {shown(shape)}"
+                self._gap(name, "compare", f"{why}: an audit compiles for one shape")
+        if not used:
+            raise UsageError(
+                f"no photograph can be used of {len(self._photos.names)}: "
+                f"{self.gaps[0].subject}: {self.gaps[0].reason}",
+                "Both sides of the pipeline must read them and make what the model takes.",
+            )
+        return used, shape
 
     def _both(self, model: Model, name: str) -> tuple[str, Array]:
         """The network's input and the deployment's tensor; the training side makes one as well.
