@@ -40,7 +40,7 @@ def of_another_file(
         f"(relative L2 of {named}"
         f"{', …' if len(others) > _MOST else ''}), and with them the reference itself makes the "
         f"error of {reproduced} of {segments} segments above their floor. Another checkpoint, or "
-        "weights exchanged, turned, rescaled?"
+        "weights pruned, exchanged, turned, rescaled?"
     )
 
 

@@ -220,16 +220,19 @@ def _a_table(table: Mapping[str, Any], key: str, source: str, where: str = "") -
 
 
 def _known(table: Mapping[str, Any], keys: Sequence[str], source: str, where: str = "") -> None:
-    import difflib
-
     for key in table:
         if key not in keys:
-            close = difflib.get_close_matches(key, keys, n=1)
-            meant = f"Did you mean `{close[0]}`? " if close else ""
+            meant = _meant(key, keys)
             name = f"{where}.{key}".lstrip(".")
             raise UsageError(
                 f"{source} has the unknown key `{name}`", f"{meant}Known: {', '.join(keys)}."
             )
+
+
+def _meant(wrong: str, known: Collection[str]) -> str:
+    from auditor.graphs.model import suggestion  # with onnx, which a good policy does not need
+
+    return suggestion(wrong, known)
 
 
 def _wrong(source: str, key: str, value: object, wanted: str) -> UsageError:
@@ -252,5 +255,6 @@ def check(policy: Policy, backends: Collection[str], noises: Collection[str]) ->
     for id in sorted(policy.allowed):
         if id not in noises:
             raise UsageError(
-                f"{policy.source} names the unknown category `{id}`", "`audit noises` lists them."
+                f"{policy.source} names the unknown category `{id}`",
+                f"{_meant(id, noises)}`audit noises` lists them.",
             )

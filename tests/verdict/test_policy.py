@@ -182,8 +182,9 @@ def test_bad_policies(tmp_path: Path, text: str, words: str) -> None:
 
 def test_what_would_never_apply_is_refused(tmp_path: Path) -> None:
     for text in ("[tolerance.openvino]\ncosine = 1", "[categories]\n'precision.bf61' = 'allow'"):
-        with pytest.raises(UsageError, match="unknown"):
+        with pytest.raises(UsageError, match="unknown") as refused:
             policy.check(rules(tmp_path, text), ["ov"], ["precision.bf16"])
+    assert "Did you mean `precision.bf16`?" in refused.value.hint
 
 
 def test_one_policy_at_most(tmp_path: Path) -> None:
