@@ -143,6 +143,7 @@ class Analysis:
         self._trained: Mapping[str, CompiledConstant] = {}
         self._effects: dict[str, Running] = {}
         self._floored = set[str]()  # segments whose floor was measured
+        self._shown = set[str]()  # … and those whose error moved more than rounding does
         self._blocks: Mapping[str, Block] | None = None
         self._gaps: dict[Gap, None] = {}  # in order, each once
 
@@ -309,10 +310,11 @@ class Analysis:
         # What leaves one segment enters others, so tensors are compared first, each once.
         names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
         known = dict(zip(names, beside(chain.apart, names), strict=True))
+        least = fp32_rounding.floor(0.0)
         for cut in self.cuts:
             ends = (chain.base[n].dtype.kind for n in (*cut.inputs, *cut.outputs))
-            least = fp32_rounding.floor(0.0) if "f" in ends else 0.0
-            self.meters.setdefault(cut.id, Meter(cut, floor=least))
+            smallest = least if "f" in ends else 0.0
+            self.meters.setdefault(cut.id, Meter(cut, floor=smallest))
 
         def measured(cut: Cut) -> Local | None:
             meter, local = self.meters[cut.id], None
@@ -337,11 +339,20 @@ class Analysis:
             for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True)
             if local is not None
         }
+        # Between integers nothing is rounding; what no output shows is no finding for all that.
+        for cut in [c for c in self.cuts if c.id in found.keys() - self._shown]:
+            meter = self.meters[cut.id]
+            if meter.relative(meter.introduced) > least or impact.shows(chain, cut, found[cut.id]):
+                self._shown.add(cut.id)
+            else:
+                meter.floor = least
+                del found[cut.id]
         if all(math.isfinite(self.meters[id].relative(self.meters[id].introduced)) for id in found):
             with contextlib.suppress(ReplayError):  # a shape, which is infinitely far off itself
                 decisive = impact.deciding(chain)
                 if decisive is not None:
                     self.meters[decisive.id].floor = 0.0  # as little as this matters here
+                    self._shown.add(decisive.id)
                     found[decisive.id] = divergence.replay(chain.replayer, decisive, chain.captured)
         return found
 

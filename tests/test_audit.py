@@ -650,3 +650,20 @@ def test_a_branch_whose_garbage_differs_between_runs(tmp_path: Path) -> None:
     report = audit(tmp_path / "m.onnx", options, noises=discovery.noises(), progress=Silent())
     (finding,) = report.findings
     assert finding.op_types == ("If",) and finding.noise == "implementation.opset_semantics"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_slight_error_of_integers_counts_where_an_output_shows_it(
+    tmp_path: Path, shown: bool
+) -> None:
+    """OpenVINO takes the largest of integers in float32."""
+    last = "m = Sub(r, k)" if shown else "m = Identity(r)"
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 13]>
+        g (int32[1,8] x) => (float[1,1] y, int32[1,1] r) <int32 k = {{1999999984}}> {{
+            r = ReduceMax <axes = [1]> (x) {last} y = Cast <to = 1> (m) }}""")
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "m.npz", x=np.arange(1999999984, 1999999992, dtype=np.int32)[None])
+    options = AuditOptions(backends=(BackendSpec("ov"),), data=tmp_path / "m.npz", confirm=False)
+    report = audit(tmp_path / "m.onnx", options, noises=discovery.noises(), progress=Silent())
+    nodes = [finding.op_types for finding in report.findings]
+    assert nodes == ([("ReduceMax",)] if shown else [])

@@ -121,6 +121,16 @@ def deciding(chain: Chain) -> Cut | None:
     return None if odd(chain.final({cut.id: patch})) else cut
 
 
+def shows(chain: Chain, cut: Cut, local: Local) -> bool:
+    """Whether a segment's error alone moves the final outputs further than rounding does."""
+    patch = frozen(difference(local.observed, local.replayed), local.observed)
+    try:
+        moved = chain.final({cut.id: patch})
+    except ReplayError:  # such as an index that is out of range
+        return True
+    return metrics.relative_l2(moved, chain.base, chain.outputs) > fp32_rounding.floor(0.0)
+
+
 def telescope(
     chain: Chain, groups: Sequence[Sequence[Cut]], exact: Container[str] = ()
 ) -> list[float]:

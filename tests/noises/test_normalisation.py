@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from auditor.noises import normalisation
 from auditor.ports import Array
@@ -152,6 +152,10 @@ def test_scaled_or_swapped_parameters_are_unexplained(
     assert diagnose(segment, {"x": x}, {"y": planted * np.float32(1.01)}).noise is None
     assert diagnose(segment, {"x": x}, {"y": planted + np.float32(0.1)}).noise is None
     assert diagnose(segment, {"x": x}, {"y": planted[..., [1, 0, 2, 3]]}).noise is None
+    # Nearly what n / (n − 1) does to four elements, and yet another factor.
+    (bias,) = (numpy_helper.to_array(t) for t in segment.model.graph.initializer if t.name == "b")
+    scaled = (planted - bias) * np.float32(0.87) + bias
+    assert diagnose(segment, {"x": x}, {"y": scaled}).noise is None
 
 
 def test_segments_without_normalisation_are_not_touched(make_segment: Any) -> None:
