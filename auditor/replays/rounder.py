@@ -134,9 +134,8 @@ class Rounder(Writer):
             return self.round(self.saturated(name) if self.sites.saturates else name)
         if self.inside(name, group):
             operand = position in operands and not self._integral(name, group)
-            rounds = self.sites.inputs and (operand or self._normalized(name, group))
             name = self.raw.get(name, name)
-            return self.round(name) if rounds else name
+            return self.round(name) if self.sites.inputs and operand else name
         if not (self.sites.inputs and self.reads_narrow(group)) or node.op_type in _QUANTISERS:
             return name
         enters = name not in self.at.producer
@@ -258,13 +257,3 @@ class Rounder(Writer):
         if group.kernel is None:
             return False
         return (group.kernel.output_precision or group.kernel.precision) in NARROW
-
-    def _normalized(self, name: str, group: Group) -> bool:
-        """Whether a value inside a kernel is (x − mean) / deviation of a spelt-out LayerNorm."""
-        if self.sites.scope != "kernel" or group.kernel is None:
-            return False
-        node = self.at.nodes[self.at.producer[name]]
-        if node.op_type != "Div" or node.input[0] in self.constants:  # a factor, 1 / deviation
-            return False
-        divisor = self.at.producer.get(node.input[1])
-        return divisor is not None and self.at.nodes[divisor].op_type == "Sqrt"
