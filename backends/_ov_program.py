@@ -20,6 +20,7 @@ _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
 _WRAPPED = frozenset({"i16", "u16", "u32", "u64"})
 _DIGITS = re.compile(r"\d+")
 _PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
+_ANEW = re.compile(r"([A-Za-z]\w*)_\d+")  # an operation that the engine made: its type and a number
 SHOWING = "/shown"  # in the names of operations that only show a tensor
 _SHOWN = re.compile(rf"#\d+#{SHOWING}[^,]*")
 _NARROWED = re.compile(r"_compressed_to_f16(\.\d+)?$")
@@ -222,6 +223,12 @@ class Program:
                     max(p.operations) for p in self.parents(node) if p.operations
                 )
                 found = source.following(base, owned)
+                if said := self._said(node, found, source):
+                    owned |= said  # no probe: where it is shown, the engine keeps what it replaced
+                    self.nodes[key] = replace(
+                        node, operations=(*node.operations, *sorted(said)), ends_unnamed=True
+                    )
+                    continue
                 ends = [n for n in found if not source.read_beyond(n, found) <= found]
                 if len(ends) > 1:  # several kernels may read the same: what reads this one tells
                     ends = [n for n in ends if source.read_beyond(n, found) & readers[node.name]]
@@ -232,6 +239,18 @@ class Program:
                 self.nodes[key] = replace(
                     node, operations=(*node.operations, *sorted(found)), ends_unnamed=not found
                 )
+
+    def _said(self, node: Executed, found: Collection[int], source: Source) -> set[int]:
+        """The first of the operations found, where the engine's names say only their types.
+
+        A normalisation that it fused and takes apart again is several kernels (``ReduceMean_17``,
+        ``Subtract_18``).
+        """
+        names = node.original.rstrip(",").split(",")
+        said = [m[1] for name in names if (m := _ANEW.fullmatch(name))]
+        first = sorted(found)[: len(said)]
+        alike = len(said) == len(names) < len(found) and said == [source.type(n) for n in first]
+        return set(first) if alike else set()
 
     def _give_back(self, moving: Executed, source: Source) -> None:
         """Give what only moves data no operation that computes, but the kernel that feeds it.

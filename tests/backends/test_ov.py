@@ -632,6 +632,28 @@ def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> N
     assert {("a1",), ("a2",)} <= nodes_of
 
 
+def test_a_normalisation_that_is_taken_apart_is_told_by_the_types_of_its_kernels(
+    tmp_path: Path,
+) -> None:
+    """OpenVINO knows it as one operation, has no kernel for its axis, and names its parts anew."""
+    nodes = [
+        helper.make_node("Softmax", ["x"], ["h"]),
+        helper.make_node("ReduceMean", ["h"], ["mean"], axes=[1]),
+        helper.make_node("Sub", ["h", "mean"], ["centred"]),
+        helper.make_node("Pow", ["centred", "two"], ["square"]),
+        helper.make_node("ReduceMean", ["square"], ["variance"], axes=[1]),
+        helper.make_node("Add", ["variance", "epsilon"], ["above"]),
+        helper.make_node("Sqrt", ["above"], ["deviation"]),
+        helper.make_node("Div", ["centred", "deviation"], ["y"]),
+    ]
+    constants = {"two": 2, "epsilon": 1e-6}
+    weights = tuple(numpy_helper.from_array(np.float32(v), n) for n, v in constants.items())
+    shape = ("x", 1, 8, 4, 4), ("y", 1, 8, 4, 4)
+    path = save(tmp_path / "m.onnx", nodes, [info(*shape[0])], [info(*shape[1])], weights)
+    nodes_of = {k.nodes for k in build(path).provenance.kernels}
+    assert {("mean",), ("centred", "square"), ("variance", "above", "deviation")} <= nodes_of
+
+
 def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Identity", ["x"], ["same"]),
