@@ -16,6 +16,8 @@ MOVEMENT = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 # What a DequantizeLinear becomes; a probe on an 8-bit tensor goes to the end of this chain.
 _DEQUANTIZE = frozenset({"Convert", "Subtract", "Multiply"})
 # Operations that each begin a kernel of their own.
+# ONNX operators whose constants can be told by their places.
+_PLACED = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 _HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 BYTES = frozenset({"u8", "i8"})
@@ -96,6 +98,37 @@ class Source:
             constant, value = self._widened(number)
             if value is not None and self.element_type((constant, 0)) in _INTEGERS:
                 found[self.names[constant]] = value
+        return found
+
+    def placed(self, graph: Any) -> Arrays:
+        """Constants that lost their names, by those that ONNX gives to the same inputs of products.
+
+        Compression writes weights transposed, and a file loses the names of biases.
+
+        Args:
+            graph: the ONNX graph that the model was made of.
+        """
+        makers = {name: node for node in graph.node for name in node.output[:1]}
+        shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        found: Arrays = {}
+        for number in sorted(self._varying):
+            node = makers.get(self.keys[number][0]) if self.keys[number] else None
+            if node is None or node.op_type not in _PLACED:
+                continue
+            open_ = [n for n in node.input if n in shapes and n not in found]
+            for source in (port[0] for port in self.inputs(number)):
+                value = None if source in self._varying or not open_ else self._widened(source)[1]
+                if value is None:
+                    continue
+                if self.type(number) == "MatMul" and value.ndim > 1:
+                    turned = any(a.name == "transB" and a.i for a in node.attribute)
+                    if turned != bool(self._ops[number].get_attributes()["transpose_b"]):
+                        value = value.swapaxes(-1, -2)
+                for name in open_:
+                    if _alike(value.shape, shapes[name]):
+                        found[name] = value.reshape(shapes[name])
+                        open_.remove(name)
+                        break
         return found
 
     def _widened(self, number: int) -> tuple[int, Array | None]:
@@ -383,3 +416,9 @@ class Copy:
             self._lent = set()
         self._lent |= set(needed)
         return self._ops
+
+
+def _alike(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether two shapes differ by axes of length 1 at most, or by that of groups."""
+    long, other = ([size for size in sizes if size != 1] for sizes in (shape, wanted))
+    return long == other or (len(shape) == len(wanted) + 1 and long[2:] == other[1:] != [])

@@ -16,6 +16,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from auditor.errors import BackendError, UsageError
@@ -97,6 +98,7 @@ class _Build:
     _skipped: tuple[Skipped, ...]
     switches: tuple[Switch, ...]
     _quantised: _int8.Quantised | None
+    _onnx: Path | None  # the model that an artefact was made of
     blocked: str | None = None
     shared_threads: bool = True  # oneTBB's
 
@@ -110,7 +112,11 @@ class _Build:
 
     def constants(self) -> Arrays:
         """The model's constants as it was read, by the names that they had in ONNX."""
-        return self._quantised.weights if self._quantised else self._plain.source.constants()
+        from auditor.graphs import weights
+
+        source = self._plain.source
+        named = self._quantised.weights if self._quantised else source.constants()
+        return source.placed(weights.read(self._onnx).graph) | named if self._onnx else named
 
     def grids(self) -> Arrays:
         """What activations are rounded to, where the model was quantised, here or before."""
@@ -295,6 +301,7 @@ class OpenVINO:
                 *_switches(compiled, program, request.options),
             ),
             _quantised=chosen,
+            _onnx=request.model_path if request.artifact else None,
         )
 
 

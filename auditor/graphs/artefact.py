@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from auditor.graphs import surgery
-from auditor.graphs.storage import rounds, storage_of
+from auditor.graphs import packed, surgery
+from auditor.graphs.storage import in_blocks, rounds, storage_of
 from auditor.graphs.weights import attach
 from auditor.ports import Array, Arrays, CompiledConstant, SegmentGraph, Storage, Variant
 
@@ -54,8 +54,8 @@ def changed(
         value = value.astype(original.dtype, copy=False)
         if not np.array_equal(original, value, equal_nan=original.dtype.kind == "f"):
             constant = _compared(original, value)
-            rounded = constant.storage in _GRIDS or theirs.rounds(other, original)
-            found[name] = replace(constant, quantised=rounded)
+            storage = constant.storage or theirs.rounds(other, original)
+            found[name] = replace(constant, storage=storage, quantised=storage in _GRIDS)
     return found
 
 
@@ -276,7 +276,7 @@ class _Constants:
             self._name_dequantised(node)
 
     def _name_dequantised(self, node: onnx.NodeProto) -> None:
-        """Write what quantisers make of tables and recurrent layers as reading float constants."""
+        """Write what quantisers make of layers as reading constants that are dequantised."""
         made: dict[int, onnx.NodeProto] = {}
         if node.op_type == "DequantizeLinear":
             reader = self.nodes.get(node.input[0])
@@ -289,12 +289,15 @@ class _Constants:
                 inputs = [node.input[position], *node.input[first : first + 2]]
                 made[position] = helper.make_node("DequantizeLinear", inputs, [""])
                 surgery.set_attributes(made[position], axis=0, perm=[0, 2, 1])
+        elif packed.is_packed(node):
+            reader = helper.make_node("MatMul", list(node.input[:2]), list(node.output))
+            made[1] = node
         else:
             return
         whole = onnx.NodeProto()
         whole.CopyFrom(reader)
         for position, constant in made.items():
-            name = f"{constant.input[0]}, dequantised"
+            name = f"{reader.input[position]}, dequantised"
             self.nodes[name] = constant
             whole.input[position] = name
         self.nodes.update((o, whole) for o in node.output if o)
@@ -304,7 +307,7 @@ class _Constants:
         if node is None:
             return name in self._tensors
         quantised = node.op_type == "DequantizeLinear" and all(n in self for n in node.input)
-        return node.op_type == "Constant" or quantised
+        return node.op_type == "Constant" or quantised or packed.is_packed(node)
 
     def names(self) -> Iterator[str]:
         """Every initialiser and Constant."""
@@ -318,39 +321,83 @@ class _Constants:
         if name in self._tensors:
             return numpy_helper.to_array(attach(self._tensors[name], self._arrays))
         node = self.nodes[name]
+        if packed.is_packed(node):
+            blocks = packed.unpacked(node, self.value)
+            return None if blocks is None else blocks.values()
         if node.op_type == "Constant":
             tensor = surgery.attributes(node).get("value")
             return None if tensor is None else numpy_helper.to_array(tensor)
         return self._dequantised(node)
 
-    def rounds(self, name: str, original: Array) -> bool:
-        """Whether a dequantised constant holds the nearest steps to other values, or its ends."""
+    def rounds(self, name: str, original: Array) -> Storage | None:
+        """Of how many bits a dequantised constant is that holds the nearest steps to other values.
+
+        The ends of the grid may be farther from theirs. None where it does not, and for others.
+        """
         node = self.nodes.get(name)
-        if node is None or node.op_type != "DequantizeLinear" or original.dtype.kind != "f":
-            return False
-        integers, scale = (self.value(n) for n in node.input[:2])
-        value = self._dequantised(node)
-        if integers is None or scale is None or value is None or value.shape != original.shape:
-            return False
-        across = [1] * integers.ndim
-        if scale.size > 1:
-            across[surgery.attributes(node).get("axis", 1)] = -1
-        steps = np.asarray((original - value) / scale.reshape(across))
-        return bool(rounds(steps.ravel(), value.ravel()))
+        if node is None or original.dtype.kind != "f":
+            return None
+        if packed.is_packed(node):
+            blocks = packed.unpacked(node, self.value)
+            if blocks is None or (blocks.inputs, blocks.outputs) != original.shape:
+                return None
+            axis, block, bits = 0, blocks.integers.shape[1], blocks.bits
+            scale = blocks.scales.reshape(blocks.outputs, -1).T
+            value, step = blocks.values(), scale.repeat(block, axis=0)[: blocks.inputs]
+        elif node.op_type == "DequantizeLinear":
+            integers, scales = (self.value(n) for n in node.input[:2])
+            dequantised = self._dequantised(node)
+            if integers is None or scales is None or dequantised is None:
+                return None
+            given = surgery.attributes(node)
+            laid = _along(scales, integers, given)
+            if dequantised.shape != original.shape or laid is None:
+                return None
+            value, step = dequantised, laid
+            axis, block = given.get("axis", 1), given.get("block_size", 0)
+            bits = 4 if "int4" in integers.dtype.name else 8
+        else:
+            return None
+        above = np.asarray((original - value) / np.abs(step))
+        if block:
+            above, value = (in_blocks(v, axis, block) for v in (above, value))
+        else:
+            above, value = above.ravel(), value.ravel()
+        if not rounds(above, value).all():
+            return None
+        return "4 bits" if bits <= 4 else "8 bits"
 
     def _dequantised(self, node: onnx.NodeProto) -> Array | None:
         given = surgery.attributes(node)
         integers, scale, *zero = (self.value(name) for name in node.input)
-        if integers is None or scale is None or given.get("block_size", 0):
+        if integers is None or scale is None:
             return None
-        across, axis = [1] * integers.ndim, given.get("axis", 1)
-        if scale.size > 1:
-            across[axis] = -1
-            if scale.size != integers.shape[axis]:
+        steps = _along(scale, integers, given)
+        if steps is None:
+            return None
+        value = integers.astype(np.int32)
+        if zero and zero[0] is not None:
+            starts = _along(zero[0].astype(np.int32), integers, given)
+            if starts is None:
                 return None
-        offset = zero[0].astype(np.int32).reshape(across) if zero and zero[0] is not None else 0
-        value = np.asarray((integers.astype(np.int32) - offset) * scale.reshape(across))
+            value = value - starts
+        value = np.asarray(value * steps)
         return value.transpose(given["perm"]) if "perm" in given else value
+
+
+def _along(scale: Array, integers: Array, given: Mapping[str, Any]) -> Array | None:
+    """Scales or zeros of a DequantizeLinear, laid out as its integers; None if they do not fit."""
+    axis, block = given.get("axis", 1), given.get("block_size", 0)
+    if block:
+        if scale.ndim != integers.ndim:
+            return None
+        return scale.repeat(block, axis).take(range(integers.shape[axis]), axis)
+    across = [1] * integers.ndim
+    if scale.size > 1:
+        across[axis] = -1
+        if scale.size != integers.shape[axis]:
+            return None
+    return scale.reshape(across)
 
 
 def _pairs(

@@ -24,8 +24,12 @@ FLOATS: dict[Storage, int] = {
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
 }
+# Sizes of blocks that share a scale, and how many blocks are looked at first.
+_BLOCKS, _FEW = (32, 64, 128, 16, 256), 64
 # Part of the square norm that channels may have which are on no grid.
 _NOTHING = 1e-6
+# Part that blocks may have which say nothing.
+_TOO_MANY = 0.1
 
 
 def storage_of(original: Array, value: Array) -> Storage | None:
@@ -59,21 +63,52 @@ def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
 def _levels(original: Array, value: Array) -> int | None:
     """Levels of the 8-bit grids that values lie on, next to their originals; None if on none.
 
-    One grid, or one per channel. Channels without weight in the sum, which round to nothing, need
-    no grid.
+    One grid, one per channel, or one per block of a channel. Channels without weight in the sum,
+    which round to nothing, need no grid.
     """
-    for axis in (None, 0, -1):
-        if axis is None:
-            a, b = original.reshape(1, -1), value.reshape(1, -1)
-        elif value.ndim > 1:
-            a, b = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
-        else:
-            continue
-        squares = np.square(a, dtype=np.float64).sum(axis=1)
-        levels = _on_grid(a, b)
-        if squares[np.isnan(levels)].sum() <= _NOTHING * squares.sum():
-            return int(np.nanmax(levels, initial=0))
+    whole = (v.reshape(1, -1) for v in (original, value))
+    if (levels := _levels_of(*whole)) is not None or value.ndim < 2:
+        return levels
+    for axis in (0, -1):
+        rows = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
+        if (levels := _levels_of(*rows)) is not None:
+            return levels
+    for block in _BLOCKS if value.ndim == 2 else ():
+        for axis in (0, 1):
+            a, b = (in_blocks(v, axis, block) for v in (original, value))
+            if len(a) == value.shape[1 - axis]:
+                continue  # whole channels
+            some = slice(None, None, -(-len(a) // _FEW))  # most weights are in no blocks
+            if _levels_of(a[some], b[some], few=True) is None:
+                continue
+            if (levels := _levels_of(a, b, few=True)) is not None:
+                return levels
     return None
+
+
+def in_blocks(values: Array, axis: int, block: int) -> Array:
+    """Rows of one block each; the last of an axis is filled up with its last value."""
+    last = np.moveaxis(values, axis, -1)
+    short = -last.shape[-1] % block
+    filled = np.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, short)], mode="edge")
+    return filled.reshape(-1, block)
+
+
+def _levels_of(original: Array, value: Array, *, few: bool = False) -> int | None:
+    """The same of rows with a grid each; ``few``: those of a few levels say nothing.
+
+    An outlier leaves hardly a level to the rest of its block.
+    """
+    squares = np.square(original, dtype=np.float64).sum(axis=1)
+    levels = _on_grid(original, value)
+    off = np.isnan(levels)
+    if few:
+        told = (np.diff(np.sort(value, axis=1), axis=1) > 0).sum(axis=1) + 1 >= _LEVELS
+        if squares[off & ~told].sum() > _TOO_MANY * squares.sum():
+            return None
+        off &= told
+    none = squares[off].sum() > _NOTHING * squares.sum()
+    return None if none else int(np.nanmax(levels, initial=0))
 
 
 def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:

@@ -9,31 +9,19 @@ choice, which the reference does not make.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from auditor.graphs import surgery
+from auditor.graphs import packed, surgery
 from auditor.graphs.model import Model
-from auditor.ports import Array, SegmentGraph
+from auditor.ports import SegmentGraph
 from auditor.replays.quantised import Editor, Layout
 
-_OPERATOR, _DOMAIN = "MatMulNBits", "com.microsoft"
 _LEVEL = "accuracy_level"
 _OPSET = 13  # DequantizeLinear has an axis from here on
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Integers of one product, ``[outputs · blocks, block]``, and a scale and zero for each row."""
-
-    integers: Array  # uint8
-    scales: Array
-    zeros: Array  # uint8
-    outputs: int
-    inputs: int
 
 
 def exact(model: Model) -> Model:
@@ -53,11 +41,11 @@ def written_out(segment: SegmentGraph) -> SegmentGraph:
     way that one scale for each block does not describe.
     """
     model = segment.model
-    if surgery.opset(model) < _OPSET or not any(map(_is_blockwise, model.graph.node)):
+    if surgery.opset(model) < _OPSET or not any(map(packed.is_packed, model.graph.node)):
         return segment
     layout, editor = Layout(model, segment.weights), Editor(model)
     for node in layout.nodes:
-        weights = _weights(node, layout) if _is_blockwise(node) else None
+        weights = packed.unpacked(node, layout.constant) if packed.is_packed(node) else None
         if weights is None:
             editor.copy(node)
         else:
@@ -86,41 +74,11 @@ def with_narrow_scales(segment: SegmentGraph, kind: int) -> SegmentGraph | None:
     return replace(segment, model=editor.model) if found else None
 
 
-def _is_blockwise(node: onnx.NodeProto) -> bool:
-    return node.op_type == _OPERATOR and node.domain == _DOMAIN
-
-
 def _allows(node: onnx.NodeProto) -> bool:
-    return _is_blockwise(node) and bool(surgery.attributes(node).get(_LEVEL))
+    return packed.is_packed(node) and bool(surgery.attributes(node).get(_LEVEL))
 
 
-def _weights(node: onnx.NodeProto, layout: Layout) -> _Weights | None:
-    given = surgery.attributes(node)
-    inputs, outputs, block = given["K"], given["N"], given["block_size"]
-    bits = given.get("bits", 4)
-    names = [*node.input, *[""] * 4]
-    packed, scales = layout.constant(names[1]), layout.constant(names[2])
-    if packed is None or scales is None or scales.dtype != np.float32 or names[4] or 8 % bits:
-        return None
-    rows = outputs * -(-inputs // block)
-    if names[3]:
-        stored = layout.constant(names[3])
-        if stored is None or stored.dtype != np.uint8:
-            return None
-        zeros = _unpacked(stored.reshape(outputs, -1), bits)[:, : rows // outputs]
-    else:
-        zeros = np.full(rows, 1 << (bits - 1), np.uint8)
-    integers = _unpacked(packed.reshape(rows, -1), bits)[:, :block]
-    return _Weights(integers, scales.reshape(rows), zeros.reshape(rows), outputs, inputs)
-
-
-def _unpacked(packed: Array, bits: int) -> Array:
-    """Integers of ``bits`` bits, those in the low bits of a byte first."""
-    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.asarray(np.stack(parts, -1).reshape(len(packed), -1), np.uint8)
-
-
-def _write_out(node: onnx.NodeProto, weights: _Weights, editor: Editor) -> None:
+def _write_out(node: onnx.NodeProto, weights: packed.Blocks, editor: Editor) -> None:
     integers = editor.constant(weights.integers, np.uint8)
     zeros = editor.constant(weights.zeros, np.uint8)
     scales = editor.constant(weights.scales)
