@@ -17,38 +17,34 @@ the plain replay's is right is infinitely far off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import onnx
 
-from auditor.attribution.hypotheses import ELEMENTS, ROUNDED, TURNED, Bench, Tested, holds, merit
+from auditor.attribution import combined
+from auditor.attribution.hypotheses import (
+    ELEMENTS,
+    ROUNDED,
+    TURNED,
+    Bench,
+    Tested,
+    forms,
+    holds,
+    merit,
+    tells,
+)
 from auditor.comparison import metrics
-from auditor.errors import NoiseError
 from auditor.graphs import artefact, surgery
 from auditor.graphs.weights import size_of
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import blockwise, branches, fused, sessions
-from auditor.replays.portions import Portions
 
 # Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
 ALIKE = frozenset(("precision.fp16", "precision.tf32"))
-# A second cause is looked for beside one that explains at least this much but is not named.
-PARTIAL = 0.2
-# How many variants of each other noise are tried as that second cause, and which part of what the
-# first leaves it must explain: a poor fit of one cause is no evidence of another.
-COMBINED = 2
-ADDS = 0.5
-# How many causes that explain part of the error are looked for beside what the engine says.
-OWN = 4
-# Causes of this family are tried on one product of several, in quantised segments those of 8 bits
-# only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
-# would be met by chance; and so many are tried at most.
-ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
 # Branches of a segment of so few nodes are looked into like any other segment.
 SHORT = 16
 # How many other forms of the cause are tested again where few elements differ.
@@ -163,7 +159,7 @@ def explain(
             has too few elements.
         beside: maps a function over rivals, perhaps on several threads.
     """
-    bench = Bench(segment, inputs, observed, replayed, threads, keep=PARTIAL, floor=floor)
+    bench = Bench(segment, inputs, observed, replayed, threads, keep=combined.PARTIAL, floor=floor)
     if not bench.explainable:
         return _conclude(bench, None)
     bench.says = frozenset(
@@ -178,12 +174,12 @@ def explain(
         return replace(_conclude(bench, None), own=own)  # the file is another one: no noise beside
     search.fit()
     usual = dict(prior.values())
-    _beneath(bench, noises, usual)
+    combined.beneath(bench, noises, usual)
     best = bench.best
-    if best is not None and not bench.found and best.hypothesis.explained >= PARTIAL:
-        _combine(bench, search.ordered, usual)
+    if best is not None and not bench.found and best.hypothesis.explained >= combined.PARTIAL:
+        combined.combine(bench, search.ordered, usual)
     if not bench.found:
-        _alone(bench, search.segment, search.ordered)
+        combined.alone(bench, search.segment, search.ordered)
     winner = _winner(bench, noises)
     if winner is not None:
         if later and bench.different < ELEMENTS:
@@ -249,15 +245,15 @@ class _Search:
         bench = self._bench
         tested = {(t.hypothesis.noise, t.hypothesis.variant) for t in bench.tested}
         for known in (n for n in self.ordered if n.id == noise):
-            for variant in _variants(bench.failures, known, self._unbranched, None):
+            for variant in forms(bench.failures, known, self._unbranched, None):
                 if (noise, variant.name) not in tested:
                     bench.test(noise, variant)
 
     def _variants(self, noise: Noise, failures: list[str]) -> Iterator[Variant]:
         believed = self._believed
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
-        seen = self._unbranched if _tells(self._bench, noise) else self.segment
-        return _variants(failures, noise, seen, expected)
+        seen = self._unbranched if tells(self._bench, noise) else self.segment
+        return forms(failures, noise, seen, expected)
 
     def _likeliest(self, noise: Noise) -> _Tried:
         failures: list[str] = []
@@ -353,183 +349,6 @@ def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
     except Exception:  # what ORT refuses is looked at as it is; its errors share no base
         return segment
     return replace(segment, model=model)
-
-
-def _tells(bench: Bench, noise: Noise) -> bool:
-    """Whether a noise is looked for inside branches.
-
-    A long one holds a whole network sometimes. A precision is that of all of it; of faults that may
-    be anywhere in it, one or the other would fit by chance.
-    """
-    return not bench.branched or noise.id.startswith("precision.")
-
-
-def _variants(
-    failures: list[str], noise: Noise, segment: SegmentGraph, expected: str | None
-) -> Iterator[Variant]:
-    """A noise's variants, the expected one first; where there are none, ``failures`` say why."""
-    try:
-        if expected is None:
-            yield from noise.variants(segment)
-            return
-        waiting: list[Variant] = []
-        found = False
-        for variant in noise.variants(segment):
-            if found:
-                yield variant
-            elif variant.name == expected:
-                found = True
-                yield variant
-                yield from waiting
-            else:
-                waiting.append(variant)
-        if not found:
-            yield from waiting
-    except NoiseError as error:
-        failures.append(f"{noise.id}: {error.message}")
-
-
-def _beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
-    """Test what the engine says it does on top of the causes that are likeliest beside it.
-
-    A small fault changes what every narrow rounding makes of its values, so that neither explains
-    anything by itself where both together explain all.
-    """
-    base = bench.base
-    if base is None or bench.found:
-        return
-    noise = next(n for n in noises if n.id == base.hypothesis.noise)
-    # Its form that fits best without the fault, and that of other segments.
-    forms = {base.hypothesis.variant, usual.get(noise.id)}
-    for position, first in enumerate(_firsts(bench)):
-        on_top = replace(bench.segment, model=first.variant.model)
-        for variant in _variants(bench.failures, noise, on_top, base.hypothesis.variant):
-            # Beside a fault another of its forms may be the right one: those of the likeliest ones.
-            if position >= COMBINED and variant.name not in forms:
-                continue
-            second = replace(base.hypothesis, variant=variant.name)
-            _test_both(bench, first.hypothesis, second, variant.model)
-            if bench.done:
-                return
-
-
-def _firsts(bench: Bench) -> list[Tested]:
-    """Causes to look for beside what the engine says: by themselves, then by their sum with it.
-
-    A sum is an estimate, and none where the rounding turns with the fault.
-    """
-    own = [
-        t
-        for t in sorted(bench.tested, key=merit, reverse=True)
-        if t.hypothesis.noise not in bench.says and t.hypothesis.explained >= PARTIAL
-    ][:OWN]
-    return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
-
-
-def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:
-    """Test two causes, and forget it where one explains too little of what the other leaves.
-
-    Named is the one that explains more by itself; the variant says both. Of a precision that the
-    engine states no more is asked: that it is there is known.
-    """
-    causes = sorted((first, second), key=lambda h: -h.explained)
-    least = [
-        1 - (1 - ADDS) * (1 - one.explained)
-        for one, other in (causes, causes[::-1])
-        if other.noise not in bench.says
-    ]
-    tested = len(bench.tested)
-    name = f"{causes[0].variant}, and {causes[1].noise}: {causes[1].variant}"
-    bench.test(causes[0].noise, Variant(name, model))
-    if any(t.hypothesis.explained < max(least, default=-math.inf) for t in bench.tested[tested:]):
-        del bench.tested[tested:]
-
-
-def _alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
-    """Test causes on one product of several: a runtime may treat one kernel alone so."""
-    if bench.different < ELEMENTS or bench.reshaped:
-        return
-    portions, most = Portions(segment), len(bench.tested) + TRIED
-    family = ALONE_QUANTISED if portions.quantised else ALONE
-    tried = [n for n in noises if n.id.startswith(family)]
-    values = sessions.inside(segment.model, bench.threads, bench.inputs)
-    for cut, portion in portions:
-        for noise in tried:
-            for variant in _variants(bench.failures, noise, portion, None):
-                if not _matters(variant.model, values, bench.threads):
-                    continue
-                whole = portions.with_one(cut, variant.model)
-                if whole is not None:
-                    bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
-                if bench.done or len(bench.tested) >= most:
-                    return
-
-
-def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
-    """Whether a portion gives other bits than the reference's, which costs less to ask."""
-    names = [o.name for o in model.graph.output]
-    try:
-        feeds = {i.name: values[i.name] for i in model.graph.input}
-        found = sessions.session(model, threads).run(names, feeds)
-        return not all(np.array_equal(v, values[n]) for n, v in zip(names, found, strict=True))
-    except Exception:  # what cannot be run alone is tried in its place; ORT's errors share no base
-        return True
-
-
-def _combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
-    """Test a second cause on top of the best one: the likeliest variants of every other noise.
-
-    ``usual`` are the causes of earlier segments with their variants. They are tried first, since
-    what a build does everywhere it also does beside a fault.
-    """
-    first = bench.best
-    assert first is not None
-    likely: dict[str, list[tuple[float, str]]] = {}
-    for tested in bench.tested:
-        hypothesis = tested.hypothesis
-        likely.setdefault(hypothesis.noise, []).append((tested.beside, hypothesis.variant))
-    for found in likely.values():
-        found.sort(reverse=True)
-    most = {noise: found[0][0] for noise, found in likely.items()}
-    for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
-        names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
-        _pair(bench, first, noise, usual, names)
-        if bench.done:
-            return
-    # What the engine says it does hides which of several forms of a fault is the right one.
-    says = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
-    others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
-    for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
-        for noise in says:
-            _pair(bench, other, noise, usual)
-
-
-def _pair(
-    bench: Bench,
-    first: Tested,
-    noise: Noise,
-    usual: Mapping[str, str],
-    likely: Sequence[str] = (),
-) -> None:
-    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named.
-
-    Of one that was found earlier in this build, all: its forms were tested before the others.
-    """
-    found = first.hypothesis
-    if noise.id == found.noise or noise.id in found.beside or not _tells(bench, noise):
-        return
-    base = replace(bench.segment, model=first.variant.model)
-    expected = usual.get(noise.id)
-    tested = (t.hypothesis for t in bench.tested)
-    shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
-    for position, variant in enumerate(_variants(bench.failures, noise, base, expected)):
-        if position >= COMBINED and variant.name not in likely and noise.id not in usual:
-            continue
-        share = shares.get(variant.name, -math.inf)
-        second = Hypothesis(noise.id, variant.name, share, 0.0)
-        _test_both(bench, found, second, variant.model)
-        if bench.done:
-            return
 
 
 def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import onnx
 
 from auditor.comparison import metrics
+from auditor.errors import NoiseError
 from auditor.graphs import surgery
-from auditor.ports import Array, Arrays, SegmentGraph, Variant
+from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import sessions
 
@@ -322,6 +324,40 @@ class Bench:
             else:
                 return math.inf
         return total
+
+
+def tells(bench: Bench, noise: Noise) -> bool:
+    """Whether a noise is looked for inside branches.
+
+    A long one holds a whole network sometimes. A precision is that of all of it; of faults that may
+    be anywhere in it, one or the other would fit by chance.
+    """
+    return not bench.branched or noise.id.startswith("precision.")
+
+
+def forms(
+    failures: list[str], noise: Noise, segment: SegmentGraph, expected: str | None
+) -> Iterator[Variant]:
+    """A noise's variants, the expected one first; where there are none, ``failures`` say why."""
+    try:
+        if expected is None:
+            yield from noise.variants(segment)
+            return
+        waiting: list[Variant] = []
+        found = False
+        for variant in noise.variants(segment):
+            if found:
+                yield variant
+            elif variant.name == expected:
+                found = True
+                yield variant
+                yield from waiting
+            else:
+                waiting.append(variant)
+        if not found:
+            yield from waiting
+    except NoiseError as error:
+        failures.append(f"{noise.id}: {error.message}")
 
 
 def holds(explained: float, bit_identical: float, needed: float, exact: bool) -> bool:

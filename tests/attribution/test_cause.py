@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.attribution import cause as attribution
-from auditor.attribution import hypotheses
+from auditor.attribution import combined, hypotheses
 from auditor.errors import NoiseError
 from auditor.noises import (
     attribute_ignored,
@@ -474,7 +474,7 @@ def test_models_of_refuted_hypotheses_are_let_go(
     of, x, w = dense
     explain(of, x, {"y": x @ (w * np.float32(1.01))})
     (bench,) = seen
-    refuted = [t for t in bench.tested if t.hypothesis.explained < attribution.PARTIAL]
+    refuted = [t for t in bench.tested if t.hypothesis.explained < combined.PARTIAL]
     assert len(refuted) > 5
     assert not any(t.variant.model.ByteSize() or t.outputs for t in refuted)
 

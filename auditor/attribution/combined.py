@@ -1,0 +1,172 @@
+"""Causes that explain an error only together, and those of one kernel of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx
+
+from auditor.attribution.hypotheses import ELEMENTS, Bench, Tested, forms, merit, tells
+from auditor.ports import Arrays, Noise, SegmentGraph, Variant
+from auditor.records.measured import Hypothesis
+from auditor.replays import sessions
+from auditor.replays.portions import Portions
+
+# A second cause is looked for beside one that explains at least this much but is not named.
+PARTIAL = 0.2
+# How many variants of each other noise are tried as that second cause, and which part of what the
+# first leaves it must explain: a poor fit of one cause is no evidence of another.
+COMBINED = 2
+ADDS = 0.5
+# How many causes that explain part of the error are looked for beside what the engine says.
+OWN = 4
+# Causes of this family are tried on one product of several, in quantised segments those of 8 bits
+# only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
+# would be met by chance; and so many are tried at most.
+ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
+
+
+def beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test what the engine says it does on top of the causes that are likeliest beside it.
+
+    A small fault changes what every narrow rounding makes of its values, so that neither explains
+    anything by itself where both together explain all.
+    """
+    base = bench.base
+    if base is None or bench.found:
+        return
+    noise = next(n for n in noises if n.id == base.hypothesis.noise)
+    # Its form that fits best without the fault, and that of other segments.
+    expected = {base.hypothesis.variant, usual.get(noise.id)}
+    for position, first in enumerate(_firsts(bench)):
+        on_top = replace(bench.segment, model=first.variant.model)
+        for variant in forms(bench.failures, noise, on_top, base.hypothesis.variant):
+            # Beside a fault another of its forms may be the right one: those of the likeliest ones.
+            if position >= COMBINED and variant.name not in expected:
+                continue
+            second = replace(base.hypothesis, variant=variant.name)
+            _test_both(bench, first.hypothesis, second, variant.model)
+            if bench.done:
+                return
+
+
+def _firsts(bench: Bench) -> list[Tested]:
+    """Causes to look for beside what the engine says: by themselves, then by their sum with it.
+
+    A sum is an estimate, and none where the rounding turns with the fault.
+    """
+    own = [
+        t
+        for t in sorted(bench.tested, key=merit, reverse=True)
+        if t.hypothesis.noise not in bench.says and t.hypothesis.explained >= PARTIAL
+    ][:OWN]
+    return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
+
+
+def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:
+    """Test two causes, and forget it where one explains too little of what the other leaves.
+
+    Named is the one that explains more by itself; the variant says both. Of a precision that the
+    engine states no more is asked: that it is there is known.
+    """
+    causes = sorted((first, second), key=lambda h: -h.explained)
+    least = [
+        1 - (1 - ADDS) * (1 - one.explained)
+        for one, other in (causes, causes[::-1])
+        if other.noise not in bench.says
+    ]
+    tested = len(bench.tested)
+    name = f"{causes[0].variant}, and {causes[1].noise}: {causes[1].variant}"
+    bench.test(causes[0].noise, Variant(name, model))
+    if any(t.hypothesis.explained < max(least, default=-math.inf) for t in bench.tested[tested:]):
+        del bench.tested[tested:]
+
+
+def alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
+    """Test causes on one product of several: a runtime may treat one kernel alone so."""
+    if bench.different < ELEMENTS or bench.reshaped:
+        return
+    portions, most = Portions(segment), len(bench.tested) + TRIED
+    family = ALONE_QUANTISED if portions.quantised else ALONE
+    tried = [n for n in noises if n.id.startswith(family)]
+    values = sessions.inside(segment.model, bench.threads, bench.inputs)
+    for cut, portion in portions:
+        for noise in tried:
+            for variant in forms(bench.failures, noise, portion, None):
+                if not _matters(variant.model, values, bench.threads):
+                    continue
+                whole = portions.with_one(cut, variant.model)
+                if whole is not None:
+                    bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
+                if bench.done or len(bench.tested) >= most:
+                    return
+
+
+def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
+    """Whether a portion gives other bits than the reference's, which costs less to ask."""
+    names = [o.name for o in model.graph.output]
+    try:
+        feeds = {i.name: values[i.name] for i in model.graph.input}
+        found = sessions.session(model, threads).run(names, feeds)
+        return not all(np.array_equal(v, values[n]) for n, v in zip(names, found, strict=True))
+    except Exception:  # what cannot be run alone is tried in its place; ORT's errors share no base
+        return True
+
+
+def combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test a second cause on top of the best one: the likeliest variants of every other noise.
+
+    ``usual`` are the causes of earlier segments with their variants. They are tried first, since
+    what a build does everywhere it also does beside a fault.
+    """
+    first = bench.best
+    assert first is not None
+    likely: dict[str, list[tuple[float, str]]] = {}
+    for tested in bench.tested:
+        hypothesis = tested.hypothesis
+        likely.setdefault(hypothesis.noise, []).append((tested.beside, hypothesis.variant))
+    for found in likely.values():
+        found.sort(reverse=True)
+    most = {noise: found[0][0] for noise, found in likely.items()}
+    for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
+        names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
+        _pair(bench, first, noise, usual, names)
+        if bench.done:
+            return
+    # What the engine says it does hides which of several forms of a fault is the right one.
+    says = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
+    others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
+    for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
+        for noise in says:
+            _pair(bench, other, noise, usual)
+
+
+def _pair(
+    bench: Bench,
+    first: Tested,
+    noise: Noise,
+    usual: Mapping[str, str],
+    likely: Sequence[str] = (),
+) -> None:
+    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named.
+
+    Of one that was found earlier in this build, all: its forms were tested before the others.
+    """
+    found = first.hypothesis
+    if noise.id == found.noise or noise.id in found.beside or not tells(bench, noise):
+        return
+    base = replace(bench.segment, model=first.variant.model)
+    expected = usual.get(noise.id)
+    tested = (t.hypothesis for t in bench.tested)
+    shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
+    for position, variant in enumerate(forms(bench.failures, noise, base, expected)):
+        if position >= COMBINED and variant.name not in likely and noise.id not in usual:
+            continue
+        share = shares.get(variant.name, -math.inf)
+        second = Hypothesis(noise.id, variant.name, share, 0.0)
+        _test_both(bench, found, second, variant.model)
+        if bench.done:
+            return
