@@ -202,9 +202,10 @@ class Analysis:
         self.equal &= trace.bitwise_equal
         self.run_to_run = max(self.run_to_run, trace.run_to_run)
         self.rebuild = max(self.rebuild, trace.difference)
-        diverges = self._add_outputs(index, expected, captured)
+        shipped = captured | self.alignment.tensors(trace.outputs)
+        diverges = self._add_outputs(index, expected, shipped)
         if upstream is not None:
-            self._add_system(index, upstream, [n for n in expected if n in captured], captured)
+            self._add_system(index, upstream, [n for n in expected if n in shipped], shipped)
         try:
             if index == 0:
                 base = self.alignment.cut(feeds, captured)
@@ -331,7 +332,7 @@ class Analysis:
             if cut.id not in self._floored:  # on the first sample above the smallest floor there is
                 self._floored.add(cut.id)
                 own = self.reference.own_type(cut)
-                meter.floor = floors.floor(chain.replayer, cut, local, chain.base, renamed, own)
+                meter.floor = floors.floor(chain.replayer, cut, local, known, renamed, own)
             return local if meter.flagged else None
 
         found = {

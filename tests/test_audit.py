@@ -303,6 +303,18 @@ def test_several_samples_are_averaged(run, tmp_path):
     assert report.findings[0].nodes[-1] == "fc"
 
 
+def test_what_differs_from_run_to_run_is_blamed_on_nothing(run):
+    """Random numbers decide how many there are, here and in what is made of them."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[64] x) => (float[k] y, float[k] z) {
+            r = RandomNormalLike(x) some = Greater(r, x)
+            e = Exp(x) y = Compress(e, some) s = Sigmoid(y) z = Mul(s, y) }""")
+    (backend,) = (report := run(model, "ort")).backends
+    assert backend.outputs[0].distance.mismatch and report.verdict == "fail"
+    assert not report.findings
+    assert {"r", "some", "y", "s"} & {o for s in backend.segments for o in s.outputs}
+
+
 def test_nan_handling_is_audited_on_request(run, tmp_path):
     """A backend that turns NaN into a number is found; the reference passes NaN on."""
     graph = helper.make_graph(

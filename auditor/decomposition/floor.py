@@ -16,7 +16,7 @@ from auditor.decomposition.divergence import Local
 from auditor.graphs import surgery
 from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
-from auditor.ports import Array, Arrays
+from auditor.ports import Arrays
 from auditor.replays import decisions, functions, quantised, reorder, rounding
 from auditor.replays.replay import Replayer, ReplayError
 from auditor.replays.sessions import session
@@ -40,7 +40,7 @@ def floor(
     replayer: Replayer,
     cut: Cut,
     local: Local,
-    reference: Mapping[str, Array],
+    apart: Mapping[str, Moments],
     again: Arrays | None = None,
     own: Format | None = None,
 ) -> float:
@@ -59,14 +59,12 @@ def floor(
         replayer: runs the reference's segments.
         cut: the segment.
         local: its divergence on one sample.
-        reference: the reference's tensors, whose norms the error is relative to.
+        apart: how far the backend's tensors are from the reference's, whose norms the error is
+            relative to.
         again: a second capture, where the program does not repeat its own bits.
         own: the narrow format that the model gives the segment's outputs, if any.
     """
-    scale = {name: Moments() for name in cut.outputs}
-    for name, moments in scale.items():
-        moments.add(reference[name], reference[name])
-    moved = _Moved(replayer, cut, local, scale)
+    moved = _Moved(replayer, cut, local, apart)
     repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
     model = replayer.model(cut, local.inputs)
     if surgery.is_exact(model):
@@ -75,7 +73,9 @@ def floor(
         least = max(fp32_rounding.floor(0.0), repeat)
         if any(node.op_type == "Dropout" for node in model.graph.node):
             return least  # that it drops at all has a name (export.training_mode)
-        # No two runs of it are alike: nothing can be told by its numbers.
+        # No two runs of it are alike: nothing can be told by its numbers, nor their count.
+        if any(v.shape != local.replayed[n].shape for n, v in local.observed.items()):
+            return math.inf
         return max(least, moved.distance(local.observed, local.replayed) * _ABOVE)
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
@@ -103,14 +103,13 @@ class _Moved:
     """How far roundings move a segment's outputs, relative L2; 0 where that cannot be run.
 
     Attributes:
-        replayer, cut, local: as ``floor`` has them.
-        scale: by output, what distances are relative to.
+        replayer, cut, local, apart: as ``floor`` has them.
     """
 
     replayer: Replayer
     cut: Cut
     local: Local
-    scale: Mapping[str, Moments]
+    apart: Mapping[str, Moments]
 
     def draws(self) -> bool:
         """Whether the segment draws random numbers: it does not repeat its own outputs."""
@@ -174,8 +173,8 @@ class _Moved:
         for name, value in b.items():
             moments = Moments()
             moments.add(a[name], value)
-            if 0 < moments.error < math.inf and self.scale[name].reference > 0:
-                total += moments.relative_to(self.scale[name])
+            if 0 < moments.error < math.inf:
+                total += moments.relative_to(self.apart[name])
         return math.sqrt(total / len(b))
 
     def _by(self, run: Callable[[], Arrays]) -> float:

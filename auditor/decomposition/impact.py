@@ -19,6 +19,7 @@ import numpy as np
 from auditor.comparison import metrics
 from auditor.comparison.metrics import Moments, Running
 from auditor.decomposition.divergence import Local, replay
+from auditor.decomposition.floor import draws
 from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
 from auditor.ports import Arrays
@@ -97,7 +98,7 @@ def deciding(chain: Chain) -> Cut | None:
 
     Returns:
         None where NaN and infinity are the same in both, where that segment does what the
-        reference does, and where rounding its result would do as much.
+        reference does or draws random numbers, and where rounding its result would do as much.
 
     Raises:
         ReplayError: the reference cannot go on from the backend's tensors.
@@ -112,6 +113,8 @@ def deciding(chain: Chain) -> Cut | None:
         range(1, len(chain.cuts)), True, key=lambda k: odd(chain.following(chain.cuts[k:]))
     )
     cut = chain.cuts[position]
+    if draws(chain.replayer.graph.nodes[i] for i in cut.nodes):
+        return None
     local = replay(chain.replayer, cut, chain.captured)
     if metrics.bitwise_equal(local.observed, local.replayed):
         return None

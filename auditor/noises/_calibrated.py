@@ -76,8 +76,6 @@ def fits(
         rounded = sessions.inside(narrow, 1, inputs, {*reads.values(), *factors.values()})
     for index, weights in weighted.items():
         node = model.graph.node[index]
-        if not {node.input[0], node.output[0]} <= values.keys():
-            continue
         w = grouped(node, weights)
         if w is None:
             continue
@@ -85,6 +83,8 @@ def fits(
         if reads.get(read, "") in rounded and read not in inputs:
             at = _given(model, read)
             known = sessions.inside(at, 1, {**inputs, read: rounded[reads[read]]})
+        if not {read, node.output[0]} <= known.keys():  # of random lengths it may not run again
+            continue
         equations = equations_of(at, index, weights, w, known, observed, narrow=narrow is not None)
         if equations is None:
             continue

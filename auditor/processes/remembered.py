@@ -228,12 +228,12 @@ class Remembered(Tracer):
 
     def _remember(self, key: str, trace: SampleTrace) -> None:
         groups = {"o": trace.outputs, "t": trace.tensors, "g": trace.again or {}}
-        # The outputs are among the tensors, and the same arrays.
+        # The outputs are among the tensors, and mostly the same arrays.
         arrays = {
             f"{kind}{name}": value
             for kind, tensors in groups.items()
             for name, value in tensors.items()
-            if kind != "t" or name not in trace.outputs
+            if kind != "t" or value is not trace.outputs.get(name)
         }
         said = _Sample(
             tuple(trace.outputs),
@@ -274,7 +274,7 @@ class Remembered(Tracer):
 
 def _recalled(said: _Sample, arrays: Arrays) -> SampleTrace:
     outputs = {name: arrays[f"o{name}"] for name in said.outputs}
-    tensors = {n: outputs[n] if n in outputs else arrays[f"t{n}"] for n in said.tensors}
+    tensors = {n: arrays[f"t{n}"] if f"t{n}" in arrays else outputs[n] for n in said.tensors}
     again = None if said.again is None else {n: arrays[f"g{n}"] for n in said.again}
     return SampleTrace(
         outputs, tensors, again, said.bitwise_equal, said.difference, said.run_to_run

@@ -355,6 +355,7 @@ class _Session:
         self.instrumented: Any = None
         self.ablated: Any = None
         self.plain: Any = None
+        self.noisy = False  # whether any two plain runs on the same inputs differed
         self.files = 0
 
     def availability(self) -> Any:
@@ -427,6 +428,7 @@ class _Session:
             again = self.built.run(inputs)
             if not metrics.bitwise_equal(again, self.plain):
                 noise = max(noise, metrics.relative_l2(again, self.plain, tuple(self.plain)))
+        self.noisy |= noise > 0
         return {"run_to_run": noise, "outputs": self._save(self.plain)}
 
     def instrument(self, feeds: Any, last: bool) -> Any:
@@ -451,7 +453,9 @@ class _Session:
     def capture(self, feeds: Any, last: bool) -> Any:
         """Run with probes and compare the final outputs with the last plain run's, bit by bit.
 
-        ``last``: nothing else will be captured, so that the program with probes can go.
+        Of a program that does not repeat its own bits the tensors are sent with the final outputs
+        of their own run. ``last``: nothing else will be captured, so that the program with probes
+        can go.
         """
         from auditor.comparison import metrics
 
@@ -460,7 +464,8 @@ class _Session:
         answer = {
             "outputs_bitwise_equal": metrics.bitwise_equal(capture.outputs, self.plain),
             "difference": metrics.relative_l2(capture.outputs, self.plain, names),
-            "tensors": self._save(capture.tensors),
+            "noisy": self.noisy,
+            "tensors": self._save(capture.tensors | (capture.outputs if self.noisy else {})),
         }
         if last:
             self.instrumented = self.plain = None

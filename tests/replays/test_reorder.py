@@ -141,12 +141,17 @@ def _floor_and_error(observe, constants_from_shapes=False):
     replayer = Replayer(graph, 1)
     (cut,) = graph.cut({"y"})
     feeds = {"x": np.ones((1, 256, 6, 6), np.float32)}
-    captured = feeds | {"y": observe(feeds["x"], weight, bias)}
+    return _floor(replayer, cut, feeds, observe(feeds["x"], weight, bias))
+
+
+def _floor(replayer, cut, feeds, observed):
+    """The floor of a segment, and the error of a backend's ``y``."""
+    captured = feeds | {"y": observed}
     local = divergence.replay(replayer, cut, captured)
-    reference = replayer.walk((cut,), feeds)
     meter = divergence.Meter(cut)
-    meter.add(local, captured, reference)
-    return floors.floor(replayer, cut, local, reference), meter.relative(meter.introduced)
+    meter.add(local, captured, replayer.walk((cut,), feeds))
+    floor = floors.floor(replayer, cut, local, meter.accumulated)
+    return floor, meter.relative(meter.introduced)
 
 
 def _summed_by_tap(x, w, b):
@@ -183,8 +188,7 @@ def test_nothing_rounds_between_integers():
     (cut,) = graph.cut({"y"})
     feeds = {"x": np.full((1, 64), 2**30 - 1, np.int32)}
     reference = replayer.walk((cut,), feeds)
-    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
-    assert floors.floor(replayer, cut, local, reference) < 1e-5
+    assert _floor(replayer, cut, feeds, reference["y"] + 1)[0] < 1e-5
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -206,6 +210,5 @@ def test_what_is_decided_on_an_observed_tensor_is_no_rounding(scaled):
     (cut,) = graph.cut({"y"})
     feeds = {"x": RNG.integers(1, 9, (4, 64)).astype(np.float32)}
     reference = replayer.walk((cut,), feeds)
-    local = divergence.replay(replayer, cut, feeds | {"y": reference["y"] + 1})
-    floor = floors.floor(replayer, cut, local, reference)
+    floor, _ = _floor(replayer, cut, feeds, reference["y"] + 1)
     assert floor > 0.1 if scaled else floor < 1e-5
