@@ -207,7 +207,7 @@ def elide(text: str, room: int) -> str:
 
 
 def detail(name: str, *spans: Span) -> tuple[Span, ...]:
-    return (Span(f"{name:<9}", "dim"), *spans)
+    return (Span(f"{name:<8} ", "dim"), *spans)
 
 
 def folder_of(labels: Sequence[str]) -> str:

@@ -59,6 +59,34 @@ def test_the_figure_is_what_the_cause_does(tmp_path: Path, opset: int) -> None:
     assert found.outputs[0].spread.high_at == int(np.argmax(errors))
 
 
+def test_four_bits_by_blocks(tmp_path: Path) -> None:
+    """Of ``x @ w`` and of ``x @ w.T``: 40 values are a whole block of 32 and a quarter of one."""
+    r = np.random.default_rng(2)
+    w, v, x = (r.standard_normal(s).astype(np.float32) for s in ((40, 8), (6, 8), (1, 4, 40)))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Gemm", ["h", "v"], ["y"], transB=1),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"w": w, "v": v}, [4, 40])
+    np.savez(tmp_path / "x.npz", x=x)
+
+    def four(matrix: np.ndarray) -> np.ndarray:  # each column is added up
+        made = matrix.copy()
+        for column in made.T:
+            for start in range(0, len(column), 32):
+                block = column[start : start + 32]
+                scale = block[np.abs(block).argmax()] / -8
+                block[:] = np.clip(np.rint(block / scale), -8, 7) * scale
+        return made
+
+    whole, narrow = x[0] @ w @ v.T, x[0] @ four(w) @ four(v.T)
+    found = next(
+        r for r in run(path, "precision.int4", data=tmp_path / "x.npz") if "32" in r.variant
+    )
+    error = np.linalg.norm(narrow - whole) / np.linalg.norm(whole)
+    assert found.relative_l2 == pytest.approx(error, rel=1e-4)
+
+
 def test_another_shape_is_no_number(tmp_path: Path) -> None:
     pool = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2])
     path = save(tmp_path / "m.onnx", [pool], {}, [1, 2, 8, 8])

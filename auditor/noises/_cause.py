@@ -36,6 +36,7 @@ class Cause:
             backend made of them (see the Protocol ``Fitting``).
         simulated: whether to simulate those forms on whole models: deployments choose it, while
             what is False is a defect that a backend has or has not.
+        simulation: the forms to simulate, where they are others than those to replay.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Cause:
     variants: Callable[[SegmentGraph], Iterable[Variant]]
     fitted: Callable[[SegmentGraph, Arrays, Arrays], Iterable[Variant]] | None = None
     simulated: bool = True
+    simulation: Callable[[SegmentGraph], Iterable[Variant]] | None = None
 
     def fits(self, segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
         """Its forms with numbers that fit the backend's tensors."""
@@ -60,7 +62,7 @@ class Cause:
 
     def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
         """Its forms in a whole model, which is one segment without kernels."""
-        return self.variants(SegmentGraph(model, ())) if self.simulated else ()
+        return (self.simulation or self.variants)(SegmentGraph(model, ())) if self.simulated else ()
 
     def remedy(self, backend: str) -> str:
         """What to do about it on this backend, concretely."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from auditor.graphs import artefact
+import numpy as np
+
+from auditor.graphs import artefact, surgery
+from auditor.graphs.storage import in_blocks
 from auditor.noises import int8_dynamic
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays.quantised import Layout
 
+# What is simulated where no file tells, by the size of blocks.
+BLOCKS = {n: f"weights of matrix products, in blocks of {n}" for n in (32, 128)}
 RUNNING = "; what products read in 8 bits, too, "
 
 
@@ -24,6 +30,32 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         around = replace(segment, model=variant.model)
         for read in int8_dynamic.reading(around, stored.__contains__):
             yield Variant(variant.name + RUNNING + read.name, read.model)
+
+
+def _simulated(segment: SegmentGraph) -> Iterable[Variant]:
+    """The model with the weights of its matrix products rounded to 4 bits in blocks."""
+    layout = Layout(segment.model, segment.weights)
+    weights: dict[str, tuple[Array, int]] = {}  # and the axis that products add up along
+    for _, node in surgery.find(segment.model, ("MatMul", "Gemm")):
+        values = layout.constant(node.input[1])
+        if values is not None and values.dtype == np.float32 and values.ndim == 2:
+            weights[node.input[1]] = values, surgery.attributes(node).get("transB", 0)
+    for block, name in BLOCKS.items():
+        rounded = {n: _rounded(values, axis, block) for n, (values, axis) in weights.items()}
+        changed = artefact.replaced(segment.model, rounded)
+        if changed is not None:
+            yield Variant(name, changed)
+
+
+def _rounded(values: Array, axis: int, block: int) -> Array:
+    """The nearest of 16 steps; the value of a block farthest from 0 is the first of them."""
+    rows = in_blocks(values, axis, block)
+    ends = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], 1)
+    scale = np.where(ends == 0, 1, ends / -8)
+    steps = np.clip(np.rint(rows / scale), -8, 7) * scale
+    turned = np.moveaxis(values, axis, -1)
+    back = steps.reshape(*turned.shape[:-1], -1)[..., : turned.shape[-1]]
+    return np.ascontiguousarray(np.moveaxis(back, -1, axis), np.float32)
 
 
 NOISE = Cause(
@@ -58,6 +90,8 @@ NOISE = Cause(
     forms=(
         artefact.form("4 bits"),
         *(artefact.form("4 bits") + RUNNING + name for name in int8_dynamic.NOISE.forms),
+        *(f"{name} (audit sensitivity)" for name in BLOCKS.values()),
     ),
     variants=_variants,
+    simulation=_simulated,
 )

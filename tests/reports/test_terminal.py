@@ -18,7 +18,7 @@ from auditor.errors import UsageError
 from auditor.records.backend import Availability, Device, Gap
 from auditor.records.measured import Distance, OutputDistance
 from auditor.records.report import AuditReport
-from reports import _lists, _progress, _segment, terminal
+from reports import _lists, _page, _progress, _segment, terminal
 from reports import _words as words
 
 _WIDTHS = (80, 120, 200)
@@ -397,6 +397,12 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
     assert "ov OpenVINO 2026.4.1 Intel(R) Xeon(R) Platinum 8488C ov:GPU Intel(R) Arc(TM)" in said
     assert "tvm TVM not available reason the package `tvm` is not installed remedy pip" in said
     assert "ort ONNX Runtime 1.32.0" in said
+
+
+def test_a_long_name_is_no_part_of_what_is_said() -> None:
+    assert "".join(
+        span.text for span in _page.detail("sentence_embedding", _page.Span("x"))
+    ).endswith(" x")
 
 
 def test_noises_are_listed_and_explained() -> None:
