@@ -17,7 +17,7 @@ from auditor.graphs import surgery
 from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
 from auditor.ports import Arrays
-from auditor.replays import decisions, functions, quantised, reorder, rounding
+from auditor.replays import decisions, functions, positions, quantised, reorder, rounding
 from auditor.replays.replay import Replayer, ReplayError
 from auditor.replays.sessions import session
 from auditor.replays.widening import own_types
@@ -48,7 +48,8 @@ def floor(
 
     The largest of what rounding can do there (replays with the inputs perturbed in their last bit,
     but for what is decided on them as they were observed, with every sum added up in reverse order,
-    and with exponentials evaluated exactly), of what rounding to the model's own narrow types does
+    with the positions of interpolations moved in their last bit, and with exponentials evaluated
+    exactly), of what rounding to the model's own narrow types does
     (unless that is far more than a few roundings: then it is worth a word), and, for a program that
     does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
     texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
@@ -81,7 +82,11 @@ def floor(
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
     found = fp32_rounding.floor(
-        jitter, moved.reordered(), terms, half=half, exact=moved.evaluated_exactly()
+        jitter,
+        moved.reordered(),
+        terms,
+        half=half,
+        exact=max(moved.evaluated_exactly(), moved.repositioned()),
     )
     found = max(found, moved.in_own_types(own) if own else 0.0, repeat)
     introduced = moved.distance(local.observed, local.replayed)
@@ -133,6 +138,10 @@ class _Moved:
     def reordered(self) -> float:
         """Sums added up in another order."""
         return self._by(lambda: self._changed(reorder.reordered, reorder.OPSET, "reordered"))
+
+    def repositioned(self) -> float:
+        """Positions that are interpolated at in their last bit."""
+        return self._by(lambda: self._changed(positions.moved, positions.OPSET, "repositioned"))
 
     def evaluated_exactly(self) -> float:
         """Exponentials and their like in double precision."""

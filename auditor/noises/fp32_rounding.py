@@ -81,7 +81,9 @@ def floor(
         reordered: relative L2 by which they move when every sum is added up in reverse order.
         terms: number of terms of the longest sum.
         half: whether the outputs are float16.
-        exact: relative L2 by which they move when functions are evaluated in double precision.
+        exact: relative L2 by which they move when functions are evaluated in double precision, or
+            when the positions that are interpolated at move in their last bit: two runtimes may
+            each round the scale and the position by half of that.
     """
     smallest = SMALLEST_HALF if half else SMALLEST
     expected = SUM_FACTOR * math.sqrt(terms)

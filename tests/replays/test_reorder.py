@@ -177,6 +177,24 @@ def test_a_small_fault_is_no_order_of_a_sum():
     assert error > floor
 
 
+def test_positions_are_multiplied_by_the_inverse_of_a_scale():
+    """Where noise is interpolated linearly; a position that is another one is no rounding."""
+    sizes = numpy_helper.from_array(np.array([1, 1, 1, 224]), "sizes")
+    model = _model("Resize", [1, 1, 1, 240], {}, {"mode": "linear"})
+    model.graph.node[0].input.extend(["", "", "sizes"])
+    model.graph.initializer.append(sizes)
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    x = RNG.standard_normal((1, 1, 1, 240)).astype(np.float32)
+    for wrong, rounds in ((0.0, True), (1e-3, False)):
+        at = (np.arange(224, dtype=np.float32) + 0.5) * np.float32(240 / 224) - np.float32(0.5)
+        left, part = np.floor(at).astype(int), (at - np.floor(at) + wrong).astype(np.float32)
+        y = x[..., left] * (1 - part) + x[..., left + 1] * part
+        floor, error = _floor(replayer, cut, {"x": x}, y)
+        assert error > 3e-6 and (error < floor) is rounds, (floor, error)
+
+
 def test_nothing_rounds_between_integers():
     """A sum that wraps around is another one in another order: that is no rounding."""
     model = _model("ReduceSum", [1, 64], {}, {"keepdims": 0})
