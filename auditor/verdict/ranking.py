@@ -250,8 +250,12 @@ def _confidence(backend: BackendReport, segment: Segment, noise: Noise | None) -
     if noise is None:
         # The place is sure, the cause is not.
         return "medium" if proved else "low"
-    strong = (segment.explained or 0.0) >= 0.99 and (
-        segment.bit_identical >= 0.9 or noise.stated_by(_kernels(backend, segment))
+    explained = segment.explained or 0.0
+    left = math.sqrt(max(0.0, 1 - explained)) * segment.introduced
+    strong = explained >= 0.99 and (
+        segment.bit_identical >= 0.9  # or what is left is rounding
+        or left <= segment.floor
+        or noise.stated_by(_kernels(backend, segment))
     )
     if segment.contradicted:  # one step less than on samples that all agree
         return "medium" if strong and proved else "low"

@@ -1,9 +1,11 @@
 """Findings are ranked by what they do to the output; gaps and findings make the exit code."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from auditor import discovery
 from auditor.records import terms
 from auditor.records.backend import Gap
 from auditor.records.measured import Distance, Hypothesis, OutputDistance, Segment
@@ -116,3 +118,13 @@ def test_the_outlier_is_the_one_all_others_agree_against():
     assert ranking.outlier(pairs(ov=1e-2)) == "ov"
     assert ranking.outlier(pairs()) is None
     assert ranking.outlier(pairs()[:1]) is None
+
+
+@pytest.mark.parametrize(("left", "confidence"), [(0.5e-6, "high"), (5e-6, "medium")])
+def test_a_replay_that_leaves_rounding_is_strong(left: float, confidence: str) -> None:
+    """Sums in another order have no bit in common, however right the cause is."""
+    segment = _segment("s0", introduced=1e-2, nodes=("a",), noise="precision.int8")
+    segment = replace(segment, explained=1 - (left / 1e-2) ** 2, bit_identical=0.1, floor=1e-6)
+    noises = {noise.id: noise for noise in discovery.noises()}
+    (finding,) = ranking.findings([_backend(segment)], {("ov", "s0"): 1e-2}, noises)
+    assert finding.confidence == confidence
