@@ -273,7 +273,8 @@ class Analysis:
         for name, value in upstream.origin(names).items():
             if name not in self.system_outputs:
                 kind = upstream.kinds.get(name) or self._kinds.get(name)
-                self.system_outputs[name] = OutputMeter(name, kind, value, self._tokens)
+                spelt = upstream.characters or self._tokens
+                self.system_outputs[name] = OutputMeter(name, kind, value, spelt)
             self.system_outputs[name].add(deployed[name], value, index)
 
     def _check_seams(self, base: Arrays, expected: Arrays, captured: Arrays) -> None:
@@ -393,8 +394,11 @@ class Analysis:
                 meters = self.tasks.setdefault(cut.id, {})
                 for name, value in values.items():
                     if name not in meters:
-                        read = upstream.kinds.get(name) if upstream else None
-                        meters[name] = TaskMeter(name, read) if read else self.outputs[name].alone()
+                        if upstream and (read := upstream.kinds.get(name)):
+                            spelt = upstream.characters or self._tokens
+                            meters[name] = TaskMeter(name, read, spelt)
+                        else:
+                            meters[name] = self.outputs[name].alone()
                     meters[name].add(value, base[name], index)
                 effects.append(effect)
             return effects

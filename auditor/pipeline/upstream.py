@@ -140,12 +140,14 @@ class Upstream:
             after the whole deployment pipeline.
         after: the post-processings from the training side to the deployment side, each with the
             id of the cause that leads to it ("" for the first); empty without any.
+        characters: of the classes of a text; empty where they are not described.
     """
 
     names: tuple[str, ...]
     outputs: tuple[Arrays, ...]
     places: tuple[Placement, ...]
     after: tuple[tuple[str, Post], ...] = ()
+    characters: tuple[str, ...] = ()
 
     @property
     def kinds(self) -> dict[str, OutputKind]:
@@ -306,6 +308,8 @@ class Photographs:
         self._measured = 0
         self._outputs: dict[str, OutputMeter] = {}
         self._input = ""
+        self._metadata = {entry.key: entry.value for entry in model.proto.metadata_props}
+        self._known: tuple[str, ...] | None = None  # the characters, once they were read
         self._used, shape = self._usable(model)
         side = "the deployment side of " if self._meters else ""
         alike = ("Both sides of the pipeline are alike: nothing but the network can differ.",)
@@ -367,6 +371,9 @@ class Photographs:
             index: the sample.
             reference: the reference model.
             expected: its outputs after the deployment's pipeline.
+
+        Raises:
+            UsageError: the outputs, or their characters, are not as described.
         """
         if not self._meters and not self._after:
             return None
@@ -395,6 +402,7 @@ class Photographs:
         if not outputs:
             outputs, places = (expected,), [places[-1]] * 2
         upstream = Upstream(names, outputs, tuple(places), self._after)
+        upstream = replace(upstream, characters=self._characters(upstream))
         if not self._meters:
             return upstream
         self._measured += 1
@@ -419,13 +427,21 @@ class Photographs:
             self._alone(meter, index, result, origin, whole)
         return upstream
 
+    def _characters(self, upstream: Upstream) -> tuple[str, ...]:
+        if not self._after or (post := self._after[0][1]).kind != "text":
+            return ()
+        if self._known is None:
+            made = upstream.origin(upstream.outputs[0])[results.NAME]
+            self._known = results.characters(post, self._metadata, made.shape[-1])
+        return self._known
+
     def _add(self, index: int, upstream: Upstream, origin: Arrays, expected: Arrays) -> float:
         """What all steps do together, and the share of each; the relative L2 of the former."""
         last = upstream.deployed(expected)
         for name, value in origin.items():
             if name not in self._outputs:
                 kind = upstream.kinds.get(name) or self._kinds.get(name)
-                self._outputs[name] = OutputMeter(name, kind, value)
+                self._outputs[name] = OutputMeter(name, kind, value, upstream.characters)
             self._outputs[name].add(last[name], value, index)
         whole = difference(last, origin)
         names = tuple(origin)
@@ -443,7 +459,7 @@ class Photographs:
         if 0 < whole < math.inf:
             meter.impact.add(effect / whole, index)
         for name, value in values.items():
-            task = meter.tasks.setdefault(name, TaskMeter(name, self._outputs[name].kind))
+            task = meter.tasks.setdefault(name, self._outputs[name].alone())
             task.add(value, origin[name], index)
 
     def report(self) -> PipelineReport | None:

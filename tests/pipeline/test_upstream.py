@@ -24,6 +24,7 @@ from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
 from auditor.pipeline.steps import Preparation
 from auditor.ports import Silent
 from auditor.records.report import AuditReport, PipelineStep
+from reports import json_v1
 from tests.helpers import ROOT, audit_in
 
 # Each mistake alone, and the step that must be named for it.
@@ -184,6 +185,24 @@ def test_network_and_pipeline_share_one_difference(
     assert [f.rank for f in report.findings] == list(range(1, len(effects) + 1))
 
 
+def test_texts_are_shown_in_their_characters(photos: Path, pipeline: Path) -> None:
+    """Bright places of each row, read one after another; a class is a channel."""
+    network = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[1,3,32,32] image) => (float[1,32,3] y) {
+            rows = ReduceMax <axes = [3], keepdims = 0> (image)
+            y = Transpose <perm = [0, 2, 1]> (rows) }""")
+    path = pipeline.parent / "text.onnx"
+    onnx.save(network, path)
+    (pipeline.parent / "letters.txt").write_text("g\nb\n")
+    with pipeline.open("a") as file:
+        file.write('post = { kind = "text", charset = "letters.txt" }\n')
+    report = run(path, photos, deployed(pipeline, 'channels = "bgr"'))
+    assert report.pipeline is not None
+    (found,) = report.pipeline.outputs
+    examples = [m.consequence.example for m in (found, *report.backends[0].end_to_end.outputs)]
+    assert examples == [("", "b")] * 2
+
+
 def test_sides_that_are_alike_are_silent(network: Path, photos: Path, pipeline: Path) -> None:
     report = run(network, photos, pipeline)
     assert report.pipeline is None and report.backends[0].end_to_end is None
@@ -260,7 +279,8 @@ def test_by_command(network: Path, photos: Path, pipeline: Path, tmp_path: Path)
         ("sarif", "preprocessing.channels"),
         ("html", "Around the network"),
     ):
-        assert needle in command("show", report, "--format", format).stdout
+        renderer = discovery.renderers()[format]
+        assert needle in renderer.render(json_v1.load(report), width=None, color=False)
     policy = tmp_path / "audit.toml"
     policy.write_text('[categories]\n"preprocessing.channels" = "allow"\n')
     assert command(*made, "--policy", policy).returncode == 0
