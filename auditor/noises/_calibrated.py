@@ -10,11 +10,13 @@ decided by a replay of the whole segment, as for every hypothesis.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+from threadpoolctl import threadpool_limits
 
 from auditor.graphs import surgery
 from auditor.noises._equations import ROWS, Equations, Grid, equations_of, grouped, ungrouped
@@ -24,6 +26,9 @@ from auditor.replays import sessions
 
 # What the part not fitted must explain to be worth a replay, and from where on nothing is left.
 _WORTH, _ENOUGH = 0.2, 0.99
+# Errors and what a rough search changes, as vectors, have at least this cosine where it is near:
+# what explains a share of them has its square root, and steps beside the right one half of that.
+_RELATED = 0.15
 # An operand is sought with that many channels of the product, where there are ``ROWS`` of each.
 _CHANNELS = 32
 
@@ -132,6 +137,10 @@ def _unrounded(model: onnx.ModelProto, tensors: Iterable[str]) -> dict[str, str]
 _Form = tuple[Steps, Array | None]
 
 
+# Threads of the algebra library cost such small products ten times as much on a busy machine.
+_alone = threadpool_limits.wrap(limits=1, user_api="blas")
+
+
 class _Fitting:
     """Fits one product: everything is decided on some of its channels, half of what is known.
 
@@ -188,23 +197,45 @@ class _Fitting:
         around = 1 - float(self._held.left(weights, grid, about=True).sum()) / self._around
         return min(explained, around)
 
+    @_alone
     def _grid(self, weights: Array) -> Grid | None:
-        return grid_of(self._fitted, self._every, weights, self._operand)
+        def related(grid: Grid) -> bool:
+            return self._related(self._rest(weights), self._rest(weights, grid))
 
+        return grid_of(self._fitted, self._every, weights, self._operand, related)
+
+    def _rest(self, weights: Array, grid: Grid | None = None) -> Array:
+        """The errors that these operands leave of what was not fitted, around their mean."""
+        return self._held.rest(weights, grid, about=self._around > 0)
+
+    @staticmethod
+    def _related(before: Array, after: Array) -> bool:
+        """Whether what changes errors has something in common with them."""
+        moved = before - after
+        size = math.sqrt(float(np.square(before).sum()) * float(np.square(moved).sum()))
+        return float((before * moved).sum()) > _RELATED * size
+
+    @_alone
     def _best(self, grid: Grid | None) -> tuple[float, Array, _Form]:
         """The form of weights that explains most of what was not fitted."""
         known = self._fitted if grid is None else self._fitted.on(grid)
         found: list[tuple[float, Array, _Form]] = []
+        plain = self._rest(self._w[self._some], grid)
+
+        def related(weights: Array) -> bool:
+            return self._related(plain, self._rest(weights, grid))
+
         for symmetric, per_channel in itertools.product((True, False), (True, False)):
             steps = Steps(self._w, per_channel=per_channel, symmetric=symmetric)
             part = steps.of(self._some)
-            for step in (None, part.fitted(known)):
+            for step in (None, part.fitted(known, related)):
                 weights = part.rounded(part.largest if step is None else step)
                 found.append((self._share(weights, grid), weights, (steps, step)))
             if found[-1][0] >= _ENOUGH:
                 break
         return max(found, key=lambda f: f[0])
 
+    @_alone
     def _all_of(self, form: _Form, grid: Grid | None) -> Array:
         """The weights of all channels in a form."""
         steps, step = form

@@ -28,6 +28,8 @@ _SMALLEST, _LARGEST = 3e-4, 1.5
 ROWS, _WORK = 256, 3e8
 # A step needs that many equations.
 EQUATIONS = 3
+# One number needs no more than that many to be looked for roughly.
+_ENOUGH = 1024
 # Numbers within this are none: what is divided by them would not be one.
 NOTHING = 1e-30
 # Squares of numbers up to here are finite.
@@ -80,6 +82,10 @@ class Equations:
 
     def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
         """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
+        return np.square(self.rest(weights, operand, about=about)).sum(axis=1, keepdims=True)
+
+    def rest(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
+        """The errors [g, p, c] that these operands leave, or what is around their mean."""
         x = self.x if operand is None else operand(self.x)
         if self.factor is not None:
             x, weights = _bfloat16(x), _bfloat16(weights * self.factor) / self.factor
@@ -87,11 +93,17 @@ class Equations:
         if about or (self.factor is not None and x.shape[1] >= EQUATIONS):
             total = np.maximum(square.sum(axis=1, keepdims=True), NOTHING)
             rest = rest - (square * rest).sum(axis=1, keepdims=True) / total
-        return np.asarray((square * np.square(rest)).sum(axis=1, keepdims=True))
+        return np.asarray(self.weight * rest)
 
     def known(self) -> Array:
         """By channel [g, 1, c], how many results are known."""
         return np.asarray(np.count_nonzero(self.weight, axis=1, keepdims=True))
+
+    def thinned(self) -> Equations:
+        """As many rows as the search for one number needs."""
+        every = max(1, self.weight.size // _ENOUGH)
+        x, result, weight = (a[:, ::every] for a in (self.x, self.result, self.weight))
+        return replace(self, x=x, result=result, weight=weight)
 
     def of(self, some: tuple[slice, slice, slice]) -> Equations:
         """Those of some channels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -69,20 +69,28 @@ class Steps:
     def _integers(self, step: Array) -> Array:
         return np.asarray(np.clip(np.rint(self.w / step), self.low, self.high))
 
-    def fitted(self, known: Equations) -> Array:
-        """The steps that explain most of what is known."""
+    def fitted(self, known: Equations, related: Callable[[Array], bool] | None = None) -> Array:
+        """The steps that explain most of what is known; unless the weights that do so roughly
+        are ``related`` to it, those that clip nothing."""
+        enough = known.known() >= EQUATIONS
+        if not self.single and not enough.any():
+            return self.largest
         tried = [self.largest * np.float32(1.02)]
         while len(tried) < _TRIED and (tried[-1] > self.least).any():
             tried.append(tried[-1] * (1 - self._apart(tried[-1])))
-        lefts = np.stack([self._left(known, step) for step in tried])
+        some = known.thinned() if self.single else known
+        lefts = np.stack([self._left(some, step) for step in tried])
         likely = np.argsort(lefts, axis=0)[:_LIKELY]
+        starts = np.take_along_axis(np.stack(tried), likely, axis=0)
+        if related is not None and not related(self.rounded(starts[0])):
+            return self.largest
         best, left = self.largest, self._left(known, self.largest)
-        for start in np.take_along_axis(np.stack(tried), likely, axis=0):
+        for start in starts:
             refined = self.refined(known, start)
             best, left = self._better(known, best, left, refined)
         if self.single:
             return best
-        return np.where(known.known() >= EQUATIONS, best, self.largest)
+        return np.where(enough, best, self.largest)
 
     def _apart(self, step: Array) -> Array:
         """How far steps to try are from each other, in steps."""
@@ -122,17 +130,25 @@ class Steps:
         return left.sum(keepdims=True) if self.single else left
 
 
-def grid_of(known: Equations, every: Equations, weights: Array, operand: Array) -> Grid | None:
+def grid_of(
+    known: Equations,
+    every: Equations,
+    weights: Array,
+    operand: Array,
+    related: Callable[[Grid], bool],
+) -> Grid | None:
     """The 8-bit grid of an operand that explains most of what is known, with these weights.
 
-    ``every`` is asked where the range ends, since few values are beyond it.
+    ``every`` is asked where the range ends, since few values are beyond it; ``related``, whether a
+    grid that does so roughly is worth more.
     """
-    search = _Search(known, weights, operand)
+    search = _Search(known.thinned(), weights, operand)
     if not (0 < search.span < math.inf) or known.known().sum() < 2 * EQUATIONS:
         return None
     search.everywhere()
-    if search.left == math.inf:
+    if search.left == math.inf or not related(search.best):
         return None
+    search.asks(known)
     search.less_at_both_ends()
     search.one_end_apart()
     search.nearby()
@@ -173,6 +189,11 @@ class _Search:
             now = float(self._known.left(self._weights, grid).sum())
             if now < self.left:
                 self.best, self.left = grid, now
+
+    def asks(self, known: Equations) -> None:
+        """Goes on with other equations."""
+        self._known = known
+        self.left = float(known.left(self._weights, self.best).sum())
 
     def _apart(self, step: float) -> float:
         """How far a step to try is from the next, in steps."""
