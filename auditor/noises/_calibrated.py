@@ -9,6 +9,7 @@ decided by a replay of the whole segment, as for every hypothesis.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
@@ -137,8 +138,11 @@ def _unrounded(model: onnx.ModelProto, tensors: Iterable[str]) -> dict[str, str]
 _Form = tuple[Steps, Array | None]
 
 
-# Threads of the algebra library cost such small products ten times as much on a busy machine.
-_alone = threadpool_limits.wrap(limits=1, user_api="blas")
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """On a busy machine such small products take ten times as long with more than one thread."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 class _Fitting:
@@ -173,7 +177,7 @@ class _Fitting:
         found: list[tuple[float, Grid, _Form | None]] = []
         if (grid := self._grid(plain)) is not None:
             found.append((self._share(plain, grid), grid, None))
-        if (grid := self._grid(weights)) is not None:
+        if (found or explained > 0) and (grid := self._grid(weights)) is not None:
             if self._share(weights, grid) < _ENOUGH:
                 _, weights, form = self._best(grid)
                 grid = self._grid(weights) or grid
@@ -197,7 +201,7 @@ class _Fitting:
         around = 1 - float(self._held.left(weights, grid, about=True).sum()) / self._around
         return min(explained, around)
 
-    @_alone
+    @_alone()
     def _grid(self, weights: Array) -> Grid | None:
         def related(grid: Grid) -> bool:
             return self._related(self._rest(weights), self._rest(weights, grid))
@@ -215,7 +219,7 @@ class _Fitting:
         size = math.sqrt(float(np.square(before).sum()) * float(np.square(moved).sum()))
         return float((before * moved).sum()) > _RELATED * size
 
-    @_alone
+    @_alone()
     def _best(self, grid: Grid | None) -> tuple[float, Array, _Form]:
         """The form of weights that explains most of what was not fitted."""
         known = self._fitted if grid is None else self._fitted.on(grid)
@@ -235,7 +239,7 @@ class _Fitting:
                 break
         return max(found, key=lambda f: f[0])
 
-    @_alone
+    @_alone()
     def _all_of(self, form: _Form, grid: Grid | None) -> Array:
         """The weights of all channels in a form."""
         steps, step = form

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import ml_dtypes
 import numpy as np
@@ -56,7 +57,7 @@ class Grid:
         return np.asarray(np.clip(np.rint(x / step), self.low, self.high) * step, np.float32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Equations:
     """Rows of products, by groups of channels: result [g, p, c] = Σₖ x [g, p, k] · w [g, k, c].
 
@@ -82,18 +83,26 @@ class Equations:
 
     def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
         """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
-        return np.square(self.rest(weights, operand, about=about)).sum(axis=1, keepdims=True)
+        rest = self.rest(weights, operand, about=about)
+        return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
 
     def rest(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
         """The errors [g, p, c] that these operands leave, or what is around their mean."""
-        x = self.x if operand is None else operand(self.x)
+        x = self._read if operand is None else self._narrow(operand(self.x))
         if self.factor is not None:
-            x, weights = _bfloat16(x), _bfloat16(weights * self.factor) / self.factor
+            weights = _bfloat16(weights * self.factor) / self.factor
         rest, square = self.result - x @ weights, np.square(self.weight)
         if about or (self.factor is not None and x.shape[1] >= EQUATIONS):
             total = np.maximum(square.sum(axis=1, keepdims=True), NOTHING)
             rest = rest - (square * rest).sum(axis=1, keepdims=True) / total
         return np.asarray(self.weight * rest)
+
+    @cached_property
+    def _read(self) -> Array:
+        return self._narrow(self.x)  # once for all weights that are tried
+
+    def _narrow(self, x: Array) -> Array:
+        return x if self.factor is None else _bfloat16(x)
 
     def known(self) -> Array:
         """By channel [g, 1, c], how many results are known."""
@@ -101,7 +110,7 @@ class Equations:
 
     def thinned(self) -> Equations:
         """As many rows as the search for one number needs."""
-        every = max(1, self.weight.size // _ENOUGH)
+        every = max(1, np.count_nonzero(self.weight) // _ENOUGH)
         x, result, weight = (a[:, ::every] for a in (self.x, self.result, self.weight))
         return replace(self, x=x, result=result, weight=weight)
 

@@ -70,8 +70,10 @@ class Steps:
         return np.asarray(np.clip(np.rint(self.w / step), self.low, self.high))
 
     def fitted(self, known: Equations, related: Callable[[Array], bool] | None = None) -> Array:
-        """The steps that explain most of what is known; unless the weights that do so roughly
-        are ``related`` to it, those that clip nothing."""
+        """The steps that explain most of what is known.
+
+        Where weights that do so roughly are not ``related`` to it, those that clip nothing.
+        """
         enough = known.known() >= EQUATIONS
         if not self.single and not enough.any():
             return self.largest
