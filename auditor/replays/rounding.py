@@ -9,19 +9,17 @@ matrix units accumulate in FP32 (Intel SDM, TDPBF16PS; NVIDIA PTX ISA, mma).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from auditor.graphs import surgery
-from auditor.graphs.model import key
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, premultiplied, steps
+from auditor.replays.kernels import rearranged
 from auditor.replays.layout import Layout, stated, subgraphs
-from auditor.replays.rounder import CONVOLVING, Rounder, Sites
+from auditor.replays.rounder import Rounder, Sites
 from auditor.replays.writer import Format
 
 _FLOAT32 = Format("float32", frozenset(), TensorProto.FLOAT, 6, 24)
@@ -35,7 +33,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     that take the whole segment for one kernel where it does. Narrow running sums cost much to
     replay and are tested only where the engine does not report another precision.
     """
-    segment = _biases_apart(segment)
+    segment = rearranged(segment)
     plain = Layout(segment)
     spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
@@ -54,55 +52,6 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if len(nodes) > len(segment.model.graph.node) and nodes not in seen:
             seen.append(nodes)
             yield Variant(where.name, model)
-
-
-def _biases_apart(segment: SegmentGraph) -> SegmentGraph:
-    """A segment with the biases of convolutions added by nodes of their own, where a kernel does.
-
-    An engine that computes every other element of a convolution and then leaves out some (OpenVINO
-    moves the strides of a pointwise convolution ahead) adds the bias behind that, and so does one
-    that multiplies 8-bit integers: the convolution is named by two kernels, and what it hands over
-    is rounded.
-    """
-    by_key = Counter(key for kernel in segment.kernels for key in {*kernel.nodes})
-    starts = {k for kernel in segment.kernels if kernel.type in CONVOLVING for k in kernel.nodes}
-    split = [
-        (index, node)
-        for index, node in surgery.find(segment.model, ("Conv",))
-        if len(node.input) > 2 and node.input[2] and key(node) in starts and by_key[key(node)] > 1
-    ]
-    if not split:
-        return segment
-    model = surgery.copied(segment.model)
-    nodes = list(model.graph.node)
-    shapes = surgery.shapes(model)
-    made: dict[str, str] = {}
-    for index, node in reversed(split):
-        rank = len(shapes.get(node.input[1], ()))
-        if not rank:
-            continue
-        conv, whole = nodes[index], key(node)
-        bare, bias, shape = (f"{whole}/{part}" for part in ("bare", "bias", "shape"))
-        sizes = helper.make_tensor(shape, TensorProto.INT64, [rank - 1], [-1] + [1] * (rank - 2))
-        model.graph.initializer.append(sizes)
-        add = helper.make_node("Add", [bare, bias], [whole])
-        nodes[index : index + 1] = [
-            helper.make_node("Reshape", [node.input[2], shape], [bias]),
-            conv,
-            add,
-        ]
-        del conv.input[2:]
-        conv.output[0] = bare
-        made[whole] = bare
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    kernels = tuple(
-        replace(kernel, nodes=tuple(made.get(name, name) for name in kernel.nodes))
-        if kernel.type in CONVOLVING
-        else kernel
-        for kernel in segment.kernels
-    )
-    return replace(segment, model=model, kernels=kernels)
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:

@@ -66,6 +66,30 @@ def test_convolution_with_folded_batch_norm(
     assert explain(segment, {"x": x}, {"y": r(np.maximum(unfolded, 0))}).explained < 0.99
 
 
+def test_factors_that_the_engine_takes_behind_an_average(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """Its kernels say so: the average comes before what the model has in front of it."""
+    x = r(generator.standard_normal((2, 3, 16, 16)))
+    g, b = (generator.standard_normal((1, 3, 1, 1)).astype(np.float32) for _ in range(2))
+    nodes = [
+        helper.make_node("Mul", ["g", "x"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["a"]),
+        helper.make_node("AveragePool", ["a"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Relu", ["p"], ["y"]),
+    ]
+    averaging, scaling = kernel("Pooling", ("p",), "p"), kernel("Eltwise", ("m", "a"), "a")
+    last = kernel("Eltwise", ("y",), "y")
+
+    def averaged(values: Array) -> Array:
+        return r(values.reshape(2, 3, 8, 2, 8, 2).mean((3, 5)))
+
+    behind = make_segment(nodes, {"g": g, "b": b}, ["x"], ["y"], [averaging, scaling, last])
+    check(explain(behind, {"x": x}, {"y": np.maximum(r(averaged(x) * g + b), 0)}))
+    before = make_segment(nodes, {"g": g, "b": b}, ["x"], ["y"], [scaling, averaging, last])
+    check(explain(before, {"x": x}, {"y": np.maximum(averaged(r(x * g + b)), 0)}))
+
+
 def test_a_convolution_adds_in_the_precision_of_its_result(
     make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
 ) -> None:
