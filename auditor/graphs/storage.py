@@ -13,7 +13,7 @@ from auditor.ports import Array, Storage
 
 # Steps of an 8-bit grid, and how near to its points values must lie, in steps.
 _STEPS, _NEAR = 256, 0.01
-_HALF = 2.0**-11  # a file may keep the steps in half precision that were rounded by in single
+_HALF = 2.0**-11  # a file may keep in half precision what was rounded by in single
 # Any few numbers lie on some grid.
 _LEVELS = 4
 # Up to so many levels, 8 bits are not what they are stored in.
@@ -152,6 +152,8 @@ def grid_steps(rows: Array) -> NDArray[np.float64]:
     """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
     levels = np.sort(rows.astype(np.float64), axis=1)
     found = np.full(len(levels), np.nan)
+    with np.errstate(over="ignore"):
+        halves = 2 * _HALF if np.array_equal(rows.astype(np.float16), rows) else 0.0
     if not np.isfinite(levels).all():
         return found
     gaps = np.diff(levels, axis=1)
@@ -166,9 +168,8 @@ def grid_steps(rows: Array) -> NDArray[np.float64]:
         *(largest / n for n in (127, 128, 255, 63, 64)),
     ):
         points = levels / step[:, None]
-        fits = (np.ptp(points, axis=1) <= _STEPS) & (
-            np.abs(points - np.rint(points)).max(axis=1) <= _NEAR
-        )
+        off = np.abs(points - np.rint(points)) - halves * np.abs(points)
+        fits = (np.ptp(points, axis=1) <= _STEPS) & (off.max(axis=1) <= _NEAR)
         new = fits & np.isnan(found[open_])
         found[open_[new]] = step[new]
     return found

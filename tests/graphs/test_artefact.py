@@ -82,6 +82,10 @@ def test_eight_bits(tmp_path: Path, axis: int | None, percentile: float) -> None
         tmp_path, (np.clip(np.round(original() / coarse), -7, 7) * coarse).astype("f4")
     ).values()
     assert found.storage == "4 bits"
+    # What steps times a scale are rounded to in a file of half precision.
+    trained = original().astype("f2").astype("f4")
+    integers, scale = rounded_to_8_bits(trained, percentile, axis)
+    assert storage_of(trained, (integers * scale).astype("f2").astype("f4")) == "8 bits"
 
 
 @pytest.mark.parametrize("rounding", [np.floor, np.trunc])
