@@ -84,7 +84,7 @@ class Steps:
         lefts = np.stack([self._left(some, step) for step in tried])
         likely = np.argsort(lefts, axis=0)[:_LIKELY]
         starts = np.take_along_axis(np.stack(tried), likely, axis=0)
-        if related is not None and not related(self.rounded(starts[0])):
+        if related is not None and not any(related(self.rounded(start)) for start in starts):
             return self.largest
         best, left = self.largest, self._left(known, self.largest)
         for start in starts:
