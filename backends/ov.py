@@ -262,7 +262,8 @@ class OpenVINO:
         if explicit is not None:
             shown = Source(explicit, nodes, inner)
             source, program = _observed(source, program, shown, compile_model)
-        notes = [*_unasked(request, precision), *notes]
+        capable = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+        notes = [*_unasked(request, precision, capable), *notes]
         candidates, finals, skipped, foreign = candidates_of(
             source, program, outputs, reduced=precision != "f32"
         )
@@ -322,8 +323,14 @@ def _observed(
     return source, program
 
 
-def _unasked(request: BuildRequest, precision: str) -> Iterator[str]:
-    """Sentences on what was compiled otherwise than the model or the user says."""
+def _unasked(request: BuildRequest, precision: str, capable: Sequence[str]) -> Iterator[str]:
+    """Sentences on what was compiled otherwise than the model or the user says.
+
+    Args:
+        request: what was asked for.
+        precision: that the program computes in.
+        capable: the device's ``OPTIMIZATION_CAPABILITIES``.
+    """
     asked = request.options.get(_PRECISION, precision)
     if asked not in (precision, "undefined"):
         yield f"{asked} was asked for; this device computes in {precision} instead."
@@ -331,6 +338,12 @@ def _unasked(request: BuildRequest, precision: str) -> Iterator[str]:
         yield (
             f"OpenVINO computes in {precision} by default on this device although the model "
             f"is f32; --option ov.{_PRECISION}=f32 keeps f32."
+        )
+    elif _PRECISION not in request.options and not {"BF16", "FP16"}.intersection(capable):
+        yield (
+            "This device has neither bf16 nor f16. One that has computes in it by default, which "
+            "this audit does not show: `audit sensitivity` tells how far that would move the "
+            f"outputs, and {_PRECISION}=f32 keeps f32 there."
         )
     if request.dynamic and not request.open:
         shapes = ", ".join(f"{n}: {'x'.join(map(str, s))}" for n, s in request.shapes.items())

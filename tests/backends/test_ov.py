@@ -741,6 +741,14 @@ def test_a_precision_the_device_lacks_is_said(residual: Path) -> None:
     assert "bf16 was asked for; this device computes in f32 instead." in built.provenance.notes
 
 
+def test_that_other_processors_compute_otherwise_by_default_is_said(residual: Path) -> None:
+    capable = set(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    said = any("has neither bf16 nor f16" in n for n in build(residual).provenance.notes)
+    assert said == capable.isdisjoint(("BF16", "FP16"))
+    chosen = build(residual, options={"INFERENCE_PRECISION_HINT": "f32"}).provenance.notes
+    assert not any("by default" in note for note in chosen)
+
+
 def test_unknown_device_lists_those_there_are(residual: Path) -> None:
     with pytest.raises(UsageError, match="NPU9") as caught:
         build(residual, device="NPU9")
