@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.attribution import cause as attribution
@@ -88,6 +90,41 @@ def scaled(weight: float) -> onnx.ModelProto:
         [numpy_helper.from_array(w, "w")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def needs_bf16() -> None:
+    """Skip where OpenVINO cannot compute in bfloat16, even when it is asked to."""
+    openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("OpenVINO has no bfloat16 on this processor: it lacks AVX-512")
+
+
+def in_4_bits(model: onnx.ModelProto, block: int = 32) -> onnx.ModelProto:
+    """A model of opset 21 whose products' weights have 4 bits, a scale for ``block`` of them.
+
+    Those with fewer rows than a block stay as they are. ONNX Runtime reads them through
+    MatMulNBits, which by default quantises activations to 8 bits too: an error on every processor,
+    which the cause ``precision.int8_dynamic`` makes.
+    """
+    constants = {t.name: t for t in model.graph.initializer if len(t.dims) == 2}
+    constants = {n: t for n, t in constants.items() if t.dims[0] % block == 0}
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in constants:
+            name = node.input[1]
+            weights = numpy_helper.to_array(constants[name])
+            blocks = weights.reshape(-1, block, weights.shape[1])
+            scales = np.abs(blocks).max(axis=1) / np.float32(7)
+            steps = np.rint(blocks / scales[:, None]).reshape(weights.shape)
+            given = {f"{name}.int4": steps.astype(ml_dtypes.int4), f"{name}.scales": scales}
+            model.graph.initializer.remove(constants[name])
+            model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in given.items())
+            real = helper.make_node("DequantizeLinear", [*given], [name], axis=0, block_size=block)
+            nodes.append(real)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def untimed(value: Any) -> Any:

@@ -73,10 +73,13 @@ def test_a_softmax_over_many_classes_loses_the_small_ones():
     other = reordered(model)
     plain = session(model, 1).run(None, {"x": x})[0]
     moved = session(other, 1).run(None, {"x": x})[0]
+    powers = np.exp(x - x.max())
+    (one_after_another,) = powers / np.cumsum(powers, axis=1, dtype=np.float32)[:, -1:]
     exact = np.exp(x.astype(np.float64))
-    exact /= exact.sum()
-    assert np.abs(moved - exact).max() > 10 * np.abs(plain - exact).max()
-    np.testing.assert_allclose(moved, plain, rtol=1e-2)
+    (exact,) = exact / exact.sum()
+    np.testing.assert_allclose(moved[0], one_after_another, rtol=1e-5)
+    # How much better the engine's own order is depends on how many sums its processor keeps.
+    assert abs(moved[0, 0] - exact[0]) > 1e-4 > 2 * abs(plain[0, 0] - exact[0])
 
 
 def test_an_operator_whose_attributes_became_inputs_is_no_obstacle():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import pytest
 
 from auditor import discovery, pieces
@@ -21,9 +22,61 @@ from auditor.sequences import generate, rerun
 from auditor.sequences.caches import caches_of, checked, decoder_of
 from benchmarks import decoder as writer
 from reports import _generate as table
+from tests import helpers
 
-PROMPT = [1553, 1912, 528, 415]  # bfloat16 turns the eleventh token of this decoder
 SHAPE = writer.Shape(layers=2, hidden=64, inner=128, heads=4, groups=2, vocabulary=2000, tokens=24)
+PROMPT = [1553, 1912, 528, 415]
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A backend that computes this decoder in few bits, and a prompt of whose text that turns one.
+
+    Attributes:
+        bits: of the weights of the decoder's products, in the file.
+        cure: the option that avoids ``noise``.
+    """
+
+    backend: str
+    options: dict[str, str]
+    noise: str
+    cure: dict[str, str]
+    prompt: list[int]
+    bits: int = 32
+
+    def write(self, path: Path, shape: writer.Shape) -> None:
+        """Write the decoder."""
+        writer.write(path, shape, seed=2)
+        if self.bits == 4:
+            model = onnx.version_converter.convert_version(onnx.load(path), 21)
+            onnx.save(helpers.in_4_bits(model), path)
+
+
+ONES = {
+    "4 bits": Narrow(
+        "ort",
+        {},
+        "precision.int8_dynamic",
+        {"session.qdq_matmulnbits_accuracy_level": "1"},
+        [399, 277, 782, 1407],
+        bits=4,
+    ),
+    "bfloat16": Narrow(
+        "ov",
+        {"INFERENCE_PRECISION_HINT": "bf16"},
+        "precision.bf16",
+        {"INFERENCE_PRECISION_HINT": "f32"},
+        PROMPT,
+    ),
+}
+
+
+@pytest.fixture(params=ONES)
+def narrow(request: pytest.FixtureRequest) -> Narrow:
+    """What turns a decision: on every processor, and on those with bfloat16."""
+    if request.param == "bfloat16":
+        helpers.needs_bf16()
+    return ONES[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +86,18 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def written(path: Path, folder: Path, *backends: str, **options: str) -> GenerationReport:
+def written(
+    path: Path, folder: Path, *backends: str, narrow: Narrow | None = None
+) -> GenerationReport:
+    ids = (narrow.backend,) if narrow else backends
     asked = AuditOptions(
-        backends=tuple(BackendSpec(id) for id in backends),
+        backends=tuple(BackendSpec(id) for id in ids),
         threads=1,
-        options={"ov": options} if options else {},
+        options={narrow.backend: narrow.options} if narrow else {},
     )
     return generate.generate(
         path,
-        PROMPT,
+        narrow.prompt if narrow else PROMPT,
         11,
         asked,
         noises=discovery.noises(),
@@ -50,49 +106,59 @@ def written(path: Path, folder: Path, *backends: str, **options: str) -> Generat
     )
 
 
-def test_a_turned_decision_is_traced_to_layers_and_mended(path: Path, tmp_path: Path) -> None:
-    report = written(path, tmp_path, "ov", INFERENCE_PRECISION_HINT="bf16")
+def test_a_turned_decision_is_traced_to_layers_and_mended(narrow: Narrow, tmp_path: Path) -> None:
+    path = tmp_path / "narrow.onnx"
+    narrow.write(path, SHAPE)
+    report = written(path, tmp_path, narrow=narrow)
     (turned,) = report.backends
     assert turned.first is not None and turned.text[: turned.first] == report.text[: turned.first]
     step = turned.steps[turned.first]
     assert turned.text[turned.first] == step.other != step.token and step.margin_after < 0
-    assert turned.categories[0].noise == "precision.bf16" and turned.categories[0].share > 0.9
+    assert turned.categories[0].noise == narrow.noise and turned.categories[0].share > 0.9
     assert {effect.layer for effect in turned.effects} >= {"layer0", "layer1"}
     kept = turned.kept
     assert kept is not None and kept.failure is None and 0 < len(kept.layers) <= kept.among
-    assert kept.options == {"INFERENCE_PRECISION_HINT": "f32"} and kept.turned == 0
+    assert kept.options == narrow.cure and kept.turned == 0
     assert f"token {step.number}: {step.other}" in table.render(report, 100, False)
 
 
-def test_caches_are_fed_back_to_each_backend(tmp_path: Path) -> None:
-    path = tmp_path / "cached.onnx"
-    writer.write(path, replace(SHAPE, caches=True), seed=2)
-    report = written(path, tmp_path, "ort", "ov", INFERENCE_PRECISION_HINT="bf16")
-    ort, ov = report.backends
+def test_caches_are_fed_back_to_each_backend(path: Path, tmp_path: Path) -> None:
+    cached = tmp_path / "cached.onnx"
+    writer.write(cached, replace(SHAPE, caches=True), seed=2)
+    report = written(cached, tmp_path, "ort")
+    (ort,) = report.backends
     assert report.caches == 4 and len(report.text) == 11
     # A decoder that is two in one is told whether it has caches yet.
     merged = tmp_path / "merged.onnx"
-    onnx.save(two_in_one(onnx.load(path)), merged)
+    onnx.save(two_in_one(onnx.load(cached)), merged)
     assert written(merged, tmp_path).text == report.text
     # In steps with caches and in one run with padding, the reference writes the same.
-    plain = tmp_path / "decoder.onnx"
-    writer.write(plain, SHAPE, seed=2)
-    assert written(plain, tmp_path).text == report.text
+    assert written(path, tmp_path).text == report.text
     assert ort.first is None and ort.text == report.text
     assert all((step.caches or 0) < 1e-5 for step in ort.steps)
-    assert ov.first is not None and ov.carried is not None and ov.carried.number == ov.first > 0
-    step, carried = ov.steps[ov.first], ov.carried
-    assert ov.text[: ov.first] == report.text[: ov.first] and ov.text[ov.first] == step.other
-    assert all(1e-4 < (s.caches or 0) < 1e-1 for s in ov.steps)
+
+
+def test_an_error_that_caches_carry_is_told_from_the_steps_own(
+    narrow: Narrow, tmp_path: Path
+) -> None:
+    path = tmp_path / "narrow.onnx"
+    narrow.write(path, replace(SHAPE, caches=True))
+    report = written(path, tmp_path, narrow=narrow)
+    (turned,) = report.backends
+    first, carried = turned.first, turned.carried
+    assert first is not None and carried is not None and carried.number == first > 0
+    step = turned.steps[first]
+    assert turned.text[:first] == report.text[:first] and turned.text[first] == step.other
+    assert all(1e-4 < (s.caches or 0) < 1e-1 for s in turned.steps)
     assert carried.inherited > 1e-4 and carried.introduced > 1e-4
     assert carried.lead + carried.by_caches + carried.by_step < 0 < carried.lead
-    for causes in (ov.categories, carried.categories):
-        assert causes[0].noise == "precision.bf16" and causes[0].share > 0.9
-    assert {"layer0", "past_key_values.1 (caches)"} <= {effect.layer for effect in ov.effects}
-    kept = ov.kept
+    for causes in (turned.categories, carried.categories):
+        assert causes[0].noise == narrow.noise and causes[0].share > 0.9
+    assert {"layer0", "past_key_values.1 (caches)"} <= {e.layer for e in turned.effects}
+    kept = turned.kept
     assert kept is not None and kept.failure is None and 0 < len(kept.layers) < kept.among
     assert kept.turned == 0 and kept.pieces > 1
-    assert f"token {ov.first}" in table.render(report, 100, False)
+    assert f"token {first}" in table.render(report, 100, False)
 
 
 def two_in_one(cached: onnx.ModelProto) -> onnx.ModelProto:

@@ -19,6 +19,7 @@ from auditor.ports import Silent
 from auditor.sequences import streaming
 from auditor.sequences.streaming import Asked
 from reports import _stream as table
+from tests import helpers
 
 HIDDEN = 8
 
@@ -59,7 +60,32 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_each_side_keeps_its_own_states(path: Path, tmp_path: Path) -> None:
+def filtered(path: Path) -> onnx.ModelProto:
+    """The same behind a product of weights in 4 bits."""
+    model = onnx.load(path)
+    model.opset_import[0].version = 21
+    weights = np.random.default_rng(6).standard_normal((16, 16)).astype(np.float32) / 4
+    model.graph.initializer.append(numpy_helper.from_array(weights, "bank"))
+    model.graph.node[0].input[0] = "filtered"
+    model.graph.node.insert(0, helper.make_node("MatMul", ["sound", "bank"], ["filtered"]))
+    return helpers.in_4_bits(model, 16)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "noise"),
+    [
+        ("ort", {}, "precision.int8_dynamic"),
+        ("ov", {"INFERENCE_PRECISION_HINT": "bf16"}, "precision.bf16"),
+    ],
+)
+def test_each_side_keeps_its_own_states(
+    path: Path, tmp_path: Path, backend: str, options: dict[str, str], noise: str
+) -> None:
+    if backend == "ov":
+        helpers.needs_bf16()
+    else:
+        onnx.save(filtered(path), tmp_path / "filtered.onnx")
+        path = tmp_path / "filtered.onnx"
     sound = np.random.default_rng(7).standard_normal(20 * 12 + 4) * 3000
     with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
@@ -70,31 +96,31 @@ def test_each_side_keeps_its_own_states(path: Path, tmp_path: Path) -> None:
         asked,
         {},
         AuditOptions(
-            backends=(BackendSpec("ov"),),
+            backends=(BackendSpec(backend),),
             threads=1,
-            options={"ov": {"INFERENCE_PRECISION_HINT": "bf16"}},
+            options={backend: options},
         ),
         noises=discovery.noises(),
         progress=Silent(),
         scratch=tmp_path,
         save=tmp_path / "step.npz",
     )
-    (ov,) = report.backends
+    (narrow,) = report.backends
     assert report.states == (("h", "hn"),) and report.output == "speech"
-    assert ov.gap is None and len(ov.steps) == 20
-    first, *later = ov.steps
+    assert narrow.gap is None and len(narrow.steps) == 20
+    first, *later = narrow.steps
     # Both begin with the same state; from then on each has its own.
     assert first.inherited == 0 and first.introduced == pytest.approx(first.relative_l2)
     assert all(step.inherited > 0 and step.states > 0 for step in later)
-    assert all(len(step.decision) == 1 and step.margin is not None for step in ov.steps)
-    assert ov.categories[0].noise == "precision.bf16" and ov.categories[0].share > 0.9
+    assert all(len(step.decision) == 1 and step.margin is not None for step in narrow.steps)
+    assert narrow.categories[0].noise == noise and narrow.categories[0].share > 0.9
     # What is written is the step as the backend had it: its frame begins with the last samples.
     with np.load(tmp_path / "step.npz") as step:
         assert step["sound"].shape == (1, 16) and step["h"].shape == (1, 1, HIDDEN)
         heard = np.trunc(np.concatenate([np.zeros(4), sound])) / 2**15
-        at = ov.looked * 12
+        at = narrow.looked * 12
         assert np.allclose(step["sound"][0], heard[at : at + 16], atol=1e-7)
-    assert f"step {ov.looked}" in table.render(report, 100, False)
+    assert f"step {narrow.looked}" in table.render(report, 100, False)
     assert '"introduced"' in table.render_json(report)
 
 
