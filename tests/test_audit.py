@@ -294,6 +294,38 @@ def test_a_candidate_with_narrower_inputs_is_fed_as_it_takes_them(run):
         run(model, "ort", candidate=other)
 
 
+def test_rounding_that_the_model_makes_large_is_shown_where_it_grows(run):
+    """Each step is right; one in a hundred of the numbers falls on another integer."""
+    rng = np.random.default_rng(0)
+    factor = rng.uniform(0.5, 1.5, 16).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+            helper.make_node("BatchNormalization", ["c", "g", "z", "z", "g"], ["b"]),
+            helper.make_node("Mul", ["b", "scale"], ["large"]),
+            helper.make_node("Cast", ["large"], ["i"], to=TensorProto.INT32),
+            helper.make_node("Mod", ["i", "seven"], ["m"]),
+            helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16, 24, 24])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, 24, 24])],
+        [
+            numpy_helper.from_array(rng.standard_normal((16, 16, 3, 3)).astype(np.float32), "w"),
+            numpy_helper.from_array(factor, "g"),
+            numpy_helper.from_array(np.zeros(16, np.float32), "z"),
+            numpy_helper.from_array(np.float32(1e3), "scale"),
+            numpy_helper.from_array(np.int32(7), "seven"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    report = run(model, "ort")
+    (backend,) = report.backends
+    assert report.exit_code == 1 and not report.findings
+    (said,) = [w for w in backend.warnings if w.startswith("No segment is above its floor")]
+    assert "(Cast)" in said and "(Mod)" in said
+
+
 def test_several_samples_are_averaged(run, tmp_path):
     data = tmp_path / "x.npz"
     np.savez(data, x=np.random.default_rng(0).standard_normal((3, 1, 3, 32, 32)).astype("f"))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from auditor.capture.trace import Tracer
 from auditor.comparison.metrics import Moments
 from auditor.errors import AuditError, BackendError
+from auditor.noises import fp32_rounding
 from auditor.ports import Arrays
 from auditor.records.backend import Gap, Switch
 from auditor.records.measured import Counterfactual, OutputChange
@@ -238,7 +239,9 @@ def _counterfactual(
         blank,
         conclusion="unchanged"
         if unchanged
-        else _conclusion(removed, blank.claimed, own_file=own_file),
+        else _conclusion(
+            removed, blank.claimed, elsewhere=own_file or _rounds_anyhow(switch, claims)
+        ),
         samples=len(samples),
         before=_finite(before.error),
         after=_finite(after.error),
@@ -281,13 +284,18 @@ def _removed(before: float, after: float) -> float | None:
     return 1.0 - (after / before) ** 2  # 1 where only ``before`` is infinite
 
 
-def _conclusion(removed: float | None, claimed: float | None, *, own_file: bool) -> Conclusion:
+def _rounds_anyhow(switch: Switch, claims: Mapping[str, float]) -> bool:
+    """Whether the factor is tested for rounding only: the other program rounds too, elsewhere."""
+    return claims.keys() & set(switch.noises) == {fp32_rounding.NOISE.id}
+
+
+def _conclusion(removed: float | None, claimed: float | None, *, elsewhere: bool) -> Conclusion:
     """What the change says of the causes that claim a share of the divergence.
 
     Shares are projections onto the divergence. Were the claimed part gone and all else the same,
     the square of the divergence would fall by just that share when the parts are orthogonal, by
     more when they point the same way, and by less only where parts cancel each other; or where the
-    cause is in a file of the backend's own (``own_file``) and not in what was left out.
+    cause may be ``elsewhere`` than in what was left out, as in a file of the backend's own.
     """
     if removed is None or claimed is None:
         return "measured"
@@ -296,7 +304,7 @@ def _conclusion(removed: float | None, claimed: float | None, *, own_file: bool)
         return "confirmed"
     if part >= _CONTRADICTED:
         return "partial"
-    return "measured" if own_file else "contradicted"
+    return "measured" if elsewhere else "contradicted"
 
 
 def _finite(value: float) -> float | None:

@@ -13,7 +13,7 @@ from auditor.noises import fp32_rounding
 from auditor.records.backend import Kernel
 from auditor.records.measured import CategoryShare, Consequence, EndToEnd, FidelityProof, Segment
 from auditor.records.report import BackendReport
-from auditor.records.terms import Fidelity
+from auditor.records.terms import Fidelity, severity
 
 if TYPE_CHECKING:
     from auditor.analysis import Analysis
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Outside this range of Σ leave-one-in², contributions do not add.
 ADDITIVE = (0.5, 2.0)
+# What makes an error so many times as large is said to make it grow; the worst few are named.
+_GROWS = 10.0
+_GROWN = 3
 
 
 def report(measured: Analysis, device: str) -> BackendReport:
@@ -295,16 +298,36 @@ def _on_the_ranking(measured: Analysis) -> Iterator[str]:
 
 def _on_the_error(measured: Analysis, segments: Sequence[Segment]) -> Iterator[str]:
     """Where it sits, and whether the model amplifies any."""
-    finals = set(measured.reference.graph.outputs)
+    off = {name: meter.report().distance.relative_l2 for name, meter in measured.outputs.items()}
+    seen = {name for name, error in off.items() if severity(error) != "info"}
     for segment in segments:
         place = segment.concentration
-        if place is not None and finals & set(segment.outputs):
+        if place is not None and seen & set(segment.outputs):
             yield (
                 f"{place.share:.0%} of the error of output `{segment.outputs[0]}` sits at "
                 f"index {place.index} of axis {place.axis} (size {place.axis_size})."
             )
+    if seen and not any(m.flagged for m in measured.meters.values()):
+        yield from _grown(segments)
     if measured.control is not None and measured.control > 10:
         yield (
             f"The model itself amplifies relative noise on its input {measured.control:.0f} "
             "times: small differences anywhere become large ones at the output."
+        )
+
+
+def _grown(segments: Sequence[Segment]) -> Iterator[str]:
+    """Where rounding becomes a difference that shows, though no segment is above its floor."""
+    by_factor = {s.id: (s.amplification or 0.0, s) for s in segments}
+    worst = sorted(by_factor.values(), key=lambda pair: pair[0], reverse=True)[:_GROWN]
+    grown = {s.id: factor for factor, s in worst if factor >= _GROWS}
+    if grown:
+        told = [
+            f"{grown[s.id]:,.0f}-fold in {s.id} ({', '.join(dict.fromkeys(s.op_types))})"
+            for s in segments
+            if s.id in grown
+        ]
+        yield (
+            "No segment is above its floor. The difference is rounding that the model makes "
+            f"larger: {', '.join(told)}."
         )

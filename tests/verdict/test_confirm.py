@@ -17,6 +17,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.capture.trace import Tracer
 from auditor.errors import BackendError
 from auditor.ports import Silent
+from auditor.records.backend import Switch
 from auditor.records.report import AuditReport
 from auditor.verdict import confirm
 
@@ -113,6 +114,15 @@ def test_a_factor_that_changes_nothing_is_not_confirmed(
     assert report.findings[0].noise == "implementation.approximation"  # measured by replay
 
 
+def test_nothing_that_is_left_out_speaks_against_rounding() -> None:
+    """Without one instruction or order of sums there is another, and it rounds as well."""
+    switch = Switch("x", {}, ("implementation.fp32_rounding", "implementation.accumulation"))
+    assert confirm._rounds_anyhow(switch, {"implementation.fp32_rounding": 1.0})
+    assert not confirm._rounds_anyhow(switch, {"precision.bf16": 1.0})
+    both = {"implementation.fp32_rounding": 0.5, "implementation.accumulation": 0.5}
+    assert not confirm._rounds_anyhow(switch, both)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "claimed", "conclusion"),
     [
@@ -128,7 +138,7 @@ def test_a_factor_that_changes_nothing_is_not_confirmed(
 )
 def test_conclusions(before: float, after: float, claimed: float | None, conclusion: str) -> None:
     removed = confirm._removed(before, after)
-    assert confirm._conclusion(removed, claimed, own_file=False) == conclusion
-    # No factor of the engine speaks against a cause that may be in the file it compiled.
+    assert confirm._conclusion(removed, claimed, elsewhere=False) == conclusion
+    # No factor of the engine speaks against a cause that may be in the file it compiled, say.
     other = "measured" if conclusion == "contradicted" else conclusion
-    assert confirm._conclusion(removed, claimed, own_file=True) == other
+    assert confirm._conclusion(removed, claimed, elsewhere=True) == other
