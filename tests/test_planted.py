@@ -5,6 +5,7 @@ A small part of ``python -m benchmarks.plants``, whose docstring says how report
 
 import numpy as np
 import onnx
+import openvino as ov
 import pytest
 
 from benchmarks.plants import faults, suite, table
@@ -169,3 +170,16 @@ def test_a_fault_on_top_of_a_build_in_bfloat16(subject, tmp_path, kind, number):
     result = _run(subject("mtcnn_r"), "ort", case, baseline)
     assert result.outcome in ("right", "silent"), result
     assert result.stray == ()
+
+
+def test_a_build_that_the_engine_computes_otherwise_is_not_scored(subject):
+    """OpenVINO takes the hint bf16 for float32 on processors without it: what ran is no bf16."""
+    model = subject("mtcnn_p")
+    case = suite.draw(model, "defect", "native-bf16", 0, 0)
+    result = suite.run(model, "ov", case, [])
+    if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert result.outcome != "failed", result
+    else:
+        assert result.outcome == "failed", result
+        assert result.failure.startswith("bf16 was asked for; this device computes in f32")
+        assert "(native-bf16): 1 cases, bf16 was asked for" in table.render([result], "command")

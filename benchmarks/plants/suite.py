@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Silent
-from auditor.records.report import AuditReport
+from auditor.records.report import AuditReport, BackendReport
 from benchmarks import zoo
 from benchmarks.plants import faults
 from benchmarks.plants.faults import PLANTS, Plant, Site, UnsuitableError
@@ -381,6 +381,19 @@ def _apply(subject: Subject, network: Network, form: Plant, key: str, seed: int)
 # ------------------------------------------------------------------------------ audit
 
 
+def _options(build: str) -> dict[str, dict[str, str]]:
+    return NATIVE_BF16 if build == "native-bf16" else OPTIONS
+
+
+def _refused(measured: BackendReport, build: str) -> str:
+    """What the engine says of an option that it did not follow; empty where it followed all."""
+    built = measured.provenance
+    asked = _options(build).get(measured.id, {})
+    if built is None or all(built.options.get(k) == v for k, v in asked.items()):
+        return ""
+    return " ".join(built.notes) or "compiled with other options than asked for"
+
+
 def examine(subject: Subject, backend: str, build: str, network: Network | None) -> AuditReport:
     """Audit a changed model, or the model itself, in process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -393,7 +406,7 @@ def examine(subject: Subject, backend: str, build: str, network: Network | None)
             candidate=candidate,
             data=subject.path.with_suffix(".npz"),
             samples=1,
-            options=NATIVE_BF16 if build == "native-bf16" else OPTIONS,
+            options=_options(build),
             threads=1,
         )
         return audit(subject.path, options, noises=discovery.noises(), progress=Silent())
@@ -440,6 +453,8 @@ def run(subject: Subject, backend: str, case: Case, baseline: Sequence[Found]) -
     if measured.status != "audited":
         reason = measured.gap.reason if measured.gap else "not audited"
         return replace(blank, failure=reason, seconds=seconds)
+    if refused := _refused(measured, case.build):
+        return replace(blank, failure=refused, seconds=seconds)
     findings = found(report)
     return replace(
         score(blank, findings, baseline),
