@@ -81,7 +81,7 @@ def detach(proto: onnx.ModelProto, folder: Path) -> Arrays:
     for tensor in proto.graph.initializer:
         if is_detached(tensor) and tensor.data_type in _PLAIN and size_of(tensor) >= _SMALL:
             try:
-                arrays[tensor.name] = _mapped(tensor, folder)
+                arrays[tensor.name] = mapped(tensor, folder)
             except (ValueError, OSError) as error:
                 raise ValueError(f"tensor `{tensor.name}`: {error}") from error
     return arrays
@@ -126,7 +126,7 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
         graph.node.extend(kept)
 
 
-def _mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
+def mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
     """An external tensor as a read-only view of its file (ONNX external data format)."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     return np.memmap(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,16 +12,15 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays import integers
 from auditor.replays.quantised import Editor, Layout, Product
 
-# Operators of the integer format, with the position of their int8 weights and zero point.
-_INTEGER = {"ConvInteger": (1, 3), "MatMulInteger": (1, 3), "QLinearConv": (3, 5)} | {
-    "QLinearMatMul": (3, 5)
-}
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 _UNSIGNED = 255  # the largest uint8, which an activation may be
 # Scan without its batch axis exists from here on, and ReduceSum's axes are an input from 13 on.
 _OPSET = 13
+
+_KERNELS = "integer operators as this processor's kernels add them"
 
 # By position of a node: its product, and the pairs of it that can leave 16 bits.
 _Losses = dict[int, tuple[Product, tuple[Array, Array]]]
@@ -45,7 +44,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             }
             if losses and (padded or not apart):
                 yield Variant(name, _saturated(layout, losses))
-    yield from _exact(segment)
+    if (kept := integers.kernels(segment.model)) is not None:
+        yield Variant(_KERNELS, kept)
 
 
 def _can_saturate(product: Product) -> bool:
@@ -229,39 +229,6 @@ def _step(summands: str, axis: int, mark: str) -> onnx.GraphProto:
     )
 
 
-def _exact(segment: SegmentGraph) -> Iterator[Variant]:
-    """Integer operators with weights as uint8, whose products the reference adds exactly.
-
-    The reference runs on the same processor: on one without VNNI it saturates too.
-    """
-    model = segment.model
-    layout = Layout(model, segment.weights)
-    changed: dict[int, dict[int, Array]] = {}
-    for index, node in surgery.find(model, _INTEGER):
-        at, zero_at = _INTEGER[node.op_type]
-        weights = layout.constant(node.input[at])
-        if weights is None or weights.dtype != np.int8:
-            continue
-        zero = layout.constant(node.input[zero_at]) if len(node.input) > zero_at else None
-        zero = np.zeros((), np.int8) if zero is None else zero
-        changed[index] = {
-            i: (v.astype(np.int16) + 128).astype(np.uint8)
-            for i, v in ((at, weights), (zero_at, zero))
-        }
-    if not changed:
-        return
-    editor = Editor(model)
-    for index, node in enumerate(model.graph.node):
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        for position, value in changed.get(index, {}).items():
-            while len(new.input) <= position:
-                new.input.append("")
-            new.input[position] = editor.constant(value, np.uint8)
-        editor.copy(new)
-    yield Variant("in the reference, not in this backend", editor.model)
-
-
 _QUANTISE = "quantise weights to 7 bits (reduce_range=True)"
 NOISE = Cause(
     id="precision.int8_saturation",
@@ -274,8 +241,8 @@ NOISE = Cause(
     ),
     applies=(
         "quantised Conv and MatMul with int8 weights large enough for a pair to leave 16 "
-        "bits, from operator set 13 on; ConvInteger, MatMulInteger, QLinearConv and "
-        "QLinearMatMul"
+        "bits, from operator set 13 on; operators of the integer format with int8 weights, and "
+        "ONNX Runtime's own, where this processor saturates"
     ),
     source=(
         "Intel SDM vol. 2, PMADDUBSW; ONNX Runtime documentation, Quantize ONNX models, "
@@ -297,7 +264,7 @@ NOISE = Cause(
     forms=(
         "pairs along kernel position, then channel",
         "pairs of channels at each kernel position",
-        "in the reference, not in this backend",
+        _KERNELS,
     ),
     variants=_variants,
 )

@@ -11,6 +11,7 @@ from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Arrays
 from auditor.processes import memory
 from auditor.records.model import ReferenceInfo
+from auditor.replays import integers
 from auditor.replays.replay import BUDGET, Replayer
 from auditor.replays.sessions import one_line, session
 from auditor.replays.writer import Format
@@ -47,6 +48,7 @@ class Reference:
         Raises:
             UsageError: ONNX Runtime cannot run the model, so there is nothing to compare with.
         """
+        self._proto = model.proto
         self.graph = Graph(model.proto)
         self.replayer = Replayer(self.graph, threads, model.weights, model.folder, budget)
         self.labels = model.labels
@@ -75,6 +77,8 @@ class Reference:
         engine = "ONNX Runtime CPU, ORT_DISABLE_ALL"
         if not self.whole:
             engine += ", node by node (its weights exceed --memory)"
+        if integers.concerns(self._proto):
+            precision += ", int8 weights of integer products as uint8, which do not saturate here"
         return ReferenceInfo(engine, ort.__version__, precision)
 
     def wide(self, tensors: Arrays) -> Arrays:

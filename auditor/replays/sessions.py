@@ -10,6 +10,7 @@ import onnx
 
 from auditor.graphs import custom_ops, surgery
 from auditor.ports import Arrays
+from auditor.replays import integers
 
 # onnxruntime_session_options_config_keys.h
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -17,6 +18,8 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 
 def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) -> Any:
     """An ONNX Runtime CPU session that runs the model as written, without optimisation.
+
+    Products of 8-bit integers are exact, whatever the processor (``auditor.replays.integers``).
 
     Spinning threads are off: hundreds of short sessions would otherwise fight for the cores. So
     are arenas: each session would keep one as large as its tensors.
@@ -40,7 +43,9 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
         options.add_session_config_entry(_FOLDER, str(folder))
     custom_ops.register(options)
     return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        integers.exact(model, folder).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
     )
 
 
