@@ -320,11 +320,11 @@ class Apart:
                         names.append(self._source.tensors[port] if entry else stops[port])
                         grid = None if entry else grids.get(names[-1])
                         held = element if entry or element not in FLOATS else "f32"
-                        held = grid.element if grid else held
+                        held = grid.held if grid else held
                         made = opset.parameter(self._source.shape(port), element_type(held))
                         parameters.append(made)
                         if grid:
-                            made = _widened(made, [ops[step] for step in grid.steps])
+                            made = _widened(made, [ops[s] for s in grid.steps], grid.moved)
                         elif held != element:
                             made = opset.convert(made, element_type(element))
                         values[port] = made.output(0)
@@ -346,14 +346,21 @@ class Apart:
         return found
 
 
-def _widened(integers: Any, steps: Sequence[Any]) -> Any:
-    """The same operations on other integers; under their names, by which kernels are told."""
+def _widened(integers: Any, steps: Sequence[Any], moved: int) -> Any:
+    """The same operations on other integers; under their names, by which kernels are told.
+
+    ``moved`` is what was added to the integers.
+    """
     from openvino import opset13 as opset
 
     made = integers
     for step in steps:
         if step.get_type_name() == "Convert":
             made = opset.convert(made, step.get_element_type())
+            if moved:
+                made.set_friendly_name(step.get_friendly_name())
+                made = opset.subtract(made, opset.constant(moved, step.get_element_type()))
+                moved = 0
         else:
             combine = opset.subtract if step.get_type_name() == "Subtract" else opset.multiply
             made = combine(made, step.input_value(1))

@@ -58,7 +58,7 @@ class Executed:
     @property
     def passive(self) -> bool:
         """Whether it computes nothing; conversions that the engine inserted count as reorders."""
-        if self.type in _PASSIVE or _SHOWN.fullmatch(self.original):
+        if self.type in _PASSIVE or all(map(_SHOWN.fullmatch, self.original.split(","))):
             return True
         return self.type == "Convert" and not self.operations
 
@@ -317,8 +317,11 @@ class Candidate:
 
     @property
     def written(self) -> Port:
-        """Where it is observed: as the 8 bits that it is widened from, if it is."""
-        return self.grid.port if self.grid else self.port
+        """Where it is observed: as the 8 bits that it is widened from, if these can be.
+
+        Asked for the model's integers, the program would hold these instead of its own.
+        """
+        return self.grid.port if self.grid and not self.grid.moved else self.port
 
     @property
     def whole(self) -> Candidate:
@@ -334,7 +337,13 @@ class Candidate:
     @property
     def narrow(self) -> bool:
         """Whether it is observed as 8 bits, or one."""
-        return (self.grid.element if self.grid else self.element) in _SMALL
+        shown = self.grid.element if self.grid and not self.grid.moved else self.element
+        return shown in _SMALL
+
+    @property
+    def lifted(self) -> bool:
+        """Whether it is observed behind one more axis, lest its kernel widen it for the probe."""
+        return self.narrow or bool(self.grid and self.grid.moved)
 
     @property
     def probe(self) -> str:
@@ -411,6 +420,8 @@ def candidates_of(
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
             grid = None if final else source.grid(port)
+            if grid and precision in BYTES and not reduced:
+                grid = grid.held_in(precision)
             own = not path or grid or source.element_type(made) == element
             held = precision if own else element
             if reduced and not (final or grid or held in FLOATS or element in _SMALL):

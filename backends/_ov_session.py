@@ -159,7 +159,7 @@ Cut = tuple[CutOut, tuple[Candidate, ...]]  # and the targets to take from it
 def _held(value: Array, port: Any, grid: Grid | None) -> Array:
     """A known value in the type that a parameter takes; bfloat16 stays the bits it is."""
     if grid is not None:
-        value = grid.integers(value)
+        value = grid.integers(value) + grid.moved
     if port.get_element_type().get_type_name() == "bf16":
         return value
     with np.errstate(invalid="ignore"):  # no integer stands for NaN
@@ -180,12 +180,12 @@ def as_shown(value: Array, candidate: Candidate) -> Array:
     Narrowed, it would no longer be what the kernels behind it read. NumPy has no bfloat16: that
     stays float32.
     """
-    if candidate.narrow:
+    if candidate.lifted:
         value = value[0]
-    if candidate.grid:
+    if candidate.narrow and candidate.grid:
         value = candidate.grid.widened(value)
-    elif candidate.snapped:  # rounded on the way here, by less than half a step
-        value = candidate.snapped.widened(candidate.snapped.integers(value))
+    elif grid := candidate.grid or candidate.snapped:
+        value = grid.widened(grid.integers(value))  # rounded on the way here, by less than a half
     return value.astype(_OWN.get(candidate.element, value.dtype), copy=False)
 
 
@@ -207,7 +207,7 @@ def result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
     number, index = candidate.written
     port = ops[number].output(index)
     name = ops[number].get_friendly_name()
-    if candidate.narrow:
+    if candidate.lifted:
         name += SHOWING
         made = opset.unsqueeze(port, np.int64(0))
         made.set_friendly_name(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ _PLACED = frozenset({"Add", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 _HEAVY = frozenset({"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul"})
 FLOATS = frozenset({"f32", "bf16", "f16", "f64"})
 BYTES = frozenset({"u8", "i8"})
+_OTHER = {"i8": "u8", "u8": "i8"}
 _INTEGERS = BYTES | {"u4", "i4"}  # what weights are compressed to
 _COMPRESSED = "_compressed"  # what OpenVINO appends to the names of constants stored in float16
 
@@ -38,6 +39,8 @@ class Grid:
     Attributes:
         port, element: where the integers are, and their type.
         steps: the operations that widen them, in order.
+        moved: what the program adds to the integers. It holds signed ones plus 128, unsigned,
+            where the processor multiplies nothing else.
     """
 
     port: Port
@@ -45,6 +48,17 @@ class Grid:
     steps: tuple[int, ...]
     scale: Array
     zero: Array
+    moved: int = 0
+
+    @property
+    def held(self) -> str:
+        """The type in which the program holds the integers."""
+        return _OTHER[self.element] if self.moved else self.element
+
+    def held_in(self, element: str) -> Grid:
+        """The same of a program that holds the integers in the other of the two types."""
+        offset = 128 if element == "u8" else -128
+        return replace(self, moved=offset if element == _OTHER[self.element] else 0)
 
     def widened(self, integers: Array) -> Array:
         """What integers stand for, as the operations give it."""

@@ -169,7 +169,8 @@ def test_every_tensor_of_8_bits_is_captured_with_proof(tmp_path: Path) -> None:
         return f"{name}_d"
 
     def convolved(x: str, y: str, channels: int) -> str:
-        weights[y + "_w"] = draw.integers(-99, 99, (16, channels, 3, 3)).astype(np.int8)
+        # No two products leave 16 bits, where processors without VNNI would clip them.
+        weights[y + "_w"] = draw.integers(-64, 65, (16, channels, 3, 3)).astype(np.int8)
         nodes.append(helper.make_node("DequantizeLinear", [y + "_w", "ws", "wz"], [y + "_v"]))
         nodes.append(helper.make_node("Conv", [x, y + "_v"], [y], pads=[1] * 4))
         return y
@@ -183,11 +184,18 @@ def test_every_tensor_of_8_bits_is_captured_with_proof(tmp_path: Path) -> None:
     path = save(
         tmp_path / "m.onnx", nodes, [info("x", 1, 3, 32, 32)], [info("y", 1, 16, 32, 32)], stored
     )
-    instrumented = build(path, options=F32).instrument(X)
+    built = build(path, options=F32)
+    instrumented = built.instrument(X)
     assert instrumented.program_unchanged
-    names = tuple(f"{name}_d" for name in ("x", "a", "b", "c", "sum"))
+    names = [f"{name}_d" for name in ("x", "a", "b", "c", "sum")]
+    apart = any(k.type == "Eltwise" and "sum" in k.nodes for k in built.provenance.kernels)
+    if apart:
+        # Without VNNI a sum of signed integers is a kernel of its own, which reads one operand as
+        # floats. Whatever shows these, the convolution rounds ties otherwise for it: no proof.
+        assert [s.tensor for s in instrumented.skipped] == ["c_d"]
+        names.remove("c_d")
     assert {p.tensor for p in instrumented.probes} == {*names}
-    expected, captured = reference(path, names, X), instrumented.run(X).tensors
+    expected, captured = reference(path, tuple(names), X), instrumented.run(X).tensors
     for name in names:
         steps = np.abs(captured[name] - expected[name]) / 0.05
         assert np.allclose(steps, np.rint(steps), atol=1e-3)  # the very values of 8 bits
