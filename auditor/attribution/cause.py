@@ -175,8 +175,7 @@ def explain(
     search.fit()
     usual = dict(prior.values())
     combined.beneath(bench, noises, usual)
-    best = bench.best
-    if best is not None and not bench.found and best.hypothesis.explained >= combined.PARTIAL:
+    if not bench.found:
         combined.combine(bench, search.ordered, usual)
     if not bench.found:
         combined.alone(bench, search.segment, search.ordered)

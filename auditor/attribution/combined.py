@@ -117,13 +117,14 @@ def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
 
 
 def combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
-    """Test a second cause on top of the best one: the likeliest variants of every other noise.
+    """Test a second cause on top of a partial one: the likeliest variants of every other noise.
 
     ``usual`` are the causes of earlier segments with their variants. They are tried first, since
     what a build does everywhere it also does beside a fault.
     """
-    first = bench.best
-    assert first is not None
+    first = bench.partial
+    if first is None:
+        return
     likely: dict[str, list[tuple[float, str]]] = {}
     for tested in bench.tested:
         hypothesis = tested.hypothesis

@@ -137,6 +137,17 @@ class Bench:
         """The hypothesis that explains most so far, of those that give the steps of 8 bits."""
         return max(self.tested, key=lambda t: (t.fits, *merit(t)), default=None)
 
+    @property
+    def partial(self) -> Tested | None:
+        """What a second cause is looked for beside: the best where that explains something.
+
+        Else the one that explains most, whatever steps it gives: those may be the other's doing.
+        """
+        best = self.best
+        if best is None or best.hypothesis.explained < self.keep:
+            best = max(self.tested, key=merit, default=None)
+        return best if best is not None and best.hypothesis.explained >= self.keep else None
+
     def _fits(self, outputs: Arrays) -> bool:
         nodes = self.segment.model.graph.node
         steps = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"} & outputs.keys()
@@ -202,7 +213,9 @@ class Bench:
     def found(self) -> bool:
         """Whether the hypothesis that explains most explains enough."""
         best = self.best
-        return best is not None and best.hypothesis.explained >= self.needed(best.hypothesis)
+        if best is None or not best.fits:
+            return False
+        return best.hypothesis.explained >= self.needed(best.hypothesis)
 
     @property
     def coarse(self) -> bool:

@@ -15,6 +15,7 @@ from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturatio
 from auditor.ports import Array, Arrays, SegmentGraph
 
 ID = "precision.int8_saturation"
+REQUANTISED = "precision.int8_requantisation"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
 NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
 XS, WS, YS = np.float32(0.02), np.float32(0.01), np.float32(0.75)
@@ -76,6 +77,34 @@ def test_matrix_products(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
     planted = quantised(maddubs(t["x"], t["w"]) - XZ * w.sum(axis=0), np.zeros(24))
     found = explain(run, segment, t["x"], planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
+
+
+@pytest.mark.parametrize("step", [1, 3, 6])
+def test_saturation_without_the_rounding_behind_it(
+    make_segment: Any, run: Any, generator: np.random.Generator, step: int
+) -> None:
+    """A kernel that saturates and hands its sums over as floats, where the model rounds them.
+
+    Saturation alone gives most of it, on steps where the backend has none: it is no cause by
+    itself, and what is must be looked for on top of it, not of what explains little on none.
+    """
+    x = generator.integers(0, 256, (32, 37), np.uint8)
+    w = generator.integers(-127, 128, (37, 24)).astype(np.int8)
+    segment = dequantised(make_segment, "MatMul", w)
+    model = segment.model
+    model.graph.node[3].output[0] = "q"
+    model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "ys", "yz"], ["y"]))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    scale = np.float32(step)
+    for constant in model.graph.initializer:
+        if constant.name == "ys":
+            constant.CopyFrom(numpy_helper.from_array(scale, "ys"))
+    total = maddubs(x, w) - XZ * w.astype(np.int64).sum(axis=0)
+    real = total * (float(XS) * float(WS))
+    planted = np.clip(real, -YZ * scale, (255 - YZ) * scale).astype(np.float32)
+    found = explain(run, segment, x, planted)
+    assert {ID, REQUANTISED} <= {found.noise, *found.hypotheses[0].beside}, found.hypotheses[:3]
+    assert found.explained > 0.9999
 
 
 @pytest.mark.parametrize("group", [1, 2])
