@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="only these")
     parser.add_argument("--backends", default="ort,ov,tvm")
     parser.add_argument("--option", action="append", default=[], help="BACKEND.KEY=VALUE")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     backends = arguments.backends.split(",")
     options: dict[str, dict[str, str]] = {}
     for option in arguments.option:

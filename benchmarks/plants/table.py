@@ -23,8 +23,8 @@ _ABSENT = {
     "implementation.nonfinite": "no model here computes with NaN or infinity",
     "implementation.tie_breaking": "no model here has a TopK, an ArgMax or equal boxes",
     "precision.double_as_float": "no model here is float64",
-    "precision.int8_saturation": "ONNX Runtime itself shows it on this processor, see the int8 "
-    "model's findings without a plant",
+    "precision.int8_saturation": "engines show it themselves on processors without VNNI, in the "
+    "int8 model's findings without a plant",
     "precision.integer_overflow": "no model here computes with integers that leave their range",
     "precision.narrowed_integers": "no model here has integers beyond 32 bits",
 }
