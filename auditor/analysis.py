@@ -559,7 +559,8 @@ class Analysis:
 
     def another_file(self) -> str | None:
         """That the compiled file holds other weights than the model, if that makes errors."""
-        return evidence.of_another_file(self._compiled, *self.causes.of_the_file())
+        made, segments = self.causes.of_the_file()
+        return evidence.of_another_file(self._compiled, len(made), segments)
 
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""

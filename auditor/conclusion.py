@@ -57,7 +57,8 @@ class Conclusion:
         self._origins = origins.merged(origins.of(subject.model), measured)
         self.reports = origins.attached(reports, self._origins)
         effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
-        self.findings = ranking.findings(self.reports, effects, self._catalogue)
+        files = {(who, s) for who, a in analyses.items() for s in a.causes.of_the_file()[0]}
+        self.findings = ranking.findings(self.reports, effects, self._catalogue, files)
         self._analyses = analyses
         self._gaps: list[Gap] = []  # of the steps below
 

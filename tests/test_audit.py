@@ -214,12 +214,21 @@ def test_a_defect_is_ranked_first_and_given_no_false_cause(run, backend, weight,
     first = report.findings[0]
     assert weight.split(".")[0] in first.nodes
     assert first.noise is None
+    assert first.remedy is not None and "audit it against the model that" in first.remedy
     assert all(f.segment == first.segment for f in report.findings[1:])
     assert report.backends[0].unexplained_share > 0.99
     assert report.exit_code == 1
     pictured = [s for s in report.backends[0].segments if s.picture is not None]
     assert [s.id for s in pictured] == [first.segment]
     assert pictured[0].picture.tensor in pictured[0].outputs
+
+
+def test_what_the_file_itself_makes_is_not_to_be_mended_at_the_runtime(run):
+    model = _cnn()
+    report = run(model, "ort", candidate=_changed(model, "body2.b", np.zeros_like))
+    (first,) = report.findings
+    assert first.noise == "implementation.attribute_ignored"  # the bias has no effect
+    assert first.remedy is not None and "audit it against the model that" in first.remedy
 
 
 @pytest.mark.parametrize("pooled_output", [False, True])

@@ -199,10 +199,11 @@ class Causes:
         """Id of the cause that the search named, None when it named none."""
         return self._cases[id].found.noise
 
-    def of_the_file(self) -> tuple[int, int]:
-        """Segments whose error the compiled file's constants make, of all that were looked at."""
-        shares = [case.found.own for case in self._cases.values()]
-        return sum(s is not None and s >= ENOUGH for s in shares), len(shares)
+    def of_the_file(self) -> tuple[frozenset[str], int]:
+        """Segments whose error the compiled file's constants make; how many were looked at."""
+        shares = {id: case.found.own for id, case in self._cases.items()}
+        made = frozenset(id for id, s in shares.items() if s is not None and s >= ENOUGH)
+        return made, len(shares)
 
     def verdict(self, id: str) -> Cause:
         """What all samples together say."""

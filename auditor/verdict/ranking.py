@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 from auditor.attribution.hypotheses import NAMED
@@ -61,11 +61,17 @@ _PLUMBING = frozenset(
     ]
 )
 
+_MAKE_ANEW = (
+    "make the compiled file again from this model's weights, or audit it against the model that "
+    "it was made from: with its values the reference has this error too"
+)
+
 
 def findings(
     backends: Sequence[BackendReport],
     effects: Mapping[tuple[str, str], float],
     noises: Mapping[str, Noise],
+    files: Set[tuple[str, str]] = frozenset(),
 ) -> tuple[Finding, ...]:
     """Every segment above its floor, worst first; overlapping segments are one finding.
 
@@ -74,9 +80,10 @@ def findings(
         effects: by (backend, segment id): relative L2 that the segment's error alone causes in
             the final outputs.
         noises: the catalogue by id.
+        files: (backend, segment id) whose error other values in the compiled file make.
     """
     unranked = [
-        _finding(backend, group, effects, noises)
+        _finding(backend, group, effects, noises, files)
         for backend in backends
         for group in _merged([s for s in backend.segments if s.introduced > s.floor])
     ]
@@ -170,6 +177,7 @@ def _finding(
     group: list[Segment],
     effects: Mapping[tuple[str, str], float],
     noises: Mapping[str, Noise],
+    files: Set[tuple[str, str]],
 ) -> Finding:
     def effect_of(segment: Segment) -> float:
         return effects.get((backend.id, segment.id), -1.0)
@@ -200,7 +208,7 @@ def _finding(
         severity=severity(effect if effect is not None else lead.introduced),
         confidence=_confidence(backend, lead, noise),
         evidence=_evidence(backend, lead, noise),
-        remedy=noise.remedy(backend.id.partition(":")[0]) if noise else None,
+        remedy=_remedy(backend, noise, (backend.id, lead.id) in files),
         fingerprint=fingerprint(backend.id, (k for s in group for k in s.node_keys), lead.noise),
         leave_one_in_spread=lead.leave_one_in_spread,
         explained_spread=lead.explained_spread,
@@ -208,6 +216,13 @@ def _finding(
         modules=tuple(dict.fromkeys(m for s in (lead, *group) for m in s.modules)),
         beside=next((h.beside for h in lead.hypotheses if h.noise == lead.noise), ()),
     )
+
+
+def _remedy(backend: BackendReport, noise: Noise | None, other_file: bool) -> str | None:
+    """What to do: at the file, where it makes the error by more than its roundings."""
+    if other_file and (noise is None or noise.type != "data precision"):
+        return _MAKE_ANEW
+    return noise.remedy(backend.id.partition(":")[0]) if noise else None
 
 
 def _step(step: PipelineStep, noise: Noise) -> Finding:
