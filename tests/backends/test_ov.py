@@ -354,8 +354,10 @@ def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Pat
     feeds = {"input_ids": np.arange(12)[None]}
     made = build(path).instrument(feeds)
     assert made.program_unchanged and not made.skipped
-    proved = sum(probe.fidelity == "output-proved" for probe in made.probes)
-    assert proved >= 0.9 * len(made.probes) > 30
+    # Two a layer change the program at most: repeated keys, and where attention is one kernel that
+    # also transposes what it gives, as in f32, this.
+    apart = [probe.tensor for probe in made.probes if probe.fidelity != "output-proved"]
+    assert len(apart) <= 4 and len(made.probes) > 30, apart
 
 
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
