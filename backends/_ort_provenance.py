@@ -27,6 +27,11 @@ _ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
 _FEW_BITS: Final = "com.microsoft.MatMulNBits"
 _SATURATES: Final = "precision.int8_saturation"
 _QUANTISED: Final = re.compile(r"(.*\.)?(QLinear\w+|QGemm|MatMulIntegerToFloat)")
+# What has int8 weights that the option makes uint8 (Avx2WeightS8ToU8Transformer).
+_SIGNED: Final = re.compile(
+    r"(.*\.)?(QLinear(Conv|MatMul)|QGemm|QAttention|MatMulInteger(ToFloat)?"
+    r"|DynamicQuantize(MatMul|LSTM))"
+)
 _GELU: Final = ("implementation.approximation",)
 _NORMALISATION: Final = ("implementation.normalisation",)
 # Kernels that an optimiser makes: what it does, its names, the causes that it can bring.
@@ -89,8 +94,18 @@ _FLOATS: Final = frozenset({"f32", "f16", "bf16", "f64"})
 _NAMED_TYPES: Final = {"tensor(int64)": 7, "tensor(bool)": 9, "tensor(float)": 1}
 
 
-def switches(options: Options, made: Collection[str], original: Graph) -> Iterator[Switch]:
-    """What of this session can be left out; ``made`` are the primitives that the optimiser made."""
+def switches(
+    options: Options, kernels: Collection[str], original: Graph, own: Collection[str]
+) -> Iterator[Switch]:
+    """What of this session can be left out.
+
+    Args:
+        options: the session's.
+        kernels: the primitives that it runs.
+        original: the file's graph.
+        own: its primitives; the optimiser made the others.
+    """
+    made = set(kernels) - set(own)
     for key, factor, noises in _ENTRIES:
         if options.config.get(key) == "1":
             yield Switch(factor, {key: "0"}, noises)
@@ -112,11 +127,12 @@ def switches(options: Options, made: Collection[str], original: Graph) -> Iterat
     def without(factor: str, optimisers: Iterable[str], *about: tuple[str, ...]) -> Switch:
         return Switch(factor, {_DISABLED: ";".join([*off, *optimisers])}, *about)
 
+    signed = tuple(sorted(filter(_SIGNED.fullmatch, kernels)))
+    if signed and options.config.get(_SATURATING) != "1":
+        # It makes signed 8-bit weights unsigned: those kernels do not add pairs in 16 bits.
+        factor = "signed 8-bit weights (U8S8 kernels)"
+        yield Switch(factor, {_SATURATING: "1"}, (_SATURATES,), signed)
     if quantised := tuple(sorted(filter(_QUANTISED.fullmatch, made))):
-        if options.config.get(_SATURATING) != "1":
-            # It makes signed 8-bit weights unsigned: those kernels do not add pairs in 16 bits.
-            factor = "signed 8-bit weights (U8S8 kernels)"
-            yield Switch(factor, {_SATURATING: "1"}, (_SATURATES,), quantised)
         yield without(
             "fusion of quantised operators",
             ("QDQSelectorActionTransformer",),

@@ -208,8 +208,8 @@ class OrtBuild:
             ),
         )
         own = {primitive(node) for node in original.graph.node}
-        made = {k.primitive for k in self.provenance.kernels} - own
-        self.switches = tuple(switches(options, made, Graph(original.graph)))
+        run = {k.primitive for k in self.provenance.kernels}
+        self.switches = tuple(switches(options, run, Graph(original.graph), own))
         if quantised:
             self.switches = (_int8.SWITCH, *self.switches)
 

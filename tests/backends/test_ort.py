@@ -612,3 +612,25 @@ def test_a_failing_run_is_a_backend_error(tmp_path: Path) -> None:
     with pytest.raises(BackendError) as error:
         built.run({"x": np.zeros((1, 4, 16, 16), np.float32)})
     assert error.value.stage == "run"
+
+
+def test_integer_products_are_built_again_with_unsigned_weights(tmp_path: Path) -> None:
+    """Where int8 weights saturate, the file's own operators are as much at fault as fused ones."""
+    rng = np.random.default_rng(1)
+    w = rng.integers(60, 128, (16, 8)).astype(np.int8)
+    feeds = {"x": rng.integers(128, 256, (4, 16)).astype(np.uint8)}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "integers",
+        [info("x", 4, 16, dtype=TensorProto.UINT8)],
+        [info("y", 4, 8, dtype=TensorProto.INT32)],
+        [numpy_helper.from_array(w, "w")],
+    )
+    path = save(tmp_path / "integers.onnx", graph)
+    noise = "precision.int8_saturation"
+    (switch,) = (s for s in build(path, tmp_path).switches if noise in s.noises)
+    assert switch.kernels == ("MatMulInteger",)
+    without = build(path, tmp_path, **switch.options)
+    exact = feeds["x"].astype(np.int32) @ w.astype(np.int32)
+    assert np.array_equal(without.instrument(feeds).run(feeds).outputs["y"], exact)
+    assert not any(noise in s.noises for s in without.switches)
