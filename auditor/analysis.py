@@ -19,7 +19,7 @@ from auditor.attribution import evidence, witness
 from auditor.attribution.causes import Causes
 from auditor.capture.alignment import Alignment
 from auditor.capture.recording import Source
-from auditor.capture.trace import SampleTrace
+from auditor.capture.trace import SampleTrace, denied
 from auditor.comparison import metrics, pictures
 from auditor.comparison.metrics import Moments, Running
 from auditor.comparison.outputs import OutputMeter
@@ -564,7 +564,9 @@ class Analysis:
 
     def gaps(self) -> list[Gap]:
         """What of this backend was not audited."""
-        own = [gap for gap in (self.tracer.gap, self.tracer.unobserved) if gap]
+        tracer = self.tracer
+        unlike = None if tracer.gap else denied(tracer.id, tracer.stated())
+        own = [gap for gap in (tracer.gap, tracer.unobserved, unlike) if gap]
         unmeasured = [
             Gap(self.tracer.id, "compare", meter.unmeasured)
             for meter in self.meters.values()

@@ -41,6 +41,7 @@ from backends._ov_source import TOKEN, Source
 _DEFAULT_DEVICE = "CPU"
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _MODE = "EXECUTION_MODE_HINT"
+_DENIED = "{} was asked for; this device computes in {} instead."
 _DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _REPORTED = (_PRECISION, _MODE, "PERFORMANCE_HINT", "NUM_STREAMS")
 # Properties beside the precision that change numbers: the value that turns them off, the factor,
@@ -264,6 +265,8 @@ class OpenVINO:
             source, program = _observed(source, program, shown, compile_model)
         capable = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
         notes = [*_unasked(request, precision, capable), *notes]
+        wanted = request.options.get(_PRECISION, "undefined")
+        denied = _PRECISION in effective and wanted not in (precision, "undefined")
         candidates, finals, skipped, foreign = candidates_of(
             source, program, outputs, reduced=precision != "f32"
         )
@@ -285,6 +288,7 @@ class OpenVINO:
                     *branches(source, compile_model, notes),
                 ),
                 notes=tuple(notes),
+                denied=(_DENIED.format(wanted, precision),) if denied else (),
             ),
             _plain=Plain(
                 compile=compile_model,
@@ -324,16 +328,13 @@ def _observed(
 
 
 def _unasked(request: BuildRequest, precision: str, capable: Sequence[str]) -> Iterator[str]:
-    """Sentences on what was compiled otherwise than the model or the user says.
+    """Sentences on what was compiled otherwise than the model says.
 
     Args:
         request: what was asked for.
         precision: that the program computes in.
         capable: the device's ``OPTIMIZATION_CAPABILITIES``.
     """
-    asked = request.options.get(_PRECISION, precision)
-    if asked not in (precision, "undefined"):
-        yield f"{asked} was asked for; this device computes in {precision} instead."
     if precision != "f32" and _PRECISION not in request.options:
         yield (
             f"OpenVINO computes in {precision} by default on this device although the model "

@@ -86,6 +86,8 @@ def _draw(page: Page, part: Streamed, output: str) -> None:
     )
     causes = shares(part.categories, part.unexplained_share)
     page.say(Span(f"of its own: {causes}"), label=Span("causes     ", "dim"))
+    if part.gap is not None:
+        page.say(Span(part.gap.reason, "yellow"), label=Span("gap        ", "dim"))
     page.blank()
     columns = (
         Column("step", right=True),

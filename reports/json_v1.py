@@ -149,6 +149,7 @@ _PROVENANCE = record(
         "options": keyed(TEXT),
         "kernels": many(_KERNEL),
         "notes": TEXTS,
+        "denied": TEXTS,
     },
 )
 GAP = record(

@@ -254,6 +254,23 @@ def test_the_suffix_chooses_the_format(failed: Saved, tmp_path: Path) -> None:
         assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
 
 
+def test_a_precision_that_was_asked_for_in_vain_is_a_gap(audit: Audit, model: str) -> None:
+    """OpenVINO computes in another one then, which says nothing of the one asked for."""
+    openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
+    capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    lacked = [hint for hint, name in (("f16", "FP16"), ("bf16", "BF16")) if name not in capable]
+    if not lacked:
+        pytest.skip("this processor computes in every precision that can be asked for")
+    hint = f"ov.INFERENCE_PRECISION_HINT={lacked[0]}"
+    result = audit(model, "--backends", "ov", "--option", hint, "--format", "json")
+    assert result.returncode == 3, result.stderr
+    report = json.loads(result.stdout)
+    (backend,), (gap,) = report["backends"], report["gaps"]
+    assert report["verdict"] == "incomplete" and backend["status"] == "audited"
+    assert gap["reason"].startswith(f"{lacked[0]} was asked for; this device computes in ")
+    assert "Without the option" in gap["remedy"]
+
+
 def test_the_exit_code_does_not_depend_on_the_format(audit: Audit, model: str) -> None:
     result = audit(*(model, "--candidate", "wrong.onnx", "--backends", "ort", "--format", "sarif"))
     assert (result.returncode, result.stderr) == (1, "")

@@ -103,6 +103,22 @@ class SampleTrace:
     run_to_run: float
 
 
+def denied(id: str, made: Provenance | None) -> Gap | None:
+    """What a backend's options ask for and its device does not do: that is not audited.
+
+    Args:
+        id: as the user named the backend.
+        made: what was built.
+    """
+    if made is None or not made.denied:
+        return None
+    remedy = (
+        "Audit it on a machine whose device does. Without the option, the audit here is complete: "
+        "the program is the same."
+    )
+    return Gap(id, "build", " ".join(made.denied), remedy)
+
+
 @dataclass(slots=True)
 class Tracer:
     """One backend under audit; its methods run in a thread of their own.

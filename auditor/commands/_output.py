@@ -75,7 +75,7 @@ def exit_code(turned: bool, measured: Sequence[bool], named: bool) -> int:
 
     Args:
         turned: whether any decision differs from the reference's.
-        measured: of each backend, whether it made decisions.
+        measured: of each backend, whether it made decisions, computing as it was asked to.
         named: whether the user named the backends.
 
     Returns:

@@ -114,7 +114,7 @@ def _generate(
         write(output, table.render_json(report))
     emit(table.render(report, *screen(), decode))
     turned = any(part.first is not None for part in report.backends)
-    return exit_code(turned, [bool(part.steps) for part in report.backends], bool(backends))
+    return exit_code(turned, [part.complete for part in report.backends], bool(backends))
 
 
 def _pair(text: str) -> tuple[str, str]:

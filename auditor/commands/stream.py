@@ -148,7 +148,7 @@ def _stream(
         write(output, table.render_json(report))
     emit(table.render(report, *screen()))
     turned = any(not step.same for part in report.backends for step in part.steps)
-    return exit_code(turned, [bool(part.steps) for part in report.backends], bool(backends))
+    return exit_code(turned, [part.complete for part in report.backends], bool(backends))
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

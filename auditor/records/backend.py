@@ -156,6 +156,8 @@ class Provenance:
     Attributes:
         notes: compile-time facts a deployment engineer must know (narrowed types, specialised
             shapes, folded graphs); each a full sentence.
+        denied: what the options ask for and the device does not do; each a full sentence. The
+            report says it as a gap.
     """
 
     engine: str
@@ -164,6 +166,7 @@ class Provenance:
     options: dict[str, str] = field(default_factory=dict)
     kernels: tuple[Kernel, ...] = ()
     notes: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,11 @@ class Generation:
     carried: Carried | None = None
     gap: Gap | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether it was compared as it was asked for."""
+        return bool(self.steps) and self.gap is None
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:

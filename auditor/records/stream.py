@@ -61,6 +61,11 @@ class Streamed:
     provenance: Provenance | None = None
     gap: Gap | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether it was compared as it was asked for."""
+        return bool(self.steps) and self.gap is None
+
 
 @dataclass(frozen=True, slots=True)
 class StreamReport:

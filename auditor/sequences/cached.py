@@ -24,7 +24,7 @@ import onnx
 
 from auditor import pieces
 from auditor.analysis import Analysis
-from auditor.capture.trace import Tracer
+from auditor.capture.trace import Tracer, denied
 from auditor.comparison import metrics
 from auditor.errors import BackendError, UsageError
 from auditor.options import AuditOptions, BackendSpec
@@ -235,6 +235,7 @@ class _Backend:
             fidelity=part.fidelity,
             provenance=tracer.provenance,
             carried=carried,
+            gap=denied(spec.label, tracer.provenance),
         )
         if not turned:
             return result

@@ -18,7 +18,7 @@ import onnx
 
 from auditor import pieces
 from auditor.analysis import Analysis
-from auditor.capture.trace import Tracer
+from auditor.capture.trace import Tracer, denied
 from auditor.errors import BackendError, UsageError
 from auditor.graphs import model as models
 from auditor.options import AuditOptions, BackendSpec
@@ -245,7 +245,7 @@ def _one(
             return Generation(spec.label, gap=tracer.gap)
         part = summary.report(analysis, spec.device or "")
         effects: tuple[LayerEffect, ...] = ()
-        kept, gap = None, None
+        kept, gap = None, denied(spec.label, tracer.provenance)
         if turned:
             try:
                 emulated = _Emulated(truth, analysis, tensors, _turned(steps))

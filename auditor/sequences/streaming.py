@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from auditor import datafiles, stimulus
+from auditor.capture.trace import denied
 from auditor.comparison import metrics, tasks
 from auditor.errors import BackendError, UsageError
 from auditor.graphs import model as models
@@ -401,6 +402,7 @@ def _one(
             unexplained_share=part.unexplained_share,
             fidelity=part.fidelity,
             provenance=tracer.provenance,
+            gap=denied(spec.label, tracer.provenance),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from auditor.capture.trace import denied
 from auditor.decomposition.floor import draws
 from auditor.graphs import model
 from auditor.noises import fp32_rounding
@@ -48,7 +49,7 @@ def report(measured: Analysis, device: str) -> BackendReport:
     )
     if tracer.gap is not None:
         return blank
-    blank = replace(blank, gap=tracer.unobserved)
+    blank = replace(blank, gap=tracer.unobserved or denied(tracer.id, provenance))
     booked = {
         group[0].id: share
         for group, share in zip(ledger.groups, ledger.shares, strict=True)

@@ -391,7 +391,7 @@ def _refused(measured: BackendReport, build: str) -> str:
     asked = _options(build).get(measured.id, {})
     if built is None or all(built.options.get(k) == v for k, v in asked.items()):
         return ""
-    return " ".join(built.notes) or "compiled with other options than asked for"
+    return " ".join((*built.denied, *built.notes)) or "compiled with other options than asked for"
 
 
 def examine(subject: Subject, backend: str, build: str, network: Network | None) -> AuditReport:
