@@ -336,8 +336,10 @@ def _by_options(backend: BackendReport, found: Sequence[Finding], id: str) -> It
         about = tuple(sorted(ranks[n] for n in made.noises if n in ranks))
         yield Change(f"without {made.factor}", about, dict(made.options))
     catalogue = {noise.id: noise for noise in discovery.noises()}
+    built = backend.provenance.options if backend.provenance else {}
     for noise, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if noise in catalogue and (options := catalogue[noise].ablations.get(id)):
+        options = catalogue[noise].ablations.get(id, {}) if noise in catalogue else {}
+        if not options.items() <= built.items():
             yield Change(f"without {noise}", (rank,), dict(options))
 
 

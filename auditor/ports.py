@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -383,8 +384,13 @@ class Noise(Protocol):
     def ablations(self) -> Mapping[str, Mapping[str, str]]:
         """The options that switch it off, by backend id; none where a backend has no switch."""
 
-    def remedy(self, backend: str) -> str:
-        """What to do about it on this backend, concretely."""
+    def remedy(self, backend: str, options: Mapping[str, str] = MappingProxyType({})) -> str:
+        """What to do about it on this backend, concretely.
+
+        Args:
+            backend: its id.
+            options: what the program was built with; what it has already is no remedy.
+        """
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         """Whether the engine itself says it does this here: evidence, never a substitute."""

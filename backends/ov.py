@@ -449,10 +449,11 @@ def _compile_error(
             pass
         else:
             return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
+    narrow = {"BF16", "FP16"}.intersection(core.get_property(device, "OPTIMIZATION_CAPABILITIES"))
+    wide = f"`--option ov.{_PRECISION}=f32`, " if narrow and _PRECISION not in options else ""
     return BackendError(
         f"OpenVINO cannot compile the model: {reason}",
-        "Try `--option ov.INFERENCE_PRECISION_HINT=f32`, another opset version, or the operator it "
-        "names, if any, exported differently.",
+        f"Try {wide}another opset version, or the operator it names, if any, exported differently.",
     )
 
 

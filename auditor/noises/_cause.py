@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import onnx
 
@@ -28,6 +29,8 @@ class Cause:
         advice: what to do about it on any backend.
         remedies: what to do about it on the backends that need or offer something else, by id.
         ablations: by backend id, the options (``--option ID.KEY=VALUE``) that switch it off there.
+        otherwise: by backend id, what to do where they are set already and it is there all the
+            same; ``advice`` where not given.
         forms: the names of the variants, most likely first; what is in capitals differs from
             segment to segment.
         stated: how engines write the precision that this noise is; empty where none says so.
@@ -49,6 +52,7 @@ class Cause:
     advice: str
     remedies: Mapping[str, str] = field(default_factory=dict)
     ablations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    otherwise: Mapping[str, str] = field(default_factory=dict)
     stated: frozenset[str] = frozenset()
     forms: tuple[str, ...] = ()
     variants: Callable[[SegmentGraph], Iterable[Variant]]
@@ -64,9 +68,12 @@ class Cause:
         """Its forms in a whole model, which is one segment without kernels."""
         return (self.simulation or self.variants)(SegmentGraph(model, ())) if self.simulated else ()
 
-    def remedy(self, backend: str) -> str:
-        """What to do about it on this backend, concretely."""
-        return self.remedies.get(backend, self.advice)
+    def remedy(self, backend: str, options: Mapping[str, str] = MappingProxyType({})) -> str:
+        """What to do about it on this backend, concretely (see the Protocol)."""
+        found, off = self.remedies.get(backend, self.advice), self.ablations.get(backend, {})
+        if off.items() <= options.items() and any(key in found for key in off):
+            return self.otherwise.get(backend, self.advice)
+        return found
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         """Whether the engine itself reports this noise's precision for one of these kernels."""

@@ -201,6 +201,10 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | 
     ("softmax of values that are not shifted by the largest", ("Softmax",), _unshifted),
 )
 
+_TANH = (
+    "tanh of values near 0 is always of exponentials: scale them up before it, or apply it outside"
+)
+
 NOISE = Cause(
     id="implementation.approximation",
     type="operator implementation",
@@ -224,15 +228,16 @@ NOISE = Cause(
             "train or export with the form that OpenVINO runs (Gelu with approximate set), or "
             "keep the subgraph from being matched as GELU"
         ),
-        "tvm": (
-            "leave the FastMathTransform pass and the fast-math target option out; tanh of values "
-            "near 0 is always of exponentials: scale them up before it, or apply it outside"
-        ),
+        "tvm": f"leave the FastMathTransform pass and the fast-math target option out; {_TANH}",
         "ort": "disable GeluApproximation: session option optimization.enable_gelu_approximation=0",
     },
     ablations={
         "ort": {"optimization.enable_gelu_approximation": "0"},
         "tvm": {"fast-math": "false"},
+    },
+    otherwise={
+        "ort": "export the model with the function that is run",
+        "tvm": f"leave the FastMathTransform pass out; {_TANH}",
     },
     forms=(*(name for name, _, _ in _FORMS), _BY_ERF),
     variants=_variants,

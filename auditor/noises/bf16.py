@@ -241,6 +241,7 @@ NOISE = Cause(
         "ov": {"INFERENCE_PRECISION_HINT": "f32"},
         "ort": {"mlas.enable_gemm_fastmath_arm64_bfloat16": "0"},
     },
+    otherwise={"ov": "keep the listed layers' weights and tensors in float32 in the model"},
     stated=FORMAT.stated,
     forms=(
         artefact.form("bfloat16"),

@@ -114,6 +114,7 @@ NOISE = Cause(
         "ort": "exclude the listed operators from the float16 conversion (op_block_list)",
     },
     ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
+    otherwise={"ov": "save models with compress_to_fp16=False"},
     stated=FORMAT.stated,
     forms=(artefact.form("float16"), FOLDED, *(sites.name for sites in SITES)),
     variants=_variants,

@@ -98,12 +98,14 @@ def numbered(name: str) -> str:
 def avoiding_options(
     tracer: Tracer, categories: Sequence[CategoryShare], spec: BackendSpec
 ) -> dict[str, str] | None:
-    """Engine options that leave out the cause with the largest share that has any."""
+    """Engine options that leave out the cause with the largest share that has any, not set yet."""
     catalogue = {noise.id: noise for noise in discovery.noises()}
+    built = tracer.provenance.options if tracer.provenance else {}
     for category in sorted(categories, key=lambda c: -c.share):
         about = [s for s in tracer.switches if category.noise in s.noises]
         if about:
             return dict(min(about, key=lambda s: len(s.noises)).options)
-        if found := catalogue[category.noise].ablations.get(spec.id):
+        found = catalogue[category.noise].ablations.get(spec.id, {})
+        if not found.items() <= built.items():
             return dict(found)
     return None

@@ -222,7 +222,8 @@ def _remedy(backend: BackendReport, noise: Noise | None, other_file: bool) -> st
     """What to do: at the file, where it makes the error by more than its roundings."""
     if other_file and (noise is None or noise.type != "data precision"):
         return _MAKE_ANEW
-    return noise.remedy(backend.id.partition(":")[0]) if noise else None
+    options = backend.provenance.options if backend.provenance else {}
+    return noise.remedy(backend.id.partition(":")[0], options) if noise else None
 
 
 def _step(step: PipelineStep, noise: Noise) -> Finding:

@@ -41,6 +41,14 @@ def test_a_cause_states_everything(noise: Noise) -> None:
     assert all(noise.remedy(id) == text for id, text in noise.remedies.items())
     assert len(set(noise.forms)) == len(noise.forms)
     assert set(noise.ablations) <= set(discovery.backend_ids())
+    assert set(noise.otherwise) <= set(noise.ablations)
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=lambda n: n.id)
+def test_an_option_that_is_set_already_is_no_remedy(noise: Noise) -> None:
+    for id, options in noise.ablations.items():
+        said = noise.remedy(id, {"more": "options"} | options)
+        assert said and not [key for key in options if key in said]
 
 
 @pytest.mark.parametrize(
