@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Silent
 from auditor.processes.worker import Worker
+from auditor.verdict import summary
 
 CHANNELS = 8
 
@@ -333,6 +335,9 @@ def test_rounding_that_the_model_makes_large_is_shown_where_it_grows(run):
     assert report.exit_code == 1 and not report.findings
     (said,) = [w for w in backend.warnings if w.startswith("No segment is above its floor")]
     assert "(Cast)" in said and "(Mod)" in said
+    # What a segment rounds itself, to half precision say, is not what it was handed, grown.
+    own = [replace(s, introduced=s.accumulated, inherited=0.0) for s in backend.segments]
+    assert not list(summary._grown(own))
 
 
 def test_several_samples_are_averaged(run, tmp_path):

@@ -319,9 +319,9 @@ def _on_the_error(measured: Analysis, segments: Sequence[Segment]) -> Iterator[s
 
 def _grown(segments: Sequence[Segment]) -> Iterator[str]:
     """Where rounding becomes a difference that shows, though no segment is above its floor."""
-    by_factor = {s.id: (s.amplification or 0.0, s) for s in segments}
-    worst = sorted(by_factor.values(), key=lambda pair: pair[0], reverse=True)[:_GROWN]
-    grown = {s.id: factor for factor, s in worst if factor >= _GROWS}
+    # What a segment itself rounds, to half precision say, is no error that it makes larger.
+    passed = [(s.amplification or 0.0, s.id) for s in segments if s.inherited > s.introduced]
+    grown = {id: factor for factor, id in sorted(passed)[-_GROWN:] if factor >= _GROWS}
     if grown:
         told = [
             f"{grown[s.id]:,.0f}-fold in {s.id} ({', '.join(dict.fromkeys(s.op_types))})"
