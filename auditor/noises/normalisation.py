@@ -12,8 +12,11 @@ from auditor.noises._cause import Cause
 from auditor.ports import Arrays, SegmentGraph, Variant
 
 _LAYERS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
-_ALL = (*_LAYERS, "RMSNormalization", "BatchNormalization")
+_PLAIN = "MeanVarianceNormalization"  # no scale, no bias, and an epsilon of its own
+_ALL = (*_LAYERS, _PLAIN, "RMSNormalization", "BatchNormalization")
 _PER_CHANNEL = 21  # GroupNormalization scales channels from here on, groups before
+_NEGATIVE = 11  # CumSum, and Gather with negative indices, from here on
+_RUNNING = "one pass, one value after another"
 # Epsilons in use: PyTorch and ONNX, vision transformers, BERT, TensorFlow's batch normalisation,
 # DeBERTa, style transfer; and the powers of ten beside them.
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-7, 1e-8, 1e-4, 1e-2)
@@ -58,10 +61,16 @@ def _ways(
     """A segment with these normalisations, and those written out, computed the other ways."""
     version = surgery.opset(model)
     layers = {i: n for i, n in found.items() if n.op_type in _LAYERS}
+    plain = {i: n for i, n in found.items() if n.op_type == _PLAIN}
     batches = {i: n for i, n in found.items() if n.op_type == "BatchNormalization"}
-    if layers:
-        for name, variance in _VARIANCES.items():
-            bodies = {i: _layer(n, version, variance=variance) for i, n in layers.items()}
+    ranks = {n: len(shape) for n, shape in surgery.shapes(model).items()} if plain else {}
+    plain = {i: n for i, n in plain.items() if n.input[0] in ranks}
+    if layers or plain:
+        for name, how in _VARIANCES.items():
+            if how == _RUNNING and version < _NEGATIVE:
+                continue
+            bodies = {i: _layer(n, version, variance=how) for i, n in layers.items()}
+            bodies |= {i: _plain(n, version, ranks[n.input[0]], how) for i, n in plain.items()}
             yield Variant(name, surgery.substituted(model, bodies))
     unbiased = {i: _layer(n, version, unbiased=True) for i, n in layers.items()}
     unbiased |= _unbiased(model, written)
@@ -130,7 +139,7 @@ def _layer(
     return f"""({", ".join(["x", "scale", "bias"][: len(node.input)])}) => (y) {{
         wide = Cast <to = 1> (x) shape = Shape(x) {rows}
         e = Constant <value = float {{{_epsilon(node)!r}}}> ()
-        {surgery.reduction("mean", "ReduceMean", "rows", [1], version)}
+        {_mean("mean", "rows", variance, version)}
         d = Sub(rows, mean)
         {_variance(variance, version)} {_BESSEL if unbiased else "variance = Identity(biased)"}
         {root} q = Div(d, root) n = Reshape(q, inner)
@@ -138,12 +147,37 @@ def _layer(
         y = Reshape(moved, shape) }}"""
 
 
+def _plain(node: onnx.NodeProto, version: int, rank: int, how: str) -> str:
+    """MeanVarianceNormalization in float32, written out as ONNX defines it."""
+    axes = {int(a) % rank for a in surgery.attributes(node).get("axes", (0, 2, 3))}
+    order = sorted(range(rank), key=lambda axis: (axis in axes, axis))
+    back = [order.index(axis) for axis in range(rank)]
+    return f"""(x) => (y) {{
+        wide = Cast <to = 1> (x) turned = Transpose <perm = {order}> (wide)
+        rows = Flatten <axis = {rank - len(axes)}> (turned) inner = Shape(turned)
+        {_mean("mean", "rows", how, version)} d = Sub(rows, mean) {_variance(how, version)}
+        root = Sqrt(biased) e = Constant <value = float {{1e-9}}> () safe = Add(root, e)
+        q = Div(d, safe) n = Reshape(q, inner) wider = Transpose <perm = {back}> (n)
+        y = Cast <to = $T> (wider) }}"""
+
+
+def _mean(target: str, of: str, how: str, version: int) -> str:
+    """Means of rows."""
+    if how != _RUNNING:
+        return surgery.reduction(target, "ReduceMean", of, [1], version)
+    return f"""{target}_at = Constant <value = int64 {{1}}> ()
+        {target}_end = Constant <value = int64[1] {{-1}}> ()
+        {target}_sums = CumSum({of}, {target}_at)
+        {target}_sum = Gather <axis = 1> ({target}_sums, {target}_end) {target}_shape = Shape({of})
+        {target}_count = Gather({target}_shape, {target}_at)
+        {target}_n = Cast <to = 1> ({target}_count) {target} = Div({target}_sum, {target}_n)"""
+
+
 def _variance(how: str, version: int) -> str:
     if how == "two passes":
-        mean = surgery.reduction("biased", "ReduceMean", "squares", [1], version)
-        return f"squares = Mul(d, d) {mean}"
-    mean = surgery.reduction("second", "ReduceMean", "squares", [1], version)
-    return f"squares = Mul(rows, rows) {mean} first = Mul(mean, mean) biased = Sub(second, first)"
+        return f"squares = Mul(d, d) {_mean('biased', 'squares', how, version)}"
+    return f"""squares = Mul(rows, rows) {_mean("second", "squares", how, version)}
+        first = Mul(mean, mean) biased = Sub(second, first)"""
 
 
 def _batch_outside(node: onnx.NodeProto) -> str:
@@ -228,7 +262,11 @@ def _with_epsilon(
         for at, value in written.items()
         if not math.isclose(value, epsilon, rel_tol=1e-3)
     }
-    others = [i for i, n in found.items() if not math.isclose(_epsilon(n), epsilon, rel_tol=1e-3)]
+    others = [
+        i
+        for i, n in found.items()
+        if n.op_type != _PLAIN and not math.isclose(_epsilon(n), epsilon, rel_tol=1e-3)
+    ]
     if not reads and not others:
         return None
     changed = surgery.copied(model)
@@ -240,6 +278,8 @@ def _with_epsilon(
 _VARIANCES = {
     "variance in two passes": "two passes",
     "variance as E[x²] − E[x]²": "one pass",
+    # Where the digits that cancel are most of them, the order of the sums is most of the error.
+    "variance as E[x²] − E[x]², added up one value after another": _RUNNING,
 }
 _BY_LESS = "variance divided by n − 1"
 _BEHIND = f"{_BY_LESS}, by the kernel that reads it"
@@ -256,8 +296,8 @@ NOISE = Cause(
         "E[x²] − E[x]², which loses its digits where the mean is large, against two passes."
     ),
     applies=(
-        "LayerNormalization, InstanceNormalization, GroupNormalization, RMSNormalization and "
-        "BatchNormalization, and those written out around a square root"
+        "LayerNormalization, InstanceNormalization, GroupNormalization, MeanVarianceNormalization, "
+        "RMSNormalization and BatchNormalization, and those written out around a square root"
     ),
     source=(
         "ONNX operators LayerNormalization, InstanceNormalization, BatchNormalization (epsilon); "
