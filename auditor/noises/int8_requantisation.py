@@ -44,6 +44,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
     z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 
+_SUMS = "sums of two integers, each times its scale in steps of the result"
 _STORED = "a real bias is stored in steps of the products' scale"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
 _SOFTMAX = 13  # along a single axis from here on
@@ -76,6 +77,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if sums:
         yield Variant("values that enter a sum are limited, not rounded", _unrounded(layout, sums))
     yield from _rescaled_once(layout, grids)
+    if added := _added(layout, grids):
+        yield Variant(_SUMS, _sums(layout, added))
     yield from _limited(layout, sums.keys())
     if tables := _tables(model, layout, grids):
         yield Variant(_TABLE, surgery.substituted(model, tables))
@@ -91,6 +94,53 @@ def _rescaled_once(layout: Layout, grids: Mapping[int, Grid]) -> Iterator[Varian
         yield Variant(name.format("stored"), _integers(layout, groups, real_bias=False))
         if any(_bias_differs(group.product) for group in groups.values()):
             yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
+
+
+def _added(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, tuple[Grid, Grid, Grid]]:
+    """Sums of two quantised tensors that are quantised at once, by position: the three grids."""
+    found = {}
+    for index, node in surgery.find(layout.model, ("Add",)):
+        reader = layout.reader(node.output[0])
+        first, second = (layout.grid(name) for name in node.input)
+        known = first is not None and second is not None
+        if known and reader in quantised and reader is not None:
+            grids = (first, second, quantised[reader])
+            if all(grid is not None and grid.zero is not None for grid in grids):
+                found[index] = grids
+    return found  # type: ignore[return-value]
+
+
+def _sums(layout: Layout, added: Mapping[int, tuple[Grid, Grid, Grid]]) -> onnx.ModelProto:
+    """The segment with sums of integers, each times its scale in steps of the result.
+
+    ``a · (sa / s) + (b · (sb / s) + rest)``, in float32 with fused multiplication and addition.
+    """
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        if index not in added:
+            editor.copy(node)
+            continue
+        *operands, made = added[index]
+        zero = _number(made.zero)
+        factors = [np.float32(grid.scale / made.scale) for grid in operands]
+        shifts = [f * _number(grid.zero) for f, grid in zip(factors, operands, strict=True)]
+        total = editor.constant(zero - (shifts[0] + shifts[1]))
+        both = zip(node.input, operands, factors, strict=True)
+        for name, grid, factor in reversed(list(both)):
+            steps = editor.add("Round", editor.add("Div", name, editor.constant(grid.scale)))
+            integers = editor.add("Add", steps, editor.constant(_number(grid.zero)))
+            wide = [editor.cast(n, TensorProto.DOUBLE) for n in (integers, total)]
+            wide.append(editor.cast(editor.constant(factor), TensorProto.DOUBLE))
+            exact = editor.add("Add", editor.add("Mul", wide[0], wide[2]), wide[1])
+            total = editor.cast(exact, TensorProto.FLOAT)
+        steps = editor.add("Sub", editor.add("Round", total), editor.constant(zero))
+        editor.add("Mul", steps, editor.constant(made.scale), to=node.output[0])
+    return editor.model
+
+
+def _number(zero: Array | None) -> np.float32:
+    assert zero is not None
+    return np.float32(zero)
 
 
 def _limited(layout: Layout, tested: Set[int]) -> Iterator[Variant]:
@@ -341,6 +391,7 @@ NOISE = Cause(
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",
         "sums of integers, real bias, one rescaling in float32",
+        _SUMS,
         "values between operators are limited, not rounded",
         "values are limited, not rounded",
         _TABLE,

@@ -12,6 +12,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.attribution import cause as attribution
+from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
@@ -232,3 +234,31 @@ def test_defects_are_not_named(
 def test_float_segments_are_left_alone(make_segment: Any) -> None:
     nodes: Sequence[onnx.NodeProto] = [helper.make_node("Exp", ["x"], ["y"])]
     assert not list(int8_requantisation.NOISE.variants(make_segment(nodes, {}, ["x"], ["y"])))
+
+
+def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
+    """erf(x) + 1 as transformers quantise it: every sum lies half-way between two steps."""
+    t = scalars(a=(2 / 255, 128), b=(1 / 255, 0), y=(2 / 255, 0))
+    nodes = [
+        dq("a", "a", "ad"),
+        dq("b", "b", "bd"),
+        helper.make_node("Add", ["ad", "bd"], ["s"]),
+        q("s", "y", "y"),
+    ]
+    constants = t | {"b": np.array(255, np.uint8)}
+    segment = make_segment(nodes, constants, ["a"], ["y"], kind=TensorProto.UINT8)
+    feeds = {"a": np.arange(256, dtype=np.uint8)}
+    model = surgery.copied(segment.model)
+    del model.graph.node[:]
+    names = ("a", "as", "az", "b", "bs", "bz", "ys", "yz")
+    model.graph.node.append(helper.make_node("QLinearAdd", names, ["y"], domain="com.microsoft"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    observed = run(model, feeds)["y"]
+    replayed = run(segment.model, feeds)
+    assert np.mean(observed != replayed["y"]) > 0.2
+    found = attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    assert found.variant is not None and found.variant.startswith("sums of two integers")
+    # One step up everywhere is another error.
+    wrong = {"y": np.minimum(replayed["y"], 254) + np.uint8(1)}
+    assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise != ID
