@@ -20,6 +20,7 @@ from auditor.errors import UsageError
 from auditor.fixes._author import Author
 from auditor.fixes._bench import Attempt, Bench, Change
 from auditor.ports import Keeping
+from auditor.records.backend import Provenance
 from auditor.records.fix import FixReport
 from auditor.subject import model_of
 
@@ -85,10 +86,29 @@ def fix(
     found = [f for f in report.findings if f.backend == backend.id]
     with Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
         search = _Search(backend, found, bench, limit, form)
+        notes = tuple(_otherwise(backend.provenance, bench.built))
         if bench.before <= search.limit:
-            told = FixReport(backend.id, bench.before, search.limit, (), None, None, ())
+            told = FixReport(backend.id, bench.before, search.limit, (), None, None, notes)
             return Fixing(told, None)
-        return search.run()
+        fixing = search.run()
+        return replace(fixing, report=replace(fixing.report, notes=notes + fixing.report.notes))
+
+
+def _otherwise(reported: Provenance | None, built: Provenance | None) -> Iterator[str]:
+    """That the program is another one than the report's: what is measured here is not what it says.
+
+    So it is on another processor, where an engine has another default.
+    """
+    if reported is None or built is None:
+        return
+    was, now = reported.options, built.options
+    if apart := sorted(k for k in was.keys() & now.keys() if was[k] != now[k]):
+        changes = ", ".join(f"{k}={now[k]} instead of {was[k]}" for k in apart)
+        where = f" on {reported.device}" if reported.device != built.device else ""
+        yield (
+            f"Built here with {changes}: this is not the program of the report{where}, and what "
+            "follows is not about its divergence."
+        )
 
 
 # --- the search ----------------------------------------------------------------------------------

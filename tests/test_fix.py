@@ -276,6 +276,21 @@ def test_the_limit_is_that_of_the_policy(pooled: Path, tmp_path: Path) -> None:
     assert "to 1.0e-5" in audit("fix", pooled, "--policy", policy).stdout
 
 
+def test_a_report_of_another_program_is_told_from_what_is_built_here(
+    pooled: Path, tmp_path: Path
+) -> None:
+    """One from a processor on which OpenVINO has another default."""
+    report = json.loads(pooled.read_text())
+    made = report["backends"][0]["provenance"]
+    own = audit("fix", pooled, "--to", 0.9)
+    assert "not the program of the report" not in own.stdout, own.stdout
+    made["options"]["INFERENCE_PRECISION_HINT"], made["device"] = "f64", "a processor"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(report))
+    said = " ".join(audit("fix", other, "--to", 0.9).stdout.split())
+    assert " instead of f64: this is not the program of the report on a processor" in said
+
+
 def test_layers_of_a_half_precision_model_go_to_single(tmp_path: Path) -> None:
     """TVM sums float16 in float16; 512 tenths stall there."""
     x = np.full((1, 4096), 0.1, np.float16)

@@ -21,6 +21,7 @@ from auditor.graphs import model as models
 from auditor.graphs import surgery, weights
 from auditor.ports import Keeping
 from auditor.processes.worker import workers
+from auditor.records.backend import Provenance
 from auditor.records.fix import FixAttempt
 from auditor.replays import sessions
 from auditor.subject import reference_of, request_for, stimulus_of
@@ -139,6 +140,11 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         """End the backend's process."""
         self._stack.close()
+
+    @property
+    def built(self) -> Provenance | None:
+        """What the plain program is."""
+        return self._tracer.provenance if self._tracer else None
 
     def label(self, node: onnx.NodeProto) -> str:
         """What a person calls a node."""
