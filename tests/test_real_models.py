@@ -9,6 +9,7 @@ from onnx import numpy_helper
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.ports import Silent
+from tests import helpers
 
 OV_F32 = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
 
@@ -62,10 +63,10 @@ def test_openvino_in_f32_is_clean_on_every_network(minilm, ppocr_det, mtcnn):
 
 def _audit_in_bf16(path):
     """OpenVINO computes in bfloat16 by default on CPUs that have it, with AVX-512 when asked to."""
+    helpers.needs_bf16()
     report = _audit(path, "ov", options={"ov": {"INFERENCE_PRECISION_HINT": "bf16"}})
     (backend,) = report.backends
-    if not any(k.precision == "bf16" for k in backend.provenance.kernels):
-        pytest.skip("OpenVINO ignores the hint on this CPU: it has neither bfloat16 nor AVX-512")
+    assert any(k.precision == "bf16" for k in backend.provenance.kernels)
     captured, candidates = _proved(backend)
     assert captured >= 0.9 * candidates
     for segment in backend.segments:
