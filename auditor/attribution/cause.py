@@ -382,7 +382,8 @@ def _fits(bench: Bench, tested: Tested) -> bool:
     # Choices, and which values are finite, do not tell one narrow format from another.
     other = not bench.says.isdisjoint(ROUNDED)
     chance = other or (bench.counted and bench.turned < TURNED)
-    if not tested.fits or (unstated and bench.coarse and chance):
+    few = (bench.coarse and chance) or bench.few_steps
+    if not tested.fits or (unstated and few):
         return False
     return holds(found.explained, found.bit_identical, bench.needed(found), bench.counted)
 

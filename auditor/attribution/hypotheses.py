@@ -210,6 +210,13 @@ class Bench:
         return any(value.dtype.kind != "f" for value in self.observed.values())
 
     @property
+    def few_steps(self) -> bool:
+        """Whether the error is a few values that fell on another of 8 bits' steps: choices too."""
+        nodes = self.segment.model.graph.node
+        stepped = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
+        return self.different < TURNED and stepped.issuperset(self.observed)
+
+    @property
     def found(self) -> bool:
         """Whether the hypothesis that explains most explains enough."""
         best = self.best

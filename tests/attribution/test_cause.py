@@ -386,6 +386,22 @@ def test_few_choices_tell_no_rounding_from_another(turned: int, named: str | Non
     assert found.hypotheses[0].explained == 1 and found.noise == named
 
 
+@pytest.mark.parametrize(("turned", "named"), [(1, None), (11, None), (12, "precision.bf16")])
+def test_few_steps_of_8_bits_tell_no_rounding_from_another(turned: int, named: str | None) -> None:
+    """An average that OpenVINO takes of 8-bit values: 11 of 16 fell on the next step."""
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["r"]),
+        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    constants = {"s": np.array(1, np.float32), "z": np.array(0, np.uint8)}
+    x = np.full((1, 50), 3.25**2, np.float32)
+    x[:, :turned] = 3.499**2  # the root is 3.5 in bfloat16
+    planted = np.where(x > 3.4**2, 4, 3).astype(np.float32)
+    found = explain(segment(nodes, constants), x, {"y": planted})
+    assert found.hypotheses[0].explained == 1 and found.noise == named
+
+
 def test_one_choice_that_several_causes_make_has_none() -> None:
     """Two boxes that overlap by just the limit: is it a tie, or is the limit lost?"""
     names = ["boxes", "scores", "most", "limit"]
