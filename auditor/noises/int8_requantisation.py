@@ -13,6 +13,7 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
+from auditor.replays import recurrent
 from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")
@@ -44,6 +45,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
     z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 
+_REAL = "what recurrent layers read and hand on is not quantised"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _STORED = "a real bias is stored in steps of the products' scale"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
@@ -63,6 +65,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
         name = "the range divides last: x · 255 / (max − min)"
         yield Variant(name, surgery.substituted(model, dynamic))
+    if (real := recurrent.unquantised(segment)) is not None:
+        yield Variant(_REAL, real)
     layout = Layout(model, segment.weights)
     if biases := _biases(layout):
         yield Variant(_STORED, _with_biases(layout, biases))
@@ -364,8 +368,8 @@ NOISE = Cause(
         "operators; values near a tie move by one step."
     ),
     applies=(
-        "QuantizeLinear with constant parameters, the products and activations fused with it,"
-        " and DynamicQuantizeLinear; operator set 11 or later"
+        "QuantizeLinear with constant parameters, the products and activations fused with it, "
+        "DynamicQuantizeLinear, and com.microsoft.DynamicQuantizeLSTM; operator set 11 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
@@ -387,6 +391,7 @@ NOISE = Cause(
     ablations={"ort": {"session.disable_quant_qdq": "1"}},
     forms=(
         "the range divides last: x · 255 / (max − min)",
+        _REAL,
         _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",

@@ -76,6 +76,32 @@ def quantising(segment: SegmentGraph) -> onnx.ModelProto | None:
     return editor.model
 
 
+def unquantised(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """A segment whose LSTM layers of 8 bits read real numbers; None where it has none.
+
+    Of DynamicQuantizeLSTM only the weights are on a grid then: OpenVINO has no other LSTM.
+    """
+    if all(node.op_type != "DynamicQuantizeLSTM" for node in segment.model.graph.node):
+        return None
+    layout = Layout(segment.model, segment.weights)
+    editor = Editor(segment.model)
+    changed = False
+    for node in layout.nodes:
+        if node.op_type == "DynamicQuantizeLSTM":
+            given = [layout.constant(name) if name else None for name in node.input]
+            w, r = _real(given[1], *given[8:10]), _real(given[2], *given[10:12])
+            if w is not None and r is not None:
+                names = [*node.input[:8]]
+                names[1:3] = (editor.constant(weights) for weights in (w, r))
+                made = helper.make_node("LSTM", names, list(node.output), name=node.name)
+                made.attribute.extend(node.attribute)
+                editor.copy(made)
+                changed = True
+                continue
+        editor.copy(node)
+    return editor.model if changed else None
+
+
 def _is_lstm(node: onnx.NodeProto) -> bool:
     return node.op_type == "LSTM" and not surgery.attributes(node).get("layout", 0)
 
@@ -97,6 +123,20 @@ def _on_grid(weights: Array | None) -> tuple[Array, Array, Array] | None:
     kind = np.int8 if signed else np.uint8
     stored = (integers + zeros[:, None]).astype(kind).reshape(weights.shape)
     return np.ascontiguousarray(stored.transpose(0, 2, 1)), scales, zeros.astype(kind)
+
+
+def _real(weights: Array | None, scale: Array | None, zero: Array | None) -> Array | None:
+    """float32 ``[directions, rows, columns]`` of transposed integers, scaled as a whole or by row.
+
+    Args:
+        weights: ``[directions, columns, rows]``.
+        scale: ``[directions]`` or ``[directions, rows]``.
+        zero: of the same shape.
+    """
+    if weights is None or scale is None or zero is None:
+        return None
+    apart = weights.astype(np.int32).transpose(0, 2, 1) - zero.reshape(len(zero), -1, 1)
+    return np.asarray(apart * scale.reshape(len(scale), -1, 1), np.float32)
 
 
 def _layer(layout: Layout, node: onnx.NodeProto) -> _Layer | None:

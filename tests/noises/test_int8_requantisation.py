@@ -262,3 +262,38 @@ def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
     # One step up everywhere is another error.
     wrong = {"y": np.minimum(replayed["y"], 254) + np.uint8(1)}
     assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise != ID
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_recurrent_layer_that_reads_real_numbers(
+    make_segment: Any, run: Any, generator: np.random.Generator, by_row: bool
+) -> None:
+    """OpenVINO's answer to DynamicQuantizeLSTM: 8-bit weights, and nothing else is rounded."""
+    x = generator.standard_normal((6, 1, 8)).astype(np.float32)
+    rows = (1, 20) if by_row else (1,)
+    t: Arrays = {}
+    for name, columns in {"w": 8, "r": 5}.items():
+        t[name] = generator.integers(0, 128, (1, columns, 20)).astype(np.uint8)
+        t[f"{name}s"] = generator.uniform(0.004, 0.006, rows).astype(np.float32)
+        t[f"{name}z"] = np.full(rows, 61, np.uint8)  # one, as ONNX Runtime wants
+    inputs = ["x", "w", "r", "", "", "", "", "", "ws", "wz", "rs", "rz"]
+    node = helper.make_node("DynamicQuantizeLSTM", inputs, ["y"], hidden_size=5)
+    node.domain = "com.microsoft"
+    segment = make_segment([node], t, ["x"], ["y"])
+    segment.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+    def real(name: str) -> Array:
+        return np.asarray((t[name][0].astype(float) - t[f"{name}z"][0]) * t[f"{name}s"][0])
+
+    def squash(v: Array) -> Array:
+        return np.asarray(1 / (1 + np.exp(-v)))
+
+    h, c, observed = np.zeros((1, 5)), np.zeros((1, 5)), []
+    for step in x.astype(float):
+        i, o, f, g = np.split(step @ real("w") + h @ real("r"), 4, axis=1)
+        c = squash(f) * c + squash(i) * np.tanh(g)
+        h = squash(o) * np.tanh(c)
+        observed.append(h)
+    found = explain(run, segment, {"x": x}, np.array(observed, np.float32)[:, None])
+    assert found.noise == ID and "recurrent" in found.variant
+    assert found.explained > 0.9999
