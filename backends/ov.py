@@ -263,8 +263,7 @@ class OpenVINO:
         if explicit is not None:
             shown = Source(explicit, nodes, inner)
             source, program = _observed(source, program, shown, compile_model)
-        capable = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-        notes = [*_unasked(request, precision, capable), *notes]
+        notes = [*_unasked(request, precision, narrows=_narrows(core, device)), *notes]
         wanted = request.options.get(_PRECISION, "undefined")
         denied = _PRECISION in effective and wanted not in (precision, "undefined")
         candidates, finals, skipped, foreign = candidates_of(
@@ -327,20 +326,26 @@ def _observed(
     return source, program
 
 
-def _unasked(request: BuildRequest, precision: str, capable: Sequence[str]) -> Iterator[str]:
+def _narrows(core: Any, device: str) -> bool:
+    """Whether a device computes in bf16 or f16, if it is let."""
+    capable = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return not {"BF16", "FP16"}.isdisjoint(capable)
+
+
+def _unasked(request: BuildRequest, precision: str, *, narrows: bool) -> Iterator[str]:
     """Sentences on what was compiled otherwise than the model says.
 
     Args:
         request: what was asked for.
         precision: that the program computes in.
-        capable: the device's ``OPTIMIZATION_CAPABILITIES``.
+        narrows: whether the device computes in bf16 or f16, if it is let.
     """
     if precision != "f32" and _PRECISION not in request.options:
         yield (
             f"OpenVINO computes in {precision} by default on this device although the model "
             f"is f32; --option ov.{_PRECISION}=f32 keeps f32."
         )
-    elif _PRECISION not in request.options and not {"BF16", "FP16"}.intersection(capable):
+    elif _PRECISION not in request.options and not narrows:
         yield (
             "This device has neither bf16 nor f16. One that has computes in it by default, which "
             "this audit does not show: `audit sensitivity` tells how far that would move the "
@@ -449,8 +454,8 @@ def _compile_error(
             pass
         else:
             return UsageError(f"OpenVINO refused the value of {wrong[0]}: {reason}")
-    narrow = {"BF16", "FP16"}.intersection(core.get_property(device, "OPTIMIZATION_CAPABILITIES"))
-    wide = f"`--option ov.{_PRECISION}=f32`, " if narrow and _PRECISION not in options else ""
+    offered = _PRECISION not in options and _narrows(core, device)
+    wide = f"`--option ov.{_PRECISION}=f32`, " if offered else ""
     return BackendError(
         f"OpenVINO cannot compile the model: {reason}",
         f"Try {wide}another opset version, or the operator it names, if any, exported differently.",

@@ -105,13 +105,11 @@ def _added(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, tuple[Gri
     found = {}
     for index, node in surgery.find(layout.model, ("Add",)):
         reader = layout.reader(node.output[0])
-        first, second = (layout.grid(name) for name in node.input)
-        known = first is not None and second is not None
-        if known and reader in quantised and reader is not None:
-            grids = (first, second, quantised[reader])
-            if all(grid is not None and grid.zero is not None for grid in grids):
-                found[index] = grids
-    return found  # type: ignore[return-value]
+        made = None if reader is None else quantised.get(reader)
+        grids = [g for g in (*map(layout.grid, node.input), made) if g and g.zero is not None]
+        if len(grids) == 3:
+            found[index] = (grids[0], grids[1], grids[2])
+    return found
 
 
 def _sums(layout: Layout, added: Mapping[int, tuple[Grid, Grid, Grid]]) -> onnx.ModelProto:

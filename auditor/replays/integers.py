@@ -111,9 +111,13 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Nodes of a graph and of those inside."""
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _nodes(inner)
+        for inner in _inner(node):
+            yield from _nodes(inner)
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 class _Exact:
@@ -131,12 +135,8 @@ class _Exact:
         nodes = list(graph.node)
         del graph.node[:]
         for node in nodes:
-            for attribute in node.attribute:
-                for inner in (
-                    *([attribute.g] if attribute.HasField("g") else ()),
-                    *attribute.graphs,
-                ):
-                    self.change(inner, seen)
+            for inner in _inner(node):
+                self.change(inner, seen)
             for operand in _operands(node) if _clips(node) else ():
                 self._operand(graph, node, seen, operand)
             graph.node.append(node)
