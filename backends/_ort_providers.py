@@ -40,7 +40,8 @@ def devices(available: Collection[str]) -> Iterator[Device]:
         if name in available:
             yield Device(id, name)
         else:
-            yield Device(id, name, "not in this build of onnxruntime", remedy)
+            reason = "not in this build of onnxruntime"
+            yield Device(id, name, reason=reason, remedy=remedy)
 
 
 def named(device: str | None) -> str:

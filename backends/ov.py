@@ -189,10 +189,7 @@ class OpenVINO:
             ov = engine()
             core = ov.Core()
             ids = sorted(core.available_devices, key=lambda d: d != _DEFAULT_DEVICE)
-            devices = tuple(
-                Device("" if d == _DEFAULT_DEVICE else d, core.get_property(d, "FULL_DEVICE_NAME"))
-                for d in ids
-            )
+            devices = tuple(_listed(core, id) for id in ids)
         except (ImportError, OSError, RuntimeError) as error:
             return Availability(
                 False,
@@ -326,10 +323,22 @@ def _observed(
     return source, program
 
 
+def _listed(core: Any, id: str) -> Device:
+    """A device as ``audit backends`` lists it."""
+    name = core.get_property(id, "FULL_DEVICE_NAME")
+    return Device("" if id == _DEFAULT_DEVICE else id, name, _precisions(core, id))
+
+
+def _precisions(core: Any, device: str) -> tuple[str, ...]:
+    """The precisions that a device computes in, as its options name them."""
+    capabilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
+    numeric = (c.lower() for c in capabilities if c.startswith(("FP", "BF", "INT")))
+    return tuple(precision.replace("fp", "f") for precision in numeric)
+
+
 def _narrows(core: Any, device: str) -> bool:
     """Whether a device computes in bf16 or f16, if it is let."""
-    capable = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
-    return not {"BF16", "FP16"}.isdisjoint(capable)
+    return not {"bf16", "f16"}.isdisjoint(_precisions(core, device))
 
 
 def _unasked(request: BuildRequest, precision: str, *, narrows: bool) -> Iterator[str]:

@@ -11,14 +11,17 @@ from reports._page import Column, Page, Row, Span, detail, width_of
 
 if TYPE_CHECKING:
     from auditor.ports import Noise
-    from auditor.records.backend import Availability
+    from auditor.records.backend import Availability, Device
     from auditor.records.measured import Sensitivity
 
 
 def render_backends(
     rows: Sequence[tuple[str, Availability]], width: int | None, color: bool
 ) -> str:
-    """What ``audit backends`` lists: id, engine, version and devices, or how to get it."""
+    """What ``audit backends`` lists: id, engine, version and devices, or how to get it.
+
+    Devices are listed with the precisions that they compute in, where the engine states them.
+    """
     page = Page(width, color)
     columns = (Column("backend"), Column("engine"), Column("version"), Column("devices"))
     table: list[Row] = []
@@ -31,9 +34,7 @@ def render_backends(
             table.append(Row(cells, tuple(details)))
             continue
         here = [d for d in answer.devices if d.reason is None]
-        devices = [Span(f"{id}:{d.id}  {d.name}" if d.id else d.name) for d in here] or [
-            Span(words.NONE)
-        ]
+        devices = [Span(_device(id, device)) for device in here] or [Span(words.NONE)]
         head = (Span(id, "bold"), Span(answer.engine), Span(answer.version or words.NONE))
         table.append(Row((*head, devices[0])))
         table += [Row((Span(""), Span(""), Span(""), device)) for device in devices[1:]]
@@ -48,6 +49,12 @@ def render_backends(
     for note in dict.fromkeys(note for _, answer in rows for note in answer.unlimited):
         page.say(Span(f"Backends run in processes of their own; {note}.", "dim"))
     return page.text()
+
+
+def _device(backend: str, device: Device) -> str:
+    """``ov:GPU  Intel(R) Arc(TM) (f32, f16, int8)``; the default device without what selects it."""
+    name = f"{backend}:{device.id}  {device.name}" if device.id else device.name
+    return f"{name} ({', '.join(device.precisions)})" if device.precisions else name
 
 
 def render_noises(rows: Sequence[Noise], width: int | None, color: bool) -> str:

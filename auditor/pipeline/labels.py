@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from auditor.errors import UsageError
-from auditor.pipeline.scoring import Label, Labels, said
+from auditor.pipeline.scoring import Label, Labels, listed
 
 
 def classes(names: Sequence[str], source: str) -> Labels:
@@ -85,7 +85,7 @@ def from_file(
             )
         given[name] = label
     matched, unused = match(names, given)
-    notes = [said(f"labels in {path} belong to no photograph", unused)] if unused else []
+    notes = [listed(f"Labels in {path} that belong to no photograph", unused)] if unused else []
     return Labels(matched, tuple(notes))
 
 

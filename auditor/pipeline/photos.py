@@ -89,9 +89,8 @@ def find(folder: Path, labels: str | None, samples: int | None, task: str = "cls
             "Its names must be those of the files, relative to the folder or without folders.",
         )
     if labels and (without := [name for name in found if name not in chosen]):
-        notes.append(
-            scoring.said("photographs have no label and are only compared with training", without)
-        )
+        what = "Photographs without a label, which are only compared with training"
+        notes.append(scoring.listed(what, without))
     return Photos(folder, tuple(found), chosen, tuple(notes))
 
 

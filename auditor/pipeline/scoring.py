@@ -162,7 +162,7 @@ def require(task: Task) -> None:
             )
 
 
-def said(what: str, found: Sequence[str]) -> str:
-    """A sentence that counts names and tells the first ones."""
+def listed(what: str, found: Sequence[str]) -> str:
+    """A note of how many names there are, and the first ones."""
     first = ", ".join(found[:3]) + (" …" if len(found) > 3 else "")
-    return f"{len(found)} {what}: {first}."
+    return f"{what} ({len(found)}): {first}."

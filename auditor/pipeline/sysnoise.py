@@ -283,8 +283,8 @@ def _strangers(photos: Photos, values: Arrays, read: Read) -> list[str]:
         return []
     classes = values[read.output].shape[-1]
     beyond = [name for name, label in photos.labels.items() if int(label) >= classes]
-    said = f"photographs are labelled with a class that is none of the {classes} of the network"
-    return [scoring.said(said, beyond)] if beyond else []
+    what = f"Photographs labelled with a class that is none of the {classes} of the network"
+    return [scoring.listed(what, beyond)] if beyond else []
 
 
 def _oddities(photos: Photos, table: Table) -> dict[str, int]:

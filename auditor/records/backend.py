@@ -15,11 +15,13 @@ class Device:
     Attributes:
         id: what follows the colon in ``--backends ov:GPU``; "" for the default device.
         name: its own full name.
+        precisions: that it computes in, as its engine states them; none where it does not.
         reason: why it cannot be used here; None where it can. ``remedy``: how to get it.
     """
 
     id: str
     name: str
+    precisions: tuple[str, ...] = ()
     reason: str | None = None
     remedy: str | None = None
 

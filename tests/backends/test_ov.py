@@ -803,6 +803,7 @@ def test_available_without_telemetry() -> None:
     code = (
         "import sys; from backends.ov import BACKEND; a = BACKEND.availability();"
         "assert a.available and a.devices[0].id == '', a;"
+        "assert {'f32', 'int8'} <= set(a.devices[0].precisions), a;"
         "assert 'openvino_telemetry' not in sys.modules"
     )
     subprocess.run(

@@ -30,8 +30,8 @@ def test_labels_from_names_folders_and_files(photos: Path, tmp_path: Path) -> No
     file.write_text("name,class\n03_tile.jpg,30\nelse.jpg,5\n04_tile.jpg,40\n")
     found = folders.find(photos, str(file), None)
     assert found.labels == {"03_tile.jpg": 30, "04_tile.jpg": 40}
-    assert any("1 labels" in note for note in found.notes)
-    assert any("10 photographs have no label" in note for note in found.notes)
+    assert any("that belong to no photograph (1)" in note for note in found.notes)
+    assert any("only compared with training (10)" in note for note in found.notes)
 
     for name in ("cat", "ant"):
         (photos / name).mkdir()

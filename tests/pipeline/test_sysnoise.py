@@ -194,7 +194,7 @@ def test_bad_photographs_are_named_and_never_fatal(
     labels = photos.parent / "labels.csv"
     labels.write_text("00_tile.jpg,3\n01_tile.jpg,10\n")  # of ten classes
     report = run(network, photos, pipeline, labels=str(labels))
-    assert any("none of the 10 of the network: 01_tile.jpg" in note for note in report.notes)
+    assert any("none of the 10 of the network (1): 01_tile.jpg" in note for note in report.notes)
     assert not any("0x" in gap.reason for gap in report.left_out)
     named = {gap.subject for gap in report.left_out}
     assert {"b_nothing.jpg", "c_text.png"} <= named <= {"a_cut.jpg", "b_nothing.jpg", "c_text.png"}

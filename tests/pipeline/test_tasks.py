@@ -191,10 +191,13 @@ def test_average_precision_is_that_of_pycocotools(
     document["categories"].append({"id": 12, "name": "c"})
     labels.write_text(json.dumps(document))
     notes_of = "\n".join(folders.find(photos, str(labels), None, "det").notes)
-    assert "1 photographs have another size in the labels" in notes_of
+    assert "Photographs of another size in the labels, not judged (1)" in notes_of
     assert "01_tile.jpg (121x100 in the labels, 121x150 here)" in notes_of
-    assert "no photographs here: elsewhere.jpg" in notes_of
-    assert "2 photographs have no label" in notes_of and "3 categories" in notes_of
+    assert "no photographs here (1): elsewhere.jpg" in notes_of
+    assert (
+        "Photographs without a label, which are only compared with training (2)" in notes_of
+        and "3 categories" in notes_of
+    )
 
 
 # --- masks ---------------------------------------------------------------------------------------
@@ -256,9 +259,9 @@ def test_mean_iou_is_that_of_torchmetrics(photos: Path, text: str, tmp_path: Pat
     (labels / "06_tile.png").write_bytes(whole[: len(whole) // 2])  # its header is whole
     report = run(network, photos, text, str(labels), "seg")
     notes = "\n".join(report.notes)
-    assert "2 masks do not match" in notes and "03_tile.png (4x3, its photograph 121x150)" in notes
-    assert "04_tile.png (mode RGB" in notes and "belong to no photograph: elsewhere" in notes
-    assert "3 photographs have no label" in notes
+    assert "not used (2)" in notes and "03_tile.png (4x3, its photograph 121x150)" in notes
+    assert "04_tile.png (mode RGB" in notes and "belong to no photograph (1): elsewhere" in notes
+    assert "only compared with training (3)" in notes
     assert [g.subject for g in report.left_out] == ["06_tile.jpg"]
     assert "its mask 06_tile.png cannot be read" in report.left_out[0].reason
     assert report.labelled == 8 and report.photos == 11

@@ -377,7 +377,8 @@ def test_a_report_without_segments_says_so(report: AuditReport) -> None:
 
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
-    devices = (Device("", "Intel(R) Xeon(R) Platinum 8488C"), Device("GPU", "Intel(R) Arc(TM)"))
+    precisions = ("f32", "bf16", "int8")
+    devices = (Device("", "Intel(R) Xeon(R)", precisions), Device("GPU", "Intel(R) Arc(TM)"))
     rows = [
         ("ov", Availability(True, "OpenVINO", "2026.4.1", devices)),
         (
@@ -394,7 +395,7 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
     text = _lists.render_backends(rows, width, False)
     _assert_clean(text, width)
     said = _flat(text)
-    assert "ov OpenVINO 2026.4.1 Intel(R) Xeon(R) Platinum 8488C ov:GPU Intel(R) Arc(TM)" in said
+    assert "ov OpenVINO 2026.4.1 Intel(R) Xeon(R) (f32, bf16, int8) ov:GPU Intel(R) Arc(TM)" in said
     assert "tvm TVM not available reason the package `tvm` is not installed remedy pip" in said
     assert "ort ONNX Runtime 1.32.0" in said
 

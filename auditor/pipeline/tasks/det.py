@@ -15,7 +15,7 @@ import numpy as np
 
 from auditor.errors import UsageError
 from auditor.pipeline.labels import match
-from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
+from auditor.pipeline.scoring import Case, Label, Labels, Verdict, listed
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
 
@@ -70,13 +70,15 @@ class Detection:
                 continue
             values[name] = boxes
         if odd:
-            notes.append(said("photographs have another size in the labels: not judged", odd))
+            notes.append(listed("Photographs of another size in the labels, not judged", odd))
         if unused:
-            notes.append(said(f"labelled images of {source} are no photographs here", unused))
+            notes.append(
+                listed(f"Labelled images of {source} that are no photographs here", unused)
+            )
         empty = sum(not boxes for boxes in values.values())
         notes.append(
-            f"{sum(map(len, values.values()))} objects of {kinds} categories; {empty} photographs "
-            "without any."
+            f"{sum(map(len, values.values()))} objects of {kinds} categories; photographs "
+            f"without any: {empty}."
         )
         return Labels(values, tuple(notes))
 

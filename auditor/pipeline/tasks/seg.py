@@ -15,7 +15,7 @@ import numpy as np
 
 from auditor.errors import UsageError
 from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.scoring import Case, Label, Labels, Verdict, said
+from auditor.pipeline.scoring import Case, Label, Labels, Verdict, listed
 from auditor.pipeline.stages import Placement
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
@@ -74,10 +74,10 @@ class Segmentation:
                 values[name] = Mask(path, path.stat().st_mtime_ns)
         notes = []
         if odd:
-            notes.append(said("masks do not match and are not used", odd))
+            notes.append(listed("Masks that do not match and are not used", odd))
         if masks:
             unused = [p.name for p in masks.values()]
-            notes.append(said(f"masks in {source} belong to no photograph", unused))
+            notes.append(listed(f"Masks in {source} that belong to no photograph", unused))
         return Labels(values, tuple(notes))
 
     def judge(self, value: Array, case: Case) -> Verdict | None:
