@@ -30,114 +30,78 @@ ORDERED = "plain sums one value after another; "
 DYNAMIC = "dynamic quantisation with its range in bf16, sums of integers to bf16"
 # … and where weights are compressed, which kernels multiply by their scales in bf16.
 SCALED = "scales of compressed weights in bf16, too: "
+_KERNEL = Sites(
+    "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
+    "kernel",
+    inputs=True,
+    weights=True,
+    bias="fully-connected",
+    outputs=True,
+)
+_OPERATOR = Sites(
+    "operands, constants and result of every operator in bf16, FP32 accumulation",
+    "operator",
+    inputs=True,
+    weights=True,
+    bias="all",
+    constants=True,
+    outputs=True,
+)
+_PRODUCTS = Sites(
+    "operands of products in bf16, results in FP32",
+    "operator",
+    inputs=True,
+    weights=True,
+    products=True,
+)
 SITES = (
-    Sites(
-        "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
-    ),
-    Sites(
-        "operands of products and results of each kernel in bf16, all else that enters in FP32",
-        "kernel",
-        inputs=True,
+    _KERNEL,
+    replace(
+        _KERNEL,
+        name="operands of products and results of each kernel in bf16, all else that enters in "
+        "FP32",
         entering=False,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
     ),
-    Sites(
-        "operands, bias and results of each kernel in bf16, FP32 accumulation",
-        "kernel",
-        inputs=True,
-        weights=True,
+    replace(
+        _KERNEL,
+        name="operands, bias and results of each kernel in bf16, FP32 accumulation",
         bias="all",
-        outputs=True,
     ),
-    Sites(
-        "operands, constants and results of each kernel in bf16, FP32 accumulation",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="all",
-        constants=True,
-        outputs=True,
+    replace(
+        _OPERATOR,
+        name="operands, constants and results of each kernel in bf16, FP32 accumulation",
+        scope="kernel",
     ),
-    Sites(
-        "operands and results of each kernel in bf16, layer normalisation in three kernels",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, layer normalisation in three kernels",
         steps=True,
     ),
-    Sites(
-        "operands and results of each kernel in bf16, attention's scale in FP32 on its products",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, attention's scale in FP32 on its "
+        "products",
         scales="product",
     ),
-    Sites(
-        "operands and results of each kernel in bf16, attention's scale in FP32 on its keys",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, attention's scale in FP32 on its keys",
         scales="keys",
     ),
-    Sites(
-        "results of each kernel in bf16, operands as they are",
-        "kernel",
+    Sites("results of each kernel in bf16, operands as they are", "kernel", outputs=True),
+    replace(
+        _PRODUCTS,
+        name="operands and results of products in bf16, FP32 accumulation, bias and all else",
         outputs=True,
     ),
-    Sites(
-        "operands and results of products in bf16, FP32 accumulation, bias and all else",
-        "operator",
-        inputs=True,
-        weights=True,
-        outputs=True,
-        products=True,
-    ),
-    Sites(
-        "operands, constants and result of every operator in bf16, FP32 accumulation",
-        "operator",
-        inputs=True,
-        weights=True,
-        bias="all",
-        constants=True,
-        outputs=True,
-    ),
-    Sites(
-        "inputs, weights and outputs in bf16, FP32 in between",
-        "segment",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
-    ),
-    Sites(
-        "operands of products in bf16, results in FP32",
-        "operator",
-        inputs=True,
-        weights=True,
-        products=True,
-    ),
-    Sites("weights in bf16", "operator", weights=True, products=True),
-    Sites("activations in bf16, weights in FP32", "operator", inputs=True, products=True),
-    Sites(
-        "operands and results of each kernel in bf16, factors of sums multiplied in by others",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
+    _OPERATOR,
+    replace(_KERNEL, name="inputs, weights and outputs in bf16, FP32 in between", scope="segment"),
+    _PRODUCTS,
+    replace(_PRODUCTS, name="weights in bf16", inputs=False),
+    replace(_PRODUCTS, name="activations in bf16, weights in FP32", weights=False),
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, factors of sums multiplied in by others",
         distributed=True,
     ),
     Sites(
@@ -148,33 +112,23 @@ SITES = (
         outputs=True,
         distributed=True,
     ),
-    Sites(
-        "operands and results of each kernel in bf16, reductions cut the ends of their rows off",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
-        outputs=True,
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, reductions cut the ends of their rows "
+        "off",
         cuts=True,
     ),
-    Sites(
-        "operands and results of each kernel in bf16, constants too where a kernel computes them",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in bf16, constants too where a kernel computes "
+        "them",
         computed=True,
-        outputs=True,
     ),
-    Sites(
-        "operands, computed constants and results of each kernel in bf16, attention's scale on its "
-        "keys",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="fully-connected",
+    replace(
+        _KERNEL,
+        name="operands, computed constants and results of each kernel in bf16, attention's scale "
+        "on its keys",
         computed=True,
-        outputs=True,
         scales="keys",
     ),
     Sites("results of every operator in bf16, operands as they are", "operator", outputs=True),

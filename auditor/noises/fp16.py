@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from auditor.graphs import artefact
 from auditor.noises._cause import Cause
@@ -14,23 +15,31 @@ from auditor.replays.writer import FP16
 FORMAT = FP16
 
 FOLDED = "constants of a half-precision model folded in fp16"
+_KERNEL = Sites(
+    "operands, bias and results of each kernel in fp16, FP32 accumulation",
+    "kernel",
+    inputs=True,
+    weights=True,
+    bias="all",
+    outputs=True,
+)
+_OPERATOR = Sites(
+    "operands, constants and result of every operator in fp16, FP32 accumulation",
+    "operator",
+    inputs=True,
+    weights=True,
+    bias="all",
+    constants=True,
+    outputs=True,
+)
+_CONSTANTS = replace(_OPERATOR, name="every constant in fp16", inputs=False, outputs=False)
 # Operands in fp16 with results in FP32 have TF32's bits and are left to that noise.
 SITES = (
-    Sites(
-        "operands, bias and results of each kernel in fp16, FP32 accumulation",
-        "kernel",
-        inputs=True,
-        weights=True,
-        bias="all",
-        outputs=True,
-    ),
-    Sites(
-        "operands and results of each kernel in fp16, FP32 accumulation and convolution bias",
-        "kernel",
-        inputs=True,
-        weights=True,
+    _KERNEL,
+    replace(
+        _KERNEL,
+        name="operands and results of each kernel in fp16, FP32 accumulation and convolution bias",
         bias="fully-connected",
-        outputs=True,
     ),
     Sites(
         "operands and results of products in fp16, FP32 accumulation, bias and all else",
@@ -40,41 +49,18 @@ SITES = (
         outputs=True,
         products=True,
     ),
-    Sites(
-        "operands, constants and result of every operator in fp16, FP32 accumulation",
-        "operator",
-        inputs=True,
-        weights=True,
-        bias="all",
-        constants=True,
-        outputs=True,
-    ),
-    Sites("every constant in fp16", "operator", weights=True, bias="all", constants=True),
-    Sites(
-        "every constant in fp16, at most 65504",
-        "operator",
-        weights=True,
-        bias="all",
-        constants=True,
-        saturates=True,
-    ),
-    Sites(
-        "inputs, weights, bias and outputs in fp16, FP32 in between",
-        "segment",
-        inputs=True,
-        weights=True,
-        bias="all",
-        outputs=True,
+    _OPERATOR,
+    _CONSTANTS,
+    replace(_CONSTANTS, name="every constant in fp16, at most 65504", saturates=True),
+    replace(
+        _KERNEL,
+        name="inputs, weights, bias and outputs in fp16, FP32 in between",
+        scope="segment",
     ),
     Sites("weights in fp16", "operator", weights=True, products=True),
-    Sites(
-        "operands, constants, running sums and result of every operator in fp16",
-        "operator",
-        inputs=True,
-        weights=True,
-        bias="all",
-        constants=True,
-        outputs=True,
+    replace(
+        _OPERATOR,
+        name="operands, constants, running sums and result of every operator in fp16",
         sums=True,
     ),
     Sites("results of every operator in fp16, operands as they are", "operator", outputs=True),
