@@ -57,6 +57,10 @@ EngineOptions = Annotated[
         help="Engine option, such as ov.INFERENCE_PRECISION_HINT=f32; repeatable.",
     ),
 ]
+JsonOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE.json", help="Write everything as JSON too."),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from auditor.processes.guard import guard
@@ -52,6 +54,18 @@ class StoppableProgress:
     def close(self) -> None:
         """Remove the display and restore the terminal."""
         self._display.close()
+
+
+@contextmanager
+def displayed_progress() -> Iterator[StoppableProgress]:
+    """A display on standard error, which is removed whatever happens."""
+    from reports._progress import LiveProgress
+
+    progress = StoppableProgress(LiveProgress())
+    try:
+        yield progress
+    finally:
+        progress.close()
 
 
 stop = Stop()

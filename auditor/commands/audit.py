@@ -27,7 +27,7 @@ from auditor.commands._options import (
     parse_traces,
 )
 from auditor.commands._output import destination_for, emit
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 
 if TYPE_CHECKING:
     from auditor.options import AuditOptions
@@ -279,13 +279,9 @@ def _audit(
         asked = _closed_in(asked, context.params, output)
 
     from auditor.audit import audit
-    from reports._progress import LiveProgress
 
-    progress = StoppableProgress(LiveProgress())
-    try:
+    with displayed_progress() as progress:
         report = audit(model, asked, noises=discovery.noises(), progress=progress)
-    finally:
-        progress.close()
     report = replace(report, command=context.meta.get(MAIN, ()))
     report = _judged(report, rules, baseline, earlier)
     destination.deliver(report)

@@ -24,7 +24,7 @@ from auditor.commands._options import (
     with_training,
 )
 from auditor.commands._output import check_writable, emit, screen, write
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,6 @@ def _export(
     from auditor.options import AuditOptions
     from auditor.training.export import compare
     from reports import _export as table
-    from reports._progress import LiveProgress
 
     with TemporaryDirectory(prefix="audit-export-") as scratch:
         folder = Path(scratch)
@@ -131,8 +130,7 @@ def _export(
             source=source,
             trust_source=trust_source,
         )
-        progress = StoppableProgress(LiveProgress())
-        try:
+        with displayed_progress() as progress:
             made = compare(
                 ways,
                 options,
@@ -142,8 +140,6 @@ def _export(
                 noises=discovery.noises(),
                 progress=progress,
             )
-        finally:
-            progress.close()
         emit(table.render(made.report, *screen()))
         if reports is not None:
             _keep_reports(made, reports)

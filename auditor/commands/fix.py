@@ -14,7 +14,7 @@ from auditor.commands._app import app, examples
 from auditor.commands._asked import again, asked_for
 from auditor.commands._options import Report
 from auditor.commands._output import check_writable, emit, screen
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def _fix(
     from auditor.verdict import policy as rulebook
     from reports import _fix as table
     from reports import json_v1
-    from reports._progress import LiveProgress
 
     if output is not None:
         check_writable(output.resolve())
@@ -93,13 +92,10 @@ def _fix(
     if limit is None and rules is not None:
         limit = rules.tolerance(chosen.id, [o.name for o in chosen.outputs])
     options = asked_for(again(loaded.command).params, None)
-    progress = StoppableProgress(LiveProgress())
+    form = output.suffix.lower() if output else None
     with TemporaryDirectory(prefix="audit-fix-") as scratch:
-        try:
-            form = output.suffix.lower() if output else None
+        with displayed_progress() as progress:
             found = fix(loaded, chosen, options, limit, Path(scratch), progress, form)
-        finally:
-            progress.close()
         emit(table.render(found.report, *screen()))
         if output is not None:
             emit(_written(found, output))

@@ -12,6 +12,7 @@ from auditor.commands._app import app, examples
 from auditor.commands._options import (
     Backends,
     EngineOptions,
+    JsonOutput,
     Model,
     Threads,
     Timeout,
@@ -19,7 +20,7 @@ from auditor.commands._options import (
     engine_options,
 )
 from auditor.commands._output import check_writable, emit, exit_code, screen, write
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,10 +64,7 @@ def _generate(
     ] = None,
     backends: Backends = None,
     option: EngineOptions = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE.json", help="Write everything as JSON too."),
-    ] = None,
+    output: JsonOutput = None,
     threads: Threads = None,
     timeout: Timeout = 600.0,
 ) -> int:
@@ -89,27 +87,23 @@ def _generate(
     from auditor import datafiles, discovery
     from auditor.options import AuditOptions
     from auditor.sequences.generate import generate
+    from auditor.sequences.runs import Harness
     from reports import _generate as table
-    from reports._progress import LiveProgress
 
     given = datafiles.read(data, "--data") if data is not None else {}
     asked = AuditOptions(backends=specs, options=options, threads=threads, timeout=timeout)
-    progress = StoppableProgress(LiveProgress())
-    with TemporaryDirectory(prefix="audit-generate-") as scratch:
-        try:
-            report = generate(
-                model,
-                ids,
-                tokens,
-                asked,
-                noises=discovery.noises(),
-                progress=progress,
-                scratch=Path(scratch),
-                caches=pairs,
-                given={name: stored.read(None) for name, stored in given.items()},
-            )
-        finally:
-            progress.close()
+    with (
+        TemporaryDirectory(prefix="audit-generate-") as scratch,
+        displayed_progress() as progress,
+    ):
+        report = generate(
+            model,
+            ids,
+            tokens,
+            Harness(asked, discovery.noises(), progress, Path(scratch)),
+            caches=pairs,
+            given={name: stored.read(None) for name, stored in given.items()},
+        )
     if output is not None:
         write(output, table.render_json(report))
     emit(table.render(report, *screen(), decode))

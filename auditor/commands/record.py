@@ -23,7 +23,7 @@ from auditor.commands._options import (
     parse_shape,
 )
 from auditor.commands._output import check_writable, emit
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 
@@ -65,7 +65,6 @@ def _record(
 
     from auditor.audit import record
     from auditor.options import AuditOptions
-    from reports._progress import LiveProgress
 
     asked = AuditOptions(
         backends=specs,
@@ -78,9 +77,9 @@ def _record(
         options=options,
     )
     draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    progress = StoppableProgress(LiveProgress())
     try:
-        gap = record(model, asked, draft, progress)
+        with displayed_progress() as progress:
+            gap = record(model, asked, draft, progress)
         if gap is None:
             draft.replace(output)
     except OSError as error:
@@ -88,7 +87,6 @@ def _record(
             f"cannot write {output}: {error.strerror}", "Free some space, or choose another folder."
         ) from error
     finally:
-        progress.close()
         draft.unlink(missing_ok=True)
     if gap is not None:
         hint = f" {gap.remedy}" if gap.remedy else ""

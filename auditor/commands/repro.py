@@ -11,7 +11,7 @@ from auditor.commands._app import app, examples
 from auditor.commands._asked import again, asked_for
 from auditor.commands._options import Report
 from auditor.commands._output import emit
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 
@@ -39,7 +39,6 @@ def _repro(
     from auditor.repro import reproduce
     from auditor.repro_files import ISSUE, SCRIPT
     from reports import json_v1
-    from reports._progress import LiveProgress
     from reports._words import count
 
     loaded = json_v1.load(report)
@@ -51,15 +50,13 @@ def _repro(
     if output.exists():
         raise UsageError(f"{output} exists", "Give -o a folder that does not exist yet.")
     options = asked_for(again(loaded.command).params, None)
-    progress = StoppableProgress(LiveProgress())
     try:
-        made = reproduce(loaded, chosen, options, output, progress)
+        with displayed_progress() as progress:
+            made = reproduce(loaded, chosen, options, output, progress)
     except OSError as error:
         raise UsageError(
             f"cannot write {output}: {error.strerror}", "Choose another folder."
         ) from error
-    finally:
-        progress.close()
     emit(
         f"{output}: a model of {count(made.nodes, 'node')} (the segment has {made.of}) shows a "
         f"relative L2 of {made.relative_l2:.1e} ({made.place}; "

@@ -10,7 +10,7 @@ import typer
 from auditor.commands._app import app, examples
 from auditor.commands._options import Cores, Data, Model, Samples, Seed, Shapes, parse_shape
 from auditor.commands._output import emit, screen
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 
 
 @app.command(
@@ -56,10 +56,8 @@ def _sensitivity(
     from auditor import stimulus as stimuli
     from auditor.graphs import model as models
     from reports._lists import render_sensitivities
-    from reports._progress import LiveProgress
 
-    progress = StoppableProgress(LiveProgress())
-    try:
+    with displayed_progress() as progress:
         progress.update("reference", "load")
         loaded = models.load(model)
         stimulus = stimuli.load(loaded, data, seed, samples, shapes)
@@ -73,8 +71,6 @@ def _sensitivity(
                 progress=progress,
             )
         )
-    finally:
-        progress.close()
     notes = sensitivity.notes(loaded, stimulus.info, chosen, rows)
     emit(render_sensitivities(rows, notes, *screen(), every=bool(ids)))
     return 0

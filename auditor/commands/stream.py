@@ -12,6 +12,7 @@ from auditor.commands._app import app, examples
 from auditor.commands._options import (
     Backends,
     EngineOptions,
+    JsonOutput,
     Model,
     Seed,
     Shapes,
@@ -22,7 +23,7 @@ from auditor.commands._options import (
     parse_shape,
 )
 from auditor.commands._output import check_writable, emit, exit_code, screen, write
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 
@@ -87,10 +88,7 @@ def _stream(
             help="Write the inputs of the step that is looked at, for audit MODEL --data.",
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE.json", help="Write everything as JSON too."),
-    ] = None,
+    output: JsonOutput = None,
     threads: Threads = None,
     timeout: Timeout = 600.0,
 ) -> int:
@@ -113,8 +111,8 @@ def _stream(
     from auditor import discovery
     from auditor.options import AuditOptions
     from auditor.sequences import streaming
+    from auditor.sequences.runs import Harness
     from reports import _stream as table
-    from reports._progress import LiveProgress
 
     asked = streaming.Asked(
         data=data,
@@ -129,21 +127,12 @@ def _stream(
         threshold=threshold,
     )
     options = AuditOptions(backends=specs, options=engine, threads=threads, timeout=timeout)
-    progress = StoppableProgress(LiveProgress())
-    with TemporaryDirectory(prefix="audit-stream-") as scratch:
-        try:
-            report = streaming.stream(
-                model,
-                asked,
-                named,
-                options,
-                noises=discovery.noises(),
-                progress=progress,
-                scratch=Path(scratch),
-                save=save_step,
-            )
-        finally:
-            progress.close()
+    with (
+        TemporaryDirectory(prefix="audit-stream-") as scratch,
+        displayed_progress() as progress,
+    ):
+        harness = Harness(options, discovery.noises(), progress, Path(scratch))
+        report = streaming.stream(model, asked, named, harness, save=save_step)
     if output is not None:
         write(output, table.render_json(report))
     emit(table.render(report, *screen()))

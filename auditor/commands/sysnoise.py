@@ -10,7 +10,7 @@ import typer
 from auditor.commands._app import app, examples
 from auditor.commands._options import Cores, Model
 from auditor.commands._output import check_writable, emit, make_folder, screen, write
-from auditor.commands._stop import StoppableProgress
+from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -98,36 +98,33 @@ def _sysnoise(
     from auditor.pipeline import description, networks, photos
     from auditor.pipeline.sysnoise import pixels, sysnoise
     from reports import _sysnoise as table
-    from reports._progress import LiveProgress, print_error
+    from reports._progress import print_error
 
     ids = given if noise else list(networks.PAPER)
     noises = [discovery.noise(id) for id in ids if ids != ["none"]]
     described = description.load(pipeline)
     found = photos.find(images, labels, samples, task or _kind(described))
     keep = _kept_in(model, images, output)
-    progress = StoppableProgress(LiveProgress())
     try:
-        progress.update("reference", "load")
-        report = sysnoise(
-            models.load(model),
-            described,
-            found,
-            noises,
-            keep=keep,
-            threads=threads,
-            progress=progress,
-            task=task,
-        )
+        with displayed_progress() as progress:
+            progress.update("reference", "load")
+            report = sysnoise(
+                models.load(model),
+                described,
+                found,
+                noises,
+                keep=keep,
+                threads=threads,
+                progress=progress,
+                task=task,
+            )
     except SystemExit:
-        progress.close()
         if keep.is_file():
             print_error(
                 "stopped before the end",
                 f"What was measured is in {keep}: the same command goes on from there.",
             )
         raise
-    finally:
-        progress.close()
     if output is not None:
         write(output, table.to_json(report))
     if plots is not None:

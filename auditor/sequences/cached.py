@@ -13,21 +13,17 @@ that it gives in one run.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from auditor import pieces
 from auditor.analysis import Analysis
-from auditor.capture.trace import Tracer, denied
+from auditor.capture.trace import denied
 from auditor.comparison import metrics
 from auditor.errors import BackendError, UsageError
-from auditor.options import AuditOptions, BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.generation import (
     Carried,
@@ -41,14 +37,13 @@ from auditor.replays.replay import ReplayError
 from auditor.sequences.caches import Cache, Decoder, Run, Step, decoder_of, steps
 from auditor.sequences.decisions import Logits, Tokens, compared, judged
 from auditor.sequences.layers import Frozen, avoiding_options, numbered
-from auditor.sequences.runs import analysed, built, built_beside, plain_runs
-from auditor.subject import reference_of
+from auditor.sequences.runs import Harness, Program, built
 from auditor.verdict import summary
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.graphs.segments import Cut
-    from auditor.ports import Arrays, Noise, Progress
+    from auditor.ports import Arrays, Progress
     from auditor.replays.reference import Reference
 
 
@@ -73,12 +68,8 @@ def generate(
     caches: tuple[Cache, ...],
     prompt: Sequence[int],
     count: int,
-    options: AuditOptions,
-    *,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
-    given: Arrays | None = None,
+    harness: Harness,
+    given: Arrays,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's (see ``generate``).
 
@@ -87,8 +78,8 @@ def generate(
             fit it.
     """
     decoder = decoder_of(model, caches, given)
-    progress.update("reference", "write")
-    reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
+    harness.progress.update("reference", "write")
+    reference = harness.reference(model)
     text: Tokens = []
     for step in steps(reference.run, decoder, prompt, count):
         text.append(step.token)
@@ -96,9 +87,9 @@ def generate(
     truth = _Truth(model, reference, decoder, list(prompt), text)
     prefill = decoder.feeds(truth.prompt, 0, None)
     parts = []
-    for spec in options.backends:
-        with built(spec, options, model, prefill, progress, open=True) as tracer:
-            parts.append(_Backend(spec, tracer, truth, options, noises, scratch).generation())
+    for spec in harness.options.backends:
+        with built(spec, harness, model, prefill, open=True) as program:
+            parts.append(_Backend(program, truth).generation())
     return GenerationReport(
         model=model.info,
         prompt=tuple(prompt),
@@ -188,23 +179,15 @@ class _Written:
 class _Backend:
     """One backend, built: its text, and where its difference came from."""
 
-    def __init__(
-        self,
-        spec: BackendSpec,
-        tracer: Tracer,
-        truth: _Truth,
-        options: AuditOptions,
-        noises: Sequence[Noise],
-        scratch: Path,
-    ) -> None:
-        self._spec, self._tracer, self._truth = spec, tracer, truth
-        self._options, self._noises, self._scratch = options, noises, scratch
+    def __init__(self, program: Program, truth: _Truth) -> None:
+        self._program, self._truth = program, truth
+        self._spec, self._tracer = program.spec, program.tracer
         self._prefill = truth.decoder.feeds(truth.prompt, 0, None)
 
     def generation(self) -> Generation:
         """What the report says of the backend."""
         spec, tracer, truth = self._spec, self._tracer, self._truth
-        decoder, run = truth.decoder, plain_runs(tracer)
+        decoder, run = truth.decoder, self._program.run
         before: _Written | None = None
         try:
             forced = _forced(run, truth, tracer.progress)
@@ -247,9 +230,7 @@ class _Backend:
         reference = self._truth.reference
         expected = reference.run(feeds)
         wanted = {name: expected[name] for name in names}
-        analysis, tensors = analysed(
-            self._tracer, reference, self._noises, feeds, wanted, last=last
-        )
+        analysis, tensors = self._program.analysed(reference, feeds, wanted, last=last)
         return _Written(feeds, names, analysis, tensors)
 
     def _with_layers(
@@ -316,10 +297,7 @@ class _Backend:
         return best
 
     def _in_pieces(self, kept: KeptLayers, chosen: set[int]) -> KeptLayers:
-        """Build the model in pieces, and give it the reference's text, step by step.
-
-        One piece after the other takes all steps: each is compiled once, and only it is loaded.
-        """
+        """Build the model in pieces, and give it the reference's text, step by step."""
         truth, reference, decoder = self._truth, self._truth.reference, self._truth.decoder
         made = pieces.split(reference.graph, chosen)
         kept = replace(kept, pieces=len(made))
@@ -327,8 +305,7 @@ class _Backend:
         ours = list(steps(reference.run, decoder, truth.prompt, len(truth.text), truth.text))
         values = [{n: v for n, v in step.feeds.items() if n not in pasts} for step in ours]
 
-        def inputs(cut: Cut, number: int) -> Arrays:
-            """What a piece reads in a step."""
+        def reads(cut: Cut, number: int) -> Arrays:
             found: Arrays = {}
             for name in cut.inputs:
                 if name not in pasts:
@@ -339,39 +316,18 @@ class _Backend:
                     found[name] = pasts[name].empty()
             return found
 
-        replayer = reference.replayer
         cuts = [piece.cut for piece in made]
-        ends = [replayer.walk(cuts, reference.wide(s.feeds)) for s in (ours[0], ours[-1])]
-        path = self._scratch / f"{self._spec.id}-piece.onnx"
+        walk = reference.replayer.walk
+        ends = [walk(cuts, reference.wide(s.feeds)) for s in (ours[0], ours[-1])]
+        shapes = {
+            name: _open(*(end[name].shape for end in ends)) for cut in cuts for name in cut.inputs
+        }
         try:
-            for piece in made:
-                cut = piece.cut
-                shapes = {n: _open(ends[0][n].shape, ends[1][n].shape) for n in cut.inputs}
-                onnx.save(
-                    reference.graph.extract(cut, replayer.types, shapes, truth.model.weights), path
-                )
-                more = kept.options if piece.chosen else {}
-                feeds = inputs(cut, 0)
-                run = built_beside(
-                    self._tracer,
-                    self._spec,
-                    self._options,
-                    truth.model,
-                    path,
-                    feeds,
-                    more,
-                    open=True,
-                )
-                for number in range(len(ours)):
-                    outputs = None if run.gap else run.plain(inputs(cut, number))
-                    if outputs is None:
-                        reason = run.gap.reason if run.gap else ""
-                        return replace(kept, failure=f"piece {cut.id} of {len(made)}: {reason}")
-                    values[number] |= reference.wide(outputs)
-        except KeyError as error:  # a cache that a later piece writes
-            return replace(kept, failure=f"{error} is written by a later piece than reads it")
+            failure = self._program.in_pieces(reference, made, shapes, kept.options, values, reads)
         except (UsageError, ReplayError) as error:
-            return replace(kept, failure=error.message)
+            failure = error.message
+        if failure is not None:
+            return replace(kept, failure=failure)
         logits = [
             np.concatenate([decoder.last(v) for v in side])
             for side in ([step.outputs for step in ours], values)

@@ -23,25 +23,22 @@ from typing import TYPE_CHECKING
 
 from auditor.errors import UsageError
 from auditor.graphs import model as models
-from auditor.options import AuditOptions
 from auditor.records.generation import GenerationReport
 from auditor.sequences import cached, rerun
 from auditor.sequences.caches import caches_of, checked, logits_of
+from auditor.sequences.runs import Harness
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
-    from auditor.ports import Arrays, Noise, Progress
+    from auditor.ports import Arrays
 
 
 def generate(
     path: Path,
     prompt: Sequence[int],
     count: int,
-    options: AuditOptions,
+    harness: Harness,
     *,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
     caches: Mapping[str, str] | None = None,
     given: Arrays | None = None,
 ) -> GenerationReport:
@@ -51,10 +48,7 @@ def generate(
         path: the decoder.
         prompt: token ids.
         count: how many tokens to write.
-        options: of an audit: backends, their options, threads, timeout.
-        noises: the catalogue.
-        progress: told what is being done.
-        scratch: a folder for temporary files.
+        harness: the backends, and what all runs share.
         caches: outputs by the inputs that they are fed back to, where names do not tell.
         given: inputs that are the same in every run of a decoder with caches, such as what an
             encoder made.
@@ -66,23 +60,11 @@ def generate(
     _check_prompt(model, prompt)
     fixed = checked(model, given or {})
     if kept := caches_of(model, caches or {}, fixed):
-        return cached.generate(
-            model,
-            kept,
-            prompt,
-            count,
-            options,
-            noises=noises,
-            progress=progress,
-            scratch=scratch,
-            given=fixed,
-        )
+        return cached.generate(model, kept, prompt, count, harness, fixed)
     if fixed:
         hint = "Export it with use_cache=True."
         raise UsageError(f"{path} keeps no caches: --data is for decoders that do", hint)
-    return rerun.generate(
-        model, prompt, count, options, noises=noises, progress=progress, scratch=scratch
-    )
+    return rerun.generate(model, prompt, count, harness)
 
 
 def _check_prompt(model: Model, prompt: Sequence[int]) -> None:

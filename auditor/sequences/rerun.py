@@ -7,21 +7,18 @@ with two paddings; it is also why one forced run shows all steps.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
 from auditor import pieces
 from auditor.analysis import Analysis
-from auditor.capture.trace import Tracer, denied
+from auditor.capture.trace import denied
 from auditor.errors import BackendError, UsageError
 from auditor.graphs import model as models
-from auditor.options import AuditOptions, BackendSpec
+from auditor.options import BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.generation import (
     Generation,
@@ -34,13 +31,13 @@ from auditor.records.measured import CategoryShare
 from auditor.replays.replay import ReplayError
 from auditor.sequences.decisions import Logits, Tokens, compared, judged, lead
 from auditor.sequences.layers import Frozen, avoiding_options
-from auditor.sequences.runs import analysed, built, built_beside, plain_runs
-from auditor.subject import reference_of
+from auditor.sequences.runs import Harness, Program, built
 from auditor.verdict import summary
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model, TensorSpec
-    from auditor.ports import Arrays, Noise, Progress
+    from auditor.graphs.segments import Cut
+    from auditor.ports import Arrays, Progress
     from auditor.replays.reference import Reference
 
 # Of the reference's margin at a step that a backend turned, the part that must be left for the step
@@ -144,11 +141,7 @@ def generate(
     model: Model,
     prompt: Sequence[int],
     count: int,
-    options: AuditOptions,
-    *,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
+    harness: Harness,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's (see ``generate``).
 
@@ -156,12 +149,12 @@ def generate(
         UsageError: the model is no decoder, or the prompt does not fit it.
     """
     decoder = decoder_of(model, len(prompt), count)
-    progress.update("reference", "run")
-    reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
+    harness.progress.update("reference", "run")
+    reference = harness.reference(model)
     _check_causal(reference, decoder, prompt)
 
     def run(feeds: Arrays) -> Arrays:
-        progress.update("reference", "write")
+        harness.progress.update("reference", "write")
         return reference.run(feeds)
 
     text = greedy(run, decoder, prompt, count)
@@ -169,7 +162,7 @@ def generate(
     expected = reference.run(forced)
     reference.release()
     truth = _Truth(model, reference, decoder, list(prompt), text, forced, expected)
-    parts = [_one(spec, truth, options, noises, progress, scratch) for spec in options.backends]
+    parts = [_one(spec, truth, harness) for spec in harness.options.backends]
     return GenerationReport(
         model=model.info,
         prompt=tuple(prompt),
@@ -216,20 +209,13 @@ class _Truth:
         return steps_of(outputs, self.decoder, len(self.prompt), len(self.text))
 
 
-def _one(
-    spec: BackendSpec,
-    truth: _Truth,
-    options: AuditOptions,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
-) -> Generation:
+def _one(spec: BackendSpec, truth: _Truth, harness: Harness) -> Generation:
     """One backend's text, and what turned it."""
-    reference, forced = truth.reference, truth.forced
-    with built(spec, options, truth.model, forced, progress) as tracer:
-        run = plain_runs(tracer)
+    forced = truth.forced
+    with built(spec, harness, truth.model, forced) as program:
+        tracer = program.tracer
         try:
-            ours, theirs = truth.steps(truth.expected), truth.steps(run(forced))
+            ours, theirs = truth.steps(truth.expected), truth.steps(program.run(forced))
             steps = compared(truth.text, ours, theirs)
             turned = [s.number for s in steps if not s.same]
             own = list(truth.text)
@@ -237,10 +223,8 @@ def _one(
                 at = turned[0]
                 own[at] = int(theirs[at].argmax())
                 done = [*truth.prompt, *own[: at + 1]]
-                own[at + 1 :] = greedy(run, truth.decoder, done, len(own) - at - 1)
-            analysis, tensors = analysed(
-                tracer, reference, noises, forced, truth.expected, last=True
-            )
+                own[at + 1 :] = greedy(program.run, truth.decoder, done, len(own) - at - 1)
+            analysis, tensors = program.analysed(truth.reference, forced, truth.expected, last=True)
         except BackendError:
             return Generation(spec.label, gap=tracer.gap)
         part = summary.report(analysis, spec.device or "")
@@ -249,11 +233,9 @@ def _one(
         if turned:
             try:
                 emulated = _Emulated(truth, analysis, tensors, _turned(steps))
-                effects = emulated.effects(progress)
-                kept = emulated.kept(effects, progress)
-                kept = _built(
-                    kept, emulated, truth, tracer, part.categories, spec, options, scratch
-                )
+                effects = emulated.effects(harness.progress)
+                kept = emulated.kept(effects, harness.progress)
+                kept = _built(kept, emulated, truth, program, part.categories)
             except ReplayError as error:
                 gap = Gap(
                     spec.label, "layers", f"which layers matter is not known: {error.message}"
@@ -359,37 +341,26 @@ def _built(
     kept: KeptLayers,
     emulated: _Emulated,
     truth: _Truth,
-    tracer: Tracer,
+    program: Program,
     categories: Sequence[CategoryShare],
-    spec: BackendSpec,
-    options: AuditOptions,
-    scratch: Path,
 ) -> KeptLayers:
     """Build the model in pieces, the kept layers with the option that avoids the cause, and run."""
-    avoiding = avoiding_options(tracer, categories, spec)
+    avoiding = avoiding_options(program.tracer, categories, program.spec)
     if avoiding is None:
         return replace(kept, failure="the backend has no option that avoids the causes named")
-    made = pieces.split(truth.reference.graph, emulated.nodes(kept.layers))
+    reference, values = truth.reference, dict(truth.forced)
+    made = pieces.split(reference.graph, emulated.nodes(kept.layers))
     kept = replace(kept, options=avoiding, pieces=len(made))
-    replayer, values = truth.reference.replayer, dict(truth.forced)
-    seen = replayer.walk([piece.cut for piece in made], truth.forced)  # learns types and shapes
+    replayer = reference.replayer
+    replayer.walk([piece.cut for piece in made], truth.forced)  # learns types and shapes
+
+    def reads(cut: Cut, _: int) -> Arrays:
+        return {name: values[name] for name in cut.inputs}
+
     try:
-        for piece in made:
-            cut = piece.cut
-            proto = truth.reference.graph.extract(
-                cut, replayer.types, replayer.shapes, truth.model.weights
-            )
-            path = scratch / f"{spec.id}-{cut.id}.onnx"
-            onnx.save(proto, path)
-            feeds = {n: seen[n] for n in cut.inputs}
-            more = avoiding if piece.chosen else {}
-            run = built_beside(tracer, spec, options, truth.model, path, feeds, more)
-            outputs = None if run.gap else run.plain({n: values[n] for n in cut.inputs})
-            path.unlink()
-            if outputs is None:
-                reason = run.gap.reason if run.gap else ""
-                return replace(kept, failure=f"piece {cut.id} of {len(made)}: {reason}")
-            values |= truth.reference.wide(outputs)
+        failure = program.in_pieces(reference, made, replayer.shapes, avoiding, [values], reads)
     except (UsageError, ReplayError) as error:
-        return replace(kept, failure=error.message)
+        failure = error.message
+    if failure is not None:
+        return replace(kept, failure=failure)
     return judged(kept, compared(truth.text, truth.steps(truth.expected), truth.steps(values)))

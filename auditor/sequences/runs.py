@@ -2,130 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import onnx
 
 from auditor.analysis import Analysis
 from auditor.capture.trace import Tracer
 from auditor.errors import BackendError
 from auditor.options import AuditOptions, BackendSpec
+from auditor.pieces import Piece
 from auditor.processes.worker import workers
-from auditor.subject import request_for
+from auditor.subject import reference_of, request_for
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
+    from auditor.graphs.segments import Cut
     from auditor.ports import Arrays, Noise, Progress
     from auditor.replays.reference import Reference
 
 
+@dataclass(frozen=True, slots=True)
+class Harness:
+    """What all runs of one command share.
+
+    Attributes:
+        options: of an audit: backends, their options, threads, timeout.
+        noises: the catalogue.
+        progress: told what is being done.
+        scratch: a folder for temporary files.
+    """
+
+    options: AuditOptions
+    noises: Sequence[Noise]
+    progress: Progress
+    scratch: Path
+
+    def reference(self, model: Model) -> Reference:
+        """The reference of a model."""
+        threads = self.options.threads or os.cpu_count() or 1
+        return reference_of(model, threads, self.scratch)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A model built by one backend.
+
+    Attributes:
+        spec: the backend, as it was asked for.
+        tracer: the backend, which says so where it has a gap.
+        model: what was built.
+        harness: what it was built with.
+        open: whether it runs at other shapes too.
+    """
+
+    spec: BackendSpec
+    tracer: Tracer
+    model: Model
+    harness: Harness
+    open: bool
+
+    def run(self, feeds: Arrays) -> Arrays:
+        """Run the plain program.
+
+        Raises:
+            BackendError: the backend has a gap.
+        """
+        outputs = None if self.tracer.gap else self.tracer.plain(feeds)
+        if outputs is None:
+            raise self._failed()
+        return outputs
+
+    def analysed(
+        self, reference: Reference, feeds: Arrays, expected: Arrays, *, last: bool
+    ) -> tuple[Analysis, Arrays]:
+        """Capture one run, and find what makes the error of its outputs.
+
+        Args:
+            reference: the reference.
+            feeds: the inputs of that run.
+            expected: the reference's outputs that are looked at.
+            last: that no other run follows.
+
+        Returns:
+            The analysis, and the backend's tensors by name.
+
+        Raises:
+            BackendError: the backend has a gap.
+        """
+        trace = self.tracer.sample(feeds, last=last)
+        if trace is None:
+            raise self._failed()
+        same = {name: name for name in reference.graph.producer}
+        analysis = Analysis(self.tracer, reference, same, self.harness.noises)
+        analysis.add(0, reference.wide(feeds), expected, trace)
+        return analysis, trace.tensors
+
+    def in_pieces(
+        self,
+        reference: Reference,
+        made: Sequence[Piece],
+        shapes: Mapping[str, tuple[int | None, ...]],
+        options: Mapping[str, str],
+        values: Sequence[Arrays],
+        reads: Callable[[Cut, int], Arrays],
+    ) -> str | None:
+        """Build the model in pieces beside the program, and run them.
+
+        One piece after the other takes all steps: each is compiled once, and only it is loaded.
+
+        Args:
+            reference: the reference.
+            made: the pieces, in the order to run them.
+            shapes: of what they read, by name; None where a size is open.
+            options: more options of the engine for those that are chosen.
+            values: by step, what is known by name; what pieces compute is added.
+            reads: what a piece reads in a step of some number.
+
+        Returns:
+            Why they cannot be built or run; None where they were.
+
+        Raises:
+            UsageError: the engine has no such option.
+            ReplayError: a piece cannot be cut out of the reference.
+        """
+        path = self.harness.scratch / f"{self.spec.id}-piece.onnx"
+        types, weights = reference.replayer.types, self.model.weights
+        for cut, chosen in ((piece.cut, piece.chosen) for piece in made):
+            onnx.save(reference.graph.extract(cut, types, shapes, weights), path)
+            tracer: Tracer | None = None
+            for number, known in enumerate(values):
+                try:
+                    feeds = reads(cut, number)
+                except KeyError as error:  # a cache that a later piece writes
+                    return f"{error} is written by a later piece than reads it"
+                tracer = tracer or self._built(path, feeds, options if chosen else {})
+                outputs = None if tracer.gap else tracer.plain(feeds)
+                if outputs is None:
+                    reason = tracer.gap.reason if tracer.gap else ""
+                    return f"piece {cut.id} of {len(made)}: {reason}"
+                known.update(reference.wide(outputs))
+        return None
+
+    def _built(self, path: Path, feeds: Arrays, more: Mapping[str, str]) -> Tracer:
+        """A piece of the model, built in the backend's process beside what is there."""
+        mine, open = self.tracer, self.open
+        request = request_for(
+            self.spec, self.harness.options, self.model, feeds, mine.worker.workdir
+        )
+        given = {**request.options, **more}
+        piece = Tracer(mine.id, mine.worker, mine.timeout, mine.progress)
+        piece.build(replace(request, model_path=path, dynamic=open, open=open, options=given))
+        return piece
+
+    def _failed(self) -> BackendError:
+        gap = self.tracer.gap
+        return BackendError(gap.reason if gap else "", stage="run")
+
+
 @contextmanager
 def built(
-    spec: BackendSpec,
-    options: AuditOptions,
-    model: Model,
-    feeds: Arrays,
-    progress: Progress,
-    *,
-    open: bool = False,
-) -> Iterator[Tracer]:
-    """A backend with a model built for some inputs; the tracer says so where it has a gap.
+    spec: BackendSpec, harness: Harness, model: Model, feeds: Arrays, *, open: bool = False
+) -> Iterator[Program]:
+    """A model built by a backend for some inputs.
 
     Args:
         spec: the backend.
-        options: of an audit.
+        harness: what it is built with.
         model: what to build.
         feeds: inputs by name.
-        progress: told what is being done.
         open: whether the program shall run at other shapes too.
     """
+    options = harness.options
     with workers([spec.id], options.limits) as (worker,):
-        tracer = Tracer(spec.label, worker, options.timeout, progress)
+        tracer = Tracer(spec.label, worker, options.timeout, harness.progress)
         if tracer.start():
             request = request_for(spec, options, model, feeds, worker.workdir)
             tracer.build(replace(request, open=open))
-        yield tracer
-
-
-def built_beside(
-    tracer: Tracer,
-    spec: BackendSpec,
-    options: AuditOptions,
-    model: Model,
-    path: Path,
-    feeds: Arrays,
-    more: dict[str, str],
-    *,
-    open: bool = False,
-) -> Tracer:
-    """A piece of a model, built in a backend's process beside what is there.
-
-    Args:
-        tracer: the backend.
-        spec: the same, as it was asked for.
-        options: of an audit.
-        model: the whole model.
-        path: the piece's file.
-        feeds: the piece's inputs by name.
-        more: options of the engine for it.
-        open: whether it shall run at other shapes too.
-
-    Returns:
-        The piece's own tracer, which says so where it has a gap.
-
-    Raises:
-        UsageError: the engine has no such option.
-    """
-    request = request_for(spec, options, model, feeds, tracer.worker.workdir)
-    piece = Tracer(tracer.id, tracer.worker, tracer.timeout, tracer.progress)
-    given = request.options | more
-    piece.build(replace(request, model_path=path, dynamic=open, open=open, options=given))
-    return piece
-
-
-def plain_runs(tracer: Tracer) -> Callable[[Arrays], Arrays]:
-    """Runs of a backend's plain program; they raise ``BackendError`` once the backend has a gap."""
-
-    def run(feeds: Arrays) -> Arrays:
-        outputs = None if tracer.gap else tracer.plain(feeds)
-        if outputs is None:
-            raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
-        return outputs
-
-    return run
-
-
-def analysed(
-    tracer: Tracer,
-    reference: Reference,
-    noises: Sequence[Noise],
-    feeds: Arrays,
-    expected: Arrays,
-    *,
-    last: bool,
-) -> tuple[Analysis, Arrays]:
-    """Capture one run of a backend, and find what makes the error of its outputs.
-
-    Args:
-        tracer: the backend.
-        reference: the reference.
-        noises: the catalogue.
-        feeds: the inputs of that run.
-        expected: the reference's outputs that are looked at.
-        last: that no other run follows.
-
-    Returns:
-        The analysis, and the backend's tensors by name.
-
-    Raises:
-        BackendError: the backend has a gap.
-    """
-    trace = tracer.sample(feeds, last=last)
-    if trace is None:
-        raise BackendError(tracer.gap.reason if tracer.gap else "", stage="run")
-    same = {name: name for name in reference.graph.producer}
-    analysis = Analysis(tracer, reference, same, noises)
-    analysis.add(0, reference.wide(feeds), expected, trace)
-    return analysis, trace.tensors
+        yield Program(spec, tracer, model, harness, open)

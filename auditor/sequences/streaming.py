@@ -11,7 +11,6 @@ States are found by their names (``h``/``hn``, ``state``/``stateN``, ``past``/``
 
 from __future__ import annotations
 
-import os
 import re
 import wave
 from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +25,15 @@ from auditor.capture.trace import denied
 from auditor.comparison import metrics, tasks
 from auditor.errors import BackendError, UsageError
 from auditor.graphs import model as models
-from auditor.options import AuditOptions, BackendSpec
+from auditor.options import BackendSpec
 from auditor.records.backend import Gap
 from auditor.records.stream import Streamed, StreamReport, StreamStep
-from auditor.sequences.runs import analysed, built, plain_runs
-from auditor.subject import reference_of
+from auditor.sequences.runs import Harness, built
 from auditor.verdict import summary
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model, Shape, TensorSpec
-    from auditor.ports import Array, Arrays, Noise, Progress
+    from auditor.ports import Array, Arrays, Progress
     from auditor.replays.reference import Reference
 
 Run = Callable[["Arrays"], "Arrays"]
@@ -269,11 +267,8 @@ def stream(
     path: Path,
     asked: Asked,
     named: Mapping[str, str],
-    options: AuditOptions,
+    harness: Harness,
     *,
-    noises: Sequence[Noise],
-    progress: Progress,
-    scratch: Path,
     save: Path | None = None,
 ) -> StreamReport:
     """Run a stream through the reference and every backend, each with its own states.
@@ -282,10 +277,7 @@ def stream(
         path: the model.
         asked: what is fed.
         named: outputs by the inputs that they are fed back to, where names do not tell.
-        options: of an audit: backends, their options, threads, timeout.
-        noises: the catalogue.
-        progress: told what is being done.
-        scratch: a folder for temporary files.
+        harness: the backends, and what all runs share.
         save: a .npz file for the inputs of the step that was looked at, of the last backend.
 
     Raises:
@@ -300,18 +292,18 @@ def stream(
             f"{path} has no output {f'`{output}`' if output else 'beside its states'}",
             models.suggestion(output, model.outputs) or "Name one with --output-name.",
         )
-    progress.update("reference", "run")
-    reference, _ = reference_of(model, options.threads or os.cpu_count() or 1, scratch)
+    harness.progress.update("reference", "run")
+    reference = harness.reference(model)
     first = _beginning(model, reference, states, fed)
     truth = _Truth(model, reference, states, output, fed, first, (), None)
     outputs: list[Arrays] = []
     for number in range(len(fed.steps)):
-        progress.update("reference", f"step {number + 1} of {len(fed.steps)}")
+        harness.progress.update("reference", f"step {number + 1} of {len(fed.steps)}")
         feeds = truth.feeds(number, outputs[-1] if outputs else None)
         outputs.append(truth.kept(reference.run(feeds)))
     decides = _decision(output, [o[output] for o in outputs], asked.threshold)
     truth = _Truth(model, reference, states, output, fed, first, tuple(outputs), decides)
-    parts = [_one(spec, truth, options, noises, progress, save) for spec in options.backends]
+    parts = [_one(spec, truth, harness, save) for spec in harness.options.backends]
     return StreamReport(model.info, tuple(states.items()), output, fed.source, tuple(parts))
 
 
@@ -369,26 +361,19 @@ def _decision(
     return largest
 
 
-def _one(
-    spec: BackendSpec,
-    truth: _Truth,
-    options: AuditOptions,
-    noises: Sequence[Noise],
-    progress: Progress,
-    save: Path | None,
-) -> Streamed:
+def _one(spec: BackendSpec, truth: _Truth, harness: Harness, save: Path | None) -> Streamed:
     """One backend over the stream, and what causes the error of one step."""
     reference, names = truth.reference, (truth.output, *truth.states.values())
-    with built(spec, options, truth.model, truth.feeds(0, None), progress) as tracer:
-        run = plain_runs(tracer)
+    with built(spec, harness, truth.model, truth.feeds(0, None)) as program:
+        tracer = program.tracer
         try:
-            steps, fed = _steps(run, truth, progress)
+            steps, fed = _steps(program.run, truth, harness.progress)
             looked = next((s.number for s in steps if not s.same), None)
             if looked is None:
                 looked = max(steps, key=lambda s: s.relative_l2).number
             expected = reference.run(fed[looked])
             wanted = {name: expected[name] for name in names}
-            analysis, _ = analysed(tracer, reference, noises, fed[looked], wanted, last=True)
+            analysis, _ = program.analysed(reference, fed[looked], wanted, last=True)
         except BackendError as error:
             return Streamed(spec.label, gap=tracer.gap or Gap(spec.label, "run", error.message))
         if save is not None:

@@ -20,6 +20,7 @@ from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
 from auditor.sequences import generate, rerun
 from auditor.sequences.caches import caches_of, checked, decoder_of
+from auditor.sequences.runs import Harness
 from benchmarks import decoder as writer
 from reports import _generate as table
 from tests import helpers
@@ -99,10 +100,7 @@ def written(
         path,
         narrow.prompt if narrow else PROMPT,
         11,
-        asked,
-        noises=discovery.noises(),
-        progress=Silent(),
-        scratch=folder,
+        Harness(asked, discovery.noises(), Silent(), folder),
     )
 
 
@@ -188,11 +186,9 @@ def test_wrongly_paired_caches_are_refused(tmp_path: Path) -> None:
     model = models.load(path)
     past = [f"past_key_values.{i}.key" for i in range(2)]
     crossed = {past[0]: "present.1.key", past[1]: "present.0.key"}
-    options = AuditOptions(backends=(), threads=1)
+    harness = Harness(AuditOptions(backends=(), threads=1), (), Silent(), tmp_path)
     with pytest.raises(UsageError, match="not fed back") as error:
-        generate.generate(
-            path, PROMPT, 4, options, noises=(), progress=Silent(), scratch=tmp_path, caches=crossed
-        )
+        generate.generate(path, PROMPT, 4, harness, caches=crossed)
     assert "--cache" in error.value.hint
     with pytest.raises(UsageError, match="no output of the model"):
         caches_of(model, {past[0]: "presents.0.key"})

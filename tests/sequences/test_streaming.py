@@ -17,6 +17,7 @@ from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.ports import Silent
 from auditor.sequences import streaming
+from auditor.sequences.runs import Harness
 from auditor.sequences.streaming import Asked
 from reports import _stream as table
 from tests import helpers
@@ -91,20 +92,9 @@ def test_each_side_keeps_its_own_states(
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(sound.astype(np.int16).tobytes())
     asked = Asked(wave=tmp_path / "sound.wav", frame=12, context=4)
-    report = streaming.stream(
-        path,
-        asked,
-        {},
-        AuditOptions(
-            backends=(BackendSpec(backend),),
-            threads=1,
-            options={backend: options},
-        ),
-        noises=discovery.noises(),
-        progress=Silent(),
-        scratch=tmp_path,
-        save=tmp_path / "step.npz",
-    )
+    engine = AuditOptions((BackendSpec(backend),), threads=1, options={backend: options})
+    harness = Harness(engine, discovery.noises(), Silent(), tmp_path)
+    report = streaming.stream(path, asked, {}, harness, save=tmp_path / "step.npz")
     (narrow,) = report.backends
     assert report.states == (("h", "hn"),) and report.output == "speech"
     assert narrow.gap is None and len(narrow.steps) == 20
