@@ -98,14 +98,16 @@ def test_a_convolution_adds_in_the_precision_of_its_result(
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
         helper.make_node("Conv", ["x", "v"], ["d"]),
-        helper.make_node("Add", ["c", "d"], ["y"]),
+        helper.make_node("Add", ["c", "d"], ["s"]),
+        helper.make_node("Mul", ["s", "s"], ["y"]),
     ]
     kernels = [
         replace(kernel("Convolution", nodes, output), output_precision="f32")
-        for nodes, output in ((("c",), "c"), (("d", "y"), "y"))
+        for nodes, output in ((("c",), "c"), (("d", "s"), "s"))
     ]
+    kernels.append(kernel("Eltwise", ("y",), "y"))
     segment = make_segment(nodes, {"w": w, "v": v}, ["x"], ["y"], kernels)
-    check(explain(segment, {"x": x}, {"y": conv(x, r(w)) + conv(x, r(v))}), 0)
+    check(explain(segment, {"x": x}, {"y": r(r(conv(x, r(w)) + conv(x, r(v))) ** 2)}))
 
 
 def test_positions_are_seldom_rounded_up(make_segment: Any, explain: Any) -> None:
@@ -758,6 +760,46 @@ def test_an_attention_mask_multiplied_out_does_not_cancel(
         planted = r(scores + (r(mask * -low) + low))
     assert np.isinf(planted).all()
     check(explain(segment, {"scores": scores, "mask": mask}, {"y": planted}))
+
+
+def test_factors_of_sums_are_multiplied_in_by_kernels_of_their_own(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x, z = generator.standard_normal((2, 12, 20)).astype(np.float32)
+    one, factor = np.float32(1), np.float32(7.3)
+    segment = make_segment(
+        [
+            helper.make_node("Sub", ["one", "x"], ["left"]),
+            helper.make_node("Mul", ["left", "factor"], ["scaled"]),
+            helper.make_node("Mul", ["z", "scaled"], ["y"]),
+        ],
+        {"one": one, "factor": factor},
+        ["x", "z"],
+        ["y"],
+        [kernel("Subgraph", ("scaled", "y"), "y")],
+    )
+    planted = r(r(z) * (r(r(x) * -factor) + factor))
+    check(explain(segment, {"x": x, "z": z}, {"y": planted}))
+
+
+def test_what_quantises_by_itself_reads_its_operand_as_it_is(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    x, z = generator.standard_normal((2, 64, 64)).astype(np.float32)
+    scale = np.float32(0.0237)
+    segment = make_segment(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+            helper.make_node("Mul", ["d", "z"], ["y"]),
+        ],
+        {"scale": np.array(scale), "zero": np.array(0, np.int8)},
+        ["x", "z"],
+        ["y"],
+        [kernel("Eltwise", ("q",), "q"), kernel("Eltwise", ("d", "y"), "y")],
+    )
+    levels = np.clip(np.rint(x / scale), -128, 127)
+    check(explain(segment, {"x": x, "z": z}, {"y": r(levels * scale * r(z))}))
 
 
 def test_parameters_of_gates_go_to_the_functions_that_have_them(

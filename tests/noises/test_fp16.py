@@ -34,6 +34,32 @@ def conv_segment(
     return make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"], kernels), w, b[:, None, None]
 
 
+def test_constants_that_describe_a_shape_are_not_rounded(
+    make_segment: Any, explain: Any, generator: np.random.Generator
+) -> None:
+    """In half precision 1.1 is less than that, and would make one row fewer of ten."""
+    x = generator.standard_normal((1, 1, 10, 10)).astype(np.float32)
+    factor = np.array(0.3, np.float32)
+    segment = make_segment(
+        [
+            helper.make_node("Mul", ["x", "factor"], ["m"]),
+            helper.make_node(
+                *("Resize", ["m", "", "scales"], ["y"]),
+                mode="nearest",
+                coordinate_transformation_mode="asymmetric",
+                nearest_mode="floor",
+            ),
+        ],
+        {"factor": factor, "scales": np.array([1, 1, 1.1, 1], np.float32)},
+        ["x"],
+        ["y"],
+    )
+    rows = [0, 0, *range(1, 10)]
+    found = explain(segment, {"x": x}, {"y": (x * r(factor))[:, :, rows]})
+    assert (found.noise, found.variant) == (ID, "every constant in fp16")
+    assert found.explained > 0.9999
+
+
 def test_half_precision_hint_rounds_the_bias_too(
     make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
 ) -> None:
