@@ -125,11 +125,17 @@ def deciding(chain: Chain) -> Cut | None:
 
 
 def shows(chain: Chain, cut: Cut, local: Local) -> bool:
-    """Whether a segment's error alone moves the final outputs further than rounding does."""
+    """Whether a segment's error alone moves the final outputs further than rounding does.
+
+    Integers, booleans and texts are not rounded: any other one is.
+    """
     patch = frozen(difference(local.observed, local.replayed), local.observed)
     try:
         moved = chain.final({cut.id: patch})
     except ReplayError:  # such as an index that is out of range
+        return True
+    whole = [name for name in chain.outputs if chain.base[name].dtype.kind not in "fcV"]
+    if any(not np.array_equal(moved[name], chain.base[name]) for name in whole):
         return True
     return metrics.relative_l2(moved, chain.base, chain.outputs) > fp32_rounding.floor(0.0)
 
@@ -335,13 +341,19 @@ def input_control(chain: Chain, clean: Arrays) -> float | None:
     if not any(v.dtype.kind == "f" for v in chain.feeds.values()):
         return None
     noisy = {
-        name: v * (1 + CONTROL_NOISE * generator.standard_normal(v.shape)).astype(v.dtype)
-        if v.dtype.kind == "f"
-        else v
+        name: _noisy(v, generator) if v.dtype.kind == "f" else v
         for name, v in chain.feeds.items()
     }
     values = chain.replayer.walk(chain.cuts, noisy, wanted=chain.outputs)
     return metrics.relative_l2(values, clean, chain.outputs) / CONTROL_NOISE
+
+
+def _noisy(value: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A tensor with relative noise, but for numbers so large that it would make them infinite."""
+    factors = 1 + CONTROL_NOISE * generator.standard_normal(value.shape)
+    with np.errstate(over="ignore"):
+        noisy = value * factors.astype(value.dtype)
+    return np.where(np.isfinite(noisy), noisy, value)
 
 
 def frozen(error: Arrays, observed: Arrays) -> Patch:

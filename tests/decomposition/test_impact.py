@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from auditor.comparison import metrics
 from auditor.decomposition import divergence, impact
@@ -42,6 +42,14 @@ def _network(scaled=None, factor=1.01):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, WIDTH])],
         weights,
     )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def _model(text, kind):
+    """A model of one node, from x0 to x."""
+    kind = TensorProto.DataType.Value(kind)
+    read, written = (helper.make_tensor_value_info(n, kind, [1, None]) for n in ("x0", "x"))
+    graph = helper.make_graph([parser.parse_node(text)], "one", [read], [written])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
 
 
@@ -212,6 +220,29 @@ def test_the_input_control_measures_the_models_own_amplification(chain):
     gain = impact.input_control(made, made.base)
     assert gain is not None
     assert 0 < gain < 10
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_input_control_makes_no_infinity_of_the_largest_numbers():
+    graph = Graph(_model("x = Identity(x0)", "FLOAT"))
+    replayer, value = Replayer(graph, 1), np.full((1, 8), np.finfo(np.float32).max)
+    cuts = graph.cut(("x",))
+    base = replayer.walk(cuts, {"x0": value})
+    made = Chain(replayer, cuts, {"x0": value}, base, base, ("x",))
+    gain = impact.input_control(made, base)
+    assert gain is not None
+    assert 0 < gain < 2
+
+
+def test_an_integer_that_is_another_one_shows_however_large_it_is():
+    graph = Graph(_model("x = Add(x0, x0)", "INT64"))
+    replayer, value = Replayer(graph, 1), np.array([[2**40, 7]])
+    cuts = graph.cut(("x",))
+    base = replayer.walk(cuts, {"x0": value})
+    for off in (0, 1):  # 1 is a relative error of 5e-13
+        made = Chain(replayer, cuts, {"x0": value}, base, base | {"x": base["x"] + off}, ("x",))
+        local = divergence.replay(replayer, cuts[0], made.captured)
+        assert impact.shows(made, cuts[0], local) == bool(off)
 
 
 def test_a_wrong_shape_is_a_failure_not_a_crash(chain):
