@@ -341,8 +341,7 @@ def input_control(chain: Chain, clean: Arrays) -> float | None:
     if not any(v.dtype.kind == "f" for v in chain.feeds.values()):
         return None
     noisy = {
-        name: _noisy(v, generator) if v.dtype.kind == "f" else v
-        for name, v in chain.feeds.items()
+        name: _noisy(v, generator) if v.dtype.kind == "f" else v for name, v in chain.feeds.items()
     }
     values = chain.replayer.walk(chain.cuts, noisy, wanted=chain.outputs)
     return metrics.relative_l2(values, clean, chain.outputs) / CONTROL_NOISE
