@@ -26,6 +26,7 @@ import onnx
 
 from auditor.attribution import combined
 from auditor.attribution.hypotheses import (
+    CLEARLY,
     ELEMENTS,
     ROUNDED,
     TURNED,
@@ -49,8 +50,6 @@ ALIKE = frozenset(("precision.fp16", "precision.tf32"))
 SHORT = 16
 # How many other forms of the cause are tested again where few elements differ.
 FORMS = 4
-# Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
-CLEARLY = 2.0
 # Relative L2 between two ways to run one segment in float32.
 _SAME = 1e-6
 # Each rival may hold its weights several times over: those of larger segments are tried in turn.
@@ -179,11 +178,13 @@ def explain(
         combined.combine(bench, search.ordered, usual)
     if not bench.found:
         combined.alone(bench, search.segment, search.ordered)
+    if bench.found:
+        combined.further(bench, noises, usual)
     winner = _winner(bench, noises)
     if winner is not None:
         if later and bench.different < ELEMENTS:
             search.all_forms(winner.hypothesis.noise)
-        prior[operators] = (winner.hypothesis.noise, winner.hypothesis.variant)
+        prior[operators] = (winner.hypothesis.noise, winner.hypothesis.form)
     return replace(_conclude(bench, winner), own=own)
 
 

@@ -9,7 +9,18 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from auditor.attribution.hypotheses import ELEMENTS, Bench, Tested, forms, merit, tells
+from auditor.attribution.hypotheses import (
+    CHANCE,
+    CHANCE_STATED,
+    CLEARLY,
+    ELEMENTS,
+    TURNED,
+    Bench,
+    Tested,
+    forms,
+    merit,
+    tells,
+)
 from auditor.ports import Arrays, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import sessions
@@ -21,6 +32,8 @@ PARTIAL = 0.2
 # first leaves it must explain: a poor fit of one cause is no evidence of another.
 COMBINED = 2
 ADDS = 0.5
+# So many causes are named together at most.
+MOST = 3
 # How many causes that explain part of the error are looked for beside what the engine says.
 OWN = 4
 # Causes of this family are tried on one product of several, in quantised segments those of 8 bits
@@ -66,7 +79,13 @@ def _firsts(bench: Bench) -> list[Tested]:
     return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
 
 
-def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.ModelProto) -> None:
+def _test_both(
+    bench: Bench,
+    first: Hypothesis,
+    second: Hypothesis,
+    model: onnx.ModelProto,
+    adds: float = ADDS,
+) -> None:
     """Test two causes, and forget it where one explains too little of what the other leaves.
 
     Named is the one that explains more by itself; the variant says both. Of a precision that the
@@ -74,7 +93,7 @@ def _test_both(bench: Bench, first: Hypothesis, second: Hypothesis, model: onnx.
     """
     causes = sorted((first, second), key=lambda h: -h.explained)
     least = [
-        1 - (1 - ADDS) * (1 - one.explained)
+        1 - (1 - adds) * (1 - one.explained)
         for one, other in (causes, causes[::-1])
         if other.noise not in bench.says
     ]
@@ -143,6 +162,55 @@ def combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> 
     for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
         for noise in says:
             _pair(bench, other, noise, usual)
+
+
+def further(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test other causes beside one that explains enough, for what it leaves above rounding.
+
+    What a build does elsewhere (``usual``) is tried in the very form that it has there, whatever it
+    does by itself. Of the others those that explain about as much by themselves as is left: they
+    have all been tested where that is much. Kept is the one that reproduces most of what is left,
+    if more than chance would and no other does nearly as well.
+    """
+    for _ in range(MOST - 1):
+        first = bench.best
+        if first is None or bench.reshaped or bench.coarse or not (left := bench.left(first)):
+            return
+        tested = len(bench.tested)
+        for noise, variant in _beside(bench, first, noises, usual):
+            known = usual.get(noise.id) == variant
+            if left < TURNED and bench.all_stepped and not known:
+                continue  # each is even odds
+            chance = CHANCE_STATED if known else CHANCE
+            share = max(ADDS, 1 - math.pow(chance, 2 / left))
+            base = replace(bench.segment, model=first.variant.model)
+            found = next(iter(forms(bench.failures, noise, base, variant)), None)
+            if found is not None and found.name == variant:
+                second = Hypothesis(noise.id, variant, -math.inf, 0.0)
+                _test_both(bench, first.hypothesis, second, found.model, share)
+        added = sorted(bench.tested[tested:], key=merit, reverse=True)
+        del bench.tested[tested:]
+        if not added or not added[0].fits:
+            return
+        best, *others = (t.hypothesis for t in added)
+        alike = (h for h in others if 1 - h.explained <= CLEARLY * (1 - best.explained))
+        if any(h.beside != best.beside for h in alike):
+            return
+        bench.tested.append(added[0])
+
+
+def _beside(
+    bench: Bench, first: Tested, noises: Sequence[Noise], usual: Mapping[str, str]
+) -> list[tuple[Noise, str]]:
+    """The causes to try beside the first, each with the name of its form."""
+    named = {first.hypothesis.noise, *first.hypothesis.beside}
+    others = {n.id: n for n in noises if n.id not in named and tells(bench, n)}
+    found = {id: variant for id, variant in usual.items() if id in others}
+    rest = 1 - first.hypothesis.explained
+    alone = (t.hypothesis for t in sorted(bench.tested, key=merit, reverse=True))
+    likely = [h for h in alone if h.noise in others and h.explained >= ADDS / 2 * rest]
+    pairs = dict.fromkeys((*found.items(), *((h.noise, h.variant) for h in likely[:OWN])))
+    return [(others[id], variant) for id, variant in pairs]
 
 
 def _pair(

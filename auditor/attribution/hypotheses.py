@@ -29,6 +29,8 @@ NAMED_RESHAPED = 0.999
 # says that it computes in another precision: then one hypothesis is tested, not tens.
 CHANCE = 3e-4
 CHANCE_STATED = 3e-2
+# Another cause counts as a rival when it leaves less than this multiple of the winner's residual.
+CLEARLY = 2.0
 # … and only when it reproduces this fraction of the elements of integer, boolean and 8-bit outputs.
 EXACT = 0.9
 # Values on one step of 8 bits, whatever multiplied it by the scale.
@@ -149,13 +151,33 @@ class Bench:
         return best if best is not None and best.hypothesis.explained >= self.keep else None
 
     def _fits(self, outputs: Arrays) -> bool:
-        nodes = self.segment.model.graph.node
-        steps = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"} & outputs.keys()
         return all(
             outputs[name].shape == self.observed[name].shape
             and np.isclose(outputs[name], self.observed[name], _LAST_BITS, 0).mean() >= EXACT
-            for name in steps
+            for name in self._stepped & outputs.keys()
         )
+
+    @property
+    def _stepped(self) -> set[str]:
+        """Tensors that are 8 bits dequantised."""
+        nodes = self.segment.model.graph.node
+        return {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
+
+    def left(self, found: Tested) -> int:
+        """How many elements a hypothesis leaves wrong by more than rounding does.
+
+        Of 8 bits dequantised, those on another step, whatever the floor: it is of ties that turn.
+        """
+        if not self.all_stepped and found.hypothesis.explained >= self.complete:
+            return 0
+        near = _LAST_BITS if self.all_stepped else 0
+        pairs = ((self.observed[name], value) for name, value in found.outputs.items())
+        return sum(int(np.count_nonzero(~np.isclose(v, b, near, 0))) for b, v in pairs)
+
+    @property
+    def all_stepped(self) -> bool:
+        """Whether every output is 8 bits dequantised."""
+        return self._stepped.issuperset(self.observed)
 
     @property
     def done(self) -> bool:
@@ -212,9 +234,7 @@ class Bench:
     @property
     def few_steps(self) -> bool:
         """Whether the error is a few values that fell on another of 8 bits' steps: choices too."""
-        nodes = self.segment.model.graph.node
-        stepped = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
-        return self.different < TURNED and stepped.issuperset(self.observed)
+        return self.different < TURNED and self.all_stepped
 
     @property
     def found(self) -> bool:

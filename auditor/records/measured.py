@@ -254,6 +254,11 @@ class Hypothesis:
         """Ids of the causes that it has beside ``noise``, in the form's words: ``…, and ID: …``."""
         return tuple(re.findall(r", and ([\w.]+):", self.variant))
 
+    @property
+    def form(self) -> str:
+        """The form of ``noise`` alone."""
+        return re.split(r", and [\w.]+:", self.variant)[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Concentration:
