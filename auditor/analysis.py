@@ -9,10 +9,10 @@ value ranges and histograms on the first.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from auditor.attribution import evidence, witness
@@ -21,18 +21,17 @@ from auditor.capture.alignment import Alignment
 from auditor.capture.recording import Source
 from auditor.capture.trace import SampleTrace, denied
 from auditor.comparison import metrics, pictures
-from auditor.comparison.metrics import Moments, Running
+from auditor.comparison.metrics import Moments
 from auditor.comparison.outputs import OutputMeter
 from auditor.comparison.tasks import TaskMeter
-from auditor.decomposition import divergence, impact
 from auditor.decomposition import floor as floors
-from auditor.decomposition.divergence import Local, Meter
+from auditor.decomposition import impact, leave_one_in
+from auditor.decomposition.divergence import Local
+from auditor.decomposition.flagging import Flagging
 from auditor.decomposition.impact import Books, Chain, Ledger, Parts, Pool
-from auditor.decomposition.screening import Screening
 from auditor.errors import UsageError
 from auditor.graphs import model, surgery
 from auditor.graphs.segments import Cut
-from auditor.noises import fp32_rounding
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
@@ -43,12 +42,6 @@ from auditor.replays.replay import Block, ReplayError, difference
 if TYPE_CHECKING:
     from auditor.pipeline.upstream import Upstream
 
-# Leave-one-in is averaged over this many samples (it was stable from four on) and measured for
-# this many segments, chosen by ``screening`` where there are more; on the later samples for the
-# first few alone. Causes are booked on as many samples.
-IMPACT_SAMPLES = 4
-IMPACT_SEGMENTS = 64
-IMPACT_TOP = 20
 # Telescoping costs half a reference run per group of segments: it is done on the first sample and
 # on as many of the next as keep within this many groups in all.
 BOOKED_GROUPS = 60
@@ -75,8 +68,7 @@ class Analysis:
         outputs: the final outputs' divergence by name.
         equal: whether every instrumented run had the plain run's very outputs.
         run_to_run, rebuild: largest relative L2 between plain runs, and between two builds.
-        impacts: by segment, leave-one-in relative to the sample's whole divergence.
-        tasks: by segment and output, what its error alone does to what is read off the output.
+        alone: what each segment's error alone does to the outputs.
         causes: of the segments that were above their floor on some sample.
         constants: what there is to say of those segments' constants in the compiled file.
         ledger: where the whole divergence came from.
@@ -116,14 +108,16 @@ class Analysis:
         self.reference = reference
         self.alignment = Alignment(tracer, reference, rename)
         self.noises = {noise.id: noise for noise in noises}
-        self.meters: dict[str, Meter] = {}
+        self._flagging = Flagging(reference)
+        self.meters = self._flagging.meters
         self.outputs: dict[str, OutputMeter] = {}
         self.equal = True
         self._random = False
         self.run_to_run = 0.0
         self.rebuild = 0.0
-        self.impacts: dict[str, Running] = {}
-        self.tasks: dict[str, dict[str, TaskMeter]] = {}
+        self.alone = leave_one_in.LeaveOneIn(
+            lambda id: tracer.progress.update("reference", f"impact of {id} on {tracer.id}")
+        )
         replayer = reference.replayer
         self.causes = Causes(noises, replayer.threads, later=samples > 1, beside=replayer.beside)
         self.constants: dict[str, tuple[str, ...]] = {}
@@ -141,9 +135,6 @@ class Analysis:
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
         self._trained: Mapping[str, CompiledConstant] = {}
-        self._effects: dict[str, Running] = {}
-        self._floored = set[str]()  # segments whose floor was measured
-        self._shown = set[str]()  # … and those whose error moved more than rounding does
         self._blocks: Mapping[str, Block] | None = None
         self._gaps: dict[Gap, None] = {}  # in order, each once
 
@@ -173,11 +164,6 @@ class Analysis:
     def cuts(self) -> tuple[Cut, ...]:
         """The segments, once the first sample was added."""
         return self.alignment.cuts
-
-    @property
-    def effects(self) -> dict[str, float]:
-        """By segment id, the mean relative L2 that its error alone causes in the outputs."""
-        return {id: running.mean for id, running in self._effects.items()}
 
     # --- one sample ----------------------------------------------------------------------------
 
@@ -218,11 +204,15 @@ class Analysis:
         captured = self.alignment.fitted(captured, base)
         outputs = tuple(n for n in expected if self.reference.computes(n) and n in captured)
         chain = Chain(self.reference.replayer, self.cuts, feeds, base, captured, outputs)
-        flagged = self._decompose(index, chain, trace.again)
+        again = None
+        if trace.again is not None:
+            again = self.alignment.fitted(self.alignment.tensors(trace.again), base)
+        flagged = self._flagging.add(chain, again, first=index == 0)
         if flagged and self._blocks is None:
             self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
         chain = replace(chain, blocks=self._blocks or {})
-        self._add_impact(index, chain, flagged, upstream)
+        read = partial(_read, upstream) if upstream is not None else None
+        self.alone.add(index, chain, flagged, partial(self._task, upstream), read)
         if self._pictured:
             self._add_pictures(index, chain, flagged)
         # The search for causes keeps one core busy, and following the backend's tensors the others.
@@ -230,7 +220,7 @@ class Analysis:
             telescoped = aside.submit(self._telescope, index, chain, flagged)
             parts = self._add_causes(index, chain, flagged)
             telescoped.result()
-        if index < IMPACT_SAMPLES:
+        if index < leave_one_in.SAMPLES:
             try:
                 self._keep_books(index, chain, flagged, parts, diverges, upstream)
             except ReplayError as error:
@@ -253,6 +243,12 @@ class Analysis:
                 self._check_type(name, captured[name], value)
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
+
+    def _task(self, upstream: Upstream | None, name: str) -> TaskMeter:
+        """A meter for an output, or for what the pipeline around the network makes of it."""
+        if upstream is not None and (kind := upstream.kinds.get(name)):
+            return TaskMeter(name, kind, upstream.characters or self._tokens)
+        return self.outputs[name].alone()
 
     def _check_type(self, name: str, captured: Array, expected: Array) -> None:
         """Say where an output is of another kind: what reads it will not find what it looks for."""
@@ -302,126 +298,11 @@ class Analysis:
             )
             self._gap("compare", f"{seam:.1e} of relative L2 is in no segment: {why}")
 
-    def _decompose(self, index: int, chain: Chain, again: Arrays | None) -> dict[str, Local]:
-        """Add to every segment's sums; returns the divergence of those above their floor."""
-        beside = chain.replayer.beside
-        noisy = index == 0 and again is not None
-        renamed = None
-        if again is not None:
-            renamed = self.alignment.fitted(self.alignment.tensors(again), chain.base)
-        # What leaves one segment enters others, so tensors are compared first, each once.
-        names = dict.fromkeys(n for cut in self.cuts for n in (*cut.inputs, *cut.outputs))
-        known = dict(zip(names, beside(chain.apart, names), strict=True))
-        least = fp32_rounding.floor(0.0)
-        for cut in self.cuts:
-            ends = (chain.base[n].dtype.kind for n in (*cut.inputs, *cut.outputs))
-            smallest = least if "f" in ends else 0.0
-            self.meters.setdefault(cut.id, Meter(cut, floor=smallest))
-
-        def measured(cut: Cut) -> Local | None:
-            meter, local = self.meters[cut.id], None
-            try:
-                local = divergence.replay(chain.replayer, cut, chain.captured)
-            except ReplayError as error:
-                meter.unmeasured = meter.unmeasured or error.message
-            meter.add(local, chain.captured, chain.base, known)
-            # It says as well how far an output may be off.
-            last = not set(cut.outputs).isdisjoint(chain.outputs)
-            off = last and meter.relative(meter.accumulated) > meter.floor
-            if local is None or not (noisy or meter.flagged or off):
-                return None
-            if cut.id not in self._floored:  # on the first sample above the smallest floor there is
-                self._floored.add(cut.id)
-                own = self.reference.own_type(cut)
-                meter.floor = floors.floor(chain.replayer, cut, local, known, renamed, own)
-            return local if meter.flagged else None
-
-        found = {
-            cut.id: local
-            for cut, local in zip(self.cuts, beside(measured, self.cuts), strict=True)
-            if local is not None
-        }
-        # Between integers nothing is rounding; what no output shows is no finding for all that.
-        for cut in [c for c in self.cuts if c.id in found.keys() - self._shown]:
-            meter = self.meters[cut.id]
-            if meter.relative(meter.introduced) > least or impact.shows(chain, cut, found[cut.id]):
-                self._shown.add(cut.id)
-            else:
-                meter.floor = least
-                del found[cut.id]
-        if all(math.isfinite(self.meters[id].relative(self.meters[id].introduced)) for id in found):
-            with contextlib.suppress(ReplayError):  # a shape, which is infinitely far off itself
-                decisive = impact.deciding(chain)
-                if decisive is not None:
-                    self.meters[decisive.id].floor = 0.0  # as little as this matters here
-                    self._shown.add(decisive.id)
-                    found[decisive.id] = divergence.replay(chain.replayer, decisive, chain.captured)
-        return found
-
-    def _add_impact(
-        self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Upstream | None
-    ) -> None:
-        """Leave-one-in of flagged segments: once, and of those that matter on a few more samples.
-
-        Where a post-processing is described it is measured on the result, as are its steps.
-        """
-        base, captured = chain.pick(chain.base), chain.pick(chain.captured)
-        if upstream is not None and (result := _read(upstream, base)):
-            base, captured = result, _read(upstream, captured)
-        else:  # without all outputs there is no result to measure on
-            upstream = None
-        whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
-        known, top = self._effects.copy(), self._top(IMPACT_TOP)
-        cuts = [c for c in self.cuts if c.id in flagged]
-        again = [c for c in cuts if c.id in top and known[c.id].count < IMPACT_SAMPLES]
-        new = [c for c in cuts if c.id not in known]
-
-        def alone(cut: Cut) -> tuple[float, Arrays]:
-            effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
-            if not values or upstream is None:
-                return effect, values
-            values = _read(upstream, values)
-            return metrics.relative_l2(values, base, tuple(base)) if values else math.inf, values
-
-        def measure(chosen: Sequence[Cut]) -> list[float]:
-            effects = []
-            results = chain.replayer.walking(alone, chosen)
-            for cut, (effect, values) in zip(chosen, results, strict=True):
-                self.tracer.progress.update("reference", f"impact of {cut.id} on {self.tracer.id}")
-                self._effects.setdefault(cut.id, Running()).add(effect, index)
-                if 0 < whole < math.inf:
-                    self.impacts.setdefault(cut.id, Running()).add(effect / whole, index)
-                meters = self.tasks.setdefault(cut.id, {})
-                for name, value in values.items():
-                    if name not in meters:
-                        if upstream and (read := upstream.kinds.get(name)):
-                            spelt = upstream.characters or self._tokens
-                            meters[name] = TaskMeter(name, read, spelt)
-                        else:
-                            meters[name] = self.outputs[name].alone()
-                    meters[name].add(value, base[name], index)
-                effects.append(effect)
-            return effects
-
-        measure(again)
-        room = IMPACT_SEGMENTS - len(known)
-        if len(new) <= room:
-            measure(new)
-            return
-        nodes = self.reference.graph.nodes
-        kinds = [tuple(nodes[i].op_type for i in cut.nodes) for cut in new]
-        screening = Screening(kinds, [_norm(flagged[cut.id].error) for cut in new], room)
-        while chosen := screening.more():
-            for position, effect in zip(chosen, measure([new[i] for i in chosen]), strict=True):
-                screening.add(position, effect)
-
     def _add_pictures(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Keep a picture of the segments that matter most, as long as there is room for more."""
-        effects = self.effects
-        wanted = sorted(
-            filter(effects.__contains__, flagged), key=effects.__getitem__, reverse=True
-        )
-        for id in wanted:
+        effects = self.alone.effects
+        wanted = [id for id in flagged if id in effects]
+        for id in sorted(wanted, key=lambda id: effects[id].mean, reverse=True):
             if id in self.pictures or len(self.pictures) == pictures.MOST:
                 continue
             local, introduced = flagged[id], self.meters[id].introduced
@@ -437,10 +318,10 @@ class Analysis:
     ) -> dict[str, dict[str, Arrays]]:
         """Look for causes, or test those found before; what each reproduces, by segment."""
         self.tracer.progress.update("reference", f"causes on {self.tracer.id}")
-        top = self._top()
+        top = self.alone.top(TOP)
         cuts = [c for c in self.cuts if c.id in flagged]
         known = [c.id for c in cuts if c.id in self.causes]
-        if index >= IMPACT_SAMPLES:
+        if index >= leave_one_in.SAMPLES:
             known = [id for id in known if id in top]
         again = chain.replayer.beside(lambda id: self.causes.again(id, flagged[id], index), known)
         found = dict(zip(known, again, strict=True))
@@ -491,12 +372,12 @@ class Analysis:
         """
         if index == 0:
             unmeasured = {id for id, meter in self.meters.items() if meter.unmeasured}
-            groups = _groups(self.cuts, flagged.keys() | unmeasured)
+            groups = impact.grouped(self.cuts, flagged.keys() | unmeasured)
             if len(groups) > MOST_GROUPS:
-                groups = _groups(self.cuts, self._top(ALONE))
+                groups = impact.grouped(self.cuts, self.alone.top(ALONE))
             self.ledger = Ledger(groups)
-        few = index < IMPACT_SAMPLES and (index + 1) * len(self.ledger.groups) <= BOOKED_GROUPS
-        if index == 0 or few:
+        booked = (index + 1) * len(self.ledger.groups)
+        if index == 0 or (index < leave_one_in.SAMPLES and booked <= BOOKED_GROUPS):
             exact = {id for id, meter in self.meters.items() if meter.exact}
             self.ledger.telescope(chain, index, exact)
 
@@ -547,7 +428,7 @@ class Analysis:
                 seen.append((name, chain.captured[name], chain.base[name], moments))
         for stats in chain.replayer.beside(lambda tensor: _stats(*tensor), seen):
             self.tensors[stats.name] = stats
-        finals, top = set(chain.outputs), self._top()
+        finals, top = set(chain.outputs), self.alone.top(TOP)
         for cut in self.cuts:
             if cut.id in top or finals & set(cut.outputs):
                 name = cut.outputs[0]
@@ -577,14 +458,6 @@ class Analysis:
     def _gap(self, stage: str, reason: str) -> None:
         self._gaps.setdefault(Gap(self.tracer.id, stage, reason))
 
-    def _top(self, count: int = TOP) -> set[str]:
-        effects = self.effects
-        return set(sorted(effects, key=effects.__getitem__, reverse=True)[:count])
-
-
-def _norm(tensors: Arrays) -> float:
-    return math.sqrt(sum(metrics.square_sum(metrics.to_float(v)) for v in tensors.values()))
-
 
 def _read(upstream: Upstream, outputs: Arrays) -> Arrays:
     """What the training side makes of outputs; nothing where their shapes do not fit it."""
@@ -592,23 +465,6 @@ def _read(upstream: Upstream, outputs: Arrays) -> Arrays:
         return upstream.read(outputs)
     except UsageError:
         return {}
-
-
-def _groups(cuts: Sequence[Cut], alone: Set[str]) -> tuple[tuple[Cut, ...], ...]:
-    """Consecutive segments, those in ``alone`` by themselves and the stretches between joined."""
-    groups: list[tuple[Cut, ...]] = []
-    stretch: list[Cut] = []
-    for cut in cuts:
-        if cut.id not in alone:
-            stretch.append(cut)
-            continue
-        if stretch:
-            groups.append(tuple(stretch))
-            stretch = []
-        groups.append((cut,))
-    if stretch:
-        groups.append(tuple(stretch))
-    return tuple(groups)
 
 
 def _stats(name: str, observed: Array, reference: Array, moments: Moments) -> TensorStats:

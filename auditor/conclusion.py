@@ -56,7 +56,11 @@ class Conclusion:
         measured = [origin for tracer in tracers for origin in tracer.origins]
         self._origins = origins.merged(origins.of(subject.model), measured)
         self.reports = origins.attached(reports, self._origins)
-        effects = {(who, s): e for who, a in analyses.items() for s, e in a.effects.items()}
+        effects = {
+            (who, id): effect.mean
+            for who, analysis in analyses.items()
+            for id, effect in analysis.alone.effects.items()
+        }
         files = {(who, s) for who, a in analyses.items() for s in a.causes.of_the_file()[0]}
         self.findings = ranking.findings(self.reports, effects, self._catalogue, files)
         self._analyses = analyses

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from auditor import analysis, audit, discovery
+from auditor import audit, discovery
 from auditor.audit import AuditOptions, BackendSpec
-from auditor.decomposition import impact
+from auditor.decomposition import impact, leave_one_in
 from auditor.decomposition.divergence import Local
 from auditor.decomposition.impact import Chain
 from auditor.ports import Silent
@@ -32,18 +32,16 @@ TOP = 10
 CLOCKED = 10  # plain runs
 
 
-class _Both(analysis.Analysis):
-    """An analysis that also follows every segment's error, once its own were chosen."""
+class _Both(leave_one_in.LeaveOneIn):
+    """Leave-one-in that also follows every segment's error, once its own were chosen."""
 
     found: Mapping[str, Any] = {}
 
-    def _add_impact(
-        self, index: int, chain: Chain, flagged: Mapping[str, Local], upstream: Any
-    ) -> None:
+    def add(self, index: int, chain: Chain, flagged: Mapping[str, Local], *how: Any) -> None:
         start, cpu = time.perf_counter(), time.process_time()
-        super()._add_impact(index, chain, flagged, upstream)
+        super().add(index, chain, flagged, *how)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        cuts = [cut for cut in self.cuts if cut.id in flagged]
+        cuts = [cut for cut in chain.cuts if cut.id in flagged]
 
         def alone(id: int) -> float:
             return impact.leave_one_in(chain, cuts[id], flagged[cuts[id].id])[0]
@@ -52,7 +50,7 @@ class _Both(analysis.Analysis):
         effects = list(chain.replayer.beside(alone, range(len(cuts))))
         every = {cut.id: effect for cut, effect in zip(cuts, effects, strict=True)}
         right = sorted(every, key=every.__getitem__, reverse=True)[:TOP]
-        found = self._top(TOP)
+        found = self.top(TOP)
         type(self).found = {
             "segments": len(cuts),
             "followed": len(self.effects),
@@ -74,7 +72,7 @@ def measured(nodes: int) -> dict[str, Any]:
         onnx.save(model, path)
         np.savez(data, x=x[None])
         options = AuditOptions((BackendSpec("ov"),), data=data, confirm=False)
-        analysis.Analysis = _Both  # type: ignore[misc]
+        leave_one_in.LeaveOneIn = _Both  # type: ignore[misc]
         audit.audit(path, options, noises=discovery.noises(), progress=Silent())
     start = time.process_time()
     for _ in range(CLOCKED):

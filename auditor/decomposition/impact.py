@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import or_
@@ -330,6 +330,23 @@ class Ledger:
         if all(map(math.isfinite, found)):
             for running, share in zip(self.shares, found, strict=True):
                 running.add(share, sample)
+
+
+def grouped(cuts: Sequence[Cut], alone: Set[str]) -> tuple[tuple[Cut, ...], ...]:
+    """Consecutive segments, those in ``alone`` by themselves and the stretches between joined."""
+    groups: list[tuple[Cut, ...]] = []
+    stretch: list[Cut] = []
+    for cut in cuts:
+        if cut.id not in alone:
+            stretch.append(cut)
+            continue
+        if stretch:
+            groups.append(tuple(stretch))
+            stretch = []
+        groups.append((cut,))
+    if stretch:
+        groups.append(tuple(stretch))
+    return tuple(groups)
 
 
 def input_control(chain: Chain, clean: Arrays) -> float | None:
