@@ -373,7 +373,10 @@ def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:
     if spoken:
         return max(spoken, key=merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
-    return best if same and not (rivals and bench.coarse) else None
+    if not same or (rivals and bench.coarse):
+        return None
+    # A precision that the engine does not state is named where nothing else does the same.
+    return next((t for t in (best, *rivals) if t.hypothesis.noise not in ROUNDED), best)
 
 
 def _fits(bench: Bench, tested: Tested) -> bool:

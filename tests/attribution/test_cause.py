@@ -358,6 +358,10 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
     spoken = SegmentGraph(of.model, (Kernel("k", "MatMul", ("y",), ("y",), "", "far", "far"),))
     assert explain(spoken, x, planted, noises=(near, far), thorough=True).noise == "far"
     assert explain(of, x, planted, noises=(near, same), thorough=True).noise == "near"
+    # Of the same bits a precision that the engine does not state is the last to be named.
+    unstated = Twin("precision.bf16", 0.0105)
+    assert explain(of, x, planted, noises=(unstated, near), thorough=True).noise == "near"
+    assert explain(of, x, planted, noises=(unstated,), thorough=True).noise == "precision.bf16"
     # Of another convention everything is left, or nothing.
     half = Twin("inference.half", 0.009)
     assert explain(of, x, planted, noises=(half,)).hypotheses[0].explained > 0.98
