@@ -127,12 +127,15 @@ class _Moved:
         """Inputs in their last bit, but for what is decided on them as they were observed."""
         generator = np.random.default_rng(0)
         inputs = self.local.inputs
-        jittered = {n: fp32_rounding.jitter(v, generator) for n, v in inputs.items()}
+        nodes = (self.replayer.graph.nodes[i] for i in self.cut.nodes)
+        boxes = {n.input[1] for n in nodes if n.op_type == "RoiAlign"} & inputs.keys()
+        moved_boxes = {n: fp32_rounding.shifted(inputs[n]) for n in boxes}
+        jittered = {n: fp32_rounding.jitter(v, generator) for n, v in inputs.items()} | moved_boxes
         moved = self._by(lambda: self._decided(jittered))
         if any(value.dtype.kind != "f" for value in self.local.replayed.values()):
             # What is counted in steps: moving all of them alike moves many over the edge.
             return moved
-        scaled = {n: fp32_rounding.scaled(v) for n, v in inputs.items()}
+        scaled = {n: fp32_rounding.scaled(v) for n, v in inputs.items()} | moved_boxes
         return max(moved, self._by(lambda: self._decided(scaled)))
 
     def reordered(self) -> float:

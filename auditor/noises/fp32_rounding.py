@@ -65,6 +65,17 @@ def scaled(values: Array) -> Array:
     return moved.astype(values.dtype, copy=False)
 
 
+def shifted(boxes: Array) -> Array:
+    """Boxes [n, 4] that are moved as a whole, by the last bit of their largest coordinate.
+
+    Their sizes stay as they are: an operator that takes as many samples as a box is long decides
+    how many on them.
+    """
+    if boxes.dtype.kind != "f" or not boxes.size:
+        return boxes
+    return boxes + np.spacing(np.abs(boxes).max(axis=-1, keepdims=True))
+
+
 def floor(
     jittered: float,
     reordered: float = 0.0,

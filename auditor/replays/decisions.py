@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx
 
 from auditor.graphs import surgery
+from auditor.ports import Array
 
 # Operators that hand on values they were given, unchanged.
 _PASSING = frozenset(
@@ -23,8 +25,9 @@ _PASSING = frozenset(
         *("Tile", "TopK", "Transpose", "Unsqueeze", "Where"),
     }
 )
-# Operators that decide: with real results, and with integers or booleans.
-_ROUNDING = frozenset({"Ceil", "Floor", "Hardmax", "Round", "Sign"})
+# Operators that decide: with real results (the rest of a division is exact), and with integers or
+# booleans.
+_ROUNDING = frozenset({"Ceil", "Floor", "Hardmax", "Mod", "Round", "Sign"})
 _DECIDING = frozenset(
     {
         *("ArgMax", "ArgMin", "Cast", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN"),
@@ -47,9 +50,12 @@ def decided(model: onnx.ModelProto) -> onnx.ModelProto | None:
     }
     nodes: list[onnx.NodeProto] = []
     decisions = False
+    constants = surgery.constants(model)
     for node in model.graph.node:
         exact = {o for o in node.output if o and kinds.get(o) in surgery.EXACT}
-        if not _passes(node, exact, kinds) or not all(n in made for n in node.input if n):
+        steps = constants.get(node.input[1]) if node.op_type == "QuantizeLinear" else None
+        passes = _passes(node, exact, kinds) or (steps is not None and _exact(steps))
+        if not passes or not all(n in made for n in node.input if n):
             nodes.append(node)
             continue
         observed = _copied(node, {n: made[n] for n in node.input if n}, node.output)
@@ -88,6 +94,11 @@ def _passes(node: onnx.NodeProto, exact: set[str], kinds: dict[str, int]) -> boo
     names = (*node.input, *node.output)
     whole = all(kinds.get(n) in surgery.EXACT for n in names if n)
     return whole or node.op_type in _PASSING or node.op_type in _ROUNDING
+
+
+def _exact(scale: Array) -> bool:
+    """Whether dividing by a scale rounds nothing: it is a power of two."""
+    return scale.dtype.kind == "f" and bool((np.frexp(scale)[0] == 0.5).all())
 
 
 def _copied(node: onnx.NodeProto, reads: dict[str, str], outputs: Iterable[str]) -> onnx.NodeProto:

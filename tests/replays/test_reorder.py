@@ -233,3 +233,52 @@ def test_what_is_decided_on_an_observed_tensor_is_no_rounding(scaled):
     reference = replayer.walk((cut,), feeds)
     floor, _ = _floor(replayer, cut, feeds, reference["y"] + 1)
     assert floor > 0.1 if scaled else floor < 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.3])
+def test_ties_of_an_observed_tensor_are_no_rounding(scale):
+    """A division by a power of two is exact, so that a tie is one in every runtime."""
+    model = _model("QuantizeLinear", [1, 64], {}, {})
+    model.graph.node[0].input.extend(["s", "z"])
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(scale), "s"))
+    model.graph.initializer.append(numpy_helper.from_array(np.uint8(3), "z"))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.UINT8
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": ((np.arange(64, dtype=np.float32)[None] + 0.5) * np.float32(scale))}
+    floor, error = _floor(replayer, cut, feeds, np.rint(feeds["x"] / scale + 3).astype(np.uint8))
+    assert (error > floor) is (scale == 0.5), (floor, error)
+
+
+def test_the_rest_of_a_division_is_exact():
+    """1e10 modulo 3 is 1, not what subtracting the whole part leaves."""
+    model = _model("Mod", [1, 4], {}, {"fmod": 1})
+    model.graph.node[0].input.append("b")
+    model.graph.input.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 4]))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.float32([[1e10, 5.5, -7, 9]]), "b": np.float32([[3, 2, 4, 2.5]])}
+    whole = feeds["x"] - feeds["b"] * np.trunc(feeds["x"] / feeds["b"])
+    floor, error = _floor(replayer, cut, feeds, whole)
+    assert error > 0.1 > 1e-5 > floor
+
+
+def test_as_many_samples_are_taken_as_a_region_is_long():
+    """Regions of whole bins, of which the last bit would decide on one sample more."""
+    model = _model("RoiAlign", [1, 2, 12, 12], {}, {"output_height": 2, "output_width": 2})
+    model.graph.node[0].input.extend(["rois", "of"])
+    for name, kind, shape in (("rois", TensorProto.FLOAT, [3, 4]), ("of", TensorProto.INT64, [3])):
+        model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    rois = np.float32([[0, 0, 4, 4], [1, 2, 9, 6], [3, 3, 7, 11]])
+    x = RNG.standard_normal((1, 2, 12, 12)).astype(np.float32)
+    feeds = {"x": x, "rois": rois, "of": np.zeros(3, np.int64)}
+    right = replayer.walk((cut,), feeds)["y"]
+    floor, error = _floor(replayer, cut, feeds, right + np.float32(0.05))
+    assert error > 0.01 > floor
+    floor, error = _floor(replayer, cut, feeds, right * np.float32(1 + 1e-6))
+    assert error < floor
