@@ -45,6 +45,8 @@ _INPUT = "input"  # marks what is not an attribute
 _OPTIONAL = ("LayerNormalization",)
 _CHANNEL_SLOPE = "PRelu: slope along the channels, not the last axis"
 _NO_OUTPUTS = "optional outputs are not computed"
+_RECURRENT = ("GRU", "LSTM", "RNN")
+_ONE_DIRECTION = "activations of the first direction in both"
 _SLOPE = """(x, slope) => (y) {
     shape = Shape(x) rank = Shape(shape) count = Shape(slope)
     one = Constant <value = int64[1] {1}> () two = Constant <value = int64[1] {2}> ()
@@ -64,6 +66,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             _CHANNEL_SLOPE,
             surgery.substituted(model, slopes),
         )
+    once = surgery.copied(model)
+    if any([_use_first(node) for _, node in surgery.find(once, _RECURRENT)]):
+        yield Variant(_ONE_DIRECTION, once)
     changes: dict[str, list[tuple[int, _Change]]] = {}
     constants = surgery.constants(model)
     for index, node in enumerate(model.graph.node):
@@ -135,6 +140,16 @@ def _drop(node: onnx.NodeProto, at: int) -> None:
         del node.input[-1]
 
 
+def _use_first(node: onnx.NodeProto) -> bool:
+    """Give both directions the first one's functions; whether they had others."""
+    functions = surgery.attributes(node).get("activations", [])
+    first = functions[: len(functions) // 2] * 2
+    both = surgery.attributes(node).get("direction") == "bidirectional" and first != functions
+    if both:
+        surgery.set_attributes(node, activations=first)
+    return both
+
+
 def _flat(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether a slope is a vector, which ONNX puts along the last axis."""
     return len(surgery.shapes(model).get(node.input[1], ())) == 1
@@ -177,6 +192,7 @@ NOISE = Cause(
     ),
     forms=(
         _CHANNEL_SLOPE,
+        _ONE_DIRECTION,
         "OPERATOR: ATTRIBUTE ignored",
         f"OPERATOR: {_INPUT} NAME ignored",
         "OPERATOR: ATTRIBUTE ignored at NODE alone",

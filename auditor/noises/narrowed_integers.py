@@ -23,11 +23,14 @@ _SUMMING = ("ReduceSum", "ReduceProd", "ReduceMax", "ReduceMin", "ReduceMean", "
 _UNARY = ("Neg", "Abs", "Sign", "Clip", "TopK", "ArgMax", "ArgMin", "Cast", "BitwiseNot")
 # Operators that hand on what they are given.
 _MOVES = ("Gather", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze", "Flatten")
-# Which of their inputs are numbers rather than shapes, axes or indices.
-_NUMBERS = (
-    dict.fromkeys((*_BINARY, *_BITWISE, *_COMPARING, "MatMul"), 2**31)
-    | dict.fromkeys((*_SUMMING[:-1], *_UNARY, *_MOVES), 1)
-    | {"Where": 3}
+_ALL, _FIRST = range(2**31), range(1)
+# Which of their inputs are numbers rather than shapes, axes or indices; the ends of a Slice, which
+# mean "all" where they are large, are numbers if they are computed.
+_NUMBERS: dict[str, Sequence[int]] = (
+    dict.fromkeys((*_BINARY, *_BITWISE, *_COMPARING, "MatMul"), _ALL)
+    | dict.fromkeys((*_SUMMING[:-1], *_UNARY, *_MOVES), _FIRST)
+    | {"Where": _ALL, "Pad": (0, 2), "Slice": (0, 1, 2)}
+    | dict.fromkeys(("ScatterElements", "ScatterND"), (0, 2))
 )
 # Operators computed in float32 where an engine has no integer kernel.
 _DIVIDING = ("Div", "Mod")
@@ -38,6 +41,7 @@ _COUNTS = frozenset(("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Equal", "I
 _OPSET = 12
 
 _WRAPPED = "converted to 32 bits by wrapping around"
+_LOST = "converted to 32 bits, beyond which they become -2³¹"
 
 # How a tensor {s} becomes {t}, int64 within the range of int32. Casts alone would not do: ONNX
 # Runtime merges a chain of them.
@@ -45,6 +49,12 @@ _WRAP = (
     "{t}_long = Cast <to = 7> ({s}) {t}_all = Constant <value = int64 {{4294967296}}> () "
     "{t}_half = Constant <value = int64 {{2147483648}}> () "
     "{t}_up = Add({t}_long, {t}_half) {t}_mod = Mod({t}_up, {t}_all) {t} = Sub({t}_mod, {t}_half)"
+)
+_INDEFINITE = (
+    "{t}_long = Cast <to = 7> ({s}) {t}_lo = Constant <value = int64 {{-2147483648}}> () "
+    "{t}_hi = Constant <value = int64 {{2147483647}}> () {t}_up = Less({t}_hi, {t}_long) "
+    "{t}_down = Less({t}_long, {t}_lo) {t}_out = Or({t}_up, {t}_down) "
+    "{t} = Where({t}_out, {t}_lo, {t}_long)"
 )
 _CLIP = (
     "{t}_long = Cast <to = 7> ({s}) {t}_lo = Constant <value = int64 {{-2147483648}}> () "
@@ -69,12 +79,12 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     operators = dict(surgery.find(model, _NUMBERS))
     if not operators:
         return
-    types = surgery.types(model)
-    large = _large(model, types)
+    constants = surgery.constants(model)
+    ends = {n for _, node in surgery.find(model, ("Slice",)) for n in node.input[1:3]}
+    types = {n: t for n, t in surgery.types(model).items() if n not in ends & constants.keys()}
+    large = _large(model, types) & types.keys()
     exposed = {
-        i: n
-        for i, n in operators.items()
-        if any(t in large for t in (*n.input[: _NUMBERS[n.op_type]], *n.output))
+        i: n for i, n in operators.items() if any(t in large for t in (*_numbers(n), *n.output))
     }
     long = {i: n for i, n in exposed.items() if _touches(n, types, _WIDE)}
     casts = {
@@ -95,6 +105,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         (f"{_WRAPPED}, computed in float32", having(others), _through(_WRAP, _IN_FLOAT)),
         (_WRAPPED, long, _through(_WRAP)),
         ("converted to 32 bits by clipping", long, _through(_CLIP)),
+        (f"{_LOST}, computed in float32", having(others), _through(_INDEFINITE, _IN_FLOAT)),
+        (_LOST, long, _through(_INDEFINITE)),
         ("computed in float32", floats, _in_float),
         ("divided in float32", divided if divided != floats else {}, _in_float),
     ):
@@ -116,13 +128,19 @@ def _large(model: onnx.ModelProto, types: dict[str, int]) -> set[str]:
         if node.op_type in _COUNTS:
             continue
         converts = node.op_type == "Cast" and types.get(node.input[0]) in _REAL
-        if converts or any(name in large for name in node.input[: _NUMBERS.get(node.op_type, 1)]):
+        if converts or any(name in large for name in _numbers(node)):
             large.update(o for o in node.output if types.get(o) in _INTEGERS)
     return large
 
 
+def _numbers(node: onnx.NodeProto) -> list[str]:
+    """The inputs that are numbers; of an operator that is not known, the first."""
+    known = _NUMBERS.get(node.op_type, _FIRST)
+    return [name for i, name in enumerate(node.input) if i in known]
+
+
 def _touches(node: onnx.NodeProto, types: dict[str, int], kinds: frozenset[int]) -> bool:
-    names = (*node.input[: _NUMBERS[node.op_type]], *node.output)
+    names = (*_numbers(node), *node.output)
     return any(types.get(name) in kinds for name in names)
 
 
@@ -142,8 +160,8 @@ def _through(step: str, real: Container[str] = ()) -> _Body:
         outputs = [f"y{i}" if name else "" for i, name in enumerate(node.output)]
         steps = []
         operands, results = list(inputs), list(outputs)
-        for i, name in enumerate(node.input[: _NUMBERS[node.op_type]]):
-            if types.get(name, 0) in _WIDE:
+        for i, name in enumerate(node.input):
+            if i in _NUMBERS[node.op_type] and types.get(name, 0) in _WIDE:
                 operands[i] = f"o{i}"
                 steps.append(step.format(s=f"a{i}", t=f"o{i}"))
         if node.op_type in _DIVIDING and operands[1] != inputs[1]:
@@ -193,7 +211,7 @@ def _in_float(node: onnx.NodeProto, types: dict[str, int]) -> str:
 
 def _real(node: onnx.NodeProto, names: Sequence[str]) -> str:
     """The text of ``real``: an operator on integers of these names, in float32."""
-    numbers = names[: _NUMBERS[node.op_type]]
+    numbers = [name for i, name in enumerate(names) if i in _NUMBERS[node.op_type]]
     wide = " ".join(f"f{n} = Cast <to = 1> ({n})" for n in numbers)
     operands = [f"f{n}" if n in numbers else n for n in names]
     if node.op_type == "Mod" and not surgery.attributes(node).get("fmod", 0):
@@ -212,9 +230,9 @@ NOISE = Cause(
         "division, without a warning; numbers from 2³¹ (or 2²⁴) on are lost."
     ),
     applies=(
-        "arithmetic, comparisons, reductions and casts on integers of 64 bits and unsigned ones of "
-        "32, and on all of 32 in float32, that may be large; shapes and small constants are left "
-        "out; operator set 12 or later"
+        "arithmetic, comparisons, reductions, casts, Pad, Slice and Scatter on integers of 64 bits "
+        "and unsigned ones of 32, and on all of 32 in float32, that may be large; shapes and small "
+        "constants are left out; operator set 12 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, data precision; OpenVINO issues 35896 and "
@@ -232,6 +250,8 @@ NOISE = Cause(
         f"{_WRAPPED}, computed in float32",
         _WRAPPED,
         "converted to 32 bits by clipping",
+        f"{_LOST}, computed in float32",
+        _LOST,
         "computed in float32",
         "divided in float32",
     ),

@@ -24,8 +24,10 @@ _ZEROED = (
 )
 # Operators in which the reference itself drops a NaN, as its kernels happen to compare.
 _DROPPING = ("ReduceMax", "ReduceMin", "MaxPool", "ThresholdedRelu")
-_MASKED = ("Relu", "ThresholdedRelu", "Where")
+_MASKED = ("Relu", "ThresholdedRelu", "Shrink", "Where")
 _RANKED = ("ArgMax", "ArgMin")
+# Of two operands a machine's instruction gives one and the same where either is NaN.
+_OF_TWO = ("Max", "Min")
 # Operators whose results are infinite or undefined for extreme operands.
 _EXTREME = (
     *("Cast", "Exp", "Div", "Reciprocal", "Log", "Pow", "Sqrt", "Softmax", "LogSoftmax"),
@@ -59,7 +61,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name, op_types, body in (
         ("NaN is passed on", _DROPPING, _passed_on),
         ("a choice is a product with a mask", _MASKED, _masked),
-        ("a comparison with NaN takes the later value", _RANKED, _later),
+        ("a comparison with NaN takes the later value", (*_RANKED, *_OF_TWO), _later),
+        ("a comparison with NaN takes the earlier value", _OF_TWO, _earlier),
     ):
         nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
         if nodes:
@@ -117,6 +120,15 @@ def _masked(node: onnx.NodeProto) -> str:
         return """(c, a, b) => (y) {
             m = Cast <to = $T> (c) n = Not(c) o = Cast <to = $T> (n)
             p = Mul(m, a) q = Mul(o, b) y = Add(p, q) }"""
+    if node.op_type == "Shrink":
+        given = surgery.attributes(node)
+        return f"""(x) => (y) {{
+            l = Constant <value = float {{{given.get("lambd", 0.5)!r}}}> ()
+            s = Constant <value = float {{{given.get("bias", 0.0)!r}}}> ()
+            limit = Cast <to = $T> (l) bias = Cast <to = $T> (s)
+            down = Neg(limit) u = Less(x, down) under = Cast <to = $T> (u)
+            o = Greater(x, limit) over = Cast <to = $T> (o) up = Add(x, bias) less = Sub(x, bias)
+            p = Mul(under, up) q = Mul(over, less) y = Add(p, q) }}"""
     alpha = surgery.attributes(node).get("alpha", 1.0) if node.op_type != "Relu" else 0.0
     return f"""(x) => (y) {{
         c = Constant <value = float {{{alpha!r}}}> () k = Cast <to = $T> (c)
@@ -124,7 +136,9 @@ def _masked(node: onnx.NodeProto) -> str:
 
 
 def _later(node: onnx.NodeProto) -> str:
-    """ArgMax or ArgMin by ``best > new ? best : new``: nothing before the last NaN counts."""
+    """By ``best > new ? best : new``: nothing before the last NaN counts."""
+    if node.op_type in _OF_TWO:
+        return _folded(node, "{new}", "{best}")
     axis = surgery.attributes(node).get("axis", 0)
     worst, last = ("-inf", "-3.4e38") if node.op_type == "ArgMax" else ("inf", "3.4e38")
     return f"""(x) => (y) {{
@@ -133,6 +147,23 @@ def _later(node: onnx.NodeProto) -> str:
         w = Constant <value = float {{{worst}}}> () l = Constant <value = float {{{last}}}> ()
         wide = Cast <to = 1> (x) some = Where(isnan, l, wide) seen = Where(passed, w, some)
         y = {node.op_type} {surgery.options(node)} (seen) }}"""
+
+
+def _earlier(node: onnx.NodeProto) -> str:
+    """Max or Min by ``new > best ? new : best``: nothing behind the first NaN counts."""
+    return _folded(node, "{best}", "{new}")
+
+
+def _folded(node: onnx.NodeProto, otherwise: str, chosen: str) -> str:
+    """Max or Min of one operand after another: ``chosen`` if it is further, else ``otherwise``."""
+    further = "Greater" if node.op_type == "Max" else "Less"
+    names = [f"a{i}" for i in range(len(node.input))]
+    steps, best = [], names[0]
+    for i, new in enumerate(names[1:]):
+        this, other = (text.format(best=best, new=new) for text in (chosen, otherwise))
+        steps.append(f"c{i} = {further}({this}, {other}) b{i} = Where(c{i}, {this}, {other})")
+        best = f"b{i}"
+    return f"({', '.join(names)}) => (y) {{ {' '.join(steps)} y = Identity({best}) }}"
 
 
 NOISE = Cause(
@@ -172,6 +203,7 @@ NOISE = Cause(
         "NaN is passed on",
         "a choice is a product with a mask",
         "a comparison with NaN takes the later value",
+        "a comparison with NaN takes the earlier value",
         "infinite operands become the largest finite number",
         "infinite results become the largest finite number",
     ),

@@ -126,6 +126,32 @@ def test_optional_inputs_of_a_recurrent_layer(
     assert found.noise == ID and found.variant == f"LSTM: input {lost} ignored"
 
 
+def test_functions_of_one_direction_in_both(
+    make_segment: Any, diagnose: Any, run: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((5, 2, 3)).astype(np.float32)
+    constants = {
+        "w": generator.standard_normal((2, 4, 3)),
+        "r": generator.standard_normal((2, 4, 4)),
+    }
+    constants = {k: v.astype(np.float32) for k, v in constants.items()}
+
+    def bidirectional(*functions: str) -> Any:
+        node = helper.make_node(
+            "RNN",
+            ["x", "w", "r"],
+            ["y"],
+            hidden_size=4,
+            direction="bidirectional",
+            activations=functions,
+        )
+        return make_segment([node], constants, ["x"], ["y"])
+
+    planted = run(bidirectional("Relu", "Relu").model, {"x": x})
+    found = diagnose(bidirectional("Relu", "Tanh"), {"x": x}, planted)
+    assert found.noise == ID and found.variant == "activations of the first direction in both"
+
+
 def test_output_shape_of_a_transposed_convolution(
     make_segment: Any, diagnose: Any, generator: np.random.Generator
 ) -> None:

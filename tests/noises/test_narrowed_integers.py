@@ -125,6 +125,56 @@ def test_integers_in_float32(
         assert (found.variant, found.bit_identical) == ("divided in float32", 1.0)
 
 
+@pytest.mark.parametrize("reduction", ["none", "add", "max"])
+def test_scattered_numbers(make_segment: Any, run: Any, numbers: Arrays, reduction: str) -> None:
+    node = helper.make_node("ScatterElements", ["a", "at", "b"], ["y"], axis=1, reduction=reduction)
+    at = np.tile(np.arange(50) // 2 if reduction != "none" else np.arange(50), (4, 1))
+    segment = make_segment([node], {"at": at}, ["a", "b"], ["y"], opset=18, kind=TensorProto.INT64)
+    narrow = {n: low_half(v).astype(np.int64) for n, v in numbers.items()}
+    planted = run(segment.model, narrow)["y"]
+    found = explain(run, segment, numbers, low_half(planted).astype(np.int64))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_padding_that_does_not_fit(make_segment: Any, run: Any) -> None:
+    """A value that passes a float on its way to 32 bits becomes x86's indefinite integer."""
+    constants = {"amounts": np.array([0, 1, 0, 2]), "value": np.array(2**40)}
+    node = helper.make_node("Pad", ["a", "amounts", "value"], ["y"])
+    segment = make_segment([node], constants, ["a"], ["y"], kind=TensorProto.INT64)
+    a = np.arange(60).reshape(2, 30)
+    planted = np.pad(a, ((0, 0), (1, 2)), constant_values=-(2**31))
+    found = explain(run, segment, {"a": a}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_powers_that_do_not_fit(make_segment: Any, run: Any) -> None:
+    a = np.arange(1, 41).reshape(2, 20)
+    segment = make_segment(
+        [helper.make_node("Pow", ["a", "b"], ["y"])],
+        {"b": np.array(9)},
+        ["a"],
+        ["y"],
+        kind=TensorProto.INT64,
+    )
+    power = np.power(a.astype(np.float32), np.float32(9))
+    planted = np.where(power < 2**31, power, -(2**31)).astype(np.int64)
+    found = explain(run, segment, {"a": a}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_ends_that_are_computed(make_segment: Any, run: Any) -> None:
+    """The largest int64, "to the end", is -1 in 32 bits; a constant means what it says."""
+    a, end = np.arange(200, dtype=np.float32).reshape(2, 100), np.array([2**63 - 1])
+    node = helper.make_node("Slice", ["a", "start", "end", "axes"], ["y"])
+    fixed = {"start": np.array([1]), "axes": np.array([1])}
+    segment = make_segment([node], fixed, ["a", "end"], ["y"])
+    segment.model.graph.input[1].type.tensor_type.elem_type = TensorProto.INT64
+    found = explain(run, segment, {"a": a, "end": end}, a[:, 1:-1])
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    constant = make_segment([node], fixed | {"end": end}, ["a"], ["y"])
+    assert not list(narrowed_integers.NOISE.variants(constant))
+
+
 def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     """Numbers that fit: whatever is wrong with them, it is not their width."""
     feeds = {n: generator.integers(1, 2**15, (4, 50)) for n in "ab"}

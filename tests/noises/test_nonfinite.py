@@ -37,6 +37,7 @@ def floats(*values: float) -> Array:
         ("ThresholdedRelu", (-INF, 0.5, 2), (NAN, 0, 2)),
         ("ThresholdedRelu", (NAN, 0.5, 2), (NAN, 0, 2)),
         ("Relu", (-INF, 3, -2), (NAN, 3, 0)),
+        ("Shrink", (-INF, 3, -0.2), (NAN, 3, 0)),
         ("Softsign", (-INF, 3, 1), (-1, 0.75, 0.5)),
         ("HardSwish", (-INF, 4, 3), (0, 4, 3)),
     ],
@@ -78,6 +79,21 @@ def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: A
     segment = wrapped(make_segment, "ArgMax", axis=1, keepdims=0)
     found = diagnose(segment, {"x": x}, {"y": np.array(planted)})
     assert found.noise == ID and "later" in (found.variant or "")
+
+
+@pytest.mark.parametrize("op_type", ["Max", "Min"])
+@pytest.mark.parametrize("last", [True, False])
+def test_one_of_two_operands_wins(
+    make_segment: Any, diagnose: Any, op_type: str, last: bool
+) -> None:
+    """MAXPS gives its second operand where either is NaN."""
+    a, b = floats(NAN, 1, 4, 2), floats(1, NAN, 3, 5)
+    better = np.greater if op_type == "Max" else np.less
+    planted = np.where(better(a, b), a, b) if last else np.where(better(b, a), b, a)
+    node = helper.make_node(op_type, ["a", "b"], ["y"])
+    segment = make_segment([node], {}, ["a", "b"], ["y"])
+    found = diagnose(segment, {"a": a, "b": b}, {"y": planted})
+    assert found.noise == ID and ("later" if last else "earlier") in (found.variant or "")
 
 
 def test_masked_attention_row(make_segment: Any, diagnose: Any) -> None:
