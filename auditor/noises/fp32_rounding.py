@@ -73,7 +73,8 @@ def shifted(boxes: Array) -> Array:
     """
     if boxes.dtype.kind != "f" or not boxes.size:
         return boxes
-    return boxes + np.spacing(np.abs(boxes).max(axis=-1, keepdims=True))
+    moved: Array = boxes + np.spacing(np.abs(boxes).max(axis=-1, keepdims=True))
+    return moved
 
 
 def floor(
