@@ -93,7 +93,7 @@ def floor(
     if found < introduced <= fp32_rounding.furthest(jitter, terms) and moved.quick(terms):
         in_order = moved.summed_in_order()
         found = max(found, fp32_rounding.floor(jitter, in_order, terms, half=half))
-    if found < introduced and (sided := moved.sided()) is not None:
+    if found < introduced and (sided := moved.sided(terms)) is not None:
         return introduced * _ABOVE if moved.distance(local.observed, sided) <= found else found
     return found
 
@@ -169,12 +169,14 @@ class _Moved:
         moved = self._by(lambda: self._in_own_types(own))
         return max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
 
-    def sided(self) -> Arrays | None:
+    def sided(self, terms: int) -> Arrays | None:
         """The outputs with what lies between two steps of 8 bits on the backend's side."""
         observed = self.local.observed
         try:
             return self._changed(
-                lambda model: quantised.either_side(model, observed), quantised.OPSET, "rounded"
+                lambda model: quantised.either_side(model, observed, terms),
+                quantised.OPSET,
+                "rounded",
             )
         except ReplayError:
             return None

@@ -7,6 +7,7 @@ back: integer weights, scales, zero points, bias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,12 @@ from auditor.records.backend import Kernel
 # Round and Clip with limits as inputs exist from here on.
 OPSET = 11
 # How near to the middle between two steps, in steps, rounding decides on which side a value falls:
-# three millionths, the smallest floor, of half the range of 8 bits.
+# three millionths, the smallest floor, of half the range of 8 bits …
 _MIDDLE = 4e-4
+# … or what a sum of n terms may lose: λ√n·u of the sum of their sizes, with λ = √(2 ln 2N) so that
+# of N sums none is expected to lose more (Higham and Mary, A New Approach to Probabilistic Rounding
+# Error Analysis, SIAM J. Sci. Comput. 41, 2019).
+_UNIT = 2.0**-24
 
 # Operators between a DequantizeLinear and its reader that leave every value on its grid.
 _MOVES = frozenset(
@@ -342,7 +347,9 @@ class Editor:
         return f"{self._mark}{self._count}"
 
 
-def either_side(model: onnx.ModelProto, observed: Mapping[str, Array]) -> onnx.ModelProto | None:
+def either_side(
+    model: onnx.ModelProto, observed: Mapping[str, Array], terms: int = 1
+) -> onnx.ModelProto | None:
     """The segment with values in the middle between two steps rounded to what was observed.
 
     Float32 decides there: two ways to add up one sum differ by a whole step.
@@ -350,6 +357,7 @@ def either_side(model: onnx.ModelProto, observed: Mapping[str, Array]) -> onnx.M
     Args:
         model: the segment.
         observed: what the backend made of its outputs.
+        terms: of the longest sum.
 
     Returns:
         None where no output is a rounding to 8 bits, quantised or dequantised again, of something
@@ -378,9 +386,23 @@ def either_side(model: onnx.ModelProto, observed: Mapping[str, Array]) -> onnx.M
         zero = editor.constant(grid.zero)
         plain = editor.add("Add", editor.add("Round", steps), zero)
         side = editor.add("Sign", editor.add("Sub", editor.constant(there), plain))
-        moved = editor.add("Add", steps, editor.add("Mul", side, editor.constant(_MIDDLE)))
+        lost = math.sqrt(2 * math.log(2 * there.size) * terms) * _UNIT / float(grid.scale)
+        near = editor.add("Mul", _size(layout, editor, node.input[0]), editor.constant(lost))
+        near = editor.add("Max", near, editor.constant(_MIDDLE))
+        moved = editor.add("Add", steps, editor.add("Mul", side, near))
         value = editor.add("Add", editor.add("Round", moved), zero)
         limits = np.iinfo(np.int8 if grid.signed else np.uint8)
         value = editor.add("Clip", value, *map(editor.constant, (limits.min, limits.max)))
         editor.cast(value, TensorProto.INT8 if grid.signed else TensorProto.UINT8, node.output[0])
     return editor.model if found else None
+
+
+def _size(layout: Layout, editor: Editor, name: str) -> str:
+    """How large the terms are that a tensor is the sum of, taken together; else the tensor is."""
+    node = layout.source(name)
+    while node is not None and node.op_type in ("Clip", "Identity", "Relu"):
+        node = layout.source(node.input[0])
+    if node is None or node.op_type not in _PRODUCTS:
+        return editor.add("Abs", name)
+    sizes = [editor.add("Abs", operand) for operand in node.input[:2]]
+    return editor.add(node.op_type, *sizes, **surgery.attributes(node))
