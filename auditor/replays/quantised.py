@@ -107,16 +107,20 @@ class Layout:
         self._annotated = {a.tensor_name: a for a in model.graph.quantization_annotation}
 
     def constant(self, name: str) -> Array | None:
-        """Value of an initialiser or Constant."""
+        """Value of an initialiser, a Constant, or a ConstantOfShape of one."""
         if name in self._tensors:
             tensor = self._tensors[name]
             return (
                 self._detached.get(name) if is_detached(tensor) else numpy_helper.to_array(tensor)
             )
         node = self.source(name)
-        if node is None or node.op_type != "Constant":
+        if node is None or node.op_type not in ("Constant", "ConstantOfShape"):
             return None
         given = surgery.attributes(node)
+        if node.op_type == "ConstantOfShape":
+            shape = self.constant(node.input[0])
+            filled = numpy_helper.to_array(given["value"]) if given else np.zeros(1, np.float32)
+            return None if shape is None else np.broadcast_to(filled.reshape(()), shape.tolist())
         if "value" in given:
             return numpy_helper.to_array(given["value"])
         value = next(iter(given.values()))

@@ -79,6 +79,24 @@ def test_matrix_products(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
+def test_weights_that_the_graph_fills_and_quantises_itself(
+    dense: tuple[SegmentGraph, Arrays], run: Any
+) -> None:
+    segment, t = dense
+    w = np.full((37, 24), 127, np.int8)
+    (held,) = (c for c in segment.model.graph.initializer if c.name == "w")
+    held.CopyFrom(numpy_helper.from_array(np.array(w.shape), "shape"))
+    filled = numpy_helper.from_array(np.float32(WS * 127).reshape(1), "value")
+    for node in (
+        helper.make_node("QuantizeLinear", ["real", "ws", "wz"], ["w"]),
+        helper.make_node("ConstantOfShape", ["shape"], ["real"], value=filled),
+    ):
+        segment.model.graph.node.insert(0, node)
+    planted = quantised(maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0), np.zeros(24))
+    found = explain(run, segment, t["x"], planted)
+    assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
+
+
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_saturation_without_the_rounding_behind_it(
     make_segment: Any, run: Any, generator: np.random.Generator, step: int
