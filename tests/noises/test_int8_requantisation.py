@@ -259,9 +259,9 @@ def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
     found = attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
     assert found.variant is not None and found.variant.startswith("sums of two integers")
-    # One step up everywhere is another error.
-    wrong = {"y": np.minimum(replayed["y"], 254) + np.uint8(1)}
-    assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise != ID
+    # Two steps up everywhere is another error (one is what rounding ties up does to most of them).
+    wrong = {"y": np.minimum(replayed["y"], 253) + np.uint8(2)}
+    assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise is None
 
 
 @pytest.mark.parametrize("by_row", [False, True])
