@@ -15,6 +15,7 @@ _LOSES = {
     **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax", "MaxPool"), "-inf"),
     **dict.fromkeys(("Sigmoid", "HardSigmoid", "Tanh", "Erf", "Exp", "Softplus"), "-inf"),
     **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu", "HardSwish"), "-inf"),
+    "QuantizeLinear": "-inf",
     **dict.fromkeys(("Min", "ReduceMin", "ArgMin"), "inf"),
 }
 _OPPOSITE = {"-inf": "inf", "inf": "-inf"}

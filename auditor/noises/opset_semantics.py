@@ -22,6 +22,7 @@ _PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dim
 _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
 _ONE_SAMPLE = "RoiAlign: one sample in each bin, not as many as the region is large"
+_LARGEST = "RoiAlign: the largest interpolated sample, not corner value"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -192,11 +193,15 @@ def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
         for index in adaptive:
             surgery.set_attributes(changed.graph.node[index], sampling_ratio=1)
         yield Variant(_ONE_SAMPLE, changed)
-    if bodies := {i: body for i, n in found.items() if (body := _largest_sample(n))}:
-        yield Variant(
-            "RoiAlign: the largest interpolated sample, not corner value",
-            surgery.substituted(model, bodies),
-        )
+    moved = surgery.opset(model) >= _HALF_PIXEL
+    for name, otherwise, positive in (
+        (_LARGEST, False, False),
+        (f"{_LARGEST}, or zero", False, True),
+        (f"{_LARGEST}, at coordinates of the other operator sets", True, False),
+    ):
+        largest = {i: _largest_sample(n, otherwise, positive) for i, n in found.items()}
+        if bodies := {i: body for i, body in largest.items() if body and (moved or not otherwise)}:
+            yield Variant(name, surgery.substituted(model, bodies))
     bodies = {}
     for index, node in found.items():
         given = surgery.attributes(node)
@@ -215,14 +220,22 @@ def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
         )
 
 
-def _largest_sample(node: onnx.NodeProto) -> str | None:
-    """The maximum of interpolated values; ONNX Runtime takes that of weighted corner values."""
+def _largest_sample(node: onnx.NodeProto, otherwise: bool, positive: bool) -> str | None:
+    """The maximum of interpolated values; ONNX Runtime takes that of weighted corner values.
+
+    Args:
+        node: the RoiAlign.
+        otherwise: whether regions are not moved by half a pixel, which they are by default.
+        positive: whether it is looked for from zero on.
+    """
     given = surgery.attributes(node)
     ratio = given.get("sampling_ratio", 0)
-    if given.get("mode", "avg") != "max" or ratio < 1:
+    there = {"coordinate_transformation_mode": "output_half_pixel"} if otherwise else {}
+    if given.get("mode", "avg") != "max" or ratio < 1 or (there and there.items() <= given.items()):
         return None
     finer = surgery.options(
         node,
+        **there,
         mode="avg",
         sampling_ratio=1,
         output_height=given.get("output_height", 1) * ratio,
@@ -231,7 +244,8 @@ def _largest_sample(node: onnx.NodeProto) -> str | None:
     window = [ratio, ratio]
     return f"""(x, rois, batch) => (y) {{
         samples = RoiAlign {finer} (x, rois, batch)
-        y = MaxPool <kernel_shape = {window}, strides = {window}> (samples) }}"""
+        largest = MaxPool <kernel_shape = {window}, strides = {window}> (samples)
+        y = {"Relu" if positive else "Identity"} (largest) }}"""
 
 
 # What is done to reductions, by its name.
@@ -267,7 +281,9 @@ NOISE = Cause(
         _IDLE,
         "axes of Squeeze ignored: every dimension of one removed",
         _ONE_SAMPLE,
-        "RoiAlign: the largest interpolated sample, not corner value",
+        _LARGEST,
+        f"{_LARGEST}, or zero",
+        f"{_LARGEST}, at coordinates of the other operator sets",
         "RoiAlign: coordinates of the other operator sets",
     ),
     variants=_variants,

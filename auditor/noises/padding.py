@@ -151,10 +151,10 @@ def _rounded_down(node: onnx.NodeProto) -> str | None:
     As a function body; less padding than none cuts cells off.
     """
     given = surgery.attributes(node)
-    if given.get("auto_pad") not in _SAME or len(node.output) > 1:
-        return None
     kernel = given["kernel_shape"]
     strides = given.get("strides", [1] * len(kernel))
+    if given.get("auto_pad") not in _SAME or len(node.output) > 1 or max(strides) == 1:
+        return None
     dilations = given.get("dilations", [1] * len(kernel))
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     begin, end = ("more", "less") if given["auto_pad"] == "SAME_LOWER" else ("less", "more")

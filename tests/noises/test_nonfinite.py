@@ -81,6 +81,15 @@ def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: A
     assert found.noise == ID and "later" in (found.variant or "")
 
 
+def test_the_largest_step_of_8_bits(make_segment: Any, diagnose: Any) -> None:
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
+    constants = {"s": np.array(0.5, np.float32), "z": np.array(1, np.uint8)}
+    segment = make_segment([node], constants, ["x"], ["y"])
+    planted = np.array([[255, 3, 5]], np.uint8)
+    found = diagnose(segment, {"x": floats(NAN, 1, 2)}, {"y": planted})
+    assert found.noise == ID and found.bit_identical == 1.0
+
+
 @pytest.mark.parametrize("op_type", ["Max", "Min"])
 @pytest.mark.parametrize("last", [True, False])
 def test_one_of_two_operands_wins(

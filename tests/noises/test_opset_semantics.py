@@ -114,6 +114,35 @@ def test_samples_of_a_region(
         assert found.noise == ID and "RoiAlign" in (found.variant or "")
 
 
+@pytest.mark.parametrize(
+    ("begin", "least", "variant"),
+    [(0.75, 0.0, "or zero"), (1.25, -9.0, "at coordinates of the other operator sets")],
+)
+def test_largest_samples_otherwise(
+    make_segment: Any,
+    diagnose: Any,
+    generator: np.random.Generator,
+    begin: float,
+    least: float,
+    variant: str,
+) -> None:
+    """From zero on, as OpenVINO; or of regions that are not moved by half a pixel, as TVM."""
+    x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32) - 1
+    roi = np.array([[1.25, 1.25, 7.25, 7.25]], np.float32)
+    node = helper.make_node(
+        "RoiAlign", ["x", "roi", "batch"], ["y"],
+        output_height=3, output_width=3, mode="max", sampling_ratio=2,
+    )  # fmt: skip
+    constants = {"roi": roi, "batch": np.array([0])}
+    segment = make_segment([node], constants, ["x"], ["y"], opset=16)
+    planted = np.full((1, 1, 3, 3), least, np.float32)
+    for i, j in np.ndindex(6, 6):
+        sample = bilinear(x[0, 0], begin + 0.5 + i, begin + 0.5 + j)
+        planted[0, 0, i // 2, j // 2] = max(planted[0, 0, i // 2, j // 2], sample)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and (found.variant or "").endswith(variant)
+
+
 def test_a_reduction_over_no_axes_still_squares(make_segment: Any, diagnose: Any) -> None:
     node = helper.make_node("ReduceSumSquare", ["x"], ["y"], noop_with_empty_axes=1)
     segment = make_segment([node], {}, ["x"], ["y"], opset=18)

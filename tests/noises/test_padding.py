@@ -171,6 +171,20 @@ def test_same_size_rounded_down(
     assert found.bit_identical == 1.0
 
 
+def test_nothing_is_rounded_down_by_a_stride_of_one(
+    make_segment: Any, diagnose: Any, x: Array
+) -> None:
+    """ONNX Runtime's SAME padding forgets dilations: who does not is no offender of that name."""
+    given: Any = {"kernel_shape": [3, 3], "dilations": [2, 2]}
+    node = helper.make_node("MaxPool", ["x"], ["y"], auto_pad="SAME_UPPER", **given)
+    segment = make_segment([node], {}, ["x"], ["y"])
+    padded = np.pad(x, ((0, 0), (0, 0), (2, 2), (2, 2)), constant_values=-np.inf)
+    height, width = x.shape[2:]
+    shifted = [padded[..., i : i + height, j : j + width] for i in (0, 2, 4) for j in (0, 2, 4)]
+    found = diagnose(segment, {"x": x}, {"y": np.max(shifted, axis=0)})
+    assert found.noise is None
+
+
 def test_transposed_convolution(make_segment: Any, diagnose: Any, generator: Any) -> None:
     """An output as large as input × stride is cut out one cell further."""
     x = generator.standard_normal((1, 2, 5, 5)).astype(np.float32)
