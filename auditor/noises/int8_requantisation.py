@@ -48,6 +48,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
 _REAL = "what recurrent layers read and hand on is not quantised"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _STORED = "a real bias is stored in steps of the products' scale"
+_SPREAD = "signed integers are spread over 256 steps instead of 255, without their zero point"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
 _SOFTMAX = 13  # along a single axis from here on
 # ln of the largest float32, less the room that ONNX Runtime leaves: what exponents are shifted by.
@@ -84,6 +85,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if added := _added(layout, grids):
         yield Variant(_SUMS, _sums(layout, added))
     yield from _limited(layout, sums.keys())
+    if spread := _spread(layout):
+        yield Variant(_SPREAD, surgery.passing(model, {}, spread))
     if tables := _tables(model, layout, grids):
         yield Variant(_TABLE, surgery.substituted(model, tables))
     for name, body in _ROUNDINGS.items():
@@ -154,6 +157,25 @@ def _limited(layout: Layout, tested: Set[int]) -> Iterator[Variant]:
         yield Variant(name, _unrounded(layout, inner))
     if every and every.keys() != inner.keys():
         yield Variant("values are limited, not rounded", _unrounded(layout, every))
+
+
+def _spread(layout: Layout) -> dict[int, str]:
+    """What follows a DequantizeLinear of signed integers where OpenVINO concatenates its result.
+
+    With a constant in float32, its plugin for CPUs gives both one range, [−128, 128] in steps of
+    the scale, or [0, 256] where nothing is negative.
+    """
+    found = {}
+    for grid, readers in layout.roundings().values():
+        if not grid.signed:
+            continue
+        zero, wider = int(_number(grid.zero)), 256 / 255
+        low = 0 if zero == -128 else -128
+        offset = float(grid.scale) * (low + (zero + 128) * wider)
+        body = f"""(x) => (y) {{ f = Constant <value = float {{{wider!r}}}> ()
+            c = Constant <value = float {{{offset!r}}}> () w = Mul(x, f) y = Add(w, c) }}"""
+        found.update(dict.fromkeys(readers, body))
+    return found
 
 
 def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto:
@@ -397,6 +419,7 @@ NOISE = Cause(
         _SUMS,
         "values between operators are limited, not rounded",
         "values are limited, not rounded",
+        _SPREAD,
         _TABLE,
         *_ROUNDINGS,
     ),

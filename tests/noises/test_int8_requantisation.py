@@ -264,6 +264,48 @@ def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
     assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise is None
 
 
+@pytest.mark.parametrize("zero", [-60, -1, -128])
+def test_integers_that_openvino_spreads_where_it_concatenates_them(
+    make_segment: Any, run: Any, zero: int
+) -> None:
+    """A quantised image beside a constant of zeros, in front of a convolution that copies both."""
+    pytest.importorskip("openvino")
+    import openvino
+
+    t: Arrays = {"xs": np.array(1 / 128, np.float32), "xz": np.array(zero, np.int8)}
+    nodes = [q("x", "x", "q"), dq("q", "x", "y")]
+    x = (np.arange(-384, 384, dtype=np.float32) / 128).reshape(1, 3, 16, 16)
+    constants = t | {
+        "border": np.zeros((1, 3, 1, 16), np.float32),
+        "w": np.eye(3, dtype=np.int8).reshape(3, 3, 1, 1),
+        "ws": np.array(1, np.float32),
+        "wz": np.array(0, np.int8),
+    }
+    padded = [
+        *nodes,
+        helper.make_node("Concat", ["y", "border"], ["c"], axis=2),
+        dq("w", "w", "wd"),
+        helper.make_node("Conv", ["c", "wd"], ["out"]),
+    ]
+    whole = make_segment(padded, constants, ["x"], ["out"]).model
+    whole.graph.input[0].CopyFrom(
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))
+    )
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(whole.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    observed = compiled(x)[0][:, :, :16]
+    segment = make_segment(nodes, t, ["x"], ["y"])
+    plain = run(segment.model, {"x": x})["y"]
+    if np.allclose(observed, plain, atol=1e-5):
+        pytest.skip("OpenVINO gives integers the model's range on this processor")
+    found = explain(run, segment, {"x": x}, observed)
+    assert found.noise == ID and "spread" in found.variant and found.explained > 0.999999
+    wrong = plain + np.float32(1 / 256)  # half a step everywhere is no such range
+    assert explain(run, segment, {"x": x}, wrong).noise is None
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_recurrent_layer_that_reads_real_numbers(
     make_segment: Any, run: Any, generator: np.random.Generator, by_row: bool
