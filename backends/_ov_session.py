@@ -144,11 +144,10 @@ class Plain:
     ) -> tuple[Arrays, Arrays]:
         """Final outputs, and the values of ``probes``, the results that come before them."""
         count = len(probes)
-        values = session.infer(
-            [feeds[n] for n in self.inputs], range(count + len(self.source.results))
-        )
+        wanted = [*range(count), *(count + index for _, index in self.outputs)]
+        values = session.infer([feeds[n] for n in self.inputs], wanted)
         return (
-            {name: values[count + index] for name, index in self.outputs},
+            {name: v for (name, _), v in zip(self.outputs, values[count:], strict=True)},
             {c.tensor: as_shown(v, c) for c, v in zip(probes, values[:count], strict=True)},
         )
 

@@ -484,12 +484,17 @@ def _inputs(ports: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _outputs(model: Any, names: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Which of the engine's results each ONNX output is, by name and else by position."""
+    """Which of the engine's results each ONNX output is, by name and else by position.
+
+    Texts, which are not compared, are left out.
+    """
     ports = [port.get_names() for port in model.outputs]
-    return tuple(
+    found = (
         (name, next((i for i, known in enumerate(ports) if name in known), position))
         for position, name in enumerate(names)
     )
+    kinds = [port.get_element_type().get_type_name() for port in model.outputs]
+    return tuple((name, index) for name, index in found if kinds[index] != "string")
 
 
 def _narrowed(source: Source) -> Iterator[str]:

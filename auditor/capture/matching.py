@@ -61,4 +61,5 @@ def _aligned(reference: Graph, candidate: Graph) -> list[tuple[str, str]]:
 
 
 def _tensors(graph: Graph) -> set[str]:
-    return {*graph.inputs, *graph.producer}
+    # Outputs too: one that is a constant is an output of the compiled program all the same.
+    return {*graph.inputs, *graph.producer, *graph.outputs}

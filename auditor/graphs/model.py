@@ -251,5 +251,6 @@ def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
         return
     raise UsageError(
         f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
-        "Export the numeric part of the model, without string, sequence or optional values.",
+        "Export the numeric part of the model, without string, sequence or optional values "
+        "(skl2onnx: options={'zipmap': False}).",
     )

@@ -225,9 +225,10 @@ def _fields(descriptor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
 
 
-# Operators that ONNX Runtime's optimiser writes as if they were ONNX's.
+# Operators that ONNX Runtime has in ONNX's own domain: its optimisers write them at operator sets
+# in which ONNX does not have them, or not yet (LayerNormalization came with 17).
 _ORT = "ONNX Runtime"
-_ORT_OPERATORS = frozenset({"SimplifiedLayerNormalization"})
+_ORT_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
 def check_types(path: Path, proto: onnx.ModelProto) -> None:
@@ -277,8 +278,10 @@ def check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
         if value.type.HasField("tensor_type"):
             value.type.tensor_type.shape.SetInParent()
     light.opset_import.append(onnx.helper.make_opsetid(_ORT, 1))
-    for node in light.graph.node:
-        if node.op_type in _ORT_OPERATORS and not node.domain:
+    opset = surgery.opset(light)
+    for node in _nodes(light):
+        known = node.domain or surgery.defined(node.op_type, opset)
+        if node.op_type in _ORT_OPERATORS and not known:
             node.domain = _ORT  # of which the checker knows nothing
     try:
         onnx.checker.check_model(light)

@@ -111,6 +111,15 @@ def opset(model: onnx.ModelProto) -> int:
     return next((o.version for o in model.opset_import if o.domain in _STANDARD), 1)
 
 
+def defined(operator: str, opset: int) -> bool:
+    """Whether ONNX has an operator in a version of its operator set."""
+    try:
+        onnx.defs.get_schema(operator, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    return True
+
+
 def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     """Initialisers and Constant nodes of at most SMALL elements, by name."""
     found = {t.name: t for t in model.graph.initializer if np.prod(t.dims) <= SMALL}
@@ -170,8 +179,10 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         if np.prod(t.dims) <= SMALL:
             light.graph.initializer.append(t)
     light.graph.output.extend(model.graph.output)
+    late = {"LayerNormalization"}  # that ONNX Runtime has in every operator set
+    unknown = _LIKE_INPUT | {name for name in late if not defined(name, opset(model))}
     for node in light.graph.node:
-        if node.op_type in _LIKE_INPUT:  # of which ONNX infers nothing
+        if node.op_type in unknown:  # of which ONNX infers nothing
             node.op_type, node.domain = "Identity", ""
             del node.input[1:], node.output[1:], node.attribute[:]
     return _inferred_of(light.SerializeToString())

@@ -682,6 +682,21 @@ def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
         assert all(np.array_equal(outputs[n], expected[n]) for n in expected)
 
 
+def test_texts_beside_numbers_are_left_out(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("ArgMax", ["x"], ["i"], axis=-1, keepdims=0),
+        helper.make_node("Gather", ["names", "i"], ["label"]),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    outputs = [info("label", 2, dtype=TensorProto.STRING), info("y", 2, 2)]
+    weights = (helper.make_tensor("names", TensorProto.STRING, [2], [b"cat", b"dog"]),)
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 2, 2)], outputs, weights)
+    feeds: Arrays = {"x": np.array([[1, -2], [-3, 4]], np.float32)}
+    built = build(path)
+    for made in (built.run(feeds), built.instrument(feeds).run(feeds).outputs):
+        assert made.keys() == {"y"} and np.array_equal(made["y"], [[1, 0], [0, 4]])
+
+
 @pytest.mark.parametrize("op_type", ["Sum", "Dropout"])
 def test_an_input_that_a_dropped_operator_renames(tmp_path: Path, op_type: str) -> None:
     nodes = [helper.make_node(op_type, ["x"], ["y"])]

@@ -48,3 +48,9 @@ def test_what_is_passed_on_under_a_name_is_what_it_names():
     ours = _chain(["MatMul", "Relu", "Exp"], ["a", "b", "y"])
     theirs = _chain(["MatMul", "Identity", "Relu", "Exp"], ["new", "a", "b", "y"])
     assert match(ours, theirs)["new"] == "a"
+
+
+def test_outputs_that_are_constants_correspond():
+    proto = _chain(["MatMul", "Relu"], ["a", "y"]).proto
+    proto.graph.output.append(helper.make_tensor_value_info("w_a", TensorProto.FLOAT, [4, 4]))
+    assert match(Graph(proto), Graph(proto))["w_a"] == "w_a"
