@@ -3,6 +3,8 @@
 A small part of ``python -m benchmarks.plants``, whose docstring says how reports are scored.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import openvino as ov
@@ -137,6 +139,11 @@ def test_the_score_keeps_its_rules():
     assert suite.score(scale, [elsewhere, here], []).outcome == "not located"
     assert suite.score(scale, [here, elsewhere], []).stray == (None,)
     assert suite.score(scale, [elsewhere, here], [elsewhere]).outcome == "right"
+    assert suite.score(scale, [elsewhere, here], [here]).outcome == "not located"
+    cut = replace(_finding("precision.bf16", "c", "d"), beside=("precision.fp16",))
+    apart = [_finding("precision.bf16", "c"), _finding("precision.fp16", "d")]
+    assert suite.score(scale, [cut, here], apart).outcome == "right"
+    assert suite.score(scale, [cut, here], apart[:1]).outcome == "not located"
     assert suite.score(scale, [_finding("precision.bf16", "b")], []).outcome == "wrong cause"
     assert suite.score(scale, [], []).outcome == "not located"
     bf16 = _result("noise", "bf16/weights")

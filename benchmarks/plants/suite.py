@@ -433,12 +433,18 @@ def found(report: AuditReport) -> list[Found]:
 
 
 def new(findings: Sequence[Found], baseline: Sequence[Found]) -> list[Found]:
-    """Findings that the build has not without its plant."""
-    return [
-        f
-        for f in findings
-        if not any(f.causes == b.causes and set(f.nodes) & set(b.nodes) for b in baseline)
-    ]
+    """Findings that the build has not without its plant.
+
+    Where its segments are cut otherwise, one finding may name what two of them name without it.
+    """
+
+    def there(finding: Found) -> bool:
+        shared = [b for b in baseline if set(finding.nodes) & set(b.nodes)]
+        if not finding.causes:
+            return any(not b.causes for b in shared)
+        return finding.causes <= {cause for b in shared for cause in b.causes}
+
+    return [f for f in findings if not there(f)]
 
 
 def run(subject: Subject, backend: str, case: Case, baseline: Sequence[Found]) -> Result:
