@@ -171,6 +171,8 @@ def explain(
     search.run(beside if thorough else None)
     if not bench.found and own is not None and own >= bench.complete:
         return replace(_conclude(bench, None), own=own)  # the file is another one: no noise beside
+    if not bench.found:
+        combined.in_few(bench, noises)
     search.fit()
     usual = dict(prior.values())
     combined.beneath(bench, noises, usual)

@@ -150,6 +150,15 @@ class Bench:
             best = max(self.tested, key=merit, default=None)
         return best if best is not None and best.hypothesis.explained >= self.keep else None
 
+    def mostly(self, found: Tested) -> bool:
+        """Whether it gives most values exactly, and without it few are: another made the rest.
+
+        Where products saturate, few values are wrong by so much that it explains little.
+        """
+        names = self.replayed.keys() - self.reshaped
+        same = [metrics.bit_identical(self.observed[n], self.replayed[n]) for n in names]
+        return found.hypothesis.bit_identical >= EXACT > sum(same) / max(1, len(same))
+
     def _fits(self, outputs: Arrays) -> bool:
         return all(
             outputs[name].shape == self.observed[name].shape
@@ -318,7 +327,8 @@ class Bench:
             self.base = tested if self.base is None else max(self.base, tested, key=merit)
         elif self.base is not None:
             self.likely = sorted((*self.likely, tested), key=lambda t: -t.beside)[:LIKELY]
-        if hypothesis.explained < self.keep:  # models hold their weights: all would fill the memory
+        # Models hold their weights: all would fill the memory.
+        if hypothesis.explained < self.keep and not self.mostly(tested):
             empty = Variant(tested.variant.name, onnx.ModelProto())
             tested = replace(tested, outputs={}, variant=empty)
         self.tested.append(tested)

@@ -124,6 +124,8 @@ def held_by(model: onnx.ModelProto) -> set[str]:
 # What a quantiser's choices make of a segment, as ``quantised`` calls it.
 _CHOSEN = ", as the quantiser chose"
 _WHERE = {"": (True, False), ", with results": (True, True), ", results only": (False, True)}
+# QuantizeLinear exists from here on.
+_BYTES_OPSET = 10
 CHOSEN_FORMS = (
     f"weights{_CHOSEN}",
     *(f"{what}{where}{_CHOSEN}" for what in ("activations", "both") for where in _WHERE),
@@ -187,18 +189,30 @@ def _on_their_grids(
     def rounded(name: str, source: str, to: str) -> None:
         low, high, levels = grids[name]
         step = np.maximum((high - low) / (levels - 1), np.finfo(np.float32).tiny)
-        constants = {"low": np.rint(low / step), "high": np.rint(high / step), "step": step}
+        ends = {"low": np.rint(low / step), "high": np.rint(high / step)}
+        bytes_ = step.size == 1 and ends["high"] - ends["low"] == 255 and -255 <= ends["low"] <= 0
+        constants: Arrays = {"step": np.asarray(step, np.float32)}
+        if bytes_ and surgery.opset(made) >= _BYTES_OPSET:  # as what reads integers finds them
+            constants["step"] = constants["step"].reshape(())
+            constants["zero"] = np.asarray(-ends["low"], np.uint8).reshape(())
+        else:
+            constants |= {key: np.asarray(value, np.float32) for key, value in ends.items()}
         graph.initializer.extend(
-            numpy_helper.from_array(np.asarray(value, np.float32), f"{to}/{key}")
-            for key, value in constants.items()
+            numpy_helper.from_array(value, f"{to}/{key}") for key, value in constants.items()
         )
-        steps = (
-            ("Div", (source, f"{to}/step"), f"{to}/steps"),
-            ("Round", (f"{to}/steps",), f"{to}/whole"),
-            ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
-            ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
-            ("Mul", (f"{to}/within", f"{to}/step"), to),
+        parameters = (f"{to}/step", f"{to}/zero")
+        steps: tuple[tuple[str, tuple[str, ...], str], ...] = (
+            ("QuantizeLinear", (source, *parameters), f"{to}/whole"),
+            ("DequantizeLinear", (f"{to}/whole", *parameters), to),
         )
+        if "zero" not in constants:
+            steps = (
+                ("Div", (source, f"{to}/step"), f"{to}/steps"),
+                ("Round", (f"{to}/steps",), f"{to}/whole"),
+                ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
+                ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
+                ("Mul", (f"{to}/within", f"{to}/step"), to),
+            )
         graph.node.extend(helper.make_node(kind, list(given), [out]) for kind, given, out in steps)
 
     def inner(name: str) -> None:

@@ -30,6 +30,8 @@ _MIDDLE = 4e-4
 # of N sums none is expected to lose more (Higham and Mary, A New Approach to Probabilistic Rounding
 # Error Analysis, SIAM J. Sci. Comput. 41, 2019).
 _UNIT = 2.0**-24
+# Steps that an integer times its scale, in float32, is off.
+_OFF_GRID = 1e-3
 
 # Operators between a DequantizeLinear and its reader that leave every value on its grid.
 _MOVES = frozenset(
@@ -224,7 +226,7 @@ class Layout:
             options.get("transA", 0) or options.get("alpha", 1) * options.get("beta", 1) != 1
         ):
             return None
-        found = self._weights(node.input[1])
+        found = self._weights(node.input[1]) or self._on_grid(node)
         if found is None:
             return None
         weights, scale, zero, axis = found
@@ -278,6 +280,27 @@ class Layout:
         zero = np.zeros(1, values.dtype) if zero is None else zero
         return values, scale.reshape(-1), zero.reshape(-1), axis % values.ndim
 
+    def _on_grid(self, node: onnx.NodeProto) -> tuple[Array, Array, Array, int] | None:
+        """The same of float weights that are int8 times one scale per output, or for all.
+
+        A file that an engine quantised holds them so. Asked for only where what they multiply is
+        quantised.
+        """
+        values = None if self.grid(node.input[0]) is None else self.constant(node.input[1])
+        if values is None or values.dtype != np.float32 or values.ndim < 2 or not values.size:
+            return None
+        transposed = node.op_type == "Gemm" and surgery.attributes(node).get("transB", 0)
+        axis = 0 if node.op_type == "Conv" or transposed else values.ndim - 1
+        rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+        scale = _scales(rows, np.abs(rows).max(axis=1))
+        if scale is None:
+            scale = _scales(rows.reshape(1, -1), np.abs(rows).max(keepdims=True)[0])
+        if scale is None:
+            return None
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        integers = np.rint(values / scale.reshape(shape)).astype(np.int8)
+        return integers, scale, np.zeros(1, np.int8), axis
+
     def _quantised(self, name: str, scale: Array, zero: Array | None, axis: int) -> Array | None:
         """Integers of float weights that the model itself quantises."""
         node = self.source(name)
@@ -298,6 +321,24 @@ class Layout:
         if node is None or node.op_type != "DequantizeLinear":
             return None, None
         return self.constant(node.input[0]), self.constant(node.input[1])
+
+
+def _scales(rows: Array, largest: Array) -> Array | None:
+    """Of rows that are int8 times a scale, these; None where one is not.
+
+    The largest is 127 in most of them, and less where the range is held above zero.
+    """
+    scales = np.where(largest > 0, largest, 1) / np.float32(127)
+    left = np.arange(len(rows))
+    for most in range(127, 0, -1):
+        scales[left] = np.where(largest[left] > 0, largest[left], 1) / np.float32(most)
+        steps = rows[left] / scales[left, None]
+        left = left[np.abs(steps - np.rint(steps)).max(axis=1) > _OFF_GRID]
+        if not left.size:
+            return np.asarray(scales)
+        if 2 * left.size > len(rows):
+            return None
+    return None
 
 
 class Editor:

@@ -18,10 +18,15 @@ SHAPE = (1, 20, 30)
 STEP = 0.125
 
 
-def adding(id: str, **forms: Array) -> Cause:
-    """A cause that adds a constant to what the segment's first node gives."""
+def adding(id: str, *, behind: str = "", **forms: Array) -> Cause:
+    """A cause that adds a constant to what the segment's first node gives.
+
+    Only where the segment has a constant of the name ``behind``, if any.
+    """
 
     def variants(segment: SegmentGraph) -> Iterable[Variant]:
+        if behind and behind not in {c.name for c in segment.model.graph.initializer}:
+            return
         for name, value in forms.items():
             model = surgery.copied(segment.model)
             node, label = model.graph.node[0], f"{id}/{name}"
@@ -135,3 +140,21 @@ def test_the_rest_of_nearly_all_is_looked_for_among_what_the_build_does_elsewher
     assert beside(found) == () and len(found.hypotheses) == 1  # and costs nothing
     found = explain(noises, large + small, usual={"z.small": "all"})
     assert beside(found) == ("z.small",) and found.explained == 1.0
+
+
+@pytest.mark.parametrize(("few", "named"), [(40, True), (200, False)])
+def test_what_is_right_but_for_few_values_is_looked_into_however_little_it_explains(
+    few: int, named: bool
+) -> None:
+    """Few values far off outweigh all others: products that saturate, behind 8-bit weights."""
+    generator = np.random.default_rng(5)
+    fine = generator.uniform(-0.1, 0.1, SHAPE).astype(np.float32)
+    far = np.zeros(SHAPE, np.float32)
+    far.flat[generator.permutation(far.size)[:few]] = 64
+    first = adding("precision.int8", all=fine)
+    second = adding("precision.int8_z", behind="precision.int8/all", other=-far, all=far)
+    found = explain([first, second], fine + far)
+    assert found.noise == ("precision.int8" if named else None)
+    if named:
+        assert beside(found) == ("precision.int8_z",) and found.explained > 0.9999
+    assert explain([first], fine + far).noise is None

@@ -97,6 +97,29 @@ def test_weights_that_the_graph_fills_and_quantises_itself(
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_that_are_8_bits_held_as_floats(
+    dense: tuple[SegmentGraph, Arrays], run: Any, per_channel: bool
+) -> None:
+    """As a file of another engine has them, one channel in a wider range than it needs."""
+    segment, t = dense
+    w = t["w"]
+    w[:, 3] = np.clip(w[:, 3], -90, 90)
+    w[0] = np.where(np.arange(24) == 3, 90, 127)
+    wide = np.where(np.arange(24) % 2, WS, np.float32(3) * WS) if per_channel else WS
+    (node,) = (n for n in segment.model.graph.node if n.output[0] == "wd")
+    segment.model.graph.node.remove(node)
+    values = w.astype(np.float32) * wide
+    segment.model.graph.initializer.append(numpy_helper.from_array(values, "wd"))
+    total = (maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0)) * (wide / WS)
+    planted = quantised(total, np.zeros(24))
+    found = explain(run, segment, t["x"], planted)
+    assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
+    values = numpy_helper.from_array(values + np.float32(WS / 20), "wd")
+    segment.model.graph.initializer[-1].CopyFrom(values)  # on no grid
+    assert not list(int8_saturation.NOISE.variants(segment))
+
+
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_saturation_without_the_rounding_behind_it(
     make_segment: Any, run: Any, generator: np.random.Generator, step: int
