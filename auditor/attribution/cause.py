@@ -29,7 +29,6 @@ from auditor.attribution.hypotheses import (
     CLEARLY,
     ELEMENTS,
     ROUNDED,
-    TURNED,
     Bench,
     Tested,
     forms,
@@ -387,7 +386,7 @@ def _fits(bench: Bench, tested: Tested) -> bool:
     unstated = found.noise in ROUNDED and found.noise not in bench.says
     # Choices, and which values are finite, do not tell one narrow format from another.
     other = not bench.says.isdisjoint(ROUNDED)
-    chance = other or (bench.counted and bench.turned < TURNED)
+    chance = other or bench.chance(tested.outputs)
     few = (bench.coarse and chance) or bench.few_steps
     if not tested.fits or (unstated and few):
         return False

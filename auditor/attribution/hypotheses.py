@@ -284,6 +284,18 @@ class Bench:
         rounding = len(self.replayed) * (BESIDE * self.floor) ** 2
         return self._ordinary(outputs) > max(2 * before, rounding)
 
+    def chance(self, outputs: Arrays) -> bool:
+        """Whether so few choices turned, or values are infinite, that any rounding may give them.
+
+        Not where the values that are finite are off as well, and the hypothesis says how.
+        """
+        turned = self.turned if self.counted else self._error - self._plain_ordinary()
+        if turned >= TURNED or self.counted:
+            return turned < TURNED
+        least = len(self.replayed) * self.floor**2 if self.floor < math.inf else 0.0
+        before = self._plain_ordinary()
+        return before <= least or self._ordinary(outputs) > (1 - NAMED) * before
+
     def test(self, noise: str, variant: Variant) -> None:
         """Replay one variant, and keep what it explains."""
         self.note(self.tried(noise, variant))

@@ -173,7 +173,8 @@ class Steps:
         self.elements += reference.size
         if observed.dtype.kind in "iu":
             low, high = np.minimum(observed, reference), np.maximum(observed, reference)
-            self.ones += int(np.count_nonzero(high - low == 1))  # nothing narrow can overflow
+            with np.errstate(over="ignore"):  # of a scalar; a difference that wraps is not 1
+                self.ones += int(np.count_nonzero(high - low == 1))
 
     @property
     def fraction(self) -> float | None:

@@ -48,8 +48,9 @@ class Flagging:
         known = dict(zip(names, beside(chain.apart, names), strict=True))
         least = fp32_rounding.floor(0.0)
         for cut in chain.cuts:
-            ends = (chain.base[n].dtype.kind for n in (*cut.inputs, *cut.outputs))
-            smallest = least if "f" in ends else 0.0
+            ends = [chain.base[n].dtype for n in (*cut.inputs, *cut.outputs)]
+            real = any(kind.kind == "f" for kind in ends)
+            smallest = fp32_rounding.floor(0.0, double=floors.double(ends)) if real else 0.0
             self.meters.setdefault(cut.id, Meter(cut, floor=smallest))
 
         def measured(cut: Cut) -> Local | None:
@@ -75,7 +76,8 @@ class Flagging:
             for cut, local in zip(chain.cuts, beside(measured, chain.cuts), strict=True)
             if local is not None
         }
-        # Between integers nothing is rounding; what no output shows is no finding for all that.
+        # Between integers nothing is rounding, and in float64 hardly anything; what no output shows
+        # is no finding for all that.
         for cut in [c for c in chain.cuts if c.id in found.keys() - self._shown]:
             meter = self.meters[cut.id]
             if meter.relative(meter.introduced) > least or impact.shows(chain, cut, found[cut.id]):

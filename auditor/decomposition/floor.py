@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -81,21 +82,30 @@ def floor(
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
+    wide = double(value.dtype for of in (local.inputs, local.observed) for value in of.values())
     found = fp32_rounding.floor(
         jitter,
         moved.reordered(),
         terms,
         half=half,
+        double=wide,
         exact=max(moved.evaluated_exactly(), moved.repositioned()),
     )
     found = max(found, moved.in_own_types(own) if own else 0.0, repeat)
     introduced = moved.distance(local.observed, local.replayed)
     if found < introduced <= fp32_rounding.furthest(jitter, terms) and moved.quick(terms):
         in_order = moved.summed_in_order()
-        found = max(found, fp32_rounding.floor(jitter, in_order, terms, half=half))
+        in_order = fp32_rounding.floor(jitter, in_order, terms, half=half, double=wide)
+        found = max(found, in_order)
     if found < introduced and (sided := moved.sided(terms)) is not None:
         return introduced * _ABOVE if moved.distance(local.observed, sided) <= found else found
     return found
+
+
+def double(kinds: Iterable[np.dtype[Any]]) -> bool:
+    """Whether tensors of these types are float64 as far as they are real numbers."""
+    real = {kind for kind in kinds if kind.kind not in "biuOUS"}
+    return real == {np.dtype(np.float64)}
 
 
 def draws(nodes: Iterable[onnx.NodeProto]) -> bool:

@@ -46,6 +46,7 @@ EXACT = frozenset(
         *(TensorProto.BOOL, TensorProto.STRING, TensorProto.INT64, TensorProto.UINT64),
         *(TensorProto.INT8, TensorProto.INT16, TensorProto.INT32),
         *(TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32),
+        *(TensorProto.INT4, TensorProto.UINT4),
     }
 )
 _STANDARD = ("", "ai.onnx")

@@ -28,6 +28,8 @@ SUM_FACTOR = 2 * 2.0**-24
 # The same for segments that hand over float16: four times the unit roundoff of 2⁻¹¹. Chosen, not
 # measured.
 SMALLEST_HALF = 2e-3
+# … and of those that compute in float64, whose unit roundoff is 2⁻⁵³.
+_DOUBLE = 2.0**-29
 
 
 def jitter(values: Array, generator: np.random.Generator, unit: float | None = None) -> Array:
@@ -41,9 +43,11 @@ def jitter(values: Array, generator: np.random.Generator, unit: float | None = N
     if values.dtype.kind != "f" or _mask(values):
         return values
     unit = unit or float(np.finfo(values.dtype).eps)
-    noise = generator.uniform(-unit, unit, values.shape).astype(np.float32)
+    wide = np.float64 if values.dtype == np.float64 else np.float32
+    noise = generator.uniform(-unit, unit, values.shape).astype(wide)
     with np.errstate(over="ignore", invalid="ignore"):
-        return (values * (1 + noise)).astype(values.dtype, copy=False)
+        jittered: Array = values * (1 + noise)
+    return jittered.astype(values.dtype, copy=False)
 
 
 def _mask(values: Array) -> bool:
@@ -83,6 +87,7 @@ def floor(
     terms: int = 1,
     *,
     half: bool = False,
+    double: bool = False,
     exact: float = 0.0,
 ) -> float:
     """Introduced error (relative L2) that rounding explains.
@@ -93,12 +98,14 @@ def floor(
         reordered: relative L2 by which they move when every sum is added up in reverse order.
         terms: number of terms of the longest sum.
         half: whether the outputs are float16.
+        double: whether all that is computed is float64.
         exact: relative L2 by which they move when functions are evaluated in double precision, or
             when the positions that are interpolated at move in their last bit: two runtimes may
             each round the scale and the position by half of that.
     """
-    smallest = SMALLEST_HALF if half else SMALLEST
-    expected = SUM_FACTOR * math.sqrt(terms)
+    unit = _DOUBLE if double else 1.0
+    smallest = SMALLEST_HALF if half else SMALLEST * unit
+    expected = SUM_FACTOR * math.sqrt(terms) * unit
     moved = max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, EXACT_FACTOR * exact)
     return max(moved, expected, smallest)
 

@@ -124,7 +124,8 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment with factors and shifts behind a layer in its weights and bias; None without any.
 
     Args:
-        segment: one with Conv, Gemm or MatMul nodes whose float32 weights are constants.
+        segment: one with Conv, Gemm or MatMul nodes whose float32 weights are constants. A batch
+            normalisation behind a convolution is a factor and a shift.
     """
     layout = Layout(segment.model, segment.weights)
     editor = Editor(segment.model)
@@ -139,8 +140,8 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
             continue
         name, behind = node.output[0], layout.reader(node.output[0])
         taken = len(gone)
-        while behind is not None and (step := _step(layout, layout.nodes[behind])) is not None:
-            if step.base != name or not layer.takes(step):
+        while behind is not None and (steps := _steps(layout, layout.nodes[behind])):
+            if steps[0].base != name or not all([layer.takes(step) for step in steps]):
                 break
             gone[behind] = name
             name = layout.nodes[behind].output[0]
@@ -272,6 +273,30 @@ def _step(layout: Layout, node: onnx.NodeProto) -> _Chain | None:
                 value = -value
         return _Chain(other, "Add" if node.op_type in ("Add", "Sub") else "Mul", [value])
     return None
+
+
+def _steps(layout: Layout, node: onnx.NodeProto) -> list[_Chain]:
+    """What a node multiplies a tensor with and adds to it, if that is constant; else nothing."""
+    if node.op_type != "BatchNormalization":
+        step = _step(layout, node)
+        return [] if step is None else [step]
+    given, found = surgery.attributes(node), [layout.constant(n) for n in node.input[1:]]
+    values = [v for v in found if v is not None and v.dtype == np.float32]
+    source = layout.source(node.input[0])
+    if len(values) < len(found) or given.get("training_mode") or source is None:
+        return []
+    if source.op_type != "Conv" or len(node.output) > 1:
+        return []
+    weights = layout.constant(source.input[1])
+    scale, shift, mean, variance = values
+    with np.errstate(all="ignore"):
+        factor = scale / np.sqrt(variance + np.float32(given.get("epsilon", 1e-5)))
+        shift = shift - mean * factor
+    shape = (-1, *[1] * (2 if weights is None else weights.ndim - 2))
+    return [
+        _Chain(node.input[0], kind, [value.reshape(shape)])
+        for kind, value in (("Mul", factor), ("Add", shift))
+    ]
 
 
 def _chains(layout: Layout) -> dict[str, _Chain]:

@@ -208,6 +208,13 @@ def test_steps_count_what_is_off_by_exactly_one():
     assert metrics.Steps().fraction is None
 
 
+@pytest.mark.filterwarnings("error")
+def test_scalars_at_both_ends_of_a_type_are_more_than_a_step_apart():
+    steps = metrics.Steps()
+    steps.add(np.array(2**31 - 1, np.int32), np.array(-(2**31), np.int32))
+    assert steps.fraction == 0
+
+
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 def test_steps_apart_are_representable_numbers(kind):
     one = np.array([1, -0.0, -2, np.nan], kind)

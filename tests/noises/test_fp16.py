@@ -138,6 +138,9 @@ def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states(
     for kernels, noise in (((), ID), ((stated,), None)):
         segment = make_segment(nodes, weights, ["x"], ["y"], kernels)
         assert explain(segment, {"x": x}, {"y": planted}).noise == noise
+    few = {"x": x[:, 7:12]}  # four values that became infinite tell nothing
+    segment = make_segment(nodes, weights, ["x"], ["y"])
+    assert explain(segment, few, {"y": planted[:, 7:12]}).noise is None
 
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm", "Conv", "grouped Conv"])

@@ -83,3 +83,30 @@ def test_factors_in_weights(
     planted: Array = conv(x, w * F(1e18))
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.999999
+
+
+def test_a_batch_normalisation_without_variance(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    """Infinite only behind the convolution; taken into its weights, inf - inf is no number."""
+    x = generator.normal(size=(1, 2, 5, 5)).astype(F)
+    constants = {
+        "w": generator.normal(size=(3, 2, 3, 3)).astype(F),
+        "s": np.ones(3, F),
+        "b": np.zeros(3, F),
+        "m": np.array([-100, 0.5, 1], F),
+        "v": np.array([0, 0.25, 4], F),
+    }
+    nodes = [
+        node("Conv", "x", "w", "c"),
+        node("BatchNormalization", "c", "s", "b", "m", "v", "y", epsilon=0.0),
+    ]
+    segment = make_segment(nodes, constants, ["x"], ["y"])
+    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (2, 3))
+    product = np.einsum("nchwij,ocij->nohw", windows.astype(np.float64), constants["w"])
+    deviation = np.sqrt(constants["v"].astype(np.float64))[:, None, None]
+    with np.errstate(all="ignore"):
+        planted = (product - constants["m"][:, None, None]) / deviation
+    planted[:, 0] = np.nan
+    found = diagnose(segment, {"x": x}, {"y": planted.astype(F)})
+    assert found.noise == ID and "taken into the layer" in (found.variant or "")

@@ -282,3 +282,34 @@ def test_as_many_samples_are_taken_as_a_region_is_long():
     assert error > 0.01 > floor
     floor, error = _floor(replayer, cut, feeds, right * np.float32(1 + 1e-6))
     assert error < floor
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "DOUBLE"])
+def test_single_precision_is_no_rounding_of_double_precision(kind):
+    model = _model("Sigmoid", [1, 64], {}, {})
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DataType.Value(kind)
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": RNG.standard_normal((1, 64)).astype(kind.lower() if kind == "DOUBLE" else "f4")}
+    right = replayer.walk((cut,), feeds)["y"]
+    floor, error = _floor(replayer, cut, feeds, right * (1 + right.dtype.type(1e-7)))
+    assert (error > floor) is (kind == "DOUBLE")
+    floor, error = _floor(replayer, cut, feeds, np.nextafter(right, 0))
+    assert error < floor
+
+
+def test_casts_to_4_bits_are_decided():
+    """A value in the middle falls on the same side in every runtime: they read the same one."""
+    model = _model("Cast", [1, 4], {}, {"to": TensorProto.INT4})
+    model.opset_import[0].version, model.ir_version = 21, 10
+    model.graph.node[0].output[0] = "i"
+    model.graph.node.append(helper.make_node("Cast", ["i"], ["y"], to=TensorProto.FLOAT))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    feeds = {"x": np.float32([[3.2, 2.5, -1.5, 6.5]])}
+    right = replayer.walk((cut,), feeds)["y"]
+    floor, error = _floor(replayer, cut, feeds, right + np.float32([[0, 8, 0, 0]]))
+    assert error > 0.1 > 1e-5 > floor
