@@ -7,8 +7,10 @@ segment is still measured: it is replayed with them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from auditor.graphs import packed, surgery
-from auditor.graphs.storage import in_blocks, rounds, storage_of
+from auditor.graphs.storage import in_blocks, pieces, rounds, storage_of
 from auditor.graphs.weights import attach
 from auditor.ports import Array, Arrays, CompiledConstant, SegmentGraph, Storage, Variant
 
@@ -432,16 +434,24 @@ def _compared(original: Array, value: Array) -> CompiledConstant:
     if original.dtype.kind != "f":
         same = float(np.mean(original != value))
         return CompiledConstant(value, same, None, None)
-    a, b = original.astype(np.float64).ravel(), value.astype(np.float64).ravel()
-    norm = float(np.sqrt(np.dot(a, a)))
+    square = product = error = 0.0
     with np.errstate(invalid="ignore", over="ignore"):  # a value may be infinite
-        error = float(np.sqrt(np.dot(b - a, b - a)))
-        factor = float(np.dot(a, b)) / norm**2 if norm else 0.0
-        rest = b - factor * a
-        scaled = error > 0 and np.dot(rest, rest) <= (1 - _SCALED) * error**2
+        for a, b in _wide(original, value):
+            square += float(np.dot(a, a))
+            product += float(np.dot(a, b))
+            error += float(np.dot(b - a, b - a))
+        factor = product / square if square else 0.0
+        rest = (b - factor * a for a, b in _wide(original, value))
+        left = accumulate(float(np.dot(r, r)) for r in rest)
+        scaled = error > 0 and all(so_far <= (1 - _SCALED) * error for so_far in left)
     return CompiledConstant(
         values=value,
-        relative_l2=error / norm if norm else float("inf"),
+        relative_l2=math.sqrt(error / square) if square else math.inf,
         storage=storage_of(original, value),
         factor=factor if scaled else None,
     )
+
+
+def _wide(original: Array, value: Array) -> Iterator[tuple[Array, Array]]:
+    """Pieces of both in double precision."""
+    return ((a.astype(np.float64), b.astype(np.float64)) for a, b in pieces(original, value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import re
 import stat
@@ -48,7 +49,7 @@ def decode(kind: Any, data: Any) -> Any:
         (kind,) = (a for a in arguments if a is not type(None))
         return decode(kind, data)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(typing.cast(Any, kind))
         return typing.cast(Any, kind)(**{k: decode(hints[k], v) for k, v in data.items()})
     if origin is tuple:
         items = [arguments[0]] * len(data) if arguments[1:] == (...,) else arguments
@@ -62,6 +63,9 @@ def decode(kind: Any, data: Any) -> Any:
     if kind is float and (isinstance(data, bool) or not isinstance(data, int | float)):
         raise TypeError(f"{data!r} is no number")
     return kind(data) if kind is Path else data
+
+
+_hints = functools.cache(typing.get_type_hints)  # it evaluates every annotation
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -153,6 +153,15 @@ def test_half_precision(tmp_path: Path, kind: int) -> None:
     assert found.storage == narrow.name
 
 
+def test_many_values_are_all_looked_at() -> None:
+    """Large tensors are read piece by piece; one value at the end is enough."""
+    w = np.random.default_rng(0).standard_normal((3, 20_000)).astype(np.float32)
+    rounded = w.astype("f2").astype("f4")
+    assert storage_of(w, rounded) == "float16"
+    rounded[-1, -1] = w[-1, -1] + 1
+    assert storage_of(w, rounded) is None
+
+
 @pytest.mark.parametrize("what", ["scaled", "swapped", "noisy", "dropped", "few values"])
 def test_defects_are_no_storage(tmp_path: Path, what: str) -> None:
     w = original()
