@@ -46,6 +46,7 @@ _OPTIONAL = ("LayerNormalization",)
 _CHANNEL_SLOPE = "PRelu: slope along the channels, not the last axis"
 _NO_OUTPUTS = "optional outputs are not computed"
 _RECURRENT = ("GRU", "LSTM", "RNN")
+_EVERY = "all attributes ignored"
 _ONE_DIRECTION = "activations of the first direction in both"
 _SLOPE = """(x, slope) => (y) {
     shape = Shape(x) rank = Shape(shape) count = Shape(slope)
@@ -82,6 +83,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
                 node = model.graph.node[one[0]]
                 label = node.name or node.output[0]
                 yield Variant(f"{name} at {label} alone", _changed(model, [one]))
+    every = [change for name in changes if _INPUT not in name for change in changes[name]]
+    if len(every) > len({index for index, _ in every}):
+        yield Variant(_EVERY, _changed(model, every))
     if unset := _without_outputs(model):
         yield Variant(_NO_OUTPUTS, unset)
 
@@ -197,6 +201,7 @@ NOISE = Cause(
         f"OPERATOR: {_INPUT} NAME ignored",
         "OPERATOR: ATTRIBUTE ignored at NODE alone",
         f"OPERATOR: {_INPUT} NAME ignored at NODE alone",
+        _EVERY,
         _NO_OUTPUTS,
     ),
     variants=_variants,

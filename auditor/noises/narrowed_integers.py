@@ -29,7 +29,7 @@ _ALL, _FIRST = range(2**31), range(1)
 _NUMBERS: dict[str, Sequence[int]] = (
     dict.fromkeys((*_BINARY, *_BITWISE, *_COMPARING, "MatMul"), _ALL)
     | dict.fromkeys((*_SUMMING[:-1], *_UNARY, *_MOVES), _FIRST)
-    | {"Where": _ALL, "Pad": (0, 2), "Slice": (0, 1, 2)}
+    | {"Where": _ALL, "Clip": _ALL, "Pad": (0, 2), "Slice": (0, 1, 2)}
     | dict.fromkeys(("ScatterElements", "ScatterND"), (0, 2))
 )
 # Operators computed in float32 where an engine has no integer kernel.

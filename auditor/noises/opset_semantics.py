@@ -23,6 +23,8 @@ _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
 _ONE_SAMPLE = "RoiAlign: one sample in each bin, not as many as the region is large"
 _LARGEST = "RoiAlign: the largest interpolated sample, not corner value"
+_FROM_ZERO = "NonMaxSuppression: scores below zero are left out where no threshold is given"
+_BEFORE_SCALING = "RoiAlign: half a pixel is taken off before scaling"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -32,6 +34,15 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _reductions(segment.model)
     yield from _shapes(segment.model)
     yield from _regions(segment.model)
+    open_ended = {
+        i: f"({', '.join(names)}) => (y) {{ "
+        "least = Constant <value = float {0}> () "
+        f"y = NonMaxSuppression {surgery.options(n)} ({', '.join((*names, 'least'))}) }}"
+        for i, n in surgery.find(segment.model, ("NonMaxSuppression",))
+        if len(n.input) == 4 and all(n.input) and (names := ("boxes", "scores", "most", "limit"))
+    }
+    if open_ended:
+        yield Variant(_FROM_ZERO, surgery.substituted(segment.model, open_ended))
 
 
 def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
@@ -193,24 +204,25 @@ def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
         for index in adaptive:
             surgery.set_attributes(changed.graph.node[index], sampling_ratio=1)
         yield Variant(_ONE_SAMPLE, changed)
-    moved = surgery.opset(model) >= _HALF_PIXEL
-    for name, otherwise, positive in (
-        (_LARGEST, False, False),
-        (f"{_LARGEST}, or zero", False, True),
-        (f"{_LARGEST}, at coordinates of the other operator sets", True, False),
+    early = {i: _early(model, n) for i, n in found.items()}
+    for name, shifts, positive in (
+        (_LARGEST, {}, False),
+        (f"{_LARGEST}, or zero", {}, True),
+        (f"{_LARGEST}, half a pixel taken off before scaling", early, False),
     ):
-        largest = {i: _largest_sample(n, otherwise, positive) for i, n in found.items()}
-        if bodies := {i: body for i, body in largest.items() if body and (moved or not otherwise)}:
+        if shifts is early and not any(early.values()):
+            continue
+        largest = {i: _largest_sample(n, shifts.get(i, 0.0), positive) for i, n in found.items()}
+        if bodies := {i: body for i, body in largest.items() if body}:
             yield Variant(name, surgery.substituted(model, bodies))
+    if any(early.values()):
+        bodies = {i: _moved(n, early[i]) for i, n in found.items() if early[i]}
+        yield Variant(_BEFORE_SCALING, surgery.substituted(model, bodies))
     bodies = {}
     for index, node in found.items():
         given = surgery.attributes(node)
         if surgery.opset(model) < _HALF_PIXEL:
-            half = 0.5 / given.get("spatial_scale", 1.0)
-            bodies[index] = f"""(x, rois, batch) => (y) {{
-                half = Constant <value = float {{{half!r}}}> () k = Cast <to = $T> (half)
-                moved = Sub(rois, k)
-                y = RoiAlign {surgery.options(node)} (x, moved, batch) }}"""
+            bodies[index] = _moved(node, -0.5 / given.get("spatial_scale", 1.0))
         elif given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel":
             older = surgery.options(node, coordinate_transformation_mode="output_half_pixel")
             bodies[index] = f"(x, rois, batch) => (y) {{ y = RoiAlign {older} (x, rois, batch) }}"
@@ -220,22 +232,40 @@ def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
         )
 
 
-def _largest_sample(node: onnx.NodeProto, otherwise: bool, positive: bool) -> str | None:
+def _early(model: onnx.ModelProto, node: onnx.NodeProto) -> float:
+    """By how much regions are off that are moved by half a pixel before they are scaled."""
+    given = surgery.attributes(node)
+    half = given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel"
+    scaled = half and surgery.opset(model) >= _HALF_PIXEL
+    return 0.5 / given.get("spatial_scale", 1.0) - 0.5 if scaled else 0.0
+
+
+def _moved(node: onnx.NodeProto, by: float) -> str:
+    """A RoiAlign of regions that are elsewhere."""
+    return f"""(x, rois, batch) => (y) {{
+        {_elsewhere(by)} y = RoiAlign {surgery.options(node)} (x, moved, batch) }}"""
+
+
+def _elsewhere(by: float) -> str:
+    return (
+        f"by = Constant <value = float {{{by!r}}}> () k = Cast <to = $T> (by) moved = Add(rois, k)"
+    )
+
+
+def _largest_sample(node: onnx.NodeProto, by: float, positive: bool) -> str | None:
     """The maximum of interpolated values; ONNX Runtime takes that of weighted corner values.
 
     Args:
         node: the RoiAlign.
-        otherwise: whether regions are not moved by half a pixel, which they are by default.
+        by: how far regions are moved.
         positive: whether it is looked for from zero on.
     """
     given = surgery.attributes(node)
     ratio = given.get("sampling_ratio", 0)
-    there = {"coordinate_transformation_mode": "output_half_pixel"} if otherwise else {}
-    if given.get("mode", "avg") != "max" or ratio < 1 or (there and there.items() <= given.items()):
+    if given.get("mode", "avg") != "max" or ratio < 1:
         return None
     finer = surgery.options(
         node,
-        **there,
         mode="avg",
         sampling_ratio=1,
         output_height=given.get("output_height", 1) * ratio,
@@ -243,7 +273,7 @@ def _largest_sample(node: onnx.NodeProto, otherwise: bool, positive: bool) -> st
     )
     window = [ratio, ratio]
     return f"""(x, rois, batch) => (y) {{
-        samples = RoiAlign {finer} (x, rois, batch)
+        {_elsewhere(by)} samples = RoiAlign {finer} (x, moved, batch)
         largest = MaxPool <kernel_shape = {window}, strides = {window}> (samples)
         y = {"Relu" if positive else "Identity"} (largest) }}"""
 
@@ -262,7 +292,10 @@ NOISE = Cause(
         "Operators change their meaning between operator sets (softmax axis, axes as attribute or "
         "as input), and importers that know one version apply it to all."
     ),
-    applies="Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze and RoiAlign",
+    applies=(
+        "Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze, RoiAlign, and "
+        "NonMaxSuppression without a threshold of scores"
+    ),
     source=(
         "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
         "Squeeze-11 and -13, RoiAlign-10 and -16; openvino#37826 (sampling_ratio's default)"
@@ -283,8 +316,10 @@ NOISE = Cause(
         _ONE_SAMPLE,
         _LARGEST,
         f"{_LARGEST}, or zero",
-        f"{_LARGEST}, at coordinates of the other operator sets",
+        f"{_LARGEST}, half a pixel taken off before scaling",
+        _BEFORE_SCALING,
         "RoiAlign: coordinates of the other operator sets",
+        _FROM_ZERO,
     ),
     variants=_variants,
 )

@@ -35,7 +35,7 @@ NOISE = Cause(
     applies=(
         "Add, Sub, Mul and Div with float32 constants, one after another or behind Conv, Gemm and "
         "MatMul; x − x, x / x, x · 0, x + 0, (1 / a) · b, Log of Exp, Not of a comparison, "
-        "and casts to half precision and back"
+        "and casts to half precision or 8 bits and back"
     ),
     source=(
         "ONNX Runtime, graph optimizations (basic level: constant folding, Conv Mul and Conv Add "

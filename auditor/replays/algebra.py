@@ -17,7 +17,10 @@ from auditor.replays.quantised import Editor, Layout
 # What is left of an operator: its type, or the constant that it is, and its operands.
 _Left = tuple[str, list[str]]
 
-_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_NARROW = frozenset(
+    onnx.TensorProto.DataType.Value(name)
+    for name in ("FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2")
+)
 _COMPARISONS = 12  # the first operator set with all four
 # Comparisons, and what their negation is between numbers.
 _OPPOSITES = {

@@ -126,6 +126,14 @@ def test_optional_inputs_of_a_recurrent_layer(
     assert found.noise == ID and found.variant == f"LSTM: input {lost} ignored"
 
 
+def test_two_attributes_at_once(make_segment: Any, diagnose: Any) -> None:
+    x = np.linspace(-3, 3, 400, dtype=np.float32)[None]
+    node = helper.make_node("HardSigmoid", ["x"], ["y"], alpha=0.7, beta=0.1)
+    segment = make_segment([node], {}, ["x"], ["y"])
+    found = diagnose(segment, {"x": x}, {"y": np.clip(np.float32(0.2) * x + 0.5, 0, 1)})
+    assert found.noise == ID and found.variant == "all attributes ignored"
+
+
 def test_functions_of_one_direction_in_both(
     make_segment: Any, diagnose: Any, run: Any, generator: np.random.Generator
 ) -> None:

@@ -147,6 +147,19 @@ def test_padding_that_does_not_fit(make_segment: Any, run: Any) -> None:
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+def test_limits_of_narrow_numbers(
+    make_segment: Any, run: Any, generator: np.random.Generator
+) -> None:
+    """Of unsigned numbers those from 2³¹ on are below every limit."""
+    constants = {"low": np.array(2, np.uint32), "high": np.array(50, np.uint32)}
+    node = helper.make_node("Clip", ["a", "low", "high"], ["y"])
+    segment = make_segment([node], constants, ["a"], ["y"], kind=TensorProto.UINT32)
+    a = generator.integers(0, 2**32, (4, 50)).astype(np.uint32)
+    planted = np.clip(a.view(np.int32), 2, 50).astype(np.uint32)
+    found = explain(run, segment, {"a": a}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
 def test_powers_that_do_not_fit(make_segment: Any, run: Any) -> None:
     a = np.arange(1, 41).reshape(2, 20)
     segment = make_segment(

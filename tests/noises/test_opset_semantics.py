@@ -116,7 +116,7 @@ def test_samples_of_a_region(
 
 @pytest.mark.parametrize(
     ("begin", "least", "variant"),
-    [(0.75, 0.0, "or zero"), (1.25, -9.0, "at coordinates of the other operator sets")],
+    [(0.75, 0.0, "or zero"), (0.25, -9.0, "half a pixel taken off before scaling")],
 )
 def test_largest_samples_otherwise(
     make_segment: Any,
@@ -126,12 +126,12 @@ def test_largest_samples_otherwise(
     least: float,
     variant: str,
 ) -> None:
-    """From zero on, as OpenVINO; or of regions that are not moved by half a pixel, as TVM."""
+    """From zero on, as OpenVINO; or of regions that are moved before they are scaled, as TVM."""
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32) - 1
-    roi = np.array([[1.25, 1.25, 7.25, 7.25]], np.float32)
+    roi = np.array([[0.625, 0.625, 3.625, 3.625]], np.float32)
     node = helper.make_node(
         "RoiAlign", ["x", "roi", "batch"], ["y"],
-        output_height=3, output_width=3, mode="max", sampling_ratio=2,
+        output_height=3, output_width=3, mode="max", sampling_ratio=2, spatial_scale=2.0,
     )  # fmt: skip
     constants = {"roi": roi, "batch": np.array([0])}
     segment = make_segment([node], constants, ["x"], ["y"], opset=16)
@@ -141,6 +141,34 @@ def test_largest_samples_otherwise(
         planted[0, 0, i // 2, j // 2] = max(planted[0, 0, i // 2, j // 2], sample)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and (found.variant or "").endswith(variant)
+
+
+def test_half_a_pixel_before_scaling(
+    make_segment: Any, diagnose: Any, generator: np.random.Generator
+) -> None:
+    x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
+    roi = np.array([[0.625, 0.625, 3.625, 3.625]], np.float32)
+    node = helper.make_node(
+        "RoiAlign", ["x", "roi", "batch"], ["y"],
+        output_height=6, output_width=6, sampling_ratio=1, spatial_scale=2.0,
+    )  # fmt: skip
+    constants = {"roi": roi, "batch": np.array([0])}
+    segment = make_segment([node], constants, ["x"], ["y"], opset=16)
+    samples = [bilinear(x[0, 0], 0.75 + i, 0.75 + j) for i, j in np.ndindex(6, 6)]
+    planted = np.array(samples, np.float32).reshape(1, 1, 6, 6)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and (found.variant or "").endswith("taken off before scaling")
+
+
+def test_boxes_of_negative_scores(make_segment: Any, diagnose: Any) -> None:
+    boxes = np.array([[[0, i, 1, i + 1] for i in range(30)]], np.float32)
+    scores = np.linspace(-1, 1, 30, dtype=np.float32)[None, None]
+    constants = {"boxes": boxes, "most": np.array([30]), "limit": np.array([0.5], np.float32)}
+    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "limit"], ["y"])
+    segment = make_segment([node], constants, ["scores"], ["y"])
+    kept = np.array([[0, 0, i] for i in range(29, 14, -1)])
+    found = diagnose(segment, {"scores": scores}, {"y": kept})
+    assert found.noise == ID and "NonMaxSuppression" in (found.variant or "")
 
 
 def test_a_reduction_over_no_axes_still_squares(make_segment: Any, diagnose: Any) -> None:
