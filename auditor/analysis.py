@@ -91,6 +91,7 @@ class Analysis:
         *,
         tokens: Sequence[str] = (),
         pictured: bool = True,
+        threads: int | None = None,
     ) -> None:
         """Prepare for samples.
 
@@ -103,6 +104,7 @@ class Analysis:
             samples: how many samples will be added.
             tokens: what the classes of outputs that are read as text stand for.
             pictured: whether to keep small pictures of the tensors that diverge.
+            threads: that the backend was given; None for its own choice.
         """
         self.tracer = tracer
         self.reference = reference
@@ -134,6 +136,7 @@ class Analysis:
         self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
         self._pictured = pictured
+        self._threads = threads or 0
         self._trained: Mapping[str, CompiledConstant] = {}
         self._blocks: Mapping[str, Block] | None = None
         self._gaps: dict[Gap, None] = {}  # in order, each once
@@ -347,6 +350,7 @@ class Analysis:
             self._grids,
             chain.replayer.weights,
             chain.replayer.folder,
+            self._threads,
         )
         part, failures = self.causes.look(
             cut.id, segment, local, index, thorough=thorough, floor=self.meters[cut.id].floor

@@ -179,6 +179,7 @@ def _analyses(
             len(subject.stimulus),
             tokens=options.tokens,
             pictured=options.pictures,
+            threads=options.threads,
         )
         for source in sources
     }

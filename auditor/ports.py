@@ -276,6 +276,7 @@ class SegmentGraph:
         grids: what activations are rounded to in the compiled program (``Gridded``), by name.
         weights: values of the initialisers that lie in files (``auditor.graphs.weights``), by name;
         folder: where these files are.
+        threads: that the backend may use; 0 for its own choice.
     """
 
     model: onnx.ModelProto
@@ -285,6 +286,7 @@ class SegmentGraph:
     grids: Mapping[str, Array] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
     folder: Path | None = None
+    threads: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import recurrent
+from auditor.replays import integers, recurrent
 from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")
@@ -46,6 +46,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 
 _REAL = "what recurrent layers read and hand on is not quantised"
+_PARTS = "each thread quantises what it hands on of a recurrent layer's batch by its own range"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _STORED = "a real bias is stored in steps of the products' scale"
 _SPREAD = "signed integers are spread over 256 steps instead of 255, without their zero point"
@@ -68,6 +69,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(name, surgery.substituted(model, dynamic))
     if (real := recurrent.unquantised(segment)) is not None:
         yield Variant(_REAL, real)
+    if (parts := integers.threaded(model, segment.threads)) is not None:
+        yield Variant(_PARTS, parts)
     layout = Layout(model, segment.weights)
     if biases := _biases(layout):
         yield Variant(_STORED, _with_biases(layout, biases))
@@ -412,6 +415,7 @@ NOISE = Cause(
     forms=(
         "the range divides last: x · 255 / (max − min)",
         _REAL,
+        _PARTS,
         _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",

@@ -22,7 +22,11 @@ from auditor.ports import Array
 
 # Set as a node's doc_string: leave it to this processor's kernels.
 KERNEL = "auditor: computed as this processor's kernels do"
+# In the same place, before a number: run on so many threads, 0 for as many as the engine takes.
+_THREADS = "auditor: on so many threads: "
+# Operators whose result depends on it: each thread quantises its part of the batch by its range.
 _OWN = "com.microsoft"
+_BY_THREAD = frozenset(((_OWN, "DynamicQuantizeLSTM"),))
 # Where operators have their weights, these weights' zero point, and the zero point of what they
 # multiply, which int8 × int8 is told by; None where uint8 weights suit both.
 _Operands = tuple[tuple[int, int, int | None], ...]
@@ -99,12 +103,32 @@ def kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
         return None
     changed = surgery.copied(model)
     for node in filter(_clips, _nodes(changed.graph)):
-        node.doc_string = KERNEL
+        node.doc_string += KERNEL
     return changed
 
 
+def threaded(model: onnx.ModelProto, threads: int) -> onnx.ModelProto | None:
+    """A copy that runs on so many threads; None where no result depends on their number."""
+    if threads == 1 or not any(map(_by_thread, _nodes(model.graph))):
+        return None
+    changed = surgery.copied(model)
+    for node in filter(_by_thread, _nodes(changed.graph)):
+        node.doc_string += f"{_THREADS}{threads} "
+    return changed
+
+
+def threads(model: onnx.ModelProto) -> int | None:
+    """The threads that ``threaded`` asks for, if it does."""
+    said = (n.doc_string for n in _nodes(model.graph) if _THREADS in n.doc_string)
+    return next((int(text.split(_THREADS)[1].split()[0]) for text in said), None)
+
+
+def _by_thread(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) in _BY_THREAD and _THREADS not in node.doc_string
+
+
 def _clips(node: onnx.NodeProto) -> bool:
-    return bool(_operands(node)) and node.doc_string != KERNEL
+    return bool(_operands(node)) and KERNEL not in node.doc_string
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -34,7 +34,8 @@ def session(model: onnx.ModelProto, threads: int, folder: Path | None = None) ->
     ort.set_default_logger_severity(4)  # some kernels warn past their session's options
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = threads
+    own = integers.threads(model)
+    options.intra_op_num_threads = threads if own is None else own
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4

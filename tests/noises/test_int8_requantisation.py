@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
+from auditor.replays import sessions
 from tests.helpers import explained
 
 ID = "precision.int8_requantisation"
@@ -262,6 +264,38 @@ def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
     # Two steps up everywhere is another error (one is what rounding ties up does to most of them).
     wrong = {"y": np.minimum(replayed["y"], 253) + np.uint8(2)}
     assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_recurrent_layer_whose_threads_quantise_parts_of_the_batch(
+    make_segment: Any, run: Any, generator: np.random.Generator, threads: int
+) -> None:
+    """ONNX Runtime's own kernel, on a batch whose ranges differ."""
+    x = generator.standard_normal((6, 8, 16)) * np.linspace(0.2, 3, 8)[:, None]
+    t: Arrays = {}
+    for name, rows in {"w": 16, "r": 24}.items():
+        t[name] = generator.integers(0, 256, (1, rows, 96)).astype(np.uint8)
+        t[f"{name}s"] = np.full(1, 0.01, np.float32)
+        t[f"{name}z"] = np.full(1, 128, np.uint8)
+    inputs = ["x", "w", "r", "", "", "", "", "", "ws", "wz", "rs", "rz"]
+    node = helper.make_node("DynamicQuantizeLSTM", inputs, ["y"], hidden_size=24)
+    node.domain = "com.microsoft"
+    segment = make_segment([node], t, ["x"], ["y"])
+    segment.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    feeds = {"x": x.astype(np.float32)}
+    (observed,) = sessions.session(segment.model, threads).run(None, feeds)
+    replayed = run(segment.model, feeds)  # on one thread
+    assert np.array_equal(observed, replayed["y"]) is (threads == 1)
+    for own, named in ((threads, threads > 1), (1, False)):
+        found = attribution.explain(
+            replace(segment, threads=own),
+            feeds,
+            {"y": observed},
+            replayed,
+            NOISES,
+        )
+        assert (found.noise == ID) is named
+        assert not named or ("thread" in found.variant and found.bit_identical == 1.0)
 
 
 @pytest.mark.parametrize("zero", [-60, -1, -128])
