@@ -61,6 +61,10 @@ _UNCONVERTED = re.compile(
     r"(?:No conversion rule found for operations?|Conversion is failed for): (.+)"
 )
 
+# … and what the first of its translators said that gave up, the reason in the last line.
+_SAID = re.compile(r"^-- .+ with a message:\n(.+?)\n\n", re.MULTILINE | re.DOTALL)
+_TOLD = 300  # characters of it at most
+
 
 def require_same(model: Any, inputs: Sequence[str], outputs: Sequence[str], artifact: Path) -> None:
     """Refuse a file that was not made of the ONNX model.
@@ -119,10 +123,18 @@ def read(core: Any, request: BuildRequest, notes: list[str] | None = None) -> An
                 return model
         if match := _UNCONVERTED.search(str(error)):
             raise BackendError(
-                f"OpenVINO has no conversion for {match[1].strip()} as it is used here",
+                f"OpenVINO has no conversion for {match[1].strip()} as it is used here"
+                + _said(str(error)),
                 "Export the model without it, or rewrite it with standard operators.",
             ) from error
         raise BackendError(f"OpenVINO cannot read the model: {reason_of(error)}") from error
+
+
+def _said(error: str) -> str:
+    """Why the first operator that failed did, behind a colon; nothing if that is not said."""
+    found = _SAID.search(error)
+    last = found[1].strip().splitlines()[-1].strip() if found else ""
+    return f": {last[:_TOLD]}" if last else ""
 
 
 def _read_at(path: Path, shapes: Mapping[str, Sequence[int]]) -> Any:

@@ -880,3 +880,12 @@ def test_what_the_device_replaces_can_be_kept_too(tmp_path: Path) -> None:
     why = {skipped.tensor: skipped.reason for skipped in seen.skipped}
     assert not seen.probes, "a copy rounded to float16 for the probe is not the tensor"
     assert "for the probe alone" in why["p"], why
+
+
+def test_a_refusal_says_what_the_translator_said(tmp_path: Path) -> None:
+    """A tensor of another size than a Reshape is for, as a Resize that went wrong leaves it."""
+    shape = numpy_helper.from_array(np.array([1, 40]), "shape")
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 56)], [info("y", 1, 40)], (shape,))
+    with pytest.raises(BackendError, match=r"Reshape-17 .* here: .*output shape \[1,40\]"):
+        build(path)
