@@ -148,6 +148,8 @@ def test_the_score_keeps_its_rules():
     assert suite.score(scale, [], []).outcome == "not located"
     bf16 = _result("noise", "bf16/weights")
     assert suite.score(bf16, [_finding("precision.bf16", "b")], []).outcome == "right"
+    both = replace(_finding("precision.bf16", "a", "b"), beside=("precision.fp16",))
+    assert suite.score(bf16, [_finding("precision.bf16", "b")], [both]).outcome == "right"
     assert suite.score(bf16, [here], []).outcome == "unexplained"
     assert suite.score(bf16, [_finding("precision.fp16", "b")], []).outcome == "wrong cause"
     null = _result("null", "null/identity")

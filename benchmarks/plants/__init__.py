@@ -14,9 +14,9 @@ constant, which the engine folds, since the auditor reads a compiled file's cons
 
 How a report is scored:
 
-- *New* findings are those that the audit of the same build without the plant does not have: all
-  causes that they name are named there, at segments that share a node (a plant may cut segments
-  otherwise, and one finding hold two of them). Most builds have none of their own.
+- *New* findings are those that the audit of the same build without the plant does not have: with
+  the same causes at a segment that shares a node, or with those of all such segments together, as
+  a plant may cut segments otherwise. Most builds have none of their own.
 - *Located*: the segments of the top-ranked new finding hold the changed node. Of two faults, both
   must be held by the first two new findings.
 - *Right cause*: located, and the finding names a cause that truly describes the plant. A defect

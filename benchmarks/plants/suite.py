@@ -442,7 +442,8 @@ def new(findings: Sequence[Found], baseline: Sequence[Found]) -> list[Found]:
         shared = [b for b in baseline if set(finding.nodes) & set(b.nodes)]
         if not finding.causes:
             return any(not b.causes for b in shared)
-        return finding.causes <= {cause for b in shared for cause in b.causes}
+        together = {cause for b in shared for cause in b.causes}
+        return finding.causes in (together, *(b.causes for b in shared))
 
     return [f for f in findings if not there(f)]
 
