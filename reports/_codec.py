@@ -10,7 +10,7 @@ import binascii
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
@@ -181,6 +181,29 @@ def record(kind: type[Any], keys: Mapping[str, Codec[Any]], *inline: str) -> Cod
         return kind(**values)
 
     return Codec(dump, load)
+
+
+def document(form: str, report: Any) -> str:
+    """A record as a JSON document of its own; numbers that are not finite are null.
+
+    Args:
+        form: what the document says that it is.
+        report: a record, whose fields become keys, or what they are.
+    """
+    return json.dumps({"format": form, **plain(report)}, indent=2, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """A value of records as what JSON has: an object for a record, null for what is not finite."""
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 TEXT = only(str, "text")

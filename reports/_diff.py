@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span
+from reports._codec import document
+from reports._page import Column, Page, Row, Span, right
 
 if TYPE_CHECKING:
     from auditor.records.comparison import Comparison, FindingChange, Trend
@@ -30,7 +28,7 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
     page = Page(width, color)
     page.rule(f"From {comparison.old} to {comparison.new}")
     count = len(comparison.regressions)
-    said = f"{count} regression{'s' if count != 1 else ''}" if count else "nothing is new or worse"
+    said = words.count(count, "regression") if count else "nothing is new or worse"
     page.say(Span(said, "bold red" if count else "bold green"))
     for broken in comparison.regressions[:_MOST]:
         page.say(Span(broken.sentence), label=Span("  • "))
@@ -48,8 +46,7 @@ def render(comparison: Comparison, width: int | None, color: bool) -> str:
     columns = (
         Column("backend"),
         Column("output"),
-        Column("before", right=True),
-        Column("after", right=True),
+        *right("before", "after"),
         Column(""),
     )
     rows = [
@@ -77,8 +74,7 @@ def _draw_findings(page: Page, changes: tuple[FindingChange, ...]) -> None:
     columns = (
         Column(""),
         Column("backend"),
-        Column("before", right=True),
-        Column("after", right=True),
+        *right("before", "after"),
         Column("cause"),
         Column("nodes"),
     )
@@ -106,20 +102,4 @@ def _draw_findings(page: Page, changes: tuple[FindingChange, ...]) -> None:
 
 def dump(comparison: Comparison) -> str:
     """The whole comparison as JSON; numbers that are not finite are null."""
-    return json.dumps(_json({"format": FORMAT, **_fields(comparison)}), indent=2) + "\n"
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
-
-
-def _json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        value = _fields(value)
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return document(FORMAT, comparison)

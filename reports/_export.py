@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span, detail
+from reports._page import Column, Page, Row, Span, detail, right
 
 if TYPE_CHECKING:
     from auditor.records.export import ExportReport, ExportTrial
@@ -24,12 +24,9 @@ def render(report: ExportReport, width: int | None, color: bool) -> str:
     page.rule(f"{report.source}: relative L2 to PyTorch")
     columns = (
         Column("export"),
-        Column("opset", right=True),
-        Column("nodes", right=True),
-        Column("file", right=True),
+        *right("opset", "nodes", "file"),
         *(Column(name, right=True) for name in report.backends),
-        Column("mistakes", right=True),
-        Column("seconds", right=True),
+        *right("mistakes", "seconds"),
     )
     rows = [_row(number, made, report) for number, made in enumerate(report.trials)]
     page.grid(columns, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span, detail
+from reports._page import Column, Page, Row, Span, detail, right
 
 if TYPE_CHECKING:
     from auditor.records.fix import FixAttempt, FixReport
@@ -26,9 +26,7 @@ def render(report: FixReport, width: int | None, color: bool) -> str:
     page.rule(f"{report.backend}: from {words.error(report.before)} to {words.error(report.limit)}")
     columns = (
         Column("build"),
-        Column("rel. L2", right=True),
-        Column("latency", right=True),
-        Column("layers", right=True),
+        *right("rel. L2", "latency", "layers"),
         Column("change"),
     )
     rows = [_row(number, made, report) for number, made in enumerate(report.attempts)]

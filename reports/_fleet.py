@@ -232,7 +232,7 @@ def _draw_nodes(page: Page, report: FleetReport) -> None:
         count = counted[node.name]
         page.say(
             Span(node.name, "bold"),
-            Span(f": {count} cell{'s' if count != 1 else ''}{gone}; {has or 'declares nothing'}"),
+            Span(f": {words.count(count, 'cell')}{gone}; {has or 'declares nothing'}"),
         )
     if lost:
-        page.say(Span(f"{lost} attempt{'s' if lost != 1 else ''} lost and made again."))
+        page.say(Span(f"{words.count(lost, 'attempt')} lost and made again."))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span
+from reports._codec import document
+from reports._page import Column, Page, Row, Span, tag
 
 if TYPE_CHECKING:
     from auditor.records.forensics import ForensicsReport, ResultForensics, ResultVariant
@@ -29,19 +28,19 @@ def render(report: ForensicsReport, width: int | None, color: bool) -> str:
     report = words.visible(report)
     page = Page(width, color)
     page.rule("What made this tensor")
-    page.say(Span(report.best, "bold"), label=Span("pixels      ", "dim"))
-    page.say(Span(_certainty(report)), label=Span("certainty   ", "dim"))
+    page.say(Span(report.best, "bold"), label=tag("pixels", 12))
+    page.say(Span(_certainty(report)), label=tag("certainty", 12))
     scale = ", ".join(words.plain(v) for v in report.slope)
     shift = ", ".join(words.plain(v) for v in report.offset)
     page.say(
         Span(f"{report.normalisation or 'none of the usual ones'}: "),
         Span(f"slope {scale}; offset {shift}", "dim"),
-        label=Span("normalised  ", "dim"),
+        label=tag("normalised", 12),
     )
-    page.say(Span(f"{report.layout}, {report.channels}"), label=Span("layout      ", "dim"))
+    page.say(Span(f"{report.layout}, {report.channels}"), label=tag("layout", 12))
     page.say(
         Span(f"{report.tried} combinations compared, {report.skipped} too far by a bound"),
-        label=Span("search      ", "dim"),
+        label=tag("search", 12),
     )
     if report.indistinguishable:
         page.rule("Gives the same pixels of this photograph")
@@ -81,18 +80,18 @@ def render_result(report: ResultForensics, width: int | None, color: bool) -> st
     report = words.visible(report)
     page = Page(width, color)
     page.rule(f"What made this result ({report.kind})")
-    page.say(Span(report.best.name, "bold"), label=Span("steps       ", "dim"))
-    page.say(Span(_proof(report)), label=Span("certainty   ", "dim"))
+    page.say(Span(report.best.name, "bold"), label=tag("steps", 12))
+    page.say(Span(_proof(report)), label=tag("certainty", 12))
     for label, limits in (("threshold", report.threshold), ("overlap", report.overlap)):
         if limits is not None:
             low, high = map(words.plain, limits)
             page.say(
                 Span(f"from {low} to {high} the result is the same"),
-                label=Span(f"{label:12}", "dim"),
+                label=tag(label, 12),
             )
     page.say(
         Span(f"{report.tried} ways compared, {report.skipped} ruled out by an earlier step"),
-        label=Span("search      ", "dim"),
+        label=tag("search", 12),
     )
     page.rule("Against the description")
     if not report.differs:
@@ -139,11 +138,9 @@ def _off(variant: ResultVariant, unit: str) -> str:
 
 def result_to_json(report: ResultForensics) -> str:
     """The whole answer."""
-    document = {"format": RESULT_FORMAT, **dataclasses.asdict(report)}
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return document(RESULT_FORMAT, report)
 
 
 def to_json(report: ForensicsReport) -> str:
     """The whole answer."""
-    document = {"format": FORMAT, **dataclasses.asdict(report)}
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return document(FORMAT, report)

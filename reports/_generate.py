@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._page import Column, Page, Row, Span
+from reports._codec import document
+from reports._page import Column, Page, Row, Span, right, tag
 
 if TYPE_CHECKING:
     from auditor.records.generation import (
         Carried,
         Generation,
         GenerationReport,
-        GenerationStep,
         KeptLayers,
     )
     from auditor.records.measured import CategoryShare
@@ -48,7 +46,7 @@ def render(
     page.rule(
         f"{report.model.path}: {words.count(len(report.text), 'token')} of greedy text{caches}"
     )
-    page.say(Span(_text(report.text, decode)), label=Span("reference  ", "dim"))
+    page.say(Span(_text(report.text, decode)), label=tag("reference", 11))
     for part in report.backends:
         _draw(page, part, report, decode, told)
     return page.text()
@@ -56,7 +54,7 @@ def render(
 
 def render_json(report: GenerationReport) -> str:
     """Everything, as JSON."""
-    return json.dumps({"format": FORMAT} | dataclasses.asdict(report), indent=2) + "\n"
+    return document(FORMAT, report)
 
 
 def _draw(
@@ -68,7 +66,7 @@ def _draw(
 ) -> None:
     page.rule(part.id)
     if not part.steps:
-        page.say(Span(part.gap.reason if part.gap else "", "yellow"), label=Span("gap  ", "dim"))
+        page.say(Span(part.gap.reason if part.gap else "", "yellow"), label=tag("gap", 5))
         return
     same = sum(a == b for a, b in zip(part.text, report.text, strict=True))
     if part.first is None:
@@ -82,11 +80,11 @@ def _draw(
         )
     else:
         step = part.steps[part.first]
-        page.say(Span(_text(part.text, decode)), label=Span("text       ", "dim"))
+        page.say(Span(_text(part.text, decode)), label=tag("text", 11))
         page.say(
             Span(f"token {step.number}: {told(step.other)} instead of {told(step.token)}", "red"),
             Span(f", whose lead was {words.plain(step.margin)}"),
-            label=Span("diverges   ", "dim"),
+            label=tag("diverges", 11),
         )
         turned = sum(not s.same for s in part.steps)
         page.say(
@@ -94,7 +92,7 @@ def _draw(
                 f"{same} of {len(report.text)} tokens of its own text; on the reference's text "
                 f"{len(part.steps) - turned} of {len(part.steps)} decisions"
             ),
-            label=Span("agrees     ", "dim"),
+            label=tag("agrees", 11),
         )
     kl = [s.kl for s in part.steps]
     proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
@@ -103,14 +101,14 @@ def _draw(
             f"{words.error(sum(kl) / len(kl))} nats a step on average, {words.error(max(kl))} at "
             f"most; logits {words.error(part.relative_l2)} relative L2{proof}"
         ),
-        label=Span("KL         ", "dim"),
+        label=tag("KL", 11),
     )
     if part.carried is not None:
         _draw_carried(page, part, part.carried, told)
     causes = shares(part.categories, part.unexplained_share)
-    page.say(Span(causes), label=Span("causes     ", "dim"))
+    page.say(Span(causes), label=tag("causes", 11))
     if part.gap is not None:
-        page.say(Span(part.gap.reason, "yellow"), label=Span("gap        ", "dim"))
+        page.say(Span(part.gap.reason, "yellow"), label=tag("gap", 11))
     _draw_steps(page, part, told)
     if part.effects:
         _draw_layers(page, part)
@@ -126,21 +124,23 @@ def shares(categories: Sequence[CategoryShare], unexplained: float) -> str:
     return ", ".join([*known, f"unexplained {words.percent(unexplained)}"])
 
 
+def grown(errors: Sequence[float], step: str) -> str:
+    """An error at the first and the last step, and where it is largest."""
+    most = max(range(len(errors)), key=errors.__getitem__)
+    first, last, highest = map(words.error, (errors[0], errors[-1], errors[most]))
+    return (
+        f"{first} at {step} 0, {last} at {step} {len(errors) - 1}, at most {highest} at {step} "
+        f"{most}"
+    )
+
+
 def _draw_carried(
     page: Page, part: Generation, carried: Carried, told: Callable[[int], str]
 ) -> None:
     """How errors grow along the text, and what one step owes to the caches before it."""
-    first, last = part.steps[0], part.steps[-1]
-
-    def grown(of: Callable[[GenerationStep], float]) -> str:
-        most = max(part.steps, key=of)
-        return (
-            f"{words.error(of(first))} at token {first.number}, {words.error(of(last))} at token "
-            f"{last.number}, at most {words.error(of(most))} at token {most.number}"
-        )
-
-    page.say(Span(grown(lambda s: s.relative_l2)), label=Span("logits     ", "dim"))
-    page.say(Span(grown(lambda s: s.caches or 0.0)), label=Span("caches     ", "dim"))
+    logits, caches = ([s.relative_l2 for s in part.steps], [s.caches or 0.0 for s in part.steps])
+    page.say(Span(grown(logits, "token")), label=tag("logits", 11))
+    page.say(Span(grown(caches, "token")), label=tag("caches", 11))
     page.say(
         Span(
             f"{words.error(carried.inherited)} of its logits' error came with the caches, "
@@ -148,11 +148,11 @@ def _draw_carried(
             f"of {words.plain(carried.lead)} changes by {words.plain(carried.by_caches)} and "
             f"{words.plain(carried.by_step)}"
         ),
-        label=Span(f"token {carried.number:<4} ", "dim"),
+        label=tag(f"token {carried.number}", 11),
     )
     if carried.categories:
         causes = shares(carried.categories, carried.unexplained_share)
-        page.say(Span(f"of the prompt's caches: {causes}"), label=Span("           ", "dim"))
+        page.say(Span(f"of the prompt's caches: {causes}"), label=tag("", 11))
 
 
 def _draw_steps(page: Page, part: Generation, told: Callable[[int], str]) -> None:
@@ -162,9 +162,7 @@ def _draw_steps(page: Page, part: Generation, told: Callable[[int], str]) -> Non
         Column("token", right=True),
         Column("reference"),
         Column("backend"),
-        Column("lead", right=True),
-        Column("becomes", right=True),
-        Column("KL, nats", right=True),
+        *right("lead", "becomes", "KL, nats"),
     )
     rows = [
         Row(
@@ -176,7 +174,6 @@ def _draw_steps(page: Page, part: Generation, told: Callable[[int], str]) -> Non
                 Span(words.plain(s.margin_after)),
                 Span(words.error(s.kl)),
             ),
-            (),
         )
         for s in sorted(chosen, key=lambda s: s.number)
     ]
@@ -187,9 +184,7 @@ def _draw_steps(page: Page, part: Generation, told: Callable[[int], str]) -> Non
 def _draw_layers(page: Page, part: Generation) -> None:
     columns = (
         Column("layer, its error alone"),
-        Column("segments", right=True),
-        Column("changes the lead by", right=True),
-        Column("of it", right=True),
+        *right("segments", "changes the lead by", "of it"),
     )
     rows = [
         Row(
@@ -199,7 +194,6 @@ def _draw_layers(page: Page, part: Generation) -> None:
                 Span(words.plain(e.change)),
                 Span(words.percent(e.harm)),
             ),
-            (),
         )
         for e in part.effects[:_LAYERS]
     ]
@@ -225,7 +219,7 @@ def _draw_kept(page: Page, part: Generation, kept: KeptLayers) -> None:
             f"{words.error(kept.kl)} nats at most",
             "green" if kept.turned == 0 else "yellow",
         ),
-        label=Span("built      ", "dim"),
+        label=tag("built", 11),
     )
 
 

@@ -48,6 +48,11 @@ class Column(NamedTuple):
     drop: int = 0
 
 
+def right(*titles: str) -> tuple[Column, ...]:
+    """Columns of figures."""
+    return tuple(Column(title, right=True) for title in titles)
+
+
 class Row(NamedTuple):
     """A line of a grid, and what is said beneath it.
 

@@ -21,6 +21,7 @@ from reports._page import (
     elide,
     folder_of,
     name_nodes,
+    right,
     tag,
     width_of,
 )
@@ -116,8 +117,7 @@ def _draw_matches(page: Page, name: str, found: Sequence[tuple[BackendReport, Se
         Column("backend"),
         Column("segment"),
         Column("accumulated", right=True, drop=1),
-        Column("introduced", right=True),
-        Column("impact", right=True),
+        *right("introduced", "impact"),
         Column("cause", drop=2),
         Column("ONNX nodes"),
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from reports import _words as words
-from reports._generate import shares
-from reports._page import Column, Page, Row, Span
+from reports._codec import document
+from reports._generate import grown, shares
+from reports._page import Column, Page, Row, Span, right, tag
 
 if TYPE_CHECKING:
     from auditor.records.stream import Streamed, StreamReport, StreamStep
@@ -29,22 +27,22 @@ def render(report: StreamReport, width: int | None, color: bool) -> str:
     report = words.visible(report)
     page = Page(width, color)
     page.rule(f"{report.model.path}: a stream")
-    page.say(Span(report.source), label=Span("fed        ", "dim"))
+    page.say(Span(report.source), label=tag("fed", 11))
     pairs = ", ".join(f"{name} ← {output}" for name, output in report.states)
-    page.say(Span(pairs), label=Span("states     ", "dim"))
+    page.say(Span(pairs), label=tag("states", 11))
     for part in report.backends:
         page.rule(part.id)
         if part.steps:
             _draw(page, part, report.output)
         else:
             reason = part.gap.reason if part.gap else ""
-            page.say(Span(reason, "yellow"), label=Span("gap  ", "dim"))
+            page.say(Span(reason, "yellow"), label=tag("gap", 5))
     return page.text()
 
 
 def render_json(report: StreamReport) -> str:
     """Everything, as JSON."""
-    return json.dumps({"format": FORMAT} | dataclasses.asdict(report), indent=2) + "\n"
+    return document(FORMAT, report)
 
 
 def _draw(page: Page, part: Streamed, output: str) -> None:
@@ -54,7 +52,7 @@ def _draw(page: Page, part: Streamed, output: str) -> None:
         said = (
             f"{words.count(len(turned), 'step')} of {len(part.steps)}, the first {turned[0].number}"
         )
-        page.say(Span(said, "red"), label=Span("turned     ", "dim"))
+        page.say(Span(said, "red"), label=tag("turned", 11))
     elif decided:
         nearest = min(part.steps, key=lambda s: s.margin_after or 0.0)
         left = words.plain(nearest.margin_after or 0.0)
@@ -66,39 +64,28 @@ def _draw(page: Page, part: Streamed, output: str) -> None:
         steps = words.count(len(part.steps), "step")
         page.say(Span(f"{steps}; `{output}` is nothing to decide by"))
 
-    def grown(of: Callable[[StreamStep], float]) -> str:
-        first, last, most = part.steps[0], part.steps[-1], max(part.steps, key=of)
-        return (
-            f"{words.error(of(first))} at step {first.number}, {words.error(of(last))} at step "
-            f"{last.number}, at most {words.error(of(most))} at step {most.number}"
-        )
-
     proof = f"; {words.proof(part.fidelity)}" if part.fidelity else ""
-    page.say(Span(grown(lambda s: s.relative_l2) + proof), label=Span("output     ", "dim"))
-    page.say(Span(grown(lambda s: s.states)), label=Span("states     ", "dim"))
+    outputs = [step.relative_l2 for step in part.steps]
+    page.say(Span(grown(outputs, "step") + proof), label=tag("output", 11))
+    page.say(Span(grown([s.states for s in part.steps], "step")), label=tag("states", 11))
     looked = part.steps[part.looked]
     page.say(
         Span(
             f"{words.error(looked.inherited)} of its output's error came with the states, "
             f"{words.error(looked.introduced)} is its own"
         ),
-        label=Span(f"step {part.looked:<5} ", "dim"),
+        label=tag(f"step {part.looked}", 11),
     )
     causes = shares(part.categories, part.unexplained_share)
-    page.say(Span(f"of its own: {causes}"), label=Span("causes     ", "dim"))
+    page.say(Span(f"of its own: {causes}"), label=tag("causes", 11))
     if part.gap is not None:
-        page.say(Span(part.gap.reason, "yellow"), label=Span("gap        ", "dim"))
+        page.say(Span(part.gap.reason, "yellow"), label=tag("gap", 11))
     page.blank()
     columns = (
         Column("step", right=True),
         Column("reference"),
         Column("backend"),
-        Column("margin", right=True),
-        Column("becomes", right=True),
-        Column("output", right=True),
-        Column("states", right=True),
-        Column("inherited", right=True),
-        Column("introduced", right=True),
+        *right("margin", "becomes", "output", "states", "inherited", "introduced"),
     )
     worst = sorted(part.steps, key=lambda s: (s.same, -s.relative_l2))[:_STEPS]
     page.grid(columns, [_row(s) for s in sorted(worst, key=lambda s: s.number)])
@@ -116,5 +103,4 @@ def _row(step: StreamStep) -> Row:
             *(Span("–" if m is None else words.plain(m)) for m in margins),
             *(Span(words.error(p)) for p in parts),
         ),
-        (),
     )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reports import _words as words
+from reports._codec import document
 from reports._page import Column, Page, Row, Span, tag
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from auditor.records.backend import Gap
     from auditor.records.sysnoise import (
         Interval,
         SysnoiseEffect,
@@ -270,92 +267,21 @@ def _listed(subjects: list[str]) -> str:
 
 def to_json(report: SysnoiseReport) -> str:
     """The whole table; numbers that are not finite are null."""
-    document: dict[str, Any] = {
-        "format": FORMAT,
+    table = {
         "tool_version": report.tool_version,
         "model": report.model,
         "pipeline": {"source": report.pipeline, "training": report.steps},
         "photos": {
             "measured": report.photos,
             "labelled": report.labelled,
-            "left_out": [_gap(gap) for gap in report.left_out],
+            "left_out": report.left_out,
             "unusual": report.oddities,
         },
         "output": {"name": report.output, "kind": report.kind},
-        "metric": report.metric,
-        "accuracy": _interval(report.accuracy),
-        "deployment": _option(report.deployment) if report.deployment else None,
-        "types": [
-            {
-                "id": type.id,
-                "title": type.title,
-                "mean": _effect(type.mean),
-                "max": _effect(type.max),
-                "worst": type.worst,
-                "options": [_option(option) for option in type.options],
-            }
-            for type in report.types
-        ],
-        "accumulation": [_step(step) for step in report.accumulation],
-        "pairs": [_step(step) for step in report.pairs],
-        "flips": [
-            {
-                "photo": flip.photo,
-                "option": flip.option,
-                "before": flip.before,
-                "after": flip.after,
-                "label": flip.label,
-            }
-            for flip in report.flips
-        ],
         "advice": _advice(report),
-        "gaps": [_gap(gap) for gap in report.gaps],
-        "notes": list(report.notes),
-        "network_runs": report.network_runs,
-        "seconds": report.seconds,
     }
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _option(option: SysnoiseOption) -> dict[str, Any]:
-    return {
-        "name": option.name,
-        "tool": option.tool,
-        "photos": option.photos,
-        "refused": option.refused,
-        "same": option.same,
-        "effect": _effect(option.effect),
-    }
-
-
-def _step(step: SysnoiseStep) -> dict[str, Any]:
-    return {
-        "types": list(step.types),
-        "options": list(step.options),
-        "effect": _effect(step.effect),
-        "surplus": _effect(step.surplus) if step.surplus else None,
-    }
-
-
-def _effect(effect: SysnoiseEffect) -> dict[str, Any]:
-    return {
-        "drop": _interval(effect.drop),
-        "changed": _interval(effect.changed),
-        "relative_l2": _interval(effect.relative_l2),
-    }
-
-
-def _interval(value: Interval | None) -> dict[str, float | None] | None:
-    if value is None:
-        return None
-    parts = {"value": value.value, "low": value.low, "high": value.high}
-    return {k: v if math.isfinite(v) else None for k, v in parts.items()}
-
-
-def _gap(gap: Gap) -> Mapping[str, str | None]:
-    return {
-        "subject": gap.subject,
-        "stage": gap.stage,
-        "reason": gap.reason,
-        "remedy": gap.remedy,
-    }
+    same = (
+        *("metric", "accuracy", "deployment", "types", "accumulation", "pairs", "flips"),
+        *("gaps", "notes", "network_runs", "seconds"),
+    )
+    return document(FORMAT, table | {key: getattr(report, key) for key in same})

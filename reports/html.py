@@ -35,15 +35,8 @@ _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 class _Html:
     """Report format ``html``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "html"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".html", ".htm")
+    name = "html"
+    suffixes = (".html", ".htm")
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as one page."""

@@ -624,15 +624,8 @@ def _get(data: Mapping[str, object], key: str) -> object:
 class _Json:
     """Report format ``json``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "json"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".json",)
+    name = "json"
+    suffixes = (".json",)
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as ASCII JSON text, keys sorted so that two reports can be diffed."""

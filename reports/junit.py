@@ -32,15 +32,8 @@ _TEXT = 2000  # characters of a message
 class _Junit:
     """Report format ``junit``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "junit"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".xml",)
+    name = "junit"
+    suffixes = (".xml",)
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as ASCII XML text."""

@@ -37,15 +37,8 @@ _MARKS = {"pass": "✅", "fail": "❌", "incomplete": "⚠️"}
 class _Markdown:
     """Report format ``markdown``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "markdown"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".md", ".markdown")
+    name = "markdown"
+    suffixes = (".md", ".markdown")
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The report, the verdict first, as far as a comment has room."""

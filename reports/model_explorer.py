@@ -32,15 +32,8 @@ _INCOMPARABLE = 1e30  # JSON has no infinity
 class _ModelExplorer:
     """Report format ``model-explorer``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "model-explorer"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".nodes.json",)
+    name = "model-explorer"
+    suffixes = (".nodes.json",)
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The node data as ASCII JSON text."""

@@ -56,15 +56,8 @@ Object = dict[str, object]
 class _Sarif:
     """Report format ``sarif``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "sarif"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".sarif", ".sarif.json")
+    name = "sarif"
+    suffixes = (".sarif", ".sarif.json")
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report as ASCII JSON text, without infinity and NaN."""

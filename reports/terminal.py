@@ -26,6 +26,7 @@ from reports._page import (
     folder_of,
     join,
     name_nodes,
+    right,
     tag,
     width_of,
 )
@@ -55,15 +56,8 @@ _CONCLUSIONS = {"confirmed": "green", "contradicted": "yellow", "failed": "yello
 class _Terminal:
     """Report format ``terminal``."""
 
-    @property
-    def name(self) -> str:
-        """The name in ``--format``."""
-        return "terminal"
-
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """The endings of a file's name that mean this format."""
-        return (".txt",)
+    name = "terminal"
+    suffixes = (".txt",)
 
     def render(self, report: AuditReport, *, width: int | None, color: bool) -> str:
         """The whole report: verdict, backends, offenders, agreement, gaps."""
@@ -157,9 +151,7 @@ def _draw_remedies(page: Page, findings: Sequence[Finding]) -> None:
 _FIGURES = (
     Column("backend"),
     Column("output"),
-    Column("rel. L2", right=True),
-    Column("max abs", right=True),
-    Column("SQNR dB", right=True),
+    *right("rel. L2", "max abs", "SQNR dB"),
     Column("cosine", right=True, drop=2),
     Column("top-1", right=True, drop=1),
     Column("causes"),
@@ -172,10 +164,7 @@ def _draw_pipeline(page: Page, pipeline: PipelineReport) -> None:
     page.rule("Around the network: what deployment changes")
     columns = (
         Column("step"),
-        Column("introduced", right=True),
-        Column("effect", right=True),
-        Column("share", right=True),
-        Column("bits", right=True),
+        *right("introduced", "effect", "share", "bits"),
     )
     rows = [
         Row(
@@ -400,9 +389,7 @@ def _draw_counterfactuals(page: Page, report: AuditReport) -> None:
     )
     columns = (
         Column("backend"),
-        Column("before", right=True),
-        Column("after", right=True),
-        Column("removed", right=True),
+        *right("before", "after", "removed"),
         Column("claimed", right=True, drop=2),
         Column("time, ms", right=True, drop=1),
         Column("conclusion"),
