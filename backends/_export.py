@@ -17,7 +17,7 @@ from typing import Any, Final
 from auditor.errors import BackendError
 from auditor.ports import Array
 from auditor.records.backend import ExportRequest
-from backends import _source
+from backends._shared import first_line
 
 EXPORTERS: Final = ("dynamo", "torchscript")
 # A line of code as the newer exporter's messages name it.
@@ -79,7 +79,7 @@ def _said(error: BaseException) -> str:
     """
     if type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
         error = error.__cause__
-    said = f"{type(error).__name__}: {_source.first_line(error)}"
+    said = f"{type(error).__name__}: {first_line(error)}"
     places = _PLACE.findall(str(error))
     return said + (" ({}:{})".format(*places[-1]) if places else "")
 

@@ -6,6 +6,8 @@ import itertools
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
+from backends._shared import node_key, read_by, subgraphs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
@@ -40,7 +42,7 @@ class Graph:
         self.reads: dict[int, list[str]] = {}
         self._index: dict[str, int] = {}
         for index, node in enumerate(self.nodes):
-            reads = list(_reads(node))
+            reads = list(read_by(node))
             self.reads[id(node)] = reads
             for name in dict.fromkeys(reads):
                 self.consumers[name].append(node)
@@ -80,30 +82,8 @@ class Graph:
         return [node_key(self.nodes[index]) for index in sorted(found)]
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Every tensor of the enclosing graph that ``node`` reads, its subgraphs' included."""
-    yield from filter(None, node.input)
-    for graph in _subgraphs(node):
-        local = {i.name for i in graph.input} | {i.name for i in graph.initializer}
-        for inner in graph.node:
-            yield from (name for name in _reads(inner) if name not in local)
-            local.update(inner.output)
-        yield from (o.name for o in graph.output if o.name not in local)
-
-
-def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _foldable(node: onnx.NodeProto) -> bool:
-    return node.op_type not in _RANDOM and not any(True for _ in _subgraphs(node))
-
-
-def node_key(node: onnx.NodeProto) -> str:
-    return next(filter(None, node.output), "")
+    return node.op_type not in _RANDOM and not any(True for _ in subgraphs(node))
 
 
 def attribute_of(node: onnx.NodeProto, name: str) -> onnx.AttributeProto | None:
@@ -150,7 +130,7 @@ def unique_local_names(graph: onnx.GraphProto) -> None:
             for names in (node.input, node.output):
                 for index, name in enumerate(names):
                     names[index] = renamed.get(name, name)
-            for inner in _subgraphs(node):
+            for inner in subgraphs(node):
                 visit(inner, renamed, top=False)
 
     visit(graph, {}, top=True)

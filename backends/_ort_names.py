@@ -14,7 +14,8 @@ import numpy as np
 
 from auditor.ports import Array
 from auditor.records.backend import Skipped
-from backends._ort_graph import Graph, attribute_of, node_key
+from backends._ort_graph import Graph, attribute_of
+from backends._shared import node_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

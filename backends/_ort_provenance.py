@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from auditor.records.backend import Kernel, Switch
-from backends._ort_graph import Graph, attribute_of, node_key
+from backends._ort_graph import Graph, attribute_of
 from backends._ort_names import NCHWC, TOKEN, Names
 from backends._ort_session import COMPARABLE, Options
+from backends._shared import node_key
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping

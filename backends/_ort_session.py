@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import platform
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,16 +150,3 @@ def _refusal(error: Exception, stage: str) -> BackendError:
         stage=stage,
         log=tuple(text.splitlines()),
     )
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@functools.cache
-def cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from auditor.errors import BackendError, UsageError
+from backends._shared import first_line
 
 FORMS: Final = (
     "package.module:factory",
@@ -186,8 +187,3 @@ def _failed(what: str, error: Exception) -> BackendError:
     with contextlib.suppress(Exception):
         traceback.print_exception(error)  # into the worker's log
     return BackendError(f"{what} failed: {type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip().splitlines() or [repr(error)])[0][:300]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from auditor.errors import BackendError, UsageError
 from auditor.records.backend import Kernel, Switch
+from backends._shared import node_key
 from backends._trt_cuda import engine, engine_name, logger, reason_in
-from backends._trt_layers import LATE_TACTIC, ORIGIN, Graph, node_key, parse_layers
+from backends._trt_layers import LATE_TACTIC, ORIGIN, Graph, parse_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

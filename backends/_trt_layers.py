@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from auditor.records.backend import Kernel, Skipped
+from backends._shared import node_key, read_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -139,7 +140,7 @@ class Graph:
             key = node_key(node)
             self.operators[key] = node.op_type
             self._produces[key] = tuple(filter(None, node.output))
-            for tensor in _reads(node):
+            for tensor in read_by(node):
                 self._consumers.setdefault(tensor, set()).add(key)
 
     def resolve(self, origin: str) -> str | None:
@@ -241,18 +242,3 @@ def attribute(
 def _holds(tensor: EngineTensor, shape: tuple[int, ...] | None) -> bool:
     known = shape is not None and min((*shape, *tensor.shape), default=0) >= 0
     return not known or np.prod(tensor.shape) == np.prod(shape or ())
-
-
-def node_key(node: onnx.NodeProto) -> str:
-    key: str = next(filter(None, node.output))
-    return key
-
-
-def _reads(node: onnx.NodeProto) -> set[str]:
-    """Tensors a node reads, those captured by its subgraphs included."""
-    names = set(filter(None, node.input))
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names.update(*(_reads(inner) for inner in graph.node))
-            names.update(output.name for output in graph.output)
-    return names

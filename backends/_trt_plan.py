@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records.backend import Kernel, Probe, Provenance, Skipped
+from backends._shared import node_key
 from backends._trt_cuda import Cuda, engine, engine_name, index_of, visible_gpus
-from backends._trt_layers import Graph, node_key, parse_layers
+from backends._trt_layers import Graph, parse_layers
 from backends._trt_run import Runner
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ import numpy as np
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records.backend import BuildRequest, Kernel, Probe, Provenance, Skipped
+from backends._shared import node_key
 from backends._tvm_import import last_line
 from backends._tvm_observer import Observer, Step, as_array
 
@@ -277,7 +278,7 @@ class _Cones:
                 continue
             found.add(index)
             todo += [n for n in self._nodes[index].input if n and n not in stop]
-        return tuple(next(filter(None, self._nodes[i].output)) for i in sorted(found))
+        return tuple(node_key(self._nodes[i]) for i in sorted(found))
 
 
 def _short(name: str) -> str:

@@ -45,10 +45,9 @@ from backends._ort_session import (
     LEVELS,
     OWN_KEYS,
     Options,
-    cpu_name,
-    first_line,
     run,
 )
+from backends._shared import cpu_name, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

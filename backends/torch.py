@@ -21,8 +21,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import platform
-import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +33,7 @@ from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays, Capture
 from auditor.records.backend import Availability, Device, Kernel, Origin, Probe, Provenance, Skipped
 from backends import _export, _source
+from backends._shared import cpu_name, first_line
 
 if TYPE_CHECKING:
     import onnx
@@ -77,8 +76,8 @@ class TorchBackend:
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
             names = [torch.cuda.get_device_name(i) for i in range(gpus)]
         except Exception as error:  # a broken wheel raises more than ImportError
-            return Availability(False, _ENGINE, reason=_source.first_line(error), remedy=_REMEDY)
-        devices = (Device("", _cpu_name()), *(Device(f"cuda:{i}", n) for i, n in enumerate(names)))
+            return Availability(False, _ENGINE, reason=first_line(error), remedy=_REMEDY)
+        devices = (Device("", cpu_name()), *(Device(f"cuda:{i}", n) for i, n in enumerate(names)))
         return Availability(True, _ENGINE, version, devices)
 
     def build(self, request: BuildRequest) -> TorchBuild:
@@ -99,7 +98,7 @@ class TorchBackend:
         try:
             import torch
         except Exception as error:
-            raise BackendError(_source.first_line(error), _REMEDY, stage="start") from error
+            raise BackendError(first_line(error), _REMEDY, stage="start") from error
         _configure(torch, request)
         device = _device(torch, request.device)
         source = _source.load(request.source, trusted=request.trusted)
@@ -145,7 +144,7 @@ def _device(torch: Any, name: str | None) -> Any:
         torch.empty(1, device=device)
     except Exception as error:
         raise UsageError(
-            f"The torch backend has no device {name!r}: {_source.first_line(error)}",
+            f"The torch backend has no device {name!r}: {first_line(error)}",
             "`audit backends` lists the devices.",
         ) from error
     return device
@@ -177,7 +176,7 @@ class TorchBuild:
         self.provenance = Provenance(
             engine=f"{_ENGINE} eager",
             version=str(torch.__version__),
-            device=torch.cuda.get_device_name(self.device) if on_gpu else _cpu_name(),
+            device=torch.cuda.get_device_name(self.device) if on_gpu else cpu_name(),
             options={"source": str(self.request.source), **self.request.options},
             notes=self.source.notes,
         )
@@ -256,7 +255,7 @@ class TorchBuild:
             traceback.print_exception(error)  # into the worker's log
             raise BackendError(
                 f"the module failed on the audited inputs: {type(error).__name__}: "
-                f"{_source.first_line(error)}",
+                f"{first_line(error)}",
                 "Give the inputs that it takes with --data or --shape.",
                 stage="run",
             ) from error
@@ -556,11 +555,3 @@ def _threads() -> int:
     import torch
 
     return int(torch.get_num_threads())
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
