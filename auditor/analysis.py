@@ -68,7 +68,7 @@ class Analysis:
         outputs: the final outputs' divergence by name.
         equal: whether every instrumented run had the plain run's very outputs.
         run_to_run, rebuild: largest relative L2 between plain runs, and between two builds.
-        alone: what each segment's error alone does to the outputs.
+        leave_one_in: what each segment's error alone does to the outputs.
         causes: of the segments that were above their floor on some sample.
         constants: what there is to say of those segments' constants in the compiled file.
         ledger: where the whole divergence came from.
@@ -117,7 +117,7 @@ class Analysis:
         self._random = False
         self.run_to_run = 0.0
         self.rebuild = 0.0
-        self.alone = leave_one_in.LeaveOneIn(
+        self.leave_one_in = leave_one_in.LeaveOneIn(
             lambda id: tracer.progress.update("reference", f"impact of {id} on {tracer.id}")
         )
         replayer = reference.replayer
@@ -215,7 +215,7 @@ class Analysis:
             self._blocks = self.reference.replayer.blocks(self.cuts, base, outputs)
         chain = replace(chain, blocks=self._blocks or {})
         read = partial(_read, upstream) if upstream is not None else None
-        self.alone.add(index, chain, flagged, partial(self._task, upstream), read)
+        self.leave_one_in.add(index, chain, flagged, partial(self._task, upstream), read)
         if self._pictured:
             self._add_pictures(index, chain, flagged)
         # The search for causes keeps one core busy, and following the backend's tensors the others.
@@ -303,7 +303,7 @@ class Analysis:
 
     def _add_pictures(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Keep a picture of the segments that matter most, as long as there is room for more."""
-        effects = self.alone.effects
+        effects = self.leave_one_in.effects
         wanted = [id for id in flagged if id in effects]
         for id in sorted(wanted, key=lambda id: effects[id].mean, reverse=True):
             if id in self.pictures or len(self.pictures) == pictures.MOST:
@@ -321,7 +321,7 @@ class Analysis:
     ) -> dict[str, dict[str, Arrays]]:
         """Look for causes, or test those found before; what each reproduces, by segment."""
         self.tracer.progress.update("reference", f"causes on {self.tracer.id}")
-        top = self.alone.top(TOP)
+        top = self.leave_one_in.top(TOP)
         cuts = [c for c in self.cuts if c.id in flagged]
         known = [c.id for c in cuts if c.id in self.causes]
         if index >= leave_one_in.SAMPLES:
@@ -378,7 +378,7 @@ class Analysis:
             unmeasured = {id for id, meter in self.meters.items() if meter.unmeasured}
             groups = impact.grouped(self.cuts, flagged.keys() | unmeasured)
             if len(groups) > MOST_GROUPS:
-                groups = impact.grouped(self.cuts, self.alone.top(ALONE))
+                groups = impact.grouped(self.cuts, self.leave_one_in.top(ALONE))
             self.ledger = Ledger(groups)
         booked = (index + 1) * len(self.ledger.groups)
         if index == 0 or (index < leave_one_in.SAMPLES and booked <= BOOKED_GROUPS):
@@ -432,7 +432,7 @@ class Analysis:
                 seen.append((name, chain.captured[name], chain.base[name], moments))
         for stats in chain.replayer.beside(lambda tensor: _stats(*tensor), seen):
             self.tensors[stats.name] = stats
-        finals, top = set(chain.outputs), self.alone.top(TOP)
+        finals, top = set(chain.outputs), self.leave_one_in.top(TOP)
         for cut in self.cuts:
             if cut.id in top or finals & set(cut.outputs):
                 name = cut.outputs[0]

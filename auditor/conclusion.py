@@ -59,7 +59,7 @@ class Conclusion:
         effects = {
             (who, id): effect.mean
             for who, analysis in analyses.items()
-            for id, effect in analysis.alone.effects.items()
+            for id, effect in analysis.leave_one_in.effects.items()
         }
         files = {(who, s) for who, a in analyses.items() for s in a.causes.of_the_file()[0]}
         self.findings = ranking.findings(self.reports, effects, self._catalogue, files)

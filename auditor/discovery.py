@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import pkgutil
@@ -11,7 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -98,9 +97,8 @@ def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
     choices = sorted(known)
     if name in choices:
         return
-    close = difflib.get_close_matches(name, choices, n=1)
-    meant = f"Did you mean `{close[0]}`? " if close else ""
-    raise UsageError(f"there is no {what} `{name}`", f"{meant}{whats}: {', '.join(choices)}.")
+    hint = f"{suggestion(name, choices)}{whats}: {', '.join(choices)}."
+    raise UsageError(f"there is no {what} `{name}`", hint)
 
 
 def _load(module: str) -> Noise:

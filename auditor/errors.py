@@ -5,6 +5,8 @@ Findings are never exceptions: these mean that something could not be audited.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class AuditError(Exception):
     """Something the auditor cannot do, with a hint for the person who asked.
@@ -56,3 +58,11 @@ class BackendError(AuditError):
 
 class NoiseError(AuditError):
     """A noise could not be replayed on a segment: becomes a gap."""
+
+
+def suggestion(wrong: str, known: Iterable[str]) -> str:
+    """``Did you mean `x`? `` when something known resembles ``wrong``, else nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"Did you mean `{close[0]}`? " if close else ""

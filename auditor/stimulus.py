@@ -14,8 +14,8 @@ import numpy as np
 
 from auditor import datafiles
 from auditor.datafiles import Stored
-from auditor.errors import UsageError
-from auditor.graphs.model import Model, Shape, TensorSpec, shown, suggestion
+from auditor.errors import UsageError, suggestion
+from auditor.graphs.model import Model, Shape, TensorSpec, shown
 from auditor.graphs.shapes import resolve_shapes
 from auditor.processes.limits import physical_memory
 from auditor.records.model import StimulusInfo

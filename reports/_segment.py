@@ -215,10 +215,8 @@ def draw_segment(page: Page, report: AuditReport, backend: BackendReport, segmen
 
 
 def _spans_of_kernels(backend: BackendReport, segment: Segment) -> list[Span]:
-    keys = set(segment.node_keys)
-    kernels = backend.provenance.kernels if backend.provenance else ()
     spans: list[Span] = []
-    for kernel in (k for k in kernels if keys & set(k.nodes)):
+    for kernel in backend.kernels_of(segment.node_keys):
         facts = [kernel.type, kernel.primitive]
         if kernel.precision:
             facts.append(f"computes {kernel.precision}")

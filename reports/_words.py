@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from auditor.records.report import severity_of_output
-from auditor.records.terms import PIPELINE, SEVERITIES
+from auditor.records.terms import PIPELINE, SEVERITIES, reaches
 
 if TYPE_CHECKING:
     from auditor.records.backend import Provenance, Skipped
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from auditor.records.model import ReferenceInfo
     from auditor.records.report import AuditReport, BackendReport, Finding
-    from auditor.records.terms import Severity, Status
+    from auditor.records.terms import Status
 
 NONE = "-"  # in the place of a figure that was not measured
 
@@ -148,8 +148,8 @@ def headline(report: AuditReport) -> str:
     else:
         said = f"largest divergence of an output: {error(largest)} relative L2 on {who}"
         level = max((severity_of_output(b, o) for b, o in outputs), key=SEVERITIES.index)
-        alone = not any(_reaches(f.severity, report) for f in report.findings)
-        if report.judgement is None and alone and _reaches(level, report):
+        alone = not any(reaches(f.severity, report.fail_on) for f in report.findings)
+        if report.judgement is None and alone and reaches(level, report.fail_on):
             said += f", {level} as a whole though no segment is"
     whole = max((o.distance.relative_l2 for _, o in systems(report)), default=None)
     if whole is not None:
@@ -192,7 +192,7 @@ def fails(finding: Finding, report: AuditReport) -> bool:
     """Whether a finding fails the audit: by the policy or baseline if there is one."""
     if report.judgement is not None:
         return any(b.fingerprint == finding.fingerprint for b in report.judgement.broken)
-    return _reaches(finding.severity, report)
+    return reaches(finding.severity, report.fail_on)
 
 
 def diverges(backend: BackendReport, output: OutputDistance, report: AuditReport) -> bool:
@@ -200,7 +200,7 @@ def diverges(backend: BackendReport, output: OutputDistance, report: AuditReport
     if report.judgement is not None:
         broken = {(b.backend, b.output) for b in report.judgement.broken}
         return (backend.id, output.name) in broken
-    return _reaches(severity_of_output(backend, output), report)
+    return reaches(severity_of_output(backend, output), report.fail_on)
 
 
 def rules(backend: BackendReport, report: AuditReport) -> list[str]:
@@ -214,10 +214,6 @@ def waived(finding: Finding, report: AuditReport) -> str | None:
     """Why a finding does not count; None where it does."""
     waivers = report.judgement.waived if report.judgement else ()
     return next((w.reason for w in waivers if w.fingerprint == finding.fingerprint), None)
-
-
-def _reaches(level: Severity, report: AuditReport) -> bool:
-    return SEVERITIES.index(level) >= SEVERITIES.index(report.fail_on)
 
 
 def blocks(backend: BackendReport, report: AuditReport) -> bool:

@@ -28,7 +28,7 @@ from auditor.replays.replay import difference
 
 
 @dataclass(frozen=True, slots=True)
-class Cause:
+class Attribution:
     """What is known of one segment's cause after all samples.
 
     Attributes:
@@ -205,14 +205,14 @@ class Causes:
         made = frozenset(id for id, s in shares.items() if s is not None and s >= ENOUGH)
         return made, len(shares)
 
-    def verdict(self, id: str) -> Cause:
+    def verdict(self, id: str) -> Attribution:
         """What all samples together say."""
         case = self._cases[id]
         first = case.tallies[0] if case.tallies else None
         named = next((t for t in case.tallies if t.holds), None)
         if named is not None and first is not None and named.noise == first.noise:
             first = named  # in another form
-        return Cause(
+        return Attribution(
             noise=named.noise if named else None,
             explained=named.share if named else 0.0,
             bit_identical=named.identical.mean if named else case.found.bit_identical,

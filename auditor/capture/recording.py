@@ -25,8 +25,8 @@ from auditor import datafiles, stimulus
 from auditor.capture.trace import SampleTrace, Tracer
 from auditor.comparison import metrics
 from auditor.datafiles import Stored
-from auditor.errors import UsageError
-from auditor.graphs.model import Model, Shape, suggestion
+from auditor.errors import UsageError, suggestion
+from auditor.graphs.model import Model, Shape
 from auditor.graphs.segments import Graph
 from auditor.ports import Array, Arrays, Progress
 from auditor.processes.wire import decode, encode

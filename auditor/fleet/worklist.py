@@ -19,7 +19,6 @@ Every model of every column is a cell: one audit, of one backend.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, suggestion
 from auditor.lines import Lines
 
 _HINT = "See docs/fleet.md."
@@ -216,10 +215,8 @@ class _Reader:
 
     def wrong(self, where: str, name: str, what: str, known: Iterable[str]) -> UsageError:
         choices = tuple(known)
-        close = difflib.get_close_matches(name, choices, n=1)
-        meant = f"Did you mean `{close[0]}`? " if close else ""
         said = f"{self._lines.where(where)}: `{name}` {what}"
-        return UsageError(said, f"{meant}Known: {', '.join(choices)}.")
+        return UsageError(said, f"{suggestion(name, choices)}Known: {', '.join(choices)}.")
 
     def _expected(self, where: str, value: object, what: str) -> UsageError:
         key = where.rpartition(".")[2]

@@ -102,19 +102,11 @@ def trained(reference: Model, values: Mapping[str, Array]) -> dict[str, Compiled
 
 def sentences_of_trained(segment: SegmentGraph) -> tuple[str, ...]:
     """What there is to say of a segment's constants that the export changed."""
-    said = []
-    for name in sorted(held_by(segment.model) & segment.trained.keys()):
-        constant = segment.trained[name]
-        how = ""
-        if constant.storage:
-            how = f": the module's in {constant.storage}"
-        elif constant.factor is not None:
-            how = f": {constant.factor:.6g} times the module's"
-        said.append(
-            f"the file's constant `{name}` differs from the module's by "
-            f"{constant.relative_l2:.1e} relative L2{how}"
-        )
-    return tuple(said)
+    names = sorted(held_by(segment.model) & segment.trained.keys())
+    return tuple(
+        _sentence("file", name, segment.trained[name], "module", "the module's in")
+        for name in names
+    )
 
 
 def held_by(model: onnx.ModelProto) -> set[str]:
@@ -270,13 +262,17 @@ def replaced(model: onnx.ModelProto, values: Mapping[str, Array]) -> onnx.ModelP
 
 def sentence(name: str, constant: CompiledConstant) -> str:
     """What there is to say of one changed constant."""
+    return _sentence("compiled file", name, constant, "model", "the same values stored in")
+
+
+def _sentence(holder: str, name: str, constant: CompiledConstant, of: str, rounded: str) -> str:
     how = ""
     if constant.storage:
-        how = f": the same values stored in {constant.storage}"
+        how = f": {rounded} {constant.storage}"
     elif constant.factor is not None:
-        how = f": {constant.factor:.6g} times the model's"
+        how = f": {constant.factor:.6g} times the {of}'s"
     return (
-        f"the compiled file's constant `{name}` differs from the model's by "
+        f"the {holder}'s constant `{name}` differs from the {of}'s by "
         f"{constant.relative_l2:.1e} relative L2{how}"
     )
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, suggestion
 from auditor.graphs import model_file as files
 from auditor.graphs import surgery, weights
 from auditor.ports import Arrays
@@ -159,14 +159,6 @@ def check_pairs(model: Model, pairs: Mapping[str, str], option: str) -> None:
                     f"{option} names `{wrong}`, which is no {kind} of the model",
                     suggestion(wrong, known),
                 )
-
-
-def suggestion(wrong: str, known: Iterable[str]) -> str:
-    """``Did you mean `x`? `` when something known resembles ``wrong``, else nothing."""
-    import difflib
-
-    close = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"Did you mean `{close[0]}`? " if close else ""
 
 
 def _packed(graph: onnx.GraphProto) -> dict[str, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from auditor.errors import UsageError
-from auditor.graphs.model import Model, Shape, TensorSpec, shown, suggestion
+from auditor.errors import UsageError, suggestion
+from auditor.graphs.model import Model, Shape, TensorSpec, shown
 
 _BATCH, _CHANNELS, _IMAGE_SIDE, _SEQUENCE = 1, 3, 224, 16
 _SEQUENCE_NAME = re.compile(r"seq|len|token|time|frame|past|step", re.IGNORECASE)

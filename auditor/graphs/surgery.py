@@ -20,22 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 # Operators that take a tensor of any shape and give one of the same shape.
 UNARY = frozenset(
     {
-        *(
-            "Abs",
-            "Cast",
-            "Ceil",
-            "Celu",
-            "Clip",
-            "Elu",
-            "Erf",
-            "Exp",
-            "Floor",
-            "Gelu",
-            "HardSigmoid",
-        ),
-        *("HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not"),
-        *("Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus", "Softsign", "Sqrt"),
-        *("Tanh", "ThresholdedRelu"),
+        *("Abs", "Cast", "Ceil", "Celu", "Clip", "Elu", "Erf", "Exp", "Floor", "Gelu"),
+        *("HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish"),
+        *("Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Softplus"),
+        *("Softsign", "Sqrt", "Tanh", "ThresholdedRelu"),
     }
 )
 DOMAIN = "auditor"

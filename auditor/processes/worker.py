@@ -46,6 +46,11 @@ _PAUSE = 0.05  # seconds after which another program's threads sleep
 _TURN, _TURN_SECONDS = 3, 0.1  # runs in a turn of a race, fewer once so much time is over
 _ANSWER = 1 << 28  # bytes of one answer: far more than the largest models need
 
+# What reading an answer raises that is not what it should be.
+_UNUSABLE = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError),
+    *(TypeError, ValueError),
+)
 _FIRST = "availability"  # what any worker is asked first
 
 T = TypeVar("T")
@@ -149,15 +154,10 @@ class Worker:
         """Turn what is wrong with an answer into a gap; nothing else is asked of that process."""
         try:
             yield
-        except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError) as error:
-            fault: Exception = error
-        except (MemoryError, TypeError, ValueError) as error:
-            fault = error
-        else:
-            return
-        self.kill()
-        what = f"its answer cannot be used ({type(fault).__name__}: {fault})"[:500]
-        raise self._failed(what, stage) from fault
+        except _UNUSABLE as error:
+            self.kill()
+            what = f"its answer cannot be used ({type(error).__name__}: {error})"[:500]
+            raise self._failed(what, stage) from error
 
     @property
     def alive(self) -> bool:

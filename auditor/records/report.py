@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from auditor.records.backend import Gap, Provenance
+from auditor.records.backend import Gap, Kernel, Provenance
 from auditor.records.measured import (
     CategoryShare,
     Consequence,
@@ -59,6 +60,12 @@ class BackendReport:
     def complete(self) -> bool:
         """Whether it was compared, at its outputs and between its layers."""
         return self.status == "audited" and self.gap is None
+
+    def kernels_of(self, nodes: Iterable[str]) -> tuple[Kernel, ...]:
+        """What the engine says it ran for some nodes, by their keys, in execution order."""
+        keys = set(nodes)
+        kernels = self.provenance.kernels if self.provenance else ()
+        return tuple(kernel for kernel in kernels if keys.intersection(kernel.nodes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,11 @@ _SEVERITY_FROM: tuple[tuple[float, Severity], ...] = (
 )
 
 
+def reaches(level: Severity, limit: Severity) -> bool:
+    """Whether a severity is at or above a limit."""
+    return SEVERITIES.index(level) >= SEVERITIES.index(limit)
+
+
 def severity(effect: float) -> Severity:
     """Severity of a relative L2 change of the final outputs."""
     return next((name for limit, name in _SEVERITY_FROM if effect >= limit), "info")

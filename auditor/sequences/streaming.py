@@ -23,7 +23,7 @@ import numpy as np
 from auditor import datafiles, stimulus
 from auditor.capture.trace import denied
 from auditor.comparison import metrics, tasks
-from auditor.errors import BackendError, UsageError
+from auditor.errors import BackendError, UsageError, suggestion
 from auditor.graphs import model as models
 from auditor.options import BackendSpec
 from auditor.records.backend import Gap
@@ -132,7 +132,7 @@ def stream_of(model: Model, states: Mapping[str, str], asked: Asked) -> Stream:
         if name not in specs:
             raise UsageError(
                 f"--set names `{name}`, which is no input beside the states",
-                models.suggestion(name, specs),
+                suggestion(name, specs),
             )
         shape = [d if isinstance(d, int) else 1 for d in specs[name].shape]
         given[name] = np.full(shape, number).astype(specs[name].dtype)[None]
@@ -290,7 +290,7 @@ def stream(
     if output not in model.outputs:
         raise UsageError(
             f"{path} has no output {f'`{output}`' if output else 'beside its states'}",
-            models.suggestion(output, model.outputs) or "Name one with --output-name.",
+            suggestion(output, model.outputs) or "Name one with --output-name.",
         )
     harness.progress.update("reference", "run")
     reference = harness.reference(model)

@@ -151,8 +151,7 @@ def _primitives(report: BackendReport, findings: Sequence[Finding]) -> set[str]:
     """What ran in the findings' segments, as the engine states it."""
     ids = {id for f in findings for id in f.segments}
     keys = {key for s in report.segments if s.id in ids for key in s.node_keys}
-    kernels = report.provenance.kernels if report.provenance else ()
-    return {k.primitive for k in kernels if keys.intersection(k.nodes)}
+    return {kernel.primitive for kernel in report.kernels_of(keys)}
 
 
 # --- trying it -----------------------------------------------------------------------------------

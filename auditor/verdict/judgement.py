@@ -10,7 +10,7 @@ from datetime import date
 from auditor.records.comparison import Comparison
 from auditor.records.measured import OutputDistance
 from auditor.records.report import AuditReport, BackendReport, Broken, Finding, Judgement, Waiver
-from auditor.records.terms import SEVERITIES, Severity, Verdict, severity
+from auditor.records.terms import Severity, Verdict, reaches, severity
 from auditor.verdict.policy import EVERY, LATENCY, METRICS, Acceptance, Policy
 
 
@@ -94,7 +94,7 @@ def _outputs(
         left = output.distance.relative_l2
         if share > 0:
             left *= math.sqrt(max(0.0, 1.0 - share))  # shares are of its square
-        if _reaches(severity(left), fail_on):
+        if reaches(severity(left), fail_on):
             rest = " without the allowed categories" if share > 0 else ""
             yield broken(f"relative_l2 is {left:.3g}{rest}, severity {severity(left)}")
 
@@ -126,12 +126,8 @@ def _finding(finding: Finding, fail_on: Severity, policy: Policy) -> Iterator[Br
     if limits and finding.effect is not None:
         if finding.effect > max(limits):
             yield broken(f"its error alone makes {finding.effect:.3g} of relative_l2")
-    elif _reaches(finding.severity, fail_on):
+    elif reaches(finding.severity, fail_on):
         yield broken(f"severity {finding.severity}")
-
-
-def _reaches(level: Severity, fail_on: Severity) -> bool:
-    return SEVERITIES.index(level) >= SEVERITIES.index(fail_on)
 
 
 def _measured(output: OutputDistance, metric: str) -> float | None:

@@ -33,7 +33,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, suggestion
 from auditor.records.terms import SEVERITIES, Severity
 
 FILE = "audit.toml"
@@ -222,17 +222,11 @@ def _a_table(table: Mapping[str, Any], key: str, source: str, where: str = "") -
 def _known(table: Mapping[str, Any], keys: Sequence[str], source: str, where: str = "") -> None:
     for key in table:
         if key not in keys:
-            meant = _meant(key, keys)
+            meant = suggestion(key, keys)
             name = f"{where}.{key}".lstrip(".")
             raise UsageError(
                 f"{source} has the unknown key `{name}`", f"{meant}Known: {', '.join(keys)}."
             )
-
-
-def _meant(wrong: str, known: Collection[str]) -> str:
-    from auditor.graphs.model import suggestion  # with onnx, which a good policy does not need
-
-    return suggestion(wrong, known)
 
 
 def _wrong(source: str, key: str, value: object, wanted: str) -> UsageError:
@@ -256,5 +250,5 @@ def check(policy: Policy, backends: Collection[str], noises: Collection[str]) ->
         if id not in noises:
             raise UsageError(
                 f"{policy.source} names the unknown category `{id}`",
-                f"{_meant(id, noises)}`audit noises` lists them.",
+                f"{suggestion(id, noises)}`audit noises` lists them.",
             )

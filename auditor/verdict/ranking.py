@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from auditor.attribution.hypotheses import NAMED
 from auditor.ports import Noise
-from auditor.records.backend import Kernel
 from auditor.records.measured import Segment
 from auditor.records.report import (
     Agreement,
@@ -18,47 +17,22 @@ from auditor.records.report import (
     PipelineStep,
     severity_of_output,
 )
-from auditor.records.terms import PIPELINE, SEVERITIES, Confidence, Severity, Verdict, severity
+from auditor.records.terms import PIPELINE, Confidence, Severity, Verdict, reaches, severity
 from auditor.verdict.fingerprint import fingerprint
 
 # What a person looks for first in a segment, and what last.
 _CONTRACTIONS = frozenset(
-    [
-        "Conv",
-        "ConvTranspose",
-        "ConvInteger",
-        "QLinearConv",
-        "Gemm",
-        "MatMul",
-        "MatMulInteger",
-        "QLinearMatMul",
-        "Einsum",
-        "Attention",
-        "LSTM",
-        "GRU",
-        "RNN",
-    ]
+    {
+        *("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "Gemm", "MatMul", "Einsum"),
+        *("MatMulInteger", "QLinearMatMul", "Attention", "LSTM", "GRU", "RNN"),
+    }
 )
 _PLUMBING = frozenset(
-    [
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "Cast",
-        "Identity",
-        "Reshape",
-        "Flatten",
-        "Squeeze",
-        "Unsqueeze",
-        "Transpose",
-        "Shape",
-        "Concat",
-        "Split",
-        "Slice",
-        "Gather",
-        "Expand",
-        "Pad",
-        "Constant",
-    ]
+    {
+        *("QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Reshape", "Flatten"),
+        *("Squeeze", "Unsqueeze", "Transpose", "Shape", "Concat", "Split", "Slice", "Gather"),
+        *("Expand", "Pad", "Constant"),
+    }
 )
 
 _MAKE_ANEW = (
@@ -116,7 +90,6 @@ def verdict(
     A backend's final divergence counts by the same scale as a finding, since many small errors
     can add up to what none of them does alone (``severity_of_output``).
     """
-    limit = SEVERITIES.index(fail_on)
     worst = [f.severity for f in found]
     worst += [severity_of_output(b, o) for b in backends for o in b.outputs]
     worst += [
@@ -125,7 +98,7 @@ def verdict(
         if b.end_to_end
         for o in b.end_to_end.outputs
     ]
-    if any(SEVERITIES.index(s) >= limit for s in worst):
+    if any(reaches(level, fail_on) for level in worst):
         return "fail", 1
     if any(not b.complete for b in backends if b.id in requested):
         return "incomplete", 3
@@ -271,7 +244,7 @@ def _confidence(backend: BackendReport, segment: Segment, noise: Noise | None) -
     strong = explained >= 0.99 and (
         segment.bit_identical >= 0.9  # or what is left is rounding
         or left <= segment.floor
-        or noise.stated_by(_kernels(backend, segment))
+        or noise.stated_by(backend.kernels_of(segment.node_keys))
     )
     if segment.contradicted:  # one step less than on samples that all agree
         return "medium" if strong and proved else "low"
@@ -297,7 +270,7 @@ def _evidence(backend: BackendReport, segment: Segment, noise: Noise | None) -> 
         f"introduced error {segment.introduced:.2e} is {ratio:.3g} times the floor "
         f"{segment.floor:.2e}"
     )
-    if noise and noise.stated_by(_kernels(backend, segment)):
+    if noise and noise.stated_by(backend.kernels_of(segment.node_keys)):
         lines.append(f"the engine itself states {segment.precision or noise.id} here")
     return tuple(lines)
 
@@ -321,12 +294,6 @@ def _over_samples(segment: Segment) -> list[str]:
     if segment.noise is None:
         lines.append("over all samples it explains too little to be named")
     return lines
-
-
-def _kernels(backend: BackendReport, segment: Segment) -> tuple[Kernel, ...]:
-    nodes = set(segment.node_keys)
-    kernels = backend.provenance.kernels if backend.provenance else ()
-    return tuple(k for k in kernels if nodes & set(k.nodes))
 
 
 def _order(finding: Finding) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
     known = cut.id in measured.causes and meter.flagged
     found = measured.causes.verdict(cut.id) if known else None
     introduced = meter.relative(meter.introduced)
-    loi = measured.alone.shares.get(cut.id)
+    loi = measured.leave_one_in.shares.get(cut.id)
     rounding = meter.unmeasured is None and found is None
     return Segment(
         id=cut.id,
@@ -195,7 +195,7 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
 
 
 def _consequences(measured: Analysis, cut: Cut) -> tuple[Consequence, ...]:
-    made = (meter.result() for meter in measured.alone.tasks.get(cut.id, {}).values())
+    made = (meter.result() for meter in measured.leave_one_in.tasks.get(cut.id, {}).values())
     return tuple(one for one in made if one is not None)
 
 
@@ -217,11 +217,11 @@ def _describe(kernel: Kernel) -> str:
 def _additivity(measured: Analysis) -> float | None:
     """Σ leave-one-in², where flagged segments make up the divergence and all were measured."""
     flagged = [m for m in measured.meters.values() if m.flagged]
-    if not flagged or any(m.cut.id not in measured.alone.shares for m in flagged):
+    if not flagged or any(m.cut.id not in measured.leave_one_in.shares for m in flagged):
         return None
     if not (measured.ledger.rounding.count and abs(measured.ledger.rounding.mean) < 0.1):
         return None
-    total = sum(running.mean**2 for running in measured.alone.shares.values())
+    total = sum(running.mean**2 for running in measured.leave_one_in.shares.values())
     return total if math.isfinite(total) else None
 
 
@@ -288,7 +288,7 @@ def _on_the_ranking(measured: Analysis) -> Iterator[str]:
             f"{'was' if one else 'were'} handed NaN or infinity where the reference has numbers, "
             "and passed it on: what else is wrong there does not show."
         )
-    effects = measured.alone.effects
+    effects = measured.leave_one_in.effects
     unranked = [m for m in measured.meters.values() if m.flagged and m.cut.id not in effects]
     if unranked:
         yield (
