@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 from auditor.pipeline import networks, options
 from auditor.pipeline.networks import Form, Networks
 from auditor.pipeline.options import PostSwitch, Switch
 from auditor.pipeline.sweep import Trial
 from auditor.records.sysnoise import SysnoiseEffect, SysnoiseType
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

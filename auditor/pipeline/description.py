@@ -7,7 +7,6 @@ keys, their values and their order of execution are in docs/pipeline.md.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, suggestion
 from auditor.lines import Lines
 from auditor.pipeline import libraries
 from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
@@ -86,7 +85,7 @@ def load(source: str) -> Description:
         known = ", ".join(presets())
         raise UsageError(
             f"--pipeline {source} is neither a file nor a preset",
-            f"{_meant(source, presets())}Presets: {known}.",
+            f"{suggestion(source, presets())}Presets: {known}.",
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -252,6 +251,10 @@ class _Reader:
             raise _wrong(self.where(key), str(value), f"is no value of `{key}`", known)
         return cast(str, value)
 
+    def word(self, key: str, words: Any, default: str | None = None) -> Any:
+        """One word of a ``Literal``, whose type it has."""
+        return self.choice(key, get_args(words), default)
+
     def number(self, key: str, default: float, *, above: float | None = None) -> float:
         value = self._side[key].value if key in self._side else default
         if not _is_number(value) or (above is not None and value <= above):
@@ -359,7 +362,7 @@ def _pipeline(side: _Side, source: str) -> Pipeline:
     precrop = read.number("precrop", 1.0, above=0) if read.has("precrop") else None
     if precrop is not None and precrop > 1:
         raise UsageError(f"{read.where('precrop')}: `precrop` is above 1", "It is a fraction.")
-    dtype = cast(Type, read.choice("dtype", get_args(Type), "float32"))
+    dtype = read.word("dtype", Type, "float32")
     scale = read.number("normalise.scale", 1.0, above=0)
     mean = read.numbers("normalise.mean", 0.0)
     std = read.numbers("normalise.std", 1.0, zero=False)
@@ -374,11 +377,11 @@ def _pipeline(side: _Side, source: str) -> Pipeline:
         precrop=precrop,
         resize=resize,
         crop=crop,
-        channels=cast(Channels, read.choice("channels", get_args(Channels), "rgb")),
+        channels=read.word("channels", Channels, "rgb"),
         scale=scale,
         mean=mean,
         std=std,
-        layout=cast(Layout, read.choice("layout", get_args(Layout), "nchw")),
+        layout=read.word("layout", Layout, "nchw"),
         dtype=dtype,
     )
 
@@ -386,14 +389,13 @@ def _pipeline(side: _Side, source: str) -> Pipeline:
 def _decode(read: _Reader) -> Decode:
     ways = {}
     for name in libraries.names("decoders"):
-        variants = cast(libraries.Decoder, libraries.load("decoders", name)).variants
+        variants = libraries.load("decoders", name).variants
         ways[name] = (name, variants[0])
         ways.update({f"{name}:{variant}": (name, variant) for variant in variants})
     library, variant = ways[read.choice("decoder", ways)]
-    turns = cast(libraries.Decoder, libraries.load("decoders", library)).turns
+    turns = libraries.load("decoders", library).turns
     default = "apply" if turns else "ignore"
-    orientation = read.choice("orientation", get_args(Orientation), default)
-    return Decode(library, variant, cast(Orientation, orientation))
+    return Decode(library, variant, read.word("orientation", Orientation, default))
 
 
 def _colour(read: _Reader) -> Colour | None:
@@ -401,11 +403,11 @@ def _colour(read: _Reader) -> Colour | None:
         return None
     library = read.choice("colour.library", libraries.names("colours"))
     wanted = Conversion(
-        cast(Matrix, read.choice("colour.matrix", get_args(Matrix), "bt601")),
-        cast(Range, read.choice("colour.range", get_args(Range), "limited")),
-        cast(Arithmetic, read.choice("colour.arithmetic", get_args(Arithmetic), "rounded")),
+        read.word("colour.matrix", Matrix, "bt601"),
+        read.word("colour.range", Range, "limited"),
+        read.word("colour.arithmetic", Arithmetic, "rounded"),
     )
-    offered = cast(libraries.Converter, libraries.load("colours", library)).conversions
+    offered: tuple[Conversion, ...] = libraries.load("colours", library).conversions
     if wanted not in offered:
         can = "; ".join(f"{c.matrix} {c.range} {c.arithmetic}" for c in offered)
         raise UsageError(
@@ -420,7 +422,7 @@ def _resize(read: _Reader) -> Resize | None:
     if not any(read.has(f"resize.{key}") for key in _TABLES["resize"]):
         return None
     library = read.choice("resize.library", libraries.names("resizers"))
-    offered = cast(libraries.Resizer, libraries.load("resizers", library)).interpolations
+    offered: dict[str, tuple[bool, ...]] = libraries.load("resizers", library).interpolations
     interpolation = read.choice("resize.interpolation", offered)
     choices = offered[interpolation]
     antialias = read.boolean("resize.antialias", choices[0])
@@ -449,7 +451,7 @@ def _resize(read: _Reader) -> Resize | None:
         height=read.whole("resize.height") if "resize.height" in given else None,
         letterbox=read.size("resize.letterbox") if "resize.letterbox" in given else None,
         pad=read.whole("resize.pad", 114, low=0),
-        place=cast(Place, read.choice("resize.place", get_args(Place), "centre")),
+        place=read.word("resize.place", Place, "centre"),
         multiple=read.whole("resize.multiple", 1),
     )
 
@@ -462,18 +464,18 @@ def _post(side: _Side, source: str) -> Post | None:
     default = Post("scores")
     variances = read.pair("post.variances", default.variances)
     found = Post(
-        kind=cast(Kind, read.choice("post.kind", get_args(Kind))),
+        kind=read.word("post.kind", Kind),
         output=read.names("post.output"),
         scores=read.names("post.scores"),
         objectness=read.names("post.objectness"),
-        join=cast(Joining, read.choice("post.join", get_args(Joining), default.join)),
+        join=read.word("post.join", Joining, default.join),
         channels_first=read.boolean("post.channels_first", False),
-        activation=cast(Activation, read.choice("post.activation", get_args(Activation), "none")),
+        activation=read.word("post.activation", Activation, "none"),
         background=read.whole("post.background", 0, low=0) if read.has("post.background") else None,
         threshold=read.number("post.threshold", default.threshold),
-        coding=cast(Coding, read.choice("post.coding", get_args(Coding), "corners")),
+        coding=read.word("post.coding", Coding, "corners"),
         bins=read.whole("post.bins", 0, low=0),
-        unit=cast(Unit, read.choice("post.unit", get_args(Unit), default.unit)),
+        unit=read.word("post.unit", Unit, default.unit),
         stride=read.lengths("post.stride"),
         shift=read.number("post.shift", default.shift),
         cell=read.lengths("post.cell"),
@@ -483,21 +485,18 @@ def _post(side: _Side, source: str) -> Post | None:
         variances=variances,
         offset=read.bit("post.offset"),
         clip=read.size("post.clip") if read.has("post.clip") else None,
-        rounding=cast(Rounding, read.choice("post.rounding", get_args(Rounding), "none")),
-        nms=cast(Suppression, read.choice("post.nms", get_args(Suppression), "none")),
+        rounding=read.word("post.rounding", Rounding, "none"),
+        nms=read.word("post.nms", Suppression, "none"),
         iou=read.number("post.iou", default.iou, above=0),
         iou_offset=read.bit("post.iou_offset"),
         class_aware=read.boolean("post.class_aware", True),
         top_k=read.whole("post.top_k", default.top_k),
-        mask=cast(Masking, read.choice("post.mask", get_args(Masking), default.mask)),
+        mask=read.word("post.mask", Masking, default.mask),
         channels_last=read.boolean("post.channels_last", False),
-        resize=cast(Enlarger, read.choice("post.resize", get_args(Enlarger), default.resize)),
-        interpolation=cast(
-            Enlarging,
-            read.choice("post.interpolation", get_args(Enlarging), default.interpolation),
-        ),
-        order=cast(Order, read.choice("post.order", get_args(Order), default.order)),
-        text=cast(Spelling, read.choice("post.text", get_args(Spelling), default.text)),
+        resize=read.word("post.resize", Enlarger, default.resize),
+        interpolation=read.word("post.interpolation", Enlarging, default.interpolation),
+        order=read.word("post.order", Order, default.order),
+        text=read.word("post.text", Spelling, default.text),
         blank=read.whole("post.blank", 0, low=0),
         charset=_charset(source, read.text("post.charset")),
     )
@@ -579,14 +578,8 @@ def _beside(source: str, name: str) -> str:
 
 def _wrong(where: str, name: str, what: str, known: Iterable[str]) -> UsageError:
     choices = tuple(known)
-    return UsageError(
-        f"{where}: `{name}` {what}", f"{_meant(name, choices)}Known: {', '.join(choices)}."
-    )
-
-
-def _meant(name: str, choices: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.rpartition(".")[2], list(choices), n=1)
-    return f"Did you mean `{close[0]}`? " if close else ""
+    meant = suggestion(name.rpartition(".")[2], choices)
+    return UsageError(f"{where}: `{name}` {what}", f"{meant}Known: {', '.join(choices)}.")
 
 
 def _is_number(value: object) -> bool:

@@ -135,10 +135,9 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
 
 
-def load(kind: str, name: str) -> Library:
+def load(kind: str, name: str) -> Any:  # typed by its callers
     """The library of a kind, whether it is installed or not; ``name`` is one of ``names``."""
-    found: Library = importlib.import_module(f"auditor.pipeline.{kind}.{name}").LIBRARY
-    return found
+    return importlib.import_module(f"auditor.pipeline.{kind}.{name}").LIBRARY
 
 
 @cache

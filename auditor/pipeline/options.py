@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from auditor.pipeline import libraries
 from auditor.pipeline.masks import Enlarger, Enlarging
@@ -153,20 +153,20 @@ def switches(pipeline: Pipeline) -> tuple[tuple[Switch, ...], tuple[Gap, ...]]:
     return tuple(found), tuple(gaps)
 
 
-def _decoders(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Decode]:
-    for variant in cast(libraries.Decoder, library).variants:
+def _decoders(name: str, library: libraries.Decoder, pipeline: Pipeline) -> Iterator[Decode]:
+    for variant in library.variants:
         yield Decode(name, variant, pipeline.decode.orientation)
 
 
-def _colours(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Colour]:
-    for conversion in cast(libraries.Converter, library).conversions:
+def _colours(name: str, library: libraries.Converter, pipeline: Pipeline) -> Iterator[Colour]:
+    for conversion in library.conversions:
         yield Colour(name, conversion)
 
 
-def _resizes(name: str, library: libraries.Library, pipeline: Pipeline) -> Iterator[Resize]:
+def _resizes(name: str, library: libraries.Resizer, pipeline: Pipeline) -> Iterator[Resize]:
     if pipeline.resize is None:
         return
-    for interpolation, choices in cast(libraries.Resizer, library).interpolations.items():
+    for interpolation, choices in library.interpolations.items():
         for antialias in choices:
             yield replace(
                 pipeline.resize, library=name, interpolation=interpolation, antialias=antialias

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from auditor.pipeline.masks import Enlarger, Enlarging
+from auditor.pipeline.stages import Step, differing, taking
 
 Activation = Literal["none", "softmax", "sigmoid"]
 Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas", "distances", "dfl"]
@@ -190,51 +190,29 @@ def _listed(numbers: float | tuple[Any, ...]) -> str:
     return apart.join(map(_listed, numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step after the network, and the first side with this step of the second."""
-
-    name: str
-    take: Callable[[Post, Post], Post]
-
-    @property
-    def noise(self) -> str:
-        """Id of the cause."""
-        return f"postprocessing.{self.name}"
-
-
-def _taking(*fields: str) -> Callable[[Post, Post], Post]:
-    return lambda p, d: replace(p, **{field: getattr(d, field) for field in fields})
-
-
 # In the order of execution.
-STEPS = (
-    Step("activation", _taking("activation")),
+STEPS: tuple[Step[Post], ...] = (
+    Step("postprocessing.activation", taking("activation")),
     Step(
-        "box_decode",
-        _taking(
+        "postprocessing.box_decode",
+        taking(
             *("output", "scores", "objectness", "join", "channels_first", "background"),
             *("coding", "bins", "unit", "stride", "shift", "cell", "anchors", "sizes", "ratios"),
             "variances",
         ),
     ),
-    Step("box_offset", _taking("offset")),
-    Step("box_rounding", _taking("clip", "rounding")),
-    Step("threshold", _taking("threshold", "mask", "channels_last")),
-    Step("mask_resize", _taking("resize", "interpolation", "order")),
-    Step("text_decode", _taking("text", "blank")),
-    Step("nms", _taking("nms", "iou", "iou_offset", "class_aware", "top_k")),
+    Step("postprocessing.box_offset", taking("offset")),
+    Step("postprocessing.box_rounding", taking("clip", "rounding")),
+    Step("postprocessing.threshold", taking("threshold", "mask", "channels_last")),
+    Step("postprocessing.mask_resize", taking("resize", "interpolation", "order")),
+    Step("postprocessing.text_decode", taking("text", "blank")),
+    Step("postprocessing.nms", taking("nms", "iou", "iou_offset", "class_aware", "top_k")),
 )
-
-
-def differing(training: Post, deployment: Post) -> tuple[Step, ...]:
-    """The steps in which the two sides differ, in the order of execution."""
-    return tuple(step for step in STEPS if step.take(training, deployment) != training)
 
 
 def between(training: Post, deployment: Post) -> tuple[tuple[str, Post], ...]:
     """From one side to the other a step at a time, each with the id of its cause ("" first)."""
     reached = [("", training)]
-    for step in differing(training, deployment):
+    for step in differing(STEPS, training, deployment):
         reached.append((step.noise, step.take(reached[-1][1], deployment)))
     return tuple(reached)

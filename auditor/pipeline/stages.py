@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from auditor.pipeline import libraries
 from auditor.pipeline.libraries import Conversion
@@ -17,6 +18,51 @@ Layout = Literal["nchw", "nhwc"]
 Type = Literal["float32", "float16", "uint8"]
 Place = Literal["centre", "corner"]
 Size = tuple[int, int]  # height, width
+
+
+class Side(Protocol):
+    """What one system does before or after the network."""
+
+    def steps(self) -> dict[str, str]:
+        """Every step in words, by its name."""
+
+
+S = TypeVar("S", bound=Side)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[S]):
+    """One step in which two systems may differ.
+
+    Attributes:
+        noise: id of the cause: ``preprocessing.NAME`` or ``postprocessing.NAME``.
+        take: the first side with this step of the second.
+        words: keys of ``Side.steps`` that describe it; its own name where none are given.
+    """
+
+    noise: str
+    take: Callable[[S, S], S]
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As in a description."""
+        return self.noise.partition(".")[2]
+
+    def described(self, side: S) -> str:
+        """What a side does in this step."""
+        said = side.steps()
+        return "; ".join(said[key] for key in self.words or (self.name,))
+
+
+def taking(*fields: str) -> Callable[[Any, Any], Any]:
+    """A side with some of its fields as another side has them."""
+    return lambda side, other: replace(side, **{field: getattr(other, field) for field in fields})
+
+
+def differing(steps: Sequence[Step[S]], one: S, other: S) -> tuple[Step[S], ...]:
+    """The steps in which two sides differ, in the order of execution."""
+    return tuple(step for step in steps if step.take(one, other) != one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +127,7 @@ class Resize:
 
     def __str__(self) -> str:
         """The library and the interpolation: ``torch bilinear antialiased``."""
-        offered = cast(libraries.Resizer, libraries.load("resizers", self.library))
+        offered: libraries.Resizer = libraries.load("resizers", self.library)
         both = len(offered.interpolations[self.interpolation]) > 1
         said = " antialiased" if self.antialias else " not antialiased"
         return f"{self.library} {self.interpolation}{said if both else ''}"

@@ -8,7 +8,7 @@ of the network add up to the whole difference between the two systems.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from auditor.pipeline import post as posts
 from auditor.pipeline import results
 from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.networks import network_input
-from auditor.pipeline.stages import Placement
+from auditor.pipeline.stages import Pipeline, Placement, S, Step, differing, taking
 from auditor.pipeline.steps import Preparation
 from auditor.records.backend import Gap
 from auditor.records.model import StimulusInfo
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
     from auditor.pipeline.post import Post
-    from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays
     from auditor.replays.reference import Reference
 
@@ -48,31 +47,6 @@ SAMPLES = 4  # photographs where the user names no number, as of recorded sample
 
 # What a pipeline makes of one photograph: the tensor, and the reference's outputs on it.
 _Made = tuple["Array", "Arrays"]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One step before the network.
-
-    Attributes:
-        name: as in a description; ``preprocessing.NAME`` is the cause's id.
-        words: keys of ``Pipeline.steps`` that describe it.
-        take: the first pipeline with this step of the second.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    take: Callable[[Pipeline, Pipeline], Pipeline]
-
-    @property
-    def noise(self) -> str:
-        """Id of the cause."""
-        return f"preprocessing.{self.name}"
-
-    def described(self, pipeline: Pipeline) -> str:
-        """What a side does in this step."""
-        said = pipeline.steps()
-        return "; ".join(said[key] for key in self.words)
 
 
 def _decoder(p: Pipeline, d: Pipeline) -> Pipeline:
@@ -103,26 +77,16 @@ def _resize(p: Pipeline, d: Pipeline) -> Pipeline:
 
 
 # In the order of execution.
-STEPS = (
-    Step("decoder", ("decoder",), _decoder),
-    Step("orientation", ("decoder",), _orientation),
-    Step("colour", ("colour",), lambda p, d: replace(p, colour=d.colour)),
-    Step("framing", ("precrop", "resize", "crop"), _framing),
-    Step("resize", ("resize",), _resize),
-    Step("channels", ("channels",), lambda p, d: replace(p, channels=d.channels)),
-    Step(
-        "normalise",
-        ("normalise",),
-        lambda p, d: replace(p, scale=d.scale, mean=d.mean, std=d.std),
-    ),
-    Step("layout", ("layout",), lambda p, d: replace(p, layout=d.layout, dtype=d.dtype)),
+STEPS: tuple[Step[Pipeline], ...] = (
+    Step("preprocessing.decoder", _decoder),
+    Step("preprocessing.orientation", _orientation, ("decoder",)),
+    Step("preprocessing.colour", taking("colour")),
+    Step("preprocessing.framing", _framing, ("precrop", "resize", "crop")),
+    Step("preprocessing.resize", _resize),
+    Step("preprocessing.channels", taking("channels")),
+    Step("preprocessing.normalise", taking("scale", "mean", "std")),
+    Step("preprocessing.layout", taking("layout", "dtype")),
 )
-
-
-def differing(description: Description) -> tuple[Step, ...]:
-    """The steps in which the two sides differ, in the order of execution."""
-    before, end = description.training, description.deployment
-    return tuple(step for step in STEPS if step.take(before, end) != before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +217,12 @@ class _StepMeter:
         )
 
 
+def _meters(steps: Sequence[Step[S]], training: S, deployment: S) -> list[_StepMeter]:
+    return [
+        _StepMeter(s.name, s.noise, s.described(training), s.described(deployment)) for s in steps
+    ]
+
+
 class Photographs:
     """The stimulus made of photographs, and what the steps around the network do to them.
 
@@ -283,27 +253,15 @@ class Photographs:
         self._description = description
         self._photos = photos
         self._kinds = kinds
-        self._steps = differing(description)
-        self._meters = [
-            _StepMeter(
-                step.name,
-                step.noise,
-                step.described(description.training),
-                step.described(description.deployment),
-            )
-            for step in self._steps
-        ]
+        self._steps = differing(STEPS, description.training, description.deployment)
+        self._meters = _meters(self._steps, description.training, description.deployment)
         self._after: tuple[tuple[str, Post], ...] = ()
-        self._post_steps: tuple[posts.Step, ...] = ()
+        self._post_steps: tuple[Step[Post], ...] = ()
         first, last = description.training_post, description.deployment_post
         if first is not None and last is not None:
-            self._post_steps = posts.differing(first, last)
+            self._post_steps = differing(posts.STEPS, first, last)
             self._after = posts.between(first, last)
-            before, after = first.steps(), last.steps()
-            self._meters += [
-                _StepMeter(step.name, step.noise, before[step.name], after[step.name])
-                for step in self._post_steps
-            ]
+            self._meters += _meters(self._post_steps, first, last)
         self._shares = Pool()
         self._measured = 0
         self._outputs: dict[str, OutputMeter] = {}

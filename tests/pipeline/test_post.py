@@ -17,7 +17,7 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, heads, post, results
+from auditor.pipeline import description, heads, post, results, stages
 from auditor.pipeline import photos as folders
 from auditor.pipeline.post import Post
 from auditor.pipeline.results import NAME
@@ -257,7 +257,7 @@ def test_all_steps_lead_from_training_to_deployment(a: Post, b: Post) -> None:
     reached = post.between(a, b)
     assert reached[0] == ("", a) and reached[-1][1] == b
     assert {step.noise for step in post.STEPS} <= {noise.id for noise in discovery.noises()}
-    for step in post.differing(a, b):
+    for step in stages.differing(post.STEPS, a, b):
         assert a.steps()[step.name] != b.steps()[step.name]
 
 

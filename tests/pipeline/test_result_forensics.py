@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from auditor.errors import UsageError
-from auditor.pipeline import post, result_forensics, results
+from auditor.pipeline import post, result_forensics, results, stages
 from auditor.pipeline.post import Post
 from auditor.pipeline.results import NAME
 from auditor.pipeline.stages import Placement
@@ -80,7 +80,10 @@ def test_a_planted_variant_is_found(change: dict[str, object]) -> None:
     elif not found.indistinguishable:
         assert "nms" in found.differs
     # The planted steps are named, or a way that gives the very same result.
-    differing = {step.name for step in post.differing(DESCRIBED, made)} - {"threshold", "nms"}
+    differing = {step.name for step in stages.differing(post.STEPS, DESCRIBED, made)} - {
+        "threshold",
+        "nms",
+    }
     names = " ".join((found.best.name, *found.indistinguishable))
     for step in differing:
         assert step in found.differs or made.steps()[step] in names
