@@ -41,24 +41,6 @@ def split(graph: Graph, chosen: Collection[int]) -> tuple[Piece, ...]:
             groups.append((group, kind))
         kind = not kind
     return tuple(
-        Piece(_cut(graph, f"p{number}", nodes), kind) for number, (nodes, kind) in enumerate(groups)
+        Piece(graph.joined(f"p{number}", nodes), kind)
+        for number, (nodes, kind) in enumerate(groups)
     )
-
-
-def _cut(graph: Graph, id: str, nodes: list[int]) -> Cut:
-    inside = set(nodes)
-    made = {name: None for index in nodes for name in graph.nodes[index].output if name}
-    constants, inputs = set[int](), dict[str, None]()
-    pending = list(nodes)
-    while pending:
-        for name in graph.reads[pending.pop()]:
-            source = graph.producer.get(name)
-            if graph.is_constant(name):
-                if source is not None and source not in constants:
-                    constants.add(source)
-                    pending.append(source)
-            elif name not in made:
-                inputs[name] = None
-    outside = {n for i, reads in enumerate(graph.reads) if i not in inside for n in reads}
-    outputs = tuple(n for n in made if n in outside or n in graph.outputs)
-    return Cut(id, tuple(nodes), tuple(sorted(constants)), tuple(inputs), outputs)

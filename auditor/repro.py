@@ -19,18 +19,16 @@ from typing import TYPE_CHECKING
 import onnx
 
 from auditor import discovery, repro_files
-from auditor.capture.trace import Tracer
 from auditor.comparison import metrics
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Cut, Graph
 from auditor.ports import Scriptable
-from auditor.processes.worker import workers
 from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
 from auditor.replays import sessions
 from auditor.repro_files import Case, Reproducer
-from auditor.subject import model_of, reference_of, request_for, stimulus_of
+from auditor.subject import built, model_of, reference_of, stimulus_of
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -132,13 +130,8 @@ def _captured(
     """What the backend made of the sample that shows the finding, its inputs included."""
     stimulus = stimulus_of(model, options)
     feeds = stimulus.sample(min(segment.explained_on or 0, len(stimulus) - 1))
-    with workers([spec.id], options.limits) as (worker,):
-        tracer = Tracer(spec.label, worker, options.timeout, progress)
-        trace = None
-        if tracer.start():
-            tracer.build(request_for(spec, options, model, feeds, worker.workdir))
-        if tracer.gap is None:
-            trace = tracer.sample(feeds, last=True)
+    with built(spec, options, model, feeds, progress) as tracer:
+        trace = tracer.sample(feeds, last=True) if tracer.gap is None else None
         if trace is None or tracer.provenance is None:
             reason = tracer.gap.reason if tracer.gap else "it was not built"
             raise UsageError(f"{spec.label} no longer runs the model: {reason}", "Audit it again.")
@@ -176,12 +169,7 @@ class _Lab:
         return Case(model, feeds, expected, distance, f"{info.engine} {info.version}")
 
     def _observed(self, model: Model, feeds: Arrays) -> Arrays | None:
-        options = self._options
-        with workers([self._spec.id], options.limits) as (worker,):
-            tracer = Tracer(self._spec.label, worker, options.timeout, self._progress)
-            if not tracer.start():
-                return None
-            tracer.build(request_for(self._spec, options, model, feeds, worker.workdir))
+        with built(self._spec, self._options, model, feeds, self._progress) as tracer:
             return tracer.plain(feeds) if tracer.gap is None else None
 
 
@@ -269,8 +257,8 @@ def _shrunk(case: Case, lab: _Lab) -> Case:
     for part in _parts(inside):
         if lab.trials >= limit:
             break
-        cut = _cut(graph, part, values)
-        if cut is None:
+        cut = graph.joined("part", part)
+        if not cut.inputs or not cut.outputs or not values.keys() >= {*cut.inputs}:
             continue
         feeds = {name: values[name] for name in cut.inputs}
         smaller = lab.case(_extracted(graph, cut, feeds, {}), feeds)
@@ -284,23 +272,3 @@ def _parts(nodes: Sequence[int]) -> Iterator[Sequence[int]]:
     for length in range(1, len(nodes)):
         for start in range(len(nodes) - length + 1):
             yield nodes[start : start + length]
-
-
-def _cut(graph: Graph, part: Sequence[int], values: Arrays) -> Cut | None:
-    """These nodes as a cut; None where a tensor that enters has no value to feed."""
-    inside = set(part)
-    made = [name for i in part for name in graph.nodes[i].output if name]
-    reads = dict.fromkeys(n for i in part for n in graph.reads[i] if n not in made)
-    inputs = tuple(n for n in reads if not graph.is_constant(n))
-    others = (i for i in range(len(graph.nodes)) if i not in inside)
-    used = {*graph.outputs, *(n for i in others for n in graph.reads[i])}
-    outputs = tuple(n for n in made if n in used)
-    if not inputs or not outputs or any(n not in values for n in inputs):
-        return None
-    constants, pending = set[int](), [n for n in reads if graph.is_constant(n)]
-    while pending:
-        source = graph.producer.get(pending.pop())
-        if source is not None and source not in constants:
-            constants.add(source)
-            pending += graph.reads[source]
-    return Cut("part", tuple(part), tuple(sorted(constants)), inputs, outputs)

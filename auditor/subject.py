@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from auditor.records.backend import BuildRequest
 
 if TYPE_CHECKING:
     from auditor.capture.recording import Recording, Source
-    from auditor.capture.trace import SampleTrace
+    from auditor.capture.trace import SampleTrace, Tracer
     from auditor.graphs.model import Model, TensorSpec
     from auditor.options import AuditOptions, BackendSpec
     from auditor.pipeline.upstream import Photographs
@@ -398,3 +399,37 @@ def request_for(
         trusted=options.trust_source,
         custom_ops=tuple(library.resolve() for library in options.custom_ops),
     )
+
+
+@contextmanager
+def built(
+    spec: BackendSpec,
+    options: AuditOptions,
+    model: Model,
+    feeds: Arrays,
+    progress: Progress,
+    *,
+    open: bool = False,
+) -> Iterator[Tracer]:
+    """A model built by one backend in a process of its own; the tracer says so where it has a gap.
+
+    Args:
+        spec: the backend.
+        options: of an audit.
+        model: what to build.
+        feeds: inputs by name.
+        progress: told what is being done.
+        open: whether the program shall run at other shapes too.
+
+    Raises:
+        UsageError: as ``request_for``, or the engine has no such option or device.
+    """
+    from auditor.capture.trace import Tracer
+    from auditor.processes.worker import workers
+
+    with workers([spec.id], options.limits) as (worker,):
+        tracer = Tracer(spec.label, worker, options.timeout, progress)
+        if tracer.start():
+            request = request_for(spec, options, model, feeds, worker.workdir)
+            tracer.build(replace(request, open=open))
+        yield tracer

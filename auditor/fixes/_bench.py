@@ -20,11 +20,10 @@ from auditor.errors import BackendError, UsageError
 from auditor.graphs import model as models
 from auditor.graphs import surgery, weights
 from auditor.ports import Keeping
-from auditor.processes.worker import workers
 from auditor.records.backend import Provenance
 from auditor.records.fix import FixAttempt
 from auditor.replays import sessions
-from auditor.subject import reference_of, request_for, stimulus_of
+from auditor.subject import built, reference_of, stimulus_of
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -213,13 +212,9 @@ class Bench:
         return audit(self._saved(change.model), asked, noises=noises, progress=self._progress)
 
     def _build(self) -> Tracer:
-        options = self._options
-        (worker,) = self._stack.enter_context(workers([self.spec.id], options.limits))
-        tracer = Tracer(self.spec.label, worker, options.timeout, self._progress)
-        if tracer.start():
-            tracer.build(
-                request_for(self.spec, options, self._model, self._feeds[0], worker.workdir)
-            )
+        tracer = self._stack.enter_context(
+            built(self.spec, self._options, self._model, self._feeds[0], self._progress)
+        )
         if tracer.gap is not None:
             raise UsageError(
                 f"{self.spec.label} no longer builds the model: {tracer.gap.reason}",

@@ -86,6 +86,29 @@ class Graph:
             for i, nodes in enumerate(outputs)
         )
 
+    def joined(self, id: str, nodes: Sequence[int]) -> Cut:
+        """Some nodes as one cut, which reads whatever others compute from the stimulus.
+
+        Args:
+            id: of the cut.
+            nodes: their indices, none of what is computed from weights alone.
+        """
+        made = {name: None for index in nodes for name in self.nodes[index].output if name}
+        constants, inputs = set[int](), dict[str, None]()
+        pending = list(nodes)
+        for index in pending:  # it grows by the constants that are met
+            for name in self.reads[index]:
+                source = self.producer.get(name)
+                if not self.is_constant(name):
+                    inputs |= {} if name in made else {name: None}
+                elif source is not None and source not in constants:
+                    constants.add(source)
+                    pending.append(source)
+        others = set(range(len(self.nodes))).difference(nodes)
+        used = {*self.outputs, *(name for index in others for name in self.reads[index])}
+        outputs = tuple(name for name in made if name in used)
+        return Cut(id, tuple(nodes), tuple(sorted(constants)), tuple(inputs), outputs)
+
     def halves(self, captured: set[str]) -> set[str]:
         """Quantised tensors whose real values, before and after, are all captured.
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import onnx
 
+from auditor import subject
 from auditor.analysis import Analysis
 from auditor.capture.trace import Tracer
 from auditor.errors import BackendError
 from auditor.options import AuditOptions, BackendSpec
 from auditor.pieces import Piece
-from auditor.processes.worker import workers
 from auditor.subject import reference_of, request_for
 
 if TYPE_CHECKING:
@@ -168,19 +168,6 @@ class Program:
 def built(
     spec: BackendSpec, harness: Harness, model: Model, feeds: Arrays, *, open: bool = False
 ) -> Iterator[Program]:
-    """A model built by a backend for some inputs.
-
-    Args:
-        spec: the backend.
-        harness: what it is built with.
-        model: what to build.
-        feeds: inputs by name.
-        open: whether the program shall run at other shapes too.
-    """
-    options = harness.options
-    with workers([spec.id], options.limits) as (worker,):
-        tracer = Tracer(spec.label, worker, options.timeout, harness.progress)
-        if tracer.start():
-            request = request_for(spec, options, model, feeds, worker.workdir)
-            tracer.build(replace(request, open=open))
+    """A model built by a backend for some inputs; arguments as of ``auditor.subject.built``."""
+    with subject.built(spec, harness.options, model, feeds, harness.progress, open=open) as tracer:
         yield Program(spec, tracer, model, harness, open)
