@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper
 
 from auditor.comparison import metrics
 from auditor.comparison.metrics import Moments
@@ -82,14 +83,15 @@ def floor(
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
     half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
-    wide = double(value.dtype for of in (local.inputs, local.observed) for value in of.values())
+    # As the model has them: a backend may show what it computed in float32 as that.
+    wide = double(map(helper.tensor_dtype_to_np_dtype, surgery.types(model).values()))
     found = fp32_rounding.floor(
         jitter,
         moved.reordered(),
         terms,
         half=half,
         double=wide,
-        exact=max(moved.evaluated_exactly(), moved.repositioned()),
+        exact=max(0.0 if wide else moved.evaluated_exactly(), moved.repositioned()),
     )
     found = max(found, moved.in_own_types(own) if own else 0.0, repeat)
     introduced = moved.distance(local.observed, local.replayed)
