@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Operators that the importer handles outside its table of converters.
 _BUILT_IN = frozenset({"If", "Constant"})
+# What ONNX Runtime puts before a tensor's name, for a cast of it that it adds and for what is cast.
+_INSERTED = "InsertedPrecisionFreeCast_"
 # The importer looks operators up by name alone; in other domains a name may mean anything.
 _DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 
@@ -126,6 +128,8 @@ def _fold(request: BuildRequest) -> onnx.ModelProto:
         "session.model_external_initializers_file_folder_path": str(request.model_path.parent),
         # Or a model above protobuf's 2 GB could not be saved.
         "session.optimized_model_external_initializers_file_name": "folded.bin",
+        # They put other tensors in place of the model's, which TVM's importer does not.
+        "optimization.disable_specified_optimizers": "TransposeOptimizer;MatMulAddFusion",
     }.items():
         options.add_session_config_entry(key, text)
     try:
@@ -152,15 +156,53 @@ def load(request: BuildRequest, original: onnx.GraphProto) -> tuple[Imported, tu
     except BackendError:
         _require_converters(original)  # says more than ONNX Runtime's refusal, where it applies
         raise
+    widened = ""
+    if any(map(_is_inserted, folded.graph.node)) and not _narrowed(folded):
+        widened = (
+            " It computes in float32 there what ONNX Runtime has no kernel for in float16, which "
+            "TVM's own import would not do."
+        )
     imported = convert(folded, request.shapes)
     shapes = ", ".join(
         f"{name}:{'x'.join(map(str, shape))}" for name, shape in request.shapes.items()
     )
     note = (
         "Before TVM compiled the model, ONNX Runtime's basic optimisation folded it for the "
-        f"fixed input shapes {shapes}, because {reason}."
+        f"fixed input shapes {shapes}, because {reason}.{widened}"
     )
     return imported, (note,)
+
+
+def _is_inserted(node: onnx.NodeProto) -> bool:
+    """Whether ONNX Runtime put a cast there, around what it has no kernel for in float16."""
+    return node.op_type == "Cast" and node.name.startswith(_INSERTED)
+
+
+def _narrowed(model: onnx.ModelProto) -> bool:
+    """Take these casts out, in place; False if that leaves types that do not fit."""
+    import onnx
+    import onnxruntime as ort
+
+    narrowed = onnx.ModelProto()
+    narrowed.CopyFrom(model)
+    graph = narrowed.graph
+    nodes = [node for node in graph.node if not _is_inserted(node)]
+    for node in nodes:
+        node.input[:] = [name.removeprefix(_INSERTED) for name in node.input]
+        node.output[:] = [name.removeprefix(_INSERTED) for name in node.output]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    try:
+        ort.InferenceSession(
+            narrowed.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception:  # onnxruntime's exceptions have no public base class
+        return False
+    model.CopyFrom(narrowed)
+    return True
 
 
 def last_line(error: Exception) -> str:

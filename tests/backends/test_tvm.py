@@ -208,6 +208,47 @@ def test_a_dynamic_model_is_folded_and_says_so(tmp_path: Path, external: bool) -
     assert "c1" not in {name for kernel in built.provenance.kernels for name in kernel.outputs}
 
 
+def test_folding_keeps_the_tensors_of_the_model(tmp_path: Path) -> None:
+    """As Keras exports: channels last, with transpositions around each convolution; and Dense."""
+    w1, w2, w3, b3 = weights((8, 3, 3, 3), (4, 8, 1, 1), (4, 5), (5,))
+    nodes = [
+        node("Transpose", ["x"], ["t1"], perm=[0, 3, 1, 2]),
+        node("Conv", ["t1", "w1"], ["c1"]),
+        node("Transpose", ["c1"], ["u1"], perm=[0, 2, 3, 1]),
+        node("Relu", ["u1"], ["r1"]),
+        node("Transpose", ["r1"], ["t2"], perm=[0, 3, 1, 2]),
+        node("Conv", ["t2", "w2"], ["c2"]),
+        node("Transpose", ["c2"], ["u2"], perm=[0, 2, 3, 1]),
+        node("MatMul", ["u2", "w3"], ["m3"]),
+        node("Add", ["m3", "b3"], ["y"]),
+    ]
+    constants = {"w1": w1, "w2": w2, "w3": w3, "b3": b3}
+    path = save(tmp_path / "m.onnx", nodes, {"x": ("batch", 6, 6, 3)}, ["y"], constants)
+    image = {"x": np.moveaxis(IMAGE["x"][:, :, :6, :6], 1, -1)}
+    built = build(path, image, dynamic=True)
+    assert_true_captures(path, built, image)
+    assert not built.instrument(image).skipped
+
+
+def test_a_dynamic_model_in_half_precision_is_compiled_in_it(tmp_path: Path) -> None:
+    """ONNX Runtime, which folds others, would compile it in float32, between casts."""
+    path = cnn(tmp_path / "cnn.onnx", batch="batch")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, path)
+    image = {"x": IMAGE["x"].astype(np.float16)}
+    built = build(path, image, dynamic=True)
+    assert {kernel.precision for kernel in built.provenance.kernels} == {"f16"}
+    assert not built.instrument(image).skipped
+    (y,) = built.run(image).values()
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, reference(path, image, ["y"])["y"], rtol=1e-2, atol=1e-2)
+
+
 def test_a_model_that_tvm_cannot_import_directly_is_folded(tmp_path: Path) -> None:
     """TVM wants Pad's pads as a constant; the torch exporter writes a little graph instead."""
     nodes = [
