@@ -18,6 +18,11 @@ _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "Ma
 _SMALL = BYTES | {"boolean"}
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
 _WRAPPED = frozenset({"i16", "u16", "u32", "u64"})
+# What is read of what the engine says of each.
+_TOLD = (
+    *("layerType", "originalLayersNames", "primitiveType", "runtimePrecision"),
+    *("outputPrecisions", "outputLayouts"),
+)
 _DIGITS = re.compile(r"\d+")
 _PLACED = re.compile(r"#\d+#/[^,]*")  # an operation that the engine put before one of the model's
 _ANEW = re.compile(r"([A-Za-z]\w*)_\d+")  # an operation that the engine made: its type and a number
@@ -95,7 +100,8 @@ class Program:
         self.nodes: dict[str, Executed] = {}
         self._by_friendly_name: dict[str, str] = {}
         for op in compiled.get_runtime_model().get_ordered_ops():
-            info = {key: value.astype(str) for key, value in op.get_rt_info().items()}
+            told = op.get_rt_info()
+            info = {key: told[key].astype(str) for key in _TOLD if key in told}
             parents = tuple(i.get_source_output().get_node().get_name() for i in op.inputs())
             kind = info.get("layerType", op.get_type_name())
             node = Executed(

@@ -88,6 +88,7 @@ class Source:
         self.names: list[str] = []
         self.tensors: dict[Port, str] = {}
         self._ops: list[Any] = []
+        self._inputs: dict[int, list[Port]] = {}
         for number, op in enumerate(model.get_ordered_ops()):
             self._ops.append(op)
             self.names.append(op.get_friendly_name())
@@ -285,8 +286,11 @@ class Source:
 
     def inputs(self, number: int) -> list[Port]:
         """The ports that an operation reads."""
-        sources = (i.get_source_output() for i in self._ops[number].inputs())
-        return [(self._number[s.get_node().get_name()], s.get_index()) for s in sources]
+        if (known := self._inputs.get(number)) is None:  # asking the engine takes far longer
+            sources = (i.get_source_output() for i in self._ops[number].inputs())
+            known = [(self._number[s.get_node().get_name()], s.get_index()) for s in sources]
+            self._inputs[number] = known
+        return known
 
     def shape(self, port: Port) -> Any:
         """A port's shape as the model declares it (openvino.PartialShape)."""

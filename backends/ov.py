@@ -133,7 +133,8 @@ class _Build:
         trial = Probing(plain, feeds).observe()
         outputs, tensors = plain.capture(trial.session, trial.probes, feeds)
         observed = [c for c in trial.probes if c not in trial.aside]
-        missing = [c for c in plain.candidates if c not in trial.probes]
+        probed = set(trial.probes)
+        missing = [c for c in plain.candidates if c not in probed]
         known = {**feeds, **outputs, **{c.tensor: tensors[c.tensor] for c in observed}}
         cuts, found = Apart(plain).tensors(missing, observed, known) if observed else ([], set())
         reasons = {c: "the engine would compute it for the probe alone" for c in trial.aside}

@@ -15,7 +15,6 @@ import hashlib
 import html
 import json
 import os
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from reports import _words as words
@@ -103,6 +102,8 @@ def _told(backend: BackendReport) -> dict[str, object]:
 
 
 def _asset(name: str) -> str:
+    from importlib.resources import files  # here: every audit imports this module
+
     return files("reports").joinpath("_html", name).read_text(encoding="utf-8")
 
 

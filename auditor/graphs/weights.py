@@ -9,6 +9,7 @@ Runtime and numpy map them, so all sessions share the one copy that the system's
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -141,7 +142,7 @@ def mapped(tensor: onnx.TensorProto, folder: Path) -> Array:
 def size_of(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's values, of types that take whole bytes."""
     itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return int(np.prod(tensor.dims, dtype=np.int64)) * itemsize
+    return int(math.prod(tensor.dims)) * itemsize
 
 
 # --- the model file ------------------------------------------------------------------------------
