@@ -81,21 +81,46 @@ class Equations:
         mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
         return replace(self, weight=self.weight * mine)
 
-    def left(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
-        """By channel [g, 1, c], the squared error that these operands leave, or its variance."""
-        rest = self.rest(weights, operand, about=about)
+    def left(
+        self,
+        weights: Array,
+        operand: Grid | None = None,
+        *,
+        about: bool = False,
+        ready: bool = False,
+    ) -> Array:
+        """By channel [g, 1, c], the squared error that these operands leave, or its variance.
+
+        ``ready``: the weights come from ``multiplied``, once for all operands that are tried.
+        """
+        rest = self.rest(weights, operand, about=about, ready=ready)
         return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
 
-    def rest(self, weights: Array, operand: Grid | None = None, *, about: bool = False) -> Array:
+    def rest(
+        self,
+        weights: Array,
+        operand: Grid | None = None,
+        *,
+        about: bool = False,
+        ready: bool = False,
+    ) -> Array:
         """The errors [g, p, c] that these operands leave, or what is around their mean."""
         x = self._read if operand is None else self._narrow(operand(self.x))
-        if self.factor is not None:
-            weights = _bfloat16(weights * self.factor) / self.factor
-        rest, square = self.result - x @ weights, np.square(self.weight)
+        rest = self.result - x @ (weights if ready else self.multiplied(weights))
         if about or (self.factor is not None and x.shape[1] >= EQUATIONS):
-            total = np.maximum(square.sum(axis=1, keepdims=True), NOTHING)
-            rest = rest - (square * rest).sum(axis=1, keepdims=True) / total
+            total = np.maximum(self._square.sum(axis=1, keepdims=True), NOTHING)
+            rest = rest - (self._square * rest).sum(axis=1, keepdims=True) / total
         return np.asarray(self.weight * rest)
+
+    def multiplied(self, weights: Array) -> Array:
+        """The weights that the backend multiplied with: rounded where it rounds them."""
+        if self.factor is None:
+            return weights
+        return np.asarray(_bfloat16(weights * self.factor) / self.factor)
+
+    @cached_property
+    def _square(self) -> Array:
+        return np.asarray(np.square(self.weight))
 
     @cached_property
     def _read(self) -> Array:

@@ -175,26 +175,34 @@ class _Search:
 
     def __init__(self, known: Equations, weights: Array, operand: Array) -> None:
         self._known, self._weights = known, weights
+        self._multiplied = known.multiplied(weights)
         self.least, self.most = min(float(operand.min()), 0.0), max(float(operand.max()), 0.0)
         self.span = (self.most - self.least) / 255
         self.best, self.left = Grid(self.span, 0, 0), math.inf
         self._inner = np.quantile(operand, (_CLIPPED / 2, 1 - _CLIPPED / 2))
         inside = np.clip(known.x, *self._inner)
+        self._sorted = np.sort(known.x, axis=None)
         self._typical = float(np.sqrt(np.square(inside).mean())) or self.span
 
     def _attempt(self, step: float, lows: Iterable[int]) -> None:
         for low in lows:
-            grid, x = Grid(float(np.float32(step)), low, low + 255), self._known.x
-            outside = (x < (grid.low - 1) * step) | (x > (grid.high + 1) * step)
-            if outside.mean() > _CLIPPED:
+            grid = Grid(float(np.float32(step)), low, low + 255)
+            if self._outside((grid.low - 1) * step, (grid.high + 1) * step) > _CLIPPED:
                 continue
-            now = float(self._known.left(self._weights, grid).sum())
+            now = float(self._known.left(self._multiplied, grid, ready=True).sum())
             if now < self.left:
                 self.best, self.left = grid, now
 
+    def _outside(self, low: float, high: float) -> float:
+        """The part of the operand's values that is beyond a range."""
+        values = self._sorted  # which makes it two look-ups
+        first = int(values.searchsorted(values.dtype.type(low), "left"))
+        last = int(values.searchsorted(values.dtype.type(high), "right"))
+        return (first + len(values) - last) / len(values)
+
     def asks(self, known: Equations) -> None:
         """Goes on with other equations."""
-        self._known = known
+        self._known, self._sorted = known, np.sort(known.x, axis=None)
         self.left = float(known.left(self._weights, self.best).sum())
 
     def _apart(self, step: float) -> float:
