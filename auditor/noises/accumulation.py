@@ -132,14 +132,16 @@ def _arranged(node: onnx.NodeProto, version: int, constants: dict[str, Array]) -
     if not axes:
         ignored = given.get("noop_with_empty_axes")
         return None if ignored else f"{counted} flat_x = Flatten <axis = 0> (x) {rows}"
-    if len(axes) == 1:
-        return f"""{counted} flat_x = Flatten <axis = {axes[0]}> (x) whole = Shape(x)
-            axis = Constant <value = int64[1] {{{axes[0]}}}> () size_n = Gather(whole, axis)
+    if sorted(axes) in (list(range(-len(axes), 0)), [2, 3]):  # the last ones, or those of images
+        return f"{counted} flat_x = Flatten <axis = {min(axes)}> (x) {rows}"
+    if sorted(axes) == list(range(min(axes), max(axes) + 1)):  # neighbours, such as 1 and 2 of NHWC
+        listed = f"int64[{len(axes)}] {{{str(sorted(axes))[1:-1]}}}"
+        return f"""{counted} flat_x = Flatten <axis = {min(axes)}> (x) whole = Shape(x)
+            summed = Constant <value = {listed}> () sizes = Gather(whole, summed)
+            size_n = ReduceProd(sizes)
             before = Constant <value = int64[1] {{0}}> ()
             after = Constant <value = int64[1] {{-1}}> ()
             blocks = Concat <axis = 0> (before, size_n, after) values = Reshape(flat_x, blocks)"""
-    if sorted(axes) in (list(range(-len(axes), 0)), [2, 3]):  # the last ones, or those of images
-        return f"{counted} flat_x = Flatten <axis = {min(axes)}> (x) {rows}"
     return None
 
 

@@ -26,7 +26,7 @@ def running(values: Array, axis: int) -> Array:
 
 
 @pytest.mark.parametrize("kind", ["Sum", "Mean", "L1", "L2", "SumSquare", "LogSum"])
-@pytest.mark.parametrize("axes", [[1], [1, 2], [-1], [2, 3], None])
+@pytest.mark.parametrize("axes", [[1], [1, 2], [-1], [2, 3], [1, 2, 3], None])
 def test_reductions(
     make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str, axes: Any
 ) -> None:
@@ -34,6 +34,8 @@ def test_reductions(
     x = np.abs(generator.standard_normal(shape) * 2 + 3).astype(HALF)
     if axes == [1, 2]:
         axes = [-2, -1]
+    if axes == [1, 2, 3]:  # channels last
+        x = x.reshape(2, 5, 4, 32, 2)
     over = tuple(range(x.ndim)) if axes is None else tuple(a % x.ndim for a in axes)
     summands = {"L1": np.abs(x), "L2": x * x, "SumSquare": x * x}.get(kind, x)
     flat = np.moveaxis(summands, over, range(-len(over), 0))
