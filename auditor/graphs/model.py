@@ -124,6 +124,7 @@ def load(path: Path) -> Model:
             "A data file is not the one this model was exported with: copy or export it again.",
         ) from error
     files.sort(proto.graph)
+    files.clear_repeated(proto.graph)
     files.check(path, proto, arrays)
     if proto.functions:
         import onnx.inliner

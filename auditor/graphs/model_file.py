@@ -319,6 +319,17 @@ def sort(graph: onnx.GraphProto) -> None:
         graph.node.extend(nodes)
 
 
+def clear_repeated(graph: onnx.GraphProto) -> None:
+    """Take away the names that several nodes have.
+
+    ONNX lets them, and most engines; ONNX Runtime, which computes the reference, does not.
+    """
+    counts = Counter(node.name for node in graph.node)
+    for node in graph.node:
+        if counts[node.name] > 1:
+            node.name = ""
+
+
 def _first(error: Exception) -> str:
     """An exception's first line, and the node it is about, without the rest of the stack."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.shapes import resolve_shapes
+from auditor.replays.reference import Reference
 
 
 def linear(
@@ -212,6 +213,17 @@ def test_duplicate_names(tmp_path: Path, field: str) -> None:
     entries.append(entries[0])
     with pytest.raises(UsageError, match=f"more than one {field}"):
         models.load(save(proto, tmp_path))
+
+
+def test_nodes_of_one_name(tmp_path: Path) -> None:
+    """ONNX lets them; ONNX Runtime, which computes the reference, does not."""
+    proto = linear()
+    for node in proto.graph.node:
+        node.name = "node"
+    model = models.load(save(proto, tmp_path))
+    assert model.labels == {"h": "MatMul → h", "y": "Relu → y"}
+    x = np.ones((1, 4), np.float32)
+    assert Reference(model, 1).run({"x": x})["y"].tolist() == [[18, 22, 26]]
 
 
 def test_two_nodes_computing_one_tensor(tmp_path: Path) -> None:
