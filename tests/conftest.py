@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from benchmarks import zoo
 
 # What a test measures is made anew; tests of the cache name a folder of their own.
 os.environ["SYSNOISE_CACHE"] = "off"
+
+# How long an example takes is the machine's affair, and no test fails for it.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -73,7 +73,7 @@ def compare(model: onnx.ModelProto, changed: onnx.ModelProto, feeds: dict[str, A
     st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER"]),
     st.booleans(),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_pooling_with_explicit_padding_is_the_same(
     op: str, height: int, width: int, kernel: int, stride: int, pad: int, auto: str, counted: bool
 ) -> None:

@@ -214,7 +214,7 @@ def test_a_grid_that_moved_is_no_rounding() -> None:
     assert storage_of(w, stretched) is None
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 300))
 def test_random_values_are_on_no_grid(seed: int, size: int) -> None:
     """Of three values and more; any two lie on a grid of their difference."""

@@ -98,7 +98,7 @@ def test_a_subgraph_reads_its_outer_tensors():
     assert cuts[1].inputs == ("a",)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_segment_by_segment_has_the_bits_of_the_whole(data):
     """Random chains with skips, cut at random tensors, equal the uncut model bit for bit."""

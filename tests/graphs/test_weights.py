@@ -54,7 +54,7 @@ def two_layers() -> onnx.ModelProto:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tensors=st.lists(
         st.tuples(st.sampled_from(TYPES), st.integers(0, 2000), st.booleans()), max_size=5
@@ -157,7 +157,7 @@ def test_wherever_the_file_is(tmp_path: Path, where: object, name: bytes | str) 
     assert plain.tobytes() == mapped.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_damaged_file_is_the_parsers_to_judge(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

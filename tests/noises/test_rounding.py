@@ -46,7 +46,7 @@ def same_bits(a: Array, b: Array) -> bool:
     return bool(np.all((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(BITS)
 def test_bf16_has_the_bits_of_ml_dtypes(bits: Array) -> None:
     values = bits.view(np.float32)
@@ -55,7 +55,7 @@ def test_bf16_has_the_bits_of_ml_dtypes(bits: Array) -> None:
     assert same_bits(through(bf16.FORMAT, values, opset=13), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(BITS)
 @pytest.mark.parametrize("opset", [7, 17])
 def test_fp16_has_the_bits_of_numpy(opset: int, bits: Array) -> None:
@@ -65,7 +65,7 @@ def test_fp16_has_the_bits_of_numpy(opset: int, bits: Array) -> None:
     assert same_bits(through(fp16.FORMAT, values, opset), expected)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     arrays(
         np.float32, 16, elements=st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)

@@ -61,7 +61,7 @@ def boxes(numbers: np.ndarray, scores: list[float], made: Post) -> np.ndarray:
 
 
 @given(_CORNERS, _CORNERS, st.sampled_from([0, 1]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_deltas_are_the_inverse_of_their_definition(
     anchors: np.ndarray, wanted: np.ndarray, offset: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_scores_that_follow_the_numbers_have_a_class() -> None:
 
 
 @given(_CORNERS, st.lists(st.integers(1, 99), min_size=6, max_size=6, unique=True))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_suppression_keeps_the_best_and_nothing_that_overlaps_it(
     numbers: np.ndarray, scores: list[int]
 ) -> None:
@@ -252,7 +252,7 @@ def test_classes_suppress_each_other_only_where_told() -> None:
 
 
 @given(_POSTS, _POSTS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_all_steps_lead_from_training_to_deployment(a: Post, b: Post) -> None:
     reached = post.between(a, b)
     assert reached[0] == ("", a) and reached[-1][1] == b

@@ -39,7 +39,6 @@ WHOLE = Placement((0.5, 0.25), (0.0, 0.0), (48, 160), (24, 40))
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 3))
-@settings(deadline=None)
 def test_connectionist_decoding_is_its_definition(path: list[int], blank: int) -> None:
     """Graves 2006, sec. 3.1: remove repeats, then blanks."""
     scores = np.full((1, len(path), 4), -1, np.float32)
@@ -237,7 +236,7 @@ _GEOMETRIES = (
 @given(
     hnp.arrays(np.uint8, (6, 8), elements=st.sampled_from([0, 255])), st.sampled_from(_GEOMETRIES)
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_what_the_network_saw_comes_back_to_where_it_was(blocks: np.ndarray, keys: str) -> None:
     """Blocks of 20 pixels: but for their edges every pixel that was seen is itself again."""
     photo = np.repeat(np.repeat(blocks, 20, axis=0), 20, axis=1)

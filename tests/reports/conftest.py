@@ -503,7 +503,6 @@ def any_reports() -> tuple[AuditReport, ...]:
 
     @settings(
         max_examples=60,
-        deadline=None,
         derandomize=True,
         phases=[Phase.generate],  # shrinking whole reports takes minutes
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -203,8 +203,12 @@ class Browser:
         return str(self.one(selector).text)
 
     def click(self, selector: str) -> None:
-        element = self.one(selector)
+        self.click_on(self.one(selector))
+
+    def click_on(self, element: Any) -> None:
+        """As soon as it is drawn, which a busy machine does late."""
         self.js("arguments[0].scrollIntoView({block: 'center'})", element)
+        self.wait_for(element.is_displayed)
         element.click()
 
     def press(self, *keys: str) -> None:
@@ -302,8 +306,7 @@ def test_every_part_is_there(browser: Browser, report: AuditReport) -> None:
 def test_clicking_through_every_view(browser: Browser, report: AuditReport) -> None:
     browser.open(report)
     for button in browser.all("#main summary"):
-        browser.js("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
+        browser.click_on(button)
     browser.wait_for(lambda: browser.all(".causes article p"))
     assert browser.text(".causes article p") == (
         "Tensors are rounded to bfloat16. Engines with AMX compute in bfloat16 by default."

@@ -178,7 +178,7 @@ def test_any_report_is_well_formed(any_reports: tuple[AuditReport, ...]) -> None
         ["a]]>b", "<x/>&amp;", "\x00\x1f\ufffe\uffff", "\ud800", "\r\n\t", "\"'", "é\u3042"]
     )
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_names_come_back_as_they_were(report: AuditReport, name: str) -> None:
     finding = replace(report.findings[0], nodes=(name,), kernel=name, evidence=(name,))
     root = _root(replace(report, findings=(finding,)))

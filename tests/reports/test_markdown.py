@@ -180,7 +180,7 @@ def test_unkind_names_are_shown_as_they_are(report: AuditReport, name: str) -> N
     _check_name(report, name)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.text(
         st.sampled_from("`|\\ <>&[]()!*_~$#@:w./-=1a\n") | st.characters(), max_size=40
