@@ -22,7 +22,7 @@ from auditor.decomposition.divergence import Local, replay
 from auditor.decomposition.floor import draws
 from auditor.graphs.segments import Cut
 from auditor.noises import fp32_rounding
-from auditor.ports import Arrays
+from auditor.ports import Array, Arrays
 from auditor.replays.replay import Block, Patch, Replayer, ReplayError, add, difference
 
 CONTROL_NOISE = 1e-3  # relative noise put on the stimulus alone by ``input_control``
@@ -127,17 +127,23 @@ def deciding(chain: Chain) -> Cut | None:
 def shows(chain: Chain, cut: Cut, local: Local) -> bool:
     """Whether a segment's error alone moves the final outputs further than rounding does.
 
-    Integers, booleans and texts are not rounded: any other one is.
+    Of booleans and texts any other one does, of integers one that float32 would tell from it.
     """
     patch = frozen(difference(local.observed, local.replayed), local.observed)
     try:
         moved = chain.final({cut.id: patch})
     except ReplayError:  # such as an index that is out of range
         return True
-    whole = [name for name in chain.outputs if chain.base[name].dtype.kind not in "fcV"]
-    if any(not np.array_equal(moved[name], chain.base[name]) for name in whole):
+    if any(_is_another(moved[name], chain.base[name]) for name in chain.outputs):
         return True
     return metrics.relative_l2(moved, chain.base, chain.outputs) > fp32_rounding.floor(0.0)
+
+
+def _is_another(moved: Array, base: Array) -> bool:
+    """Whether an output that is not real holds another value than a kernel in float32 gives."""
+    if base.dtype.kind in "iu" and moved.shape == base.shape:
+        return not np.allclose(moved.astype(float), base.astype(float), np.finfo("f4").eps, 0)
+    return base.dtype.kind not in "fcV" and not np.array_equal(moved, base)
 
 
 def telescope(
