@@ -127,7 +127,7 @@ def deciding(chain: Chain) -> Cut | None:
 def shows(chain: Chain, cut: Cut, local: Local) -> bool:
     """Whether a segment's error alone moves the final outputs further than rounding does.
 
-    Of booleans and texts any other one does, of integers one that float32 would tell from it.
+    Of booleans and texts any other one does, of integers one further off than sums in float32 are.
     """
     patch = frozen(difference(local.observed, local.replayed), local.observed)
     try:
@@ -140,9 +140,10 @@ def shows(chain: Chain, cut: Cut, local: Local) -> bool:
 
 
 def _is_another(moved: Array, base: Array) -> bool:
-    """Whether an output that is not real holds another value than a kernel in float32 gives."""
+    """Whether an output that is not real holds another value, beyond rounding in float32."""
     if base.dtype.kind in "iu" and moved.shape == base.shape:
-        return not np.allclose(moved.astype(float), base.astype(float), np.finfo("f4").eps, 0)
+        close = np.isclose(moved.astype(float), base.astype(float), fp32_rounding.floor(0.0), 0)
+        return not close.all()
     return base.dtype.kind not in "fcV" and not np.array_equal(moved, base)
 
 
