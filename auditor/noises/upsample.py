@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
@@ -16,7 +17,6 @@ from auditor.ports import SegmentGraph, Variant
 # Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
 # pixel's corner; such nodes become a Resize of opset 13.
 _RESIZE, _MODERN = 11, 13
-_SCALES_INPUT = 9  # Upsample's scales are an attribute before
 _ANTIALIAS = 18
 _DEFAULTS = {
     "mode": "nearest",
@@ -37,6 +37,7 @@ _PLAIN = {"antialias": 0, "exclude_outside": 0}  # all that mode nearest may be
 _COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
 _EIGHT_BITS = (TensorProto.UINT8, TensorProto.INT8)
 _ROUNDED = "8-bit values are rounded to the nearest, not cut off"
+_EVEN = "nearest, {}, halves to even"  # TVM's Upsample; no Resize does that
 _CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
 
 
@@ -92,7 +93,8 @@ def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str
             yield {"mode": "linear", _CENTRE: other}
         for other, rounding in _NEAREST:
             yield {_CENTRE: other, _ROUNDING: rounding}
-        yield from ({_ROUNDING: rounding} for rounding in _ROUNDINGS)
+        for other in dict.fromkeys((centre, "asymmetric")):
+            yield from ({_CENTRE: other, _ROUNDING: rounding} for rounding in _ROUNDINGS)
         yield {_CENTRE: "align_corners", _ROUNDING: "round_prefer_ceil"}
         for other in dict.fromkeys(("half_pixel", centre)):
             yield from (cubic | {_CENTRE: other} for cubic in _cubics(given))
@@ -129,32 +131,40 @@ def _described(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A Resize or Upsample of the segment, with what may be done there instead."""
+    """A Resize or Upsample of the segment, with what may be done there instead.
+
+    Attributes:
+        rank: of what it takes the nearest pixels of; 0 if it interpolates, or unknown.
+    """
 
     index: int
     changes: dict[str, _Change]
+    rank: int
 
 
 def _sites(model: onnx.ModelProto) -> Iterator[_Site]:
     found = list(surgery.find(model, ("Resize", "Upsample")))
     version, known = surgery.opset(model), surgery.constants(model) if found else {}
+    shapes = surgery.shapes(model) if found else {}
     for index, node in found:
         old = version < _RESIZE
-        if old and version < _SCALES_INPUT and node.op_type == "Upsample":
-            continue
         given = {**_DEFAULTS, **(_OLD if old else {}), **surgery.attributes(node)}
         if given[_CENTRE] == "tf_crop_and_resize":
             continue
-        scales = known.get(_scales(node))
-        fractional = bool(_scales(node)) and (scales is None or bool((scales % 1).any()))
+        scales = given.get("scales", known.get(_scales(node)))
+        sized = scales is None and not _scales(node)
+        fractional = not sized and (scales is None or bool(np.mod(scales, 1).any()))
         changes = {
             change.name: change
             for change in _changes(given, version, fractional=fractional)
             if change.settings.get("mode") != "cubic"
             or scales is None
-            or scales.size <= _CUBIC_RANK
+            or len(scales) <= _CUBIC_RANK
         }
-        yield _Site(index, changes)
+        scaled = () if scales is None or given.get("axes") else scales
+        chosen = given["mode"] == "nearest"
+        rank = len(shapes.get(node.input[0], scaled)) if chosen else 0
+        yield _Site(index, changes, rank)
 
 
 def _scales(node: onnx.NodeProto) -> str:
@@ -165,7 +175,10 @@ def _scales(node: onnx.NodeProto) -> str:
 
 
 def _changed(model: onnx.ModelProto, changes: Mapping[int, _Change]) -> onnx.ModelProto:
-    """A copy in which the nodes at these positions resize in another way."""
+    """A copy in which the nodes at these positions resize in another way.
+
+    All are a Resize of an operator set that says where a pixel's centre is.
+    """
     result = surgery.copied(model)
     if surgery.opset(model) < _RESIZE:
         for entry in result.opset_import:
@@ -177,7 +190,13 @@ def _changed(model: onnx.ModelProto, changes: Mapping[int, _Change]) -> onnx.Mod
         if surgery.opset(model) < _RESIZE and node.op_type in ("Resize", "Upsample"):
             node.op_type = "Resize"
             node.input.insert(1, "")
-            surgery.set_attributes(node, **_OLD)
+            if (scales := surgery.attributes(node).get("scales")) is not None:
+                name = f"{node.output[0]}/scales"
+                result.graph.initializer.append(
+                    numpy_helper.from_array(np.array(scales, np.float32), name)
+                )
+                node.input.append(name)
+            surgery.set_attributes(node, scales=None, **_OLD)
         if (change := changes.get(index)) is not None:
             if change.whole:
                 result.graph.node.extend(_measured(node))
@@ -213,11 +232,43 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name in dict.fromkeys(name for site in sites for name in site.changes):
         changes = {s.index: s.changes[name] for s in sites if name in s.changes}
         yield Variant(name, _changed(segment.model, changes))
+    yield from _halves_to_even(segment.model, {s.index: s.rank for s in sites if s.rank})
     types = surgery.types(segment.model) if sites else {}
     nodes = segment.model.graph.node
     stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _EIGHT_BITS}
     if bodies := {i: body for i in stored if (body := _in_float(nodes[i])) is not None}:
         yield Variant(_ROUNDED, surgery.substituted(segment.model, bodies))
+
+
+def _halves_to_even(model: onnx.ModelProto, ranks: Mapping[int, int]) -> Iterator[Variant]:
+    modern = _changed(model, {}) if ranks else model
+    for centre in ("asymmetric", "half_pixel") if ranks else ():
+        bodies = {i: _to_even(modern.graph.node[i], rank, centre) for i, rank in ranks.items()}
+        yield Variant(_EVEN.format(centre), surgery.substituted(modern, bodies))
+
+
+def _to_even(node: onnx.NodeProto, rank: int, centre: str) -> str:
+    """What takes the nearest pixel along every axis but the first two, as a function body."""
+    names = ("x", "roi", "scales", "sizes")[: len(node.input)]
+    shift = 0.5 if centre == "half_pixel" else 0.0
+    steps = [
+        f"plain = Resize {surgery.options(node)} ({', '.join(names)}) to = Shape(plain)",
+        f"of = Shape(x) half = Constant <value_float = {shift}> () x1 = Identity(x)",
+        "none = Constant <value_int = 0> () one = Constant <value_int = 1> ()",
+    ]
+    for axis in range(2, rank):
+        steps.append(
+            f"a{axis} = Constant <value_int = {axis}> () n{axis} = Gather(to, a{axis}) "
+            f"m{axis} = Gather(of, a{axis}) i{axis} = Range(none, n{axis}, one) "
+            f"f{axis} = Cast <to = 1> (i{axis}) g{axis} = Cast <to = 1> (n{axis}) "
+            f"h{axis} = Cast <to = 1> (m{axis}) step{axis} = Div(h{axis}, g{axis}) "
+            f"c{axis} = Add(f{axis}, half) p{axis} = Mul(c{axis}, step{axis}) "
+            f"s{axis} = Sub(p{axis}, half) r{axis} = Round(s{axis}) "
+            f"k{axis} = Cast <to = 7> (r{axis}) last{axis} = Sub(m{axis}, one) "
+            f"q{axis} = Clip(k{axis}, none, last{axis}) "
+            f"x{axis} = Gather <axis = {axis}> (x{axis - 1}, q{axis})"
+        )
+    return f"({', '.join(names)}) => (y) {{ {' '.join(steps)} y = Identity(x{max(rank - 1, 1)}) }}"
 
 
 def _in_float(node: onnx.NodeProto) -> str | None:
@@ -246,7 +297,7 @@ NOISE = Cause(
         "coefficients; engines support some of them, ignore others, and where scale × size is no "
         "whole number some take the ratio of the sizes for the scale."
     ),
-    applies="Resize, and Upsample from operator set 9 on; not with tf_crop_and_resize",
+    applies="Resize and Upsample; not with tf_crop_and_resize",
     source=(
         "SysNoise (Wang et al., MLSys 2023), Table 1, upsample; ONNX operator Resize-19; TVM "
         "issues 19500 and 19570 (scales taken from sizes); OpenVINO operation Interpolate-11"
@@ -254,8 +305,9 @@ NOISE = Cause(
     advice=_COMMON,
     remedies={
         "tvm": (
-            f"give Resize sizes instead of scales, and {_COMMON}: TVM derives its scale from the "
-            "sizes and ignores those three"
+            "export at operator set 11 or later (Resize, not Upsample, whose halves TVM rounds to "
+            f"even), give Resize sizes instead of scales, and {_COMMON}: TVM derives its scale "
+            "from the sizes and ignores those three"
         ),
         "ov": f"{_COMMON}: OpenVINO's ONNX frontend ignores those three",
     },
@@ -264,6 +316,7 @@ NOISE = Cause(
         "scales are taken from the rounded output size",
         "ATTRIBUTES ignored, and scales are taken from the rounded output size",
         "nearest, CENTRE, ROUNDING",
+        _EVEN.format("CENTRE"),
         "linear, CENTRE",
         "cubic, CENTRE, coefficient NUMBER",
         "cubic, CENTRE, coefficient NUMBER, exclude_outside",

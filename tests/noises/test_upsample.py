@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -29,6 +30,7 @@ ROUNDINGS: dict[str, Callable[[float], float]] = {
     "ceil": np.ceil,
     "round_prefer_floor": lambda v: -np.floor(-v + 0.5),
     "round_prefer_ceil": lambda v: np.floor(v + 0.5),
+    "halves to even": np.rint,
 }
 
 
@@ -81,6 +83,17 @@ def resize(
     )
     node = helper.make_node("Resize", inputs, ["y"], **attributes)
     return make_segment([node], constants, ["x"], ["y"], opset=opset)
+
+
+def on_tvm(model: onnx.ModelProto, x: Array) -> Array:
+    tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
+    from tvm import relax
+    from tvm.relax.frontend.onnx import from_onnx
+
+    module = from_onnx(model, shape_dict={"x": list(x.shape)})
+    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    result: Array = machine["main"](tvm.runtime.tensor(x)).numpy()
+    return result
 
 
 @pytest.fixture
@@ -221,6 +234,28 @@ def test_operators_without_coordinates(
     check(diagnose(segment, {"x": x}, {"y": planted}))
 
 
+@pytest.mark.parametrize(("opset", "scale"), [(7, 2.0), (7, 2.5), (9, 2.0), (9, 2.5)])
+def test_upsample_that_rounds_halves_to_even(
+    make_segment: Any, diagnose: Any, x: Array, opset: int, scale: float
+) -> None:
+    """The scales are an attribute before operator set 9."""
+    scales = np.array([1, 1, scale, 2], np.float32)
+    given = {"scales": scales.tolist()} if opset < 9 else {}
+    node = helper.make_node("Upsample", ["x"] if given else ["x", "s"], ["y"], **given)
+    segment = make_segment([node], {} if given else {"s": scales}, ["x"], ["y"], opset=opset)
+    rows = nearest(6, int(6 * scale), 1 / scale, "asymmetric", "halves to even")
+    planted = apply(x, rows, nearest(7, 14, 0.5, "asymmetric", "halves to even"))
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    check(found, "nearest, asymmetric, halves to even")
+    assert found.bit_identical == 1.0
+
+
+def test_tvm_rounds_halves_of_upsample_to_even(make_segment: Any, diagnose: Any, x: Array) -> None:
+    node = helper.make_node("Upsample", ["x"], ["y"], scales=[1.0, 1.0, 2.0, 2.0])
+    segment = make_segment([node], {}, ["x"], ["y"], opset=8)
+    check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
+
+
 def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None:
     node = helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", axes=[2, 3])
     scales = {"s": np.array([2.5, 1], np.float32)}
@@ -244,15 +279,8 @@ def test_8_bits_are_rounded(
 
 
 def test_tvm_takes_the_scale_from_the_sizes(make_segment: Any, diagnose: Any, x: Array) -> None:
-    tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
-    from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
-
     segment = resize(make_segment, (1.7, 0.6), mode="linear")
-    module = from_onnx(segment.model, shape_dict={"x": list(x.shape)})
-    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
-    planted = machine["main"](tvm.runtime.tensor(x)).numpy()
-    check(diagnose(segment, {"x": x}, {"y": planted}))
+    check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "shifted"])
