@@ -13,7 +13,7 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import integers, recurrent
+from auditor.replays import integers, qlinear, recurrent
 from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")
@@ -47,6 +47,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
 
 _REAL = "what recurrent layers read and hand on is not quantised"
 _PARTS = "each thread quantises what it hands on of a recurrent layer's batch by its own range"
+_CUT = "results of QLinear operators are cut off to 8 bits and wrap around"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _STORED = "a real bias is stored in steps of the products' scale"
 _SPREAD = "signed integers are spread over 256 steps instead of 255, without their zero point"
@@ -71,6 +72,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(_REAL, real)
     if (parts := integers.threaded(model, segment.threads)) is not None:
         yield Variant(_PARTS, parts)
+    if cut := qlinear.cut_off(model):
+        yield Variant(_CUT, surgery.substituted(model, cut))
     layout = Layout(model, segment.weights)
     if biases := _biases(layout):
         yield Variant(_STORED, _with_biases(layout, biases))
@@ -392,7 +395,8 @@ NOISE = Cause(
     ),
     applies=(
         "QuantizeLinear with constant parameters, the products and activations fused with it, "
-        "DynamicQuantizeLinear, and com.microsoft.DynamicQuantizeLSTM; operator set 11 or later"
+        "DynamicQuantizeLinear, and com.microsoft's DynamicQuantizeLSTM and QLinear operators; "
+        "operator set 11 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
@@ -408,7 +412,7 @@ NOISE = Cause(
         ),
         "ov": (
             "validate accuracy on OpenVINO, or quantise with NNCF, which places roundings where "
-            "OpenVINO fuses them"
+            "OpenVINO fuses them; QDQ format instead of QLinear operators"
         ),
     },
     ablations={"ort": {"session.disable_quant_qdq": "1"}},
@@ -416,6 +420,7 @@ NOISE = Cause(
         "the range divides last: x · 255 / (max − min)",
         _REAL,
         _PARTS,
+        _CUT,
         _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",
