@@ -10,9 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 import numpy as np
 import onnx
@@ -114,7 +114,9 @@ def wait_for_end(fleet: Path, process: subprocess.Popen[str]) -> list[dict[str, 
     """What holds wherever the list was run; the attempts at its one good cell."""
     printed, said = process.communicate(timeout=120)
     assert process.returncode == 2, printed + said  # half a model is no model
-    report = json.loads((fleet.parent / "fleet-report/fleet.json").read_text("utf-8"))
+    path = fleet.parent / "fleet-report/fleet.json"
+    assert path.exists(), printed + said
+    report = json.loads(path.read_text("utf-8"))
     Draft202012Validator(SCHEMA).validate(report)
     good, elsewhere, cut = report["cells"]
     assert (good["verdict"], good["exit_code"], good["gap"]) == ("pass", 0, None)
@@ -156,23 +158,18 @@ def test_on_a_cluster_too(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start += ["--include-dashboard=false", "--disable-usage-stats", "--block", "--num-cpus=1"]
     start += ["--object-store-memory=80000000", '--resources={"backend_ort": 1}']
     with subprocess.Popen(
-        start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as head:
         try:
-            until_it_listens(port)
+            said: list[str] = []
+            for line in cast("IO[str]", head.stdout):  # its port listens before it has a node
+                said.append(line)
+                if "Ray runtime started" in line:
+                    break
+            assert head.poll() is None, "".join(said)
             with running(fleet, "--address", f"127.0.0.1:{port}") as process:
                 (kept,) = wait_for_end(fleet, process)
         finally:
             head.terminate()
             head.wait(30)
     assert kept["lost"] is None
-
-
-def until_it_listens(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        time.sleep(0.1)
-    raise TimeoutError("the cluster did not start")
