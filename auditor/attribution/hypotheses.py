@@ -289,11 +289,12 @@ class Bench:
 
         Not where the values that are finite are off as well, and the hypothesis says how.
         """
-        turned = self.turned if self.counted else self._error - self._plain_ordinary()
-        if turned >= TURNED or self.counted:
-            return turned < TURNED
-        least = len(self.replayed) * self.floor**2 if self.floor < math.inf else 0.0
+        if self.counted:
+            return self.turned < TURNED
         before = self._plain_ordinary()
+        if self._error - before >= TURNED:  # what values add that are infinite
+            return False
+        least = len(self.replayed) * self.floor**2 if self.floor < math.inf else 0.0
         return before <= least or self._ordinary(outputs) > (1 - NAMED) * before
 
     def test(self, noise: str, variant: Variant) -> None:

@@ -20,7 +20,15 @@ import onnx
 from threadpoolctl import threadpool_limits
 
 from auditor.graphs import surgery
-from auditor.noises._equations import ROWS, Equations, Grid, equations_of, grouped, ungrouped
+from auditor.noises._equations import (
+    ROWS,
+    Equations,
+    Grid,
+    equations_of,
+    grouped,
+    squares,
+    ungrouped,
+)
 from auditor.noises._grids import Steps, grid_of
 from auditor.ports import Array, Arrays
 from auditor.replays import sessions
@@ -160,7 +168,8 @@ class _Fitting:
         self._every = equations.of(self._some)
         self._fitted, self._held = (self._every.half(which) for which in (0, 1))
         whole, around = (
-            float(self._held.left(w[self._some], about=about).sum()) for about in (False, True)
+            float(squares(self._held.rest(w[self._some], about=about)).sum())
+            for about in (False, True)
         )
         self._whole, self._around = whole, around
 
@@ -194,11 +203,11 @@ class _Fitting:
 
     def _share(self, weights: Array, grid: Grid | None = None) -> float:
         """The part of what was not fitted that these operands explain."""
-        explained = 1 - float(self._held.left(weights, grid).sum()) / self._whole
+        explained = 1 - float(squares(self._held.rest(weights, grid)).sum()) / self._whole
         if self._around == 0:
             return explained
         # One number for each channel can give its mean error, whatever that comes from.
-        around = 1 - float(self._held.left(weights, grid, about=True).sum()) / self._around
+        around = 1 - float(squares(self._held.rest(weights, grid, about=True)).sum()) / self._around
         return min(explained, around)
 
     @_alone()

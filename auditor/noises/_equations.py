@@ -57,6 +57,11 @@ class Grid:
         return np.asarray(np.clip(np.rint(x / step), self.low, self.high) * step, np.float32)
 
 
+def squares(rest: Array) -> Array:
+    """By channel [g, 1, c], the sum of squared errors [g, p, c]."""
+    return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
+
+
 @dataclass(frozen=True)
 class Equations:
     """Rows of products, by groups of channels: result [g, p, c] = Σₖ x [g, p, k] · w [g, k, c].
@@ -81,21 +86,6 @@ class Equations:
         mine = np.arange(groups * channels).reshape(groups, 1, channels) % 2 == which
         return replace(self, weight=self.weight * mine)
 
-    def left(
-        self,
-        weights: Array,
-        operand: Grid | None = None,
-        *,
-        about: bool = False,
-        ready: bool = False,
-    ) -> Array:
-        """By channel [g, 1, c], the squared error that these operands leave, or its variance.
-
-        ``ready``: the weights come from ``multiplied``, once for all operands that are tried.
-        """
-        rest = self.rest(weights, operand, about=about, ready=ready)
-        return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
-
     def rest(
         self,
         weights: Array,
@@ -104,7 +94,10 @@ class Equations:
         about: bool = False,
         ready: bool = False,
     ) -> Array:
-        """The errors [g, p, c] that these operands leave, or what is around their mean."""
+        """The errors [g, p, c] that these operands leave, or what is around their mean.
+
+        ``ready``: the weights come from ``multiplied``, once for all operands that are tried.
+        """
         x = self._read if operand is None else self._narrow(operand(self.x))
         rest = self.result - x @ (weights if ready else self.multiplied(weights))
         if about or (self.factor is not None and x.shape[1] >= EQUATIONS):
@@ -224,7 +217,7 @@ def equations_of(
         return None  # not the product that it was taken for
     own_result = np.where(weight > 0, result - bias, 0).astype(np.float32)
     equations = Equations(patches, own_result, weight)
-    error = math.sqrt(float(equations.left(w).sum()))
+    error = math.sqrt(float(squares(equations.rest(w)).sum()))
     norm = math.sqrt(float(np.square(weight * own).sum()))
     fits_8_bits = _SMALLEST * norm <= error <= _LARGEST * norm and error > 0
     return equations if fits_8_bits else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from auditor.noises._equations import EQUATIONS, NOTHING, Equations, Grid
+from auditor.noises._equations import EQUATIONS, NOTHING, Equations, Grid, squares
 from auditor.ports import Array
 
 # Steps are looked for down to this part of the one that clips nothing; those of an operand, whose
@@ -128,7 +128,7 @@ class Steps:
         return np.where(take, step, best), np.where(take, now, left)
 
     def _left(self, known: Equations, step: Array) -> Array:
-        left = known.left(self.rounded(step))
+        left = squares(known.rest(self.rounded(step)))
         return left.sum(keepdims=True) if self.single else left
 
 
@@ -159,7 +159,7 @@ def grid_of(
     best = search.best
     ends = (*search.lows(best.step), best.low)
     ranges = [Grid(best.step, low, low + 255) for low in ends]
-    lefts = [float(every.left(weights, grid).sum()) for grid in ranges]
+    lefts = [float(squares(every.rest(weights, grid)).sum()) for grid in ranges]
     return ranges[next(i for i, left in enumerate(lefts) if left <= _ALIKE * min(lefts))]
 
 
@@ -189,7 +189,7 @@ class _Search:
             grid = Grid(float(np.float32(step)), low, low + 255)
             if self._outside((grid.low - 1) * step, (grid.high + 1) * step) > _CLIPPED:
                 continue
-            now = float(self._known.left(self._multiplied, grid, ready=True).sum())
+            now = float(squares(self._known.rest(self._multiplied, grid, ready=True)).sum())
             if now < self.left:
                 self.best, self.left = grid, now
 
@@ -203,7 +203,7 @@ class _Search:
     def asks(self, known: Equations) -> None:
         """Goes on with other equations."""
         self._known, self._sorted = known, np.sort(known.x, axis=None)
-        self.left = float(known.left(self._weights, self.best).sum())
+        self.left = float(squares(known.rest(self._weights, self.best)).sum())
 
     def _apart(self, step: float) -> float:
         """How far a step to try is from the next, in steps."""

@@ -38,8 +38,16 @@ def adding(id: str, *, behind: str = "", **forms: Array) -> Cause:
             model.graph.node.extend(rest)
             yield Variant(name, model)
 
-    words = dict.fromkeys(("type", "title", "cause", "applies", "source", "advice"), "-")
-    return Cause(id=id, variants=variants, **words)  # type: ignore[arg-type]
+    return Cause(
+        id=id,
+        type="-",
+        title="-",
+        cause="-",
+        applies="-",
+        source="-",
+        advice="-",
+        variants=variants,
+    )
 
 
 def parts(small: float, elements: int = 0) -> tuple[Array, Array]:
