@@ -1,9 +1,9 @@
 """Which segments of a deep network matter most: what is found by following a few, and what by all.
 
 ``python -m benchmarks.impact 1000 2000`` audits networks of so many nodes (``deep.py``) on
-OpenVINO, whose default rounds every layer here, and measures beside it, in the same run, the
-leave-one-in of every segment. The unit is a plain run of the whole reference, in one session and
-one thread.
+OpenVINO, whose default rounds every layer where the processor has bfloat16, and measures beside it,
+in the same run, the leave-one-in of every segment. The unit is a plain run of the whole reference,
+in one session and one thread.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class _Both(leave_one_in.LeaveOneIn):
         super().add(index, chain, flagged, *how)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
         cuts = [cut for cut in chain.cuts if cut.id in flagged]
+        if not cuts:
+            raise SystemExit("no segment is above its floor: OpenVINO computes in float32 here")
 
         def alone(id: int) -> float:
             return impact.leave_one_in(chain, cuts[id], flagged[cuts[id].id])[0]
