@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -53,8 +54,15 @@ Row = dict[str, Any]
 def costs(works: Mapping[str, Work], repeats: int) -> tuple[dict[str, Row], dict[str, str]]:
     """Measure commands in turn; their costs, and why some failed."""
     done, failed = compare.in_turn(works, repeats)
-    reasons = {name: said.splitlines()[-1] for name, said in failed.items()}
-    return {name: asdict(cost) for name, cost in done.items()}, reasons
+    return {name: asdict(cost) for name, cost in done.items()}, {
+        name: _reason(said.splitlines()) for name, said in failed.items()
+    }
+
+
+def _reason(log: Sequence[str]) -> str:
+    """The exception a program ended with (engines still print as they are destroyed)."""
+    raised = [line for line in log if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (raised or log)[-1]
 
 
 def floor(model: Path, data: Path, backends: str) -> Work:
@@ -100,7 +108,7 @@ def models(repeats: int, scratch: Path) -> Iterator[Row]:
 
 
 def polygraphy(repeats: int, scratch: Path) -> Iterator[Row]:
-    """The comparison that Polygraphy makes as well."""
+    """The comparison that Polygraphy makes as well (``make bench`` installs it)."""
     for path in zoo.obtain(list(MODELS)):
         inputs, data = scratch / "inputs.json", path.with_suffix(".npz")
         compare.polygraphy_inputs(data, inputs)
@@ -295,8 +303,19 @@ _COST_HEAD = (
 )
 
 
+def _failures(rows: Sequence[Row]) -> list[str]:
+    """Why there is no figure, for each that has none."""
+    lines = [
+        f"- {row['model']} on {row['backends']}: the {name} failed: {reason}"
+        for row in rows
+        for name, reason in row["failed"].items()
+    ]
+    return [*lines, ""] if lines else []
+
+
 def _models_page(rows: list[Row]) -> list[str]:
-    lines = ["## Real models", "", *table(_COST_HEAD, _cost_rows(rows)), "Where the time goes:", ""]
+    lines = ["## Real models", "", *table(_COST_HEAD, _cost_rows(rows)), *_failures(rows)]
+    lines += ["Where the time goes:", ""]
     spent = []
     for row in rows:
         if "timing" in row:
@@ -373,7 +392,7 @@ def _growth(rows: Sequence[Row], by: str) -> str:
 
 
 def _nodes_page(rows: list[Row]) -> list[str]:
-    lines = ["## Nodes", "", *table(_COST_HEAD, _cost_rows(rows))]
+    lines = ["## Nodes", "", *table(_COST_HEAD, _cost_rows(rows)), *_failures(rows)]
     for names in dict.fromkeys(row["backends"] for row in rows):
         series = [row for row in rows if row["backends"] == names]
         lines += [f"Exponents on {names}: {_growth(series, 'nodes')}.", ""]
@@ -444,7 +463,8 @@ def _per_sample(rows: list[Row]) -> float | None:
 
 
 def _backends_page(rows: list[Row]) -> list[str]:
-    return [f"## Backends of {rows[0]['model']}", "", *table(_COST_HEAD, _cost_rows(rows))]
+    head = [f"## Backends of {rows[0]['model']}", ""]
+    return [*head, *table(_COST_HEAD, _cost_rows(rows)), *_failures(rows)]
 
 
 def _start_page(rows: list[Row]) -> list[str]:
