@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from auditor.errors import UsageError
 
@@ -81,9 +82,8 @@ def _load_bytes(data: object, path: str) -> bytes:
         raise MalformedError(path, "base64 (RFC 4648)") from error
 
 
-def choice(words: Any) -> Codec[Any]:
-    """One word of a ``Literal``."""
-    known = get_args(words)
+def choice(known: tuple[str, ...]) -> Codec[Any]:
+    """One of these words."""
 
     def load(data: object, path: str) -> object:
         if data not in known:
@@ -152,35 +152,85 @@ def as_object(data: object, path: str) -> Mapping[str, object]:
     return data
 
 
-def record(kind: type[Any], keys: Mapping[str, Codec[Any]], *inline: str) -> Codec[Any]:
-    """A record: its JSON keys are its field names; fields ``inline`` spread theirs in its place."""
-    required = {
-        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
-    }
+class Records:
+    """Codecs of records: their JSON keys are their fields, and the fields' types say the rest.
 
-    def dump(record: Any) -> object:
-        data: dict[str, object] = {}
-        for key, codec in keys.items():
-            value = codec.dump(getattr(record, key))
-            if key in inline and isinstance(value, dict):
-                data |= value
-            else:
-                data[key] = value
-        return data
+    A number may be null where it is not finite, and reads as NaN then; in a mapping, as infinity.
+    """
 
-    def load(data: object, path: str) -> Any:
-        found = as_object(data, path)
-        values: dict[str, object] = {}
-        for key, codec in keys.items():
-            if key in inline:
-                values[key] = codec.load(found, path)
-            elif key in found:
-                values[key] = codec.load(found[key], f"{path}.{key}")
-            elif key in required:
-                raise MalformedError(f"{path}.{key}", MISSING_KEY)
-        return kind(**values)
+    def __init__(
+        self,
+        special: Mapping[tuple[type[Any], str], Codec[Any]],
+        inline: Mapping[type[Any], str] | None = None,
+        loaded: Mapping[type[Any], Callable[[Any, str], Any]] | None = None,
+    ) -> None:
+        """Say what the types do not.
 
-    return Codec(dump, load)
+        Args:
+            special: codecs of single fields, by record and name.
+            inline: by record, the field whose own keys take its place.
+            loaded: by record, what makes one that was read, found at a path, the one to return;
+                raises ``MalformedError`` where its fields do not fit together.
+        """
+        self._special, self._inline, self._loaded = special, inline or {}, loaded or {}
+
+    def of(self, kind: Any) -> Codec[Any]:
+        """The codec of a type that fields have: a record, a plain type, or several of one.
+
+        Raises:
+            TypeError: JSON has nothing for it.
+        """
+        if is_dataclass(kind):
+            return self._record(kind)
+        if kind in _PLAIN:
+            return _PLAIN[kind]
+        origin, parts = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            return choice(parts)
+        if origin in (Union, UnionType) and parts[1:] == (NoneType,):
+            return optional(self.of(parts[0]))
+        if origin is dict and parts[0] is str:
+            return keyed(ERROR if parts[1] is float else self.of(parts[1]))
+        if origin is tuple and parts[1:] == (...,):
+            return many(self.of(parts[0]))
+        if origin is tuple and parts in ((int, int), (float, float)):
+            return pair(self.of(parts[0]))
+        if origin is tuple and parts == (str, str):
+            return many(TEXT)
+        raise TypeError(f"no JSON for {kind}")
+
+    def _record(self, kind: Any) -> Codec[Any]:
+        types = get_type_hints(kind)
+        codecs = {
+            field.name: self._special.get((kind, field.name)) or self.of(types[field.name])
+            for field in fields(kind)
+        }
+        required = {
+            f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
+        }
+        inline, loaded = self._inline.get(kind, ""), self._loaded.get(kind)
+
+        def dump(record: Any) -> object:
+            data: dict[str, Any] = {}
+            for key, codec in codecs.items():
+                value: Any = codec.dump(getattr(record, key))
+                data |= value if key == inline else {key: value}
+            return data
+
+        def load(data: object, path: str) -> Any:
+            found = as_object(data, path)
+            values: dict[str, object] = {}
+            for key, codec in codecs.items():
+                if key == inline:
+                    values[key] = codec.load(found, path)
+                elif key in found:
+                    values[key] = codec.load(found[key], f"{path}.{key}")
+                elif key in required:
+                    raise MalformedError(f"{path}.{key}", MISSING_KEY)
+            made = kind(**values)
+            return made if loaded is None else loaded(made, path)
+
+        return Codec(dump, load)
 
 
 def document(form: str, report: Any) -> str:
@@ -207,15 +257,15 @@ def plain(value: Any) -> Any:
 
 
 TEXT = only(str, "text")
-BYTES = Codec(_dump_bytes, _load_bytes)
-INT = only(int, "an integer")
-BOOL = only(bool, "true or false")
-TEXTS = many(TEXT)
-INTS = many(INT)
 ERROR = number(math.inf)
 SHARE = number(math.nan)
-MAYBE_TEXT = optional(TEXT)
-MEASURED = optional(SHARE)
+_PLAIN: dict[type[Any], Codec[Any]] = {
+    str: TEXT,
+    bytes: Codec(_dump_bytes, _load_bytes),
+    bool: only(bool, "true or false"),
+    int: only(int, "an integer"),
+    float: SHARE,
+}
 
 
 def parse(path: Path) -> object:

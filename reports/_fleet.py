@@ -12,70 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from auditor.errors import UsageError
-from auditor.records.fleet import FleetAttempt, FleetCell, FleetNode, FleetReport
-from auditor.records.terms import SEVERITIES, Verdict
+from auditor.records.fleet import FleetAttempt, FleetCell, FleetReport
+from auditor.records.terms import SEVERITIES
 from reports import _words as words
-from reports._codec import (
-    BOOL,
-    ERROR,
-    INT,
-    MAYBE_TEXT,
-    MEASURED,
-    TEXT,
-    MalformedError,
-    choice,
-    keyed,
-    many,
-    optional,
-    parse,
-    record,
-)
+from reports._codec import ERROR, MalformedError, Records, parse
 from reports._page import COLORS, Column, Page, Row, Span
-from reports.json_v1 import GAP
 
 FORMAT = "audit-fleet/1"
 _MOST = 12  # cells and gaps shown; the JSON has all of them
 
-_VERDICT = choice(Verdict)
-_NODE = record(
-    FleetNode,
-    {"name": TEXT, "resources": keyed(ERROR), "alive": BOOL},
-)
-_ATTEMPT = record(FleetAttempt, {"node": TEXT, "seconds": ERROR, "lost": MAYBE_TEXT})
-_CELL = record(
-    FleetCell,
-    {
-        "model": TEXT,
-        "column": TEXT,
-        "backend": TEXT,
-        "options": keyed(TEXT),
-        "exit_code": optional(INT),
-        "verdict": optional(_VERDICT),
-        "report": MAYBE_TEXT,
-        "sha256": MAYBE_TEXT,
-        "relative_l2": MEASURED,
-        "mismatch": MAYBE_TEXT,
-        "findings": keyed(INT),
-        "noise": MAYBE_TEXT,
-        "share": MEASURED,
-        "offender": MAYBE_TEXT,
-        "gaps": INT,
-        "gap": optional(GAP),
-        "attempts": many(_ATTEMPT),
-    },
-)
-_REPORT = record(
-    FleetReport,
-    {
-        "tool_version": TEXT,
-        "source": TEXT,
-        "cluster": MAYBE_TEXT,
-        "nodes": many(_NODE),
-        "cells": many(_CELL),
-        "verdict": _VERDICT,
-        "exit_code": INT,
-        "seconds": ERROR,
-    },
+# Times that are not finite are infinite, not unknown.
+_REPORT = Records({(FleetAttempt, "seconds"): ERROR, (FleetReport, "seconds"): ERROR}).of(
+    FleetReport
 )
 
 
