@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from auditor.errors import BackendError
 from auditor.ports import Array
@@ -16,6 +16,7 @@ _NARROW = frozenset({"bf16", "f16"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
 _RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
 _BISECTIONS = 16  # compilations at most when bisecting
+_MOVED = 2  # and for tensors that are observed where they were moved to
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Trial:
         suspects: makers of the tensors whose probes may have changed the program.
         proved: whether it is the plain program and gave the same outputs, bit by bit.
         aside: probes whose tensor is computed for the probe alone.
+        shown: tensors that a probe shows in another shape, as they are read.
     """
 
     session: Session
@@ -33,6 +35,7 @@ class Trial:
     suspects: frozenset[int] = frozenset()
     proved: bool = False
     aside: frozenset[Candidate] = frozenset()
+    shown: frozenset[Candidate] = frozenset()
 
 
 class Probing:
@@ -63,6 +66,11 @@ class Probing:
             for c in self._plain.candidates
             if (c.maker, 0) not in overwritten and c.maker not in leave
         ]
+        trial = self._shrink(kept)
+        return self._as_read(trial, [c for c in kept if c not in trial.probes])
+
+    def _shrink(self, kept: Sequence[Candidate]) -> Trial:
+        """Leave out of ``kept`` what changes the program."""
         for _ in range(_RETRIES):
             trial = self._try(kept)
             if trial.proved:
@@ -77,6 +85,33 @@ class Probing:
                 break
             kept = fewer
         return self._bisect(kept)
+
+    def _as_read(self, trial: Trial, lost: Sequence[Candidate]) -> Trial:
+        """Observe what is ``lost`` where it was moved to, and only that is read.
+
+        OpenVINO makes one transposition of two, that after a recurrent layer and the model's own:
+        what lies between them is nowhere in the program.
+        """
+        moved = {c: later for c in lost if (later := self._moved(c))}
+        for _ in range(_MOVED if moved else 0):
+            more = self._try((*trial.probes, *moved.values()))
+            if more.proved:
+                return replace(more, shown=frozenset(moved))
+            fewer = {c: later for c, later in moved.items() if c.maker not in more.suspects}
+            if len(fewer) in (0, len(moved)):
+                break
+            moved = fewer
+        return trial
+
+    def _moved(self, candidate: Candidate) -> Candidate | None:
+        """The last tensor that a candidate only was moved to; None where nothing moves it."""
+        finals = {c.port for c in self._plain.finals}
+        port, path = candidate.port, candidate.path
+        while (onward := self._source.onward(port)) and onward not in finals:
+            port, path = onward, (*path, onward[0])
+        if port == candidate.port:
+            return None
+        return replace(candidate, tensor=self._source.tensors[port], port=port, path=path)
 
     def _altering(self) -> set[int]:
         """Makers of tensors whose observation is known to change the program.

@@ -133,7 +133,7 @@ class _Build:
         trial = Probing(plain, feeds).observe()
         outputs, tensors = plain.capture(trial.session, trial.probes, feeds)
         observed = [c for c in trial.probes if c not in trial.aside]
-        probed = set(trial.probes)
+        probed = {*trial.probes, *trial.shown}
         missing = [c for c in plain.candidates if c not in probed]
         known = {**feeds, **outputs, **{c.tensor: tensors[c.tensor] for c in observed}}
         cuts, found = Apart(plain).tensors(missing, observed, known) if observed else ([], set())

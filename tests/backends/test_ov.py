@@ -360,6 +360,42 @@ def test_a_kernel_that_probes_move_is_told_from_what_it_moves_past(tmp_path: Pat
     assert len(apart) <= 4 and len(made.probes) > 30, apart
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_recurrent_layers_are_observed_where_their_values_were_moved_to(
+    tmp_path: Path, kind: str
+) -> None:
+    """One transposition is left of two behind each layer: what is between them is nowhere."""
+    gates = {"GRU": 3, "LSTM": 4, "RNN": 1}[kind]
+    draw = np.random.default_rng(0)
+
+    def weights(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(draw.standard_normal(shape).astype(np.float32) / 4, name)
+
+    stored = [numpy_helper.from_array(np.array([0, 0, -1]), "flat"), weights("last", 8, 4)]
+    nodes, read = [], "x"
+    for i in range(2):
+        stored += [weights(f"w{i}", 1, gates * 8, 8), weights(f"r{i}", 1, gates * 8, 8)]
+        nodes += [
+            helper.make_node(kind, [read, f"w{i}", f"r{i}"], [f"h{i}"], hidden_size=8),
+            helper.make_node("Transpose", [f"h{i}"], [f"t{i}"], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [f"t{i}", "flat"], [f"f{i}"]),
+        ]
+        read = f"f{i}"
+    nodes.append(helper.make_node("MatMul", [read, "last"], ["y"]))
+    ends = [info("x", 5, 3, 8)], [info("y", 5, 3, 4)]
+    path = save(tmp_path / "m.onnx", nodes, *ends, tuple(stored))
+    x = {"x": draw.standard_normal((5, 3, 8)).astype(np.float32)}
+    made = build(path, options=F32).instrument(x)
+    assert made.program_unchanged
+    assert made.skipped == ()
+    assert {p.tensor: p.fidelity for p in made.probes} == dict.fromkeys(
+        ("f0", "f1"), "output-proved"
+    )
+    exact = reference(path, ("f0", "f1"), x)
+    for name, value in made.run(x).tensors.items():
+        np.testing.assert_allclose(value, exact[name], atol=1e-6)
+
+
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
     built = build(residual)
     made = built.instrument(X)
