@@ -403,7 +403,8 @@ def _layouts(original: Graph, compiled: Graph) -> dict[str, Layout]:
             layout = Layout(given.order, "flat" if given.stored == "blocked" else "blocked")
         elif node.op_type not in _RANK_CHANGING:
             layout = given
-            origin = original.producer.get(node.output[0]) or named.get(node.name)
+            known = (named.get(name) for name in (node.name, TOKEN.sub("", node.output[0])))
+            origin = original.producer.get(node.output[0]) or next(filter(None, known), None)
             moved = given != AS_IN_ONNX or node.op_type in _FOLLOWING
             if origin and moved and given.stored == "plain":
                 taken = _taken_out(origin, node, original, compiled)

@@ -314,6 +314,33 @@ def test_attention_over_windows_is_observed_in_whole(tmp_path: Path) -> None:
     assert (fidelity["skipped"], fidelity["output_proved"]) == ([], fidelity["candidates"])
 
 
+def test_slices_that_became_one_split_are_turned_back(tmp_path: Path) -> None:
+    """Rotary positions: the optimiser splits before the transpose, and names halves after nodes."""
+    draw = np.random.default_rng(0)
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[1,5,12] x) => (float[1,3,5,4] y)
+        <int64[4] heads = {0,-1,3,4}, int64[1] i0 = {0}, int64[1] i2 = {2}, int64[1] i4 = {4},
+         int64[1] last = {3}> {
+            q = Reshape(x, heads) t = Transpose <perm = [0,2,1,3]> (q)
+            a = Slice(t, i0, i2, last) b = Slice(t, i2, i4, last) n = Neg(b)
+            r = Concat <axis = -1> (n, a) c = Mul(t, cos) s = Mul(r, sin) e = Add(c, s)
+            k = Transpose <perm = [0,1,3,2]> (e) m = MatMul(e, k) p = Softmax(m) y = MatMul(p, e)
+        }""")
+    for i, node in enumerate(model.graph.node):
+        node.name = f"/layer/{node.op_type}_{i}"
+    model.graph.initializer.extend(weight(draw, n, 1, 1, 5, 4) for n in ("cos", "sin"))
+    path = save(tmp_path / "m.onnx", model.graph)
+    x = {"x": draw.standard_normal((1, 5, 12)).astype(np.float32)}
+    instrumented = build(path, tmp_path).instrument(x)
+    assert instrumented.program_unchanged
+    captured = instrumented.run(x).tensors
+    names = ["a", "b", "n", "r", "c", "s", "e"]
+    assert {*names} <= captured.keys()
+    for name, value in reference(path, x, names).items():
+        if name in captured:
+            np.testing.assert_allclose(captured[name], value, atol=1e-6, err_msg=name)
+
+
 def test_a_network_with_channels_last_is_observed_in_its_own_layout(tmp_path: Path) -> None:
     """As converters from TensorFlow write it: a bias behind the transpose behind a convolution.
 
