@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.replays import linear
+from auditor.replays.quantised import Layout
 
 # What int32 does not hold.
 _WIDE = frozenset((TensorProto.INT64, TensorProto.UINT64, TensorProto.UINT32))
@@ -41,7 +44,10 @@ _COUNTS = frozenset(("Shape", "Size", "ArgMax", "ArgMin", "NonZero", "Equal", "I
 _OPSET = 12
 
 _WRAPPED = "converted to 32 bits by wrapping around"
+# Constants are folded in 64 bits, and clipped when the program comes to hold them.
+_HELD = "constants joined before and clipped"
 _LOST = "converted to 32 bits, beyond which they become -2³¹"
+_FOLDED = (_WRAPPED, f"{_WRAPPED}, divided in float32")
 
 # How a tensor {s} becomes {t}, int64 within the range of int32. Casts alone would not do: ONNX
 # Runtime merges a chain of them.
@@ -76,6 +82,31 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     model = segment.model
     if surgery.opset(model) < _OPSET:
         return
+    yield from _narrowed(model)
+    joined = linear.collapsed(Layout(model), np.int64) or model
+    held = _within(joined)
+    if held is not None:
+        for variant in _narrowed(held):
+            if variant.name in _FOLDED:
+                yield replace(variant, name=f"{variant.name}, {_HELD}")
+
+
+def _within(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The segment with its constants clipped to 32 bits; None where all are within them."""
+    limits, changed = np.iinfo(np.int32), surgery.copied(model)
+    held = 0
+    for tensor in changed.graph.initializer:
+        if tensor.data_type != TensorProto.INT64 or np.prod(tensor.dims) > surgery.SMALL:
+            continue
+        value = numpy_helper.to_array(tensor)
+        clipped = np.clip(value, limits.min, limits.max)
+        if not np.array_equal(clipped, value):
+            tensor.CopyFrom(numpy_helper.from_array(clipped, tensor.name))
+            held += 1
+    return changed if held else None
+
+
+def _narrowed(model: onnx.ModelProto) -> Iterable[Variant]:
     operators = dict(surgery.find(model, _NUMBERS))
     if not operators:
         return
@@ -214,9 +245,12 @@ def _real(node: onnx.NodeProto, names: Sequence[str]) -> str:
     numbers = [name for i, name in enumerate(names) if i in _NUMBERS[node.op_type]]
     wide = " ".join(f"f{n} = Cast <to = 1> ({n})" for n in numbers)
     operands = [f"f{n}" if n in numbers else n for n in names]
-    if node.op_type == "Mod" and not surgery.attributes(node).get("fmod", 0):
+    if node.op_type == "Mod":
         a, b = operands
-        return f"{wide} q = Div({a}, {b}) w = Floor(q) p = Mul(w, {b}) real = Sub({a}, p)"
+        down = "w = Floor(q)"
+        if surgery.attributes(node).get("fmod", 0):  # toward zero
+            down = "s = Sign(q) m = Abs(q) f = Floor(m) w = Mul(f, s)"
+        return f"{wide} q = Div({a}, {b}) {down} p = Mul(w, {b}) real = Sub({a}, p)"
     return f"{wide} real = {node.op_type} {surgery.options(node)} ({', '.join(operands)})"
 
 
@@ -254,6 +288,7 @@ NOISE = Cause(
         _LOST,
         "computed in float32",
         "divided in float32",
+        *(f"{form}, {_HELD}" for form in _FOLDED),
     ),
     variants=_variants,
 )

@@ -18,6 +18,7 @@ _REDUCTIONS = (
 # Reductions that change their input also where they reduce nothing.
 _ELEMENTWISE = ("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceSumSquare")
 _IDLE = "a reduction over no axes gives its input as it is"
+_SIGNED = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))
 _PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dimensions
 _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
@@ -25,6 +26,7 @@ _ONE_SAMPLE = "RoiAlign: one sample in each bin, not as many as the region is la
 _LARGEST = "RoiAlign: the largest interpolated sample, not corner value"
 _FROM_ZERO = "NonMaxSuppression: scores below zero are left out where no threshold is given"
 _BEFORE_SCALING = "RoiAlign: half a pixel is taken off before scaling"
+_DOWN = "integers are divided by rounding down, not toward zero"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -34,6 +36,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _reductions(segment.model)
     yield from _shapes(segment.model)
     yield from _regions(segment.model)
+    yield from _divisions(segment.model)
     open_ended = {
         i: f"({', '.join(names)}) => (y) {{ "
         "least = Constant <value = float {0}> () "
@@ -197,6 +200,17 @@ def _shapes(model: onnx.ModelProto) -> Iterable[Variant]:
         yield Variant("axes of Squeeze ignored: every dimension of one removed", squeezed)
 
 
+def _divisions(model: onnx.ModelProto) -> Iterable[Variant]:
+    found = dict(surgery.find(model, ("Div",)))
+    kinds = surgery.types(model) if found else {}
+    floored = """(a, b) => (y) { q = Div(a, b) p = Mul(q, b) r = Sub(a, p) zero = Sub(a, a)
+        left = Less(r, zero) down = Less(b, zero) apart = Xor(left, down) even = Equal(r, zero)
+        uneven = Not(even) below = And(apart, uneven) one = Cast <to = $T> (below)
+        y = Sub(q, one) }"""
+    if bodies := {i: floored for i, n in found.items() if kinds.get(n.output[0]) in _SIGNED}:
+        yield Variant(_DOWN, surgery.substituted(model, bodies))
+
+
 def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
     found = dict(surgery.find(model, ("RoiAlign",)))
     if adaptive := [i for i, n in found.items() if not surgery.attributes(n).get("sampling_ratio")]:
@@ -293,12 +307,13 @@ NOISE = Cause(
         "as input), and importers that know one version apply it to all."
     ),
     applies=(
-        "Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze, RoiAlign, and "
-        "NonMaxSuppression without a threshold of scores"
+        "Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze, RoiAlign, Div of "
+        "signed integers, and NonMaxSuppression without a threshold of scores"
     ),
     source=(
         "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
-        "Squeeze-11 and -13, RoiAlign-10 and -16; openvino#37826 (sampling_ratio's default)"
+        "Squeeze-11 and -13, RoiAlign-10 and -16, Div-14 (truncates); "
+        "openvino#37826 (sampling_ratio's default)"
     ),
     advice=(
         "export at an operator set where the listed operator is unambiguous: 13 or later for "
@@ -319,6 +334,7 @@ NOISE = Cause(
         f"{_LARGEST}, half a pixel taken off before scaling",
         _BEFORE_SCALING,
         "RoiAlign: coordinates of the other operator sets",
+        _DOWN,
         _FROM_ZERO,
     ),
     variants=_variants,

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
-from auditor.replays import algebra
+from auditor.replays import algebra, linear
+from auditor.replays.quantised import Layout
 
 _FORMS = (
     "constants added or multiplied one after another are joined first",
     "constant factors and shifts are taken into the layer before them",
     "what cancels for real numbers is left out",
+    "chains of constant factors and shifts are joined into one of each",
+    "constant factors of an operand are taken out of the product",
+    "exponentials divided by their sum are a softmax, which overflows nowhere",
 )
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment as optimisers rewrite it."""
-    rewritten = algebra.joined, algebra.taken_in, algebra.cancelled
+    rewritten = (
+        *(algebra.joined, algebra.taken_in, algebra.cancelled),
+        lambda s: linear.collapsed(Layout(s.model, s.weights), np.float32),
+        algebra.taken_out,
+        algebra.softened,
+    )
     for name, rewrite in zip(_FORMS, rewritten, strict=True):
         if (model := rewrite(segment)) is not None:
             yield Variant(name, model)
@@ -33,9 +44,9 @@ NOISE = Cause(
         "log(exp(x))."
     ),
     applies=(
-        "Add, Sub, Mul and Div with float32 constants, one after another or behind Conv, Gemm and "
-        "MatMul; x − x, x / x, x · 0, x + 0, (1 / a) · b, Log of Exp, Not of a comparison, "
-        "and casts to half precision or 8 bits and back"
+        "Add, Sub, Mul and Div with float32 constants, one after another or around Conv, Gemm and "
+        "MatMul; exponentials over their sum; x − x, x / x, x · 0, x + 0, (1 / a) · b, Log of Exp, "
+        "Not of a comparison, and casts to half precision or 8 bits and back"
     ),
     source=(
         "ONNX Runtime, graph optimizations (basic level: constant folding, Conv Mul and Conv Add "

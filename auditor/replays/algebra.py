@@ -21,6 +21,7 @@ _NARROW = frozenset(
     onnx.TensorProto.DataType.Value(name)
     for name in ("FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2")
 )
+_ALONG = 13  # the first operator set whose softmax is along one axis
 _COMPARISONS = 12  # the first operator set with all four
 # Comparisons, and what their negation is between numbers.
 _OPPOSITES = {
@@ -154,6 +155,57 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
         else:
             editor.copy(node)
     return editor.model if gone else None
+
+
+def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with ``(c·a) @ b`` as ``c·(a @ b)``, on either side; None without any.
+
+    Args:
+        segment: one with MatMul nodes; c are float32 constants of one element, or what divides.
+    """
+    layout = Layout(segment.model, segment.weights)
+    editor, changed = Editor(segment.model), False
+    for node in layout.nodes:
+        operands, factors = list(node.input), list[Array]()
+        for position, name in enumerate(operands if node.op_type == "MatMul" else ()):
+            source = layout.source(name)
+            step = None if source is None else _step(layout, source)
+            if step is not None and step.kind == "Mul" and step.steps[0].size == 1:
+                operands[position] = step.base
+                factors.append(step.steps[0].reshape(()))
+        if not factors:
+            editor.copy(node)
+            continue
+        with np.errstate(all="ignore"):
+            factor = editor.constant(np.prod(factors, dtype=np.float32))
+        editor.add("Mul", editor.add("MatMul", *operands), factor, to=node.output[0])
+        changed = True
+    return editor.model if changed else None
+
+
+def softened(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with ``eˣ / Σ eˣ`` as a softmax, which takes the largest x off first; or None."""
+    layout, editor = Layout(segment.model), Editor(segment.model)
+    changed = False
+    for node in layout.nodes:
+        power, total = map(layout.source, node.input[:2]) if node.op_type == "Div" else (None, None)
+        written = power is not None and total is not None and power.op_type == "Exp"
+        axes = _summed(layout, total, node.input[0]) if total is not None and written else []
+        if len(axes) != 1 or power is None or surgery.opset(segment.model) < _ALONG:
+            editor.copy(node)
+            continue
+        editor.add("Softmax", power.input[0], to=node.output[0], axis=axes[0])
+        changed = True
+    return editor.model if changed else None
+
+
+def _summed(layout: Layout, node: onnx.NodeProto, of: str) -> list[int]:
+    """The axes along which a node adds up a tensor and keeps them; none for other nodes."""
+    given = surgery.attributes(node)
+    if node.op_type != "ReduceSum" or node.input[0] != of or not given.get("keepdims", 1):
+        return []
+    axes = layout.constant(node.input[1]) if len(node.input) > 1 else None
+    return [int(axis) for axis in given.get("axes", () if axes is None else axes.reshape(-1))]
 
 
 def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:

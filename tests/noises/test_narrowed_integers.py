@@ -207,3 +207,37 @@ def test_shapes_are_left_alone(make_segment: Any) -> None:
     ]
     segment = make_segment(nodes, {"two": np.array([2, 2])}, ["x"], ["y"])
     assert not list(narrowed_integers.NOISE.variants(segment))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_constants_that_are_joined_and_clipped(make_segment: Any, run: Any, divided: bool) -> None:
+    """OpenVINO joins 9 · 2³⁰ in 64 bits and holds 2³¹ − 1; the product then wraps around."""
+    x = np.arange(-25, 25)
+    constants = {"a": np.array(2**30), "b": np.array(-1), "c": np.array(9), "d": np.array(7)}
+    nodes = [
+        helper.make_node("Mul", ["x", "a"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["s"]),
+        helper.make_node("Mul", ["s", "c"], ["m" if divided else "y"]),
+    ]
+    planted = low_half(np.stack([x * (2**31 - 1) - 9]))[0].astype(np.int64)
+    if divided:
+        nodes.append(helper.make_node("Div", ["m", "d"], ["y"]))
+        planted = np.trunc(planted.astype(np.float32) / np.float32(7)).astype(np.int64)
+    else:
+        del constants["d"]
+    segment = make_segment(nodes, constants, ["x"], ["y"], kind=TensorProto.INT64)
+    found = explain(run, segment, {"x": x}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)
+    assert "joined" in (found.variant or "")
+
+
+def test_remainders_in_float(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+    """A remainder with the dividend's sign is a − trunc(a / b) · b."""
+    a = generator.integers(-(2**30), 2**30, 60).astype(np.int32)
+    nodes = [helper.make_node("Mod", ["a", "b"], ["y"], fmod=1)]
+    constants = {"b": np.array(7, np.int32)}
+    segment = make_segment(nodes, constants, ["a"], ["y"], kind=TensorProto.INT32)
+    real = a.astype(np.float32)
+    planted = real - np.trunc(real / np.float32(7)) * np.float32(7)
+    found = explain(run, segment, {"a": a}, planted.astype(np.int32))
+    assert (found.noise, found.bit_identical) == (ID, 1.0)

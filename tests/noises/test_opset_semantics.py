@@ -207,3 +207,14 @@ def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> N
     segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
     assert list(opset_semantics.NOISE.variants(segment)) == []
     assert "13" in opset_semantics.NOISE.remedy("ov")
+
+
+def test_integers_divided_by_rounding_down(make_segment: Any, diagnose: Any) -> None:
+    """ONNX cuts towards zero; OpenVINO folds −13 / 4 in shapes to −4."""
+    a = np.arange(-9, 10)
+    for b in (4, -4):
+        nodes = [helper.make_node("Div", ["a", "b"], ["y"])]
+        constants = {"b": np.array(b)}
+        segment = make_segment(nodes, constants, ["a"], ["y"], kind=TensorProto.INT64)
+        found = diagnose(segment, {"a": a}, {"y": a // b})
+        assert found.noise == ID and found.bit_identical == 1.0

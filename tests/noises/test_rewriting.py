@@ -124,3 +124,47 @@ def test_casts_there_and_back(
     x = generator.normal(size=(1, 200)).astype(F)
     found = diagnose(segment, {"x": x}, {"y": x})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
+
+
+def test_a_chain_of_factors_and_shifts(make_segment: Any, diagnose: Any) -> None:
+    """(10⁸ − x) · ½ − 5·10⁷ is 0 in float32, and −x / 2 by joined constants."""
+    x = np.linspace(-3, 3, 24, dtype=F).reshape(4, 6)
+    nodes = [
+        node("Sub", "large", "x", "a"),
+        node("Mul", "a", "half", "b"),
+        node("Sub", "b", "shift", "y"),
+    ]
+    constants = {"large": F(1e8), "half": F(0.5), "shift": F(5e7)}
+    constants = {name: np.asarray(value) for name, value in constants.items()}
+    found = diagnose(make_segment(nodes, constants, ["x"], ["y"]), {"x": x}, {"y": x * F(-0.5)})
+    assert found.noise == ID and found.bit_identical == 1.0
+    assert "chains of constant" in (found.variant or "")
+
+
+@pytest.mark.parametrize("division", [False, True])
+def test_a_factor_behind_the_product(make_segment: Any, diagnose: Any, division: bool) -> None:
+    """Scaled first, the operand is infinite and so is not a number in the product."""
+    x = np.linspace(-3, 3, 24, dtype=F).reshape(4, 6) + F(0.1)
+    w = np.linspace(1, -1.5, 18, dtype=F).reshape(6, 3)
+    scale = [node("Div", "x", "c", "s")] if division else [node("Mul", "x", "c", "s")]
+    c = np.asarray(F(1e-38) if division else F(1e38)) * F(0.5 if division else 2)
+    segment = make_segment([*scale, node("MatMul", "s", "w", "y")], {"w": w, "c": c}, ["x"], ["y"])
+    with np.errstate(over="ignore"):
+        planted = (x @ w) * (1 / c if division else c)
+    found = diagnose(segment, {"x": x}, {"y": planted.astype(F)})
+    assert found.noise == ID and "taken out of the product" in (found.variant or "")
+
+
+def test_exponentials_over_their_sum(make_segment: Any, diagnose: Any) -> None:
+    """As written they are infinite from 88.7 on; a softmax is not."""
+    x = np.linspace(-150, 150, 24, dtype=F).reshape(4, 6)[:, ::-1].copy()
+    nodes = [
+        node("Exp", "x", "e"),
+        node("ReduceSum", "e", "axes", "s", keepdims=1),
+        node("Div", "e", "s", "y"),
+    ]
+    shifted = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
+    planted = (shifted / shifted.sum(1, keepdims=True)).astype(F)
+    segment = make_segment(nodes, {"axes": np.array([-1])}, ["x"], ["y"])
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and "softmax" in (found.variant or "")
