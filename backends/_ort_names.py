@@ -212,7 +212,8 @@ class Names:
         if origin is None or index >= len(origin.output):
             return None
         tensor = str(origin.output[index])
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        integers = origin.op_type == node.op_type and _on_integers(node)
+        if integers or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             return tensor
         if self._is_quantised(node):
             return self._quantised(tensor)
@@ -221,10 +222,10 @@ class Names:
         return _after_activation(tensor, node, self.original)
 
     def _is_quantised(self, node: onnx.NodeProto) -> bool:
-        if node.op_type.startswith("QLinear"):
+        if _on_integers(node):
             return True
         if node.op_type == "QGemm":
-            return len(node.input) > 8 and bool(node.input[8])
+            return False
         seats = [self.seats[name] for name in node.input if name in self.seats]
         return any(self.original.op_type(seat.name) == "QuantizeLinear" for seat in seats)
 
@@ -254,7 +255,7 @@ class Names:
             candidates = [
                 n
                 for n in self._by_stem[stems[0]]
-                if n.op_type == _core(node.op_type)
+                if n.op_type in (node.op_type, _core(node.op_type))
                 and sorted(map(self._stem, self.original.variables(n))) == stems
             ]
         origin = self._tie_break(candidates, node)
@@ -330,6 +331,13 @@ class Names:
         if name not in self.seats and onnx_name in self.original.producer:
             copy = bool(_SYNTHETIC.match(name))
             self.seats[name] = _Seat(onnx_name, self._layouts[name], copy=copy)
+
+
+def _on_integers(node: onnx.NodeProto) -> bool:
+    """Whether an operator reads and writes quantised tensors, in the model's own format as well."""
+    return node.op_type.startswith("QLinear") or (
+        node.op_type == "QGemm" and len(node.input) > 8 and bool(node.input[8])
+    )
 
 
 def _core(op_type: str) -> str:

@@ -287,6 +287,26 @@ def test_what_lies_between_transposes_taken_out_is_turned_back(tmp_path: Path) -
     assert max(relative(tensors[n], truth[n]) for n in ("e", "m", "a")) < 0.05
 
 
+def test_the_integer_format_is_observed_in_whole(tmp_path: Path) -> None:
+    """The optimiser turns its convolutions to channels last, and names what they make anew."""
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="needs its dependencies")
+    path = quantise(
+        small_net(tmp_path / "float.onnx"),
+        tmp_path / "qlinear.onnx",
+        [X],
+        quant_format=quantization.QuantFormat.QOperator,
+        activation_type="QUInt8",
+        weight_type="QUInt8",  # which no processor saturates
+    )
+    observed = build(path, tmp_path).instrument(X)
+    assert observed.skipped == ()
+    tensors, truth = observed.run(X).tensors, reference(path, X)
+    operators = {n.output[0]: n.op_type for n in onnx.load(path).graph.node}
+    integers = {name for name, op_type in operators.items() if op_type.startswith("QLinear")}
+    assert integers and integers <= tensors.keys()
+    assert all(np.array_equal(tensors[name], truth[name]) for name in integers)
+
+
 def test_attention_over_windows_is_observed_in_whole(tmp_path: Path) -> None:
     """Its products lose their axes to the reshapes around them, one slice its transpose."""
     model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
