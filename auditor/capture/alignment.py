@@ -5,6 +5,7 @@ A tensor is left out where what is known of it says that it is not what its name
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -143,7 +144,8 @@ class Alignment:
             if name not in self.probes or name not in base:
                 continue
             if qdq.lies_on(captured[name], grid) and not qdq.lies_on(base[name], grid):
-                doubtful[name] = "the program rounds it to 8 bits before it has this name"
+                bits = round(math.log2(grid[2]))
+                doubtful[name] = f"the program rounds it to {bits} bits before it has this name"
         return doubtful
 
     def _walk(self, known: set[str], feeds: Arrays) -> Arrays:

@@ -38,12 +38,15 @@ EXACT = frozenset(
     }
 )
 _STANDARD = ("", "ai.onnx")
+# ONNX Runtime has these for integers that ONNX's own have in later operator sets only
+# (ContribOperators.md); they mean the same.
+_QUANTISERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def find(model: onnx.ModelProto, op_types: Iterable[str]) -> Iterator[tuple[int, onnx.NodeProto]]:
     """Position and node of every standard operator of these types, in graph order."""
     for index, node in enumerate(model.graph.node):
-        if node.op_type in op_types and node.domain in _STANDARD:
+        if node.op_type in op_types and (node.domain in _STANDARD or node.op_type in _QUANTISERS):
             yield index, node
 
 
@@ -133,7 +136,9 @@ _LIKE_INPUT = {
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
     """ONNX element type of every tensor whose type can be inferred."""
-    return {v.name: v.type.tensor_type.elem_type for v in _inferred(model)}
+    kinds = ((v.name, v.type.tensor_type.elem_type) for v in _inferred(model))
+    # Outputs that a custom operator computes stand there without a type.
+    return {name: kind for name, kind in kinds if kind != onnx.TensorProto.UNDEFINED}
 
 
 def is_exact(model: onnx.ModelProto) -> bool:
@@ -174,6 +179,8 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
         if node.op_type in unknown:  # of which ONNX infers nothing
             node.op_type, node.domain = "Identity", ""
             del node.input[1:], node.output[1:], node.attribute[:]
+        if node.op_type in _QUANTISERS:
+            node.domain = ""
     return _inferred_of(light.SerializeToString())
 
 

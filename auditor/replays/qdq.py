@@ -67,10 +67,10 @@ def grids(
             continue
         values = [_value(stored[name], weights or {}) for name in node.input[1:]]
         scale, zero = values if len(values) > 1 else (*values, np.zeros((), np.uint8))
-        if scale.size == 1 and zero.dtype.itemsize == 1 and zero.dtype.kind in "iu":
+        if scale.size == 1 and zero.dtype in (np.uint8, np.int8, np.uint16, np.int16):
             limits = np.iinfo(zero.dtype)
             ends = [(float(e) - zero.item()) * scale.item() for e in (limits.min, limits.max)]
-            found[plain(node.input[0])] = np.array([*ends, 256.0])
+            found[plain(node.input[0])] = np.array([*ends, 2.0 ** (8 * zero.dtype.itemsize)])
     return found
 
 
@@ -88,7 +88,8 @@ def lies_on(values: Array, grid: Array) -> bool:
     if values.dtype.kind != "f" or values.size < _CHANCE or not step > 0:
         return False
     steps = values / step
-    near = np.abs(steps - np.rint(steps)).max() <= _NEAR and np.unique(values).size > 1
+    off = max(_NEAR, levels * float(np.finfo(np.float32).eps))  # in float32
+    near = np.abs(steps - np.rint(steps)).max() <= off and np.unique(values).size > 1
     return bool(near and values.min() >= low - step / 2 and values.max() <= high + step / 2)
 
 

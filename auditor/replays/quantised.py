@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.graphs.weights import is_detached
@@ -38,6 +38,7 @@ _MOVES = frozenset(
     ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose")
 ) | {"Unsqueeze", "Gather", "Expand", "DepthToSpace", "SpaceToDepth"}
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
+_INTEGERS = (np.uint8, np.int8, np.uint16, np.int16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +48,43 @@ class Grid:
     Attributes:
         scale: one float32 value, or one per channel.
         zero: zero points of the same shape; None where the segment does not hold them.
-        signed: whether the integers are int8 rather than uint8.
+        kind: of the integers: int8, uint8, int16 or uint16.
     """
 
     scale: Array
     zero: Array | None
-    signed: bool
+    kind: np.dtype[Any]
+
+    @property
+    def bytes(self) -> bool:
+        """Whether the integers have 8 bits."""
+        return self.kind.itemsize == 1
+
+    @property
+    def signed(self) -> bool:
+        """Whether the integers are signed."""
+        return self.kind.kind == "i"
+
+    @property
+    def count(self) -> int:
+        """How many integers there are."""
+        return 1 << (8 * self.kind.itemsize)
+
+    def ends(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        return int(np.iinfo(self.kind).min), int(np.iinfo(self.kind).max)
+
+    @property
+    def type(self) -> int:
+        """ONNX's element type of the integers."""
+        return helper.np_dtype_to_tensor_dtype(self.kind)
 
     def limits(self) -> tuple[Array, Array]:
         """Smallest and largest real value, where the zero point is known."""
         assert self.zero is not None
-        integers = np.iinfo(np.int8 if self.signed else np.uint8)
-        zero = self.zero.astype(np.float32)
+        (least, most), zero = self.ends(), self.zero.astype(np.float32)
         with np.errstate(over="ignore"):  # a mask of the smallest number: its range has no end
-            return self.scale * (integers.min - zero), self.scale * (integers.max - zero)
+            return self.scale * (least - zero), self.scale * (most - zero)
 
 
 # By the position of a QuantizeLinear: its grid, and the positions of the DequantizeLinear nodes
@@ -155,7 +179,7 @@ class Layout:
         return None
 
     def parameters(self, node: onnx.NodeProto) -> Grid | None:
-        """Grid of a QuantizeLinear or DequantizeLinear with one constant 8-bit parameter pair."""
+        """Grid of a QuantizeLinear or DequantizeLinear with one pair of constant parameters."""
         return self._grid(node.input[1], node.input[2] if len(node.input) > 2 else "")
 
     def products(self) -> list[Product]:
@@ -171,11 +195,12 @@ class Layout:
         grid, weights = self.grid(node.input[0]), self._weights(node.input[1])
         return None if grid is None or weights is None else grid.scale * weights[1]
 
-    def roundings(self) -> Roundings:
-        """Quantise–dequantise pairs of computed tensors with one scale."""
+    def roundings(self, *, constants: bool = False) -> Roundings:
+        """Quantise–dequantise pairs of computed tensors, or of all, with one scale."""
         found: Roundings = {}
         for index, node in surgery.find(self.model, ("QuantizeLinear",)):
-            grid = None if self.constant(node.input[0]) is not None else self.parameters(node)
+            constant = self.constant(node.input[0]) is not None
+            grid = None if constant and not constants else self.parameters(node)
             readers = self.readers.get(node.output[0], [])
             read = readers and all(self.nodes[r].op_type == "DequantizeLinear" for r in readers)
             if grid is not None and read and node.output[0] not in self.outputs:
@@ -216,9 +241,9 @@ class Layout:
         zero = self.constant(zero_name) if zero_name else np.zeros(1, np.uint8)
         if scale is None or zero is None or scale.size != 1 or zero.size != 1:
             return None
-        if scale.dtype != np.float32 or zero.dtype not in (np.uint8, np.int8):
+        if scale.dtype != np.float32 or zero.dtype not in _INTEGERS:
             return None
-        return Grid(scale.reshape(()), zero.reshape(()), zero.dtype == np.int8)
+        return Grid(scale.reshape(()), zero.reshape(()), zero.dtype)
 
     def _product(self, index: int, node: onnx.NodeProto) -> Product | None:
         options = surgery.attributes(node)
@@ -251,10 +276,10 @@ class Layout:
             # Quantisers give the bias the scale of the products.
             ratio = np.unique((bias_scale / scale).astype(np.float32))
             if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
-                grid = Grid(np.asarray(np.median(ratio), np.float32), None, False)
-        if grid is None:
+                grid = Grid(np.asarray(np.median(ratio), np.float32), None, np.dtype(np.uint8))
+        if grid is None or not grid.bytes:
             return None
-        weight_grid = Grid(scale, zero, weights.dtype == np.int8)
+        weight_grid = Grid(scale, zero, weights.dtype)
         return Product(index, node, grid, weights, weight_grid, bias, stored)
 
     def _weights(self, name: str) -> tuple[Array, Array, Array, int] | None:
@@ -433,12 +458,11 @@ def either_side(
         side = editor.add("Sign", editor.add("Sub", editor.constant(there), plain))
         lost = math.sqrt(2 * math.log(2 * there.size) * terms) * _UNIT / float(grid.scale)
         near = editor.add("Mul", _size(layout, editor, node.input[0]), editor.constant(lost))
-        near = editor.add("Max", near, editor.constant(_MIDDLE))
+        near = editor.add("Max", near, editor.constant(_MIDDLE * grid.count / 256))
         moved = editor.add("Add", steps, editor.add("Mul", side, near))
         value = editor.add("Add", editor.add("Round", moved), zero)
-        limits = np.iinfo(np.int8 if grid.signed else np.uint8)
-        value = editor.add("Clip", value, *map(editor.constant, (limits.min, limits.max)))
-        editor.cast(value, TensorProto.INT8 if grid.signed else TensorProto.UINT8, node.output[0])
+        value = editor.add("Clip", value, *map(editor.constant, grid.ends()))
+        editor.cast(value, grid.type, node.output[0])
     return editor.model if found else None
 
 

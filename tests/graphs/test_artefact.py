@@ -142,6 +142,11 @@ def test_what_a_quantiser_chose(tmp_path: Path) -> None:
     steps = np.round(values / np.float32(0.1)) * np.float32(0.1)
     assert qdq.lies_on(steps, awaited) and not qdq.lies_on(values, awaited)
     assert not qdq.lies_on(steps - 1, awaited)  # beyond the smallest
+    fine = {"s": np.float32(25 / 65000), "z": np.uint16(500)}
+    tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in fine.items()]
+    (sixteen,) = qdq.awaited(helper.make_graph([node], "g", [], [], tensors)).values()
+    steps = np.round(values / fine["s"]) * fine["s"]
+    assert qdq.lies_on(steps, sixteen) and not qdq.lies_on(values, sixteen)
     graph.node.append(helper.make_node("Relu", ["x"], ["y"]))
     assert not qdq.awaited(graph)
 

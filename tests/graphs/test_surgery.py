@@ -95,6 +95,18 @@ def test_who_takes_another_shape() -> None:
     assert surgery.constants(added)["two"].tolist() == [2.0]
 
 
+def test_what_cannot_be_inferred_has_no_type() -> None:
+    """The runtime's own quantisers mean what ONNX's do; of other operators nothing is known."""
+    source = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1,
+        "own" : 1]> g (float[4] x) => (y) <float s = {0.5}, uint16 z = {7}> {
+            q = com.microsoft.QuantizeLinear(x, s, z) d = com.microsoft.DequantizeLinear(q, s, z)
+            y = own.Unknown(d) }""")
+    kinds = surgery.types(source)
+    assert (kinds["q"], kinds["d"]) == (TensorProto.UINT16, TensorProto.FLOAT)
+    assert "y" not in kinds
+    assert [i for i, _ in surgery.find(source, ("DequantizeLinear", "Unknown"))] == [1]
+
+
 def test_copies_are_left_out_but_for_outputs() -> None:
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y, float[2] z) {
         a = Identity(x) b = Identity(a) c = Relu(b) d = Identity(c) y = Neg(d) z = Identity(d) }"""

@@ -345,6 +345,41 @@ def test_integers_that_openvino_spreads_where_it_concatenates_them(
     assert explain(run, segment, {"x": x}, wrong).noise is None
 
 
+@pytest.mark.parametrize("domain", ["com.microsoft", ""])
+def test_sixteen_bits_that_openvino_leaves_out(
+    make_segment: Any, run: Any, generator: np.random.Generator, domain: str
+) -> None:
+    """Neither rounded nor limited, of whatever domain the quantisers are."""
+    pytest.importorskip("openvino")
+    import openvino
+
+    grids = {"x": (2.0**-14, 30000), "c": (2.0**-15, 32768)}  # c leaves its range of ±1
+    t: Arrays = {f"{n}s": np.array(s, np.float32) for n, (s, _) in grids.items()}
+    t |= {f"{n}z": np.array(z, np.uint16) for n, (_, z) in grids.items()}
+    t["w"] = generator.standard_normal((4, 3, 3, 3)).astype(np.float32) / 4
+    nodes = [q("x", "x", "xq"), dq("xq", "x", "xd"), helper.make_node("Conv", ["xd", "w"], ["c"])]
+    nodes += [q("c", "c", "cq"), dq("cq", "c", "y")]
+    for node in nodes:
+        node.domain = "" if node.op_type == "Conv" else domain
+    segment = make_segment(nodes, t, ["x"], ["y"], opset=17 if domain else 21)
+    if domain:
+        segment.model.opset_import.append(helper.make_opsetid(domain, 1))
+    x = generator.uniform(-1, 1, (1, 3, 12, 12)).astype(np.float32)
+    whole = surgery.copied(segment.model)
+    whole.graph.input[0].CopyFrom(
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))
+    )
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(whole.SerializeToString()),
+        "CPU",
+        {"INFERENCE_PRECISION_HINT": "f32"},
+    )
+    found = explain(run, segment, {"x": x}, compiled(x)[0])
+    assert found.noise == ID and "16 bits" in found.variant and found.explained > 0.9999
+    assert not found.failures
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_recurrent_layer_that_reads_real_numbers(
     make_segment: Any, run: Any, generator: np.random.Generator, by_row: bool
