@@ -99,12 +99,19 @@ class Alignment:
         known = {*self.probes, *graph.outputs} & captured.keys()
         base = self._walk(known, feeds)
         inside = self.probes.keys() & base.keys() - set(graph.outputs)
+        outputs = [n for n in graph.outputs if n in captured and n in base]
+        as_said = all(captured[n].shape == base[n].shape for n in outputs)
         self._reshaped = {  # optimisers write a product of matrices with other axes
             n
             for n in inside
             if captured[n].shape != base[n].shape
             and captured[n].size == base[n].size
-            and (self.other_file or (self.probes[n].inferred and merged(captured[n], base[n])))
+            and (
+                self.other_file
+                or (self.probes[n].inferred and merged(captured[n], base[n]))
+                # An axis of one that is lost in between is an error only if outputs lose it too.
+                or (as_said and _single(captured[n]) == _single(base[n]))
+            )
         }
         captured = self._shaped(captured, base)
         # Of two such tensors one behind the other, the first shows once the second is left out.
@@ -207,6 +214,11 @@ def merged(value: Array, whole: Array) -> bool:
     One of as many axes was transposed instead.
     """
     return value.ndim != whole.ndim and value.shape[-1:] == whole.shape[-1:]
+
+
+def _single(value: Array) -> tuple[int, ...]:
+    """A shape without its axes of one."""
+    return tuple(size for size in value.shape if size != 1)
 
 
 def _is_fractional(value: Array, of: Array) -> bool:

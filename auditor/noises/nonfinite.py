@@ -35,6 +35,7 @@ _EXTREME = (
     *("Gelu", "HardSwish", "Softsign", "Mish", "Swish", "Erf", "ReduceLogSumExp"),
     *("ReduceMax", "ReduceMin"),
 )
+_OPEN = "infinity passes a Clip without a limit on its side"
 # First operator sets with IsInf and CumSum.
 _ISINF, _CUMSUM = 10, 11
 
@@ -74,6 +75,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         bodies = {i: body(n) for i, n in nodes.items()}
         if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
             yield Variant(name, surgery.substituted(model, bodies))
+    if open_ended := {i: b for i, n in surgery.find(model, ("Clip",)) if (b := _one_sided(n))}:
+        yield Variant(_OPEN, surgery.substituted(model, open_ended))
     extreme = dict(surgery.find(model, _EXTREME))
     if extreme and surgery.opset(model) >= _ISINF:
         reads = {(i, p): _FINITE for i, n in extreme.items() for p in range(len(n.input))}
@@ -85,6 +88,16 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             "infinite results become the largest finite number",
             surgery.passing(model, {}, dict.fromkeys(extreme, _FINITE)),
         )
+
+
+def _one_sided(node: onnx.NodeProto) -> str | None:
+    """A Clip without one of its limits, which are its type's largest and smallest numbers else."""
+    given = [bool(name) for name in (*node.input, "", "")[1:3]]
+    if node.attribute or given == [True, True] or len(node.input) < 2:
+        return None
+    names = [name for name, known in zip(("lo", "hi"), given, strict=True) if known]
+    operator = {"lo": "Max", "hi": "Min"}[names[0]] if names else "Identity"
+    return f"({', '.join(('x', *names))}) => (y) {{ y = {operator} ({', '.join(('x', *names))}) }}"
 
 
 def _read_as(model: onnx.ModelProto, values: Mapping[int, str]) -> onnx.ModelProto:
@@ -205,6 +218,7 @@ NOISE = Cause(
         "a choice is a product with a mask",
         "a comparison with NaN takes the later value",
         "a comparison with NaN takes the earlier value",
+        _OPEN,
         "infinite operands become the largest finite number",
         "infinite results become the largest finite number",
     ),

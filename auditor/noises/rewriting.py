@@ -18,6 +18,7 @@ _FORMS = (
     "chains of constant factors and shifts are joined into one of each",
     "constant factors of an operand are taken out of the product",
     "exponentials divided by their sum are a softmax, which overflows nowhere",
+    "what divides multiplies as its inverse",
 )
 
 
@@ -28,6 +29,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         lambda s: linear.collapsed(Layout(s.model, s.weights), np.float32),
         algebra.taken_out,
         algebra.softened,
+        algebra.inverted,
     )
     for name, rewrite in zip(_FORMS, rewritten, strict=True):
         if (model := rewrite(segment)) is not None:

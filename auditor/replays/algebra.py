@@ -183,6 +183,20 @@ def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
     return editor.model if changed else None
 
 
+def inverted(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with ``x / c`` as ``x · (1 / c)``, which may be infinite; None without any."""
+    layout = Layout(segment.model, segment.weights)
+    editor, changed = Editor(segment.model), False
+    for node in layout.nodes:
+        step = _step(layout, node) if node.op_type == "Div" else None
+        if step is None:
+            editor.copy(node)
+            continue
+        editor.add("Mul", step.base, editor.constant(step.steps[0]), to=node.output[0])
+        changed = True
+    return editor.model if changed else None
+
+
 def softened(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment with ``eˣ / Σ eˣ`` as a softmax, which takes the largest x off first; or None."""
     layout, editor = Layout(segment.model), Editor(segment.model)

@@ -181,3 +181,17 @@ def test_a_choice_as_a_product(make_segment: Any, diagnose: Any) -> None:
     found = diagnose(segment, {"x": floats(1, -2, 3)}, {"y": floats(NAN, -INF, NAN)})
     assert found.noise == ID and found.bit_identical == 1.0
     assert not found.failures
+
+
+def test_infinity_behind_a_clip_without_a_limit(make_segment: Any, diagnose: Any) -> None:
+    """A norm that overflowed is the largest number in ONNX Runtime, and stays infinite in TVM."""
+    x = np.linspace(-3e19, 3e19, 24, dtype=np.float32).reshape(4, 6)
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["s"]),
+        helper.make_node("Clip", ["s", "least"], ["c"]),
+        helper.make_node("Div", ["x", "c"], ["y"]),
+    ]
+    segment = make_segment(nodes, {"least": np.array(1e-12, np.float32)}, ["x"], ["y"])
+    with np.errstate(over="ignore"):
+        found = diagnose(segment, {"x": x}, {"y": x / (x * x)})
+    assert found.noise == ID and found.bit_identical == 1.0 and "Clip" in found.variant
