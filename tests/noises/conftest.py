@@ -24,17 +24,28 @@ Explain = Callable[..., Explanation]
 
 @pytest.fixture
 def make_segment() -> MakeSegment:
-    """Builds a segment from nodes, as the auditor cuts them: typed inputs without shapes."""
+    """Builds a segment from nodes, as the auditor cuts them: typed inputs without shapes.
+
+    Nodes may be in ONNX's text syntax. Inputs and outputs are, when not given, what no node makes
+    and what none reads.
+    """
 
     def make(
-        nodes: Sequence[onnx.NodeProto],
-        constants: Arrays,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
+        nodes: str | Sequence[onnx.NodeProto],
+        constants: Arrays | None = None,
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
         kernels: Sequence[Kernel] = (),
         opset: int = 17,
         kind: int = TensorProto.FLOAT,
     ) -> SegmentGraph:
+        if isinstance(nodes, str):
+            nodes = onnx.parser.parse_graph(f"g () => () {{ {nodes} }}").node
+        constants = constants or {}
+        read = dict.fromkeys(name for node in nodes for name in node.input if name)
+        made = dict.fromkeys(name for node in nodes for name in node.output if name)
+        inputs = inputs or [n for n in read if n not in made and n not in constants]
+        outputs = outputs or [n for n in made if n not in read]
         for index, node in enumerate(nodes):
             node.name = node.name or f"node {index}"  # as exporters name them
         graph = helper.make_graph(

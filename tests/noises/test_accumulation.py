@@ -83,8 +83,7 @@ def test_overflow_before_the_division(make_segment: Any, diagnose: Any) -> None:
     x = np.full((1, 2, 64, 64), 20, HALF)
     x[:, 1] = 0
     x[:, 1, 5, 5] = 64
-    node = helper.make_node("GlobalAveragePool", ["x"], ["y"])
-    segment = make_segment([node], {}, ["x"], ["y"], kind=TensorProto.FLOAT16)
+    segment = make_segment("y = GlobalAveragePool(x)", kind=TensorProto.FLOAT16)
     planted = np.array([np.inf, 64 / 4096], HALF).reshape(1, 2, 1, 1)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.bit_identical == 1.0
@@ -93,8 +92,7 @@ def test_overflow_before_the_division(make_segment: Any, diagnose: Any) -> None:
 def test_intermediate_results(make_segment: Any, diagnose: Any) -> None:
     """The reference computes float16 neighbours in float32, which hides the overflow."""
     x = np.array([300, 200, 65000, 1], HALF)
-    nodes = [helper.make_node("Mul", ["x", "x"], ["s"]), helper.make_node("Div", ["s", "x"], ["y"])]
-    segment = make_segment(nodes, {}, ["x"], ["y"], kind=TensorProto.FLOAT16)
+    segment = make_segment("s = Mul(x, x) y = Div(s, x)", kind=TensorProto.FLOAT16)
     with np.errstate(over="ignore"):
         planted = (x * x) / x
     assert np.isinf(planted).any()
@@ -107,12 +105,12 @@ def test_float32_models_run_in_half_precision(
 ) -> None:
     """Only where the engine says so: the replay is long."""
     x = (generator.standard_normal((2, 400)) + 4).astype(np.float32)
-    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)
+    node = "y = ReduceSum <keepdims = 0> (x, axes)"
     constants = {"axes": np.array([1])}
-    silent = make_segment([node], constants, ["x"], ["y"])
+    silent = make_segment(node, constants)
     assert list(accumulation.NOISE.variants(silent)) == []
     stated = (Kernel("k", "Reduce", ("y",), ("y",), "", "f16", "f16"),)
-    spoken = make_segment([node], constants, ["x"], ["y"], stated)
+    spoken = make_segment(node, constants, kernels=stated)
     (variant,) = accumulation.NOISE.variants(spoken)
     planted = running(x.astype(HALF), 1).astype(np.float32)
     np.testing.assert_array_equal(run(variant.model, {"x": x})["y"], planted)
@@ -122,8 +120,7 @@ def test_a_scaled_mean_is_no_accumulation(
     make_segment: Any, diagnose: Any, generator: np.random.Generator
 ) -> None:
     x = (generator.standard_normal((8, 512)) + 2).astype(HALF)
-    node = helper.make_node("ReduceMean", ["x"], ["y"], axes=[1])
-    segment = make_segment([node], {}, ["x"], ["y"], kind=TensorProto.FLOAT16)
+    segment = make_segment("y = ReduceMean <axes = [1]> (x)", kind=TensorProto.FLOAT16)
     wrong = (x.astype(np.float64).mean(1, keepdims=True) * 1.02).astype(HALF)
     assert diagnose(segment, {"x": x}, {"y": wrong}).noise is None
 
@@ -134,8 +131,7 @@ def test_tvm_sums_in_half_precision(make_segment: Any, diagnose: Any) -> None:
     from tvm.relax.frontend.onnx import from_onnx
 
     x = (np.random.default_rng(4).standard_normal((2, 3, 48, 48)) + 5).astype(HALF)
-    node = helper.make_node("GlobalAveragePool", ["x"], ["y"])
-    segment = make_segment([node], {}, ["x"], ["y"], kind=TensorProto.FLOAT16)
+    segment = make_segment("y = GlobalAveragePool(x)", kind=TensorProto.FLOAT16)
     shaped = type(segment.model)()
     shaped.CopyFrom(segment.model)
     del shaped.graph.input[:], shaped.graph.output[:]

@@ -43,32 +43,21 @@ def schraudolph(x: Array) -> Array:
 
 
 def written_erf(make_segment: Any) -> Any:
-    nodes = [
-        helper.make_node("Div", ["x", "root"], ["z"]),
-        helper.make_node("Erf", ["z"], ["e"]),
-        helper.make_node("Add", ["e", "one"], ["s"]),
-        helper.make_node("Mul", ["x", "s"], ["p"]),
-        helper.make_node("Mul", ["p", "half"], ["y"]),
-    ]
     values = {"root": math.sqrt(2), "one": 1.0, "half": 0.5}
     constants = {k: np.array(v, np.float32) for k, v in values.items()}
-    return make_segment(nodes, constants, ["x"], ["y"])
+    return make_segment(
+        "z = Div(x, root) e = Erf(z) s = Add(e, one) p = Mul(x, s) y = Mul(p, half)", constants
+    )
 
 
 def written_tanh(make_segment: Any) -> Any:
-    nodes = [
-        helper.make_node("Pow", ["x", "three"], ["c"]),
-        helper.make_node("Mul", ["c", "small"], ["d"]),
-        helper.make_node("Add", ["x", "d"], ["i"]),
-        helper.make_node("Mul", ["i", "root"], ["u"]),
-        helper.make_node("Tanh", ["u"], ["t"]),
-        helper.make_node("Add", ["t", "one"], ["s"]),
-        helper.make_node("Mul", ["x", "half"], ["h"]),
-        helper.make_node("Mul", ["h", "s"], ["y"]),
-    ]
     values = {"three": 3, "small": 0.044715, "root": math.sqrt(2 / math.pi), "one": 1, "half": 0.5}
     constants = {k: np.array(v, np.float32) for k, v in values.items()}
-    return make_segment(nodes, constants, ["x"], ["y"])
+    return make_segment(
+        "c = Pow(x, three) d = Mul(c, small) i = Add(x, d) u = Mul(i, root) t = Tanh(u) "
+        "s = Add(t, one) h = Mul(x, half) y = Mul(h, s)",
+        constants,
+    )
 
 
 def single(make_segment: Any, op_type: str, version: int = 20, **attributes: Any) -> Any:
@@ -172,8 +161,7 @@ def test_infinity_is_no_evidence_where_the_other_values_are_right(
     make_segment: Any, run: Any
 ) -> None:
     """ONNX Runtime's sigmoid never is 0, where others are and their logarithm is infinite."""
-    nodes = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Log", ["s"], ["y"])]
-    segment = make_segment(nodes, {}, ["x"], ["y"])
+    segment = make_segment("s = Sigmoid(x) y = Log(s)")
     x = np.concatenate([np.linspace(-120, -90, 9), np.linspace(-15, 10, 99)])[None]
     x = x.astype(np.float32)
     with np.errstate(over="ignore", divide="ignore"):

@@ -78,8 +78,7 @@ def test_slope_along_the_channels(
 ) -> None:
     x = generator.standard_normal((2, 4, 3, 4)).astype(np.float32)
     slope = np.array([0.1, -0.5, 2, 0.7], np.float32)
-    node = helper.make_node("PRelu", ["x", "slope"], ["y"])
-    segment = make_segment([node], {"slope": slope}, ["x"], ["y"])
+    segment = make_segment("y = PRelu(x, slope)", {"slope": slope})
     planted = np.where(x < 0, x * slope[:, None, None], x)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.bit_identical == 1.0
@@ -128,8 +127,7 @@ def test_optional_inputs_of_a_recurrent_layer(
 
 def test_two_attributes_at_once(make_segment: Any, diagnose: Any) -> None:
     x = np.linspace(-3, 3, 400, dtype=np.float32)[None]
-    node = helper.make_node("HardSigmoid", ["x"], ["y"], alpha=0.7, beta=0.1)
-    segment = make_segment([node], {}, ["x"], ["y"])
+    segment = make_segment("y = HardSigmoid <alpha = 0.7, beta = 0.1> (x)")
     found = diagnose(segment, {"x": x}, {"y": np.clip(np.float32(0.2) * x + 0.5, 0, 1)})
     assert found.noise == ID and found.variant == "all attributes ignored"
 
@@ -166,10 +164,9 @@ def test_output_shape_of_a_transposed_convolution(
     torch = pytest.importorskip("torch", reason="needs the [torch] extra")
     x = generator.standard_normal((1, 2, 3, 3)).astype(np.float32)
     w = generator.standard_normal((2, 3, 3, 3)).astype(np.float32)
-    node = helper.make_node(
-        "ConvTranspose", ["x", "w"], ["y"], output_shape=[10, 8], strides=[3, 2]
+    segment = make_segment(
+        "y = ConvTranspose <output_shape = [10, 8], strides = [3, 2]> (x, w)", {"w": w}
     )
-    segment = make_segment([node], {"w": w}, ["x"], ["y"])
     operands = (torch.from_numpy(x), torch.from_numpy(w))
     observed = torch.nn.functional.conv_transpose2d(*operands, stride=(3, 2)).numpy()
     found = diagnose(segment, {"x": x}, {"y": observed})
@@ -180,11 +177,9 @@ def test_outputs_that_are_not_computed(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:
     x = generator.standard_normal((2, 8)).astype(np.float32)
-    nodes = [
-        helper.make_node("LayerNormalization", ["x", "g"], ["y", "mean", "d"]),
-        helper.make_node("Neg", ["d"], ["deviation"]),
-    ]
-    segment = make_segment(nodes, {"g": np.ones(8, np.float32)}, ["x"], ["y", "mean", "deviation"])
+    segment = make_segment(
+        "y, mean, d = LayerNormalization(x, g) deviation = Neg(d)", {"g": np.ones(8, np.float32)}
+    )
     exact = run(segment.model, {"x": x})
     found = [v for v in attribute_ignored.NOISE.variants(segment) if "outputs" in v.name]
     (values,) = (run(variant.model, {"x": x}) for variant in found)
@@ -218,8 +213,7 @@ def test_wrong_values_are_not_ignored_attributes(
     x = generator.standard_normal((1, 4, 8, 8)).astype(np.float32)
     w = generator.standard_normal((6, 4, 3, 3)).astype(np.float32)
     b = generator.standard_normal(6).astype(np.float32)
-    node = helper.make_node("Conv", ["x", "w", "b"], ["y"])
-    segment = make_segment([node], {"w": w, "b": b}, ["x"], ["y"])
+    segment = make_segment("y = Conv(x, w, b)", {"w": w, "b": b})
     shift = b[:, None, None]
     for planted in (
         conv(x, w * np.float32(1.01)) + shift,
@@ -234,8 +228,7 @@ def test_wrong_values_are_not_ignored_attributes(
 def test_openvino_ignores_the_bias_of_lrn(make_segment: Any, diagnose: Any) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
     x = (np.random.default_rng(5).standard_normal((1, 7, 3, 3)) * 3).astype(np.float32)
-    node = helper.make_node("LRN", ["x"], ["y"], size=5, alpha=0.5, beta=0.7, bias=1.5)
-    segment = make_segment([node], {}, ["x"], ["y"])
+    segment = make_segment("y = LRN <alpha = 0.5, beta = 0.7, bias = 1.5, size = 5> (x)")
     shaped = type(segment.model)()
     shaped.CopyFrom(segment.model)
     del shaped.graph.input[:], shaped.graph.output[:]
@@ -253,7 +246,7 @@ def test_openvino_ignores_the_bias_of_lrn(make_segment: Any, diagnose: Any) -> N
 
 
 def test_nothing_to_ignore(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Relu", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Relu(x)")
     assert list(attribute_ignored.NOISE.variants(segment)) == []
     assert attribute_ignored.NOISE.remedy("ov")
 
@@ -285,11 +278,7 @@ def test_a_hypothesis_whose_shapes_fit_nothing_is_refuted_not_missing(
         "w": generator.standard_normal((8, 16)).astype(np.float32),
         "b": generator.standard_normal((4, 8)).astype(np.float32),
     }
-    nodes = [
-        helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
-        helper.make_node("Add", ["h", "b"], ["y"]),
-    ]
-    segment = make_segment(nodes, weights, ["x"], ["y"])
+    segment = make_segment("h = Gemm <transB = 1> (x, w) y = Add(h, b)", weights)
     x = generator.standard_normal((4, 16)).astype(np.float32)
     found = diagnose(segment, {"x": x}, {"y": x @ weights["w"].T + weights["b"] + 1})
     assert found.noise is None and not found.failures

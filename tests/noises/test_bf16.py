@@ -46,16 +46,10 @@ def test_convolution_with_folded_batch_norm(
     b, gamma, beta, mean = generator.standard_normal((4, 8)).astype(np.float32)
     variance = generator.uniform(0.5, 2, 8).astype(np.float32)
     segment = make_segment(
-        [
-            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
-            helper.make_node("BatchNormalization", ["c", "g", "be", "m", "v"], ["n"]),
-            helper.make_node("Relu", ["n"], ["y"]),
-        ],
+        "c = Conv(x, w, b) n = BatchNormalization(c, g, be, m, v) y = Relu(n)",
         {"w": w, "b": b, "g": gamma, "be": beta, "m": mean, "v": variance},
-        ["x"],
-        ["y"],
         # Engines name the nodes they fused, not always the convolution itself.
-        [kernel("Convolution", ("n", "y"), "y")],
+        kernels=[kernel("Convolution", ("n", "y"), "y")],
     )
     scale = gamma / np.sqrt(variance + np.float32(1e-5))
     folded, shift = w * scale[:, None, None, None], (b - mean) * scale + beta
@@ -72,21 +66,19 @@ def test_factors_that_the_engine_takes_behind_an_average(
     """Its kernels say so: the average comes before what the model has in front of it."""
     x = r(generator.standard_normal((2, 3, 16, 16)))
     g, b = (generator.standard_normal((1, 3, 1, 1)).astype(np.float32) for _ in range(2))
-    nodes = [
-        helper.make_node("Mul", ["g", "x"], ["m"]),
-        helper.make_node("Add", ["m", "b"], ["a"]),
-        helper.make_node("AveragePool", ["a"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Relu", ["p"], ["y"]),
-    ]
+    nodes = (
+        "m = Mul(g, x) a = Add(m, b) "
+        "p = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (a) y = Relu(p)"
+    )
     averaging, scaling = kernel("Pooling", ("p",), "p"), kernel("Eltwise", ("m", "a"), "a")
     last = kernel("Eltwise", ("y",), "y")
 
     def averaged(values: Array) -> Array:
         return r(values.reshape(2, 3, 8, 2, 8, 2).mean((3, 5)))
 
-    behind = make_segment(nodes, {"g": g, "b": b}, ["x"], ["y"], [averaging, scaling, last])
+    behind = make_segment(nodes, {"g": g, "b": b}, kernels=[averaging, scaling, last])
     check(explain(behind, {"x": x}, {"y": np.maximum(r(averaged(x) * g + b), 0)}))
-    before = make_segment(nodes, {"g": g, "b": b}, ["x"], ["y"], [scaling, averaging, last])
+    before = make_segment(nodes, {"g": g, "b": b}, kernels=[scaling, averaging, last])
     check(explain(before, {"x": x}, {"y": np.maximum(averaged(r(x * g + b)), 0)}))
 
 
@@ -111,9 +103,8 @@ def test_a_convolution_adds_in_the_precision_of_its_result(
 
 
 def test_positions_are_seldom_rounded_up(make_segment: Any, explain: Any) -> None:
-    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)
     kernels = [Kernel("Cast", "Convert", ("y",), ("y",), "ref_i64", "i64", "bf16")]
-    segment = make_segment([node], {}, ["x"], ["y"], kernels, kind=TensorProto.INT64)
+    segment = make_segment("y = Cast <to = 1> (x)", kernels=kernels, kind=TensorProto.INT64)
     x = np.arange(60_000, 80_000, 113)
     check(explain(segment, {"x": x}, {"y": seldom_up(x.astype(np.float32))}))
 
@@ -137,13 +128,7 @@ def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
     stated = Kernel(
         "fc", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16" if narrow_bias else "f32"
     )
-    segment = make_segment(
-        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["p", "b"], ["y"])],
-        {"w": w, "b": b},
-        ["x"],
-        ["y"],
-        [stated],
-    )
+    segment = make_segment("p = MatMul(x, w) y = Add(p, b)", {"w": w, "b": b}, kernels=[stated])
     product = (x.astype(np.float64) @ r(w)).astype(np.float32)
     planted = r(product + r(b)) if narrow_bias else product + b
     found = explain(segment, {"x": x}, {"y": planted}, thorough=False)
@@ -158,14 +143,9 @@ def test_reductions_cut_off_what_lies_beyond_whole_vectors(
 ) -> None:
     x = r(generator.standard_normal((40, size, 3)) ** 2)
     segment = make_segment(
-        [
-            helper.make_node("ReduceSum", ["x", "axes"], ["s"], keepdims=0),
-            helper.make_node("Sqrt", ["s"], ["y"]),
-        ],
+        "s = ReduceSum <keepdims = 0> (x, axes) y = Sqrt(s)",
         {"axes": np.array([2], np.int64)},
-        ["x"],
-        ["y"],
-        [kernel("Reduce", ("s", "y"), "y")],
+        kernels=[kernel("Reduce", ("s", "y"), "y")],
     )
     sized = helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)
     segment.model.graph.input[0].CopyFrom(sized)
@@ -179,10 +159,11 @@ def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
     make_segment: Any, explain: Any, generator: np.random.Generator
 ) -> None:
     x = r(generator.standard_normal((1, 2 * 3 * 3, 7 * 7)))
-    node = helper.make_node("Col2Im", ["x", "size", "block"], ["y"], pads=[1] * 4)
     constants = {"size": np.array([7, 7]), "block": np.array([3, 3])}
     kernels = [kernel("Col2Im", ("y",), "y")]
-    segment = make_segment([node], constants, ["x"], ["y"], kernels, opset=18)
+    segment = make_segment(
+        "y = Col2Im <pads = [1, 1, 1, 1]> (x, size, block)", constants, kernels=kernels, opset=18
+    )
     segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
     planted = np.zeros((1, 2, 9, 9), np.float32)
     for (row, column), values in zip(
@@ -200,14 +181,9 @@ def test_groups_are_rounded_before_gamma_and_beta(
     x = r(generator.standard_normal((2, 6, 5, 5)) + 1)
     gamma, beta = generator.standard_normal((2, 6, 1, 1)).astype(np.float32)
     segment = make_segment(
-        [
-            helper.make_node("GroupNormalization", ["x", "g", "b"], ["n"], num_groups=3),
-            helper.make_node("Tanh", ["n"], ["y"]),
-        ],
+        "n = GroupNormalization <num_groups = 3> (x, g, b) y = Tanh(n)",
         {"g": gamma.ravel(), "b": beta.ravel()},
-        ["x"],
-        ["y"],
-        [kernel("Subgraph", ("n", "y"), "y")],
+        kernels=[kernel("Subgraph", ("n", "y"), "y")],
         opset=21,
     )
     segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
@@ -222,17 +198,14 @@ def test_a_root_mean_square_is_rounded_as_a_whole(
 ) -> None:
     """1 / deviation is no normalised value; what enters is rounded, though a Cast is first."""
     x = generator.standard_normal((20, 64)).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["x"], ["k"], to=TensorProto.FLOAT),
-        helper.make_node("Pow", ["k", "two"], ["p"]),
-        helper.make_node("ReduceMean", ["p"], ["m"], axes=[-1]),
-        helper.make_node("Sqrt", ["m"], ["s"]),
-        helper.make_node("Div", ["one", "s"], ["d"]),
-        helper.make_node("Mul", ["k", "d"], ["y"]),
-    ]
     constants = {"two": np.array(2, np.float32), "one": np.array(1, np.float32)}
     kernels = [kernel("RMS", ("y",), "y")]
-    segment = make_segment(nodes, constants, ["x"], ["y"], kernels)
+    segment = make_segment(
+        "k = Cast <to = 1> (x) p = Pow(k, two) m = ReduceMean <axes = [-1]> (p) s = Sqrt(m) "
+        "d = Div(one, s) y = Mul(k, d)",
+        constants,
+        kernels=kernels,
+    )
     wide = r(x).astype(np.float64)
     planted = r((wide / np.sqrt((wide**2).mean(-1, keepdims=True))).astype(np.float32))
     check(explain(segment, {"x": x}, {"y": planted}))
@@ -244,14 +217,14 @@ def test_what_onnx_runtime_fused_is_rounded_between_kernels(
     """ONNX infers no type of its normalisations."""
     x = r(generator.standard_normal((20, 64)))
     w = generator.standard_normal((64, 16)).astype(np.float32)
-    nodes = [
-        helper.make_node("SimplifiedLayerNormalization", ["x", "g"], ["n"], epsilon=1e-6),
-        helper.make_node("MatMul", ["n", "w"], ["y"]),
-    ]
     kernels = [Kernel("RMS", "RMS", ("n",), (), "", "bf16", "bf16")]
     kernels.append(Kernel("FC", "FullyConnected", ("y",), ("y",), "", "bf16", "f32"))
     constants = {"g": np.ones(64, np.float32), "w": w}
-    segment = make_segment(nodes, constants, ["x"], ["y"], kernels)
+    segment = make_segment(
+        "n = SimplifiedLayerNormalization <epsilon = 1e-06> (x, g) y = MatMul(n, w)",
+        constants,
+        kernels=kernels,
+    )
     wide = x.astype(np.float64)
     normal = r(wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6))
     check(explain(segment, {"x": x}, {"y": (normal @ r(w)).astype(np.float32)}), identical=0.2)
@@ -262,8 +235,11 @@ def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
     make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int
 ) -> None:
     x = r(generator.standard_normal((5, 3, 7)) * 4)
-    node = helper.make_node("LogSoftmax", ["x"], ["y"], axis=axis)
-    segment = make_segment([node], {}, ["x"], ["y"], [kernel("Subgraph", ("y",), "y")], opset)
+    segment = make_segment(
+        f"y = LogSoftmax <axis = {axis}> (x)",
+        kernels=[kernel("Subgraph", ("y",), "y")],
+        opset=opset,
+    )
     segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
     along = (1,) if opset >= 13 else (1, 2)
     below = x - x.max(along, keepdims=True)
@@ -277,11 +253,9 @@ def test_a_sum_of_squares_is_two_kernels(
     """The first may hold what comes before it, too."""
     x = r(generator.standard_normal((4, 2, 160)))
     kernels = [kernel("Subgraph", ("t", "y"), ""), kernel("Reduce", ("y",), "y")]
-    nodes = [
-        helper.make_node("Tanh", ["x"], ["t"]),
-        helper.make_node("ReduceSumSquare", ["t"], ["y"], axes=[1], keepdims=0),
-    ]
-    segment = make_segment(nodes, {}, ["x"], ["y"], kernels)
+    segment = make_segment(
+        "t = Tanh(x) y = ReduceSumSquare <axes = [1], keepdims = 0> (t)", kernels=kernels
+    )
     check(explain(segment, {"x": x}, {"y": r(r(np.tanh(x) ** 2).sum(1))}), identical=0.98)
 
 
@@ -291,18 +265,11 @@ def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.G
     mask[..., 5:] = np.finfo(np.float32).min
     root = np.float32(np.sqrt(8))
     segment = make_segment(
-        [
-            helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
-            helper.make_node("MatMul", ["q", "kt"], ["s"]),
-            helper.make_node("Div", ["s", "root"], ["scaled"]),
-            helper.make_node("Add", ["scaled", "mask"], ["masked"]),
-            helper.make_node("Softmax", ["masked"], ["p"], axis=-1),
-            helper.make_node("MatMul", ["p", "v"], ["y"]),
-        ],
+        "kt = Transpose <perm = [0, 2, 1]> (k) s = MatMul(q, kt) scaled = Div(s, root) "
+        "masked = Add(scaled, mask) p = Softmax <axis = -1> (masked) y = MatMul(p, v)",
         {"root": np.array(root)},
-        ["q", "k", "v", "mask"],
-        ["y"],
-        [kernel("Subgraph", ("scaled", "masked", "p", "y"), "y")],
+        inputs=["q", "k", "v", "mask"],
+        kernels=[kernel("Subgraph", ("scaled", "masked", "p", "y"), "y")],
     )
     scores = q.astype(np.float64) @ r(k / root).transpose(0, 2, 1) + r(mask)
     powers = np.exp(scores - scores.max(-1, keepdims=True))
@@ -320,27 +287,18 @@ def test_attention_multiplies_integers_as_they_are(
     v = r(generator.standard_normal((2, 7, 8)))
     scale = np.float32(0.05)
     segment = make_segment(
-        [
-            helper.make_node("Mul", ["x", "two"], ["k"]),
-            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
-            helper.make_node("QuantizeLinear", ["k", "scale", "zero"], ["kq"]),
-            helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
-            helper.make_node("DequantizeLinear", ["kq", "scale", "zero"], ["kd"]),
-            helper.make_node("Transpose", ["kd"], ["kt"], perm=[0, 2, 1]),
-            helper.make_node("MatMul", ["xd", "kt"], ["s"]),
-            helper.make_node("Mul", ["s", "root"], ["scaled"]),
-            helper.make_node("Softmax", ["scaled"], ["p"], axis=-1),
-            helper.make_node("MatMul", ["p", "v"], ["y"]),
-        ],
+        "k = Mul(x, two) xq = QuantizeLinear(x, scale, zero) "
+        "kq = QuantizeLinear(k, scale, zero) xd = DequantizeLinear(xq, scale, zero) "
+        "kd = DequantizeLinear(kq, scale, zero) kt = Transpose <perm = [0, 2, 1]> (kd) "
+        "s = MatMul(xd, kt) scaled = Mul(s, root) p = Softmax <axis = -1> (scaled) "
+        "y = MatMul(p, v)",
         {
             "scale": np.array(scale),
             "zero": np.array(0, np.int8),
             "root": np.float32([0.35]),
             "two": np.float32([2]),
         },
-        ["x", "v"],
-        ["y"],
-        [
+        kernels=[
             Kernel("Subgraph", "Subgraph", ("k", "xq", "kq"), ("kq",), "", "f32", "i8"),
             Kernel("Subgraph", "Subgraph", ("s", "scaled", "p", "y"), ("y",), "", "i8", "bf16"),
         ],
@@ -358,11 +316,9 @@ def test_layer_norm_rounds_before_gamma_and_beta(
     x = r(generator.standard_normal((4, 96)) * 3)
     gamma, beta = generator.standard_normal((2, 96)).astype(np.float32)
     segment = make_segment(
-        [helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"])],
+        "y = LayerNormalization(x, g, b)",
         {"g": gamma, "b": beta},
-        ["x"],
-        ["y"],
-        [kernel("MVN", ("y",), ""), kernel("Subgraph", ("y",), "y")],
+        kernels=[kernel("MVN", ("y",), ""), kernel("Subgraph", ("y",), "y")],
     )
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
@@ -376,16 +332,9 @@ def test_layer_norm_without_gamma_and_beta_is_fused_with_what_follows(
     """Values that are moved in between are moved after it."""
     x = r(generator.standard_normal((4, 96)) * 3)
     segment = make_segment(
-        [
-            helper.make_node("LayerNormalization", ["x", "g", "b"], ["n"]),
-            helper.make_node("Transpose", ["n"], ["t"]),
-            helper.make_node("Tanh", ["t"], ["h"]),
-            helper.make_node("Mul", ["t", "h"], ["y"]),
-        ],
+        "n = LayerNormalization(x, g, b) t = Transpose(n) h = Tanh(t) y = Mul(t, h)",
         {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)},
-        ["x"],
-        ["y"],
-        [kernel("MVN", ("n", "h", "y"), "y"), kernel("Transpose", ("t",), "t")],
+        kernels=[kernel("MVN", ("n", "h", "y"), "y"), kernel("Transpose", ("t",), "t")],
     )
     wide = x.astype(np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
@@ -398,15 +347,9 @@ def test_elementwise_kernel_rounds_at_its_edges_only(
 ) -> None:
     x, z = generator.standard_normal((2, 4, 50)).astype(np.float32)
     segment = make_segment(
-        [
-            helper.make_node("Mul", ["x", "factor"], ["a"]),
-            helper.make_node("Add", ["a", "z"], ["b"]),
-            helper.make_node("Mul", ["b", "b"], ["y"]),
-        ],
+        "a = Mul(x, factor) b = Add(a, z) y = Mul(b, b)",
         {"factor": np.array(0.7, np.float32)},
-        ["x", "z"],
-        ["y"],
-        [kernel("Subgraph", ("a", "b", "y"), "y")],
+        kernels=[kernel("Subgraph", ("a", "b", "y"), "y")],
     )
     planted = r((r(x) * np.float32(0.7) + r(z)) ** 2)
     check(explain(segment, {"x": x, "z": z}, {"y": planted}))
@@ -422,16 +365,10 @@ def test_constants_that_a_kernel_computes_are_rounded_as_it_writes_them(
     x, table, places = generator.standard_normal((3, 8, 20)).astype(np.float32)
     rows = np.array([[1] * 20, [3] * 20])
     segment = make_segment(
-        [
-            helper.make_node("GatherElements", ["table", "rows"], ["types"], axis=0),
-            helper.make_node("Expand", ["types", "shape"], ["all"]),
-            helper.make_node("Add", ["x", "all"], ["a"]),
-            helper.make_node("Add", ["a", "places"], ["y"]),
-        ],
+        "types = GatherElements <axis = 0> (table, rows) all = Expand(types, shape) "
+        "a = Add(x, all) y = Add(a, places)",
         {"table": table, "rows": rows, "shape": np.array([4, 2, 20]), "places": places[:2]},
-        ["x"],
-        ["y"],
-        [kernel("Subgraph", ("a", "y"), "y")],
+        kernels=[kernel("Subgraph", ("a", "y"), "y")],
     )
     x = x.reshape(4, 2, 20)
     check(explain(segment, {"x": x}, {"y": r(r(x) + r(table[[1, 3]]) + places[:2])}))
@@ -444,15 +381,9 @@ def test_two_kernels_in_one_segment_round_in_between(
     first = generator.standard_normal((16, 8, 3, 3)).astype(np.float32) / 8
     second = generator.standard_normal((8, 16, 1, 1)).astype(np.float32) / 4
     segment = make_segment(
-        [
-            helper.make_node("Conv", ["x", "w1"], ["a"]),
-            helper.make_node("Elu", ["a"], ["h"]),
-            helper.make_node("Conv", ["h", "w2"], ["y"]),
-        ],
+        "a = Conv(x, w1) h = Elu(a) y = Conv(h, w2)",
         {"w1": first, "w2": second},
-        ["x"],
-        ["y"],
-        [kernel("Convolution", ("a", "h"), "h"), kernel("Convolution", ("y",), "y")],
+        kernels=[kernel("Convolution", ("a", "h"), "h"), kernel("Convolution", ("y",), "y")],
     )
     hidden = conv(x, r(first))
     hidden = np.where(hidden > 0, hidden, np.expm1(hidden))
@@ -470,11 +401,9 @@ def test_a_kernel_that_stays_in_float32_is_not_rounded(
     x = r(generator.standard_normal((4, 32)))
     w = generator.standard_normal((32, 16)).astype(np.float32) / 4
     segment = make_segment(
-        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Exp", ["h"], ["y"])],
+        "h = MatMul(x, w) y = Exp(h)",
         {"w": w},
-        ["x"],
-        ["y"],
-        [kernel("FullyConnected", ("h",), "h"), kernel("Eltwise", ("y",), "y", "f32")],
+        kernels=[kernel("FullyConnected", ("h",), "h"), kernel("Eltwise", ("y",), "y", "f32")],
     )
     planted = np.exp(r((x.astype(np.float64) @ r(w)).astype(np.float32)).astype(np.float64))
     found = explain(segment, {"x": x}, {"y": planted.astype(np.float32)})
@@ -488,11 +417,7 @@ def test_without_kernels_and_on_old_opsets(
     generator = np.random.default_rng(3)
     x = generator.standard_normal((2, 4, 8, 8)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("Softmax", ["c"], ["y"], axis=1),
-    ]
-    segment = make_segment(nodes, {"w": w}, ["x"], ["y"], opset=opset)
+    segment = make_segment("c = Conv(x, w) y = Softmax <axis = 1> (c)", {"w": w}, opset=opset)
     logits = r(conv(r(x), r(w))).astype(np.float64)
     axes = 1 if opset >= 13 else (1, 2, 3)
     powers = np.exp(logits - logits.max(axes, keepdims=True))
@@ -511,7 +436,7 @@ def test_activations_alone(
     """As where what is handed over between kernels in float32 is stored in bfloat16."""
     x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
-    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = Conv(x, w)", {"w": w})
     found = explain(segment, {"x": x}, {"y": conv(r(x), w)})
     assert found.noise == ID and found.explained > 0.999
     assert found.variant == "activations in bf16, weights in FP32"
@@ -525,11 +450,7 @@ def test_a_kernel_that_names_its_convolution_twice_adds_the_bias_itself(
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
     segment = make_segment(
-        [helper.make_node("Conv", ["x", "w", "b"], ["y"])],
-        {"w": w, "b": b},
-        ["x"],
-        ["y"],
-        [kernel("Convolution", ("y", "y"), "y")],
+        "y = Conv(x, w, b)", {"w": w, "b": b}, kernels=[kernel("Convolution", ("y", "y"), "y")]
     )
     check(explain(segment, {"x": x}, {"y": r(conv(x, r(w)) + b[:, None, None])}))
 
@@ -542,15 +463,9 @@ def test_factor_and_shift_after_a_convolution_go_into_its_rounded_weights_and_bi
     b = generator.standard_normal(8).astype(np.float32) * 4
     factor, shift = np.float32([0.3624]), np.float32([1.377])
     segment = make_segment(
-        [
-            helper.make_node("Conv", ["x", "w", "b"], ["c"]),
-            helper.make_node("Mul", ["s", "c"], ["p"]),
-            helper.make_node("Add", ["p", "t"], ["y"]),
-        ],
+        "c = Conv(x, w, b) p = Mul(s, c) y = Add(p, t)",
         {"w": w, "b": b, "s": factor, "t": shift},
-        ["x"],
-        ["y"],
-        [kernel("Convolution", ("c", "p", "y"), "y")],
+        kernels=[kernel("Convolution", ("c", "p", "y"), "y")],
     )
     planted = r(conv(x, r(w * factor)) + r(b * factor + shift)[:, None, None])
     check(explain(segment, {"x": x}, {"y": planted}))
@@ -563,14 +478,9 @@ def test_factors_of_and_behind_a_gemm_go_into_its_rounded_weights_and_bias(
     w = generator.standard_normal((16, 24)).astype(np.float32)
     b, factor = generator.standard_normal((2, 16)).astype(np.float32)
     segment = make_segment(
-        [
-            helper.make_node("Gemm", ["x", "w", "b"], ["g"], transB=1, alpha=0.37, beta=0.6),
-            helper.make_node("Mul", ["g", "s"], ["y"]),
-        ],
+        "g = Gemm <alpha = 0.37, beta = 0.6, transB = 1> (x, w, b) y = Mul(g, s)",
         {"w": w, "b": b, "s": factor},
-        ["x"],
-        ["y"],
-        [kernel("FullyConnected", ("g", "y"), "y")],
+        kernels=[kernel("FullyConnected", ("g", "y"), "y")],
     )
     weights = r(w * (np.float32(0.37) * factor)[:, None])
     planted = r(x @ weights.T + r(b * np.float32(0.6) * factor))
@@ -583,15 +493,9 @@ def test_a_kernel_that_widens_8_bits_hands_over_what_its_readers_round(
     x, y = generator.standard_normal((2, 64, 64)).astype(np.float32)
     scale = np.float32(0.0237)
     segment = make_segment(
-        [
-            helper.make_node("Mul", ["x", "y"], ["p"]),
-            helper.make_node("QuantizeLinear", ["p", "scale", "zero"], ["q"]),
-            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-        ],
+        "p = Mul(x, y) q = QuantizeLinear(p, scale, zero) d = DequantizeLinear(q, scale, zero)",
         {"scale": np.array(scale), "zero": np.array(128, np.uint8)},
-        ["x", "y"],
-        ["d"],
-        [
+        kernels=[
             kernel("Eltwise", ("p", "q"), "q"),
             Kernel("Subgraph", "Subgraph", ("d",), ("d",), "", "u8", "bf16"),
         ],
@@ -607,15 +511,10 @@ def test_averages_of_8_bits_are_widened_after_they_are_rounded_or_as_they_are_wr
     x = generator.standard_normal((2, 32, 4, 6)).astype(np.float32)
     scale = np.float32(0.0237)
     segment = make_segment(
-        [
-            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-            helper.make_node("GlobalAveragePool", ["d"], ["y"]),
-        ],
+        "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) "
+        "y = GlobalAveragePool(d)",
         {"scale": np.array(scale), "zero": np.array(128, np.uint8)},
-        ["x"],
-        ["y"],
-        [
+        kernels=[
             Kernel("Subgraph", "Subgraph", ("q",), ("q",), "", "f32", "u8"),
             *(
                 [Kernel("Reduce", "Reduce", ("d", "y"), ("y",), "", "u8", "bf16")]
@@ -647,15 +546,9 @@ def test_the_bias_of_a_product_of_8_bits_is_added_to_its_rounded_sums(
     b = generator.standard_normal(8).astype(np.float32)
     scale = np.float32(0.003)
     segment = make_segment(
-        [
-            helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["wd"]),
-            helper.make_node("Conv", ["x", "wd", "b"], ["c"]),
-            helper.make_node("Relu", ["c"], ["y"]),
-        ],
+        "wd = DequantizeLinear(w, scale, zero) c = Conv(x, wd, b) y = Relu(c)",
         {"w": w, "b": b, "scale": np.array(scale), "zero": np.array(0, np.int8)},
-        ["x"],
-        ["y"],
-        [
+        kernels=[
             Kernel("Convolution", "Convolution", ("c",), (), "", "u8", "bf16"),
             kernel("Subgraph", ("c", "y"), "y"),
         ],
@@ -670,11 +563,7 @@ def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
     a, b = generator.standard_normal((2, 24, 24)).astype(np.float32)
     scale = np.float32(0.1768)
     segment = make_segment(
-        [helper.make_node("MatMul", ["a", "b"], ["p"]), helper.make_node("Mul", ["p", "s"], ["y"])],
-        {"s": scale},
-        ["a", "b"],
-        ["y"],
-        [kernel("MatMul", ("p", "y"), "y")],
+        "p = MatMul(a, b) y = Mul(p, s)", {"s": scale}, kernels=[kernel("MatMul", ("p", "y"), "y")]
     )
     check(explain(segment, {"a": a, "b": b}, {"y": r(r(a) @ r(b * scale))}), identical=0.98)
     check(explain(segment, {"a": a, "b": b}, {"y": r(r(a) @ r(b) * scale)}), identical=0.98)
@@ -689,17 +578,10 @@ def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
     b = generator.standard_normal(12).astype(np.float32)
     scale = np.float32(6**-0.25)
     segment = make_segment(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["p"]),
-            helper.make_node("Add", ["p", "b"], ["l"]),
-            helper.make_node("Reshape", ["l", "heads"], ["h"]),
-            helper.make_node("Transpose", ["h"], ["t"], perm=[1, 2, 0]),
-            helper.make_node("Mul", ["t", "s"], ["y"]),
-        ],
+        "p = MatMul(x, w) l = Add(p, b) h = Reshape(l, heads) "
+        "t = Transpose <perm = [1, 2, 0]> (h) y = Mul(t, s)",
         {"w": wide, "b": b, "heads": np.int64([16, 2, 6]), "s": scale},
-        ["x"],
-        ["y"],
-        [
+        kernels=[
             kernel("FullyConnected", ("l", "y"), "y"),
             kernel("Reshape", ("h",), "h"),
             kernel("Transpose", ("t",), "t"),
@@ -720,18 +602,11 @@ def test_a_kernel_that_writes_keys_multiplies_them_by_the_scale_of_their_head(
     scale = generator.uniform(2, 20, (3, 1, 1)).astype(np.float32)
     bias = generator.standard_normal((3, 9, 9)).astype(np.float32)
     segment = make_segment(
-        [
-            helper.make_node(op_type, ["k", "norm"], ["n"]),
-            helper.make_node("Transpose", ["n"], ["t"], perm=[0, 1, 3, 2]),
-            helper.make_node("MatMul", ["q", "t"], ["p"]),
-            helper.make_node("Mul", ["p", "s"], ["m"]),
-            helper.make_node("Sigmoid", ["b"], ["bias"]),
-            helper.make_node("Add", ["m", "bias"], ["y"]),
-        ],
+        f"n = {op_type}(k, norm) t = Transpose <perm = [0, 1, 3, 2]> (n) p = MatMul(q, t) "
+        "m = Mul(p, s) bias = Sigmoid(b) y = Add(m, bias)",
         {"s": scale, "b": bias},
-        ["q", "k", "norm"],
-        ["y"],
-        [kernel("Subgraph", ("n",), "n"), kernel("MatMul", ("y",), "y")],
+        inputs=["q", "k", "norm"],
+        kernels=[kernel("Subgraph", ("n",), "n"), kernel("MatMul", ("y",), "y")],
     )
     written = k / norm if op_type == "Div" else k + norm
     keys = r(written * scale).transpose(0, 1, 3, 2).astype(np.float64)
@@ -745,15 +620,10 @@ def test_an_attention_mask_multiplied_out_does_not_cancel(
     scores = r(generator.standard_normal((12, 20)) * 5)
     mask = np.float32([1] * 13 + [0] * 7)
     segment = make_segment(
-        [
-            helper.make_node("Sub", ["one", "mask"], ["hidden"]),
-            helper.make_node("Mul", ["hidden", "low"], ["added"]),
-            helper.make_node("Add", ["scores", "added"], ["y"]),
-        ],
+        "hidden = Sub(one, mask) added = Mul(hidden, low) y = Add(scores, added)",
         {"one": np.float32(1), "low": np.finfo(np.float32).min},
-        ["scores", "mask"],
-        ["y"],
-        [kernel("Subgraph", ("added", "y"), "y")],
+        inputs=["scores", "mask"],
+        kernels=[kernel("Subgraph", ("added", "y"), "y")],
     )
     low = np.finfo(np.float32).min
     with np.errstate(over="ignore"):  # the product does not fit bfloat16: that is the fault
@@ -768,15 +638,9 @@ def test_factors_of_sums_are_multiplied_in_by_kernels_of_their_own(
     x, z = generator.standard_normal((2, 12, 20)).astype(np.float32)
     one, factor = np.float32(1), np.float32(7.3)
     segment = make_segment(
-        [
-            helper.make_node("Sub", ["one", "x"], ["left"]),
-            helper.make_node("Mul", ["left", "factor"], ["scaled"]),
-            helper.make_node("Mul", ["z", "scaled"], ["y"]),
-        ],
+        "left = Sub(one, x) scaled = Mul(left, factor) y = Mul(z, scaled)",
         {"one": one, "factor": factor},
-        ["x", "z"],
-        ["y"],
-        [kernel("Subgraph", ("scaled", "y"), "y")],
+        kernels=[kernel("Subgraph", ("scaled", "y"), "y")],
     )
     planted = r(r(z) * (r(r(x) * -factor) + factor))
     check(explain(segment, {"x": x, "z": z}, {"y": planted}))
@@ -788,15 +652,9 @@ def test_what_quantises_by_itself_reads_its_operand_as_it_is(
     x, z = generator.standard_normal((2, 64, 64)).astype(np.float32)
     scale = np.float32(0.0237)
     segment = make_segment(
-        [
-            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
-            helper.make_node("Mul", ["d", "z"], ["y"]),
-        ],
+        "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) y = Mul(d, z)",
         {"scale": np.array(scale), "zero": np.array(0, np.int8)},
-        ["x", "z"],
-        ["y"],
-        [kernel("Eltwise", ("q",), "q"), kernel("Eltwise", ("d", "y"), "y")],
+        kernels=[kernel("Eltwise", ("q",), "q"), kernel("Eltwise", ("d", "y"), "y")],
     )
     levels = np.clip(np.rint(x / scale), -128, 127)
     check(explain(segment, {"x": x, "z": z}, {"y": r(levels * scale * r(z))}))
@@ -830,9 +688,7 @@ def test_dynamic_quantisation_multiplies_by_the_inverse_of_the_range(
     steps = wide * (np.float32(1) / span)
     assert (np.rint(steps) != np.rint(wide / span)).any()
     planted = np.clip(np.rint(steps) + zero, 0, 255).astype(np.uint8)
-    segment = make_segment(
-        [helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])], {}, ["x"], ["y"]
-    )
+    segment = make_segment("y, s, z = DynamicQuantizeLinear(x)", outputs=["y"])
     found = explain(segment, {"x": x}, {"y": planted})
     assert found.noise == "precision.bf16" and found.bit_identical == 1
 
@@ -847,11 +703,9 @@ def test_the_order_of_a_sum_decides_its_last_digit(
     for position in range(x.shape[-1]):
         total += x[..., position]
     segment = make_segment(
-        [helper.make_node("ReduceSum", ["x", "axis"], ["y"], keepdims=0)],
+        "y = ReduceSum <keepdims = 0> (x, axis)",
         {"axis": np.array([-1])},
-        ["x"],
-        ["y"],
-        [kernel("Reduce", ("y",), "y")],
+        kernels=[kernel("Reduce", ("y",), "y")],
     )
     found = explain(segment, {"x": x}, {"y": r(total)})
     assert found.noise == ID and found.bit_identical == 1

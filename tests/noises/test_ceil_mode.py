@@ -177,17 +177,16 @@ def test_defects_are_not_named(make_segment: Any, diagnose: Any, x: Array, defec
 
 
 def test_nothing_to_replay_without_a_strided_pooling(make_segment: Any) -> None:
-    relu = make_segment([helper.make_node("Relu", ["x"], ["y"])], {}, ["x"], ["y"])
+    relu = make_segment("y = Relu(x)")
     unstrided: SegmentGraph = pool(make_segment, "MaxPool", 3, 1, 1, ceil_mode=1)
     assert not list(ceil_mode.NOISE.variants(relu))
     assert not list(ceil_mode.NOISE.variants(unstrided))
 
 
 def test_indices_follow_where_they_can(make_segment: Any, run: Any, x: Array) -> None:
-    node = helper.make_node(
-        "MaxPool", ["x"], ["y", "i"], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=0
+    segment = make_segment(
+        "y, i = MaxPool <ceil_mode = 0, kernel_shape = [2, 2], strides = [2, 2]> (x)"
     )
-    segment = make_segment([node], {}, ["x"], ["y", "i"])
     (variant,) = ceil_mode.NOISE.variants(segment)
     found = run(variant.model, {"x": x})
     assert found["y"].shape == found["i"].shape == (1, 3, 9, 9)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from auditor.noises import denormals
 from auditor.ports import Array
@@ -30,8 +30,7 @@ def test_products_that_vanish(
     x = (generator.standard_normal((8, 32)) * (1e-3 if half else 1e-19)).astype(kind)
     w = np.array(1e-2 if half else 1e-19, kind)
     element = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-    node = helper.make_node("Mul", ["x", "w"], ["y"])
-    segment = make_segment([node], {"w": w}, ["x"], ["y"], kind=element)
+    segment = make_segment("y = Mul(x, w)", {"w": w}, kind=element)
     exact = (x.astype(np.float64) * float(w)).astype(kind)
     planted = flushed(exact)
     assert 0.1 < np.mean(planted == exact) < 0.9 or half
@@ -48,11 +47,7 @@ def test_the_processor_itself(
     x = (generator.standard_normal((64, 64)) * 1e-38).astype(np.float32)
     w = (generator.standard_normal((64, 64)) * 2).astype(np.float32)
     b = (generator.standard_normal((64, 64)) * 1e-38).astype(np.float32)
-    nodes = [
-        helper.make_node("Mul", ["x", "w"], ["m"]),
-        helper.make_node("Add", ["m", "b"], ["y"]),
-    ]
-    segment = make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"])
+    segment = make_segment("m = Mul(x, w) y = Add(m, b)", {"w": w, "b": b})
     operands = [torch.from_numpy(v) for v in (x, w, b)]
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
@@ -68,15 +63,14 @@ def test_normal_numbers_are_left_alone(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:
     x = generator.standard_normal((4, 8)).astype(np.float32)
-    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Exp(x)")
     plain = run(segment.model, {"x": x})["y"]
     for variant in denormals.NOISE.variants(segment):
         np.testing.assert_array_equal(run(variant.model, {"x": x})["y"], plain)
 
 
 def test_moving_values_flushes_nothing(make_segment: Any) -> None:
-    node = helper.make_node("Transpose", ["x"], ["y"])
-    assert list(denormals.NOISE.variants(make_segment([node], {}, ["x"], ["y"]))) == []
+    assert list(denormals.NOISE.variants(make_segment("y = Transpose(x)"))) == []
     assert "CPU_DENORMALS_OPTIMIZATION" in denormals.NOISE.remedy("ov")
 
 
@@ -85,12 +79,9 @@ def test_the_roundings_to_float16_of_a_model_stay(
 ) -> None:
     """ONNX Runtime leaves them out where it casts for operators that it has for float32 only."""
     x = generator.uniform(1, 2, 64).astype(np.float32)
-    nodes = [
-        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
-        helper.make_node("Cast", ["half"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["wide", "wide"], ["y"]),
-    ]
-    segment = make_segment(nodes, {}, ["x"], ["y"])
+    segment = make_segment(
+        "half = Cast <to = 10> (x) wide = Cast <to = 1> (half) y = Mul(wide, wide)"
+    )
     rounded = x.astype(np.float16).astype(np.float32)
     made = [run(variant.model, {"x": x})["y"] for variant in denormals.NOISE.variants(segment)]
     assert len(made) == 4 and all(np.array_equal(y, rounded * rounded) for y in made)

@@ -22,13 +22,10 @@ explain = partial(explained, NOISES)
 
 def cancelling(make_segment: Any, kind: int) -> SegmentGraph:
     """(x · k + c) − c, which loses digits to c."""
-    nodes = [
-        helper.make_node("Mul", ["x", "k"], ["a"]),
-        helper.make_node("Add", ["a", "c"], ["b"]),
-        helper.make_node("Sub", ["b", "c"], ["y"]),
-    ]
     constants = {"k": np.array([0.1]), "c": np.array([1e5])}
-    made: SegmentGraph = make_segment(nodes, constants, ["x"], ["y"], kind=kind)
+    made: SegmentGraph = make_segment(
+        "a = Mul(x, k) b = Add(a, c) y = Sub(b, c)", constants, kind=kind
+    )
     return made
 
 
@@ -80,5 +77,5 @@ def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random
 
 
 def test_float_segments_are_left_alone(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Exp(x)")
     assert not list(double_as_float.NOISE.variants(segment))

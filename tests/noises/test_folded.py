@@ -37,12 +37,9 @@ def drawn(generator: np.random.Generator) -> Arrays:
 def test_a_factor_and_a_shift_behind_a_convolution(
     drawn: Arrays, make_segment: Any, explain: Any
 ) -> None:
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["p"]),
-        helper.make_node("Mul", ["p", "c"], ["q"]),
-        helper.make_node("Add", ["d", "q"], ["y"]),
-    ]
-    segment = make_segment(nodes, {n: drawn[n] for n in "wbcd"}, ["x"], ["y"])
+    segment = make_segment(
+        "p = Conv(x, w, b) q = Mul(p, c) y = Add(d, q)", {n: drawn[n] for n in "wbcd"}
+    )
     factor = drawn["c"].reshape(8)
     bias = half(half(drawn["b"] * factor) + drawn["d"])
     planted = convolved(drawn["x"], half(drawn["w"] * drawn["c"].reshape(8, 1, 1, 1)))
@@ -106,16 +103,13 @@ def test_each_step_of_a_batch_normalisation(
 
 
 def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
-    nodes = [
-        helper.make_node("HardSigmoid", ["x"], ["h"], alpha=1 / 6),
-        helper.make_node("Shape", ["h"], ["n"]),
-        helper.make_node("Div", ["n", "one"], ["k"]),
-        helper.make_node("Reshape", ["h", "k"], ["z"]),
-        helper.make_node("Div", ["z", "d"], ["y"]),
-    ]
     divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
     constants = {"d": divisors, "one": np.array([1])}  # a number of elements stays an integer
-    segment = make_segment(nodes, constants, ["x"], ["y"])
+    segment = make_segment(
+        "h = HardSigmoid <alpha = 0.16666666666666666> (x) n = Shape(h) k = Div(n, one) "
+        "z = Reshape(h, k) y = Div(z, d)",
+        constants,
+    )
     x = np.linspace(-2, 2, 8, dtype=np.float32)
     gate = x.astype(float) * half(np.float32(1 / 6)) + 0.5
     plain, inverted = (folded.in_half(segment, divisors=d) for d in (False, True))
@@ -126,15 +120,10 @@ def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
 
 def test_one_number_tells_half_precision_where_nobody_would_choose_it(make_segment: Any) -> None:
     for number, told in ((half(np.float32(np.sqrt(32))), True), (np.float32(6), False)):
-        nodes = [helper.make_node("Div", ["x", "d"], ["y"])]
-        segment = make_segment(nodes, {"d": np.asarray(number)}, ["x"], ["y"])
+        segment = make_segment("y = Div(x, d)", {"d": np.asarray(number)})
         assert (folded.in_half(segment, divisors=True) is not None) == told
 
 
 def test_models_of_single_precision_are_left_alone(make_segment: Any) -> None:
     weights = np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12, 1, 1)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["p"]),
-        helper.make_node("LeakyRelu", ["p"], ["y"]),
-    ]
-    assert folded.in_half(make_segment(nodes, {"w": weights}, ["x"], ["y"])) is None
+    assert folded.in_half(make_segment("p = Conv(x, w) y = LeakyRelu(p)", {"w": weights})) is None

@@ -27,11 +27,11 @@ def conv_segment(
 ) -> Any:
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["c"]),
-        helper.make_node("Relu", ["c"], ["y"]),
-    ]
-    return make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"], kernels), w, b[:, None, None]
+    return (
+        make_segment("c = Conv(x, w, b) y = Relu(c)", {"w": w, "b": b}, kernels=kernels),
+        w,
+        b[:, None, None],
+    )
 
 
 def test_constants_that_describe_a_shape_are_not_rounded(
@@ -103,8 +103,7 @@ def test_converters_store_what_is_too_large_as_the_largest(
 ) -> None:
     variance = np.array([3.0, 2e5, 9.8e7], np.float32)
     ones = {n: np.full(3, v, np.float32) for n, v in (("s", 1), ("b", 0.5), ("m", 0.25))}
-    node = helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"])
-    segment = make_segment([node], {**ones, "v": variance}, ["x"], ["y"])
+    segment = make_segment("y = BatchNormalization(x, s, b, m, v)", {**ones, "v": variance})
     x = generator.standard_normal((1, 3, 5, 5)).astype(np.float32) * 1e4
     stored = np.minimum(variance, np.float32(65504)).astype(np.float16).astype(np.float32)
     y = (x - 0.25) / np.sqrt(stored + np.float32(1e-5))[None, :, None, None] + 0.5
@@ -117,7 +116,7 @@ def test_converters_store_what_is_too_large_as_the_largest(
 
 def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
     x = np.linspace(-300, 300, 601, dtype=np.float32)[None]
-    segment = make_segment([helper.make_node("Mul", ["x", "x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Mul(x, x)")
     planted = r(r(x) * r(x))
     assert np.isinf(planted).any()
     found = explain(segment, {"x": x}, {"y": planted})
@@ -129,17 +128,17 @@ def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
 def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states(
     make_segment: Any, explain: Any
 ) -> None:
-    nodes = [helper.make_node("Mul", ["x", "c"], ["y"])]
+    nodes = "y = Mul(x, c)"
     x = np.arange(-8, 8, dtype=np.float32)[None]  # exact in every format
     weights = {"c": np.float32(1 << 20)}
     with np.errstate(invalid="ignore"):
         planted = x * np.float32(np.inf)
     stated = Kernel("y", "Subgraph", ("y",), ("y",), "", "bf16", "bf16")
     for kernels, noise in (((), ID), ((stated,), None)):
-        segment = make_segment(nodes, weights, ["x"], ["y"], kernels)
+        segment = make_segment(nodes, weights, kernels=kernels)
         assert explain(segment, {"x": x}, {"y": planted}).noise == noise
     few = {"x": x[:, 7:12]}  # four values that became infinite tell nothing
-    segment = make_segment(nodes, weights, ["x"], ["y"])
+    segment = make_segment(nodes, weights)
     assert explain(segment, few, {"y": planted[:, 7:12]}).noise is None
 
 
@@ -181,11 +180,11 @@ def test_running_sums(
 
 
 def test_running_sums_are_not_tried_where_the_engine_reports_float32(make_segment: Any) -> None:
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    node = "y = MatMul(x, w)"
     stated = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f32", "f32"),)
     constants = {"w": np.eye(3, dtype=np.float32)}
-    spoken = make_segment([node], constants, ["x"], ["y"], stated)
-    silent = make_segment([node], constants, ["x"], ["y"])
+    spoken = make_segment(node, constants, kernels=stated)
+    silent = make_segment(node, constants)
     assert not any("sums" in v.name for v in fp16.NOISE.variants(spoken))
     assert any("sums" in v.name for v in fp16.NOISE.variants(silent))
 
@@ -209,11 +208,7 @@ def test_running_sums_of_several_products(
         for k in range(len(weights)):
             total = r(total + r(value[:, k, None] * weights[None, k]))
         value = total
-    nodes = [
-        helper.make_node("MatMul", ["x", "v"], ["h"]),
-        helper.make_node("MatMul", ["h", "w"], ["y"]),
-    ]
-    segment = make_segment(nodes, {"v": v, "w": w}, ["x"], ["y"])
+    segment = make_segment("h = MatMul(x, v) y = MatMul(h, w)", {"v": v, "w": w})
     found = explain(segment, {"x": x}, {"y": value})
     assert found.noise == ID and "running sums" in found.variant
     assert found.explained > 0.999 and not found.failures

@@ -40,7 +40,7 @@ explain = partial(explained, NOISES)
 def dense(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
     x = generator.standard_normal((16, 96)).astype(np.float32)
     w = (generator.standard_normal((96, 32)) * generator.uniform(0.2, 2, 32)).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     return segment, {"x": x, "w": w}
 
 
@@ -52,7 +52,7 @@ def stepped(w: Array, scale: Array) -> Array:
 
 def test_outputs_on_a_grid(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     feeds = {n: generator.standard_normal((8, 40)).astype(np.float32) for n in "ab"}
-    segment = make_segment([helper.make_node("Add", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"])
+    segment = make_segment("y = Add(a, b)")
     exact = feeds["a"].astype(np.float64) + feeds["b"]
     for wrong, cause in ((1.0, ID), (1.05, None)):  # a factor that no rounding explains
         steps = np.clip(np.floor(wrong * exact / 0.03 + 0.5), -100, 155)
@@ -74,7 +74,7 @@ def test_convolution_channels(make_segment: Any, run: Any, conv: Any) -> None:
     generator = np.random.default_rng(3)
     x = generator.standard_normal((1, 4, 10, 10)).astype(np.float32)
     w = (generator.standard_normal((8, 4, 3, 3)) * np.arange(1, 9)[:, None, None, None]).astype("f")
-    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = Conv(x, w)", {"w": w})
     largest = np.abs(w).max(axis=(1, 2, 3), keepdims=True)
     planted = conv(x, stepped(w, largest.astype(np.float64) / 127).astype(np.float32))
     found = explain(run, segment, {"x": x}, planted)
@@ -87,11 +87,11 @@ def test_weights_of_8_bits_in_a_half_precision_file(
     """It stores steps times a scale, which its own format rounds once more."""
     x = generator.standard_normal((16, 96)).astype(np.float32)
     w = generator.standard_normal((96, 32)).astype(np.float16).astype(np.float32)
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    segment = make_segment(nodes, {"w": w}, ["x"], ["y"])
+    nodes = "y = MatMul(x, w)"
+    segment = make_segment(nodes, {"w": w})
     planted = stepped(w, np.abs(w).max(axis=0) / 127.0).astype(np.float16).astype(np.float32)
     # Whether numpy adds in the reference's order depends on the processor.
-    observed = run(make_segment(nodes, {"w": planted}, ["x"], ["y"]).model, {"x": x})["y"]
+    observed = run(make_segment(nodes, {"w": planted}).model, {"x": x})["y"]
     found = explain(run, segment, {"x": x}, observed)
     assert found.noise == ID and found.bit_identical > 0.9  # a column may hold a tie
 
@@ -130,13 +130,14 @@ def test_defects_are_not_named(dense: tuple[SegmentGraph, Arrays], run: Any, def
 
 
 def test_quantised_segments_are_left_to_others(make_segment: Any) -> None:
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s"], ["d"]),
-        helper.make_node("MatMul", ["d", "w"], ["y"]),
-    ]
     constants = {"s": np.asarray(0.1, np.float32), "w": np.ones((4, 4), np.float32)}
-    assert not list(int8.NOISE.variants(make_segment(nodes, constants, ["x"], ["y"])))
+    assert not list(
+        int8.NOISE.variants(
+            make_segment(
+                "q = QuantizeLinear(x, s) d = DequantizeLinear(q, s) y = MatMul(d, w)", constants
+            )
+        )
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -145,7 +146,7 @@ def test_weights_that_no_8_bits_hold_are_not_quantised(make_segment: Any, odd: f
     w = np.ones((4, 4), np.float32)
     w[1, 2] = odd
     w[3, 3] = -1.0
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     assert list(int8.NOISE.variants(segment)) == []
 
 
@@ -163,11 +164,7 @@ def test_weights_clipped_by_an_unknown_calibration(
 ) -> None:
     x = generator.standard_normal((rows, 96)).astype(np.float32)
     w = generator.standard_normal((96, 8)).astype(np.float32) * np.float32(0.1)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["z"]),
-        helper.make_node("Sigmoid", ["z"], ["y"]),
-    ]
-    segment = make_segment(nodes, {"w": w}, ["x"], ["y"])
+    segment = make_segment("z = MatMul(x, w) y = Sigmoid(z)", {"w": w})
     planted = x @ clipped(w, generator.uniform(0.85, 1, 8))
     observed = (1 / (1 + np.exp(-planted))).astype(np.float32)
     found = explain(run, segment, {"x": x}, observed)
@@ -177,12 +174,10 @@ def test_weights_clipped_by_an_unknown_calibration(
 
 def test_what_two_results_may_have_given_says_nothing(make_segment: Any, run: Any) -> None:
     """Behind a curve that goes both ways, where the error reaches the other branch."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["z"]),
-        helper.make_node("LeakyRelu", ["z"], ["y"], alpha=-0.5),
-    ]
     x = np.linspace(-1, 2, 300, dtype=np.float32)[:, None]
-    model = make_segment(nodes, {"w": np.ones((1, 1), np.float32)}, ["x"], ["y"]).model
+    model = make_segment(
+        "z = MatMul(x, w) y = LeakyRelu <alpha = -0.5> (z)", {"w": np.ones((1, 1), np.float32)}
+    ).model
     given = x + np.tile(np.float32([[0.03], [-0.03]]), (150, 1))
     observed = np.where(given > 0, given, -given / 2)
     values = {"x": x, "z": x, "y": run(model, {"x": x})["y"]}
@@ -203,7 +198,7 @@ def test_weights_clipped_by_an_unknown_calibration_in_bfloat16(make_segment: Any
 
     x = r(generator.standard_normal((16, 96)))
     w = (generator.standard_normal((96, 8)) * 0.1).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     said = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "bf16", "bf16"),)
     planted = clipped(w, generator.uniform(0.85, 1, 8))
     observed = {"y": r(x @ r(planted))}
@@ -217,12 +212,12 @@ def test_one_equation_for_each_scale_proves_nothing(
 ) -> None:
     x = generator.standard_normal((1, 96)).astype(np.float32)
     w = generator.standard_normal((96, 8)).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     observed = (x @ clipped(w, generator.uniform(0.85, 1, 8))).astype(np.float32)
     assert explain(run, segment, {"x": x}, observed).noise is None
     # … but of one scale for all of many columns there are many equations.
     w = generator.standard_normal((96, 128)).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     step = np.abs(w).max() * 0.9 / 127
     planted = x @ np.clip(np.round(w / step) * step, -127 * step, 127 * step)
     found = explain(run, segment, {"x": x}, planted.astype(np.float32))
@@ -234,7 +229,7 @@ def test_inputs_clipped_by_an_unknown_calibration(
 ) -> None:
     x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
-    segment = make_segment([helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = Conv(x, w)", {"w": w})
     grid = np.linspace(-1.87, 2.21, 256)
     grid -= grid[np.abs(grid).argmin()]  # zero is one of the values
     narrow = grid[np.abs(x[..., None] - grid).argmin(axis=-1)].astype(np.float32)
@@ -250,7 +245,7 @@ def test_one_row_of_a_layer_behind_a_global_pooling(
     """The steps of weights are known; two numbers of the operand's are not, in 50 equations."""
     x = generator.gamma(1, 0.3, (1, 200)).astype(np.float32) - np.float32(0.2)
     w = generator.standard_normal((200, 50)).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     step = np.float32(x.max() * 1.1 / 210)
     read = np.clip(np.rint(x / step), -45, 210) * step
     if defect:
@@ -269,9 +264,7 @@ def test_a_skewed_operand_that_is_clipped_at_both_ends(make_segment: Any) -> Non
     w = generator.standard_normal((36, 8)).astype(np.float32)
     step = np.float32(5 / 255)
     observed = (np.clip(np.rint(x / step), -61, 194) * step).astype(np.float32) @ w
-    model = make_segment(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"]
-    ).model
+    model = make_segment("y = MatMul(x, w)", {"w": w}).model
     *_, fit = _calibrated.fits(model, {0: w}, {"x": x}, {"y": observed})
     assert fit.operand is not None and fit.operand.low == -61
     assert fit.operand.step == pytest.approx(step, rel=1e-4)
@@ -288,17 +281,15 @@ def test_inputs_that_a_kernel_in_bfloat16_gives(
     x = r(generator.standard_normal((256, 32)))
     first, second = (generator.standard_normal((32, 32)).astype(np.float32) for _ in range(2))
     factor = generator.uniform(0.5, 2, 32).astype(np.float32)
-    nodes = [
-        helper.make_node("MatMul", ["x", "first"], ["h"]),
-        helper.make_node("MatMul", ["h", "second"], ["m"]),
-        helper.make_node("Mul", ["m", "factor"], ["y"]),
-    ]
     weights = {"first": first, "second": second, "factor": factor}
     said = (
         Kernel("a", "FullyConnected", ("h",), ("h",), "", "bf16", "bf16"),
         Kernel("b", "FullyConnected", ("m", "y"), ("y",), "", "bf16", "bf16"),
     )
-    segment = replace(make_segment(nodes, weights, ["x"], ["y"]), kernels=said)
+    segment = replace(
+        make_segment("h = MatMul(x, first) m = MatMul(h, second) y = Mul(m, factor)", weights),
+        kernels=said,
+    )
     steps = np.clip(np.rint((x @ r(first)).astype(np.float32) / np.float32(0.11)), -120, 135)
     observed = {"y": r(r(steps * np.float32(0.11)) @ r(second * factor))}
     forms = list(int8.NOISE.fits(segment, {"x": x}, observed))
@@ -313,6 +304,6 @@ def test_scaled_weights_are_no_clipping_where_inputs_are_much_alike(
     """One number for each column can imitate one direction of the error, but no more."""
     x = (generator.standard_normal((64, 32)) * 0.2 + generator.uniform(0, 2, 32)).astype(np.float32)
     w = generator.standard_normal((32, 4)).astype(np.float32)
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", {"w": w})
     observed = (x @ (w.astype(np.float64) * 1.003)).astype(np.float32)
     assert explain(run, segment, {"x": x}, observed).noise is None

@@ -114,13 +114,11 @@ def test_what_is_quantised_in_the_model_is_quantised_once_more(
     """OpenVINO, where the weights of a Gemm are unsigned; half of an even step is no tie there."""
     grid = {"s": np.float32(0.02), "z": np.uint8(125)}
     weights = grid | {"w": generator.integers(0, 255, (8, 64)).astype(np.uint8)}
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
-        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
-        helper.make_node("Gemm", ["d", "v"], ["y"], transB=1),
-    ]
-    segment = make_segment(nodes, weights, ["x"], ["y"])
+    segment = make_segment(
+        "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
+        "v = DequantizeLinear(w, s, z) y = Gemm <transB = 1> (d, v)",
+        weights,
+    )
     x = (grid["s"] * generator.integers(-125, 130, (16, 64))).astype(np.float32)
     x[:, ::32] = grid["s"] * np.float32(130)
     real = (weights["w"].astype(np.float32) - 125) * grid["s"]
@@ -138,11 +136,7 @@ def test_a_convolution_of_single_pixels_is_such_a_product(
     """As OpenVINO computes it; 80 channels end in a group of 16."""
     grid = {"s": np.float32(0.02), "z": np.int8(3)}
     weights = grid | {"w": generator.integers(-127, 128, (8, 80, 1, 1)).astype(np.int8)}
-    nodes = [
-        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["v"]),
-        helper.make_node("Conv", ["x", "v"], ["y"]),
-    ]
-    segment = make_segment(nodes, weights, ["x"], ["y"])
+    segment = make_segment("v = DequantizeLinear(w, s, z) y = Conv(x, v)", weights)
     x = generator.standard_normal((1, 80, 3, 5)).astype(np.float32)
     pixels = x[0].reshape(80, 15).T
     read = np.hstack([by_groups(pixels[:, :64], 32), by_groups(pixels[:, 64:], 16)])
@@ -176,7 +170,7 @@ def test_products_of_plain_weights_are_not_touched(
     make_segment: Any, generator: np.random.Generator
 ) -> None:
     weights = {"w": generator.standard_normal((64, 8)).astype(np.float32)}
-    segment = make_segment([helper.make_node("MatMul", ["x", "w"], ["y"])], weights, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, w)", weights)
     assert list(int8_dynamic.NOISE.variants(segment)) == []
     assert blockwise.written_out(segment) is segment
 
@@ -278,8 +272,7 @@ def own_bfloat16(values: Array) -> Array:
 
 
 def test_sums_of_integers_as_openvino_narrows_them(make_segment: Any, run: Any) -> None:
-    nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
-    segment = make_segment(nodes, {}, ["x"], ["y"], kind=TensorProto.INT32)
+    segment = make_segment("y = Cast <to = 1> (x)", kind=TensorProto.INT32)
     model = dynamic.in_bfloat16(segment)
     x = np.arange(-70_000, 70_000, 3, np.int32)
     assert np.array_equal(run(model, {"x": x})["y"], own_bfloat16(x))

@@ -210,8 +210,7 @@ def test_roundings(make_segment: Any, run: Any, generator: np.random.Generator, 
 
 def test_dynamic_ranges(make_segment: Any, run: Any) -> None:
     x = np.array([[0, 2, -3, -2.5, 1.34, 0.5]], np.float32)
-    node = helper.make_node("DynamicQuantizeLinear", ["x"], ["y", "s", "z"])
-    segment = make_segment([node], {}, ["x"], ["y"])
+    segment = make_segment("y, s, z = DynamicQuantizeLinear(x)", outputs=["y"])
     planted = np.round(x * 255 / np.float32(5)) + 153  # 5 = 2 − (−3), 153 = 3 · 255 / 5
     found = explain(run, segment, {"x": x}, planted.astype(np.uint8))
     assert (found.noise, found.bit_identical) == (ID, 1.0)

@@ -197,12 +197,8 @@ def test_annotated_inputs(make_segment: Any, run: Any, generator: np.random.Gene
     """A dequantised input's grid is read off its quantisation annotation."""
     q = generator.integers(0, 256, (16, 32), np.uint8)
     w = generator.integers(-127, 128, (32, 8)).astype(np.int8)
-    nodes = [
-        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
-        helper.make_node("MatMul", ["x", "wd"], ["y"]),
-    ]
     constants = {"ws": WS, "wz": np.int8(0), "w": w, "xs": XS, "xz": np.uint8(XZ)}
-    segment = make_segment(nodes, constants, ["x"], ["y"])
+    segment = make_segment("wd = DequantizeLinear(w, ws, wz) y = MatMul(x, wd)", constants)
     x = (q.astype(np.float32) - np.float32(XZ)) * XS
     planted = (maddubs(q, w) - XZ * w.astype(np.int64).sum(axis=0)) * (float(XS) * float(WS))
     assert explain(run, segment, x, planted.astype(np.float32)).noise is None
@@ -255,8 +251,7 @@ def test_the_reference_is_exact_in_integer_models(
     """It runs on the same processor, whose kernels may saturate: that is the backend's doing."""
     x = generator.integers(128, 256, (8, 64), np.uint8)
     w = generator.integers(60, 128, (64, 16)).astype(np.int8)
-    nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
-    segment = make_segment(nodes, {"w": w}, ["x"], ["y"], kind=TensorProto.UINT8)
+    segment = make_segment("y = MatMulInteger(x, w)", {"w": w}, kind=TensorProto.UINT8)
     exact = x.astype(np.int32) @ w.astype(np.int32)
     assert np.array_equal(run(segment.model, {"x": x})["y"], exact)
     assert numpy_helper.to_array(segment.model.graph.initializer[0]).dtype == np.int8

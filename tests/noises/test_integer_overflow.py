@@ -35,8 +35,7 @@ def test_saturating_arithmetic(
 ) -> None:
     limits = np.iinfo(kind)
     a, b = generator.integers(limits.min, limits.max, (2, 4, 40), kind, endpoint=True)
-    node = helper.make_node(op_type, ["a", "b"], ["y"])
-    segment = make_segment([node], {}, ["a", "b"], ["y"], kind=KINDS[kind])
+    segment = make_segment(f"y = {op_type}(a, b)", kind=KINDS[kind])
     exact = OPERATIONS[op_type](a.astype(object), b.astype(object))
     found = explain(run, segment, {"a": a, "b": b}, saturated(exact, kind))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
@@ -44,8 +43,7 @@ def test_saturating_arithmetic(
 
 def test_saturating_shifts(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     a, b = generator.integers(0, 256, (4, 40), np.uint8), generator.integers(0, 8, 40, np.uint8)
-    node = helper.make_node("BitShift", ["a", "b"], ["y"], direction="LEFT")
-    segment = make_segment([node], {}, ["a", "b"], ["y"], kind=TensorProto.UINT8)
+    segment = make_segment('y = BitShift <direction = "LEFT"> (a, b)', kind=TensorProto.UINT8)
     exact = a.astype(object) << b.astype(object)
     found = explain(run, segment, {"a": a, "b": b}, saturated(exact, "uint8"))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
@@ -53,8 +51,7 @@ def test_saturating_shifts(make_segment: Any, run: Any, generator: np.random.Gen
 
 def test_saturating_casts(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     x = generator.integers(-1000, 1000, (4, 40)).astype(np.int32)
-    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT8)
-    segment = make_segment([node], {}, ["x"], ["y"], kind=TensorProto.INT32)
+    segment = make_segment("y = Cast <to = 3> (x)", kind=TensorProto.INT32)
     found = explain(run, segment, {"x": x}, saturated(x, "int8"))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
@@ -79,9 +76,8 @@ def test_quantised_values_that_wrap(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:
     x = generator.standard_normal((4, 64)).astype(np.float32) * 4
-    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
     constants = {"s": np.asarray(0.03, np.float32), "z": np.asarray(3, np.int8)}
-    segment = make_segment([node], constants, ["x"], ["y"])
+    segment = make_segment("y = QuantizeLinear(x, s, z)", constants)
     wrapped = (np.round(x / np.float32(0.03)).astype(np.int64) + 3).astype(np.int8)
     found = explain(run, segment, {"x": x}, wrapped)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
@@ -91,13 +87,11 @@ def test_another_operand_is_another_cause(
     make_segment: Any, run: Any, generator: np.random.Generator
 ) -> None:
     a, b = generator.integers(0, 256, (2, 4, 40), np.uint8)
-    segment = make_segment(
-        [helper.make_node("Add", ["a", "b"], ["y"])], {}, ["a", "b"], ["y"], kind=TensorProto.UINT8
-    )
+    segment = make_segment("y = Add(a, b)", kind=TensorProto.UINT8)
     for wrong in (a + np.roll(b, 1), a + b + np.uint8(1), a - b):
         assert explain(run, segment, {"a": a, "b": b}, wrong).noise is None
 
 
 def test_float_segments_are_left_alone(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Add", ["x", "x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Add(x, x)")
     assert not list(integer_overflow.NOISE.variants(segment))

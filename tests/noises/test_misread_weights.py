@@ -7,7 +7,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from onnx import helper
 
 from auditor.noises import misread_weights
 from auditor.ports import Array
@@ -51,9 +50,7 @@ def test_misread_weights_are_named_in_bfloat16_alone(
 
     def found(precision: str, planted: Array) -> Any:
         stated = Kernel("c", "Convolution", ("y",), ("y",), "", precision, precision)
-        segment = make_segment(
-            [helper.make_node("Conv", ["x", "w"], ["y"])], {"w": w}, ["x"], ["y"], [stated]
-        )
+        segment = make_segment("y = Conv(x, w)", {"w": w}, kernels=[stated])
         return diagnose(segment, {"x": x}, {"y": planted})
 
     misread = found("bf16", r(conv(r(x), r(read(w, 16)))))

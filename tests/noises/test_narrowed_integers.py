@@ -32,13 +32,7 @@ def numbers(generator: np.random.Generator) -> Arrays:
 
 
 def binary(make_segment: Any, op_type: str) -> SegmentGraph:
-    made: SegmentGraph = make_segment(
-        [helper.make_node(op_type, ["a", "b"], ["y"])],
-        {},
-        ["a", "b"],
-        ["y"],
-        kind=TensorProto.INT64,
-    )
+    made: SegmentGraph = make_segment(f"y = {op_type}(a, b)", kind=TensorProto.INT64)
     return made
 
 
@@ -92,8 +86,7 @@ def test_a_divisor_that_narrows_to_zero_ends_no_process(make_segment: Any, run: 
 def test_casts_that_do_not_fit(make_segment: Any, run: Any, most: int) -> None:
     """What is too large becomes x86's indefinite integer, or the largest one."""
     x = np.array([[3e9, -3e9, 7.7, -1.5, 2.5e9, -2.5e9]], np.float32)
-    node = helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT64)
-    segment = make_segment([node], {}, ["x"], ["y"])
+    segment = make_segment("y = Cast <to = 7> (x)")
     planted = np.array([[most, -(2**31), 7, -1, most, -(2**31)]])
     found = explain(run, segment, {"x": x}, planted)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
@@ -105,13 +98,7 @@ def test_integers_in_float32(
 ) -> None:
     feeds = {n: generator.integers(2**26, 2**30, (4, 50)).astype(np.int32) for n in "ab"}
     feeds["b"] //= 2**20 if op_type == "Mod" else 1
-    segment = make_segment(
-        [helper.make_node(op_type, ["a", "b"], ["y"])],
-        {},
-        ["a", "b"],
-        ["y"],
-        kind=TensorProto.INT32,
-    )
+    segment = make_segment(f"y = {op_type}(a, b)", kind=TensorProto.INT32)
     a, b = (feeds[n].astype(np.float32) for n in "ab")
     planted = a - b if op_type == "Sub" else a - np.floor(a / b) * b
     found = explain(run, segment, feeds, planted.astype(np.int32))
@@ -139,8 +126,7 @@ def test_scattered_numbers(make_segment: Any, run: Any, numbers: Arrays, reducti
 def test_padding_that_does_not_fit(make_segment: Any, run: Any) -> None:
     """A value that passes a float on its way to 32 bits becomes x86's indefinite integer."""
     constants = {"amounts": np.array([0, 1, 0, 2]), "value": np.array(2**40)}
-    node = helper.make_node("Pad", ["a", "amounts", "value"], ["y"])
-    segment = make_segment([node], constants, ["a"], ["y"], kind=TensorProto.INT64)
+    segment = make_segment("y = Pad(a, amounts, value)", constants, kind=TensorProto.INT64)
     a = np.arange(60).reshape(2, 30)
     planted = np.pad(a, ((0, 0), (1, 2)), constant_values=-(2**31))
     found = explain(run, segment, {"a": a}, planted)
@@ -152,8 +138,7 @@ def test_limits_of_narrow_numbers(
 ) -> None:
     """Of unsigned numbers those from 2³¹ on are below every limit."""
     constants = {"low": np.array(2, np.uint32), "high": np.array(50, np.uint32)}
-    node = helper.make_node("Clip", ["a", "low", "high"], ["y"])
-    segment = make_segment([node], constants, ["a"], ["y"], kind=TensorProto.UINT32)
+    segment = make_segment("y = Clip(a, low, high)", constants, kind=TensorProto.UINT32)
     a = generator.integers(0, 2**32, (4, 50)).astype(np.uint32)
     planted = np.clip(a.view(np.int32), 2, 50).astype(np.uint32)
     found = explain(run, segment, {"a": a}, planted)
@@ -162,13 +147,7 @@ def test_limits_of_narrow_numbers(
 
 def test_powers_that_do_not_fit(make_segment: Any, run: Any) -> None:
     a = np.arange(1, 41).reshape(2, 20)
-    segment = make_segment(
-        [helper.make_node("Pow", ["a", "b"], ["y"])],
-        {"b": np.array(9)},
-        ["a"],
-        ["y"],
-        kind=TensorProto.INT64,
-    )
+    segment = make_segment("y = Pow(a, b)", {"b": np.array(9)}, kind=TensorProto.INT64)
     power = np.power(a.astype(np.float32), np.float32(9))
     planted = np.where(power < 2**31, power, -(2**31)).astype(np.int64)
     found = explain(run, segment, {"a": a}, planted)
@@ -178,13 +157,13 @@ def test_powers_that_do_not_fit(make_segment: Any, run: Any) -> None:
 def test_ends_that_are_computed(make_segment: Any, run: Any) -> None:
     """The largest int64, "to the end", is -1 in 32 bits; a constant means what it says."""
     a, end = np.arange(200, dtype=np.float32).reshape(2, 100), np.array([2**63 - 1])
-    node = helper.make_node("Slice", ["a", "start", "end", "axes"], ["y"])
+    node = "y = Slice(a, start, end, axes)"
     fixed = {"start": np.array([1]), "axes": np.array([1])}
-    segment = make_segment([node], fixed, ["a", "end"], ["y"])
+    segment = make_segment(node, fixed, inputs=["a", "end"])
     segment.model.graph.input[1].type.tensor_type.elem_type = TensorProto.INT64
     found = explain(run, segment, {"a": a, "end": end}, a[:, 1:-1])
     assert (found.noise, found.bit_identical) == (ID, 1.0)
-    constant = make_segment([node], fixed | {"end": end}, ["a"], ["y"])
+    constant = make_segment(node, fixed | {"end": end})
     assert not list(narrowed_integers.NOISE.variants(constant))
 
 
@@ -200,12 +179,9 @@ def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random
 
 
 def test_shapes_are_left_alone(make_segment: Any) -> None:
-    nodes = [
-        helper.make_node("Shape", ["x"], ["s"]),
-        helper.make_node("Mul", ["s", "two"], ["t"]),
-        helper.make_node("Expand", ["x", "t"], ["y"]),
-    ]
-    segment = make_segment(nodes, {"two": np.array([2, 2])}, ["x"], ["y"])
+    segment = make_segment(
+        "s = Shape(x) t = Mul(s, two) y = Expand(x, t)", {"two": np.array([2, 2])}
+    )
     assert not list(narrowed_integers.NOISE.variants(segment))
 
 

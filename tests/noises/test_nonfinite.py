@@ -50,12 +50,8 @@ def test_elementwise(make_segment: Any, diagnose: Any, op_type: str, x: Any, pla
 
 def test_limits_and_maxima(make_segment: Any, diagnose: Any) -> None:
     x = floats(NAN, -2, 9)
-    nodes = [
-        helper.make_node("Clip", ["x", "low", "high"], ["c"]),
-        helper.make_node("Max", ["x", "low"], ["m"]),
-    ]
     limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
-    segment = make_segment(nodes, limits, ["x"], ["c", "m"])
+    segment = make_segment("c = Clip(x, low, high) m = Max(x, low)", limits)
     observed = {"c": floats(0, 0, 6), "m": floats(0, 0, 9)}
     found = diagnose(segment, {"x": x}, observed)
     assert found.noise == ID and found.bit_identical == 1.0
@@ -82,9 +78,8 @@ def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: A
 
 
 def test_the_largest_step_of_8_bits(make_segment: Any, diagnose: Any) -> None:
-    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
     constants = {"s": np.array(0.5, np.float32), "z": np.array(1, np.uint8)}
-    segment = make_segment([node], constants, ["x"], ["y"])
+    segment = make_segment("y = QuantizeLinear(x, s, z)", constants)
     planted = np.array([[255, 3, 5]], np.uint8)
     found = diagnose(segment, {"x": floats(NAN, 1, 2)}, {"y": planted})
     assert found.noise == ID and found.bit_identical == 1.0
@@ -99,8 +94,7 @@ def test_one_of_two_operands_wins(
     a, b = floats(NAN, 1, 4, 2), floats(1, NAN, 3, 5)
     better = np.greater if op_type == "Max" else np.less
     planted = np.where(better(a, b), a, b) if last else np.where(better(b, a), b, a)
-    node = helper.make_node(op_type, ["a", "b"], ["y"])
-    segment = make_segment([node], {}, ["a", "b"], ["y"])
+    segment = make_segment(f"y = {op_type}(a, b)")
     found = diagnose(segment, {"a": a, "b": b}, {"y": planted})
     assert found.noise == ID and ("later" if last else "earlier") in (found.variant or "")
 
@@ -163,21 +157,20 @@ def test_tvm(make_segment: Any, diagnose: Any, op_type: str) -> None:
 
 
 def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("MatMul", ["x", "x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = MatMul(x, x)")
     assert list(nonfinite.NOISE.variants(segment)) == []
     assert "STRICT_NANS" in nonfinite.NOISE.remedy("trt")
 
 
 def test_a_choice_as_a_product(make_segment: Any, diagnose: Any) -> None:
     """Zero times infinity is no number."""
-    nodes = [
-        helper.make_node("Greater", ["x", "limit"], ["c"]),
-        helper.make_node("Where", ["c", "x", "low"], ["y"]),
-        helper.make_node("Where", ["c", "one", "one"], ["whole"]),
-    ]
     limits = {"limit": np.array(0, np.float32), "low": np.array(-INF, np.float32)}
     limits["one"] = np.array(1, np.int64)
-    segment = make_segment(nodes, limits, ["x"], ["y"])
+    segment = make_segment(
+        "c = Greater(x, limit) y = Where(c, x, low) whole = Where(c, one, one)",
+        limits,
+        outputs=["y"],
+    )
     found = diagnose(segment, {"x": floats(1, -2, 3)}, {"y": floats(NAN, -INF, NAN)})
     assert found.noise == ID and found.bit_identical == 1.0
     assert not found.failures

@@ -39,17 +39,12 @@ def planted_and_segment(
         segment = make_segment([node], {"g": g, "b": b}, ["x"], ["y"])
         return segment, x, (n * g + b).astype(np.float32)
     if kind == "written out":
-        nodes = [
-            helper.make_node("ReduceMean", ["x"], ["m"], axes=[-1]),
-            helper.make_node("Sub", ["x", "m"], ["d"]),
-            helper.make_node("Pow", ["d", "two"], ["p"]),
-            helper.make_node("ReduceMean", ["p"], ["v"], axes=[-1]),
-            helper.make_node("Add", ["v", "e"], ["s"]),
-            helper.make_node("Sqrt", ["s"], ["r"]),
-            helper.make_node("Div", ["d", "r"], ["y"]),
-        ]
         constants = {"two": np.array(2, np.float32), "e": np.array(1e-5, np.float32)}
-        segment = make_segment(nodes, constants, ["x"], ["y"])
+        segment = make_segment(
+            "m = ReduceMean <axes = [-1]> (x) d = Sub(x, m) p = Pow(d, two) "
+            "v = ReduceMean <axes = [-1]> (p) s = Add(v, e) r = Sqrt(s) y = Div(d, r)",
+            constants,
+        )
         return segment, x, normalised(x, -1, epsilon, **how).astype(np.float32)
     groups = 6 if kind == "InstanceNormalization" else 3
     n = normalised(x.reshape(2, groups, -1), -1, epsilon, **how).reshape(x.shape)
@@ -112,9 +107,8 @@ def test_moments_in_one_pass_lose_a_large_mean(
 ) -> None:
     """Exact binary values, so that only E[x²] − E[x]² itself rounds."""
     x = (4096 + generator.integers(-8, 9, (16, 64)) / 8).astype(np.float32)
-    node = helper.make_node("InstanceNormalization", ["x", "g", "b"], ["y"])
     constants = {"g": np.ones(16, np.float32), "b": np.zeros(16, np.float32)}
-    segment = make_segment([node], constants, ["x"], ["y"])
+    segment = make_segment("y = InstanceNormalization(x, g, b)", constants)
     x = x.reshape(1, 16, 8, 8)
     wide = x.astype(np.float64)
     mean = wide.mean((2, 3), keepdims=True).astype(np.float32)
@@ -163,8 +157,9 @@ def test_batch_normalisation(
     x = generator.standard_normal((2, 5, 6, 6)).astype(np.float32) * np.float32(0.1)
     g, b, m = (generator.standard_normal(5).astype(np.float32) for _ in range(3))
     v = np.exp(generator.standard_normal(5) - 5).astype(np.float32)
-    node = helper.make_node("BatchNormalization", ["x", "g", "b", "m", "v"], ["y"])
-    segment = make_segment([node], {"g": g, "b": b, "m": m, "v": v}, ["x"], ["y"])
+    segment = make_segment(
+        "y = BatchNormalization(x, g, b, m, v)", {"g": g, "b": b, "m": m, "v": v}
+    )
     column = (slice(None), None, None)
     if how == "statistics":
         n = normalised(x, (0, 2, 3), 1e-5)
@@ -190,7 +185,6 @@ def test_scaled_or_swapped_parameters_are_unexplained(
 
 
 def test_segments_without_normalisation_are_not_touched(make_segment: Any) -> None:
-    nodes = [helper.make_node("Add", ["x", "c"], ["y"])]
-    segment = make_segment(nodes, {"c": np.array(1e-5, np.float32)}, ["x"], ["y"])
+    segment = make_segment("y = Add(x, c)", {"c": np.array(1e-5, np.float32)})
     assert list(normalisation.NOISE.variants(segment)) == []
     assert "epsilon" in normalisation.NOISE.remedy("ov")

@@ -44,8 +44,7 @@ def test_newer_softmax_read_as_an_older_one(
     make_segment: Any, diagnose: Any, generator: np.random.Generator
 ) -> None:
     x = generator.standard_normal((2, 3, 4)).astype(np.float32)
-    node = helper.make_node("Softmax", ["x"], ["y"], axis=1)
-    segment = make_segment([node], {}, ["x"], ["y"])
+    segment = make_segment("y = Softmax <axis = 1> (x)")
     found = diagnose(segment, {"x": x}, {"y": soft(x, (1, 2))})
     assert found.noise == ID and "before opset 13" in (found.variant or "")
     found = diagnose(segment, {"x": x}, {"y": soft(x, -1)})
@@ -97,11 +96,10 @@ def test_samples_of_a_region(
 ) -> None:
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
     roi = np.array([[1.25, 2.25, 7.25, 8.25]], np.float32)
-    node = helper.make_node(
-        "RoiAlign", ["x", "roi", "batch"], ["y"],
-        output_height=3, output_width=3, mode="max",
-    )  # fmt: skip
-    segment = make_segment([node], {"roi": roi, "batch": np.array([0])}, ["x"], ["y"])
+    segment = make_segment(
+        'y = RoiAlign <mode = "max", output_height = 3, output_width = 3> (x, roi, batch)',
+        {"roi": roi, "batch": np.array([0])},
+    )
     # Of one sample, the mean is the largest.
     for mode, asked, ratio in (("max", 2, 2), ("max", 1, 1), ("avg", None, 1)):
         surgery.set_attributes(segment.model.graph.node[0], sampling_ratio=asked, mode=mode)
@@ -129,12 +127,13 @@ def test_largest_samples_otherwise(
     """From zero on, as OpenVINO; or of regions that are moved before they are scaled, as TVM."""
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32) - 1
     roi = np.array([[0.625, 0.625, 3.625, 3.625]], np.float32)
-    node = helper.make_node(
-        "RoiAlign", ["x", "roi", "batch"], ["y"],
-        output_height=3, output_width=3, mode="max", sampling_ratio=2, spatial_scale=2.0,
-    )  # fmt: skip
     constants = {"roi": roi, "batch": np.array([0])}
-    segment = make_segment([node], constants, ["x"], ["y"], opset=16)
+    segment = make_segment(
+        'y = RoiAlign <mode = "max", output_height = 3, output_width = 3, sampling_ratio = '
+        "2, spatial_scale = 2.0> (x, roi, batch)",
+        constants,
+        opset=16,
+    )
     planted = np.full((1, 1, 3, 3), least, np.float32)
     for i, j in np.ndindex(6, 6):
         sample = bilinear(x[0, 0], begin + 0.5 + i, begin + 0.5 + j)
@@ -148,12 +147,13 @@ def test_half_a_pixel_before_scaling(
 ) -> None:
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
     roi = np.array([[0.625, 0.625, 3.625, 3.625]], np.float32)
-    node = helper.make_node(
-        "RoiAlign", ["x", "roi", "batch"], ["y"],
-        output_height=6, output_width=6, sampling_ratio=1, spatial_scale=2.0,
-    )  # fmt: skip
     constants = {"roi": roi, "batch": np.array([0])}
-    segment = make_segment([node], constants, ["x"], ["y"], opset=16)
+    segment = make_segment(
+        "y = RoiAlign <output_height = 6, output_width = 6, sampling_ratio = 1, "
+        "spatial_scale = 2.0> (x, roi, batch)",
+        constants,
+        opset=16,
+    )
     samples = [bilinear(x[0, 0], 0.75 + i, 0.75 + j) for i, j in np.ndindex(6, 6)]
     planted = np.array(samples, np.float32).reshape(1, 1, 6, 6)
     found = diagnose(segment, {"x": x}, {"y": planted})
@@ -164,16 +164,14 @@ def test_boxes_of_negative_scores(make_segment: Any, diagnose: Any) -> None:
     boxes = np.array([[[0, i, 1, i + 1] for i in range(30)]], np.float32)
     scores = np.linspace(-1, 1, 30, dtype=np.float32)[None, None]
     constants = {"boxes": boxes, "most": np.array([30]), "limit": np.array([0.5], np.float32)}
-    node = helper.make_node("NonMaxSuppression", ["boxes", "scores", "most", "limit"], ["y"])
-    segment = make_segment([node], constants, ["scores"], ["y"])
+    segment = make_segment("y = NonMaxSuppression(boxes, scores, most, limit)", constants)
     kept = np.array([[0, 0, i] for i in range(29, 14, -1)])
     found = diagnose(segment, {"scores": scores}, {"y": kept})
     assert found.noise == ID and "NonMaxSuppression" in (found.variant or "")
 
 
 def test_a_reduction_over_no_axes_still_squares(make_segment: Any, diagnose: Any) -> None:
-    node = helper.make_node("ReduceSumSquare", ["x"], ["y"], noop_with_empty_axes=1)
-    segment = make_segment([node], {}, ["x"], ["y"], opset=18)
+    segment = make_segment("y = ReduceSumSquare <noop_with_empty_axes = 1> (x)", opset=18)
     x = np.linspace(-3, 3, 60, dtype=np.float32)[None]
     found = diagnose(segment, {"x": x}, {"y": x})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
@@ -204,7 +202,7 @@ def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: 
 
 
 def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Exp(x)")
     assert list(opset_semantics.NOISE.variants(segment)) == []
     assert "13" in opset_semantics.NOISE.remedy("ov")
 

@@ -136,13 +136,13 @@ def test_stored_zeros_around_a_quantised_average(
     """Of stored integers; their zero point is 30, which OpenVINO does not pad with."""
     stored = generator.integers(0, 256, (1, 2, 9, 9), np.uint8)
     constants = {"s": np.asarray(0.1, np.float32), "z": np.asarray(30, np.uint8)}
-    nodes = [
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"]),
-        helper.make_node(
-            "AveragePool", ["x"], ["y"], kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=1
-        ),
-    ]
-    segment = make_segment(nodes, constants, ["q"], ["y"], kind=TensorProto.UINT8)
+    segment = make_segment(
+        "x = DequantizeLinear(q, s, z) "
+        "y = AveragePool <count_include_pad = 1, kernel_shape = [3, 3], pads = [1, 1, 1, 1]> "
+        "(x)",
+        constants,
+        kind=TensorProto.UINT8,
+    )
     mean = (windows(stored, 3, 1, (1, 1, 1, 1)).mean((4, 5)) - 30) * 0.1
     found = diagnose(segment, {"q": stored}, {"y": mean.astype(np.float32)})
     check(found, "padded cells are the integer 0, not the zero point")
@@ -189,10 +189,9 @@ def test_transposed_convolution(make_segment: Any, diagnose: Any, generator: Any
     """An output as large as input × stride is cut out one cell further."""
     x = generator.standard_normal((1, 2, 5, 5)).astype(np.float32)
     w = generator.standard_normal((2, 3, 3, 3)).astype(np.float32)
-    node = helper.make_node(
-        "ConvTranspose", ["x", "w"], ["y"], strides=[2, 2], auto_pad="SAME_UPPER"
+    segment = make_segment(
+        'y = ConvTranspose <auto_pad = "SAME_UPPER", strides = [2, 2]> (x, w)', {"w": w}
     )
-    segment = make_segment([node], {"w": w}, ["x"], ["y"])
     whole = np.zeros((1, 3, 11, 11))
     for i, j in np.ndindex(5, 5):
         patch = np.einsum("nc,coij->noij", x[:, :, i, j].astype(np.float64), w)
@@ -233,7 +232,7 @@ def test_padding_in_front_of_a_convolution(
         constants |= {"t": np.array(amounts, np.int32), "v": np.array(0.5, np.float32)}
         nodes = [helper.make_node("Cast", ["t"], ["a"], to=TensorProto.INT64)]
     nodes += [pad, helper.make_node("Conv", ["p", "w"], ["y"], strides=[2, 2])]
-    segment = make_segment(nodes, constants, ["x"], ["y"], opset=opset)
+    segment = make_segment(nodes, constants, opset=opset)
     options = fill or {"constant_values": 0.5}
     wide = np.pad(x, ((0, 0), (0, 0), (begin, end), (begin, end)), **options)
     planted = convolution(wide, w, 2, (0, 0, 0, 0))
@@ -246,10 +245,10 @@ def test_tvm_rounds_the_size_down(make_segment: Any, diagnose: Any, x: Array) ->
     from tvm.relax.frontend.onnx import from_onnx
 
     x = np.ascontiguousarray(x[..., :7, :7])
-    node = helper.make_node(
-        "MaxPool", ["x"], ["y"], kernel_shape=[5, 5], strides=[2, 2], auto_pad="SAME_LOWER"
+    segment = make_segment(
+        'y = MaxPool <auto_pad = "SAME_LOWER", kernel_shape = [5, 5], strides = [2, 2]> (x)',
+        opset=12,
     )
-    segment = make_segment([node], {}, ["x"], ["y"], opset=12)
     module = from_onnx(segment.model, shape_dict={"x": list(x.shape)})
     machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
     planted = machine["main"](tvm.runtime.tensor(x)).numpy()
@@ -278,6 +277,5 @@ def test_defects_are_not_named(
 
 
 def test_nothing_to_replay_without_padding(make_segment: Any, w: Array) -> None:
-    node = helper.make_node("Conv", ["x", "w"], ["y"])
-    segment = make_segment([node], {"w": w}, ["x"], ["y"])
+    segment = make_segment("y = Conv(x, w)", {"w": w})
     assert not list(padding.NOISE.variants(segment))

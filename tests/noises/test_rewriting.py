@@ -116,11 +116,7 @@ def test_a_batch_normalisation_without_variance(
 def test_casts_there_and_back(
     make_segment: Any, diagnose: Any, generator: np.random.Generator, to: int
 ) -> None:
-    nodes = [
-        helper.make_node("Cast", ["x"], ["n"], to=to),
-        helper.make_node("Cast", ["n"], ["y"], to=1),
-    ]
-    segment = make_segment(nodes, {}, ["x"], ["y"], opset=19)
+    segment = make_segment(f"n = Cast <to = {to}> (x) y = Cast <to = 1> (n)", opset=19)
     x = generator.normal(size=(1, 200)).astype(F)
     found = diagnose(segment, {"x": x}, {"y": x})
     assert (found.noise, found.bit_identical) == (ID, 1.0)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
 
 from auditor.noises import tf32
 from auditor.ports import Array, Arrays
@@ -26,8 +25,7 @@ def product(make_segment: Any, generator: np.random.Generator) -> tuple[Any, Arr
     x = generator.standard_normal((6, 64)).astype(np.float32)
     w = generator.standard_normal((64, 32)).astype(np.float32) / 8
     b = generator.standard_normal(32).astype(np.float32)
-    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"])]
-    return make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"]), {"x": x, "w": w, "b": b}
+    return make_segment("y = Gemm(x, w, b)", {"w": w, "b": b}), {"x": x, "w": w, "b": b}
 
 
 def test_operands_are_rounded_and_nothing_else(product: tuple[Any, Arrays], explain: Any) -> None:
@@ -51,5 +49,5 @@ def test_statement_breaks_the_tie_with_half_precision_weights(
 
 
 def test_segments_without_products_are_not_touched(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Exp(x)")
     assert list(tf32.NOISE.variants(segment)) == []

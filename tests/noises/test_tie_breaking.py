@@ -118,7 +118,7 @@ def test_boxes_sorted_by_score(boxes: Any, diagnose: Any, run: Any) -> None:
 
 def test_halves_rounded_away_from_zero(make_segment: Any, diagnose: Any) -> None:
     x = np.arange(-9, 10, dtype=np.float32)[None] / 2
-    segment = make_segment([helper.make_node("Round", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Round(x)")
     planted = np.trunc(x + np.copysign(np.float32(0.5), x))
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.bit_identical == 1.0
@@ -163,6 +163,6 @@ def test_openvino_selects_by_a_heap(
 
 
 def test_segments_without_selections_are_not_touched(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Exp", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Exp(x)")
     assert list(tie_breaking.NOISE.variants(segment)) == []
     assert tie_breaking.NOISE.remedy("ov")

@@ -227,9 +227,8 @@ def test_aspect_ratio_is_not_kept(make_segment: Any, diagnose: Any, x: Array) ->
 def test_operators_without_coordinates(
     make_segment: Any, diagnose: Any, x: Array, op_type: str, opset: int
 ) -> None:
-    node = helper.make_node(op_type, ["x", "s"], ["y"], mode="linear")
     scales = {"s": np.array([1, 1, 2, 2], np.float32)}
-    segment = make_segment([node], scales, ["x"], ["y"], opset=opset)
+    segment = make_segment(f'y = {op_type} <mode = "linear"> (x, s)', scales, opset=opset)
     planted = apply(x, *(linear(n, 2 * n, 0.5, "half_pixel") for n in (6, 7)))
     check(diagnose(segment, {"x": x}, {"y": planted}))
 
@@ -251,15 +250,13 @@ def test_upsample_that_rounds_halves_to_even(
 
 
 def test_tvm_rounds_halves_of_upsample_to_even(make_segment: Any, diagnose: Any, x: Array) -> None:
-    node = helper.make_node("Upsample", ["x"], ["y"], scales=[1.0, 1.0, 2.0, 2.0])
-    segment = make_segment([node], {}, ["x"], ["y"], opset=8)
+    segment = make_segment("y = Upsample <scales = [1.0, 1.0, 2.0, 2.0]> (x)", opset=8)
     check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
 def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None:
-    node = helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear", axes=[2, 3])
     scales = {"s": np.array([2.5, 1], np.float32)}
-    segment = make_segment([node], scales, ["x"], ["y"], opset=18)
+    segment = make_segment('y = Resize <axes = [2, 3], mode = "linear"> (x, , s)', scales, opset=18)
     x = x[:, :, :5]
     planted = apply(x, linear(5, 12, 5 / 12, "half_pixel"), np.eye(7))
     check(diagnose(segment, {"x": x}, {"y": planted}))
@@ -268,9 +265,8 @@ def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None
 def test_8_bits_are_rounded(
     make_segment: Any, diagnose: Any, generator: np.random.Generator
 ) -> None:
-    node = helper.make_node("Resize", ["x", "", "s"], ["y"], mode="linear")
     scales = {"s": np.array([1, 1, 1, 2], np.float32)}
-    segment = make_segment([node], scales, ["x"], ["y"], kind=TensorProto.UINT8)
+    segment = make_segment('y = Resize <mode = "linear"> (x, , s)', scales, kind=TensorProto.UINT8)
     x = generator.integers(0, 256, (1, 1, 9, 11), np.uint8)
     at = (np.arange(22) + 0.5) / 2 - 0.5
     planted = np.array([[[np.interp(at, np.arange(11), row) for row in x[0, 0]]]])
@@ -299,5 +295,5 @@ def test_defects_are_not_named(
 
 
 def test_nothing_to_replay_without_a_resize(make_segment: Any) -> None:
-    segment = make_segment([helper.make_node("Relu", ["x"], ["y"])], {}, ["x"], ["y"])
+    segment = make_segment("y = Relu(x)")
     assert not list(upsample.NOISE.variants(segment))
