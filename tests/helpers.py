@@ -76,6 +76,28 @@ def closed(schema: Any) -> Any:
     return found
 
 
+def nodes_of(text: str) -> list[onnx.NodeProto]:
+    """Nodes in ONNX's text syntax, such as ``h = MatMul(x, w) y = Relu(h)``."""
+    return list(onnx.parser.parse_graph(f"g () => () {{ {text} }}").node)
+
+
+def onnx_model(
+    text: str, weights: Arrays | None = None, *, opset: int = 17, ir_version: int = 8
+) -> onnx.ModelProto:
+    """A model in ONNX's text syntax.
+
+    Args:
+        text: as in ``(float[4, 16] x) => (float[4, 8] y) { y = MatMul(x, w) }``.
+        weights: its initialisers.
+        opset: of the standard operators.
+        ir_version: of the file.
+    """
+    graph = onnx.parser.parse_graph(f"g {text}")
+    graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in (weights or {}).items())
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+
+
 def scaled(weight: float) -> onnx.ModelProto:
     """A product and a Relu, its weights scaled."""
     w = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32) * weight

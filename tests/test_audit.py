@@ -17,6 +17,7 @@ from auditor.errors import BackendError, UsageError
 from auditor.ports import Silent
 from auditor.processes.worker import Worker
 from auditor.verdict import summary
+from tests.helpers import nodes_of, onnx_model
 
 CHANNELS = 8
 
@@ -118,19 +119,12 @@ def test_a_clean_model_is_silent(run):
 
 def test_a_saturated_sigmoid_has_no_more_digits_than_it_has(run):
     """Of −14 it is 8.3e-7, and each runtime's polynomial has another error there."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["logit"]),
-        helper.make_node("Sigmoid", ["logit"], ["y"]),
-    ]
     weight = np.full((8, 1), -14 / 8, np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "saturated",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
-        [numpy_helper.from_array(weight, "w")],
+    model = onnx_model(
+        "(float[1, 8] x) => (float[1, 1] y) { logit = MatMul(x, w) y = Sigmoid(logit) }",
+        {"w": weight},
+        ir_version=9,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     data = {"x": np.linspace(0.9, 1.1, 8, dtype=np.float32)[None, None]}
     report = run(model, "ort", "ov", "tvm", data=data, options=OV_F32)
     assert max(o.distance.relative_l2 for b in report.backends for o in b.outputs) > 1e-3
@@ -140,24 +134,16 @@ def test_a_saturated_sigmoid_has_no_more_digits_than_it_has(run):
 
 def test_a_saturated_sigmoid_is_no_fault_of_what_rounds_before_it(run):
     """Its own segment does nothing here: it is handed a last bit, and has no digits for it."""
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["hidden"]),
-        helper.make_node("Relu", ["hidden"], ["positive"]),
-        helper.make_node("MatMul", ["positive", "v"], ["logit"]),
-        helper.make_node("Sigmoid", ["logit"], ["y"]),
-    ]
     weight = np.random.default_rng(1).random((8, 8), np.float32)
     x = np.linspace(0.9, 1.1, 8, dtype=np.float32)[None]
     logits = np.linspace(-15, -14, 64, dtype=np.float32)
     last = np.tile(logits / (x @ weight).sum(), (8, 1))
-    graph = helper.make_graph(
-        nodes,
-        "saturated",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 64])],
-        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(last, "v")],
+    model = onnx_model(
+        "(float[1, 8] x) => (float[1, 64] y) { hidden = MatMul(x, w) positive = Relu(hidden) "
+        "logit = MatMul(positive, v) y = Sigmoid(logit) }",
+        {"w": weight, "v": last},
+        ir_version=9,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     rounded = _changed(model, "w", lambda w: w * (1 + 2**-20))
     report = run(model, "ort", data={"x": x[None]}, candidate=rounded)
     assert report.backends[0].outputs[0].distance.relative_l2 > 1e-2
@@ -167,25 +153,15 @@ def test_a_saturated_sigmoid_is_no_fault_of_what_rounds_before_it(run):
 
 def test_a_transpose_that_the_optimiser_moved_past_others_is_no_fault(run):
     """ONNX Runtime multiplies before it transposes, under names that the results no longer fit."""
-    nodes = [
-        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1, 3]),
-        helper.make_node("Mul", ["t", "k"], ["m"]),
-        helper.make_node("Mul", ["m", "m"], ["square"]),
-        helper.make_node("ReduceSum", ["square", "axes"], ["sum"], keepdims=0),
-        helper.make_node("Sqrt", ["sum"], ["root"]),
-        helper.make_node("Transpose", ["root"], ["y"], perm=[0, 2, 1]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "moved",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 6, 10, 2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 6, 10])],
-        [
-            numpy_helper.from_array(np.float32(0.3), "k"),
-            numpy_helper.from_array(np.array([3], np.int64), "axes"),
-        ],
+    model = onnx_model(
+        "(float[1, 6, 10, 2] x) => (float[1, 6, 10] y) { "
+        "t = Transpose <perm = [0, 2, 1, 3]> (x) m = Mul(t, k) square = Mul(m, m) "
+        "sum = ReduceSum <keepdims = 0> (square, axes) root = Sqrt(sum) "
+        "y = Transpose <perm = [0, 2, 1]> (root) }",
+        {"k": np.float32(0.3), "axes": np.array([3], np.int64)},
+        opset=15,
+        ir_version=9,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=9)
     report = run(model, "ort")
     (backend,) = report.backends
     assert "square" not in {p for s in backend.segments for p in s.outputs}
@@ -309,27 +285,20 @@ def test_rounding_that_the_model_makes_large_is_shown_where_it_grows(run):
     """Each step is right; one in a hundred of the numbers falls on another integer."""
     rng = np.random.default_rng(0)
     factor = rng.uniform(0.5, 1.5, 16).astype(np.float32)
-    graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
-            helper.make_node("BatchNormalization", ["c", "g", "z", "z", "g"], ["b"]),
-            helper.make_node("Mul", ["b", "scale"], ["large"]),
-            helper.make_node("Cast", ["large"], ["i"], to=TensorProto.INT32),
-            helper.make_node("Mod", ["i", "seven"], ["m"]),
-            helper.make_node("Cast", ["m"], ["y"], to=TensorProto.FLOAT),
-        ],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16, 24, 24])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16, 24, 24])],
-        [
-            numpy_helper.from_array(rng.standard_normal((16, 16, 3, 3)).astype(np.float32), "w"),
-            numpy_helper.from_array(factor, "g"),
-            numpy_helper.from_array(np.zeros(16, np.float32), "z"),
-            numpy_helper.from_array(np.float32(1e3), "scale"),
-            numpy_helper.from_array(np.int32(7), "seven"),
-        ],
+    model = onnx_model(
+        "(float[1, 16, 24, 24] x) => (float[1, 16, 24, 24] y) { "
+        "c = Conv <pads = [1, 1, 1, 1]> (x, w) b = BatchNormalization(c, g, z, z, g) "
+        "large = Mul(b, scale) i = Cast <to = 6> (large) m = Mod(i, seven) "
+        "y = Cast <to = 1> (m) }",
+        {
+            "w": rng.standard_normal((16, 16, 3, 3)).astype(np.float32),
+            "g": factor,
+            "z": np.zeros(16, np.float32),
+            "scale": np.float32(1e3),
+            "seven": np.int32(7),
+        },
+        ir_version=9,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     report = run(model, "ort")
     (backend,) = report.backends
     assert report.exit_code == 1 and not report.findings
@@ -413,10 +382,7 @@ def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_pa
 def test_a_body_whose_shapes_follow_from_its_inputs(run):
     """ONNX Runtime infers them before it runs: a segment must say what the whole model said."""
     body = helper.make_graph(
-        [
-            helper.make_node("Add", ["state", "item"], ["sum"]),
-            helper.make_node("Identity", ["sum"], ["copy"]),
-        ],
+        nodes_of("sum = Add(state, item) copy = Identity(sum)"),
         "body",
         [onnx.ValueInfoProto(name="state"), onnx.ValueInfoProto(name="item")],
         [onnx.ValueInfoProto(name="sum"), onnx.ValueInfoProto(name="copy")],
@@ -588,10 +554,7 @@ def test_a_missing_operator_is_a_gap_and_the_others_go_on(run):
     rng = np.random.default_rng(0)
     weights = [("w", (1, 16, 4)), ("r", (1, 16, 4))]
     graph = helper.make_graph(
-        [
-            helper.make_node("Relu", ["x"], ["a"]),
-            helper.make_node("LSTM", ["a", "w", "r"], ["y"], "lstm", hidden_size=4),
-        ],
+        nodes_of("a = Relu(x) [lstm] y = LSTM <hidden_size = 4> (a, w, r)"),
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 1, 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 1, 1, 4])],

@@ -16,9 +16,10 @@ import numpy as np
 import onnx
 import psutil
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 import auditor
+from tests.helpers import onnx_model
 
 ROOT = Path(auditor.__file__).parent.parent
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -34,14 +35,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def linear() -> onnx.ModelProto:
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
-        [numpy_helper.from_array(np.ones((4, 3), np.float32), "w")],
+    return onnx_model(
+        "(float[n, 4] x) => (float[n, 3] y) { h = MatMul(x, w) y = Relu(h) }",
+        {"w": np.ones((4, 3), np.float32)},
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 # --- models --------------------------------------------------------------------------------------

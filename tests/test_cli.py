@@ -17,13 +17,12 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 import auditor
 from auditor import cli, discovery
 from auditor.commands import _output
 from auditor.errors import UsageError
-from tests.helpers import ROOT, audit_in, environment
+from tests.helpers import ROOT, audit_in, environment, onnx_model
 
 Audit = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -40,21 +39,11 @@ def audit(tmp_path: Path) -> Audit:
 def network(weight: NDArray[np.float32]) -> bytes:
     """Two products with a tanh between them; 8 inputs, 4 outputs."""
     rng = np.random.default_rng(1)
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w1"], ["a"], name="first"),
-            helper.make_node("Tanh", ["a"], ["b"], name="bend"),
-            helper.make_node("MatMul", ["b", "w2"], ["y"], name="second"),
-        ],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
-        [
-            numpy_helper.from_array(weight, "w1"),
-            numpy_helper.from_array(rng.standard_normal((16, 4), np.float32), "w2"),
-        ],
+    proto = onnx_model(
+        "(float[n, 8] x) => (float[n, 4] y) { [first] a = MatMul(x, w1) [bend] b = Tanh(a) "
+        "[second] y = MatMul(b, w2) }",
+        {"w1": weight, "w2": rng.standard_normal((16, 4), np.float32)},
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(proto.SerializeToString())
 
 

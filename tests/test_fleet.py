@@ -19,10 +19,10 @@ import onnx
 import psutil
 import pytest
 from jsonschema import Draft202012Validator
-from onnx import TensorProto, helper, numpy_helper
 
 from auditor.errors import UsageError
 from auditor.fleet import worklist
+from tests.helpers import onnx_model
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "reports/fleet_v1.schema.json").read_text("utf-8"))
@@ -48,14 +48,9 @@ needs = ["elsewhere"]
 def fleet(tmp_path: Path) -> Path:
     """A work list with a model, and the half of one."""
     weight = np.random.default_rng(0).standard_normal((8, 16), np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 8])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 16])],
-        [numpy_helper.from_array(weight, "w")],
+    model = onnx_model(
+        "(float[2, 8] x) => (float[2, 16] y) { [product] y = MatMul(x, w) }", {"w": weight}
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "good.onnx")
     whole = (tmp_path / "good.onnx").read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])

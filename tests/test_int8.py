@@ -17,6 +17,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.ports import Silent
 from auditor.records.report import AuditReport
+from tests.helpers import nodes_of
 
 # Without quantisation nothing narrow is left, on a processor with bfloat16 either.
 MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
@@ -31,15 +32,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "w2": draw.standard_normal((8, 8, 3, 3)).astype(np.float32) / 8,
         "w3": draw.standard_normal((8, 5)).astype(np.float32) / 3,
     }
-    nodes = [
-        helper.make_node("Conv", ["x", "w1"], ["c1"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c1"], ["r1"]),
-        helper.make_node("Conv", ["r1", "w2"], ["c2"], pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c2"], ["r2"]),
-        helper.make_node("GlobalAveragePool", ["r2"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "w3"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "c1 = Conv <pads = [1, 1, 1, 1]> (x, w1) r1 = Relu(c1) "
+        "c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2) r2 = Relu(c2) "
+        "pooled = GlobalAveragePool(r2) flat = Flatten(pooled) y = MatMul(flat, w3)"
+    )
     graph = helper.make_graph(
         nodes,
         "g",
@@ -191,19 +188,12 @@ def test_a_name_before_the_limit_is_not_compared_with_what_is_behind(tmp_path: P
     draw = np.random.default_rng(3)
     kernels = [draw.standard_normal((8, 8, 1, 1)).astype(np.float32) / 3 for _ in range(2)]
     weights = {"w": kernels[0], "v": kernels[1], "s": np.float32(0.02), "z": np.uint8(0)}
-    plain = [
-        helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("Conv", ["r", "v"], ["y"]),
-    ]
-    export = [
-        helper.make_node("Conv", ["x", "w"], ["r"]),
-        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["r_QuantizeLinear_Output"]),
-        helper.make_node(
-            "DequantizeLinear", ["r_QuantizeLinear_Output", "s", "z"], ["r_DequantizeLinear_Output"]
-        ),
-        helper.make_node("Conv", ["r_DequantizeLinear_Output", "v"], ["y"]),
-    ]
+    plain = nodes_of("c = Conv(x, w) r = Relu(c) y = Conv(r, v)")
+    export = nodes_of(
+        "r = Conv(x, w) r_QuantizeLinear_Output = QuantizeLinear(r, s, z) "
+        "r_DequantizeLinear_Output = DequantizeLinear(r_QuantizeLinear_Output, s, z) "
+        "y = Conv(r_DequantizeLinear_Output, v)"
+    )
     for name, nodes in (("plain", plain), ("export", export)):
         read = {n for node in nodes for n in node.input}
         graph = helper.make_graph(

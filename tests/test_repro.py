@@ -15,6 +15,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers import nodes_of
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.onnx", "inputs.safetensors", "expected.safetensors", "repro.py", "ISSUE.md"}
 
@@ -74,15 +76,10 @@ def reproduced(reported: Path) -> Path:
 @pytest.fixture
 def resizing(tmp_path: Path) -> Path:
     """TVM computes positions from sizes instead of the scale given; fused with its neighbours."""
-    nodes = [
-        helper.make_node("Mul", ["x", "two"], ["a"]),
-        helper.make_node(
-            "Resize", ["a", "", "scales"], ["r"], mode="linear",
-            coordinate_transformation_mode="asymmetric",
-        ),
-        helper.make_node("Add", ["r", "two"], ["s"]),
-        helper.make_node("Relu", ["s"], ["y"]),
-    ]  # fmt: skip
+    nodes = nodes_of("a = Mul(x, two) "
+'r = Resize <coordinate_transformation_mode = "asymmetric", mode = "linear"> (a, , '
+"scales) "
+"s = Add(r, two) y = Relu(s)")  # fmt: skip
     constants = {"two": np.float32(2), "scales": np.array([1, 1, 1.3, 1.3], np.float32)}
     return saved(
         tmp_path / "resize.onnx",

@@ -12,6 +12,7 @@ from auditor import analysis, discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.ports import Silent
+from tests.helpers import nodes_of
 
 WIDTH = 8
 RNG = np.random.default_rng(3)
@@ -26,15 +27,11 @@ def _model(*, limit=None, bias=0.0, root=False, outputs=("logits",)):
         numpy_helper.from_array(np.float32(limit or 3e38), "limit"),
         numpy_helper.from_array(np.eye(WIDTH, dtype=np.float32)[0] * np.float32(bias), "bias"),
     ]
-    nodes = [
-        helper.make_node("MatMul", ["x", "w0"], ["a"]),
-        helper.make_node("Clip", ["a", "zero"], ["b"]),
-        helper.make_node("MatMul", ["b", "w1"], ["c"]),
-        helper.make_node("Clip", ["c", "zero", "limit"], ["d"], "limited"),
-        helper.make_node("MatMul", ["d", "w2"], ["e"]),
-        helper.make_node("Add", ["e", "bias"], ["f"], "biased"),
-        helper.make_node("Identity", ["f"], ["logits"]),
-    ]
+    nodes = nodes_of(
+        "a = MatMul(x, w0) b = Clip(a, zero) c = MatMul(b, w1) "
+        "[limited] d = Clip(c, zero, limit) e = MatMul(d, w2) [biased] f = Add(e, bias) "
+        "logits = Identity(f)"
+    )
     if root:  # the square root of a square, or of the value itself: NaN below zero
         nodes[-1] = helper.make_node("Sqrt", ["g"], ["logits"], "root")
         second = "f" if root == "square" else "ones"

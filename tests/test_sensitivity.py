@@ -15,6 +15,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.graphs import model
 from auditor.ports import Array, Silent
 from auditor.records.measured import Sensitivity
+from tests.helpers import nodes_of
 
 
 def run(
@@ -63,10 +64,7 @@ def test_four_bits_by_blocks(tmp_path: Path) -> None:
     """Of ``x @ w`` and of ``x @ w.T``: 40 values are a whole block of 32 and a quarter of one."""
     r = np.random.default_rng(2)
     w, v, x = (r.standard_normal(s).astype(np.float32) for s in ((40, 8), (6, 8), (1, 4, 40)))
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["h"]),
-        helper.make_node("Gemm", ["h", "v"], ["y"], transB=1),
-    ]
+    nodes = nodes_of("h = MatMul(x, w) y = Gemm <transB = 1> (h, v)")
     path = save(tmp_path / "m.onnx", nodes, {"w": w, "v": v}, [4, 40])
     np.savez(tmp_path / "x.npz", x=x)
 
@@ -96,10 +94,7 @@ def test_another_shape_is_no_number(tmp_path: Path) -> None:
 
 
 def test_what_cannot_run_is_listed(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("MaxPool", ["x"], ["p"], kernel_shape=[3, 3], strides=[2, 2]),
-        helper.make_node("Reshape", ["p", "s"], ["y"]),
-    ]
+    nodes = nodes_of("p = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (x) y = Reshape(p, s)")
     path = save(tmp_path / "m.onnx", nodes, {"s": np.array([2, 9])}, [1, 2, 8, 8], rank=2)
     row = next(r for r in run(path, "inference.ceil_mode") if "other way" in r.variant)
     assert row.relative_l2 is None and row.failure and not row.outputs

@@ -26,6 +26,7 @@ from auditor.noises import (
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import sessions
+from tests.helpers import nodes_of
 
 NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)
 
@@ -182,11 +183,7 @@ def test_a_fault_beside_the_rounding_of_the_whole_build(
 def test_a_fault_beside_another_form_of_the_rounding() -> None:
     """n − 1 in the kernel of a mean, which cuts the last 8 of 40 results off: both are named."""
     x = np.square(np.random.default_rng(3).standard_normal((1, 40, 120))).astype(np.float32)
-    nodes = [
-        helper.make_node("ReduceMean", ["x"], ["m"], axes=[-1]),
-        helper.make_node("Add", ["m", "e"], ["v"]),
-        helper.make_node("Sqrt", ["v"], ["y"]),
-    ]
+    nodes = nodes_of("m = ReduceMean <axes = [-1]> (x) v = Add(m, e) y = Sqrt(v)")
     kernel = Kernel("k", "Reduce", ("m", "v", "y"), ("y",), "", "bf16", "bf16")
     of = segment(nodes, {"e": np.array(1e-5, np.float32)}, [kernel])
     of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
@@ -206,11 +203,7 @@ def test_one_product_of_several(dense: Any, defect: bool) -> None:
     x, w = dense[1:]
     back = np.ascontiguousarray(w.T)
     of = segment(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["a"], name="same"),
-            helper.make_node("Relu", ["a"], ["b"]),
-            helper.make_node("MatMul", ["b", "v"], ["y"]),
-        ],
+        nodes_of("[same] a = MatMul(x, w) b = Relu(a) y = MatMul(b, v)"),
         {"w": w, "v": back},
     )
     steps = abs(w).max(axis=0) / (90 if defect else 127)
@@ -393,11 +386,7 @@ def test_few_choices_tell_no_rounding_from_another(turned: int, named: str | Non
 @pytest.mark.parametrize(("turned", "named"), [(1, None), (11, None), (12, "precision.bf16")])
 def test_few_steps_of_8_bits_tell_no_rounding_from_another(turned: int, named: str | None) -> None:
     """An average that OpenVINO takes of 8-bit values: 11 of 16 fell on the next step."""
-    nodes = [
-        helper.make_node("Sqrt", ["x"], ["r"]),
-        helper.make_node("QuantizeLinear", ["r", "s", "z"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
-    ]
+    nodes = nodes_of("r = Sqrt(x) q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z)")
     constants = {"s": np.array(1, np.float32), "z": np.array(0, np.uint8)}
     x = np.full((1, 50), 3.25**2, np.float32)
     x[:, :turned] = 3.499**2  # the root is 3.5 in bfloat16
@@ -442,10 +431,7 @@ def openvino_conv(tmp_path: Path, options: dict[str, str], compress: bool) -> An
     x = r(generator.standard_normal((1, 16, 20, 20)))
     w = generator.standard_normal((32, 16, 3, 3)).astype(np.float32)
     b = generator.standard_normal(32).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["c"], name="c"),
-        helper.make_node("Relu", ["c"], ["y"], name="y"),
-    ]
+    nodes = nodes_of("[c] c = Conv(x, w, b) [y] y = Relu(c)")
     of = segment(nodes, {"w": w, "b": b})
     of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
     core = openvino.Core()
@@ -590,10 +576,7 @@ def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool
 
 def test_one_output_of_another_shape(dense: Any) -> None:
     _, x, w = dense
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["y"]),
-        helper.make_node("ReduceMax", ["y"], ["m"], axes=[1], keepdims=1),
-    ]
+    nodes = nodes_of("y = MatMul(x, w) m = ReduceMax <axes = [1], keepdims = 1> (y)")
     of = segment(nodes, {"w": w})
     of.model.graph.output.insert(0, onnx.ValueInfoProto(name="y"))
     flat = SegmentGraph(onnx.ModelProto(), ())

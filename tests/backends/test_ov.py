@@ -19,6 +19,7 @@ from auditor.records.backend import BuildRequest
 from backends import _ov_probes, _ov_session, _ov_source
 from backends.ov import BACKEND
 from benchmarks import decoder, deep
+from tests.helpers import nodes_of
 
 if TYPE_CHECKING:
     from auditor.ports import Array, Arrays, Build
@@ -519,10 +520,7 @@ def test_bfloat16_is_captured_as_the_program_holds_it(residual: Path) -> None:
 
 def test_half_precision_models_are_captured_as_the_program_holds_them(tmp_path: Path) -> None:
     pads, kind = [1, 1, 1, 1], TensorProto.FLOAT16
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["s"], pads=pads),
-        helper.make_node("Conv", ["s", "w"], ["y"], pads=pads),
-    ]
+    nodes = nodes_of(f"s = Conv <pads = {pads}> (x, w) y = Conv <pads = {pads}> (s, w)")
     ends = [info("x", 1, 4, 6, 6, dtype=kind)], [info("y", 1, 4, 6, 6, dtype=kind)]
     weights = np.linspace(-1, 1, 144, dtype=np.float16).reshape(4, 4, 3, 3)
     path = save(tmp_path / "m.onnx", nodes, *ends, (numpy_helper.from_array(weights, "w"),))
@@ -553,14 +551,10 @@ def test_hardswish_is_one_kernel_with_its_convolution(tmp_path: Path) -> None:
         numpy_helper.from_array(np.array(v, np.float32), n) for v, n in ((6, "six"), (3, "three"))
     )
     zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("Add", ["c", "three"], ["p"]),
-        helper.make_node("Clip", ["p", "zero", "six"], ["q"]),
-        helper.make_node("Mul", ["c", "q"], ["r"]),
-        helper.make_node("Div", ["r", "six"], ["h"]),
-        helper.make_node("Conv", ["h", "v"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "c = Conv(x, w) p = Add(c, three) q = Clip(p, zero, six) r = Mul(c, q) "
+        "h = Div(r, six) y = Conv(h, v)"
+    )
     path = save(
         tmp_path / "m.onnx",
         nodes,
@@ -606,11 +600,7 @@ def test_a_factor_behind_moved_values_is_one_kernel_with_its_product(tmp_path: P
 def test_a_transposition_put_before_a_product_does_not_compute_it(tmp_path: Path) -> None:
     """OpenVINO names it after the product."""
     w = numpy_helper.from_array(np.ones((8, 4), np.float32), "w")
-    nodes = [
-        helper.make_node("Softmax", ["x"], ["s"]),
-        helper.make_node("Transpose", ["s"], ["t"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["t", "w"], ["y"]),
-    ]
+    nodes = nodes_of("s = Softmax(x) t = Transpose <perm = [0, 2, 1]> (s) y = MatMul(t, w)")
     path = save(tmp_path / "m.onnx", nodes, [info("x", 2, 8, 3)], [info("y", 2, 3, 4)], (w,))
     found = {k.type: k.nodes for k in build(path).provenance.kernels}
     assert found["FullyConnected"] == ("y",) and "y" not in found["Transpose"]
@@ -657,10 +647,7 @@ def test_activations_moved_before_a_reshape_are_observed(
 
 def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> None:
     """Adaptive normalisation's 1 + scale is moved ahead of a reshape, and named anew."""
-    nodes = [
-        helper.make_node("Split", ["c"], ["c1", "c2"], axis=1),
-        helper.make_node("Softmax", ["x"], ["h0"]),
-    ]
+    nodes = nodes_of("c1, c2 = Split <axis = 1> (c) h0 = Softmax(x)")
     for i in "12":
         nodes += [
             helper.make_node("Unsqueeze", [f"c{i}", "axis"], [f"u{i}"]),
@@ -674,39 +661,29 @@ def test_nameless_kernels_that_read_the_same_are_told_apart(tmp_path: Path) -> N
     )
     inputs = [info("x", 1, 4, 8), info("c", 1, 16)]
     path = save(tmp_path / "m.onnx", nodes, inputs, [info("h2", 1, 4, 8)], weights)
-    nodes_of = {k.nodes for k in build(path).provenance.kernels}
-    assert {("a1",), ("a2",)} <= nodes_of
+    named = {k.nodes for k in build(path).provenance.kernels}
+    assert {("a1",), ("a2",)} <= named
 
 
 def test_a_normalisation_that_is_taken_apart_is_told_by_the_types_of_its_kernels(
     tmp_path: Path,
 ) -> None:
     """OpenVINO knows it as one operation, has no kernel for its axis, and names its parts anew."""
-    nodes = [
-        helper.make_node("Softmax", ["x"], ["h"]),
-        helper.make_node("ReduceMean", ["h"], ["mean"], axes=[1]),
-        helper.make_node("Sub", ["h", "mean"], ["centred"]),
-        helper.make_node("Pow", ["centred", "two"], ["square"]),
-        helper.make_node("ReduceMean", ["square"], ["variance"], axes=[1]),
-        helper.make_node("Add", ["variance", "epsilon"], ["above"]),
-        helper.make_node("Sqrt", ["above"], ["deviation"]),
-        helper.make_node("Div", ["centred", "deviation"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "h = Softmax(x) mean = ReduceMean <axes = [1]> (h) centred = Sub(h, mean) "
+        "square = Pow(centred, two) variance = ReduceMean <axes = [1]> (square) "
+        "above = Add(variance, epsilon) deviation = Sqrt(above) y = Div(centred, deviation)"
+    )
     constants = {"two": 2, "epsilon": 1e-6}
     weights = tuple(numpy_helper.from_array(np.float32(v), n) for n, v in constants.items())
     shape = ("x", 1, 8, 4, 4), ("y", 1, 8, 4, 4)
     path = save(tmp_path / "m.onnx", nodes, [info(*shape[0])], [info(*shape[1])], weights)
-    nodes_of = {k.nodes for k in build(path).provenance.kernels}
-    assert {("mean",), ("centred", "square"), ("variance", "above", "deviation")} <= nodes_of
+    named = {k.nodes for k in build(path).provenance.kernels}
+    assert {("mean",), ("centred", "square"), ("variance", "above", "deviation")} <= named
 
 
 def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Identity", ["x"], ["same"]),
-        helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Identity", ["r"], ["alias"]),
-        helper.make_node("Neg", ["alias"], ["n"]),
-    ]
+    nodes = nodes_of("same = Identity(x) r = Relu(x) alias = Identity(r) n = Neg(alias)")
     names = ("same", "n", "alias", "r")
     path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 4)], [info(n, 1, 4) for n in names])
     x = np.array([[-1, 2, -3, 4]], np.float32)
@@ -719,11 +696,9 @@ def test_outputs_that_are_inputs_or_share_a_tensor(tmp_path: Path) -> None:
 
 
 def test_texts_beside_numbers_are_left_out(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("ArgMax", ["x"], ["i"], axis=-1, keepdims=0),
-        helper.make_node("Gather", ["names", "i"], ["label"]),
-        helper.make_node("Relu", ["x"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "i = ArgMax <axis = -1, keepdims = 0> (x) label = Gather(names, i) y = Relu(x)"
+    )
     outputs = [info("label", 2, dtype=TensorProto.STRING), info("y", 2, 2)]
     weights = (helper.make_tensor("names", TensorProto.STRING, [2], [b"cat", b"dog"]),)
     path = save(tmp_path / "m.onnx", nodes, [info("x", 2, 2)], outputs, weights)
@@ -763,11 +738,7 @@ def test_integers_keep_their_type_and_their_narrowing_is_said(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT8E4M3FN, TensorProto.UINT16])
 def test_types_that_a_probe_would_not_show_are_left_out(tmp_path: Path, kind: int) -> None:
     """NumPy has no 8-bit floats, and 16 bits that the program holds in 32 would be wrapped."""
-    nodes = [
-        helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Cast", ["r"], ["narrow"], to=kind),
-        helper.make_node("Cast", ["narrow"], ["y"], to=TensorProto.FLOAT),
-    ]
+    nodes = nodes_of(f"r = Relu(x) narrow = Cast <to = {kind}> (r) y = Cast <to = 1> (narrow)")
     path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 4)], [info("y", 1, 4)])
     made = build(path, options=F32).instrument({"x": np.ones((1, 4), np.float32)})
     assert [s.tensor for s in made.skipped] == ["narrow"]
@@ -877,15 +848,12 @@ def test_what_the_device_replaces_can_be_kept_too(tmp_path: Path) -> None:
     shapes = {"w": (8, 3, 3, 3), "b": (8,), "s": (8, 1, 1), "d": (8, 8), "e": (8,), "t": (8,)}
     values = {name: rng.standard_normal(shape) / 3 for name, shape in shapes.items()}
     values |= {"z": np.array([1, 1, 2, 2])}
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["c"]),
-        helper.make_node("PRelu", ["c", "s"], ["p"]),
-        helper.make_node("Resize", ["p", "", "z"], ["r"], mode="nearest", nearest_mode="floor"),
-        helper.make_node("ReduceMax", ["r"], ["m"], axes=[2, 3], keepdims=0),
-        helper.make_node("Gemm", ["m", "d", "e"], ["g"], transB=1),
-        helper.make_node("PRelu", ["g", "t"], ["q"]),
-        helper.make_node("Gemm", ["q", "d", "e"], ["y"], transB=1),
-    ]
+    nodes = nodes_of(
+        "c = Conv(x, w, b) p = PRelu(c, s) "
+        'r = Resize <mode = "nearest", nearest_mode = "floor"> (p, , z) '
+        "m = ReduceMax <axes = [2, 3], keepdims = 0> (r) g = Gemm <transB = 1> (m, d, e) "
+        "q = PRelu(g, t) y = Gemm <transB = 1> (q, d, e)"
+    )
     weights = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in values.items()]
     ins, outs = [info("x", "batch", 3, 32, 32)], [info("y", "batch", 8)]
     path = save(tmp_path / "net.onnx", nodes, ins, outs, tuple(weights))

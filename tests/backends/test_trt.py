@@ -14,6 +14,7 @@ from auditor.errors import BackendError, UsageError
 from auditor.records.backend import BuildRequest
 from backends import _trt_compile, _trt_cuda, _trt_layers, _trt_run
 from backends.trt import BACKEND
+from tests.helpers import nodes_of
 
 AVAILABLE = BACKEND.availability()
 GPU = bool(AVAILABLE.devices)
@@ -42,17 +43,12 @@ def cnn(dtype=np.float32):
     def draw(*shape):
         return rng.normal(0, 0.3, shape).astype(dtype)
 
-    nodes = [
-        helper.make_node("Conv", ["x", "w1"], ["c1"], "n", pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["c1"], ["r1"], "n"),
-        helper.make_node("Conv", ["r1", "w2"], ["c2"], "n", pads=[1, 1, 1, 1]),
-        helper.make_node("Add", ["c2", "r1"], ["sum"], "n"),
-        helper.make_node("Relu", ["sum"], ["r2"], "n"),
-        helper.make_node("GlobalAveragePool", ["r2"], ["pool"], "n"),
-        helper.make_node("Flatten", ["pool"], ["flat"], "n"),
-        helper.make_node("Gemm", ["flat", "w3"], ["logits"], "n"),
-        helper.make_node("Softmax", ["logits"], ["y"], "n"),
-    ]
+    nodes = nodes_of(
+        "[n] c1 = Conv <pads = [1, 1, 1, 1]> (x, w1) [n] r1 = Relu(c1) "
+        "[n] c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2) [n] sum = Add(c2, r1) "
+        "[n] r2 = Relu(sum) [n] pool = GlobalAveragePool(r2) [n] flat = Flatten(pool) "
+        "[n] logits = Gemm(flat, w3) [n] y = Softmax(logits)"
+    )
     weights = {"w1": draw(8, 3, 3, 3), "w2": draw(8, 8, 3, 3), "w3": draw(8, 5)}
     return model(nodes, [value("x", [1, 3, 16, 16], kind)], [value("y", [1, 5], kind)], **weights)
 
@@ -312,11 +308,7 @@ def test_every_node_that_does_not_parse_is_named_with_its_reason(tmp_path):
 @needs_engine
 def test_a_node_that_the_parsers_error_leaves_out_is_named_too(tmp_path):
     made = model(
-        [
-            helper.make_node("Relu", ["x"], ["r"]),
-            helper.make_node("ScatterElements", ["r", "at", "u"], ["s"], reduction="max"),
-            helper.make_node("Tanh", ["s"], ["t"]),
-        ],
+        nodes_of('r = Relu(x) s = ScatterElements <reduction = "max"> (r, at, u) t = Tanh(s)'),
         [value("x", [4]), value("u", [2])],
         [value("t", [4])],
         at=np.array([0, 1]),

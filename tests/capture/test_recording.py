@@ -16,6 +16,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit, record
 from auditor.capture import recording
 from auditor.errors import UsageError
 from auditor.ports import Silent
+from tests.helpers import nodes_of
 
 RNG = np.random.default_rng(11)
 WEIGHTS = [RNG.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3)]
@@ -25,13 +26,7 @@ def _network(folder, *, scale=1.0, name="model.onnx"):
     """Three products with activations between; ``scale`` is a defect of the second."""
     weights = [w * np.float32(scale if i == 1 else 1) for i, w in enumerate(WEIGHTS)]
     graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w0"], ["a"]),
-            helper.make_node("Relu", ["a"], ["b"]),
-            helper.make_node("MatMul", ["b", "w1"], ["c"]),
-            helper.make_node("Relu", ["c"], ["d"]),
-            helper.make_node("MatMul", ["d", "w2"], ["y"]),
-        ],
+        nodes_of("a = MatMul(x, w0) b = Relu(a) c = MatMul(b, w1) d = Relu(c) y = MatMul(d, w2)"),
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16])],

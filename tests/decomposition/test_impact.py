@@ -14,6 +14,7 @@ from auditor.decomposition.impact import Chain
 from auditor.graphs.segments import Graph
 from auditor.replays import replay
 from auditor.replays.replay import Replayer, ReplayError, difference
+from tests.helpers import nodes_of
 
 WIDTH = 16
 LAYERS = 4
@@ -89,11 +90,7 @@ def test_a_scaled_weight_is_introduced_where_it_is(chain, layer):
 @pytest.mark.parametrize("mask", [np.finfo(np.float32).min, -1e9, -1e4])
 def test_an_error_is_seen_beside_what_is_masked(mask):
     """Attention scores, of which a third is kept out of the softmax: a bfloat16 engine's error."""
-    nodes = [
-        helper.make_node("Mul", ["x", "s"], ["m"]),
-        helper.make_node("Add", ["m", "k"], ["a"]),
-        helper.make_node("Softmax", ["a"], ["y"]),
-    ]
+    nodes = nodes_of("m = Mul(x, s) a = Add(m, k) y = Softmax(a)")
     scores, kept = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [9, 9]) for n in "xy")
     tensors = {"s": np.float32(0.25), "k": np.repeat(np.float32([0, 0, mask]), 3)}
     constants = [numpy_helper.from_array(v, n) for n, v in tensors.items()]

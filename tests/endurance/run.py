@@ -28,7 +28,7 @@ import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.ports import Silent
-from tests.helpers import untimed, unused
+from tests.helpers import nodes_of, untimed, unused
 
 ROOT = Path(__file__).parents[2]
 _WARM = 5  # audits after which caches are full
@@ -44,14 +44,10 @@ def model(path: Path) -> Path:
         "m": numbers.standard_normal((4, 5)).astype(np.float32),
     }
     graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "w"], ["a"], "conv"),
-            helper.make_node("Relu", ["a"], ["b"], "relu"),
-            helper.make_node("GlobalAveragePool", ["b"], ["c"], "pool"),
-            helper.make_node("Flatten", ["c"], ["d"], "flatten"),
-            helper.make_node("MatMul", ["d", "m"], ["e"], "product"),
-            helper.make_node("Softmax", ["e"], ["y"], "softmax"),
-        ],
+        nodes_of(
+            "[conv] a = Conv(x, w) [relu] b = Relu(a) [pool] c = GlobalAveragePool(b) "
+            "[flatten] d = Flatten(c) [product] e = MatMul(d, m) [softmax] y = Softmax(e)"
+        ),
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 5])],

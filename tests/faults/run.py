@@ -27,7 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.helpers import unused
+from tests.helpers import nodes_of, unused
 
 HOOK = Path(__file__).parent / "hook"
 ROOT = HOOK.parents[2]
@@ -248,13 +248,10 @@ def _models(folder: Path) -> None:
 
     def save(name: str) -> None:
         graph = helper.make_graph(
-            [
-                helper.make_node("Conv", ["x", "w1"], ["a"], "first"),
-                helper.make_node("Relu", ["a"], ["b"], "relu"),
-                helper.make_node("Conv", ["b", "w2"], ["c"], "second"),
-                helper.make_node("GlobalAveragePool", ["c"], ["d"], "pool"),
-                helper.make_node("Softmax", ["d"], ["y"], "softmax", axis=1),
-            ],
+            nodes_of(
+                "[first] a = Conv(x, w1) [relu] b = Relu(a) [second] c = Conv(b, w2) "
+                "[pool] d = GlobalAveragePool(c) [softmax] y = Softmax <axis = 1> (d)"
+            ),
             "g",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 16, 16])],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 1, 1])],

@@ -20,6 +20,7 @@ from auditor.graphs.storage import storage_of
 from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import qdq, recurrent, sessions
+from tests.helpers import onnx_model
 
 
 def original() -> Array:
@@ -272,20 +273,12 @@ def test_tables_and_recurrent_layers_quantised_dynamically(tmp_path: Path) -> No
     rng = np.random.default_rng(7)
     sizes = {"t": (50, 8), "W": (2, 24, 8), "R": (2, 24, 6), "B": (2, 48)}
     values = {n: rng.standard_normal(size, np.float32) / 2 for n, size in sizes.items()}
-    nodes = [
-        helper.make_node("Gather", ["t", "i"], ["e"], name="table"),
-        helper.make_node(
-            "LSTM", ["e", "W", "R", "B"], ["y"], "layer", hidden_size=6, direction="bidirectional"
-        ),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, [5, 1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 2, 1, 6])],
-        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    proto = onnx_model(
+        "(int64[5, 1] i) => (float[5, 2, 1, 6] y) { [table] e = Gather(t, i) "
+        '[layer] y = LSTM <direction = "bidirectional", hidden_size = 6> (e, W, R, B) }',
+        values,
+        ir_version=9,
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.save(proto, tmp_path / "m.onnx")
     quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx")
     ours, theirs = model.load(tmp_path / "m.onnx"), model.load(tmp_path / "q.onnx")

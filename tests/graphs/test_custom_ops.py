@@ -9,7 +9,7 @@ import onnxruntime_extensions
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tests.helpers import ROOT, audit_in
+from tests.helpers import ROOT, audit_in, nodes_of
 
 LIBRARY = onnxruntime_extensions.get_library_path()
 
@@ -21,12 +21,9 @@ audit = partial(audit_in, ROOT)
 def models(tmp_path):
     """x·w, its positive and negative part by a custom operator, their difference·w; and a fault."""
     weight = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32) / 4
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"]),
-        helper.make_node("NegPos", ["m"], ["n", "p"], domain="ai.onnx.contrib"),
-        helper.make_node("Sub", ["p", "n"], ["s"]),
-        helper.make_node("MatMul", ["s", "v"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "m = MatMul(x, w) n, p = ai.onnx.contrib.NegPos(m) s = Sub(p, n) y = MatMul(s, v)"
+    )
     shape = [4, 16]
     for name, factor in (("clean", 1.0), ("faulty", 1.01)):
         graph = helper.make_graph(

@@ -17,6 +17,7 @@ from auditor.replays import replay
 from auditor.replays.reference import Reference
 from auditor.replays.replay import Replayer
 from auditor.replays.sessions import session
+from tests.helpers import nodes_of
 
 
 def _model(nodes, weights=(), inputs=("x",), outputs=("y",), opset=17):
@@ -38,15 +39,11 @@ def residual():
     rng = np.random.default_rng(0)
     weights = [(n, rng.standard_normal((8, 8)).astype(np.float32)) for n in ("w1", "w2")]
     return _model(
-        [
-            helper.make_node("MatMul", ["x", "w1"], ["a"]),
-            helper.make_node("Relu", ["a"], ["b"]),
-            helper.make_node("Transpose", ["w2"], ["w2t"], perm=[1, 0]),
-            helper.make_node("MatMul", ["b", "w2t"], ["c"]),
-            helper.make_node("Add", ["c", "a"], ["d"]),
-            helper.make_node("Split", ["d"], ["e", "f"], axis=1),
-            helper.make_node("Concat", ["f", "e"], ["y"], axis=1),
-        ],
+        nodes_of(
+            "a = MatMul(x, w1) b = Relu(a) w2t = Transpose <perm = [1, 0]> (w2) "
+            "c = MatMul(b, w2t) d = Add(c, a) e, f = Split <axis = 1> (d) "
+            "y = Concat <axis = 1> (f, e)"
+        ),
         weights,
     )
 

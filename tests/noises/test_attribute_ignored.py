@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import attribute_ignored
 from auditor.ports import Array, Arrays
+from tests.helpers import nodes_of
 
 ID = "implementation.attribute_ignored"
 
@@ -256,11 +257,7 @@ def test_one_of_two_fused_convolutions(
 ) -> None:
     w = generator.standard_normal((8, 8, 1, 1)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w", "b"], ["h"], "first"),
-        helper.make_node("Relu", ["h"], ["r"]),
-        helper.make_node("Conv", ["r", "w", "b"], ["y"], "second"),
-    ]
+    nodes = nodes_of("[first] h = Conv(x, w, b) r = Relu(h) [second] y = Conv(r, w, b)")
     segment = make_segment(nodes, {"w": w, "b": b}, ["x"], ["y"])
     x = generator.standard_normal((1, 8, 4, 4)).astype(np.float32)
     flat = w[:, :, 0, 0]

@@ -16,6 +16,7 @@ from auditor.noises import bf16
 from auditor.ports import Array
 from auditor.records.backend import Kernel
 from auditor.replays import recurrent
+from tests.helpers import nodes_of
 
 ID = "precision.bf16"
 
@@ -87,12 +88,7 @@ def test_a_convolution_adds_in_the_precision_of_its_result(
 ) -> None:
     x = r(generator.standard_normal((1, 6, 9, 9)))
     w, v = generator.standard_normal((2, 8, 6, 3, 3)).astype(np.float32)
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"]),
-        helper.make_node("Conv", ["x", "v"], ["d"]),
-        helper.make_node("Add", ["c", "d"], ["s"]),
-        helper.make_node("Mul", ["s", "s"], ["y"]),
-    ]
+    nodes = nodes_of("c = Conv(x, w) d = Conv(x, v) s = Add(c, d) y = Mul(s, s)")
     kernels = [
         replace(kernel("Convolution", nodes, output), output_precision="f32")
         for nodes, output in ((("c",), "c"), (("d", "s"), "s"))

@@ -16,19 +16,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from tests.helpers import ROOT, audit_in
+from tests.helpers import ROOT, audit_in, nodes_of
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Two layers; the second is a Gemm, whose weights lie transposed."""
     rng = np.random.default_rng(5)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"]),
-        helper.make_node("Add", ["m", "b"], ["a"]),
-        helper.make_node("Relu", ["a"], ["r"]),
-        helper.make_node("Gemm", ["r", "v", "c"], ["y"], transB=1),
-    ]
+    nodes = nodes_of("m = MatMul(x, w) a = Add(m, b) r = Relu(a) y = Gemm <transB = 1> (r, v, c)")
     constants = {"w": (96, 64), "b": (64,), "v": (48, 64), "c": (48,)}
     graph = helper.make_graph(
         nodes,

@@ -19,6 +19,7 @@ from auditor.noises import bf16, fp16, int8_dynamic, tf32
 from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import blockwise, dynamic
+from tests.helpers import nodes_of
 
 ID = "precision.int8_dynamic"
 
@@ -242,13 +243,10 @@ def test_integers_that_an_engine_holds_as_floats_are_compared(
         "ws": np.float32(0.01),
         "wz": np.int8(0),
     }
-    nodes = [
-        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
-        helper.make_node("MatMulInteger", ["q", "w", "z", "wz"], ["sums"]),
-        helper.make_node("Cast", ["sums"], ["real"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["s", "ws"], ["scale"]),
-        helper.make_node("Mul", ["real", "scale"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "q, s, z = DynamicQuantizeLinear(x) sums = MatMulInteger(q, w, z, wz) "
+        "real = Cast <to = 1> (sums) scale = Mul(s, ws) y = Mul(real, scale)"
+    )
     graph = helper.make_graph(
         nodes,
         "g",

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import bf16, double_as_float, integer_overflow, narrowed_integers
 from auditor.ports import Array
-from tests.helpers import explained
+from tests.helpers import explained, nodes_of
 
 ID = "precision.integer_overflow"
 NOISES = (bf16.NOISE, double_as_float.NOISE, integer_overflow.NOISE, narrowed_integers.NOISE)
@@ -58,10 +58,7 @@ def test_saturating_casts(make_segment: Any, run: Any, generator: np.random.Gene
 
 def test_16_bits_kept_in_32(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
     a, b = generator.integers(-3000, 3000, (2, 4, 40), np.int16)
-    nodes = [
-        helper.make_node("Mul", ["a", "b"], ["product"]),
-        helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
-    ]
+    nodes = nodes_of("product = Mul(a, b) y = Cast <to = 1> (product)")
     segment = make_segment(nodes, {}, ["a", "b"], ["y"], kind=TensorProto.INT16)
     found = explain(run, segment, {"a": a, "b": b}, (a.astype(int) * b).astype(np.float32))
     assert (found.noise, found.bit_identical) == (ID, 1.0)

@@ -14,6 +14,7 @@ from auditor.ports import Array, SegmentGraph
 from auditor.replays import rounding, sessions
 from auditor.replays.rounder import Sites
 from auditor.replays.writer import Format
+from tests.helpers import nodes_of
 
 EVERYTHING = Sites("every operator", "operator", inputs=True, outputs=True)
 BITS = arrays(np.uint32, st.integers(1, 40), elements=st.integers(0, 2**32 - 1))
@@ -89,10 +90,7 @@ def test_largest_mask_becomes_infinite_in_bf16_and_fp16_overflows() -> None:
 
 def test_integers_and_tensors_of_other_types_are_left_alone() -> None:
     graph = helper.make_graph(
-        [
-            helper.make_node("Gather", ["table", "ids"], ["rows"], axis=0),
-            helper.make_node("Cast", ["ids"], ["wide"], to=TensorProto.DOUBLE),
-        ],
+        nodes_of("rows = Gather <axis = 0> (table, ids) wide = Cast <to = 11> (ids)"),
         "s0",
         [helper.make_tensor_value_info("ids", TensorProto.INT64, None)],
         [
@@ -130,10 +128,7 @@ def test_surgery_can_be_repeated_on_its_own_result() -> None:
 @pytest.mark.parametrize("old", [7, 9, 11, 12])
 def test_upgrading_offers_a_model_with_the_same_bits(old: int) -> None:
     graph = helper.make_graph(
-        [
-            helper.make_node("Unsqueeze", ["x"], ["wide"], axes=[0]),
-            helper.make_node("Softmax", ["wide"], ["y"]),
-        ],
+        nodes_of("wide = Unsqueeze <axes = [0]> (x) y = Softmax(wide)"),
         "s0",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],

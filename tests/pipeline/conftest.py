@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import reports
-from tests.helpers import closed
+from tests.helpers import closed, nodes_of
 
 PICTURES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PIPELINE = """\
@@ -73,14 +73,11 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def tensor(name: str, *shape: int) -> TensorProto:
         return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
 
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["a"], kernel_shape=[3, 3]),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("MaxPool", ["b"], ["c"], kernel_shape=[3, 3], strides=[2, 2]),
-        helper.make_node("GlobalAveragePool", ["c"], ["d"]),
-        helper.make_node("Flatten", ["d"], ["e"]),
-        helper.make_node("Gemm", ["e", "v"], ["logits"]),
-    ]
+    nodes = nodes_of(
+        "a = Conv <kernel_shape = [3, 3]> (image, w) b = Relu(a) "
+        "c = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (b) d = GlobalAveragePool(c) "
+        "e = Flatten(d) logits = Gemm(e, v)"
+    )
     graph = helper.make_graph(
         nodes,
         "network",

@@ -27,6 +27,7 @@ from auditor.pipeline.sysnoise import sysnoise
 from auditor.ports import Silent
 from auditor.records.report import AuditReport
 from auditor.replays import sessions
+from tests.helpers import nodes_of
 
 _CORNERS = hnp.arrays(
     np.float32, (6, 4), elements=st.floats(1, 100, width=32, allow_nan=False)
@@ -443,13 +444,9 @@ def test_a_backend_with_outputs_of_another_shape_is_a_gap_of_the_result(
     weights = onnx.numpy_helper.from_array(
         np.random.default_rng(6).standard_normal((4, 3, 1, 1)).astype(np.float32), "w"
     )
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["deltas"], kernel_shape=[1, 1], strides=[2, 2]),
-        helper.make_node(
-            "MaxPool", ["image"], ["scores"], kernel_shape=[3, 3], strides=[2, 2],
-            auto_pad="SAME_LOWER",
-        ),
-    ]  # fmt: skip
+    nodes = nodes_of("deltas = Conv <kernel_shape = [1, 1], strides = [2, 2]> (image, w) "
+'scores = MaxPool <auto_pad = "SAME_LOWER", kernel_shape = [3, 3], strides = [2, 2]> '
+"(image)")  # fmt: skip
     shapes = {"deltas": [1, 4, 16, 16], "scores": [1, 3, 16, 16]}
     graph = helper.make_graph(
         nodes,

@@ -29,6 +29,7 @@ from auditor.pipeline.sysnoise import sysnoise
 from auditor.ports import Silent
 from auditor.records.sysnoise import SysnoiseOption, SysnoiseReport
 from reports import _sysnoise as table
+from tests.helpers import nodes_of
 
 # Of the tiles, 121x150 pixels, the network sees 32x32 of 40x49, from 4, 8 on.
 HIGH, WIDE = 121, 150
@@ -204,10 +205,9 @@ def test_average_precision_is_that_of_pycocotools(
 
 
 def test_mean_iou_is_that_of_torchmetrics(photos: Path, text: str, tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["a"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
-        helper.make_node("Sigmoid", ["a"], ["mask"]),
-    ]
+    nodes = nodes_of(
+        "a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, w) mask = Sigmoid(a)"
+    )
     weights = np.random.default_rng(1).standard_normal((1, 3, 3, 3))
     network = save(tmp_path / "mask.onnx", nodes, {"mask": [1, 1, 32, 32]}, w=weights)
     session = ort.InferenceSession(network, providers=["CPUExecutionProvider"])
@@ -272,12 +272,10 @@ def test_mean_iou_is_that_of_torchmetrics(photos: Path, text: str, tmp_path: Pat
 
 def test_recall_is_that_of_a_search_by_hand(photos: Path, text: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    nodes = [
-        helper.make_node("Conv", ["image", "w"], ["a"], kernel_shape=[3, 3], strides=[3, 3]),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("GlobalAveragePool", ["b"], ["c"]),
-        helper.make_node("Flatten", ["c"], ["embedding"]),
-    ]
+    nodes = nodes_of(
+        "a = Conv <kernel_shape = [3, 3], strides = [3, 3]> (image, w) b = Relu(a) "
+        "c = GlobalAveragePool(b) embedding = Flatten(c)"
+    )
     weights = rng.standard_normal((16, 3, 3, 3))
     network = save(tmp_path / "embed.onnx", nodes, {"embedding": [1, 16]}, w=weights)
     session = ort.InferenceSession(network, providers=["CPUExecutionProvider"])

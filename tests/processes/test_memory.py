@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper, save
+from onnx import save
 
 from auditor.capture.trace import Tracer
 from auditor.ports import Silent
 from auditor.processes import memory
 from auditor.processes.worker import workers
 from auditor.records.backend import BuildRequest
+from tests.helpers import onnx_model
 
 
 def _resident() -> int:
@@ -37,15 +38,15 @@ def test_what_was_freed_goes_back():
 def test_a_worker_keeps_no_program_after_the_last_capture(tmp_path):
     """So a sample after the one that was called the last is a gap, not a wrong answer."""
     weight = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Erf", ["h"], ["y"])],
-        "large",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2048])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2048])],
-        [numpy_helper.from_array(weight, "w")],
-    )
     path = tmp_path / "large.onnx"
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    save(
+        onnx_model(
+            "(float[1, 2048] x) => (float[1, 2048] y) { h = MatMul(x, w) y = Erf(h) }",
+            {"w": weight},
+            ir_version=9,
+        ),
+        path,
+    )
     feeds = {"x": np.ones((1, 2048), np.float32)}
     with workers(["ort"]) as (worker,):
         tracer = Tracer("ort", worker, 60.0, Silent())

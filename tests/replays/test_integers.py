@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.graphs import weights
 from auditor.ports import Array, Arrays
 from auditor.replays import integers, sessions
+from tests.helpers import nodes_of
 
 OWN = "com.microsoft"
 ONE, ZERO, SIGNED = np.float32(1), np.uint8(3), np.int8(2)
@@ -66,10 +67,7 @@ def test_sums_are_exact(operands: Arrays, op_type: str) -> None:
 
 
 def test_weights_that_are_computed(operands: Arrays) -> None:
-    nodes = [
-        helper.make_node("Transpose", ["t"], ["w"]),
-        helper.make_node("MatMulInteger", ["x", "w"], ["y"]),
-    ]
+    nodes = nodes_of("w = Transpose(t) y = MatMulInteger(x, w)")
     model = made(nodes, operands["x"], {"t": operands["w"].T}, TensorProto.INT32)
     exact = operands["x"].astype(np.int64) @ operands["w"].astype(np.int64)
     assert np.array_equal(run(model, operands["x"]), exact)

@@ -6,6 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.replays.quantised import either_side
 from auditor.replays.sessions import session
+from tests.helpers import nodes_of
 
 TERMS = 2304
 
@@ -17,14 +18,10 @@ def quantised(scale):
         **{"xz": np.uint8(0), "wz": np.int8(0), "yz": np.uint8(0)},
         "w": np.full((TERMS, 1), 3, np.int8),
     }
-    nodes = [
-        helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"]),
-        helper.make_node("MatMul", ["xd", "wd"], ["s"]),
-        helper.make_node("Relu", ["s"], ["r"]),
-        helper.make_node("QuantizeLinear", ["r", "ys", "yz"], ["q"]),
-        helper.make_node("DequantizeLinear", ["q", "ys", "yz"], ["y"]),
-    ]
+    nodes = nodes_of(
+        "xd = DequantizeLinear(x, xs, xz) wd = DequantizeLinear(w, ws, wz) s = MatMul(xd, wd) "
+        "r = Relu(s) q = QuantizeLinear(r, ys, yz) y = DequantizeLinear(q, ys, yz)"
+    )
     graph = helper.make_graph(
         nodes,
         "g",

@@ -20,6 +20,7 @@ from auditor.ports import Silent
 from auditor.records.backend import Switch
 from auditor.records.report import AuditReport
 from auditor.verdict import confirm
+from tests.helpers import nodes_of
 
 KEY = "optimization.enable_gelu_approximation"
 TANH = {"ort": {KEY: "1"}}
@@ -28,14 +29,10 @@ TANH = {"ort": {KEY: "1"}}
 def gelu() -> onnx.ModelProto:
     """The exact Gelu, as PyTorch exports it: ONNX Runtime fuses it, and may approximate it."""
     graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["h"]),
-            helper.make_node("Div", ["h", "root"], ["scaled"]),
-            helper.make_node("Erf", ["scaled"], ["error"]),
-            helper.make_node("Add", ["error", "one"], ["shifted"]),
-            helper.make_node("Mul", ["h", "shifted"], ["doubled"]),
-            helper.make_node("Mul", ["doubled", "half"], ["y"]),
-        ],
+        nodes_of(
+            "h = MatMul(x, w) scaled = Div(h, root) error = Erf(scaled) "
+            "shifted = Add(error, one) doubled = Mul(h, shifted) y = Mul(doubled, half)"
+        ),
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [8, 16])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, 16])],
