@@ -14,7 +14,8 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers, qlinear, recurrent
-from auditor.replays.quantised import OPSET, Editor, Grid, Layout, Product, Roundings
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import OPSET, Grid, Layout, Product, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")
 # How a QuantizeLinear rounds, as function bodies with the zero point in `fz`.

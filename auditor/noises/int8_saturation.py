@@ -13,7 +13,8 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers
-from auditor.replays.quantised import Editor, Layout, Product
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import Layout, Product
 
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 _UNSIGNED = 255  # the largest uint8, which an activation may be

@@ -14,7 +14,7 @@ from auditor.noises import bf16, fp16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import layout
-from auditor.replays.quantised import Editor
+from auditor.replays.editor import Editor
 from auditor.replays.writer import Format
 
 # Cast knows bfloat16 from here on.

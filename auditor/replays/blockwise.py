@@ -18,7 +18,8 @@ from onnx import TensorProto
 from auditor.graphs import packed, surgery
 from auditor.graphs.model import Model
 from auditor.ports import SegmentGraph
-from auditor.replays.quantised import Editor, Layout
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import Layout
 
 _LEVEL = "accuracy_level"
 _OPSET = 13  # DequantizeLinear has an axis from here on

@@ -19,7 +19,7 @@ import onnx
 from auditor.graphs import surgery
 from auditor.ports import SegmentGraph
 from auditor.records.backend import Kernel
-from auditor.replays.quantised import Editor
+from auditor.replays.editor import Editor
 
 _DOMAIN = "com.microsoft"
 _OPSET = 17  # LayerNormalization exists

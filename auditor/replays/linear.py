@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 
 from auditor.ports import Array
-from auditor.replays.quantised import Editor, Layout
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import Layout
 
 _OPERATORS = ("Add", "Sub", "Mul", "Div")
 

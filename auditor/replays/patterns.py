@@ -11,7 +11,8 @@ from onnx import numpy_helper
 
 from auditor.graphs import surgery
 from auditor.ports import Array
-from auditor.replays.quantised import Editor, Layout
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import Layout
 
 # The numbers that GELU in its three forms, hard sigmoid, swish and mish are written with.
 _KNOWN = (

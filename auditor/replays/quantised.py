@@ -1,4 +1,4 @@
-"""Finds the quantised sums of products in a segment, and edits copies of it.
+"""Finds the quantised sums of products in a segment.
 
 Quantised models say ``DequantizeLinear → Conv → QuantizeLinear`` and mean integer arithmetic
 (ONNX operators QuantizeLinear and DequantizeLinear, "QDQ format"). Here such a group is read
@@ -20,6 +20,7 @@ from auditor.graphs import surgery
 from auditor.graphs.weights import is_detached
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from auditor.replays.editor import Editor
 
 # Round and Clip with limits as inputs exist from here on.
 OPSET = 11
@@ -364,57 +365,6 @@ def _scales(rows: Array, largest: Array) -> Array | None:
         if 2 * left.size > len(rows):
             return None
     return None
-
-
-class Editor:
-    """Builds a copy of a segment whose nodes differ: add them in order, then ``finished``."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = surgery.copied(model)
-        del self.model.graph.node[:]
-        names = {o for n in model.graph.node for o in n.output}
-        names.update(t.name for t in model.graph.initializer)
-        self._mark = "~"
-        while any(name.startswith(self._mark) for name in names):
-            self._mark += "~"
-        self._count = 0
-
-    def copy(self, node: onnx.NodeProto) -> None:
-        """Add a node of the segment as it is."""
-        self.model.graph.node.append(node)
-
-    def add(self, op_type: str, *inputs: str, to: str = "", **attributes: Any) -> str:
-        """Add a node with one output and return the output's name, ``to`` where given."""
-        name = to or self._fresh()
-        self.model.graph.node.append(helper.make_node(op_type, inputs, [name], **attributes))
-        return name
-
-    def split(self, op_type: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
-        """Add a node with several outputs and return their names."""
-        names = [self._fresh() for _ in range(outputs)]
-        self.model.graph.node.append(helper.make_node(op_type, inputs, names, **attributes))
-        return names
-
-    def cast(self, value: str, kind: int, to: str = "") -> str:
-        """Add a Cast to an ONNX element type and return its output, ``to`` where given."""
-        name = to or self._fresh()
-        self.model.graph.node.append(helper.make_node("Cast", [value], [name], to=kind))
-        return name
-
-    def constant(self, value: Any, kind: Any = np.float32) -> str:
-        """Add an initialiser of a numpy type and return its name."""
-        name = self._fresh()
-        array = np.ascontiguousarray(value, kind).reshape(np.shape(value))
-        self.model.graph.initializer.append(numpy_helper.from_array(array, name))
-        return name
-
-    def scan(self, body: onnx.GraphProto, state: str, *inputs: str) -> str:
-        """Add a Scan that folds ``inputs`` along their first axis into one state."""
-        return self.add("Scan", state, *inputs, body=body, num_scan_inputs=len(inputs))
-
-    def _fresh(self) -> str:
-        self._count += 1
-        return f"{self._mark}{self._count}"
 
 
 def either_side(

@@ -18,7 +18,8 @@ from onnx import TensorProto, helper
 from auditor.graphs import surgery
 from auditor.graphs.storage import grid_steps
 from auditor.ports import Array, SegmentGraph
-from auditor.replays.quantised import Editor, Layout
+from auditor.replays.editor import Editor
+from auditor.replays.quantised import Layout
 
 # Scan, Squeeze and Cast with bfloat16 as they are written here.
 _OPSET = 13

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from auditor.graphs.surgery import EXACT, types
+from auditor.graphs import surgery
+from auditor.replays.editor import Editor
 
 # Which axis of which input is summed over: reversing all of them leaves the result's meaning.
 _SUMMED: dict[str, tuple[tuple[int, int], ...]] = {
@@ -37,30 +37,25 @@ def reordered(model: onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto
     InstanceNormalization run backwards; Softmax, GlobalAveragePool, and ReduceMean and ReduceSum
     over one axis or all spatial ones, add one value after another.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    del result.graph.node[:]
-    surgery = _Surgery(result.graph)
+    editor = Editor(model)
     constants = {t.name: t for t in model.graph.initializer}
-    kinds = types(model)
+    kinds = surgery.types(model)
     changed = False
-    for node in model.graph.node:
-        new = onnx.NodeProto()
-        new.CopyFrom(node)
-        if kinds.get(node.output[0]) in EXACT:  # a sum that overflows is no matter of rounding
-            result.graph.node.append(new)
+    for node in surgery.copied(model).graph.node:
+        if kinds.get(node.output[0]) in surgery.EXACT:  # overflow is no matter of rounding
+            editor.copy(node)
             continue
         if (axis := _plain_sum(node, constants)) is not None:
-            surgery.sequential(new, axis)
+            _sequential(editor, node, axis)
         elif not plain and node.op_type == "Softmax":
-            surgery.softmax(new)
+            _softmax(editor, node)
         elif not plain and (axes := list(_axes(node))):
-            surgery.reversed(new, axes, back=node.op_type in _EQUIVARIANT)
+            _reversed(editor, node, axes, back=node.op_type in _EQUIVARIANT)
         else:
-            result.graph.node.append(new)
+            editor.copy(node)
             continue
         changed = True
-    return result if changed else None
+    return editor.model if changed else None
 
 
 def longest_sum(nodes: Iterable[onnx.NodeProto], shapes: Mapping[str, Sequence[int]]) -> int:
@@ -84,86 +79,68 @@ def _terms(node: onnx.NodeProto, shapes: Mapping[str, Sequence[int]]) -> int:
     if node.op_type == "MatMul":
         return dims[-2]
     if node.op_type == "Gemm":
-        flipped = any(a.name == "transB" and a.i for a in node.attribute)
-        return dims[1] if flipped else dims[0]
+        return dims[1] if surgery.attributes(node).get("transB") else dims[0]
     return 1
 
 
-class _Surgery:
-    """Adds nodes and constants under names of their own."""
+def _reversed(
+    editor: Editor, node: onnx.NodeProto, axes: list[tuple[int, int]], *, back: bool
+) -> None:
+    """Add ``node`` with inputs reversed along their axes, and its output turned back."""
+    for index, axis in axes:
+        if index < len(node.input) and node.input[index]:
+            node.input[index] = _turned(editor, node.input[index], axis)
+    output = node.output[0]
+    if back:
+        node.output[0] = editor.fresh()
+    editor.copy(node)
+    if back:
+        _turned(editor, node.output[0], axes[0][1], to=output)
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._graph = graph
-        self._count = 0
-        self._constants: set[str] = set()
 
-    def reversed(self, node: onnx.NodeProto, axes: list[tuple[int, int]], *, back: bool) -> None:
-        """Add ``node`` with inputs reversed along their axes, and its output turned back."""
-        for index, axis in axes:
-            if index < len(node.input) and node.input[index]:
-                reverse = [self._constant(v) for v in (-1, -(2**62), axis, -1)]
-                node.input[index] = self._node("Slice", [node.input[index], *reverse])
-        output = node.output[0]
-        if back:
-            node.output[0] = self._fresh()
-        self._graph.node.append(node)
-        if back:
-            reverse = [self._constant(v) for v in (-1, -(2**62), axes[0][1], -1)]
-            self._node("Slice", [node.output[0], *reverse], output)
+def _turned(editor: Editor, values: str, axis: int, to: str = "") -> str:
+    ends = (editor.constant([v], np.int64) for v in (-1, -(2**62), axis, -1))
+    return editor.add("Slice", values, *ends, to=to)
 
-    def sequential(self, node: onnx.NodeProto, axis: int) -> None:
-        """Add ``node`` computed as the last of its running sums.
 
-        Args:
-            node: a sum or mean.
-            axis: the axis it sums over; ``_SPATIAL`` for everything behind the channels.
-        """
-        values, output = node.input[0], node.output[0]
-        node.output[0] = self._fresh()
-        self._graph.node.append(node)  # its own result still gives the output's shape
-        shape = self._node("Shape", [node.output[0]])
-        if axis == _SPATIAL:
-            values = self._node("Reshape", [values, self._constant(0, 0, -1)])
-            axis = 2
-        running = self._node("CumSum", [values, self._constant(axis, scalar=True)])
-        last = [self._constant(v) for v in (-1, 2**62, axis)]
-        total = self._node("Slice", [running, *last])
-        if node.op_type != "ReduceSum":
-            count = self._node("Size", [node.input[0]])
-            results = self._node("Size", [node.output[0]])
-            number = self._node("Div", [count, results])
-            number = self._node("Cast", [number], to=onnx.TensorProto.FLOAT)
-            total = self._node("Div", [total, number])
-        self._node("Reshape", [total, shape], output)
+def _last(editor: Editor, values: str, axis: int) -> str:
+    """The last of the running sums of values along an axis."""
+    running = editor.add("CumSum", values, editor.constant(axis, np.int64))
+    ends = (editor.constant([v], np.int64) for v in (-1, 2**62, axis))
+    return editor.add("Slice", running, *ends)
 
-    def softmax(self, node: onnx.NodeProto) -> None:
-        """Add ``node`` written out, with its exponentials added up one after another."""
-        axis = next((a.i for a in node.attribute if a.name == "axis"), -1)
-        values = node.input[0]
-        # Instead of ReduceMax, whose axes are an attribute or an input depending on the opset.
-        where = self._node("ArgMax", [values], axis=axis, keepdims=1)
-        largest = self._node("GatherElements", [values, where], axis=axis)
-        powers = self._node("Exp", [self._node("Sub", [values, largest])])
-        running = self._node("CumSum", [powers, self._constant(axis, scalar=True)])
-        last = [self._constant(v) for v in (-1, 2**62, axis)]
-        self._node("Div", [powers, self._node("Slice", [running, *last])], node.output[0])
 
-    def _node(self, op: str, inputs: list[str], output: str = "", **attributes: Any) -> str:
-        output = output or self._fresh()
-        self._graph.node.append(helper.make_node(op, inputs, [output], **attributes))
-        return output
+def _sequential(editor: Editor, node: onnx.NodeProto, axis: int) -> None:
+    """Add ``node`` computed as the last of its running sums.
 
-    def _fresh(self) -> str:
-        self._count += 1
-        return f"reordered/{self._count}"
+    Args:
+        editor: what it is added to.
+        node: a sum or mean.
+        axis: the axis it sums over; ``_SPATIAL`` for everything behind the channels.
+    """
+    values, output = node.input[0], node.output[0]
+    plain = node.output[0] = editor.fresh()
+    editor.copy(node)  # its own result still gives the output's shape
+    shape = editor.add("Shape", plain)
+    if axis == _SPATIAL:
+        values = editor.add("Reshape", values, editor.constant([0, 0, -1], np.int64))
+        axis = 2
+    total = _last(editor, values, axis)
+    if node.op_type != "ReduceSum":
+        number = editor.add("Div", editor.add("Size", node.input[0]), editor.add("Size", plain))
+        total = editor.add("Div", total, editor.cast(number, onnx.TensorProto.FLOAT))
+    editor.add("Reshape", total, shape, to=output)
 
-    def _constant(self, *values: int, scalar: bool = False) -> str:
-        name = f"reordered/{'scalar' if scalar else 'constant'}{values}"
-        if name not in self._constants:
-            self._constants.add(name)
-            array = np.asarray(values[0] if scalar else values, np.int64)
-            self._graph.initializer.append(numpy_helper.from_array(array, name))
-        return name
+
+def _softmax(editor: Editor, node: onnx.NodeProto) -> None:
+    """Add ``node`` written out, with its exponentials added up one after another."""
+    axis = surgery.attributes(node).get("axis", -1)
+    values = node.input[0]
+    # Instead of ReduceMax, whose axes are an attribute or an input depending on the opset.
+    where = editor.add("ArgMax", values, axis=axis, keepdims=1)
+    largest = editor.add("GatherElements", values, where, axis=axis)
+    powers = editor.add("Exp", editor.add("Sub", values, largest))
+    editor.add("Div", powers, _last(editor, powers, axis), to=node.output[0])
 
 
 def _plain_sum(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> int | None:
@@ -172,7 +149,7 @@ def _plain_sum(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
         return _SPATIAL
     if node.op_type not in ("ReduceMean", "ReduceSum"):
         return None
-    axes = next((list(a.ints) for a in node.attribute if a.name == "axes"), None)
+    axes = surgery.attributes(node).get("axes")
     if axes is None and len(node.input) > 1 and node.input[1] in constants:
         axes = numpy_helper.to_array(constants[node.input[1]]).tolist()
     if axes is None:
@@ -184,7 +161,7 @@ def _plain_sum(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
 
 def _axes(node: onnx.NodeProto) -> Iterator[tuple[int, int]]:
     """(input, axis) pairs to reverse in one node."""
-    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    given = surgery.attributes(node)
     if node.op_type in ("Conv", "ConvTranspose") and given.get("group", 1) == 1:
         yield from ((0, 1), (1, 1 if node.op_type == "Conv" else 0))
     elif node.op_type == "Gemm":

@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
+from auditor.replays.editor import unused_mark
 from auditor.replays.layout import INTEGERS, Group, Layout
 
 _REDUCTIONS = {
@@ -67,7 +68,7 @@ class Writer:
         self.exact = set[str]()
         self.constants = dict(layout.constants)
         self.floats = set(layout.floats)
-        self.mark = _unused_mark(layout.model)
+        self.mark = unused_mark(layout.model)
         self.casts = to.cast is not None and surgery.opset(layout.model) >= to.opset
 
     def sum_narrowly(self, node: onnx.NodeProto, shape: tuple[int, ...] | None, half: bool) -> None:
@@ -297,13 +298,3 @@ class Writer:
             helper.make_node("Sub", [scaled, source], [rest]),
             helper.make_node("Sub", [scaled, rest], [target]),
         ]
-
-
-def _unused_mark(model: onnx.ModelProto) -> str:
-    """A prefix that no tensor of the model has, so that surgery can be repeated on its result."""
-    names = {n for node in model.graph.node for n in node.output}
-    names.update(t.name for t in model.graph.initializer)
-    mark = "~"
-    while any(name.startswith(mark) for name in names):
-        mark += "~"
-    return mark
