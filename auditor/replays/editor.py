@@ -12,7 +12,7 @@ from auditor.graphs import surgery
 
 
 class Editor:
-    """Builds a copy of a segment whose nodes differ: they are added in order, and ``model`` is it."""
+    """Builds ``model``, a copy of a segment whose nodes differ: add them in order."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = surgery.copied(model)

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from auditor.graphs import surgery
 from auditor.graphs.model import key
 from auditor.ports import SegmentGraph
-from auditor.replays.layout import Layout
+from auditor.replays.layout import KernelLayout
 from auditor.replays.rounder import CONVOLVING
 
 
@@ -76,7 +76,7 @@ def _averages_first(segment: SegmentGraph) -> SegmentGraph:
     if not any(True for _ in surgery.find(segment.model, ("AveragePool",))):
         return segment
     turn = {k: i for i, kernel in enumerate(segment.kernels) for k in kernel.nodes}
-    layout = Layout(segment)
+    layout = KernelLayout(segment)
     moved: dict[int, list[int]] = {}  # by pooling, what scales before it, the last first
     for pool, node in surgery.find(segment.model, ("AveragePool",)):
         source, chain = node.input[0], list[int]()

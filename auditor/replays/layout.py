@@ -16,7 +16,7 @@ from auditor.graphs.model import key
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays.portions import PRODUCTS
-from auditor.replays.quantised import Layout as Quantised
+from auditor.replays.quantised import Layout
 
 # Operators that only move values.
 MOVES = {
@@ -42,8 +42,8 @@ class Group:
     nodes: list[int] = field(default_factory=list)
 
 
-class Layout(Quantised):
-    """What surgery must know of a segment, whatever the format."""
+class KernelLayout(Layout):
+    """A segment, and which of its nodes one kernel computes, whatever format it rounds to."""
 
     def __init__(self, segment: SegmentGraph, alone: Set[str] = frozenset()) -> None:
         """``alone`` are tensors that kernels of their own write."""

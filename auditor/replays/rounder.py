@@ -8,7 +8,7 @@ from typing import Literal
 import onnx
 
 from auditor.graphs import surgery
-from auditor.replays.layout import INTEGERS, MOVES, NARROW, Group, Layout, Scope
+from auditor.replays.layout import INTEGERS, MOVES, NARROW, Group, KernelLayout, Scope
 from auditor.replays.writer import OPSET_OF_SUMS, Format, Writer
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and
@@ -96,7 +96,7 @@ class Rounder(Writer):
         scaled: tensor → operator and factor that its kernel applies before it writes it out.
     """
 
-    def __init__(self, layout: Layout, to: Format, sites: Sites) -> None:
+    def __init__(self, layout: KernelLayout, to: Format, sites: Sites) -> None:
         super().__init__(layout, to)
         self.sites = sites
         self.groups = layout.groups(sites.scope)

@@ -18,7 +18,7 @@ from onnx import TensorProto
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, premultiplied, steps
 from auditor.replays.kernels import rearranged
-from auditor.replays.layout import Layout, stated, subgraphs
+from auditor.replays.layout import KernelLayout, stated, subgraphs
 from auditor.replays.rounder import Rounder, Sites
 from auditor.replays.writer import Format
 
@@ -34,7 +34,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
     replay and are tested only where the engine does not report another precision.
     """
     segment = rearranged(segment)
-    plain = Layout(segment)
+    plain = KernelLayout(segment)
     spread = algebra.distributed(segment.model)
     seen: list[list[onnx.NodeProto]] = []
     for where in sites:
@@ -42,7 +42,7 @@ def variants(segment: SegmentGraph, to: Format, sites: Sequence[Sites]) -> Itera
         if where.distributed:
             if spread is None:
                 continue
-            layout = Layout(replace(segment, model=spread[0]), alone=spread[1])
+            layout = KernelLayout(replace(segment, model=spread[0]), alone=spread[1])
         if where.scope == ("segment" if layout.kernels else "kernel"):
             continue
         if where.sums and layout.reports and not stated(layout.kernels, to.stated):
@@ -59,12 +59,12 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
     It has every product and every running sum as ``Sites.sums`` orders them, all in float32.
     """
-    layout = Layout(SegmentGraph(model, ()))
+    layout = KernelLayout(SegmentGraph(model, ()))
     result = rounded(layout, _FLOAT32, _IN_ORDER)
     return result if len(result.graph.node) > len(model.graph.node) else None
 
 
-def rounded(layout: Layout, to: Format, sites: Sites) -> onnx.ModelProto:
+def rounded(layout: KernelLayout, to: Format, sites: Sites) -> onnx.ModelProto:
     """The segment with its values rounded at ``sites``."""
     rounder = Rounder(layout, to, sites)
     if sites.scope == "kernel" and sites.scales != "product":

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.replays.editor import unused_mark
-from auditor.replays.layout import INTEGERS, Group, Layout
+from auditor.replays.layout import INTEGERS, Group, KernelLayout
 
 _REDUCTIONS = {
     *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
@@ -59,7 +59,7 @@ class Writer:
         exact: tensors whose values already fit the format.
     """
 
-    def __init__(self, layout: Layout, to: Format) -> None:
+    def __init__(self, layout: KernelLayout, to: Format) -> None:
         self.at = layout
         self.to = to
         self.nodes: list[onnx.NodeProto] = []
