@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.attribution import cause as attribution
 from auditor.attribution.cause import Explanation
-from auditor.ports import Array, Arrays, Noise, SegmentGraph
+from auditor.ports import Arrays
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
@@ -46,15 +44,6 @@ def audit_in(
         timeout=600,
         check=False,
     )
-
-
-def explained(
-    noises: Sequence[Noise], run: Any, segment: SegmentGraph, feeds: Arrays, observed: Array
-) -> Explanation:
-    """What ``noises`` say of a segment whose output ``y`` a plant changed."""
-    replayed = run(segment.model, feeds)
-    assert not np.array_equal(replayed["y"], observed), "the plant changed nothing"
-    return attribution.explain(segment, feeds, {"y": observed}, replayed, noises, thorough=True)
 
 
 def named(id: str, found: Explanation, variant: str | None = None) -> None:

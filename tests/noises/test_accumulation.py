@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from auditor.noises import accumulation
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from tests.segments import diagnose, make_segment, run
 
 ID = "implementation.accumulation"
 HALF = np.float16
@@ -27,9 +28,7 @@ def running(values: Array, axis: int) -> Array:
 
 @pytest.mark.parametrize("kind", ["Sum", "Mean", "L1", "L2", "SumSquare", "LogSum"])
 @pytest.mark.parametrize("axes", [[1], [1, 2], [-1], [2, 3], [1, 2, 3], None])
-def test_reductions(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str, axes: Any
-) -> None:
+def test_reductions(generator: np.random.Generator, kind: str, axes: Any) -> None:
     shape = (2, 3, 16, 24) if axes in ([2, 3], None) else (4, 320, 3) if axes == [1] else (4, 8, 80)
     x = np.abs(generator.standard_normal(shape) * 2 + 3).astype(HALF)
     if axes == [1, 2]:
@@ -59,9 +58,7 @@ def test_reductions(
 
 
 @pytest.mark.parametrize("include", [0, 1])
-def test_pooling(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, include: int
-) -> None:
+def test_pooling(generator: np.random.Generator, include: int) -> None:
     x = (np.abs(generator.standard_normal((2, 3, 18, 18))) * 40 + 300).astype(HALF)
     node = helper.make_node(
         "AveragePool", ["x"], ["y"],
@@ -79,7 +76,7 @@ def test_pooling(
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
-def test_overflow_before_the_division(make_segment: Any, diagnose: Any) -> None:
+def test_overflow_before_the_division() -> None:
     x = np.full((1, 2, 64, 64), 20, HALF)
     x[:, 1] = 0
     x[:, 1, 5, 5] = 64
@@ -89,7 +86,7 @@ def test_overflow_before_the_division(make_segment: Any, diagnose: Any) -> None:
     assert found.noise == ID and found.bit_identical == 1.0
 
 
-def test_intermediate_results(make_segment: Any, diagnose: Any) -> None:
+def test_intermediate_results() -> None:
     """The reference computes float16 neighbours in float32, which hides the overflow."""
     x = np.array([300, 200, 65000, 1], HALF)
     segment = make_segment("s = Mul(x, x) y = Div(s, x)", kind=TensorProto.FLOAT16)
@@ -100,9 +97,7 @@ def test_intermediate_results(make_segment: Any, diagnose: Any) -> None:
     assert found.noise == ID and "intermediate" in (found.variant or "")
 
 
-def test_float32_models_run_in_half_precision(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_float32_models_run_in_half_precision(generator: np.random.Generator) -> None:
     """Only where the engine says so: the replay is long."""
     x = (generator.standard_normal((2, 400)) + 4).astype(np.float32)
     node = "y = ReduceSum <keepdims = 0> (x, axes)"
@@ -116,16 +111,14 @@ def test_float32_models_run_in_half_precision(
     np.testing.assert_array_equal(run(variant.model, {"x": x})["y"], planted)
 
 
-def test_a_scaled_mean_is_no_accumulation(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_a_scaled_mean_is_no_accumulation(generator: np.random.Generator) -> None:
     x = (generator.standard_normal((8, 512)) + 2).astype(HALF)
     segment = make_segment("y = ReduceMean <axes = [1]> (x)", kind=TensorProto.FLOAT16)
     wrong = (x.astype(np.float64).mean(1, keepdims=True) * 1.02).astype(HALF)
     assert diagnose(segment, {"x": x}, {"y": wrong}).noise is None
 
 
-def test_tvm_sums_in_half_precision(make_segment: Any, diagnose: Any) -> None:
+def test_tvm_sums_in_half_precision() -> None:
     tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx

@@ -13,6 +13,7 @@ from onnx import helper
 from auditor.attribution.cause import explain
 from auditor.noises import approximation
 from auditor.ports import Array, SegmentGraph, Variant
+from tests.segments import diagnose, make_segment, run
 
 ID = "implementation.approximation"
 erf = np.vectorize(math.erf)
@@ -42,7 +43,7 @@ def schraudolph(x: Array) -> Array:
     return np.maximum(bits, 0).astype(np.int64).astype(np.uint32).view(np.float32).reshape(x.shape)
 
 
-def written_erf(make_segment: Any) -> Any:
+def written_erf() -> Any:
     values = {"root": math.sqrt(2), "one": 1.0, "half": 0.5}
     constants = {k: np.array(v, np.float32) for k, v in values.items()}
     return make_segment(
@@ -50,7 +51,7 @@ def written_erf(make_segment: Any) -> Any:
     )
 
 
-def written_tanh(make_segment: Any) -> Any:
+def written_tanh() -> Any:
     values = {"three": 3, "small": 0.044715, "root": math.sqrt(2 / math.pi), "one": 1, "half": 0.5}
     constants = {k: np.array(v, np.float32) for k, v in values.items()}
     return make_segment(
@@ -60,7 +61,7 @@ def written_tanh(make_segment: Any) -> Any:
     )
 
 
-def single(make_segment: Any, op_type: str, version: int = 20, **attributes: Any) -> Any:
+def single(op_type: str, version: int = 20, **attributes: Any) -> Any:
     node = helper.make_node(op_type, ["x"], ["y"], **attributes)
     return make_segment([node], {}, ["x"], ["y"], opset=version)
 
@@ -70,24 +71,24 @@ def x(generator: np.random.Generator) -> Array:
     return np.asarray(generator.standard_normal((8, 64)) * 2, np.float32)
 
 
-def test_gelu_in_every_form(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_gelu_in_every_form(x: Array) -> None:
     quick = (x * sigmoid(np.float32(1.702) * x)).astype(np.float32)
     for segment, planted in (
-        (written_erf(make_segment), tanh_gelu(x)),
-        (written_erf(make_segment), quick),
-        (written_tanh(make_segment), erf_gelu(x)),
-        (single(make_segment, "Gelu"), tanh_gelu(x)),
-        (single(make_segment, "Gelu"), quick),
-        (single(make_segment, "Gelu", approximate="tanh"), erf_gelu(x)),
+        (written_erf(), tanh_gelu(x)),
+        (written_erf(), quick),
+        (written_tanh(), erf_gelu(x)),
+        (single("Gelu"), tanh_gelu(x)),
+        (single("Gelu"), quick),
+        (single("Gelu", approximate="tanh"), erf_gelu(x)),
     ):
         found = diagnose(segment, {"x": x}, {"y": planted})
         assert found.noise == ID and found.explained > 0.999
 
 
-def test_pytorch_gelu(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_pytorch_gelu(x: Array) -> None:
     torch = pytest.importorskip("torch", reason="needs the [torch] extra")
     observed = torch.nn.functional.gelu(torch.from_numpy(x), approximate="tanh").numpy()
-    assert diagnose(written_erf(make_segment), {"x": x}, {"y": observed}).noise == ID
+    assert diagnose(written_erf(), {"x": x}, {"y": observed}).noise == ID
 
 
 @pytest.mark.parametrize(
@@ -107,59 +108,55 @@ def test_pytorch_gelu(make_segment: Any, diagnose: Any, x: Array) -> None:
          / schraudolph(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)),
     ],
 )  # fmt: skip
-def test_other_functions(
-    make_segment: Any, diagnose: Any, x: Array, op_type: str, attributes: Any, planted: Any
-) -> None:
-    segment = single(make_segment, op_type, **attributes)
+def test_other_functions(x: Array, op_type: str, attributes: Any, planted: Any) -> None:
+    segment = single(op_type, **attributes)
     if op_type == "Softmax":
         x = np.where(np.arange(x.shape[-1]) == 1, np.finfo(np.float32).min, x)  # a mask
     found = diagnose(segment, {"x": x}, {"y": np.asarray(planted(x), np.float32)})
     assert found.noise == ID and found.explained > 0.99
 
 
-def test_a_tanh_that_cancels_near_0(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_a_tanh_that_cancels_near_0(x: Array) -> None:
     """As TVM computes it: of 1 − e⁻²ˣ a few steps are left."""
     small = x * np.float32(1e-7)
     power = np.exp(np.abs(small).astype(float) * -2).astype(np.float32)
     planted = np.sign(small) * ((1 - power) / (1 + power))
-    found = diagnose(single(make_segment, "Tanh"), {"x": small}, {"y": planted})
+    found = diagnose(single("Tanh"), {"x": small}, {"y": planted})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_wrong_functions_are_no_approximation(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_wrong_functions_are_no_approximation(x: Array) -> None:
     for op_type, planted in (
         ("Sigmoid", sigmoid(x * np.float32(1.05))),
         ("Tanh", np.tanh(x) * np.float32(0.99)),
         ("Gelu", np.roll(erf_gelu(x), 1, axis=-1)),
     ):
-        found = diagnose(single(make_segment, op_type), {"x": x}, {"y": planted})
+        found = diagnose(single(op_type), {"x": x}, {"y": planted})
         assert found.noise is None
 
 
-def test_a_tanh_that_is_no_gelu_is_not_rewritten(make_segment: Any) -> None:
-    names = [v.name for v in approximation.NOISE.variants(single(make_segment, "Tanh"))]
+def test_a_tanh_that_is_no_gelu_is_not_rewritten() -> None:
+    names = [v.name for v in approximation.NOISE.variants(single("Tanh"))]
     assert names and not any("GELU" in name for name in names)
-    assert list(approximation.NOISE.variants(single(make_segment, "Relu"))) == []
+    assert list(approximation.NOISE.variants(single("Relu"))) == []
     assert "FastMath" in approximation.NOISE.remedy("tvm")
 
 
-def test_softmax_without_the_shift(make_segment: Any, diagnose: Any) -> None:
+def test_softmax_without_the_shift() -> None:
     """Rows whose largest value is beyond 88.7 become NaN, or zeros beside it."""
     x = np.random.default_rng(5).standard_normal((8, 20)).astype(np.float32) * 40
     with np.errstate(over="ignore", invalid="ignore"):
         powers = np.exp(x)
         planted = powers / powers.sum(1, keepdims=True, dtype=np.float32)
     assert 0 < np.isnan(planted).sum() < planted.size
-    found = diagnose(single(make_segment, "Softmax"), {"x": x}, {"y": planted})
+    found = diagnose(single("Softmax"), {"x": x}, {"y": planted})
     assert found.noise == ID and "not shifted" in found.variant and found.explained > 0.99
     planted[0, :] = np.nan  # a row that does not overflow
     lost = np.where(np.isnan(planted).any(1, keepdims=True), np.nan, planted)[::-1].copy()
-    assert diagnose(single(make_segment, "Softmax"), {"x": x}, {"y": lost}).noise != ID
+    assert diagnose(single("Softmax"), {"x": x}, {"y": lost}).noise != ID
 
 
-def test_infinity_is_no_evidence_where_the_other_values_are_right(
-    make_segment: Any, run: Any
-) -> None:
+def test_infinity_is_no_evidence_where_the_other_values_are_right() -> None:
     """ONNX Runtime's sigmoid never is 0, where others are and their logarithm is infinite."""
     segment = make_segment("s = Sigmoid(x) y = Log(s)")
     x = np.concatenate([np.linspace(-120, -90, 9), np.linspace(-15, 10, 99)])[None]

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from auditor.noises import attribute_ignored
 from auditor.ports import Array, Arrays
 from tests.helpers import nodes_of
+from tests.segments import conv, diagnose, make_segment, run
 
 ID = "implementation.attribute_ignored"
 
@@ -43,12 +44,7 @@ def lrn(x: Array, size: int, alpha: float, beta: float, bias: float) -> Array:
     ],
 )  # fmt: skip
 def test_attribute_at_its_default(
-    make_segment: Any,
-    diagnose: Any,
-    generator: np.random.Generator,
-    op_type: str,
-    attributes: Any,
-    planted: Any,
+    generator: np.random.Generator, op_type: str, attributes: Any, planted: Any
 ) -> None:
     shape = (6, 6) if op_type == "Gemm" else (2, 8, 4, 4)
     x = (generator.standard_normal(shape) * 2).astype(np.float32)
@@ -74,9 +70,7 @@ def test_attribute_at_its_default(
     assert any(f"{op_type}: {name} ignored" == ignored for name in attributes)
 
 
-def test_slope_along_the_channels(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_slope_along_the_channels(generator: np.random.Generator) -> None:
     x = generator.standard_normal((2, 4, 3, 4)).astype(np.float32)
     slope = np.array([0.1, -0.5, 2, 0.7], np.float32)
     segment = make_segment("y = PRelu(x, slope)", {"slope": slope})
@@ -104,9 +98,7 @@ def lstm(x: Array, w: Array, r: Array, b: Array, start: Array) -> Array:
 
 
 @pytest.mark.parametrize("lost", ["P", "initial_h"])
-def test_optional_inputs_of_a_recurrent_layer(
-    make_segment: Any, diagnose: Any, run: Any, generator: np.random.Generator, lost: str
-) -> None:
+def test_optional_inputs_of_a_recurrent_layer(generator: np.random.Generator, lost: str) -> None:
     x = generator.standard_normal((5, 2, 3)).astype(np.float32)
     constants = {
         "w": generator.standard_normal((1, 16, 3)),
@@ -126,16 +118,14 @@ def test_optional_inputs_of_a_recurrent_layer(
     assert found.noise == ID and found.variant == f"LSTM: input {lost} ignored"
 
 
-def test_two_attributes_at_once(make_segment: Any, diagnose: Any) -> None:
+def test_two_attributes_at_once() -> None:
     x = np.linspace(-3, 3, 400, dtype=np.float32)[None]
     segment = make_segment("y = HardSigmoid <alpha = 0.7, beta = 0.1> (x)")
     found = diagnose(segment, {"x": x}, {"y": np.clip(np.float32(0.2) * x + 0.5, 0, 1)})
     assert found.noise == ID and found.variant == "all attributes ignored"
 
 
-def test_functions_of_one_direction_in_both(
-    make_segment: Any, diagnose: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_functions_of_one_direction_in_both(generator: np.random.Generator) -> None:
     x = generator.standard_normal((5, 2, 3)).astype(np.float32)
     constants = {
         "w": generator.standard_normal((2, 4, 3)),
@@ -159,9 +149,7 @@ def test_functions_of_one_direction_in_both(
     assert found.noise == ID and found.variant == "activations of the first direction in both"
 
 
-def test_output_shape_of_a_transposed_convolution(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_output_shape_of_a_transposed_convolution(generator: np.random.Generator) -> None:
     torch = pytest.importorskip("torch", reason="needs the [torch] extra")
     x = generator.standard_normal((1, 2, 3, 3)).astype(np.float32)
     w = generator.standard_normal((2, 3, 3, 3)).astype(np.float32)
@@ -174,9 +162,7 @@ def test_output_shape_of_a_transposed_convolution(
     assert found.noise == ID and "output_shape" in (found.variant or "")
 
 
-def test_outputs_that_are_not_computed(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_outputs_that_are_not_computed(generator: np.random.Generator) -> None:
     x = generator.standard_normal((2, 8)).astype(np.float32)
     segment = make_segment(
         "y, mean, d = LayerNormalization(x, g) deviation = Neg(d)", {"g": np.ones(8, np.float32)}
@@ -188,7 +174,7 @@ def test_outputs_that_are_not_computed(
     assert values["mean"].shape == values["deviation"].shape == ()
 
 
-def test_limits_of_boxes_that_are_computed(make_segment: Any, run: Any) -> None:
+def test_limits_of_boxes_that_are_computed() -> None:
     """Without its first limit a selection is empty; constant limits are left to ties."""
     names = ["most", "limit", "least"]
     feeds = {
@@ -208,9 +194,7 @@ def test_limits_of_boxes_that_are_computed(make_segment: Any, run: Any) -> None:
     assert list(attribute_ignored.NOISE.variants(fixed)) == []
 
 
-def test_wrong_values_are_not_ignored_attributes(
-    make_segment: Any, diagnose: Any, conv: Any, generator: np.random.Generator
-) -> None:
+def test_wrong_values_are_not_ignored_attributes(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 4, 8, 8)).astype(np.float32)
     w = generator.standard_normal((6, 4, 3, 3)).astype(np.float32)
     b = generator.standard_normal(6).astype(np.float32)
@@ -226,7 +210,7 @@ def test_wrong_values_are_not_ignored_attributes(
     assert diagnose(segment, {"x": x}, {"y": conv(x, w)}).noise == ID
 
 
-def test_openvino_ignores_the_bias_of_lrn(make_segment: Any, diagnose: Any) -> None:
+def test_openvino_ignores_the_bias_of_lrn() -> None:
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
     x = (np.random.default_rng(5).standard_normal((1, 7, 3, 3)) * 3).astype(np.float32)
     segment = make_segment("y = LRN <alpha = 0.5, beta = 0.7, bias = 1.5, size = 5> (x)")
@@ -246,15 +230,13 @@ def test_openvino_ignores_the_bias_of_lrn(make_segment: Any, diagnose: Any) -> N
     assert (found.noise, found.variant) == (ID, "LRN: bias ignored")
 
 
-def test_nothing_to_ignore(make_segment: Any) -> None:
+def test_nothing_to_ignore() -> None:
     segment = make_segment("y = Relu(x)")
     assert list(attribute_ignored.NOISE.variants(segment)) == []
     assert attribute_ignored.NOISE.remedy("ov")
 
 
-def test_one_of_two_fused_convolutions(
-    make_segment: Any, run: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_one_of_two_fused_convolutions(generator: np.random.Generator) -> None:
     w = generator.standard_normal((8, 8, 1, 1)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
     nodes = nodes_of("[first] h = Conv(x, w, b) r = Relu(h) [second] y = Conv(r, w, b)")
@@ -269,7 +251,7 @@ def test_one_of_two_fused_convolutions(
 
 
 def test_a_hypothesis_whose_shapes_fit_nothing_is_refuted_not_missing(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     weights = {
         "w": generator.standard_normal((8, 16)).astype(np.float32),

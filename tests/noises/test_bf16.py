@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +15,7 @@ from auditor.ports import Array
 from auditor.records.backend import Kernel
 from auditor.replays import recurrent
 from tests.helpers import nodes_of
+from tests.segments import conv, explain, make_segment, run
 
 ID = "precision.bf16"
 
@@ -39,9 +38,7 @@ def check(found: Explanation, identical: float = 0.99) -> None:
     assert all(h.explained <= 0.5 for h in wrong), wrong
 
 
-def test_convolution_with_folded_batch_norm(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_convolution_with_folded_batch_norm(generator: np.random.Generator) -> None:
     x = r(generator.standard_normal((1, 6, 9, 9)))
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
     b, gamma, beta, mean = generator.standard_normal((4, 8)).astype(np.float32)
@@ -61,9 +58,7 @@ def test_convolution_with_folded_batch_norm(
     assert explain(segment, {"x": x}, {"y": r(np.maximum(unfolded, 0))}).explained < 0.99
 
 
-def test_factors_that_the_engine_takes_behind_an_average(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_factors_that_the_engine_takes_behind_an_average(generator: np.random.Generator) -> None:
     """Its kernels say so: the average comes before what the model has in front of it."""
     x = r(generator.standard_normal((2, 3, 16, 16)))
     g, b = (generator.standard_normal((1, 3, 1, 1)).astype(np.float32) for _ in range(2))
@@ -83,9 +78,7 @@ def test_factors_that_the_engine_takes_behind_an_average(
     check(explain(before, {"x": x}, {"y": np.maximum(averaged(r(x * g + b)), 0)}))
 
 
-def test_a_convolution_adds_in_the_precision_of_its_result(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_a_convolution_adds_in_the_precision_of_its_result(generator: np.random.Generator) -> None:
     x = r(generator.standard_normal((1, 6, 9, 9)))
     w, v = generator.standard_normal((2, 8, 6, 3, 3)).astype(np.float32)
     nodes = nodes_of("c = Conv(x, w) d = Conv(x, v) s = Add(c, d) y = Mul(s, s)")
@@ -98,7 +91,7 @@ def test_a_convolution_adds_in_the_precision_of_its_result(
     check(explain(segment, {"x": x}, {"y": r(r(conv(x, r(w)) + conv(x, r(v))) ** 2)}))
 
 
-def test_positions_are_seldom_rounded_up(make_segment: Any, explain: Any) -> None:
+def test_positions_are_seldom_rounded_up() -> None:
     kernels = [Kernel("Cast", "Convert", ("y",), ("y",), "ref_i64", "i64", "bf16")]
     segment = make_segment("y = Cast <to = 1> (x)", kernels=kernels, kind=TensorProto.INT64)
     x = np.arange(60_000, 80_000, 113)
@@ -116,7 +109,7 @@ def seldom_up(values: Array) -> Array:
 
 @pytest.mark.parametrize("narrow_bias", [True, False])
 def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
-    make_segment: Any, explain: Any, generator: np.random.Generator, narrow_bias: bool
+    generator: np.random.Generator, narrow_bias: bool
 ) -> None:
     x = r(generator.standard_normal((5, 64)))
     w = generator.standard_normal((64, 32)).astype(np.float32) / 8
@@ -135,7 +128,7 @@ def test_fully_connected_rounds_its_bias_when_it_rounds_its_output(
 
 @pytest.mark.parametrize("size", [5, 44])
 def test_reductions_cut_off_what_lies_beyond_whole_vectors(
-    make_segment: Any, explain: Any, generator: np.random.Generator, size: int
+    generator: np.random.Generator, size: int
 ) -> None:
     x = r(generator.standard_normal((40, size, 3)) ** 2)
     segment = make_segment(
@@ -152,7 +145,7 @@ def test_reductions_cut_off_what_lies_beyond_whole_vectors(
 
 
 def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x = r(generator.standard_normal((1, 2 * 3 * 3, 7 * 7)))
     constants = {"size": np.array([7, 7]), "block": np.array([3, 3])}
@@ -170,9 +163,7 @@ def test_overlapping_blocks_are_added_up_in_bf16_and_seldom_rounded_up(
     check(explain(segment, {"x": x}, {"y": planted[..., 1:-1, 1:-1]}))
 
 
-def test_groups_are_rounded_before_gamma_and_beta(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_groups_are_rounded_before_gamma_and_beta(generator: np.random.Generator) -> None:
     """What is behind them, too: ONNX infers no type of a GroupNormalization."""
     x = r(generator.standard_normal((2, 6, 5, 5)) + 1)
     gamma, beta = generator.standard_normal((2, 6, 1, 1)).astype(np.float32)
@@ -189,9 +180,7 @@ def test_groups_are_rounded_before_gamma_and_beta(
     check(explain(segment, {"x": x}, {"y": r(np.tanh(normalised * gamma + beta))}))
 
 
-def test_a_root_mean_square_is_rounded_as_a_whole(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_a_root_mean_square_is_rounded_as_a_whole(generator: np.random.Generator) -> None:
     """1 / deviation is no normalised value; what enters is rounded, though a Cast is first."""
     x = generator.standard_normal((20, 64)).astype(np.float32)
     constants = {"two": np.array(2, np.float32), "one": np.array(1, np.float32)}
@@ -207,9 +196,7 @@ def test_a_root_mean_square_is_rounded_as_a_whole(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
-def test_what_onnx_runtime_fused_is_rounded_between_kernels(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_what_onnx_runtime_fused_is_rounded_between_kernels(generator: np.random.Generator) -> None:
     """ONNX infers no type of its normalisations."""
     x = r(generator.standard_normal((20, 64)))
     w = generator.standard_normal((64, 16)).astype(np.float32)
@@ -228,7 +215,7 @@ def test_what_onnx_runtime_fused_is_rounded_between_kernels(
 
 @pytest.mark.parametrize(("axis", "opset"), [(1, 17), (1, 11)])
 def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
-    make_segment: Any, explain: Any, generator: np.random.Generator, axis: int, opset: int
+    generator: np.random.Generator, axis: int, opset: int
 ) -> None:
     x = r(generator.standard_normal((5, 3, 7)) * 4)
     segment = make_segment(
@@ -243,9 +230,7 @@ def test_the_sum_of_a_log_softmax_is_of_rounded_exponentials(
     check(explain(segment, {"x": x}, {"y": planted}))
 
 
-def test_a_sum_of_squares_is_two_kernels(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_a_sum_of_squares_is_two_kernels(generator: np.random.Generator) -> None:
     """The first may hold what comes before it, too."""
     x = r(generator.standard_normal((4, 2, 160)))
     kernels = [kernel("Subgraph", ("t", "y"), ""), kernel("Reduce", ("y",), "y")]
@@ -255,7 +240,7 @@ def test_a_sum_of_squares_is_two_kernels(
     check(explain(segment, {"x": x}, {"y": r(r(np.tanh(x) ** 2).sum(1))}), identical=0.98)
 
 
-def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.Generator) -> None:
+def test_fused_attention(generator: np.random.Generator) -> None:
     q, k, v = (r(generator.standard_normal((2, 7, 8)) * 2) for _ in range(3))
     mask = np.zeros((1, 1, 7), np.float32)
     mask[..., 5:] = np.finfo(np.float32).min
@@ -275,9 +260,7 @@ def test_fused_attention(make_segment: Any, explain: Any, generator: np.random.G
     check(explain(segment, feeds, {"y": planted}))
 
 
-def test_attention_multiplies_integers_as_they_are(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_attention_multiplies_integers_as_they_are(generator: np.random.Generator) -> None:
     """Queries and keys of 8 bits, from a kernel in float32; probabilities and values in bf16."""
     x = (generator.standard_normal((2, 7, 8)) * 2).astype(np.float32)
     v = r(generator.standard_normal((2, 7, 8)))
@@ -306,9 +289,7 @@ def test_attention_multiplies_integers_as_they_are(
     check(explain(segment, {"x": x, "v": v}, {"y": r(weights.astype(np.float64) @ v)}))
 
 
-def test_layer_norm_rounds_before_gamma_and_beta(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_layer_norm_rounds_before_gamma_and_beta(generator: np.random.Generator) -> None:
     x = r(generator.standard_normal((4, 96)) * 3)
     gamma, beta = generator.standard_normal((2, 96)).astype(np.float32)
     segment = make_segment(
@@ -323,7 +304,7 @@ def test_layer_norm_rounds_before_gamma_and_beta(
 
 
 def test_layer_norm_without_gamma_and_beta_is_fused_with_what_follows(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """Values that are moved in between are moved after it."""
     x = r(generator.standard_normal((4, 96)) * 3)
@@ -338,9 +319,7 @@ def test_layer_norm_without_gamma_and_beta_is_fused_with_what_follows(
     check(explain(segment, {"x": x}, {"y": r(normalized * np.tanh(normalized)).T}))
 
 
-def test_elementwise_kernel_rounds_at_its_edges_only(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_elementwise_kernel_rounds_at_its_edges_only(generator: np.random.Generator) -> None:
     x, z = generator.standard_normal((2, 4, 50)).astype(np.float32)
     segment = make_segment(
         "a = Mul(x, factor) b = Add(a, z) y = Mul(b, b)",
@@ -355,7 +334,7 @@ def test_elementwise_kernel_rounds_at_its_edges_only(
 
 
 def test_constants_that_a_kernel_computes_are_rounded_as_it_writes_them(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """Token types that the model chooses itself: OpenVINO cannot fold how they are looked up."""
     x, table, places = generator.standard_normal((3, 8, 20)).astype(np.float32)
@@ -370,9 +349,7 @@ def test_constants_that_a_kernel_computes_are_rounded_as_it_writes_them(
     check(explain(segment, {"x": x}, {"y": r(r(x) + r(table[[1, 3]]) + places[:2])}))
 
 
-def test_two_kernels_in_one_segment_round_in_between(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_two_kernels_in_one_segment_round_in_between(generator: np.random.Generator) -> None:
     x = r(generator.standard_normal((1, 8, 8, 8)))
     first = generator.standard_normal((16, 8, 3, 3)).astype(np.float32) / 8
     second = generator.standard_normal((8, 16, 1, 1)).astype(np.float32) / 4
@@ -391,9 +368,7 @@ def test_two_kernels_in_one_segment_round_in_between(
     check(explain(segment, {"x": x}, {"y": r(conv(r(hidden), r(second)))}))
 
 
-def test_a_kernel_that_stays_in_float32_is_not_rounded(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_a_kernel_that_stays_in_float32_is_not_rounded(generator: np.random.Generator) -> None:
     x = r(generator.standard_normal((4, 32)))
     w = generator.standard_normal((32, 16)).astype(np.float32) / 4
     segment = make_segment(
@@ -407,9 +382,7 @@ def test_a_kernel_that_stays_in_float32_is_not_rounded(
 
 
 @pytest.mark.parametrize("opset", [11, 17])
-def test_without_kernels_and_on_old_opsets(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], opset: int
-) -> None:
+def test_without_kernels_and_on_old_opsets(opset: int) -> None:
     generator = np.random.default_rng(3)
     x = generator.standard_normal((2, 4, 8, 8)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
@@ -426,9 +399,7 @@ def test_stated_by_the_kernels_alone() -> None:
     assert not bf16.NOISE.stated_by(())
 
 
-def test_activations_alone(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_activations_alone(generator: np.random.Generator) -> None:
     """As where what is handed over between kernels in float32 is stored in bfloat16."""
     x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
@@ -439,7 +410,7 @@ def test_activations_alone(
 
 
 def test_a_kernel_that_names_its_convolution_twice_adds_the_bias_itself(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """As where a candidate has an Identity behind it, which the reference has not."""
     x = r(generator.standard_normal((1, 6, 9, 9)))
@@ -452,7 +423,7 @@ def test_a_kernel_that_names_its_convolution_twice_adds_the_bias_itself(
 
 
 def test_factor_and_shift_after_a_convolution_go_into_its_rounded_weights_and_bias(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x = r(generator.standard_normal((1, 6, 9, 9)))
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
@@ -468,7 +439,7 @@ def test_factor_and_shift_after_a_convolution_go_into_its_rounded_weights_and_bi
 
 
 def test_factors_of_and_behind_a_gemm_go_into_its_rounded_weights_and_bias(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x = r(generator.standard_normal((6, 24)))
     w = generator.standard_normal((16, 24)).astype(np.float32)
@@ -484,7 +455,7 @@ def test_factors_of_and_behind_a_gemm_go_into_its_rounded_weights_and_bias(
 
 
 def test_a_kernel_that_widens_8_bits_hands_over_what_its_readers_round(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x, y = generator.standard_normal((2, 64, 64)).astype(np.float32)
     scale = np.float32(0.0237)
@@ -502,7 +473,7 @@ def test_a_kernel_that_widens_8_bits_hands_over_what_its_readers_round(
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_averages_of_8_bits_are_widened_after_they_are_rounded_or_as_they_are_written(
-    make_segment: Any, explain: Any, generator: np.random.Generator, fused: bool
+    generator: np.random.Generator, fused: bool
 ) -> None:
     x = generator.standard_normal((2, 32, 4, 6)).astype(np.float32)
     scale = np.float32(0.0237)
@@ -535,7 +506,7 @@ def test_averages_of_8_bits_are_widened_after_they_are_rounded_or_as_they_are_wr
 
 
 def test_the_bias_of_a_product_of_8_bits_is_added_to_its_rounded_sums(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x = generator.integers(-128, 128, (1, 6, 9, 9)).astype(np.float32) * np.float32(0.0237)
     w = generator.integers(-127, 128, (8, 6, 3, 3)).astype(np.int8)
@@ -554,7 +525,7 @@ def test_the_bias_of_a_product_of_8_bits_is_added_to_its_rounded_sums(
 
 
 def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     a, b = generator.standard_normal((2, 24, 24)).astype(np.float32)
     scale = np.float32(0.1768)
@@ -566,7 +537,7 @@ def test_a_kernel_of_its_own_scales_one_operand_of_a_product(
 
 
 def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """Dynamo's exporter scales both operands of attention, by a factor for each."""
     x = r(generator.standard_normal((16, 24)))
@@ -590,7 +561,7 @@ def test_a_factor_behind_moved_values_is_multiplied_in_before_these_are_rounded(
 
 @pytest.mark.parametrize("op_type", ["Div", "Add"])
 def test_a_kernel_that_writes_keys_multiplies_them_by_the_scale_of_their_head(
-    make_segment: Any, explain: Any, generator: np.random.Generator, op_type: str
+    generator: np.random.Generator, op_type: str
 ) -> None:
     """And a bias of positions that a kernel computes is rounded (Swin V2)."""
     q, k = (r(generator.standard_normal((2, 3, 9, 8))) for _ in "qk")
@@ -610,9 +581,7 @@ def test_a_kernel_that_writes_keys_multiplies_them_by_the_scale_of_their_head(
     check(explain(segment, {"q": q, "k": k, "norm": norm}, {"y": r(q @ keys + added)}), 0.98)
 
 
-def test_an_attention_mask_multiplied_out_does_not_cancel(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_an_attention_mask_multiplied_out_does_not_cancel(generator: np.random.Generator) -> None:
     scores = r(generator.standard_normal((12, 20)) * 5)
     mask = np.float32([1] * 13 + [0] * 7)
     segment = make_segment(
@@ -629,7 +598,7 @@ def test_an_attention_mask_multiplied_out_does_not_cancel(
 
 
 def test_factors_of_sums_are_multiplied_in_by_kernels_of_their_own(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x, z = generator.standard_normal((2, 12, 20)).astype(np.float32)
     one, factor = np.float32(1), np.float32(7.3)
@@ -643,7 +612,7 @@ def test_factors_of_sums_are_multiplied_in_by_kernels_of_their_own(
 
 
 def test_what_quantises_by_itself_reads_its_operand_as_it_is(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     x, z = generator.standard_normal((2, 64, 64)).astype(np.float32)
     scale = np.float32(0.0237)
@@ -657,7 +626,7 @@ def test_what_quantises_by_itself_reads_its_operand_as_it_is(
 
 
 def test_parameters_of_gates_go_to_the_functions_that_have_them(
-    make_segment: Any, run: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """Both directions of a layer share one list of them."""
     shapes = {"w": (2, 4, 8), "r": (2, 4, 4), "b": (2, 8)}
@@ -674,7 +643,7 @@ def test_parameters_of_gates_go_to_the_functions_that_have_them(
 
 
 def test_dynamic_quantisation_multiplies_by_the_inverse_of_the_range(
-    make_segment: Any, explain: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """Which decides where rounding to bfloat16 put values in the middle between two steps."""
     x = generator.uniform(-3, 3, (64, 64)).astype(np.float32)
@@ -689,9 +658,7 @@ def test_dynamic_quantisation_multiplies_by_the_inverse_of_the_range(
     assert found.noise == "precision.bf16" and found.bit_identical == 1
 
 
-def test_the_order_of_a_sum_decides_its_last_digit(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_the_order_of_a_sum_decides_its_last_digit(generator: np.random.Generator) -> None:
     """The sum of a few rounded values is often near the middle between two others."""
     x = np.broadcast_to(np.float32([1, 2**-8, *[2**-25] * 30]), (20, 32))
     x = x * generator.choice(np.float32([-2, -1, 1, 2, 4]), (20, 1))

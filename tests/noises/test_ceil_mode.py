@@ -13,6 +13,7 @@ from onnx import helper
 from auditor.graphs import surgery
 from auditor.noises import ceil_mode
 from auditor.ports import Array, SegmentGraph
+from tests.segments import diagnose, make_segment, run
 
 ID = "inference.ceil_mode"
 LOWEST = np.finfo(np.float32).min
@@ -49,7 +50,7 @@ def whole(cells: int, kernel: int) -> int:
     return kernel
 
 
-def pool(make_segment: Any, op_type: str, kernel: int, stride: int, pads: int, **more: Any) -> Any:
+def pool(op_type: str, kernel: int, stride: int, pads: int, **more: Any) -> Any:
     node = helper.make_node(
         op_type,
         ["x"],
@@ -69,11 +70,9 @@ def x(generator: np.random.Generator) -> Array:
 
 @pytest.mark.parametrize("ceil", [0, 1])
 @pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool"])
-def test_rounded_the_other_way(
-    make_segment: Any, diagnose: Any, x: Array, op_type: str, ceil: int
-) -> None:
+def test_rounded_the_other_way(x: Array, op_type: str, ceil: int) -> None:
     x = x[..., :16, :16]
-    segment = pool(make_segment, op_type, 3, 2, 1, ceil_mode=ceil, **_counting(op_type))
+    segment = pool(op_type, 3, 2, 1, ceil_mode=ceil, **_counting(op_type))
     planted = walk(x, 3, 2, (1, 1), 8 if ceil else 9, _divisor(op_type, inside))
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.9999
@@ -81,18 +80,16 @@ def test_rounded_the_other_way(
 
 
 @pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool"])
-def test_last_window_in_the_padding_is_kept(
-    make_segment: Any, diagnose: Any, x: Array, op_type: str
-) -> None:
-    segment = pool(make_segment, op_type, 2, 2, 1, ceil_mode=1, **_counting(op_type))
+def test_last_window_in_the_padding_is_kept(x: Array, op_type: str) -> None:
+    segment = pool(op_type, 2, 2, 1, ceil_mode=1, **_counting(op_type))
     planted = walk(x, 2, 2, (1, 1), 10, _divisor(op_type, inside))
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.9999 and "kept" in found.variant
 
 
-def test_kept_windows_of_a_bfloat16_build(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_kept_windows_of_a_bfloat16_build(x: Array) -> None:
     """Its lowest number is not float32's, and its inputs were rounded before."""
-    segment = pool(make_segment, "MaxPool", 2, 2, 1, ceil_mode=1)
+    segment = pool("MaxPool", 2, 2, 1, ceil_mode=1)
     narrow = x.astype(ml_dtypes.bfloat16).astype(np.float32)
     planted = walk(narrow, 2, 2, (1, 1), 10, None)
     planted[planted == LOWEST] = float(ml_dtypes.finfo(ml_dtypes.bfloat16).min)
@@ -101,13 +98,9 @@ def test_kept_windows_of_a_bfloat16_build(make_segment: Any, diagnose: Any, x: A
 
 
 @pytest.mark.parametrize(("kernel", "stride", "pads"), [(3, 2, 1), (4, 5, 0)])
-def test_average_over_the_whole_kernel(
-    make_segment: Any, diagnose: Any, x: Array, kernel: int, stride: int, pads: int
-) -> None:
+def test_average_over_the_whole_kernel(x: Array, kernel: int, stride: int, pads: int) -> None:
     x = x[..., :16, :16]
-    segment = pool(
-        make_segment, "AveragePool", kernel, stride, pads, ceil_mode=1, count_include_pad=1
-    )
+    segment = pool("AveragePool", kernel, stride, pads, ceil_mode=1, count_include_pad=1)
     windows = -(-(16 - kernel + 2 * pads) // stride) + 1
     planted = walk(x, kernel, stride, (pads, pads), windows, whole)
     found = diagnose(segment, {"x": x}, {"y": planted})
@@ -115,12 +108,10 @@ def test_average_over_the_whole_kernel(
     assert found.variant == "cells past the padded edge count in an average"
 
 
-def test_average_over_the_whole_kernel_where_a_window_is_dropped(
-    make_segment: Any, diagnose: Any, x: Array
-) -> None:
+def test_average_over_the_whole_kernel_where_a_window_is_dropped(x: Array) -> None:
     """Along the second axis; ONNX Runtime infers that window where the shape is known."""
     x = x[..., :16, :15]
-    segment = pool(make_segment, "AveragePool", 3, 2, 1, ceil_mode=1, count_include_pad=1)
+    segment = pool("AveragePool", 3, 2, 1, ceil_mode=1, count_include_pad=1)
     surgery.set_attributes(segment.model.graph.node[0], kernel_shape=[3, 2])
     segment.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", 1, x.shape))
     padded = np.pad(x, ((0, 0), (0, 0), (1, 2), (1, 1)))
@@ -129,17 +120,15 @@ def test_average_over_the_whole_kernel_where_a_window_is_dropped(
     assert found.variant == "cells past the padded edge count in an average"
 
 
-def test_rounded_up_over_the_whole_kernel(make_segment: Any, diagnose: Any, x: Array) -> None:
-    segment = pool(make_segment, "AveragePool", 4, 3, 0)
+def test_rounded_up_over_the_whole_kernel(x: Array) -> None:
+    segment = pool("AveragePool", 4, 3, 0)
     planted = walk(x[..., :15, :15], 4, 3, (0, 0), 5, whole)
     found = diagnose(segment, {"x": x[..., :15, :15]}, {"y": planted})
     assert found.noise == ID and found.explained > 0.9999
 
 
 @pytest.mark.parametrize("op_type", ["MaxPool", "AveragePool"])
-def test_openvino_keeps_windows_and_divides_by_the_whole_kernel(
-    make_segment: Any, diagnose: Any, x: Array, op_type: str
-) -> None:
+def test_openvino_keeps_windows_and_divides_by_the_whole_kernel(x: Array, op_type: str) -> None:
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
     from openvino import opset13 as ops
 
@@ -155,14 +144,14 @@ def test_openvino_keeps_windows_and_divides_by_the_whole_kernel(
     compiled = openvino.compile_model(openvino.Model([made], [given]), "CPU")
     planted = np.array(compiled(x)[0])
     size = common["kernel_shape"][0]
-    segment = pool(make_segment, op_type, size, 2, 1, ceil_mode=1, **_counting(op_type))
+    segment = pool(op_type, size, 2, 1, ceil_mode=1, **_counting(op_type))
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.9999
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "cropped", "shifted"])
-def test_defects_are_not_named(make_segment: Any, diagnose: Any, x: Array, defect: str) -> None:
-    segment = pool(make_segment, "MaxPool", 2, 2, 1, ceil_mode=1)
+def test_defects_are_not_named(x: Array, defect: str) -> None:
+    segment = pool("MaxPool", 2, 2, 1, ceil_mode=1)
     right, kept = walk(x, 2, 2, (1, 1), 9, None), walk(x, 2, 2, (1, 1), 10, None)
     moved = walk(np.roll(x, 1, 3), 2, 2, (1, 1), 10, None)
     planted = {
@@ -176,14 +165,14 @@ def test_defects_are_not_named(make_segment: Any, diagnose: Any, x: Array, defec
     assert all(h.explained < 0.999 for h in found.hypotheses)
 
 
-def test_nothing_to_replay_without_a_strided_pooling(make_segment: Any) -> None:
+def test_nothing_to_replay_without_a_strided_pooling() -> None:
     relu = make_segment("y = Relu(x)")
-    unstrided: SegmentGraph = pool(make_segment, "MaxPool", 3, 1, 1, ceil_mode=1)
+    unstrided: SegmentGraph = pool("MaxPool", 3, 1, 1, ceil_mode=1)
     assert not list(ceil_mode.NOISE.variants(relu))
     assert not list(ceil_mode.NOISE.variants(unstrided))
 
 
-def test_indices_follow_where_they_can(make_segment: Any, run: Any, x: Array) -> None:
+def test_indices_follow_where_they_can(x: Array) -> None:
     segment = make_segment(
         "y, i = MaxPool <ceil_mode = 0, kernel_shape = [2, 2], strides = [2, 2]> (x)"
     )

@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from auditor.noises import denormals
 from auditor.ports import Array
+from tests.segments import diagnose, make_segment, run
 
 ID = "implementation.denormals"
 
@@ -23,9 +24,7 @@ def flushed(values: Array) -> Array:
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
-def test_products_that_vanish(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: Any
-) -> None:
+def test_products_that_vanish(generator: np.random.Generator, kind: Any) -> None:
     half = kind is np.float16
     x = (generator.standard_normal((8, 32)) * (1e-3 if half else 1e-19)).astype(kind)
     w = np.array(1e-2 if half else 1e-19, kind)
@@ -39,9 +38,7 @@ def test_products_that_vanish(
     assert diagnose(segment, {"x": x}, {"y": exact * kind(1.25)}).noise is None
 
 
-def test_the_processor_itself(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_the_processor_itself(generator: np.random.Generator) -> None:
     """PyTorch with flush-to-zero and denormals-are-zero switched on."""
     torch = pytest.importorskip("torch", reason="needs the [torch] extra")
     x = (generator.standard_normal((64, 64)) * 1e-38).astype(np.float32)
@@ -59,9 +56,7 @@ def test_the_processor_itself(
     assert found.noise == ID and found.bit_identical > 0.99
 
 
-def test_normal_numbers_are_left_alone(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_normal_numbers_are_left_alone(generator: np.random.Generator) -> None:
     x = generator.standard_normal((4, 8)).astype(np.float32)
     segment = make_segment("y = Exp(x)")
     plain = run(segment.model, {"x": x})["y"]
@@ -69,14 +64,12 @@ def test_normal_numbers_are_left_alone(
         np.testing.assert_array_equal(run(variant.model, {"x": x})["y"], plain)
 
 
-def test_moving_values_flushes_nothing(make_segment: Any) -> None:
+def test_moving_values_flushes_nothing() -> None:
     assert list(denormals.NOISE.variants(make_segment("y = Transpose(x)"))) == []
     assert "CPU_DENORMALS_OPTIMIZATION" in denormals.NOISE.remedy("ov")
 
 
-def test_the_roundings_to_float16_of_a_model_stay(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_the_roundings_to_float16_of_a_model_stay(generator: np.random.Generator) -> None:
     """ONNX Runtime leaves them out where it casts for operators that it has for float32 only."""
     x = generator.uniform(1, 2, 64).astype(np.float32)
     segment = make_segment(

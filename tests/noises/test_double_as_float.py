@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from auditor.noises import bf16, double_as_float, fp16, integer_overflow, narrowed_integers, tf32
 from auditor.ports import SegmentGraph
-from tests.helpers import explained
+from tests.segments import explained, make_segment
 
 ID = "precision.double_as_float"
 NOISES = (bf16.NOISE, double_as_float.NOISE, fp16.NOISE, integer_overflow.NOISE)
@@ -20,7 +19,7 @@ NOISES += (narrowed_integers.NOISE, tf32.NOISE)  # type: ignore[assignment]
 explain = partial(explained, NOISES)
 
 
-def cancelling(make_segment: Any, kind: int) -> SegmentGraph:
+def cancelling(kind: int) -> SegmentGraph:
     """(x · k + c) − c, which loses digits to c."""
     constants = {"k": np.array([0.1]), "c": np.array([1e5])}
     made: SegmentGraph = make_segment(
@@ -29,15 +28,15 @@ def cancelling(make_segment: Any, kind: int) -> SegmentGraph:
     return made
 
 
-def test_arithmetic(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+def test_arithmetic(generator: np.random.Generator) -> None:
     x = generator.standard_normal((4, 64))
     single = x.astype(np.float32) * np.float32(0.1) + np.float32(1e5) - np.float32(1e5)
-    segment = cancelling(make_segment, TensorProto.DOUBLE)
-    found = explain(run, segment, {"x": x}, single.astype(np.float64))
+    segment = cancelling(TensorProto.DOUBLE)
+    found = explain(segment, {"x": x}, single.astype(np.float64))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_conversions_inside(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+def test_conversions_inside(generator: np.random.Generator) -> None:
     x = generator.standard_normal((4, 64)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", ["x"], ["d"], to=TensorProto.DOUBLE),
@@ -47,11 +46,11 @@ def test_conversions_inside(make_segment: Any, run: Any, generator: np.random.Ge
         helper.make_node("Cast", ["f"], ["y"], to=TensorProto.FLOAT),
     ]
     segment = make_segment(nodes, {}, ["x"], ["y"])
-    found = explain(run, segment, {"x": x}, (x + np.float32(3e6)) - np.float32(3e6))
+    found = explain(segment, {"x": x}, (x + np.float32(3e6)) - np.float32(3e6))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_branches_are_narrowed_too(make_segment: Any, run: Any) -> None:
+def test_branches_are_narrowed_too() -> None:
     branch = helper.make_graph(
         [
             helper.make_node("Constant", [], ["k"], value=helper.make_tensor("k", 11, [1], [0.1])),
@@ -65,17 +64,17 @@ def test_branches_are_narrowed_too(make_segment: Any, run: Any) -> None:
     segment = make_segment([node], {"yes": np.array(True)}, ["x"], ["y"], kind=TensorProto.DOUBLE)
     x = np.linspace(1, 2, 40)
     planted = (x.astype(np.float32) * np.float32(0.1)).astype(np.float64)
-    found = explain(run, segment, {"x": x}, planted)
+    found = explain(segment, {"x": x}, planted)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_defects_are_not_named(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+def test_defects_are_not_named(generator: np.random.Generator) -> None:
     x = generator.standard_normal((4, 64))
-    segment = cancelling(make_segment, TensorProto.DOUBLE)
+    segment = cancelling(TensorProto.DOUBLE)
     for wrong in (x * 0.1001, np.roll(x, 1, axis=1) * 0.1, x * 0.1 + 1e-3):
-        assert explain(run, segment, {"x": x}, wrong).noise is None
+        assert explain(segment, {"x": x}, wrong).noise is None
 
 
-def test_float_segments_are_left_alone(make_segment: Any) -> None:
+def test_float_segments_are_left_alone() -> None:
     segment = make_segment("y = Exp(x)")
     assert not list(double_as_float.NOISE.variants(segment))

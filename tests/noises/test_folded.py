@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from onnx import helper, numpy_helper
 from auditor.noises import fp16
 from auditor.ports import Array, Arrays, CompiledConstant
 from auditor.replays import folded
+from tests.segments import explain, make_segment, run
 
 
 def half(values: Array) -> Array:
@@ -34,9 +34,7 @@ def drawn(generator: np.random.Generator) -> Arrays:
     }
 
 
-def test_a_factor_and_a_shift_behind_a_convolution(
-    drawn: Arrays, make_segment: Any, explain: Any
-) -> None:
+def test_a_factor_and_a_shift_behind_a_convolution(drawn: Arrays) -> None:
     segment = make_segment(
         "p = Conv(x, w, b) q = Mul(p, c) y = Add(d, q)", {n: drawn[n] for n in "wbcd"}
     )
@@ -59,11 +57,7 @@ def test_a_factor_and_a_shift_behind_a_convolution(
     ],
 )
 def test_each_step_of_a_batch_normalisation(
-    reference: str,
-    drawn: Arrays,
-    generator: np.random.Generator,
-    make_segment: Any,
-    explain: Any,
+    reference: str, drawn: Arrays, generator: np.random.Generator
 ) -> None:
     """In a model of half precision, or in the file that is compared with one of single."""
     own = {
@@ -102,7 +96,7 @@ def test_each_step_of_a_batch_normalisation(
     assert found.explained > 0.9999
 
 
-def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
+def test_attributes_and_divisors() -> None:
     divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
     constants = {"d": divisors, "one": np.array([1])}  # a number of elements stays an integer
     segment = make_segment(
@@ -118,12 +112,12 @@ def test_attributes_and_divisors(make_segment: Any, run: Any) -> None:
     assert np.allclose(run(inverted.model, {"x": x})["y"], gate * half(1 / divisors), rtol=1e-6)
 
 
-def test_one_number_tells_half_precision_where_nobody_would_choose_it(make_segment: Any) -> None:
+def test_one_number_tells_half_precision_where_nobody_would_choose_it() -> None:
     for number, told in ((half(np.float32(np.sqrt(32))), True), (np.float32(6), False)):
         segment = make_segment("y = Div(x, d)", {"d": np.asarray(number)})
         assert (folded.in_half(segment, divisors=True) is not None) == told
 
 
-def test_models_of_single_precision_are_left_alone(make_segment: Any) -> None:
+def test_models_of_single_precision_are_left_alone() -> None:
     weights = np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12, 1, 1)
     assert folded.in_half(make_segment("p = Conv(x, w) y = LeakyRelu(p)", {"w": weights})) is None

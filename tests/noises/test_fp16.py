@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper
 from auditor.noises import fp16
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from tests.segments import conv, explain, make_segment
 
 ID = "precision.fp16"
 
@@ -22,9 +22,7 @@ def r(values: Array) -> Array:
         return values.astype(np.float16).astype(np.float32)
 
 
-def conv_segment(
-    make_segment: Any, generator: np.random.Generator, kernels: tuple[Kernel, ...]
-) -> Any:
+def conv_segment(generator: np.random.Generator, kernels: tuple[Kernel, ...]) -> Any:
     w = generator.standard_normal((8, 6, 3, 3)).astype(np.float32)
     b = generator.standard_normal(8).astype(np.float32)
     return (
@@ -34,9 +32,7 @@ def conv_segment(
     )
 
 
-def test_constants_that_describe_a_shape_are_not_rounded(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_constants_that_describe_a_shape_are_not_rounded(generator: np.random.Generator) -> None:
     """In half precision 1.1 is less than that, and would make one row fewer of ten."""
     x = generator.standard_normal((1, 1, 10, 10)).astype(np.float32)
     factor = np.array(0.3, np.float32)
@@ -60,22 +56,18 @@ def test_constants_that_describe_a_shape_are_not_rounded(
     assert found.explained > 0.9999
 
 
-def test_half_precision_hint_rounds_the_bias_too(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_half_precision_hint_rounds_the_bias_too(generator: np.random.Generator) -> None:
     stated = Kernel("conv", "Convolution", ("c", "y"), ("y",), "", "f16", "f16")
-    segment, w, b = conv_segment(make_segment, generator, (stated,))
+    segment, w, b = conv_segment(generator, (stated,))
     x = r(generator.standard_normal((1, 6, 9, 9)))
     found = explain(segment, {"x": x}, {"y": r(np.maximum(conv(x, r(w)) + r(b), 0))})
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
     assert max(h.explained for h in found.hypotheses if h.noise == "precision.bf16") < 0
 
 
-def test_model_saved_with_half_precision_constants(
-    make_segment: Any, explain: Any, conv: Callable[..., Array], generator: np.random.Generator
-) -> None:
+def test_model_saved_with_half_precision_constants(generator: np.random.Generator) -> None:
     stated = Kernel("conv", "Convolution", ("c", "y"), ("y",), "", "f32", "f32")
-    segment, w, b = conv_segment(make_segment, generator, (stated,))
+    segment, w, b = conv_segment(generator, (stated,))
     x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
     found = explain(segment, {"x": x}, {"y": np.maximum(conv(x, r(w)) + r(b), 0)})
     assert (found.noise, found.variant) == (ID, "every constant in fp16")
@@ -84,23 +76,16 @@ def test_model_saved_with_half_precision_constants(
 
 @pytest.mark.parametrize(("dtype", "noise"), [(np.float16, ID), (bfloat16, "precision.bf16")])
 def test_only_a_result_is_stored_narrowly(
-    make_segment: Any,
-    explain: Any,
-    conv: Callable[..., Array],
-    generator: np.random.Generator,
-    dtype: Any,
-    noise: str,
+    generator: np.random.Generator, dtype: Any, noise: str
 ) -> None:
-    segment, w, b = conv_segment(make_segment, generator, ())
+    segment, w, b = conv_segment(generator, ())
     x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
     stored = np.maximum(conv(x, w) + b, 0).astype(dtype).astype(np.float32)
     found = explain(segment, {"x": x}, {"y": stored})
     assert found.noise == noise and found.bit_identical > 0.99
 
 
-def test_converters_store_what_is_too_large_as_the_largest(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_converters_store_what_is_too_large_as_the_largest(generator: np.random.Generator) -> None:
     variance = np.array([3.0, 2e5, 9.8e7], np.float32)
     ones = {n: np.full(3, v, np.float32) for n, v in (("s", 1), ("b", 0.5), ("m", 0.25))}
     segment = make_segment("y = BatchNormalization(x, s, b, m, v)", {**ones, "v": variance})
@@ -114,7 +99,7 @@ def test_converters_store_what_is_too_large_as_the_largest(
     assert "every constant in fp16" not in without or without["every constant in fp16"] < 0.9
 
 
-def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
+def test_overflow_is_faithful() -> None:
     x = np.linspace(-300, 300, 601, dtype=np.float32)[None]
     segment = make_segment("y = Mul(x, x)")
     planted = r(r(x) * r(x))
@@ -125,9 +110,7 @@ def test_overflow_is_faithful(make_segment: Any, explain: Any) -> None:
     assert explain(segment, {"x": x}, {"y": saturated}).noise is None
 
 
-def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states(
-    make_segment: Any, explain: Any
-) -> None:
+def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states() -> None:
     nodes = "y = Mul(x, c)"
     x = np.arange(-8, 8, dtype=np.float32)[None]  # exact in every format
     weights = {"c": np.float32(1 << 20)}
@@ -144,9 +127,7 @@ def test_what_is_infinite_tells_no_format_from_the_one_that_the_engine_states(
 
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm", "Conv", "grouped Conv"])
 @pytest.mark.parametrize("typed", [np.float16, np.float32])
-def test_running_sums(
-    make_segment: Any, explain: Any, generator: np.random.Generator, kind: str, typed: Any
-) -> None:
+def test_running_sums(generator: np.random.Generator, kind: str, typed: Any) -> None:
     """Every product and every partial sum is rounded, in order, as TVM does in float16."""
     element = TensorProto.FLOAT16 if typed is np.float16 else TensorProto.FLOAT
     b = r(generator.standard_normal(12))
@@ -179,7 +160,7 @@ def test_running_sums(
     assert found.explained > 0.999 and found.bit_identical > 0.999
 
 
-def test_running_sums_are_not_tried_where_the_engine_reports_float32(make_segment: Any) -> None:
+def test_running_sums_are_not_tried_where_the_engine_reports_float32() -> None:
     node = "y = MatMul(x, w)"
     stated = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f32", "f32"),)
     constants = {"w": np.eye(3, dtype=np.float32)}
@@ -194,9 +175,7 @@ def test_remedies_name_the_switch() -> None:
     assert fp16.NOISE.remedy("somewhere else")
 
 
-def test_running_sums_of_several_products(
-    make_segment: Any, explain: Any, generator: np.random.Generator
-) -> None:
+def test_running_sums_of_several_products(generator: np.random.Generator) -> None:
     """Two loops of other sizes in one segment."""
     x, v, w = (
         r(generator.standard_normal(shape) / 4).astype(np.float32)

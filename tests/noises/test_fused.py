@@ -15,6 +15,7 @@ from auditor.graphs.segments import Graph
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import fused
+from tests.segments import make_segment, run
 
 DOMAIN = "com.microsoft"
 RNG = np.random.default_rng(5)
@@ -85,12 +86,7 @@ ENDS = {
     ],
 )
 def test_written_out(
-    op_type: str,
-    feeds: dict[str, Array],
-    constants: dict[str, Array],
-    options: dict[str, Any],
-    make_segment: Any,
-    run: Any,
+    op_type: str, feeds: dict[str, Array], constants: dict[str, Array], options: dict[str, Any]
 ) -> None:
     outputs = ["y", "mask"] if op_type == "EmbedLayerNormalization" else ["y"]
     node = helper.make_node(op_type, [*feeds, *constants], outputs, domain=DOMAIN, **options)
@@ -111,7 +107,7 @@ def test_written_out(
         assert [types[kernel.nodes[0]] for kernel in segment.kernels] == ENDS[op_type]
 
 
-def test_what_keeps_a_cache_stays(make_segment: Any) -> None:
+def test_what_keeps_a_cache_stays() -> None:
     node = helper.make_node(
         "Attention", ["x", "w", "b", "", "p"], ["y", "q"], domain=DOMAIN, num_heads=3
     )
@@ -152,8 +148,6 @@ def test_attention(
     options: dict[str, Any],
     kinds: tuple[str, ...],
     ends: list[str],
-    make_segment: Any,
-    run: Any,
 ) -> None:
     """One kernel or many; nothing left to attend to gives zeros."""
     node = helper.make_node("Attention", list(feeds), outputs, **options)
@@ -169,7 +163,7 @@ def test_attention(
 
 
 @pytest.mark.parametrize("operator", ["SimplifiedLayerNormalization", "LayerNormalization"])
-def test_types_that_onnx_cannot_infer(make_segment: Any, operator: str) -> None:
+def test_types_that_onnx_cannot_infer(operator: str) -> None:
     """An operator of ONNX Runtime's in ONNX's domain: roundings need the type of its result."""
     proto = make_segment(f"y = {operator} <axis = -1> (x, g)", {"g": NORM["g"]}).model
     proto.opset_import[0].version = 14  # as transformers are optimised that were exported with it

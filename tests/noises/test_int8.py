@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,7 +25,7 @@ from auditor.noises import (
 )
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
-from tests.helpers import explained
+from tests.segments import conv, explained, make_segment, run
 
 ID = "precision.int8"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
@@ -37,7 +36,7 @@ explain = partial(explained, NOISES)
 
 
 @pytest.fixture
-def dense(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+def dense(generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
     x = generator.standard_normal((16, 96)).astype(np.float32)
     w = (generator.standard_normal((96, 32)) * generator.uniform(0.2, 2, 32)).astype(np.float32)
     segment = make_segment("y = MatMul(x, w)", {"w": w})
@@ -50,40 +49,38 @@ def stepped(w: Array, scale: Array) -> Array:
     return stored.astype(np.float64) * scale
 
 
-def test_outputs_on_a_grid(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+def test_outputs_on_a_grid(generator: np.random.Generator) -> None:
     feeds = {n: generator.standard_normal((8, 40)).astype(np.float32) for n in "ab"}
     segment = make_segment("y = Add(a, b)")
     exact = feeds["a"].astype(np.float64) + feeds["b"]
     for wrong, cause in ((1.0, ID), (1.05, None)):  # a factor that no rounding explains
         steps = np.clip(np.floor(wrong * exact / 0.03 + 0.5), -100, 155)
-        found = explain(run, segment, feeds, (steps * 0.03).astype(np.float32))
+        found = explain(segment, feeds, (steps * 0.03).astype(np.float32))
         assert found.noise == cause
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_stored_weights(dense: tuple[SegmentGraph, Arrays], run: Any, per_channel: bool) -> None:
+def test_stored_weights(dense: tuple[SegmentGraph, Arrays], per_channel: bool) -> None:
     segment, t = dense
     largest = np.abs(t["w"]).max(axis=0 if per_channel else None)
     planted = (t["x"] @ stepped(t["w"], largest.astype(np.float64) / 127)).astype(np.float32)
-    found = explain(run, segment, {"x": t["x"]}, planted)
+    found = explain(segment, {"x": t["x"]}, planted)
     assert found.noise == ID and found.explained > 0.99
     assert found.variant == f"weights per {'channel' if per_channel else 'tensor'}"
 
 
-def test_convolution_channels(make_segment: Any, run: Any, conv: Any) -> None:
+def test_convolution_channels() -> None:
     generator = np.random.default_rng(3)
     x = generator.standard_normal((1, 4, 10, 10)).astype(np.float32)
     w = (generator.standard_normal((8, 4, 3, 3)) * np.arange(1, 9)[:, None, None, None]).astype("f")
     segment = make_segment("y = Conv(x, w)", {"w": w})
     largest = np.abs(w).max(axis=(1, 2, 3), keepdims=True)
     planted = conv(x, stepped(w, largest.astype(np.float64) / 127).astype(np.float32))
-    found = explain(run, segment, {"x": x}, planted)
+    found = explain(segment, {"x": x}, planted)
     assert found.noise == ID and found.explained > 0.99
 
 
-def test_weights_of_8_bits_in_a_half_precision_file(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_weights_of_8_bits_in_a_half_precision_file(generator: np.random.Generator) -> None:
     """It stores steps times a scale, which its own format rounds once more."""
     x = generator.standard_normal((16, 96)).astype(np.float32)
     w = generator.standard_normal((96, 32)).astype(np.float16).astype(np.float32)
@@ -92,11 +89,11 @@ def test_weights_of_8_bits_in_a_half_precision_file(
     planted = stepped(w, np.abs(w).max(axis=0) / 127.0).astype(np.float16).astype(np.float32)
     # Whether numpy adds in the reference's order depends on the processor.
     observed = run(make_segment(nodes, {"w": planted}).model, {"x": x})["y"]
-    found = explain(run, segment, {"x": x}, observed)
+    found = explain(segment, {"x": x}, observed)
     assert found.noise == ID and found.bit_identical > 0.9  # a column may hold a tie
 
 
-def test_dynamic_quantisation(dense: tuple[SegmentGraph, Arrays], run: Any, tmp_path: Path) -> None:
+def test_dynamic_quantisation(dense: tuple[SegmentGraph, Arrays], tmp_path: Path) -> None:
     """ONNX Runtime's quantize_dynamic, with uint8 weights so that nothing saturates."""
     quantization = pytest.importorskip("onnxruntime.quantization")
     segment, t = dense
@@ -111,12 +108,12 @@ def test_dynamic_quantisation(dense: tuple[SegmentGraph, Arrays], run: Any, tmp_
         weight_type=quantization.QuantType.QUInt8,
     )
     session = ort.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
-    found = explain(run, segment, {"x": t["x"]}, session.run(None, {"x": t["x"]})[0])
+    found = explain(segment, {"x": t["x"]}, session.run(None, {"x": t["x"]})[0])
     assert found.noise == ID and found.explained > 0.99
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "coarse"])
-def test_defects_are_not_named(dense: tuple[SegmentGraph, Arrays], run: Any, defect: str) -> None:
+def test_defects_are_not_named(dense: tuple[SegmentGraph, Arrays], defect: str) -> None:
     segment, t = dense
     wrong = t["w"].astype(np.float64)
     if defect == "scaled":
@@ -125,11 +122,11 @@ def test_defects_are_not_named(dense: tuple[SegmentGraph, Arrays], run: Any, def
         wrong[:, [0, 1]] = wrong[:, [1, 0]]
     else:
         wrong = np.round(wrong * 50) / 50  # a grid, but not that of 8 bits
-    found = explain(run, segment, {"x": t["x"]}, (t["x"] @ wrong).astype(np.float32))
+    found = explain(segment, {"x": t["x"]}, (t["x"] @ wrong).astype(np.float32))
     assert found.noise is None
 
 
-def test_quantised_segments_are_left_to_others(make_segment: Any) -> None:
+def test_quantised_segments_are_left_to_others() -> None:
     constants = {"s": np.asarray(0.1, np.float32), "w": np.ones((4, 4), np.float32)}
     assert not list(
         int8.NOISE.variants(
@@ -142,7 +139,7 @@ def test_quantised_segments_are_left_to_others(make_segment: Any) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 3e38])
-def test_weights_that_no_8_bits_hold_are_not_quantised(make_segment: Any, odd: float) -> None:
+def test_weights_that_no_8_bits_hold_are_not_quantised(odd: float) -> None:
     w = np.ones((4, 4), np.float32)
     w[1, 2] = odd
     w[3, 3] = -1.0
@@ -160,19 +157,19 @@ def clipped(w: Array, part: Array) -> Array:
 
 @pytest.mark.parametrize("rows", [8, 64])
 def test_weights_clipped_by_an_unknown_calibration(
-    make_segment: Any, run: Any, generator: np.random.Generator, rows: int
+    generator: np.random.Generator, rows: int
 ) -> None:
     x = generator.standard_normal((rows, 96)).astype(np.float32)
     w = generator.standard_normal((96, 8)).astype(np.float32) * np.float32(0.1)
     segment = make_segment("z = MatMul(x, w) y = Sigmoid(z)", {"w": w})
     planted = x @ clipped(w, generator.uniform(0.85, 1, 8))
     observed = (1 / (1 + np.exp(-planted))).astype(np.float32)
-    found = explain(run, segment, {"x": x}, observed)
+    found = explain(segment, {"x": x}, observed)
     assert found.noise == ID and found.explained > 0.97
     assert found.variant == "weights per channel, fitted"
 
 
-def test_what_two_results_may_have_given_says_nothing(make_segment: Any, run: Any) -> None:
+def test_what_two_results_may_have_given_says_nothing() -> None:
     """Behind a curve that goes both ways, where the error reaches the other branch."""
     x = np.linspace(-1, 2, 300, dtype=np.float32)[:, None]
     model = make_segment(
@@ -189,7 +186,7 @@ def test_what_two_results_may_have_given_says_nothing(make_segment: Any, run: An
     assert np.allclose(result[known], given[known], atol=1e-5)
 
 
-def test_weights_clipped_by_an_unknown_calibration_in_bfloat16(make_segment: Any, run: Any) -> None:
+def test_weights_clipped_by_an_unknown_calibration_in_bfloat16() -> None:
     """The weights that it rounds are those on the grid."""
     generator = np.random.default_rng(0)
 
@@ -207,40 +204,36 @@ def test_weights_clipped_by_an_unknown_calibration_in_bfloat16(make_segment: Any
     assert np.linalg.norm(found - planted) < 0.08 * np.linalg.norm(w - planted)
 
 
-def test_one_equation_for_each_scale_proves_nothing(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_one_equation_for_each_scale_proves_nothing(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 96)).astype(np.float32)
     w = generator.standard_normal((96, 8)).astype(np.float32)
     segment = make_segment("y = MatMul(x, w)", {"w": w})
     observed = (x @ clipped(w, generator.uniform(0.85, 1, 8))).astype(np.float32)
-    assert explain(run, segment, {"x": x}, observed).noise is None
+    assert explain(segment, {"x": x}, observed).noise is None
     # … but of one scale for all of many columns there are many equations.
     w = generator.standard_normal((96, 128)).astype(np.float32)
     segment = make_segment("y = MatMul(x, w)", {"w": w})
     step = np.abs(w).max() * 0.9 / 127
     planted = x @ np.clip(np.round(w / step) * step, -127 * step, 127 * step)
-    found = explain(run, segment, {"x": x}, planted.astype(np.float32))
+    found = explain(segment, {"x": x}, planted.astype(np.float32))
     assert found.variant == "weights per tensor, fitted" and found.explained > 0.99
 
 
-def test_inputs_clipped_by_an_unknown_calibration(
-    make_segment: Any, run: Any, conv: Any, generator: np.random.Generator
-) -> None:
+def test_inputs_clipped_by_an_unknown_calibration(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
     segment = make_segment("y = Conv(x, w)", {"w": w})
     grid = np.linspace(-1.87, 2.21, 256)
     grid -= grid[np.abs(grid).argmin()]  # zero is one of the values
     narrow = grid[np.abs(x[..., None] - grid).argmin(axis=-1)].astype(np.float32)
-    found = explain(run, segment, {"x": x}, conv(narrow, w))
+    found = explain(segment, {"x": x}, conv(narrow, w))
     assert found.noise == ID and found.explained > 0.99
     assert found.variant == "inputs fitted"
 
 
 @pytest.mark.parametrize("defect", [False, True])
 def test_one_row_of_a_layer_behind_a_global_pooling(
-    make_segment: Any, run: Any, generator: np.random.Generator, defect: bool
+    generator: np.random.Generator, defect: bool
 ) -> None:
     """The steps of weights are known; two numbers of the operand's are not, in 50 equations."""
     x = generator.gamma(1, 0.3, (1, 200)).astype(np.float32) - np.float32(0.2)
@@ -252,12 +245,12 @@ def test_one_row_of_a_layer_behind_a_global_pooling(
         read = x * np.float32(1.01)
         read[0, ::9] = 0
     observed = (read @ clipped(w, np.ones(50))).astype(np.float32)
-    found = explain(run, segment, {"x": x}, observed)
+    found = explain(segment, {"x": x}, observed)
     assert found.noise == (None if defect else ID)
     assert defect or found.explained > 0.97
 
 
-def test_a_skewed_operand_that_is_clipped_at_both_ends(make_segment: Any) -> None:
+def test_a_skewed_operand_that_is_clipped_at_both_ends() -> None:
     generator = np.random.default_rng(1)
     x = generator.standard_normal((256, 36)) ** 3
     x = (x * np.where(x > 0, 0.4, 0.07)).astype(np.float32)
@@ -270,9 +263,7 @@ def test_a_skewed_operand_that_is_clipped_at_both_ends(make_segment: Any) -> Non
     assert fit.operand.step == pytest.approx(step, rel=1e-4)
 
 
-def test_inputs_that_a_kernel_in_bfloat16_gives(
-    make_segment: Any, generator: np.random.Generator
-) -> None:
+def test_inputs_that_a_kernel_in_bfloat16_gives(generator: np.random.Generator) -> None:
     """The operand is another kernel's, and weights are rounded as they are behind a factor."""
 
     def r(values: Array) -> Array:
@@ -299,11 +290,11 @@ def test_inputs_that_a_kernel_in_bfloat16_gives(
 
 
 def test_scaled_weights_are_no_clipping_where_inputs_are_much_alike(
-    make_segment: Any, run: Any, generator: np.random.Generator
+    generator: np.random.Generator,
 ) -> None:
     """One number for each column can imitate one direction of the error, but no more."""
     x = (generator.standard_normal((64, 32)) * 0.2 + generator.uniform(0, 2, 32)).astype(np.float32)
     w = generator.standard_normal((32, 4)).astype(np.float32)
     segment = make_segment("y = MatMul(x, w)", {"w": w})
     observed = (x @ (w.astype(np.float64) * 1.003)).astype(np.float32)
-    assert explain(run, segment, {"x": x}, observed).noise is None
+    assert explain(segment, {"x": x}, observed).noise is None

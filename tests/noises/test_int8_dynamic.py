@@ -20,6 +20,7 @@ from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import blockwise, dynamic
 from tests.helpers import nodes_of
+from tests.segments import make_segment, run
 
 ID = "precision.int8_dynamic"
 
@@ -75,7 +76,7 @@ def matmul_nbits(
     [(4, 32, 64, False), (4, 16, 48, True), (4, 32, 80, True), (8, 32, 64, False)],
 )
 def test_written_out_it_is_what_onnx_runtime_computes(
-    bits: int, block: int, row: int, zeros: bool, generator: np.random.Generator, run: Any
+    bits: int, block: int, row: int, zeros: bool, generator: np.random.Generator
 ) -> None:
     model, weights = matmul_nbits(generator, bits, block, row, zeros)
     x = {"x": generator.standard_normal((4, row)).astype(np.float32)}
@@ -95,7 +96,7 @@ def by_groups(x: Array, group: int) -> Array:
     return np.asarray((np.rint(apart * inverse) * step).reshape(x.shape))
 
 
-def test_a_planted_group_is_named(generator: np.random.Generator, run: Any) -> None:
+def test_a_planted_group_is_named(generator: np.random.Generator) -> None:
     model, weights = matmul_nbits(generator, 4, 32, 256, zeros=False)
     segment = SegmentGraph(model, ())
     x = generator.standard_normal((4, 256)).astype(np.float32)
@@ -110,7 +111,7 @@ def test_a_planted_group_is_named(generator: np.random.Generator, run: Any) -> N
 
 
 def test_what_is_quantised_in_the_model_is_quantised_once_more(
-    make_segment: Any, generator: np.random.Generator, run: Any
+    generator: np.random.Generator,
 ) -> None:
     """OpenVINO, where the weights of a Gemm are unsigned; half of an even step is no tie there."""
     grid = {"s": np.float32(0.02), "z": np.uint8(125)}
@@ -131,9 +132,7 @@ def test_what_is_quantised_in_the_model_is_quantised_once_more(
     assert found.explained > 0.999
 
 
-def test_a_convolution_of_single_pixels_is_such_a_product(
-    make_segment: Any, generator: np.random.Generator, run: Any
-) -> None:
+def test_a_convolution_of_single_pixels_is_such_a_product(generator: np.random.Generator) -> None:
     """As OpenVINO computes it; 80 channels end in a group of 16."""
     grid = {"s": np.float32(0.02), "z": np.int8(3)}
     weights = grid | {"w": generator.integers(-127, 128, (8, 80, 1, 1)).astype(np.int8)}
@@ -151,7 +150,7 @@ def test_a_convolution_of_single_pixels_is_such_a_product(
 
 @pytest.mark.parametrize("changed", [{"strides": [2, 2]}, {"pads": [1] * 4}, {"group": 2}, {}])
 def test_other_convolutions_are_none(
-    changed: dict[str, Any], make_segment: Any, generator: np.random.Generator
+    changed: dict[str, Any], generator: np.random.Generator
 ) -> None:
     size = 1 if changed else 3
     inner = 8 // changed.get("group", 1)
@@ -167,9 +166,7 @@ def test_other_convolutions_are_none(
     assert list(int8_dynamic.NOISE.variants(segment)) == []
 
 
-def test_products_of_plain_weights_are_not_touched(
-    make_segment: Any, generator: np.random.Generator
-) -> None:
+def test_products_of_plain_weights_are_not_touched(generator: np.random.Generator) -> None:
     weights = {"w": generator.standard_normal((64, 8)).astype(np.float32)}
     segment = make_segment("y = MatMul(x, w)", weights)
     assert list(int8_dynamic.NOISE.variants(segment)) == []
@@ -269,7 +266,7 @@ def own_bfloat16(values: Array) -> Array:
     return np.asarray(rounded.astype(np.uint32).view(np.float32))
 
 
-def test_sums_of_integers_as_openvino_narrows_them(make_segment: Any, run: Any) -> None:
+def test_sums_of_integers_as_openvino_narrows_them() -> None:
     segment = make_segment("y = Cast <to = 1> (x)", kind=TensorProto.INT32)
     model = dynamic.in_bfloat16(segment)
     x = np.arange(-70_000, 70_000, 3, np.int32)

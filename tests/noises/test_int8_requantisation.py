@@ -19,7 +19,7 @@ from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturatio
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import sessions
-from tests.helpers import explained
+from tests.segments import explained, make_segment, run
 
 ID = "precision.int8_requantisation"
 NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
@@ -44,7 +44,7 @@ def dq(x: str, grid: str, to: str) -> onnx.NodeProto:
 
 
 @pytest.fixture
-def conv(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+def conv(generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
     """A quantised convolution full of near ties, with weights that cannot saturate."""
     t = scalars(x=(0.1, 30), y=(0.01, 128)) | {
         "w": generator.integers(-3, 4, (8, 4, 3, 3)).astype(np.int8),
@@ -54,12 +54,10 @@ def conv(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGrap
         "bs": np.full(8, np.float32(0.1) * np.float32(0.05)),
         "bz": np.zeros(8, np.int32),
     }
-    return convolution(make_segment, t), t | {
-        "x": generator.integers(20, 41, (1, 4, 12, 12), np.uint8)
-    }
+    return convolution(t), t | {"x": generator.integers(20, 41, (1, 4, 12, 12), np.uint8)}
 
 
-def convolution(make_segment: Any, constants: Arrays) -> SegmentGraph:
+def convolution(constants: Arrays) -> SegmentGraph:
     nodes = [
         dq("x", "x", "xd"),
         helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wd"], axis=0),
@@ -91,25 +89,25 @@ def qlinear(t: Arrays, bias: Array) -> Array:
     return result
 
 
-def test_an_integer_convolution(conv: tuple[SegmentGraph, Arrays], run: Any) -> None:
+def test_an_integer_convolution(conv: tuple[SegmentGraph, Arrays]) -> None:
     segment, t = conv
-    found = explain(run, segment, {"x": t["x"]}, qlinear(t, t["b"]))
+    found = explain(segment, {"x": t["x"]}, qlinear(t, t["b"]))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
     assert found.variant.startswith("sums of integers, stored bias")
 
 
 def test_a_bias_of_another_scale_is_taken_as_it_is_stored(
-    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any
+    conv: tuple[SegmentGraph, Arrays],
 ) -> None:
     _, t = conv
     t = t | {"bs": np.full(8, 0.02, np.float32)}
-    segment = convolution(make_segment, {n: v for n, v in t.items() if n != "x"})
-    found = explain(run, segment, {"x": t["x"]}, qlinear(t, t["b"]))
+    segment = convolution({n: v for n, v in t.items() if n != "x"})
+    found = explain(segment, {"x": t["x"]}, qlinear(t, t["b"]))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
 def test_a_real_bias_becomes_integers(
-    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any, generator: np.random.Generator
+    conv: tuple[SegmentGraph, Arrays], generator: np.random.Generator
 ) -> None:
     """As ONNX Runtime's optimiser makes of it; the weights of the second lie the other way."""
     _, t = conv
@@ -129,14 +127,12 @@ def test_a_real_bias_becomes_integers(
             made = make_segment(nodes, t, ["x"], ["y"])
             made.model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
             results[bias] = made, run(made.model, feeds)["y"]
-        found = explain(run, results["real"][0], feeds, results["bd"][1])
+        found = explain(results["real"][0], feeds, results["bd"][1])
         assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
 @pytest.mark.parametrize("axis", [-1, 1])
-def test_a_softmax_between_8_bit_values(
-    make_segment: Any, run: Any, generator: np.random.Generator, axis: int
-) -> None:
+def test_a_softmax_between_8_bit_values(generator: np.random.Generator, axis: int) -> None:
     """ONNX Runtime's own kernel: 1 / 0.0031 = 322.6 is cut to 322."""
     t = scalars(x=(0.04, 120), y=(0.0031, 0))
     nodes = [dq("x", "x", "d"), helper.make_node("Softmax", ["d"], ["s"], axis=axis)]
@@ -145,28 +141,24 @@ def test_a_softmax_between_8_bit_values(
     session = ort.InferenceSession(
         segment.model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found = explain(run, segment, feeds, session.run(None, feeds)[0])
+    found = explain(segment, feeds, session.run(None, feeds)[0])
     assert (found.noise, found.bit_identical) == (ID, 1.0)
     assert found.variant.startswith("softmax from a table")
 
 
-def test_pairs_with_other_scales_are_merged(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_pairs_with_other_scales_are_merged(generator: np.random.Generator) -> None:
     nodes = [dq("x", "a", "d"), q("d", "b", "e"), dq("e", "b", "f"), q("f", "a", "g")]
     nodes.append(dq("g", "a", "y"))
     segment = make_segment(
         nodes, scalars(a=(0.05, 128), b=(0.11, 100)), ["x"], ["y"], kind=TensorProto.UINT8
     )
     x = generator.integers(0, 256, (4, 64), np.uint8)
-    found = explain(run, segment, {"x": x}, (x.astype(np.float32) - 128) * np.float32(0.05))
+    found = explain(segment, {"x": x}, (x.astype(np.float32) - 128) * np.float32(0.05))
     assert found.noise == ID and found.explained > 0.999999
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_sums_without_rounding(
-    make_segment: Any, run: Any, generator: np.random.Generator, kernels: bool
-) -> None:
+def test_sums_without_rounding(generator: np.random.Generator, kernels: bool) -> None:
     """A convolution fused with the sum behind it keeps its value unrounded."""
     w = generator.standard_normal((4, 4, 1, 1)).astype(np.float32)
     nodes = [q("x", "x", "xq"), dq("xq", "x", "xd"), helper.make_node("Conv", ["xd", "w"], ["c"])]
@@ -181,7 +173,7 @@ def test_sums_without_rounding(
     steps = np.clip(np.round(x.astype(np.float64) / 0.03), -128, 127) * 0.03
     total = steps + np.einsum("ocij,nchw->nohw", w.astype(np.float64), steps)
     planted = np.clip(np.round(total / 0.02), -128, 127) * 0.02
-    found = explain(run, segment, {"x": x}, planted.astype(np.float32))
+    found = explain(segment, {"x": x}, planted.astype(np.float32))
     assert found.noise == ID and found.explained > 0.99
     assert found.variant == "values that enter a sum are limited, not rounded"
 
@@ -200,26 +192,24 @@ def away(x: Array) -> Array:
 
 
 @pytest.mark.parametrize("rule", [reciprocal, zero_first, away])
-def test_roundings(make_segment: Any, run: Any, generator: np.random.Generator, rule: Any) -> None:
+def test_roundings(generator: np.random.Generator, rule: Any) -> None:
     ties = (generator.integers(-100, 150, 4000) + 0.5).astype(np.float32) * np.float32(0.07)
     segment = make_segment([q("x", "g", "y")], scalars(g=(0.07, 101)), ["x"], ["y"])
     planted = np.clip(rule(ties[None]), 0, 255).astype(np.uint8)
-    found = explain(run, segment, {"x": ties[None]}, planted)
+    found = explain(segment, {"x": ties[None]}, planted)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_dynamic_ranges(make_segment: Any, run: Any) -> None:
+def test_dynamic_ranges() -> None:
     x = np.array([[0, 2, -3, -2.5, 1.34, 0.5]], np.float32)
     segment = make_segment("y, s, z = DynamicQuantizeLinear(x)", outputs=["y"])
     planted = np.round(x * 255 / np.float32(5)) + 153  # 5 = 2 − (−3), 153 = 3 · 255 / 5
-    found = explain(run, segment, {"x": x}, planted.astype(np.uint8))
+    found = explain(segment, {"x": x}, planted.astype(np.uint8))
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "bias"])
-def test_defects_are_not_named(
-    conv: tuple[SegmentGraph, Arrays], make_segment: Any, run: Any, defect: str
-) -> None:
+def test_defects_are_not_named(conv: tuple[SegmentGraph, Arrays], defect: str) -> None:
     segment, t = conv
     wrong = {n: v.copy() for n, v in t.items() if n != "x"}
     if defect == "scaled":
@@ -228,16 +218,16 @@ def test_defects_are_not_named(
         wrong["w"][[0, 1]] = wrong["w"][[1, 0]]
     else:
         wrong["b"][5] += 20
-    planted = run(convolution(make_segment, wrong).model, {"x": t["x"]})["y"]
-    assert explain(run, segment, {"x": t["x"]}, planted).noise is None
+    planted = run(convolution(wrong).model, {"x": t["x"]})["y"]
+    assert explain(segment, {"x": t["x"]}, planted).noise is None
 
 
-def test_float_segments_are_left_alone(make_segment: Any) -> None:
+def test_float_segments_are_left_alone() -> None:
     nodes: Sequence[onnx.NodeProto] = [helper.make_node("Exp", ["x"], ["y"])]
     assert not list(int8_requantisation.NOISE.variants(make_segment(nodes, {}, ["x"], ["y"])))
 
 
-def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
+def test_sums_in_steps_of_the_result() -> None:
     """erf(x) + 1 as transformers quantise it: every sum lies half-way between two steps."""
     t = scalars(a=(2 / 255, 128), b=(1 / 255, 0), y=(2 / 255, 0))
     nodes = [
@@ -267,7 +257,7 @@ def test_sums_in_steps_of_the_result(make_segment: Any, run: Any) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_recurrent_layer_whose_threads_quantise_parts_of_the_batch(
-    make_segment: Any, run: Any, generator: np.random.Generator, threads: int
+    generator: np.random.Generator, threads: int
 ) -> None:
     """ONNX Runtime's own kernel, on a batch whose ranges differ."""
     x = generator.standard_normal((6, 8, 16)) * np.linspace(0.2, 3, 8)[:, None]
@@ -298,9 +288,7 @@ def test_a_recurrent_layer_whose_threads_quantise_parts_of_the_batch(
 
 
 @pytest.mark.parametrize("zero", [-60, -1, -128])
-def test_integers_that_openvino_spreads_where_it_concatenates_them(
-    make_segment: Any, run: Any, zero: int
-) -> None:
+def test_integers_that_openvino_spreads_where_it_concatenates_them(zero: int) -> None:
     """A quantised image beside a constant of zeros, in front of a convolution that copies both."""
     pytest.importorskip("openvino")
     import openvino
@@ -338,16 +326,14 @@ def test_integers_that_openvino_spreads_where_it_concatenates_them(
     seen = plain if np.allclose(observed, plain, atol=1e-5) else spread
     np.testing.assert_allclose(observed, seen, atol=1e-5)
     for values in [spread] if seen is plain else [spread, observed]:
-        found = explain(run, segment, {"x": x}, values)
+        found = explain(segment, {"x": x}, values)
         assert found.noise == ID and "spread" in found.variant and found.explained > 0.999999
     wrong = plain + np.float32(1 / 256)  # half a step everywhere is no such range
-    assert explain(run, segment, {"x": x}, wrong).noise is None
+    assert explain(segment, {"x": x}, wrong).noise is None
 
 
 @pytest.mark.parametrize("domain", ["com.microsoft", ""])
-def test_sixteen_bits_that_openvino_leaves_out(
-    make_segment: Any, run: Any, generator: np.random.Generator, domain: str
-) -> None:
+def test_sixteen_bits_that_openvino_leaves_out(generator: np.random.Generator, domain: str) -> None:
     """Neither rounded nor limited, of whatever domain the quantisers are."""
     pytest.importorskip("openvino")
     import openvino
@@ -374,14 +360,14 @@ def test_sixteen_bits_that_openvino_leaves_out(
         "CPU",
         {"INFERENCE_PRECISION_HINT": "f32"},
     )
-    found = explain(run, segment, {"x": x}, compiled(x)[0])
+    found = explain(segment, {"x": x}, compiled(x)[0])
     assert found.noise == ID and "16 bits" in found.variant and found.explained > 0.9999
     assert not found.failures
 
 
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_recurrent_layer_that_reads_real_numbers(
-    make_segment: Any, run: Any, generator: np.random.Generator, by_row: bool
+    generator: np.random.Generator, by_row: bool
 ) -> None:
     """OpenVINO's answer to DynamicQuantizeLSTM: 8-bit weights, and nothing else is rounded."""
     x = generator.standard_normal((6, 1, 8)).astype(np.float32)
@@ -409,6 +395,6 @@ def test_a_recurrent_layer_that_reads_real_numbers(
         c = squash(f) * c + squash(i) * np.tanh(g)
         h = squash(o) * np.tanh(c)
         observed.append(h)
-    found = explain(run, segment, {"x": x}, np.array(observed, np.float32)[:, None])
+    found = explain(segment, {"x": x}, np.array(observed, np.float32)[:, None])
     assert found.noise == ID and "recurrent" in found.variant
     assert found.explained > 0.9999

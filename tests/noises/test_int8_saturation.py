@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.attribution import cause as attribution
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
+from tests.segments import make_segment, run
 
 ID = "precision.int8_saturation"
 REQUANTISED = "precision.int8_requantisation"
@@ -41,14 +42,14 @@ def quantised(total: Array, bias: Array) -> Array:
 
 
 @pytest.fixture
-def dense(make_segment: Any, generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
+def dense(generator: np.random.Generator) -> tuple[SegmentGraph, Arrays]:
     x = generator.integers(0, 256, (32, 37), np.uint8)
     w = generator.integers(-127, 128, (37, 24)).astype(np.int8)
-    return dequantised(make_segment, "MatMul", w), {"x": x, "w": w}
+    return dequantised("MatMul", w), {"x": x, "w": w}
 
 
 def dequantised(
-    make_segment: Any, op_type: str, w: Array, bias: Array | None = None, **attributes: Any
+    op_type: str, w: Array, bias: Array | None = None, **attributes: Any
 ) -> SegmentGraph:
     nodes = [
         helper.make_node("DequantizeLinear", ["x", "xs", "xz"], ["xd"]),
@@ -66,21 +67,21 @@ def dequantised(
     return made
 
 
-def explain(run: Any, segment: SegmentGraph, x: Array, observed: Array) -> Any:
+def explain(segment: SegmentGraph, x: Array, observed: Array) -> Any:
     replayed = run(segment.model, {"x": x})
     return attribution.explain(segment, {"x": x}, {"y": observed}, replayed, NOISES, thorough=True)
 
 
-def test_matrix_products(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+def test_matrix_products(dense: tuple[SegmentGraph, Arrays]) -> None:
     segment, t = dense
     w = t["w"].astype(np.int64)
     planted = quantised(maddubs(t["x"], t["w"]) - XZ * w.sum(axis=0), np.zeros(24))
-    found = explain(run, segment, t["x"], planted)
+    found = explain(segment, t["x"], planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
 def test_weights_that_the_graph_fills_and_quantises_itself(
-    dense: tuple[SegmentGraph, Arrays], run: Any
+    dense: tuple[SegmentGraph, Arrays],
 ) -> None:
     segment, t = dense
     w = np.full((37, 24), 127, np.int8)
@@ -93,13 +94,13 @@ def test_weights_that_the_graph_fills_and_quantises_itself(
     ):
         segment.model.graph.node.insert(0, node)
     planted = quantised(maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0), np.zeros(24))
-    found = explain(run, segment, t["x"], planted)
+    found = explain(segment, t["x"], planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_weights_that_are_8_bits_held_as_floats(
-    dense: tuple[SegmentGraph, Arrays], run: Any, per_channel: bool
+    dense: tuple[SegmentGraph, Arrays], per_channel: bool
 ) -> None:
     """As a file of another engine has them, one channel in a wider range than it needs."""
     segment, t = dense
@@ -113,7 +114,7 @@ def test_weights_that_are_8_bits_held_as_floats(
     segment.model.graph.initializer.append(numpy_helper.from_array(values, "wd"))
     total = (maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0)) * (wide / WS)
     planted = quantised(total, np.zeros(24))
-    found = explain(run, segment, t["x"], planted)
+    found = explain(segment, t["x"], planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
     values = numpy_helper.from_array(values + np.float32(WS / 20), "wd")
     segment.model.graph.initializer[-1].CopyFrom(values)  # on no grid
@@ -122,7 +123,7 @@ def test_weights_that_are_8_bits_held_as_floats(
 
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_saturation_without_the_rounding_behind_it(
-    make_segment: Any, run: Any, generator: np.random.Generator, step: int
+    generator: np.random.Generator, step: int
 ) -> None:
     """A kernel that saturates and hands its sums over as floats, where the model rounds them.
 
@@ -131,7 +132,7 @@ def test_saturation_without_the_rounding_behind_it(
     """
     x = generator.integers(0, 256, (32, 37), np.uint8)
     w = generator.integers(-127, 128, (37, 24)).astype(np.int8)
-    segment = dequantised(make_segment, "MatMul", w)
+    segment = dequantised("MatMul", w)
     model = segment.model
     model.graph.node[3].output[0] = "q"
     model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "ys", "yz"], ["y"]))
@@ -143,22 +144,20 @@ def test_saturation_without_the_rounding_behind_it(
     total = maddubs(x, w) - XZ * w.astype(np.int64).sum(axis=0)
     real = total * (float(XS) * float(WS))
     planted = np.clip(real, -YZ * scale, (255 - YZ) * scale).astype(np.float32)
-    found = explain(run, segment, x, planted)
+    found = explain(segment, x, planted)
     assert {ID, REQUANTISED} <= {found.noise, *found.hypotheses[0].beside}, found.hypotheses[:3]
     assert found.explained > 0.9999
 
 
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("apart", [False, True])
-def test_convolutions(
-    make_segment: Any, run: Any, generator: np.random.Generator, apart: bool, group: int
-) -> None:
+def test_convolutions(generator: np.random.Generator, apart: bool, group: int) -> None:
     """Pairs go along position, then channel; or channels are padded to pairs at each position."""
     x = generator.integers(0, 256, (2, 3 * group, 9, 8), np.uint8)
     w = generator.integers(-127, 128, (4 * group, 3, 3, 3)).astype(np.int8)
     bias = generator.integers(-9000, 9000, 4 * group).astype(np.int32)
     options = {"pads": [1, 0, 1, 2], "strides": [2, 1], "group": group}
-    segment = dequantised(make_segment, "Conv", w, bias, **options)
+    segment = dequantised("Conv", w, bias, **options)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 2)), constant_values=XZ)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2]
     parts = []
@@ -171,12 +170,12 @@ def test_convolutions(
         parts.append(maddubs(a.reshape(*a.shape[:3], -1), v.reshape(-1, 4)))
     total = np.concatenate(parts, axis=3) - XZ * w.astype(np.int64).sum(axis=(1, 2, 3))
     planted = quantised(total, bias).transpose(0, 3, 1, 2)
-    found = explain(run, segment, x, planted)
+    found = explain(segment, x, planted)
     assert found.noise == ID and found.explained > 0.999
     assert found.variant is not None and ("each kernel position" in found.variant) == apart
 
 
-def test_this_processor(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+def test_this_processor(dense: tuple[SegmentGraph, Arrays]) -> None:
     """ONNX Runtime's own kernels, where the processor saturates."""
     segment, t = dense
     model = onnx.ModelProto()
@@ -189,11 +188,11 @@ def test_this_processor(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
     observed = fused.run(None, {"x": t["x"]})[0]
     if np.abs(observed.astype(int) - run(segment.model, {"x": t["x"]})["y"]).max() <= 1:
         pytest.skip("this processor adds 8-bit products without saturation")
-    found = explain(run, segment, t["x"], observed)
+    found = explain(segment, t["x"], observed)
     assert found.noise == ID and found.explained > 0.999
 
 
-def test_annotated_inputs(make_segment: Any, run: Any, generator: np.random.Generator) -> None:
+def test_annotated_inputs(generator: np.random.Generator) -> None:
     """A dequantised input's grid is read off its quantisation annotation."""
     q = generator.integers(0, 256, (16, 32), np.uint8)
     w = generator.integers(-127, 128, (32, 8)).astype(np.int8)
@@ -201,53 +200,47 @@ def test_annotated_inputs(make_segment: Any, run: Any, generator: np.random.Gene
     segment = make_segment("wd = DequantizeLinear(w, ws, wz) y = MatMul(x, wd)", constants)
     x = (q.astype(np.float32) - np.float32(XZ)) * XS
     planted = (maddubs(q, w) - XZ * w.astype(np.int64).sum(axis=0)) * (float(XS) * float(WS))
-    assert explain(run, segment, x, planted.astype(np.float32)).noise is None
+    assert explain(segment, x, planted.astype(np.float32)).noise is None
     annotation = segment.model.graph.quantization_annotation.add(tensor_name="x")
     annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="xs")
     annotation.quant_parameter_tensor_names.add(key="ZERO_POINT_TENSOR", value="xz")
-    found = explain(run, segment, x, planted.astype(np.float32))
+    found = explain(segment, x, planted.astype(np.float32))
     assert found.noise == ID and found.explained > 0.999
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "bias"])
-def test_defects_are_not_named(
-    make_segment: Any, run: Any, generator: np.random.Generator, defect: str
-) -> None:
+def test_defects_are_not_named(generator: np.random.Generator, defect: str) -> None:
     x = generator.integers(0, 256, (1, 4, 8, 8), np.uint8)
     w = generator.integers(-127, 128, (6, 4, 3, 3)).astype(np.int8)
     bias = generator.integers(-9000, 9000, 6).astype(np.int32)
-    segment = dequantised(make_segment, "Conv", w, bias)
+    segment = dequantised("Conv", w, bias)
     wrong = w.copy()
     if defect == "scaled":
         wrong[2] //= 2
     elif defect == "swapped":
         wrong[[0, 1]] = wrong[[1, 0]]
     shifted = bias + (3000 if defect == "bias" else 0) * (np.arange(6) == 3)
-    planted = run(
-        dequantised(make_segment, "Conv", wrong, shifted.astype(np.int32)).model, {"x": x}
-    )
-    assert explain(run, segment, x, planted["y"]).noise is None
+    planted = run(dequantised("Conv", wrong, shifted.astype(np.int32)).model, {"x": x})
+    assert explain(segment, x, planted["y"]).noise is None
 
 
-def test_seven_bit_weights_cannot_saturate(make_segment: Any) -> None:
+def test_seven_bit_weights_cannot_saturate() -> None:
     w = np.full((32, 8), 64, np.int8)
-    assert list(int8_saturation.NOISE.variants(dequantised(make_segment, "MatMul", w))) == []
-    assert list(int8_saturation.NOISE.variants(dequantised(make_segment, "MatMul", w * 2 - 1)))
+    assert list(int8_saturation.NOISE.variants(dequantised("MatMul", w))) == []
+    assert list(int8_saturation.NOISE.variants(dequantised("MatMul", w * 2 - 1)))
 
 
-def test_exact_integers_are_another_cause(dense: tuple[SegmentGraph, Arrays], run: Any) -> None:
+def test_exact_integers_are_another_cause(dense: tuple[SegmentGraph, Arrays]) -> None:
     """Weights that could saturate, and a backend that does not: only roundings differ."""
     segment, t = dense
     x = t["x"] // 4
     ties = quantised((x.astype(np.int64) - XZ) @ t["w"].astype(np.int64), np.zeros(24))
     flipped = ties.copy()
     flipped.flat[5] += 1
-    assert explain(run, segment, x, flipped).noise != ID
+    assert explain(segment, x, flipped).noise != ID
 
 
-def test_the_reference_is_exact_in_integer_models(
-    make_segment: Any, run: Any, generator: np.random.Generator
-) -> None:
+def test_the_reference_is_exact_in_integer_models(generator: np.random.Generator) -> None:
     """It runs on the same processor, whose kernels may saturate: that is the backend's doing."""
     x = generator.integers(128, 256, (8, 64), np.uint8)
     w = generator.integers(60, 128, (64, 16)).astype(np.int8)
@@ -261,5 +254,5 @@ def test_the_reference_is_exact_in_integer_models(
     if np.array_equal(observed, exact):
         pytest.skip("this processor adds 8-bit products without saturation")
     assert np.array_equal(observed, maddubs(x, w))
-    found = explain(run, segment, x, observed)
+    found = explain(segment, x, observed)
     assert (found.noise, found.bit_identical) == (ID, 1.0)

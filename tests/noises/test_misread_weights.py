@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +10,7 @@ import numpy as np
 from auditor.noises import misread_weights
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from tests.segments import conv, diagnose, make_segment
 
 
 def r(values: Array) -> Array:
@@ -39,12 +39,7 @@ def read(weights: Array, width: int) -> Array:
     return found
 
 
-def test_misread_weights_are_named_in_bfloat16_alone(
-    make_segment: Any,
-    diagnose: Any,
-    conv: Callable[..., Array],
-    generator: np.random.Generator,
-) -> None:
+def test_misread_weights_are_named_in_bfloat16_alone(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 16, 6, 6)).astype(np.float32)
     w = generator.standard_normal((24, 16, 2, 4)).astype(np.float32)
 

@@ -12,6 +12,7 @@ from onnx import helper
 
 from auditor.ports import Array
 from auditor.replays import sessions
+from tests.segments import diagnose, make_segment
 
 ID = "implementation.near_match"
 F = np.float32
@@ -57,7 +58,7 @@ def embedding(generator: np.random.Generator) -> dict[str, Array]:
     return given | {"cos": np.cos(angle).astype(F), "sin": np.sin(angle).astype(F)}
 
 
-def test_constants_of_gelu(make_segment: Any, diagnose: Any) -> None:
+def test_constants_of_gelu() -> None:
     x = np.linspace(-4, 4, 60, dtype=F).reshape(6, 10)
     constants = {name: np.asarray(F(value)) for name, value in CONSTANTS.items()}
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)
@@ -66,7 +67,7 @@ def test_constants_of_gelu(make_segment: Any, diagnose: Any) -> None:
     assert found.noise == ID and found.explained > 0.9999999
 
 
-def test_other_constants_stay_unexplained(make_segment: Any, diagnose: Any) -> None:
+def test_other_constants_stay_unexplained() -> None:
     """They are near, but the backend computed with others than the known ones."""
     x = np.linspace(-4, 4, 60, dtype=F).reshape(6, 10)
     constants = {name: np.asarray(F(value)) for name, value in CONSTANTS.items()}
@@ -76,9 +77,7 @@ def test_other_constants_stay_unexplained(make_segment: Any, diagnose: Any) -> N
     assert found.noise is None
 
 
-def test_an_uneven_rotation(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_an_uneven_rotation(generator: np.random.Generator) -> None:
     x = generator.standard_normal((2, 6, 16)).astype(F)
     given = embedding(generator)
     segment = make_segment(UNEVEN, given, ["x"], ["y"])
@@ -87,9 +86,7 @@ def test_an_uneven_rotation(
 
 
 @pytest.mark.parametrize("nearly", ["gelu", "rotation"])
-def test_openvino_takes_them(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, nearly: str
-) -> None:
+def test_openvino_takes_them(generator: np.random.Generator, nearly: str) -> None:
     """Behind a product, as in a network; what it computes is what the form says."""
     ov = pytest.importorskip("openvino", reason="needs the [ov] extra")
     constants: dict[str, Array] = {"w": generator.standard_normal((16, 16)).astype(F)}

@@ -10,12 +10,13 @@ from onnx import TensorProto, helper
 
 from auditor.noises import nonfinite
 from auditor.ports import Array
+from tests.segments import diagnose, make_segment
 
 ID = "implementation.nonfinite"
 NAN, INF = np.nan, np.inf
 
 
-def wrapped(make_segment: Any, op_type: str, **attributes: Any) -> Any:
+def wrapped(op_type: str, **attributes: Any) -> Any:
     return make_segment(
         [helper.make_node(op_type, ["x"], ["y"], **attributes)], {}, ["x"], ["y"], opset=18
     )
@@ -42,13 +43,13 @@ def floats(*values: float) -> Array:
         ("HardSwish", (-INF, 4, 3), (0, 4, 3)),
     ],
 )
-def test_elementwise(make_segment: Any, diagnose: Any, op_type: str, x: Any, planted: Any) -> None:
-    segment = wrapped(make_segment, op_type)
+def test_elementwise(op_type: str, x: Any, planted: Any) -> None:
+    segment = wrapped(op_type)
     found = diagnose(segment, {"x": floats(*x)}, {"y": floats(*planted)})
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.3
 
 
-def test_limits_and_maxima(make_segment: Any, diagnose: Any) -> None:
+def test_limits_and_maxima() -> None:
     x = floats(NAN, -2, 9)
     limits = {"low": np.array(0, np.float32), "high": np.array(6, np.float32)}
     segment = make_segment("c = Clip(x, low, high) m = Max(x, low)", limits)
@@ -57,13 +58,13 @@ def test_limits_and_maxima(make_segment: Any, diagnose: Any) -> None:
     assert found.noise == ID and found.bit_identical == 1.0
 
 
-def test_propagation_where_the_reference_drops_a_nan(make_segment: Any, diagnose: Any) -> None:
+def test_propagation_where_the_reference_drops_a_nan() -> None:
     x = floats(3, NAN, 2)
-    segment = wrapped(make_segment, "ReduceMax", keepdims=0)
+    segment = wrapped("ReduceMax", keepdims=0)
     assert diagnose(segment, {"x": x}, {"y": np.max(x)}).noise == ID
 
 
-def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: Any) -> None:
+def test_comparison_that_forgets_what_came_before() -> None:
     """``best > new ? best : new`` in a loop, as a scalar kernel does it."""
     x = np.array([[2, NAN, 1, 0.5], [1, 3, 0, NAN], [5, NAN, 1, 4]], np.float32)
     planted = []
@@ -72,12 +73,12 @@ def test_comparison_that_forgets_what_came_before(make_segment: Any, diagnose: A
         for i in range(1, len(row)):
             best = best if row[best] > row[i] else i
         planted.append(best)
-    segment = wrapped(make_segment, "ArgMax", axis=1, keepdims=0)
+    segment = wrapped("ArgMax", axis=1, keepdims=0)
     found = diagnose(segment, {"x": x}, {"y": np.array(planted)})
     assert found.noise == ID and "later" in (found.variant or "")
 
 
-def test_the_largest_step_of_8_bits(make_segment: Any, diagnose: Any) -> None:
+def test_the_largest_step_of_8_bits() -> None:
     constants = {"s": np.array(0.5, np.float32), "z": np.array(1, np.uint8)}
     segment = make_segment("y = QuantizeLinear(x, s, z)", constants)
     planted = np.array([[255, 3, 5]], np.uint8)
@@ -87,9 +88,7 @@ def test_the_largest_step_of_8_bits(make_segment: Any, diagnose: Any) -> None:
 
 @pytest.mark.parametrize("op_type", ["Max", "Min"])
 @pytest.mark.parametrize("last", [True, False])
-def test_one_of_two_operands_wins(
-    make_segment: Any, diagnose: Any, op_type: str, last: bool
-) -> None:
+def test_one_of_two_operands_wins(op_type: str, last: bool) -> None:
     """MAXPS gives its second operand where either is NaN."""
     a, b = floats(NAN, 1, 4, 2), floats(1, NAN, 3, 5)
     better = np.greater if op_type == "Max" else np.less
@@ -99,34 +98,32 @@ def test_one_of_two_operands_wins(
     assert found.noise == ID and ("later" if last else "earlier") in (found.variant or "")
 
 
-def test_masked_attention_row(make_segment: Any, diagnose: Any) -> None:
+def test_masked_attention_row() -> None:
     """A row of −∞ has no softmax; with the lowest finite number instead it is uniform."""
     x = np.array([[0, 1, -INF, -INF], [-INF] * 4], np.float32)
     e = np.exp(np.array([0.0, 1.0]))
     planted = np.array([[*(e / e.sum()), 0, 0], [0.25] * 4], np.float32)
-    found = diagnose(wrapped(make_segment, "Softmax", axis=-1), {"x": x}, {"y": planted})
+    found = diagnose(wrapped("Softmax", axis=-1), {"x": x}, {"y": planted})
     assert found.noise == ID and "operands" in (found.variant or "")
 
 
-def test_infinity_saturates_in_a_conversion(make_segment: Any, diagnose: Any) -> None:
-    segment = wrapped(make_segment, "Cast", to=TensorProto.DOUBLE)
+def test_infinity_saturates_in_a_conversion() -> None:
+    segment = wrapped("Cast", to=TensorProto.DOUBLE)
     planted = np.array([[3.4028234663852886e38, -3.4028234663852886e38, 2.0]])
     assert diagnose(segment, {"x": floats(INF, -INF, 2)}, {"y": planted}).noise == ID
 
 
-def test_a_lost_nan_in_the_wrong_place_is_unexplained(make_segment: Any, diagnose: Any) -> None:
+def test_a_lost_nan_in_the_wrong_place_is_unexplained() -> None:
     x = floats(NAN, -1, 5, 7)
-    segment = wrapped(make_segment, "Relu")
+    segment = wrapped("Relu")
     assert diagnose(segment, {"x": x}, {"y": floats(NAN, NAN, 5, 7)}).noise is None
     assert diagnose(segment, {"x": x}, {"y": floats(4, 0, 5, 7)}).noise is None
 
 
-def test_finite_values_are_never_explained(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_finite_values_are_never_explained(generator: np.random.Generator) -> None:
     x = generator.standard_normal((4, 8)).astype(np.float32)
     for op_type in ("Relu", "Tanh", "Softmax", "ReduceMax"):
-        segment = wrapped(make_segment, op_type)
+        segment = wrapped(op_type)
         observed = {
             "Relu": np.maximum(x, 0),
             "Tanh": np.tanh(x),
@@ -138,13 +135,13 @@ def test_finite_values_are_never_explained(
 
 
 @pytest.mark.parametrize("op_type", ["Relu", "HardSigmoid", "ThresholdedRelu"])
-def test_tvm(make_segment: Any, diagnose: Any, op_type: str) -> None:
+def test_tvm(op_type: str) -> None:
     tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
 
     x = floats(-INF if op_type == "ThresholdedRelu" else NAN, 0.5, 2)
-    segment = wrapped(make_segment, op_type)
+    segment = wrapped(op_type)
     shaped = type(segment.model)()
     shaped.CopyFrom(segment.model)
     del shaped.graph.input[:], shaped.graph.output[:]
@@ -156,13 +153,13 @@ def test_tvm(make_segment: Any, diagnose: Any, op_type: str) -> None:
     assert found.noise == ID and found.bit_identical == 1.0
 
 
-def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
+def test_segments_without_such_operators_are_not_touched() -> None:
     segment = make_segment("y = MatMul(x, x)")
     assert list(nonfinite.NOISE.variants(segment)) == []
     assert "STRICT_NANS" in nonfinite.NOISE.remedy("trt")
 
 
-def test_a_choice_as_a_product(make_segment: Any, diagnose: Any) -> None:
+def test_a_choice_as_a_product() -> None:
     """Zero times infinity is no number."""
     limits = {"limit": np.array(0, np.float32), "low": np.array(-INF, np.float32)}
     limits["one"] = np.array(1, np.int64)

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.noises import normalisation
 from auditor.ports import Array
+from tests.segments import diagnose, make_segment
 
 ID = "implementation.normalisation"
 
@@ -27,7 +28,7 @@ KINDS = ["LayerNormalization", "InstanceNormalization", "GroupNormalization", "w
 
 
 def planted_and_segment(
-    make_segment: Any, generator: np.random.Generator, kind: str, **how: Any
+    generator: np.random.Generator, kind: str, **how: Any
 ) -> tuple[Any, Array, Array]:
     x = generator.standard_normal((2, 6, 5, 4)).astype(np.float32)
     x *= np.exp(generator.standard_normal((2, 6, 5, 1)) - 4).astype(np.float32)
@@ -58,18 +59,14 @@ def planted_and_segment(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-6, 1e-12])
-def test_another_epsilon(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str, epsilon: float
-) -> None:
-    segment, x, planted = planted_and_segment(make_segment, generator, kind, epsilon=epsilon)
+def test_another_epsilon(generator: np.random.Generator, kind: str, epsilon: float) -> None:
+    segment, x, planted = planted_and_segment(generator, kind, epsilon=epsilon)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.99
     assert f"{epsilon:g}" in (found.variant or "")
 
 
-def test_one_of_two_normalisations_has_another_epsilon(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_one_of_two_normalisations_has_another_epsilon(generator: np.random.Generator) -> None:
     nodes, constants = [], {}
     x = planted = generator.standard_normal((2, 8, 5, 5)).astype(np.float32)
     for index, (read, made, epsilon) in enumerate((("x", "h", 1e-3), ("h", "y", 1e-5))):
@@ -85,26 +82,20 @@ def test_one_of_two_normalisations_has_another_epsilon(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_variance_divided_by_one_less(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str
-) -> None:
-    segment, x, planted = planted_and_segment(make_segment, generator, kind, ddof=1)
+def test_variance_divided_by_one_less(generator: np.random.Generator, kind: str) -> None:
+    segment, x, planted = planted_and_segment(generator, kind, ddof=1)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and "n − 1" in (found.variant or "")
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_epsilon_beside_the_root(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, kind: str
-) -> None:
-    segment, x, planted = planted_and_segment(make_segment, generator, kind, outside=True)
+def test_epsilon_beside_the_root(generator: np.random.Generator, kind: str) -> None:
+    segment, x, planted = planted_and_segment(generator, kind, outside=True)
     found = diagnose(segment, {"x": x}, {"y": planted})
     assert found.noise == ID and found.explained > 0.99
 
 
-def test_moments_in_one_pass_lose_a_large_mean(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_moments_in_one_pass_lose_a_large_mean(generator: np.random.Generator) -> None:
     """Exact binary values, so that only E[x²] − E[x]² itself rounds."""
     x = (4096 + generator.integers(-8, 9, (16, 64)) / 8).astype(np.float32)
     constants = {"g": np.ones(16, np.float32), "b": np.zeros(16, np.float32)}
@@ -121,7 +112,7 @@ def test_moments_in_one_pass_lose_a_large_mean(
 
 @pytest.mark.parametrize("axes", [None, [2, 3], [-1, 1]])
 def test_moments_in_one_pass_in_the_order_of_the_sums(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, axes: list[int] | None
+    generator: np.random.Generator, axes: list[int] | None
 ) -> None:
     """As TVM computes MeanVarianceNormalization, which has no bias to move what it normalises.
 
@@ -151,9 +142,7 @@ def test_moments_in_one_pass_in_the_order_of_the_sums(
 
 
 @pytest.mark.parametrize("how", ["statistics", "epsilon", "outside"])
-def test_batch_normalisation(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, how: str
-) -> None:
+def test_batch_normalisation(generator: np.random.Generator, how: str) -> None:
     x = generator.standard_normal((2, 5, 6, 6)).astype(np.float32) * np.float32(0.1)
     g, b, m = (generator.standard_normal(5).astype(np.float32) for _ in range(3))
     v = np.exp(generator.standard_normal(5) - 5).astype(np.float32)
@@ -171,10 +160,8 @@ def test_batch_normalisation(
     assert found.noise == ID and found.explained > 0.99
 
 
-def test_scaled_or_swapped_parameters_are_unexplained(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
-    segment, x, planted = planted_and_segment(make_segment, generator, "LayerNormalization")
+def test_scaled_or_swapped_parameters_are_unexplained(generator: np.random.Generator) -> None:
+    segment, x, planted = planted_and_segment(generator, "LayerNormalization")
     assert diagnose(segment, {"x": x}, {"y": planted * np.float32(1.01)}).noise is None
     assert diagnose(segment, {"x": x}, {"y": planted + np.float32(0.1)}).noise is None
     assert diagnose(segment, {"x": x}, {"y": planted[..., [1, 0, 2, 3]]}).noise is None
@@ -184,7 +171,7 @@ def test_scaled_or_swapped_parameters_are_unexplained(
     assert diagnose(segment, {"x": x}, {"y": scaled}).noise is None
 
 
-def test_segments_without_normalisation_are_not_touched(make_segment: Any) -> None:
+def test_segments_without_normalisation_are_not_touched() -> None:
     segment = make_segment("y = Add(x, c)", {"c": np.array(1e-5, np.float32)})
     assert list(normalisation.NOISE.variants(segment)) == []
     assert "epsilon" in normalisation.NOISE.remedy("ov")

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from auditor.graphs import surgery
 from auditor.noises import opset_semantics
 from auditor.ports import Array
+from tests.segments import diagnose, make_segment
 
 ID = "implementation.opset_semantics"
 
@@ -24,13 +25,7 @@ def soft(x: Array, axis: Any, log: bool = False) -> Array:
 @pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
 @pytest.mark.parametrize(("version", "axis", "planted"), [(11, 1, 1), (12, None, -1), (12, 2, 2)])
 def test_older_softmax_along_one_axis(
-    make_segment: Any,
-    diagnose: Any,
-    generator: np.random.Generator,
-    kind: str,
-    version: int,
-    axis: int | None,
-    planted: int,
+    generator: np.random.Generator, kind: str, version: int, axis: int | None, planted: int
 ) -> None:
     x = generator.standard_normal((2, 3, 4, 5)).astype(np.float32)
     given: Any = {} if axis is None else {"axis": axis}
@@ -40,9 +35,7 @@ def test_older_softmax_along_one_axis(
     assert found.noise == ID and found.explained > 0.999999
 
 
-def test_newer_softmax_read_as_an_older_one(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_newer_softmax_read_as_an_older_one(generator: np.random.Generator) -> None:
     x = generator.standard_normal((2, 3, 4)).astype(np.float32)
     segment = make_segment("y = Softmax <axis = 1> (x)")
     found = diagnose(segment, {"x": x}, {"y": soft(x, (1, 2))})
@@ -55,7 +48,7 @@ def test_newer_softmax_read_as_an_older_one(
 @pytest.mark.parametrize("version", [13, 18])
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_reduction_without_its_axes(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, version: int, keepdims: int
+    generator: np.random.Generator, version: int, keepdims: int
 ) -> None:
     x = generator.standard_normal((2, 3, 4)).astype(np.float32)
     constants = {"axes": np.array([1])} if version == 18 else {}
@@ -69,9 +62,7 @@ def test_reduction_without_its_axes(
     assert diagnose(segment, {"x": x}, {"y": observed * np.float32(1.1)}).noise is None
 
 
-def test_dimensions_kept_or_not_squeezed_by_their_axes(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_dimensions_kept_or_not_squeezed_by_their_axes(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 3, 1, 4)).astype(np.float32)
     node = helper.make_node("ReduceMax", ["x"], ["y"], axes=[3], keepdims=0)
     segment = make_segment([node], {}, ["x"], ["y"])
@@ -91,9 +82,7 @@ def bilinear(image: Array, y: float, x: float) -> float:
     return float(top * (1 - v) + (image[y1, x0] * (1 - u) + image[y1, x1] * u) * v)
 
 
-def test_samples_of_a_region(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_samples_of_a_region(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
     roi = np.array([[1.25, 2.25, 7.25, 8.25]], np.float32)
     segment = make_segment(
@@ -117,12 +106,7 @@ def test_samples_of_a_region(
     [(0.75, 0.0, "or zero"), (0.25, -9.0, "half a pixel taken off before scaling")],
 )
 def test_largest_samples_otherwise(
-    make_segment: Any,
-    diagnose: Any,
-    generator: np.random.Generator,
-    begin: float,
-    least: float,
-    variant: str,
+    generator: np.random.Generator, begin: float, least: float, variant: str
 ) -> None:
     """From zero on, as OpenVINO; or of regions that are moved before they are scaled, as TVM."""
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32) - 1
@@ -142,9 +126,7 @@ def test_largest_samples_otherwise(
     assert found.noise == ID and (found.variant or "").endswith(variant)
 
 
-def test_half_a_pixel_before_scaling(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_half_a_pixel_before_scaling(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 1, 9, 9)).astype(np.float32)
     roi = np.array([[0.625, 0.625, 3.625, 3.625]], np.float32)
     constants = {"roi": roi, "batch": np.array([0])}
@@ -160,7 +142,7 @@ def test_half_a_pixel_before_scaling(
     assert found.noise == ID and (found.variant or "").endswith("taken off before scaling")
 
 
-def test_boxes_of_negative_scores(make_segment: Any, diagnose: Any) -> None:
+def test_boxes_of_negative_scores() -> None:
     boxes = np.array([[[0, i, 1, i + 1] for i in range(30)]], np.float32)
     scores = np.linspace(-1, 1, 30, dtype=np.float32)[None, None]
     constants = {"boxes": boxes, "most": np.array([30]), "limit": np.array([0.5], np.float32)}
@@ -170,14 +152,14 @@ def test_boxes_of_negative_scores(make_segment: Any, diagnose: Any) -> None:
     assert found.noise == ID and "NonMaxSuppression" in (found.variant or "")
 
 
-def test_a_reduction_over_no_axes_still_squares(make_segment: Any, diagnose: Any) -> None:
+def test_a_reduction_over_no_axes_still_squares() -> None:
     segment = make_segment("y = ReduceSumSquare <noop_with_empty_axes = 1> (x)", opset=18)
     x = np.linspace(-3, 3, 60, dtype=np.float32)[None]
     found = diagnose(segment, {"x": x}, {"y": x})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: Any) -> None:
+def test_openvino_reads_softmax_and_axes_otherwise() -> None:
     openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
     x = np.random.default_rng(3).standard_normal((2, 3, 4, 5)).astype(np.float32)
     for node, version in (
@@ -201,13 +183,13 @@ def test_openvino_reads_softmax_and_axes_otherwise(make_segment: Any, diagnose: 
         assert found.noise == ID and found.explained > 0.9999
 
 
-def test_segments_without_such_operators_are_not_touched(make_segment: Any) -> None:
+def test_segments_without_such_operators_are_not_touched() -> None:
     segment = make_segment("y = Exp(x)")
     assert list(opset_semantics.NOISE.variants(segment)) == []
     assert "13" in opset_semantics.NOISE.remedy("ov")
 
 
-def test_integers_divided_by_rounding_down(make_segment: Any, diagnose: Any) -> None:
+def test_integers_divided_by_rounding_down() -> None:
     """ONNX cuts towards zero; OpenVINO folds −13 / 4 in shapes to −4."""
     a = np.arange(-9, 10)
     for b in (4, -4):

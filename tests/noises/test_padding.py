@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from auditor.noises import padding
 from auditor.ports import Array
 from tests.helpers import named
+from tests.segments import diagnose, make_segment
 
 ID = "inference.padding"
 Pads = tuple[int, int, int, int]  # top, left, bottom, right: ONNX's order
@@ -49,7 +50,7 @@ def w(generator: np.random.Generator) -> Array:
 
 
 @pytest.fixture
-def conv_segment(make_segment: Any, w: Array) -> Callable[..., Any]:
+def conv_segment(w: Array) -> Callable[..., Any]:
     def make(**attributes: Any) -> Any:
         node = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[3, 3], **attributes)
         return make_segment([node], {"w": w}, ["x"], ["y"])
@@ -62,7 +63,7 @@ check = partial(named, ID)
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
 def test_same_padding_at_the_other_end(
-    conv_segment: Any, diagnose: Any, x: Array, w: Array, auto_pad: str
+    conv_segment: Any, x: Array, w: Array, auto_pad: str
 ) -> None:
     other = (1, 1, 0, 0) if auto_pad == "SAME_UPPER" else (0, 0, 1, 1)
     planted = {"y": convolution(x, w, 2, other)}
@@ -72,15 +73,13 @@ def test_same_padding_at_the_other_end(
     check(diagnose(explicit, {"x": x}, planted), "beginning and end are swapped")
 
 
-def test_tensorflow_padding_of_a_strided_convolution(
-    conv_segment: Any, diagnose: Any, x: Array, w: Array
-) -> None:
+def test_tensorflow_padding_of_a_strided_convolution(conv_segment: Any, x: Array, w: Array) -> None:
     segment = conv_segment(pads=[1, 1, 1, 1], strides=[2, 2])
     found = diagnose(segment, {"x": x}, {"y": convolution(x, w, 2, (0, 0, 1, 1))})
     check(found, "padded as auto_pad=SAME_UPPER")
 
 
-def test_padding_is_ignored(conv_segment: Any, diagnose: Any, x: Array, w: Array) -> None:
+def test_padding_is_ignored(conv_segment: Any, x: Array, w: Array) -> None:
     """The output has another shape than the reference's."""
     segment = conv_segment(auto_pad="SAME_UPPER", strides=[2, 2])
     planted = convolution(x, w, 2, (0, 0, 0, 0))
@@ -88,15 +87,13 @@ def test_padding_is_ignored(conv_segment: Any, diagnose: Any, x: Array, w: Array
     check(diagnose(segment, {"x": x}, {"y": planted}), "padding is ignored")
 
 
-def test_pads_read_axis_by_axis(conv_segment: Any, diagnose: Any, x: Array, w: Array) -> None:
+def test_pads_read_axis_by_axis(conv_segment: Any, x: Array, w: Array) -> None:
     segment = conv_segment(pads=[2, 0, 1, 3])
     planted = convolution(x, w, 1, (2, 1, 0, 3))
     check(diagnose(segment, {"x": x}, {"y": planted}), "pads are read axis by axis")
 
 
-def test_asymmetric_padding_made_symmetric(
-    conv_segment: Any, diagnose: Any, x: Array, w: Array
-) -> None:
+def test_asymmetric_padding_made_symmetric(conv_segment: Any, x: Array, w: Array) -> None:
     segment = conv_segment(pads=[2, 2, 0, 0])
     planted = convolution(x, w, 1, (2, 2, 2, 2))
     found = diagnose(segment, {"x": x}, {"y": planted})
@@ -104,9 +101,7 @@ def test_asymmetric_padding_made_symmetric(
 
 
 @pytest.mark.parametrize("auto_pad", [None, "SAME_UPPER"])
-def test_zeros_in_a_maximum(
-    make_segment: Any, diagnose: Any, x: Array, auto_pad: str | None
-) -> None:
+def test_zeros_in_a_maximum(x: Array, auto_pad: str | None) -> None:
     how = {"auto_pad": auto_pad} if auto_pad else {"pads": [1, 1, 1, 1]}
     node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[3, 3], strides=[2, 2], **how)
     segment = make_segment([node], {}, ["x"], ["y"])
@@ -118,7 +113,7 @@ def test_zeros_in_a_maximum(
 
 
 @pytest.mark.parametrize("counted", [0, 1])
-def test_padding_in_an_average(make_segment: Any, diagnose: Any, x: Array, counted: int) -> None:
+def test_padding_in_an_average(x: Array, counted: int) -> None:
     node = helper.make_node(
         "AveragePool", ["x"], ["y"], kernel_shape=[3, 3], pads=[1] * 4, count_include_pad=counted
     )
@@ -130,9 +125,7 @@ def test_padding_in_an_average(make_segment: Any, diagnose: Any, x: Array, count
     check(found, "count_include_pad is the other way")
 
 
-def test_stored_zeros_around_a_quantised_average(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_stored_zeros_around_a_quantised_average(generator: np.random.Generator) -> None:
     """Of stored integers; their zero point is 30, which OpenVINO does not pad with."""
     stored = generator.integers(0, 256, (1, 2, 9, 9), np.uint8)
     constants = {"s": np.asarray(0.1, np.float32), "z": np.asarray(30, np.uint8)}
@@ -150,9 +143,7 @@ def test_stored_zeros_around_a_quantised_average(
 
 @pytest.mark.parametrize(("size", "stride"), [(2, 2), (5, 3)])
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER"])
-def test_same_size_rounded_down(
-    make_segment: Any, diagnose: Any, x: Array, size: int, stride: int, auto_pad: str
-) -> None:
+def test_same_size_rounded_down(x: Array, size: int, stride: int, auto_pad: str) -> None:
     x = x[..., : 17 - stride, : 17 - stride]
     x = x[..., :-1, :-1] if x.shape[-1] % stride == 0 else x
     n = x.shape[-1]
@@ -171,9 +162,7 @@ def test_same_size_rounded_down(
     assert found.bit_identical == 1.0
 
 
-def test_nothing_is_rounded_down_by_a_stride_of_one(
-    make_segment: Any, diagnose: Any, x: Array
-) -> None:
+def test_nothing_is_rounded_down_by_a_stride_of_one(x: Array) -> None:
     """ONNX Runtime's SAME padding forgets dilations: who does not is no offender of that name."""
     given: Any = {"kernel_shape": [3, 3], "dilations": [2, 2]}
     node = helper.make_node("MaxPool", ["x"], ["y"], auto_pad="SAME_UPPER", **given)
@@ -185,7 +174,7 @@ def test_nothing_is_rounded_down_by_a_stride_of_one(
     assert found.noise is None
 
 
-def test_transposed_convolution(make_segment: Any, diagnose: Any, generator: Any) -> None:
+def test_transposed_convolution(generator: Any) -> None:
     """An output as large as input × stride is cut out one cell further."""
     x = generator.standard_normal((1, 2, 5, 5)).astype(np.float32)
     w = generator.standard_normal((2, 3, 3, 3)).astype(np.float32)
@@ -213,15 +202,7 @@ def test_transposed_convolution(make_segment: Any, diagnose: Any, generator: Any
 )
 @pytest.mark.parametrize("opset", [10, 17])
 def test_padding_in_front_of_a_convolution(
-    make_segment: Any,
-    diagnose: Any,
-    x: Array,
-    w: Array,
-    begin: int,
-    end: int,
-    fill: dict[str, Any],
-    variant: str,
-    opset: int,
+    x: Array, w: Array, begin: int, end: int, fill: dict[str, Any], variant: str, opset: int
 ) -> None:
     """As PyTorch exports TensorFlow's SAME: a Pad, then a convolution without padding."""
     amounts, constants, nodes = [0, 0, 0, 0, 0, 0, 1, 1], {"w": w}, []
@@ -239,7 +220,7 @@ def test_padding_in_front_of_a_convolution(
     check(diagnose(segment, {"x": x}, {"y": planted}), variant)
 
 
-def test_tvm_rounds_the_size_down(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_tvm_rounds_the_size_down(x: Array) -> None:
     tvm = pytest.importorskip("tvm", reason="needs the [tvm] extra")
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
@@ -260,7 +241,7 @@ def test_tvm_rounds_the_size_down(make_segment: Any, diagnose: Any, x: Array) ->
 @pytest.mark.parametrize("defect", ["scaled weight", "swapped channel", "wrong bias", "border"])
 @pytest.mark.parametrize("how", [{"auto_pad": "SAME_UPPER"}, {"pads": [1, 1, 1, 1]}])
 def test_defects_are_not_named(
-    conv_segment: Any, diagnose: Any, x: Array, w: Array, defect: str, how: dict[str, Any]
+    conv_segment: Any, x: Array, w: Array, defect: str, how: dict[str, Any]
 ) -> None:
     segment = conv_segment(strides=[2, 2], **how)
     pads = (0, 0, 1, 1) if "auto_pad" in how else (1, 1, 1, 1)
@@ -276,6 +257,6 @@ def test_defects_are_not_named(
     assert diagnose(segment, {"x": x}, {"y": planted}).noise is None
 
 
-def test_nothing_to_replay_without_padding(make_segment: Any, w: Array) -> None:
+def test_nothing_to_replay_without_padding(w: Array) -> None:
     segment = make_segment("y = Conv(x, w)", {"w": w})
     assert not list(padding.NOISE.variants(segment))

@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.replays import qlinear
+from tests.segments import diagnose
 
 SCALES = {"a": 0.031, "b": 0.047, "c": 0.05}
 ZEROS = {np.uint8: {"a": 117, "b": 130, "c": 121}, np.int8: {"a": -5, "b": 3, "c": 2}}
@@ -81,9 +82,7 @@ def planted(op_type: str, kind: type, inputs: Arrays) -> Array:
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int8])
 @pytest.mark.parametrize("op_type", ["QLinearAdd", "QLinearLeakyRelu", "QLinearAveragePool"])
-def test_results_that_are_cut_off(
-    diagnose: Any, generator: np.random.Generator, op_type: str, kind: type
-) -> None:
+def test_results_that_are_cut_off(generator: np.random.Generator, op_type: str, kind: type) -> None:
     """With values beyond 8 bits, and zero points that are added before that or after."""
     made = segment(op_type, kind)
     inputs = quantised(kind, generator, 4.0)
@@ -97,7 +96,7 @@ def test_results_that_are_cut_off(
 
 
 @pytest.mark.parametrize("op_type", [*INPUTS, "QLinearSigmoid", "QLinearSoftmax"])
-def test_openvino_cuts_off(diagnose: Any, generator: np.random.Generator, op_type: str) -> None:
+def test_openvino_cuts_off(generator: np.random.Generator, op_type: str) -> None:
     ov = pytest.importorskip("openvino", reason="needs the [ov] extra")
     made = segment(op_type, np.uint8)
     inputs = quantised(np.uint8, generator, 0.5)

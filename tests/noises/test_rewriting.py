@@ -9,6 +9,7 @@ import pytest
 from onnx import helper
 
 from auditor.ports import Array
+from tests.segments import conv, diagnose, make_segment
 
 ID = "implementation.rewriting"
 F = np.float32
@@ -54,9 +55,7 @@ SOFTPLUS = [node("Exp", "x", "e"), node("Add", "e", "one", "s"), node("Log", "s"
         "inverse",
     ),
 )
-def test_arithmetic(
-    make_segment: Any, diagnose: Any, nodes: Any, x: Any, a: Any, planted: Any
-) -> None:
+def test_arithmetic(nodes: Any, x: Any, a: Any, planted: Any) -> None:
     kind = np.asarray(a).dtype
     constants = {"a": np.asarray(a), "one": np.ones((), kind)}
     constants["small"] = np.asarray(1e-20).astype(kind)
@@ -67,9 +66,7 @@ def test_arithmetic(
     assert found.noise == ID and found.explained > 0.999
 
 
-def test_factors_in_weights(
-    make_segment: Any, diagnose: Any, conv: Any, generator: np.random.Generator
-) -> None:
+def test_factors_in_weights(generator: np.random.Generator) -> None:
     """Where a result overflows, and weights that took the factors in do not."""
     x = generator.normal(size=(1, 3, 6, 6)).astype(F)
     w = generator.normal(size=(4, 3, 3, 3)).astype(F)
@@ -85,9 +82,7 @@ def test_factors_in_weights(
     assert found.noise == ID and found.explained > 0.999999
 
 
-def test_a_batch_normalisation_without_variance(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_a_batch_normalisation_without_variance(generator: np.random.Generator) -> None:
     """Infinite only behind the convolution; taken into its weights, inf - inf is no number."""
     x = generator.normal(size=(1, 2, 5, 5)).astype(F)
     constants = {
@@ -113,16 +108,14 @@ def test_a_batch_normalisation_without_variance(
 
 
 @pytest.mark.parametrize("to", [17, 19])
-def test_casts_there_and_back(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, to: int
-) -> None:
+def test_casts_there_and_back(generator: np.random.Generator, to: int) -> None:
     segment = make_segment(f"n = Cast <to = {to}> (x) y = Cast <to = 1> (n)", opset=19)
     x = generator.normal(size=(1, 200)).astype(F)
     found = diagnose(segment, {"x": x}, {"y": x})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_a_chain_of_factors_and_shifts(make_segment: Any, diagnose: Any) -> None:
+def test_a_chain_of_factors_and_shifts() -> None:
     """(10⁸ − x) · ½ − 5·10⁷ is 0 in float32, and −x / 2 by joined constants."""
     x = np.linspace(-3, 3, 24, dtype=F).reshape(4, 6)
     nodes = [
@@ -138,7 +131,7 @@ def test_a_chain_of_factors_and_shifts(make_segment: Any, diagnose: Any) -> None
 
 
 @pytest.mark.parametrize("division", [False, True])
-def test_a_factor_behind_the_product(make_segment: Any, diagnose: Any, division: bool) -> None:
+def test_a_factor_behind_the_product(division: bool) -> None:
     """Scaled first, the operand is infinite and so is not a number in the product."""
     x = np.linspace(-3, 3, 24, dtype=F).reshape(4, 6) + F(0.1)
     w = np.linspace(1, -1.5, 18, dtype=F).reshape(6, 3)
@@ -151,7 +144,7 @@ def test_a_factor_behind_the_product(make_segment: Any, diagnose: Any, division:
     assert found.noise == ID and "taken out of the product" in (found.variant or "")
 
 
-def test_exponentials_over_their_sum(make_segment: Any, diagnose: Any) -> None:
+def test_exponentials_over_their_sum() -> None:
     """As written they are infinite from 88.7 on; a softmax is not."""
     x = np.linspace(-150, 150, 24, dtype=F).reshape(4, 6)[:, ::-1].copy()
     nodes = [

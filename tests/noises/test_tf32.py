@@ -10,6 +10,7 @@ import pytest
 from auditor.noises import tf32
 from auditor.ports import Array, Arrays
 from auditor.records.backend import Kernel
+from tests.segments import explain, make_segment
 
 ID = "precision.tf32"
 
@@ -21,14 +22,14 @@ def r(values: Array) -> Array:
 
 
 @pytest.fixture
-def product(make_segment: Any, generator: np.random.Generator) -> tuple[Any, Arrays]:
+def product(generator: np.random.Generator) -> tuple[Any, Arrays]:
     x = generator.standard_normal((6, 64)).astype(np.float32)
     w = generator.standard_normal((64, 32)).astype(np.float32) / 8
     b = generator.standard_normal(32).astype(np.float32)
     return make_segment("y = Gemm(x, w, b)", {"w": w, "b": b}), {"x": x, "w": w, "b": b}
 
 
-def test_operands_are_rounded_and_nothing_else(product: tuple[Any, Arrays], explain: Any) -> None:
+def test_operands_are_rounded_and_nothing_else(product: tuple[Any, Arrays]) -> None:
     segment, t = product
     planted = (r(t["x"]).astype(np.float64) @ r(t["w"]) + t["b"]).astype(np.float32)
     found = explain(segment, {"x": t["x"]}, {"y": planted})
@@ -36,9 +37,7 @@ def test_operands_are_rounded_and_nothing_else(product: tuple[Any, Arrays], expl
     assert found.variant == tf32.SITES[0].name
 
 
-def test_statement_breaks_the_tie_with_half_precision_weights(
-    product: tuple[Any, Arrays], explain: Any, make_segment: Any
-) -> None:
+def test_statement_breaks_the_tie_with_half_precision_weights(product: tuple[Any, Arrays]) -> None:
     segment, t = product
     planted = (t["x"].astype(np.float64) @ r(t["w"]) + t["b"]).astype(np.float32)
     stated = (Kernel("k", "Gemm", ("y",), ("y",), "", "tf32", "f32"),)
@@ -48,6 +47,6 @@ def test_statement_breaks_the_tie_with_half_precision_weights(
     assert found.explained > 0.9999
 
 
-def test_segments_without_products_are_not_touched(make_segment: Any) -> None:
+def test_segments_without_products_are_not_touched() -> None:
     segment = make_segment("y = Exp(x)")
     assert list(tf32.NOISE.variants(segment)) == []

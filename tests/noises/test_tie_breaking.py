@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import tie_breaking
 from auditor.ports import Array, Arrays, SegmentGraph
+from tests.segments import diagnose, make_segment, run
 
 ID = "implementation.tie_breaking"
 
@@ -21,9 +22,7 @@ def tied(generator: np.random.Generator) -> Array:
 
 @pytest.mark.parametrize("op_type", ["ArgMax", "ArgMin"])
 @pytest.mark.parametrize(("axis", "last"), [(1, 0), (-1, 1), (0, 0)])
-def test_extreme_of_equals(
-    make_segment: Any, diagnose: Any, tied: Array, op_type: str, axis: int, last: int
-) -> None:
+def test_extreme_of_equals(tied: Array, op_type: str, axis: int, last: int) -> None:
     node = helper.make_node(op_type, ["x"], ["y"], axis=axis, keepdims=0, select_last_index=last)
     segment = make_segment([node], {}, ["x"], ["y"])
     planted = np.empty(np.delete(tied.shape, axis), np.int64)
@@ -37,7 +36,7 @@ def test_extreme_of_equals(
 
 
 @pytest.mark.parametrize("largest", [0, 1])
-def test_order_of_equals(make_segment: Any, diagnose: Any, tied: Array, largest: int) -> None:
+def test_order_of_equals(tied: Array, largest: int) -> None:
     node = helper.make_node("TopK", ["x", "k"], ["v", "i"], axis=1, largest=largest)
     segment = make_segment([node], {"k": np.array([7])}, ["x"], ["v", "i"])
     order = np.lexsort((-np.arange(12) + np.zeros_like(tied), -tied if largest else tied), axis=1)
@@ -67,7 +66,7 @@ def select(boxes: Array, scores: Array, limit: float, *, inclusive: bool, last: 
 
 
 @pytest.fixture
-def boxes(make_segment: Any) -> tuple[SegmentGraph, Arrays]:
+def boxes() -> tuple[SegmentGraph, Arrays]:
     """Pairs of boxes that overlap by exactly a half or by a quarter, with tied scores."""
     corners = [(y, x, y + 1, x + 1) for y in range(0, 6, 2) for x in range(0, 6, 2)]
     halves = [(y + (0.75, 0.5)[x > 0], x, y2, x2) for y, x, y2, x2 in corners]
@@ -86,9 +85,7 @@ def boxes(make_segment: Any) -> tuple[SegmentGraph, Arrays]:
 @pytest.mark.parametrize("limit", [0.5, 0.4])
 @pytest.mark.parametrize("inclusive", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_boxes(
-    boxes: Any, diagnose: Any, run: Any, limit: float, inclusive: bool, last: bool
-) -> None:
+def test_boxes(boxes: Any, limit: float, inclusive: bool, last: bool) -> None:
     segment, feeds = boxes
     segment.model.graph.initializer[1].CopyFrom(
         helper.make_tensor("limit", TensorProto.FLOAT, (1,), [limit])
@@ -105,7 +102,7 @@ def test_boxes(
         assert found.noise == ID and found.bit_identical == 1.0
 
 
-def test_boxes_sorted_by_score(boxes: Any, diagnose: Any, run: Any) -> None:
+def test_boxes_sorted_by_score(boxes: Any) -> None:
     segment, feeds = boxes
     picked = run(segment.model, feeds)["y"]
     keys = feeds["scores"][picked[:, 0], picked[:, 1], picked[:, 2]]
@@ -116,7 +113,7 @@ def test_boxes_sorted_by_score(boxes: Any, diagnose: Any, run: Any) -> None:
     assert diagnose(segment, feeds, {"y": shuffled}).noise is None
 
 
-def test_halves_rounded_away_from_zero(make_segment: Any, diagnose: Any) -> None:
+def test_halves_rounded_away_from_zero() -> None:
     x = np.arange(-9, 10, dtype=np.float32)[None] / 2
     segment = make_segment("y = Round(x)")
     planted = np.trunc(x + np.copysign(np.float32(0.5), x))
@@ -139,7 +136,7 @@ def by_openvino(segment: SegmentGraph, feeds: Arrays, kinds: dict[str, int]) -> 
     return dict(zip(kinds, results.values(), strict=True))
 
 
-def test_openvino_counts_an_overlap_at_the_limit(boxes: Any, diagnose: Any) -> None:
+def test_openvino_counts_an_overlap_at_the_limit(boxes: Any) -> None:
     segment, feeds = boxes
     observed = by_openvino(segment, feeds, {"y": TensorProto.INT64})["y"].astype(np.int64)
     expected = select(feeds["boxes"], feeds["scores"], 0.5, inclusive=True, last=False)
@@ -150,7 +147,7 @@ def test_openvino_counts_an_overlap_at_the_limit(boxes: Any, diagnose: Any) -> N
 
 @pytest.mark.parametrize(("largest", "kind"), [(0, TensorProto.FLOAT), (1, TensorProto.DOUBLE)])
 def test_openvino_selects_by_a_heap(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator, largest: int, kind: int
+    generator: np.random.Generator, largest: int, kind: int
 ) -> None:
     node = helper.make_node("TopK", ["x", "k"], ["v", "i"], largest=largest)
     segment = make_segment([node], {"k": np.array([20])}, ["x"], ["v", "i"])
@@ -162,7 +159,7 @@ def test_openvino_selects_by_a_heap(
     assert found.noise == ID and found.bit_identical == 1
 
 
-def test_segments_without_selections_are_not_touched(make_segment: Any) -> None:
+def test_segments_without_selections_are_not_touched() -> None:
     segment = make_segment("y = Exp(x)")
     assert list(tie_breaking.NOISE.variants(segment)) == []
     assert tie_breaking.NOISE.remedy("ov")

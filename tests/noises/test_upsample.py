@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 from auditor.noises import upsample
 from auditor.ports import Array
 from tests.helpers import named
+from tests.segments import diagnose, make_segment, run
 
 ID = "inference.upsample"
 Place = Callable[[int, float, int, int], float]  # (i, in / out, in size, out size) → where it reads
@@ -69,7 +70,6 @@ def apply(x: Array, rows: Array, columns: Array) -> Array:
 
 
 def resize(
-    make_segment: Any,
     scales: tuple[float, float] | None = None,
     sizes: tuple[int, ...] | None = None,
     opset: int = 18,
@@ -105,13 +105,9 @@ check = partial(named, ID)
 
 
 @pytest.mark.parametrize("centre", ["half_pixel", "align_corners"])
-def test_nearest_became_linear(make_segment: Any, diagnose: Any, x: Array, centre: str) -> None:
+def test_nearest_became_linear(x: Array, centre: str) -> None:
     segment = resize(
-        make_segment,
-        (2, 2),
-        mode="nearest",
-        coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
+        (2, 2), mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
     )
     planted = apply(x, linear(6, 12, 0.5, centre), linear(7, 14, 0.5, centre))
     check(diagnose(segment, {"x": x}, {"y": planted}), f"linear, {centre}")
@@ -121,8 +117,8 @@ def test_nearest_became_linear(make_segment: Any, diagnose: Any, x: Array, centr
         check(found, f"cubic, asymmetric, coefficient {a}")
 
 
-def test_linear_became_nearest(make_segment: Any, diagnose: Any, x: Array) -> None:
-    segment = resize(make_segment, (3, 2), mode="linear")
+def test_linear_became_nearest(x: Array) -> None:
+    segment = resize((3, 2), mode="linear")
     planted = x.repeat(3, 2).repeat(2, 3)
     found = diagnose(segment, {"x": x}, {"y": planted})
     check(found)
@@ -131,10 +127,8 @@ def test_linear_became_nearest(make_segment: Any, diagnose: Any, x: Array) -> No
 
 @pytest.mark.parametrize("other", ["asymmetric", "align_corners"])
 @pytest.mark.parametrize("kind", ["linear", "cubic"])
-def test_other_pixel_centre(
-    make_segment: Any, diagnose: Any, x: Array, kind: str, other: str
-) -> None:
-    segment = resize(make_segment, (2, 2), mode=kind, opset=13)
+def test_other_pixel_centre(x: Array, kind: str, other: str) -> None:
+    segment = resize((2, 2), mode=kind, opset=13)
     matrices = [
         linear(n, 2 * n, 0.5, other) if kind == "linear" else cubic(n, 2 * n, 0.5, other, -0.75)
         for n in (6, 7)
@@ -144,16 +138,9 @@ def test_other_pixel_centre(
 
 @pytest.mark.parametrize("given", ["floor", "round_prefer_ceil"])
 @pytest.mark.parametrize("other", ["ceil", "round_prefer_floor"])
-def test_other_rounding_of_nearest(
-    make_segment: Any, diagnose: Any, x: Array, given: str, other: str
-) -> None:
+def test_other_rounding_of_nearest(x: Array, given: str, other: str) -> None:
     sizes = (1, 3, 9, 14)
-    segment = resize(
-        make_segment,
-        sizes=sizes,
-        coordinate_transformation_mode="asymmetric",
-        nearest_mode=given,
-    )
+    segment = resize(sizes=sizes, coordinate_transformation_mode="asymmetric", nearest_mode=given)
     rows = nearest(6, 9, 6 / 9, "asymmetric", other)
     planted = apply(x, rows, nearest(7, 14, 0.5, "asymmetric", other))
     found = diagnose(segment, {"x": x}, {"y": planted})
@@ -162,8 +149,8 @@ def test_other_rounding_of_nearest(
 
 
 @pytest.mark.parametrize("kind", ["nearest", "linear", "cubic"])
-def test_scale_taken_from_the_sizes(make_segment: Any, diagnose: Any, x: Array, kind: str) -> None:
-    segment = resize(make_segment, (1.7, 0.6), mode=kind)
+def test_scale_taken_from_the_sizes(x: Array, kind: str) -> None:
+    segment = resize((1.7, 0.6), mode=kind)
     matrices = []
     for n, m in ((6, 10), (7, 4)):
         if kind == "nearest":
@@ -177,22 +164,18 @@ def test_scale_taken_from_the_sizes(make_segment: Any, diagnose: Any, x: Array, 
 
 
 @pytest.mark.parametrize(("a", "inside"), [(-0.5, False), (-0.75, True), (-0.5, True)])
-def test_cubic_coefficient_and_border(
-    make_segment: Any, diagnose: Any, x: Array, a: float, inside: bool
-) -> None:
+def test_cubic_coefficient_and_border(x: Array, a: float, inside: bool) -> None:
     plain = cubic(6, 12, 0.5, "half_pixel", -0.75), cubic(7, 14, 0.5, "half_pixel", -0.75)
     other = [cubic(n, 2 * n, 0.5, "half_pixel", a, inside=inside) for n in (6, 7)]
-    segment = resize(make_segment, (2, 2), mode="cubic")
+    segment = resize((2, 2), mode="cubic")
     check(diagnose(segment, {"x": x}, {"y": apply(x, *other)}))
-    set_so = resize(
-        make_segment, (2, 2), mode="cubic", cubic_coeff_a=a, exclude_outside=int(inside)
-    )
+    set_so = resize((2, 2), mode="cubic", cubic_coeff_a=a, exclude_outside=int(inside))
     check(diagnose(set_so, {"x": x}, {"y": apply(x, *plain)}))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cubic"])
-def test_antialias_is_ignored(make_segment: Any, diagnose: Any, x: Array, kind: str) -> None:
-    segment = resize(make_segment, (0.5, 0.7), mode=kind, antialias=1)
+def test_antialias_is_ignored(x: Array, kind: str) -> None:
+    segment = resize((0.5, 0.7), mode=kind, antialias=1)
     for steps, variant in (
         ((2, 1 / 0.7), "antialias is ignored"),
         ((2, 7 / 4), "antialias ignored, and scales are taken from the rounded output size"),
@@ -206,27 +189,23 @@ def test_antialias_is_ignored(make_segment: Any, diagnose: Any, x: Array, kind: 
         check(diagnose(segment, {"x": x}, {"y": apply(x, *matrices)}), variant)
 
 
-def test_antialias_of_pytorch_was_lost(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_antialias_of_pytorch_was_lost(x: Array) -> None:
     """At the borders it leaves out what lies outside."""
     pixels = torch.from_numpy(x)
     planted = interpolate(pixels, (3, 4), mode="bilinear", antialias=True).numpy()
-    segment = resize(make_segment, sizes=(*x.shape[:2], 3, 4), mode="linear")
+    segment = resize(sizes=(*x.shape[:2], 3, 4), mode="linear")
     check(diagnose(segment, {"x": x}, {"y": planted}))
 
 
-def test_aspect_ratio_is_not_kept(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_aspect_ratio_is_not_kept(x: Array) -> None:
     """The output has another shape than the reference's."""
-    segment = resize(
-        make_segment, sizes=(1, 3, 6, 14), mode="linear", keep_aspect_ratio_policy="not_larger"
-    )
+    segment = resize(sizes=(1, 3, 6, 14), mode="linear", keep_aspect_ratio_policy="not_larger")
     planted = apply(x, np.eye(6), linear(7, 14, 0.5, "half_pixel"))
     check(diagnose(segment, {"x": x}, {"y": planted}), "keep_aspect_ratio_policy is ignored")
 
 
 @pytest.mark.parametrize(("op_type", "opset"), [("Upsample", 9), ("Resize", 10)])
-def test_operators_without_coordinates(
-    make_segment: Any, diagnose: Any, x: Array, op_type: str, opset: int
-) -> None:
+def test_operators_without_coordinates(x: Array, op_type: str, opset: int) -> None:
     scales = {"s": np.array([1, 1, 2, 2], np.float32)}
     segment = make_segment(f'y = {op_type} <mode = "linear"> (x, s)', scales, opset=opset)
     planted = apply(x, *(linear(n, 2 * n, 0.5, "half_pixel") for n in (6, 7)))
@@ -234,9 +213,7 @@ def test_operators_without_coordinates(
 
 
 @pytest.mark.parametrize(("opset", "scale"), [(7, 2.0), (7, 2.5), (9, 2.0), (9, 2.5)])
-def test_upsample_that_rounds_halves_to_even(
-    make_segment: Any, diagnose: Any, x: Array, opset: int, scale: float
-) -> None:
+def test_upsample_that_rounds_halves_to_even(x: Array, opset: int, scale: float) -> None:
     """The scales are an attribute before operator set 9."""
     scales = np.array([1, 1, scale, 2], np.float32)
     given = {"scales": scales.tolist()} if opset < 9 else {}
@@ -249,12 +226,12 @@ def test_upsample_that_rounds_halves_to_even(
     assert found.bit_identical == 1.0
 
 
-def test_tvm_rounds_halves_of_upsample_to_even(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_tvm_rounds_halves_of_upsample_to_even(x: Array) -> None:
     segment = make_segment("y = Upsample <scales = [1.0, 1.0, 2.0, 2.0]> (x)", opset=8)
     check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
-def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None:
+def test_only_the_given_axes(x: Array) -> None:
     scales = {"s": np.array([2.5, 1], np.float32)}
     segment = make_segment('y = Resize <axes = [2, 3], mode = "linear"> (x, , s)', scales, opset=18)
     x = x[:, :, :5]
@@ -262,9 +239,7 @@ def test_only_the_given_axes(make_segment: Any, diagnose: Any, x: Array) -> None
     check(diagnose(segment, {"x": x}, {"y": planted}))
 
 
-def test_8_bits_are_rounded(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_8_bits_are_rounded(generator: np.random.Generator) -> None:
     scales = {"s": np.array([1, 1, 1, 2], np.float32)}
     segment = make_segment('y = Resize <mode = "linear"> (x, , s)', scales, kind=TensorProto.UINT8)
     x = generator.integers(0, 256, (1, 1, 9, 11), np.uint8)
@@ -274,17 +249,15 @@ def test_8_bits_are_rounded(
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
-def test_tvm_takes_the_scale_from_the_sizes(make_segment: Any, diagnose: Any, x: Array) -> None:
-    segment = resize(make_segment, (1.7, 0.6), mode="linear")
+def test_tvm_takes_the_scale_from_the_sizes(x: Array) -> None:
+    segment = resize((1.7, 0.6), mode="linear")
     check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
 @pytest.mark.parametrize("defect", ["scaled", "swapped", "shifted"])
 @pytest.mark.parametrize("kind", ["nearest", "linear", "cubic"])
-def test_defects_are_not_named(
-    make_segment: Any, diagnose: Any, run: Any, x: Array, kind: str, defect: str
-) -> None:
-    segment = resize(make_segment, (1.5, 2), mode=kind)
+def test_defects_are_not_named(x: Array, kind: str, defect: str) -> None:
+    segment = resize((1.5, 2), mode=kind)
     right = run(segment.model, {"x": x})["y"]
     planted = {
         "scaled": right * np.float32(0.98),
@@ -294,6 +267,6 @@ def test_defects_are_not_named(
     assert diagnose(segment, {"x": x}, {"y": planted}).noise is None
 
 
-def test_nothing_to_replay_without_a_resize(make_segment: Any) -> None:
+def test_nothing_to_replay_without_a_resize() -> None:
     segment = make_segment("y = Relu(x)")
     assert not list(upsample.NOISE.variants(segment))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +12,7 @@ from onnx import TensorProto, helper
 from auditor.noises import winograd
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from tests.segments import conv, diagnose, make_segment
 
 ID = "implementation.winograd"
 POINTS = {2: [0, 1, -1], 4: [0, 1, -1, 2, -2]}
@@ -54,7 +54,7 @@ def planted(x: Array, w: Array, pads: tuple[int, int, int, int], size: int, kind
     return y[:, :, :height, :width]
 
 
-def segment_of(make_segment: Any, w: Array, b: Array, pads: tuple[int, ...], **given: Any) -> Any:
+def segment_of(w: Array, b: Array, pads: tuple[int, ...], **given: Any) -> Any:
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"], pads=list(pads))
     return make_segment([node], {"w": w, "b": b}, ["x"], ["y"], **given)
 
@@ -63,56 +63,43 @@ def segment_of(make_segment: Any, w: Array, b: Array, pads: tuple[int, ...], **g
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 @pytest.mark.parametrize("pads", [(1, 1, 1, 1), (0, 2, 1, 0)])
 def test_every_algorithm(
-    make_segment: Any,
-    diagnose: Any,
-    generator: np.random.Generator,
-    size: int,
-    kind: str,
-    pads: tuple[int, int, int, int],
+    generator: np.random.Generator, size: int, kind: str, pads: tuple[int, int, int, int]
 ) -> None:
     x = generator.standard_normal((2, 5, 11, 10)).astype(np.float32)
     w = generator.standard_normal((7, 5, 3, 3)).astype(np.float32)
     b = generator.standard_normal(7).astype(np.float32)
-    segment = segment_of(make_segment, w, b, pads)
+    segment = segment_of(w, b, pads)
     y = planted(x, w, pads, size, kind) + b[:, None, None]
     found = diagnose(segment, {"x": x}, {"y": y.astype(np.float32)})
     assert found.noise == ID and found.explained > 0.999
     assert found.variant.startswith(f"F({size}x{size}, 3x3)") and kind in found.variant
 
 
-def test_float16_tensors(make_segment: Any, diagnose: Any, generator: np.random.Generator) -> None:
+def test_float16_tensors(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 8, 12, 12)).astype(np.float16)
     w = generator.standard_normal((6, 8, 3, 3)).astype(np.float16)
     b = np.zeros(6, np.float16)
-    segment = segment_of(make_segment, w, b, (1, 1, 1, 1), kind=TensorProto.FLOAT16)
+    segment = segment_of(w, b, (1, 1, 1, 1), kind=TensorProto.FLOAT16)
     y = planted(x, w, (1, 1, 1, 1), 4, "fp16").astype(np.float16)
     found = diagnose(segment, {"x": x}, {"y": y})
     assert found.noise == ID and found.explained > 0.99 and "F(4x4" in found.variant
 
 
-def test_results_are_rounded_where_the_engine_says_so(
-    make_segment: Any, diagnose: Any, generator: np.random.Generator
-) -> None:
+def test_results_are_rounded_where_the_engine_says_so(generator: np.random.Generator) -> None:
     x = generator.standard_normal((1, 5, 9, 9)).astype(np.float32)
     w = generator.standard_normal((7, 5, 3, 3)).astype(np.float32)
     said = (Kernel("k", "Convolution", ("y",), ("y",), "winograd", "bf16", "bf16"),)
-    segment = segment_of(make_segment, w, np.zeros(7, np.float32), (1, 1, 1, 1), kernels=said)
+    segment = segment_of(w, np.zeros(7, np.float32), (1, 1, 1, 1), kernels=said)
     y = narrow(planted(x, w, (1, 1, 1, 1), 2, "bf16"), "bf16").astype(np.float32)
     found = diagnose(segment, {"x": x}, {"y": y})
     assert found.noise == ID and found.explained > 0.99 and found.bit_identical > 0.9
 
 
 @pytest.mark.parametrize("what", ["direct", "swapped", "scaled"])
-def test_look_alikes_are_not_named(
-    make_segment: Any,
-    diagnose: Any,
-    conv: Callable[..., Array],
-    generator: np.random.Generator,
-    what: str,
-) -> None:
+def test_look_alikes_are_not_named(generator: np.random.Generator, what: str) -> None:
     x = generator.standard_normal((1, 6, 9, 9)).astype(np.float32)
     w = generator.standard_normal((5, 6, 3, 3)).astype(np.float32)
-    segment = segment_of(make_segment, w, np.zeros(5, np.float32), (0, 0, 0, 0))
+    segment = segment_of(w, np.zeros(5, np.float32), (0, 0, 0, 0))
     if what == "direct":
         half = (narrow(v, "fp16").astype(np.float32) for v in (x, w))
         assert diagnose(segment, {"x": x}, {"y": conv(*half)}).noise != ID
@@ -121,7 +108,7 @@ def test_look_alikes_are_not_named(
     assert diagnose(segment, {"x": x}, {"y": conv(x, changed)}).noise is None
 
 
-def test_where_it_does_not_apply(make_segment: Any, generator: np.random.Generator) -> None:
+def test_where_it_does_not_apply(generator: np.random.Generator) -> None:
     w = generator.standard_normal((4, 4, 3, 3)).astype(np.float32)
     for given in ({"strides": [2, 2]}, {"dilations": [2, 2]}, {"group": 4}):
         weights = w[:, :1] if "group" in given else w
@@ -129,5 +116,5 @@ def test_where_it_does_not_apply(make_segment: Any, generator: np.random.Generat
         segment = make_segment([node], {"w": weights}, ["x"], ["y"])
         assert list(winograd.NOISE.variants(segment)) == []
     stated = (Kernel("k", "Convolution", ("y",), ("y",), "jit", "f32", "f32"),)
-    segment = segment_of(make_segment, w, np.zeros(4, np.float32), (0, 0, 0, 0), kernels=stated)
+    segment = segment_of(w, np.zeros(4, np.float32), (0, 0, 0, 0), kernels=stated)
     assert list(winograd.NOISE.variants(segment)) == []
