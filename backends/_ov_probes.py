@@ -104,14 +104,18 @@ class Probing:
         return trial
 
     def _moved(self, candidate: Candidate) -> Candidate | None:
-        """The last tensor that a candidate only was moved to; None where nothing moves it."""
+        """The last tensor that a candidate only was moved to, and that the program holds.
+
+        None where there is none.
+        """
         finals = {c.port for c in self._plain.finals}
-        port, path = candidate.port, candidate.path
+        held = {n for k in self._program.kernels() if k.type in MOVEMENT for n in k.operations}
+        port, path, found = candidate.port, candidate.path, None
         while (onward := self._source.onward(port)) and onward not in finals:
             port, path = onward, (*path, onward[0])
-        if port == candidate.port:
-            return None
-        return replace(candidate, tensor=self._source.tensors[port], port=port, path=path)
+            if port[0] in held:
+                found = replace(candidate, tensor=self._source.tensors[port], port=port, path=path)
+        return found
 
     def _altering(self) -> set[int]:
         """Makers of tensors whose observation is known to change the program.

@@ -361,6 +361,7 @@ class Twins:
     """A program's kernels, to be recognised where parts of it are compiled apart.
 
     Whether or not a kernel also widens the 8 bits that it gives: every type holds them exactly.
+    What only moves a value to where it is shown is no part of what computes it.
     """
 
     def __init__(self, program: Program, candidates: Iterable[Candidate]) -> None:
@@ -372,7 +373,9 @@ class Twins:
     def make(self, candidate: Candidate, apart: Program) -> bool:
         """Whether only such kernels make a candidate in another program."""
         return all(
-            self._key(kernel) in self._keys or self._widening.issuperset(kernel.operations)
+            self._key(kernel) in self._keys
+            or self._widening.issuperset(kernel.operations)
+            or (kernel.type in MOVEMENT and set(candidate.path).issuperset(kernel.operations))
             for kernel in apart.reach([candidate.probe])
         )
 
