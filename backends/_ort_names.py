@@ -300,9 +300,17 @@ class Names:
         producer = self._first_fused(node, seat.name)
         if producer is not None:
             sources = self.original.variables(producer)
+            made_by = self.original.op_type(seat.name)
+            if made_by == "QuantizeLinear" != node.op_type:  # it reads what the model dequantises
+                sources = [self._before_dequantising(name) for name in sources]
             if len(sources) == len(reads):
                 for name, source in zip(reads, sources, strict=True):
                     self._claim(name, source)
+
+    def _before_dequantising(self, tensor: str) -> str:
+        made_by = self.original.producer.get(tensor)
+        dequantised = made_by is not None and made_by.op_type == "DequantizeLinear"
+        return str(made_by.input[0]) if made_by is not None and dequantised else tensor
 
     def _first_fused(self, node: onnx.NodeProto, result: str) -> onnx.NodeProto | None:
         """The original node of ``node``'s operator, behind what was fused after it."""

@@ -477,6 +477,36 @@ def test_int8_tensors_are_named_in_any_layout(tmp_path: Path, signed: bool) -> N
         assert np.mean(steps) < 0.5, name
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_integers_behind_transposes_are_not_named_as_real_numbers(
+    tmp_path: Path, signed: bool
+) -> None:
+    """A pair of transposes hides whose integers a product reads, or channels last a pooling's.
+
+    A tensor that was named after what the model dequantises made every one before it doubtful.
+    """
+    path = quantised_net(tmp_path, signed=signed, reduce_range=True)
+    model = onnx.load(path)
+    nodes = list(model.graph.node)
+    rounding = next(n for n in nodes if n.output[0] == "r2_QuantizeLinear_Output")
+    there, back = (
+        helper.make_node("Transpose", [a], [b], perm=[1, 0, 2, 3])
+        for a, b in (
+            (rounding.input[0], "there"),
+            ("there", "back"),
+        )
+    )
+    rounding.input[0] = "back"
+    at = nodes.index(rounding)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:at], there, back, *nodes[at:]])
+    onnx.save(model, path)
+    tensors = build(path, tmp_path).instrument(X).run(X).tensors
+    assert "r2_QuantizeLinear_Output" in tensors
+    truth = reference(path, X, tensors)
+    assert {n: v.dtype for n, v in tensors.items()} == {n: truth[n].dtype for n in tensors}
+
+
 def test_branches_may_repeat_names(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     weights = [weight(rng, "w", 16, 16, 3, 3), weight(rng, "w_b", 16)]
