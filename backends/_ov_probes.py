@@ -16,7 +16,7 @@ _NARROW = frozenset({"bf16", "f16"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
 _RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
 _BISECTIONS = 16  # compilations at most when bisecting
-_MOVED = 2  # and for tensors that are observed where they were moved to
+_MORE = 2  # and for what is observed beside, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,10 @@ class Probing:
             for c in self._plain.candidates
             if (c.maker, 0) not in overwritten and c.maker not in leave
         ]
-        trial = self._shrink(kept)
-        return self._as_read(trial, [c for c in kept if c not in trial.probes])
+        trial = self._shrink([c for c in kept if not c.midway])
+        lost = [c for c in kept if not c.midway and c not in trial.probes]
+        trial = self._with(trial, [c for c in kept if c.midway])
+        return self._as_read(trial, lost)
 
     def _shrink(self, kept: Sequence[Candidate]) -> Trial:
         """Leave out of ``kept`` what changes the program."""
@@ -93,14 +95,21 @@ class Probing:
         what lies between them is nowhere in the program.
         """
         moved = {c: later for c in lost if (later := self._moved(c))}
-        for _ in range(_MOVED if moved else 0):
-            more = self._try((*trial.probes, *moved.values()))
-            if more.proved:
-                return replace(more, shown=frozenset(moved))
-            fewer = {c: later for c, later in moved.items() if c.maker not in more.suspects}
-            if len(fewer) in (0, len(moved)):
+        more = self._with(trial, list(moved.values()))
+        return replace(more, shown=frozenset(c for c in moved if moved[c] in more.probes))
+
+    def _with(self, trial: Trial, more: Sequence[Candidate]) -> Trial:
+        """Observe as many of ``more`` beside as leave the program what it is."""
+        for _ in range(_MORE if more else 0):
+            wider = self._try((*trial.probes, *more))
+            if wider.proved:
+                return wider
+            kernels = (frozenset(k.operations) for k in self._program.kernels())
+            lost = frozenset[int]().union(*(k for k in kernels if k & wider.suspects))
+            fewer = [c for c in more if c.maker not in lost]
+            if len(fewer) in (0, len(more)):
                 break
-            moved = fewer
+            more = fewer
         return trial
 
     def _moved(self, candidate: Candidate) -> Candidate | None:

@@ -41,6 +41,8 @@ class Executed:
         operations: numbers of the model's operations fused into it.
         parents: the executed nodes it reads.
         varying: whether it depends on the inputs.
+        branches: where it has several outputs, their precisions and the executed nodes that read
+            each.
         ends_unnamed: whether its last operation is none of the model's.
     """
 
@@ -54,6 +56,7 @@ class Executed:
     operations: tuple[int, ...]
     parents: tuple[str, ...]
     varying: bool
+    branches: tuple[tuple[str, tuple[str, ...]], ...] = ()
     ends_unnamed: bool = False
 
     def named(self, index: int) -> bool:
@@ -115,6 +118,7 @@ class Program:
                 operations=_numbers(info.get("originalLayersNames", ""), kind),
                 parents=parents,
                 varying=kind == "Input" or any(self.nodes[p].varying for p in parents),
+                branches=_branches(op) if kind == "Subgraph" else (),
             )
             self.nodes[op.get_name()] = node
             self._by_friendly_name[node.name] = op.get_name()
@@ -272,6 +276,33 @@ class Program:
                 key = self._by_friendly_name[node.name]
                 self.nodes[key] = replace(node, operations=operations)
 
+    def outputs(self, kernel: Executed, source: Source) -> list[tuple[Port, str]]:
+        """Ports of the model where a kernel's outputs are, with the precisions it writes.
+
+        Numbers are topological, so the last operation of a fusion group is where it ends. What it
+        writes besides is the one operation that all readers of an output read.
+        """
+        if not kernel.operations:
+            return []
+        *before, last = sorted(kernel.operations)
+        found = []
+        for precision, readers in kernel.branches:
+            reading = [self._operations(name) for name in readers]
+            read = [n for n in before if all(source.read_by(n) & some for some in reading)]
+            if len(read) == 1 and precision in FLOATS:
+                found.append(((read[0], 0), precision))
+        ports = source.ports(last)
+        precisions = kernel.outputs + kernel.outputs[-1:] * len(ports)
+        return [*found, *zip(ports, precisions, strict=False)]
+
+    def _operations(self, name: str) -> frozenset[int]:
+        """The operations of an executed node, of one that computes nothing those that read it."""
+        node = self.nodes[name]
+        if not node.passive or node.operations:
+            return frozenset(node.operations)
+        readers = (key for key, n in self.nodes.items() if name in n.parents)
+        return frozenset[int]().union(*map(self._operations, readers))
+
     def parents(self, node: Executed) -> Iterator[Executed]:
         """The nearest kernels that feed it, those that only move data and what is before."""
         return self._sources(node, MOVEMENT)
@@ -309,6 +340,7 @@ class Candidate:
         grid: how the model widens it from 8 bits, if it does and it is no output.
         integral: whether what is held as floats are the integers.
         snapped: where the widened floats are observed of what the program holds as integers.
+        midway: whether its kernel goes on from it to another output.
     """
 
     tensor: str
@@ -320,6 +352,7 @@ class Candidate:
     grid: Grid | None = field(default=None, compare=False)
     integral: bool = field(default=False, compare=False)
     snapped: Grid | None = field(default=None, compare=False)
+    midway: bool = field(default=False, compare=False)
 
     @property
     def written(self) -> Port:
@@ -404,7 +437,7 @@ def candidates_of(
         if kernel.ends_unnamed or not kernel.operations:
             foreign.append(source.display(kernel.name))
             continue
-        for made, precision in _outputs(kernel, source):
+        for made, precision in program.outputs(kernel, source):
             if not source.read(made):
                 continue
             seen = source.observable(made)
@@ -439,12 +472,13 @@ def candidates_of(
                 continue
             integral = grid is not None and precision in FLOATS and program.integral(kernel)
             candidate = Candidate(tensor, port, element, held, made[0], path, grid, integral)
+            candidate = replace(candidate, midway=made[0] != max(kernel.operations))
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 
 
 def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:
-    ports = [port for port, _ in _outputs(executed, source)]
+    ports = [port for port, _ in program.outputs(executed, source)]
     operations = sorted(executed.operations)
     if len(ports) == 1 and executed.outputs[0] in FLOATS and (seen := source.observable(ports[0])):
         end, path = seen
@@ -468,14 +502,17 @@ def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:
     )
 
 
-def _outputs(kernel: Executed, source: Source) -> list[tuple[Port, str]]:
-    """Ports of the model where a kernel's outputs are, with the precisions it writes.
-
-    Numbers are topological, so the last operation of a fusion group is where it ends.
-    """
-    ports = source.ports(max(kernel.operations)) if kernel.operations else []
-    precisions = kernel.outputs + kernel.outputs[-1:] * len(ports)
-    return list(zip(ports, precisions, strict=False))
+def _branches(op: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The outputs of an executed node that has several."""
+    if len(op.outputs()) < 2:
+        return ()
+    return tuple(
+        (
+            port.get_element_type().get_type_name(),
+            tuple(reader.get_node().get_name() for reader in port.get_target_inputs()),
+        )
+        for port in op.outputs()
+    )
 
 
 def branches(

@@ -203,6 +203,27 @@ def test_every_tensor_of_8_bits_is_captured_with_proof(tmp_path: Path) -> None:
         assert (steps > 0.5).mean() < 0.2  # a tie may go the other way, and what follows from it
 
 
+def test_what_a_kernel_writes_before_its_end_is_observed(tmp_path: Path) -> None:
+    """An activation and what DynamicQuantizeLinear begins with are one kernel with two outputs."""
+    nodes = [
+        helper.make_node("Sqrt", ["x"], ["a"]),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("DynamicQuantizeLinear", ["b"], ["q", "s", "z"]),
+    ]
+    outputs = [
+        info("q", 1, 3, 32, 32, dtype=TensorProto.UINT8),
+        info("s"),
+        info("z", dtype=TensorProto.UINT8),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, [info("x", 1, 3, 32, 32)], outputs)
+    built, feeds = build(path, options=F32), {"x": np.abs(X["x"])}
+    instrumented = built.instrument(feeds)
+    assert instrumented.program_unchanged
+    assert [(p.tensor, p.fidelity) for p in instrumented.probes] == [("b", "output-proved")]
+    observed = instrumented.run(feeds).tensors["b"]
+    np.testing.assert_allclose(observed, np.tanh(np.sqrt(feeds["x"])), rtol=1e-5)
+
+
 def test_8_bits_and_booleans_are_observed_in_bfloat16(tmp_path: Path) -> None:
     """Before a Result of their own type all that leads to them would be computed in float32."""
     draw = np.random.default_rng(3)
