@@ -48,21 +48,18 @@ class _ExplicitPadding:
             pads = _same(sizes, strides, reach, lower=auto == "SAME_LOWER")
             up = False
         extra = _overhang(sizes, strides, reach, pads) if up else [0] * rank
-        made = onnx.NodeProto()
-        made.CopyFrom(node)
-        kept = [a for a in node.attribute if a.name not in ("auto_pad", "ceil_mode", "pads")]
-        del made.attribute[:]
-        made.attribute.extend(kept)
+        made = surgery.copied(node)
+        surgery.set_attributes(made, auto_pad=None, ceil_mode=None, pads=None)
         before: list[onnx.NodeProto] = []
         if given.get("count_include_pad") and any(extra):
             # Zeros put in front count in the mean, those beyond the rounded size do not.
             before, made.input[0] = _padded(node.input[0], pads, view)
-            made.attribute.remove(next(a for a in made.attribute if a.name == "count_include_pad"))
+            surgery.set_attributes(made, count_include_pad=None)
             pads = [0] * 2 * rank
         ends = [end + more for end, more in zip(pads[rank:], extra, strict=True)]
         if any(end >= r for end, r in zip(ends, reach, strict=True)):
             return None  # runtimes refuse a padding as large as the window
-        made.attribute.append(helper.make_attribute("pads", [*pads[:rank], *ends]))
+        surgery.set_attributes(made, pads=[*pads[:rank], *ends])
         return [*before, made]
 
 

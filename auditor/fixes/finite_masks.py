@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from auditor.graphs import surgery
 from auditor.ports import Surroundings
 
 _LARGEST = np.float32(3.3895313892515355e38)  # of bfloat16; float32 goes to 3.4028e38
@@ -23,8 +24,7 @@ class _FiniteMasks:
 
     def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
         """The same node on constants within bfloat16; None where they are."""
-        made = onnx.NodeProto()
-        made.CopyFrom(node)
+        made = surgery.copied(node)
         for position, name in enumerate(node.input):
             value = view.constant(name) if name else None
             if value is None or value.dtype != np.float32:

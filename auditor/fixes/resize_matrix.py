@@ -61,11 +61,8 @@ def _matrix(
     node: onnx.NodeProto, opset: int, size: int, target: int, scale: float | None
 ) -> Array | None:
     """[size, target]: row i is what the reference makes of the i-th unit vector."""
-    made = onnx.NodeProto()
-    made.CopyFrom(node)
-    kept = [a for a in node.attribute if a.name not in ("axes", "keep_aspect_ratio_policy")]
-    del made.attribute[:]
-    made.attribute.extend(kept)
+    made = surgery.copied(node)
+    surgery.set_attributes(made, axes=None, keep_aspect_ratio_policy=None)
     if scale is None:
         how = helper.make_tensor("how", TensorProto.INT64, [4], [1, 1, size, target])
         made.input[:] = ["x", "", "", "how"]

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from auditor.graphs import surgery
 from auditor.ports import Surroundings
 from auditor.replays.layout import subgraphs
 
@@ -24,8 +25,7 @@ class _SinglePrecision:
         kinds = [view.dtype(name) if name else None for name in node.input]
         if node.op_type in _SAME or subgraphs(node) or np.float16 not in kinds:
             return None
-        made = onnx.NodeProto()
-        made.CopyFrom(node)
+        made = surgery.copied(node)
         before, after = [], []
         for position, kind in enumerate(kinds):
             if kind == np.float16:

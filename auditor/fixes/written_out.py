@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 from onnx import defs, helper, inliner
 
+from auditor.graphs import surgery
 from auditor.ports import Surroundings
 
 
@@ -33,8 +34,7 @@ class _WrittenOut:
         kinds = {name: view.dtype(name) for name in node.input if name}
         if None in kinds.values():
             return None
-        whole = onnx.NodeProto()
-        whole.CopyFrom(node)
+        whole = surgery.copied(node)
         given = {attribute.name for attribute in node.attribute}
         # The inliner leaves out what a node leaves to its default.
         whole.attribute.extend(

@@ -306,8 +306,7 @@ class _Constants:
             made[1] = node
         else:
             return
-        whole = onnx.NodeProto()
-        whole.CopyFrom(reader)
+        whole = surgery.copied(reader)
         for position, constant in made.items():
             name = f"{reader.input[position]}, dequantised"
             self.nodes[name] = constant

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+P = TypeVar("P", onnx.ModelProto, onnx.NodeProto)
 
 # Operators that take a tensor of any shape and give one of the same shape.
 UNARY = frozenset(
@@ -197,8 +199,7 @@ def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
     Between opsets most operators only gained types, so that a new label is usually enough and a
     tenth of the converter's price.
     """
-    relabelled = onnx.ModelProto()
-    relabelled.CopyFrom(model)
+    relabelled = copied(model)
     for entry in relabelled.opset_import:
         if entry.domain in _STANDARD:
             entry.version = opset
@@ -211,10 +212,10 @@ def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:
         return
 
 
-def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+def copied(proto: P) -> P:
     """A copy to change."""
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = type(proto)()
+    result.CopyFrom(proto)
     return result
 
 

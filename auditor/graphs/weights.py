@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from auditor.graphs import surgery
 from auditor.ports import Array, Arrays
 
 # Smaller constants stay in the graph: shapes and axes must be visible to shape inference.
@@ -104,8 +105,7 @@ def inside(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.ModelPro
     """A segment with all weights inside: itself, or a copy where some were detached."""
     if not any(map(is_detached, model.graph.initializer)):
         return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = surgery.copied(model)
     del result.graph.initializer[:]
     result.graph.initializer.extend(attach(t, arrays) for t in model.graph.initializer)
     return result

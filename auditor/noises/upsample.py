@@ -209,8 +209,7 @@ def _changed(model: onnx.ModelProto, changes: Mapping[int, _Change]) -> onnx.Mod
 
 def _measured(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     """What finds out a node's output size, which the node is then given instead of scales."""
-    plain = onnx.NodeProto()
-    plain.CopyFrom(node)
+    plain = surgery.copied(node)
     target = node.output[0]
     plain.output[0], size = f"{target}/plain", f"{target}/size"
     plain.name = ""  # ONNX Runtime takes no two nodes of one name

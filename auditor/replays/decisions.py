@@ -102,8 +102,7 @@ def _exact(scale: Array) -> bool:
 
 
 def _copied(node: onnx.NodeProto, reads: dict[str, str], outputs: Iterable[str]) -> onnx.NodeProto:
-    result = onnx.NodeProto()
-    result.CopyFrom(node)
+    result = surgery.copied(node)
     result.name = ""  # or two would share one
     result.input[:] = [reads.get(n, n) for n in node.input]
     result.output[:] = outputs

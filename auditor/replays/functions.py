@@ -28,8 +28,7 @@ def exact(model: onnx.ModelProto) -> onnx.ModelProto | None:
             continue
         changed = True
         made = f"{node.output[0]}/double"
-        inner = onnx.NodeProto()
-        inner.CopyFrom(node)
+        inner = surgery.copied(node)
         inner.input[0], inner.output[0] = f"{made}/of", made
         result.graph.node.extend(
             [

@@ -15,6 +15,7 @@ from dataclasses import replace
 import onnx
 from onnx import TensorProto
 
+from auditor.graphs import surgery
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, premultiplied, steps
 from auditor.replays.kernels import rearranged
@@ -90,8 +91,7 @@ def rounded(layout: KernelLayout, to: Format, sites: Sites) -> onnx.ModelProto:
 def _emit(rounder: Rounder, index: int) -> None:
     """Write one node, as its kernel computes it."""
     group = rounder.groups[index]
-    node = onnx.NodeProto()
-    node.CopyFrom(rounder.at.nodes[index])
+    node = surgery.copied(rounder.at.nodes[index])
     if subgraphs(node) or not rounder.applies(group):
         for position, name in enumerate(node.input):
             if rounder.inside(name, group):

@@ -56,8 +56,7 @@ def _layer_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -
             f"{mark}/ones", TensorProto.FLOAT, shape, [1.0] * math.prod(shape)
         )
         x = rounder.input(node, 0, node.input[0], group)
-        plain = onnx.NodeProto()
-        plain.CopyFrom(node)
+        plain = surgery.copied(node)
         del plain.input[:]
         plain.input.extend([x, ones])
         plain.output[0] = f"{mark}/normalized"
@@ -123,9 +122,7 @@ def _sum_of_squares(rounder: Rounder, node: onnx.NodeProto, group: Group) -> boo
     axes = surgery.attributes(node).get("axes")
     if axes is not None and surgery.opset(rounder.at.model) >= OPSET_OF_SUMS:
         node.input.append(rounder.integers(axes))
-        kept = [a for a in node.attribute if a.name != "axes"]
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        surgery.set_attributes(node, axes=None)
     rounder.write(node, group)
     return True
 
