@@ -112,7 +112,6 @@ def joined(segment: SegmentGraph) -> onnx.ModelProto | None:
     """
     layout = Layout(segment.model, segment.weights)
     editor, chains = Editor(segment.model), _chains(layout)
-    changed = False
     for node in layout.nodes:
         chain = chains.get(node.output[0])
         if chain is None or len(chain.steps) == 1:
@@ -121,8 +120,7 @@ def joined(segment: SegmentGraph) -> onnx.ModelProto | None:
         with np.errstate(all="ignore"):
             constant = editor.constant(chain.joined)
         editor.add(chain.kind, chain.base, constant, to=node.output[0])
-        changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
@@ -155,7 +153,7 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
             layer.emit(editor)
         else:
             editor.copy(node)
-    return editor.model if gone else None
+    return editor.changed
 
 
 def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
@@ -165,7 +163,7 @@ def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
         segment: one with MatMul nodes; c are float32 constants of one element, or what divides.
     """
     layout = Layout(segment.model, segment.weights)
-    editor, changed = Editor(segment.model), False
+    editor = Editor(segment.model)
     for node in layout.nodes:
         operands, factors = list(node.input), list[Array]()
         for position, name in enumerate(operands if node.op_type == "MatMul" else ()):
@@ -180,28 +178,25 @@ def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
         with np.errstate(all="ignore"):
             factor = editor.constant(np.prod(factors, dtype=np.float32))
         editor.add("Mul", editor.add("MatMul", *operands), factor, to=node.output[0])
-        changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def inverted(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment with ``x / c`` as ``x · (1 / c)``, which may be infinite; None without any."""
     layout = Layout(segment.model, segment.weights)
-    editor, changed = Editor(segment.model), False
+    editor = Editor(segment.model)
     for node in layout.nodes:
         step = _step(layout, node) if node.op_type == "Div" else None
         if step is None:
             editor.copy(node)
             continue
         editor.add("Mul", step.base, editor.constant(step.steps[0]), to=node.output[0])
-        changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def softened(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment with ``eˣ / Σ eˣ`` as a softmax, which takes the largest x off first; or None."""
     layout, editor = Layout(segment.model), Editor(segment.model)
-    changed = False
     for node in layout.nodes:
         power, total = map(layout.source, node.input[:2]) if node.op_type == "Div" else (None, None)
         written = power is not None and total is not None and power.op_type == "Exp"
@@ -210,8 +205,7 @@ def softened(segment: SegmentGraph) -> onnx.ModelProto | None:
             editor.copy(node)
             continue
         editor.add("Softmax", power.input[0], to=node.output[0], axis=axes[0])
-        changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def _summed(layout: Layout, node: onnx.NodeProto, of: str) -> list[int]:
@@ -233,13 +227,12 @@ def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
     """
     layout, editor = Layout(segment.model), Editor(segment.model)
     kinds = surgery.types(segment.model)
-    changed = False
     for node in layout.nodes:
         instead = _without(layout, node)
         if instead is None:
             editor.copy(node)
             continue
-        op_type, operands, changed = *instead, True
+        op_type, operands = instead
         if op_type in ("0", "1") and kinds.get(node.output[0]) != onnx.TensorProto.FLOAT:
             editor.copy(node)
         elif op_type in ("0", "1"):  # in the shape of the result
@@ -251,7 +244,7 @@ def cancelled(segment: SegmentGraph) -> onnx.ModelProto | None:
             editor.cast(operands[0], onnx.TensorProto.FLOAT, to=node.output[0])
         else:
             editor.add(op_type, *operands, to=node.output[0])
-    return editor.model if changed else None
+    return editor.changed
 
 
 def _to(cast: onnx.NodeProto) -> int:

@@ -62,17 +62,15 @@ def with_narrow_scales(segment: SegmentGraph, kind: int) -> SegmentGraph | None:
     None where there are none.
     """
     layout, editor = Layout(segment.model, segment.weights), Editor(segment.model)
-    found = False
     for node in layout.nodes:
         if node.op_type == "DequantizeLinear" and layout.constant(node.input[0]) is not None:
             narrow = editor.cast(node.input[1], kind)
             inputs = [node.input[0], editor.cast(narrow, TensorProto.FLOAT), *node.input[2:]]
             options = surgery.attributes(node)
             editor.add("DequantizeLinear", *inputs, to=node.output[0], **options)
-            found = True
         else:
             editor.copy(node)
-    return replace(segment, model=editor.model) if found else None
+    return None if editor.changed is None else replace(segment, model=editor.changed)
 
 
 def _allows(node: onnx.NodeProto) -> bool:

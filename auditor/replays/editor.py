@@ -19,27 +19,38 @@ class Editor:
         del self.model.graph.node[:]
         self._mark = unused_mark(model)
         self._count = 0
+        self._changed = False
+
+    @property
+    def changed(self) -> onnx.ModelProto | None:
+        """The copy; None where all its nodes are the segment's."""
+        return self.model if self._changed else None
 
     def copy(self, node: onnx.NodeProto) -> None:
         """Add a node of the segment as it is."""
         self.model.graph.node.append(node)
 
+    def put(self, node: onnx.NodeProto) -> None:
+        """Add a node that the segment has not."""
+        self._changed = True
+        self.model.graph.node.append(node)
+
     def add(self, op_type: str, *inputs: str, to: str = "", **attributes: Any) -> str:
         """Add a node with one output and return the output's name, ``to`` where given."""
         name = to or self.fresh()
-        self.model.graph.node.append(helper.make_node(op_type, inputs, [name], **attributes))
+        self.put(helper.make_node(op_type, inputs, [name], **attributes))
         return name
 
     def split(self, op_type: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
         """Add a node with several outputs and return their names."""
         names = [self.fresh() for _ in range(outputs)]
-        self.model.graph.node.append(helper.make_node(op_type, inputs, names, **attributes))
+        self.put(helper.make_node(op_type, inputs, names, **attributes))
         return names
 
     def cast(self, value: str, kind: int, to: str = "") -> str:
         """Add a Cast to an ONNX element type and return its output, ``to`` where given."""
         name = to or self.fresh()
-        self.model.graph.node.append(helper.make_node("Cast", [value], [name], to=kind))
+        self.put(helper.make_node("Cast", [value], [name], to=kind))
         return name
 
     def constant(self, value: Any, kind: Any = np.float32) -> str:

@@ -46,7 +46,6 @@ def collapsed(
         held: what becomes of joined constants that the program holds.
     """
     editor, lines = Editor(layout.model), dict[str, _Line]()
-    changed = False
     for node in layout.nodes:
         step = _step(layout, node, np.dtype(kind))
         if step is None:
@@ -59,7 +58,6 @@ def collapsed(
         if step.steps == 1:
             editor.copy(node)
             continue
-        changed = True
         moved, plain = np.any(step.shift != 0), bool(np.all(step.factor == 1))
         value, end = step.base, str(node.output[0])
         if not plain:
@@ -69,7 +67,7 @@ def collapsed(
             editor.add("Add", value, editor.constant(held(step.shift), kind), to=end)
         elif plain:
             editor.add("Identity", value, to=end)
-    return editor.model if changed else None
+    return editor.changed
 
 
 def _step(layout: Layout, node: onnx.NodeProto, kind: np.dtype[np.generic]) -> _Line | None:

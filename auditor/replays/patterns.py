@@ -78,7 +78,7 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto | None:
             editor.add("Concat", inside, rest, to=node.output[0], axis=-1)
         else:
             editor.copy(node)
-    return editor.model if turned else None
+    return editor.changed
 
 
 def _rotated(layout: Layout, node: onnx.NodeProto) -> tuple[str, str] | None:

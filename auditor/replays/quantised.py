@@ -384,7 +384,6 @@ def either_side(
         that is computed here.
     """
     layout, editor = Layout(model), Editor(model)
-    found = False
     for node in layout.nodes:
         grid = layout.parameters(node) if node.op_type == "QuantizeLinear" else None
         readers = [layout.nodes[i] for i in layout.readers.get(node.output[0], [])]
@@ -398,7 +397,6 @@ def either_side(
         ):
             editor.copy(node)
             continue
-        found = True
         there = observed[seen].astype(np.float32)
         if seen != node.output[0]:
             there = np.rint(there / grid.scale) + grid.zero
@@ -413,7 +411,7 @@ def either_side(
         value = editor.add("Add", editor.add("Round", moved), zero)
         value = editor.add("Clip", value, *map(editor.constant, grid.ends()))
         editor.cast(value, grid.type, node.output[0])
-    return editor.model if found else None
+    return editor.changed
 
 
 def _size(layout: Layout, editor: Editor, name: str) -> str:

@@ -36,15 +36,13 @@ def in_bfloat16(segment: SegmentGraph) -> onnx.ModelProto | None:
         return None
     layout = Layout(model, segment.weights)
     editor = Editor(model)
-    changed = False
     for node in layout.nodes:
         layer = _layer(layout, node) if node.op_type in GATES else None
         if layer is None:
             editor.copy(node)
         else:
             layer.emit(editor)
-            changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def quantising(segment: SegmentGraph) -> onnx.ModelProto | None:
@@ -55,7 +53,6 @@ def quantising(segment: SegmentGraph) -> onnx.ModelProto | None:
     """
     layout = Layout(segment.model, segment.weights)
     editor = Editor(segment.model)
-    changed = False
     for node in layout.nodes:
         names = [*node.input, *[""] * (8 - len(node.input))]
         layered = _is_lstm(node)
@@ -68,9 +65,8 @@ def quantising(segment: SegmentGraph) -> onnx.ModelProto | None:
         made = helper.make_node("DynamicQuantizeLSTM", [*names, *parameters], list(node.output))
         made.domain = "com.microsoft"
         made.attribute.extend(node.attribute)
-        editor.copy(made)
-        changed = True
-    if not changed:
+        editor.put(made)
+    if editor.changed is None:
         return None
     if all(entry.domain != "com.microsoft" for entry in editor.model.opset_import):
         editor.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
@@ -86,7 +82,6 @@ def unquantised(segment: SegmentGraph) -> onnx.ModelProto | None:
         return None
     layout = Layout(segment.model, segment.weights)
     editor = Editor(segment.model)
-    changed = False
     for node in layout.nodes:
         if node.op_type == "DynamicQuantizeLSTM":
             given = [layout.constant(name) if name else None for name in node.input]
@@ -96,11 +91,10 @@ def unquantised(segment: SegmentGraph) -> onnx.ModelProto | None:
                 names[1:3] = (editor.constant(weights) for weights in (w, r))
                 made = helper.make_node("LSTM", names, list(node.output), name=node.name)
                 made.attribute.extend(node.attribute)
-                editor.copy(made)
-                changed = True
+                editor.put(made)
                 continue
         editor.copy(node)
-    return editor.model if changed else None
+    return editor.changed
 
 
 def _is_lstm(node: onnx.NodeProto) -> bool:

@@ -40,12 +40,10 @@ def reordered(model: onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto
     editor = Editor(model)
     constants = {t.name: t for t in model.graph.initializer}
     kinds = surgery.types(model)
-    changed = False
     for node in surgery.copied(model).graph.node:
         if kinds.get(node.output[0]) in surgery.EXACT:  # overflow is no matter of rounding
             editor.copy(node)
-            continue
-        if (axis := _plain_sum(node, constants)) is not None:
+        elif (axis := _plain_sum(node, constants)) is not None:
             _sequential(editor, node, axis)
         elif not plain and node.op_type == "Softmax":
             _softmax(editor, node)
@@ -53,9 +51,7 @@ def reordered(model: onnx.ModelProto, *, plain: bool = False) -> onnx.ModelProto
             _reversed(editor, node, axes, back=node.op_type in _EQUIVARIANT)
         else:
             editor.copy(node)
-            continue
-        changed = True
-    return editor.model if changed else None
+    return editor.changed
 
 
 def longest_sum(nodes: Iterable[onnx.NodeProto], shapes: Mapping[str, Sequence[int]]) -> int:
