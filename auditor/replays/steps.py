@@ -1,4 +1,7 @@
-"""Operators that OpenVINO computes in several kernels, each of which rounds what it writes."""
+"""Operators that runtimes compute in several steps, each of which rounds what it writes.
+
+OpenVINO takes some apart into kernels; TVM writes every one out in the model's own type.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,11 @@ _AXES_OPSET = 18
 
 def written(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
     """Whether a node was written in the steps of its kernels; if not, nothing was."""
+    if rounder.sites.sums and rounder.to.cast == TensorProto.FLOAT16:
+        narrow = _IN_HALF.get(node.op_type)
+        if narrow is None or rounder.at.halves.intersection(node.input):
+            return False  # in float16 already: ONNX Runtime rounds as it likes
+        return narrow(rounder, node, group)
     if node.op_type in _MEANS:
         return _average(rounder, node, group)
     steps = _STEPS.get(node.op_type)
@@ -192,10 +200,73 @@ def _reduce(rounder: Rounder, op_type: str, tensor: str, axes: list[int]) -> str
     return rounder.new(op_type, tensor, rounder.integers(axes))
 
 
+def _tanh(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
+    """(1 − e⁻²ᵃ) / (1 + e⁻²ᵃ) of the absolute value, which is the same for either sign."""
+    x = rounder.input(node, 0, node.input[0], group)
+    one, twice = rounder.scalar(1.0), rounder.new("Mul", rounder.new("Abs", x), rounder.scalar(-2))
+    power = rounder.round(rounder.new("Exp", rounder.round(twice)))
+    top, low = (rounder.round(rounder.new(kind, one, power)) for kind in ("Sub", "Add"))
+    size = rounder.round(rounder.new("Div", top, low))
+    rounder.write(helper.make_node("Mul", [size, rounder.new("Sign", x)], node.output), group)
+    return True
+
+
+def _sigmoid(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
+    """1 / (1 + e⁻ˣ)."""
+    x = rounder.input(node, 0, node.input[0], group)
+    one = rounder.scalar(1.0)
+    power = rounder.round(rounder.new("Exp", rounder.new("Neg", x)))
+    low = rounder.round(rounder.new("Add", one, power))
+    rounder.write(helper.make_node("Div", [one, low], node.output), group)
+    return True
+
+
+def _instance_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
+    """Mean and variance are added up one value after another, and every result is rounded."""
+    shape = rounder.at.shapes.get(node.input[0], ())
+    if len(shape) < 3 or surgery.opset(rounder.at.model) < OPSET_OF_SUMS:
+        return False
+    x, scale, bias = (rounder.input(node, i, name, group) for i, name in enumerate(node.input))
+    rows, count = shape[0] * shape[1], math.prod(shape[2:])
+    flat = rounder.new("Reshape", x, rounder.integers([rows, 1, count]))
+    mean = _mean_in_order(rounder, flat, rows, count)
+    centred = rounder.round(rounder.new("Sub", flat, mean))
+    square = rounder.round(rounder.new("Mul", centred, centred))
+    variance = _mean_in_order(rounder, square, rows, count)
+    epsilon = rounder.round(rounder.scalar(surgery.attributes(node).get("epsilon", 1e-5)))
+    width = rounder.round(rounder.new("Add", variance, epsilon))
+    width = rounder.round(rounder.new("Sqrt", width))
+    normal = rounder.round(rounder.new("Div", centred, width))
+    normal = rounder.new("Reshape", normal, rounder.integers(shape))
+    across = rounder.integers([-1, *[1] * (len(shape) - 2)])
+    scaled = rounder.round(rounder.new("Mul", normal, rounder.new("Reshape", scale, across)))
+    shift = rounder.new("Reshape", bias, across)
+    rounder.write(helper.make_node("Add", [scaled, shift], node.output), group)
+    return True
+
+
+def _mean_in_order(rounder: Rounder, matrix: str, rows: int, count: int) -> str:
+    """Means of the last axis of [rows, 1, count], every running sum rounded; [rows, 1, 1]."""
+    ones = rounder.initializer(
+        f"{rounder.mark}{count} ones", TensorProto.FLOAT, (1, count, 1), [1.0] * count
+    )
+    like = rounder.new(
+        "Reshape", _reduce(rounder, "ReduceMean", matrix, [2]), rounder.integers([rows, 1, 1])
+    )
+    total = rounder.in_order(matrix, ones, like, rank=3)
+    return rounder.round(rounder.new("Div", total, rounder.scalar(float(count))))
+
+
 _STEPS = {
     "Col2Im": _columns,
     "GroupNormalization": _group_normalization,
     "LayerNormalization": _layer_normalization,
     "LogSoftmax": _log_softmax,
     "ReduceSumSquare": _sum_of_squares,
+}
+# In float16, where every sum is added up in it too.
+_IN_HALF = {
+    "InstanceNormalization": _instance_normalization,
+    "Sigmoid": _sigmoid,
+    "Tanh": _tanh,
 }

@@ -105,7 +105,7 @@ class Writer:
         b = self.new("Transpose", b) if options.get("transB") else b
         like = self.new("MatMul", a, b)
         matrices = [self._matrices(tensor) for tensor in (a, b, like)]
-        total = self._scan(*matrices, rank=3)
+        total = self.in_order(*matrices, rank=3)
         return self.new("Reshape", total, self.new("Shape", like)), []
 
     def _matrices(self, tensor: str) -> str:
@@ -131,7 +131,7 @@ class Writer:
         )
         patches = self.new("Conv", x, picker, **{**options, "group": groups * channels})
         like = self.new("Conv", x, w, **options)
-        total = self._scan(
+        total = self.in_order(
             self.new("Reshape", w, self.integers([1, groups, filters // groups, columns[1]])),
             self.new("Reshape", patches, self.integers([0, *columns, -1])),
             self.new("Reshape", like, self.integers([0, groups, filters // groups, -1])),
@@ -139,7 +139,7 @@ class Writer:
         )
         return self.new("Reshape", total, self.new("Shape", like)), [-1, *(1 for _ in size)]
 
-    def _scan(self, a: str, b: str, like: str, *, rank: int) -> str:
+    def in_order(self, a: str, b: str, like: str, *, rank: int) -> str:
         """Σₖ a[…, k] ⊗ b[…, k, :] in order, everything rounded; shaped as ``like``."""
         zeros = self.new("ConstantOfShape", self.new("Shape", like))
         return self.new(

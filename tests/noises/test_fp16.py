@@ -160,6 +160,41 @@ def test_running_sums(generator: np.random.Generator, kind: str, typed: Any) -> 
     assert found.explained > 0.999 and found.bit_identical > 0.999
 
 
+@pytest.mark.parametrize("kind", ["Tanh", "Sigmoid", "InstanceNormalization"])
+def test_operators_written_out_in_float16(generator: np.random.Generator, kind: str) -> None:
+    """Every step is rounded, as TVM does: numpy's own float16 does the same."""
+    one, x = np.float16(1), generator.standard_normal((2, 3, 8, 9)).astype(np.float16)
+    constants: dict[str, Array] = {}
+    if kind == "InstanceNormalization":
+        gamma, beta = (generator.standard_normal(3).astype(np.float16) for _ in range(2))
+        constants = {"gamma": gamma.astype(np.float32), "beta": beta.astype(np.float32)}
+
+        def mean(values: Array) -> Array:
+            total = np.zeros(values.shape[:2], np.float16)
+            for i, j in np.ndindex(values.shape[2:]):
+                total = total + values[:, :, i, j]
+            return (total / np.float16(72))[..., None, None]
+
+        d = x - mean(x)
+        planted = d / np.sqrt(mean(d * d) + np.float16(1e-5))
+        planted = planted * gamma[:, None, None] + beta[:, None, None]
+    elif kind == "Sigmoid":
+        planted = one / (one + np.exp(-x.astype(np.float32)).astype(np.float16))
+    else:
+        power = np.exp(-2 * np.abs(x.astype(np.float32))).astype(np.float16)
+        planted = np.sign(x) * ((one - power) / (one + power))
+    assert planted.dtype == np.float16
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["h"]),
+        helper.make_node(kind, ["h", *constants], ["y"]),
+    ]
+    segment = make_segment(nodes, {**constants, "shape": np.array(x.shape)})
+    given = {"x": x.reshape(6, -1).astype(np.float32)}
+    found = explain(segment, given, {"y": planted.astype(np.float32)})
+    assert found.noise == ID and "running sums" in (found.variant or "")
+    assert found.explained > 0.999 and found.bit_identical > 0.999
+
+
 def test_running_sums_are_not_tried_where_the_engine_reports_float32() -> None:
     node = "y = MatMul(x, w)"
     stated = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f32", "f32"),)
