@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +32,10 @@ _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
 # A runtime may round to the model's narrow types at other places than every operator's result.
 OWN_TYPES_FACTOR = 2.0
 OWN_TYPES_LIMIT = 8.0  # half units in the last place
+# Elements that move further, of their root mean square, when positions do are decided by them; of
+# the others so many must be as far off, and such a part.
+_DECIDED, _OTHERS, _PART = 1e-3, 16, 0.02
+_UNITS = 4.0  # last bits by which two ways to compute a position may differ
 # So that a floor that is the error itself is not below it where that is added up otherwise.
 _ABOVE = 1 + 1e-6
 # Additions up to which sums are added up one after another: a second's work, and 2 GB at worst.
@@ -55,6 +61,8 @@ def floor(
     (unless that is far more than a few roundings: then it is worth a word), and, for a program that
     does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
     texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
+    Where positions decide, as in a Resize of
+    integers, one element of many moves far: those that none decides have a floor of their own.
     Where only values in the middle between two steps of 8 bits went to the other side, all of it is
     rounding.
 
@@ -99,6 +107,8 @@ def floor(
         in_order = moved.summed_in_order()
         in_order = fp32_rounding.floor(jitter, in_order, terms, half=half, double=wide)
         found = max(found, in_order)
+    if _DECIDED < introduced <= found and moved.places() and moved.undecided() > _DECIDED:
+        return _DECIDED
     if found < introduced and (sided := moved.sided(terms)) is not None:
         return introduced * _ABOVE if moved.distance(local.observed, sided) <= found else found
     return found
@@ -157,6 +167,42 @@ class _Moved:
     def repositioned(self) -> float:
         """Positions that are interpolated at in their last bit."""
         return self._by(lambda: self._changed(positions.moved, positions.OPSET, "repositioned"))
+
+    def places(self) -> bool:
+        """Whether elements are read at computed positions."""
+        nodes = (self.replayer.graph.nodes[i] for i in self.cut.nodes)
+        return any(node.op_type in positions.PLACING for node in nodes)
+
+    def undecided(self) -> float:
+        """The error of elements that no rounding of a position decides; 0 where few are off."""
+        local, tries, total = self.local, list[Arrays](), 0.0
+        modes = ("nearest", "linear", "cubic")
+        changes = [functools.partial(positions.nudged, up=up) for up in (1, -1)]
+        for units in (_UNITS, 1, -1, -_UNITS):
+            changes.append(functools.partial(positions.moved, units=units, modes=modes))
+            step = np.float32(1 + units * np.finfo(np.float32).eps)
+            real = {n: v for n, v in local.inputs.items() if v.dtype == np.float32}
+            with contextlib.suppress(ReplayError), np.errstate(over="ignore"):
+                nearby = {n: v * step for n, v in real.items()}
+                tries.append(self.replayer.run(self.cut, local.inputs | nearby))
+        for change in changes:
+            with contextlib.suppress(ReplayError):
+                tries.append(self._changed(change, positions.OPSET, "with positions moved"))
+        for name, value in local.replayed.items():
+            plain, observed = metrics.to_float(value), metrics.to_float(local.observed[name])
+            if plain.shape != observed.shape:
+                continue
+            limit = _DECIDED * math.sqrt(metrics.square_sum(plain) / max(1, plain.size))
+            limit = limit if value.dtype.kind == "f" else 0.0
+            near = np.ones(plain.shape, bool)
+            for other in (t for t in tries if t[name].shape == value.shape):
+                near &= abs(metrics.to_float(other[name]) - plain) <= limit
+            off = near & (abs(observed - plain) > limit)
+            if np.count_nonzero(off) >= max(_OTHERS, _PART * np.count_nonzero(near)):
+                moments = Moments()
+                moments.add(np.where(off, local.observed[name], value), value)
+                total += moments.relative_to(self.apart[name])
+        return math.sqrt(total / len(local.replayed))
 
     def evaluated_exactly(self) -> float:
         """Exponentials and their like in double precision."""

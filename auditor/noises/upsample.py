@@ -35,8 +35,8 @@ _ROUNDINGS = ("floor", "round_prefer_floor", "round_prefer_ceil", "ceil")
 _NEAREST = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"), ("half_pixel", "floor"))
 _PLAIN = {"antialias": 0, "exclude_outside": 0}  # all that mode nearest may be
 _COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
-_EIGHT_BITS = (TensorProto.UINT8, TensorProto.INT8)
-_ROUNDED = "8-bit values are rounded to the nearest, not cut off"
+_INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32)
+_ROUNDED = "integers are rounded to the nearest, not cut off"
 _EVEN = "nearest, {}, halves to even"  # TVM's Upsample; no Resize does that
 _CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
 
@@ -234,7 +234,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _halves_to_even(segment.model, {s.index: s.rank for s in sites if s.rank})
     types = surgery.types(segment.model) if sites else {}
     nodes = segment.model.graph.node
-    stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _EIGHT_BITS}
+    stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _INTEGERS}
     if bodies := {i: body for i in stored if (body := _in_float(nodes[i])) is not None}:
         yield Variant(_ROUNDED, surgery.substituted(segment.model, bodies))
 
@@ -271,7 +271,7 @@ def _to_even(node: onnx.NodeProto, rank: int, centre: str) -> str:
 
 
 def _in_float(node: onnx.NodeProto) -> str | None:
-    """A Resize of 8-bit values, rounded to the nearest of these."""
+    """A Resize of integers, rounded to the nearest of these."""
     if surgery.attributes(node).get("mode", "nearest") == "nearest":
         return None
     names = ("x", "roi", "scales", "sizes")[: len(node.input)]

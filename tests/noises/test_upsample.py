@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from torch.nn.functional import interpolate
 
 from auditor.noises import upsample
@@ -239,13 +239,15 @@ def test_only_the_given_axes(x: Array) -> None:
     check(diagnose(segment, {"x": x}, {"y": planted}))
 
 
-def test_8_bits_are_rounded(generator: np.random.Generator) -> None:
+@pytest.mark.parametrize("kind", [np.uint8, np.int32])
+def test_integers_are_rounded(generator: np.random.Generator, kind: Any) -> None:
+    of = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     scales = {"s": np.array([1, 1, 1, 2], np.float32)}
-    segment = make_segment('y = Resize <mode = "linear"> (x, , s)', scales, kind=TensorProto.UINT8)
-    x = generator.integers(0, 256, (1, 1, 9, 11), np.uint8)
+    segment = make_segment('y = Resize <mode = "linear"> (x, , s)', scales, kind=of)
+    x = generator.integers(0, 256, (1, 1, 9, 11), kind)
     at = (np.arange(22) + 0.5) / 2 - 0.5
     planted = np.array([[[np.interp(at, np.arange(11), row) for row in x[0, 0]]]])
-    found = diagnose(segment, {"x": x}, {"y": np.rint(planted).astype(np.uint8)})
+    found = diagnose(segment, {"x": x}, {"y": np.rint(planted).astype(kind)})
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 

@@ -1,6 +1,7 @@
 """Reversing sums changes bits and nothing else."""
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -315,3 +316,39 @@ def test_casts_to_4_bits_are_decided():
     right = replayer.walk((cut,), feeds)["y"]
     floor, error = _floor(replayer, cut, feeds, right + np.float32([[0, 8, 0, 0]]))
     assert error > 0.1 > 1e-5 > floor
+
+
+def _integers_resized(mode):
+    """A Resize of integers to twice the size: between whole pixels its positions are exact."""
+    model = _model("Cast", [1, 1, 12, 12], {}, {"to": TensorProto.INT32})
+    model.graph.node[0].output[0] = "i"
+    resize = helper.make_node(
+        "Resize", ["i", "", "s"], ["y"], mode=mode, coordinate_transformation_mode="asymmetric"
+    )
+    model.graph.node.append(resize)
+    model.graph.initializer.append(numpy_helper.from_array(np.float32([1, 1, 2, 2]), "s"))
+    model.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="y"))
+    graph = Graph(model)
+    replayer = Replayer(graph, 1)
+    (cut,) = graph.cut({"y"})
+    x = np.random.default_rng(5).integers(-99, 99, (1, 1, 12, 12)).astype(np.float32)
+    return replayer, cut, {"x": x}
+
+
+def test_integers_that_are_rounded_where_they_are_cut_off_are_no_rounding():
+    """The last bit of a position cuts off a quarter of them elsewhere, but not those between."""
+    replayer, cut, feeds = _integers_resized("linear")
+    right = replayer.walk((cut,), feeds)["y"]
+    wide = np.repeat(np.repeat(feeds["x"], 2, 2), 2, 3)  # x[0, 0] at even rows and columns
+    wide[..., 1:-1:2] = (wide[..., :-2:2] + wide[..., 2::2]) / 2
+    wide[..., 1:-1:2, :] = (wide[..., :-2:2, :] + wide[..., 2::2, :]) / 2
+    assert np.array_equal(np.trunc(wide), right)
+    floor, error = _floor(replayer, cut, feeds, np.rint(wide).astype(np.int32))
+    assert error > floor
+    # Positions that are a last bit larger or smaller decide what lies on whole pixels only.
+    whole = np.zeros(right.shape, bool)
+    whole[..., ::2, ::2] = True
+    for by in (-1, 1):
+        below = np.where(whole & (wide * by > 0), right - by, right)
+        floor, error = _floor(replayer, cut, feeds, below.astype(np.int32))
+        assert error < floor
