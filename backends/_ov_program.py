@@ -341,6 +341,8 @@ class Candidate:
         integral: whether what is held as floats are the integers.
         snapped: where the widened floats are observed of what the program holds as integers.
         midway: whether its kernel goes on from it to another output.
+        wide: whether a convolution wrote floats that nothing reads as integers.
+        convolved: whether it is observed as another convolution reads it.
     """
 
     tensor: str
@@ -353,6 +355,8 @@ class Candidate:
     integral: bool = field(default=False, compare=False)
     snapped: Grid | None = field(default=None, compare=False)
     midway: bool = field(default=False, compare=False)
+    wide: bool = field(default=False, compare=False)
+    convolved: bool = field(default=False, compare=False)
 
     @property
     def written(self) -> Port:
@@ -367,11 +371,13 @@ class Candidate:
         """How to observe it in the whole program.
 
         A kernel that rounds to 8 bits and writes floats mostly widens them: they are what it
-        writes.
+        writes. A convolution does not: of one in floats, which may leave the rounding out, other
+        kernels make 8 bits where they read those.
         """
         if self.grid is None or self.precision not in FLOATS or self.maker in self.grid.steps:
             return self
-        return replace(self, grid=None, snapped=self.grid if self.integral else None)
+        snapped = self.grid if self.integral else None
+        return replace(self, grid=None, snapped=snapped, convolved=self.wide)
 
     @property
     def narrow(self) -> bool:
@@ -471,8 +477,11 @@ def candidates_of(
                 skipped[tensor] = Skipped(tensor, reason)
                 continue
             integral = grid is not None and precision in FLOATS and program.integral(kernel)
+            wide = grid is not None and precision in FLOATS and not integral
+            wide = wide and kernel.type == "Convolution" and source.convolves(port)
             candidate = Candidate(tensor, port, element, held, made[0], path, grid, integral)
-            candidate = replace(candidate, midway=made[0] != max(kernel.operations))
+            midway = made[0] != max(kernel.operations)
+            candidate = replace(candidate, midway=midway, wide=wide)
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 

@@ -211,6 +211,8 @@ def result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
         made = opset.unsqueeze(port, np.int64(0))
         made.set_friendly_name(name)
         port = made.output(0)
+    if candidate.convolved:
+        port = _by_one(port, name + SHOWING)
     element = port.get_element_type().get_type_name()
     held = "bf16" if candidate.narrow else candidate.precision
     if held in FLOATS and held != element:
@@ -221,6 +223,24 @@ def result(ops: Mapping[int, Any], candidate: Candidate) -> Any:
     result = opset.result(port)
     result.set_friendly_name(candidate.probe)
     return result
+
+
+def _by_one(port: Any, name: str) -> Any:
+    """A convolution that changes nothing, with weights of unsigned 8 bits: its kernel reads floats.
+
+    Whatever else there is reads the 8 bits that the model declares, which are rounded for it.
+    """
+    from openvino import opset13 as opset
+
+    shape = port.get_partial_shape()
+    ones = np.full((shape[1].get_length(), 1, 1, *(1,) * (len(shape) - 2)), 129, np.uint8)
+    weights = opset.subtract(opset.convert(opset.constant(ones), "f32"), np.float32(128))
+    weights = opset.multiply(weights, np.float32(1))
+    axes = len(shape) - 2
+    steps, none = [1] * axes, [0] * axes
+    made = opset.group_convolution(port, weights, steps, none, none, steps)
+    made.set_friendly_name(name)
+    return made.output(0)
 
 
 def element_type(name: str) -> Any:

@@ -296,6 +296,11 @@ class Source:
         """A port's shape as the model declares it (openvino.PartialShape)."""
         return self._ops[port[0]].output(port[1]).get_partial_shape()
 
+    def convolves(self, port: Port) -> bool:
+        """Whether a convolution can read what is at ``port``."""
+        shape = self.shape(port)
+        return shape.rank.is_static and len(shape) in (3, 4, 5) and shape[1].is_static
+
     def type(self, number: int) -> str:
         """An operation's type."""
         name: str = self._ops[number].get_type_name()

@@ -33,8 +33,10 @@ CHANCE_STATED = 3e-2
 CLEARLY = 2.0
 # … and only when it reproduces this fraction of the elements of integer, boolean and 8-bit outputs.
 EXACT = 0.9
-# Values on one step of 8 bits, whatever multiplied it by the scale.
+# Values on one step of 8 bits, whatever multiplied it by the scale, and of zero, whatever was added
+# and taken off again, by the largest.
 _LAST_BITS = 1e-5
+_NOUGHT = 4 * float(np.finfo(np.float32).eps)
 # From here on nothing is left to look for. Another convention is followed to rounding or not at
 # all: less than this much of it is none, unless the engine or the model rounds as well, and neither
 # is what leaves more than so many times the segment's floor: there is something else beside it.
@@ -162,7 +164,7 @@ class Bench:
     def _fits(self, outputs: Arrays) -> bool:
         return all(
             outputs[name].shape == self.observed[name].shape
-            and np.isclose(outputs[name], self.observed[name], _LAST_BITS, 0).mean() >= EXACT
+            and _one_step(outputs[name], self.observed[name]).mean() >= EXACT
             for name in self._stepped & outputs.keys()
         )
 
@@ -179,9 +181,9 @@ class Bench:
         """
         if not self.all_stepped and found.hypothesis.explained >= self.complete:
             return 0
-        near = _LAST_BITS if self.all_stepped else 0
+        same = _one_step if self.all_stepped else np.equal
         pairs = ((self.observed[name], value) for name, value in found.outputs.items())
-        return sum(int(np.count_nonzero(~np.isclose(v, b, near, 0))) for b, v in pairs)
+        return sum(int(np.count_nonzero(~same(v, b))) for b, v in pairs)
 
     @property
     def all_stepped(self) -> bool:
@@ -431,6 +433,12 @@ def holds(explained: float, bit_identical: float, needed: float, exact: bool) ->
 def merit(tested: Tested) -> tuple[float, float]:
     """By which hypotheses are ranked."""
     return tested.hypothesis.explained, tested.hypothesis.bit_identical
+
+
+def _one_step(values: Array, observed: Array) -> Array:
+    """Which of them are on the same step, where they are 8 bits dequantised."""
+    nought = _NOUGHT * float(np.abs(observed).max(initial=0, where=np.isfinite(observed)))
+    return np.isclose(values, observed, _LAST_BITS, nought)
 
 
 def _ordinary(observed: Array, value: Array) -> float:

@@ -224,6 +224,55 @@ def test_what_a_kernel_writes_before_its_end_is_observed(tmp_path: Path) -> None
     np.testing.assert_allclose(observed, np.tanh(np.sqrt(feeds["x"])), rtol=1e-5)
 
 
+def test_what_a_convolution_leaves_unrounded_is_captured_unrounded(tmp_path: Path) -> None:
+    """Weights of unsigned 8 bits are multiplied in floats, and a rounding may be left out there.
+
+    Whether it is depends on the kernel. What was captured must be what the next kernel read: to an
+    operation that reads 8 bits, the same values would be shown rounded.
+    """
+    draw = np.random.default_rng(3)
+    scales = {"x": 0.01, "g": 0.004, "w": 0.01, "a": 0.02, "b": 0.02}
+    weights = {f"{n}s": np.float32(s) for n, s in scales.items()}
+    weights |= {f"{n}z": np.uint8(128 if n in "xwb" else 0) for n in scales}
+    nodes = []
+
+    def rounded(name: str, grid: str) -> str:
+        pair = [f"{grid}s", f"{grid}z"]
+        nodes.append(helper.make_node("QuantizeLinear", [name, *pair], [f"{name}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *pair], [f"{name}_d"]))
+        return f"{name}_d"
+
+    def convolved(x: str, y: str, *shape: int) -> str:
+        weights[y + "_w"] = draw.integers(0, 256, (*shape, 1, 1)).astype(np.uint8)
+        nodes.append(helper.make_node("DequantizeLinear", [y + "_w", "ws", "wz"], [y + "_v"]))
+        weights[y + "_b"] = draw.uniform(-1, 1, shape[0]).astype(np.float32)
+        nodes.append(helper.make_node("Conv", [x, y + "_v", y + "_b"], [y]))
+        return y
+
+    nodes.append(helper.make_node("GlobalAveragePool", [rounded("x", "x")], ["g"]))
+    nodes.append(helper.make_node("Relu", [convolved(rounded("g", "g"), "c", 64, 32)], ["a"]))
+    nodes.append(
+        helper.make_node(
+            "HardSigmoid", [rounded(convolved(rounded("a", "a"), "b", 32, 64), "b")], ["h"]
+        )
+    )
+    nodes.append(helper.make_node("Mul", ["x_d", "h"], ["y"]))
+    stored = tuple(numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items())
+    path = save(
+        tmp_path / "m.onnx", nodes, [info("x", 1, 32, 8, 8)], [info("y", 1, 32, 8, 8)], stored
+    )
+    x = {"x": draw.uniform(-1, 1, (1, 32, 8, 8)).astype(np.float32) + np.float32(0.2)}
+    instrumented = build(path, options=F32).instrument(x)
+    assert instrumented.program_unchanged
+    captured = instrumented.run(x).tensors
+    assert {"a_d", "b_d"} <= captured.keys()
+    kernel = (weights["b_w"][..., 0, 0].astype(float) - 128) * float(weights["ws"])
+    products = np.einsum("oc,nchw->nohw", kernel, captured["a_d"])
+    steps = (products + weights["b_b"].reshape(1, -1, 1, 1)) / scales["b"]
+    off = captured["b_d"] / scales["b"] - np.clip(steps, -128, 127)
+    assert np.abs(off).max() < 0.501
+
+
 def test_8_bits_and_booleans_are_observed_in_bfloat16(tmp_path: Path) -> None:
     """Before a Result of their own type all that leads to them would be computed in float32."""
     draw = np.random.default_rng(3)

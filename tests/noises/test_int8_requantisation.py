@@ -178,6 +178,21 @@ def test_sums_without_rounding(generator: np.random.Generator, kernels: bool) ->
     assert found.variant == "values that enter a sum are limited, not rounded"
 
 
+def test_values_that_are_limited_to_zero_but_for_the_last_bits(
+    generator: np.random.Generator,
+) -> None:
+    """Half of them are none, up to what adding the zero point and taking it off again leaves."""
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), q("r", "r", "rq"), dq("rq", "r", "y")]
+    segment = make_segment(nodes, scalars(r=(0.02, 0)), ["x"], ["y"])
+    x = generator.uniform(-4, 4, (1, 4, 16, 16)).astype(np.float32)
+    limited = np.clip(x, 0, np.float32(0.02 * 255)) + generator.uniform(-4e-7, 4e-7, x.shape)
+    found = explain(segment, {"x": x}, limited.astype(np.float32))
+    assert found.noise == ID and found.explained > 0.99999
+    assert found.variant == "values are limited, not rounded"
+    shifted = limited + 0.004 * (limited < 1e-3)  # a fifth of a step is another value
+    assert explain(segment, {"x": x}, shifted.astype(np.float32)).noise is None
+
+
 def reciprocal(x: Array) -> Array:
     return np.round(x * (np.float32(1) / np.float32(0.07))) + 101
 
