@@ -52,7 +52,7 @@ class _Noises(Sequence["Noise"]):
 
     @cached_property
     def _found(self) -> tuple[Noise, ...]:
-        found = (noise for module in _modules("auditor.noises") for noise in _load(module))
+        found = [_load(module) for module in _modules("auditor.noises")]
         return tuple(sorted(found, key=lambda noise: noise.id))
 
     @overload
@@ -101,18 +101,17 @@ def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
     raise UsageError(f"there is no {what} `{name}`", hint)
 
 
-def _load(module: str) -> Sequence[Noise]:
-    """What one file of the catalogue has.
+def _load(module: str) -> Noise:
+    """One file of the catalogue.
 
     An audit without one of its causes could call something unexplained that it can explain, so a
     file that cannot be imported ends it, and is named.
 
     Raises:
-        RuntimeError: the file cannot be imported or has neither ``NOISE`` nor ``NOISES``.
+        RuntimeError: the file cannot be imported or has no ``NOISE``.
     """
     try:
-        file = importlib.import_module(f"auditor.noises.{module}")
-        found: Sequence[Noise] = getattr(file, "NOISES", None) or (file.NOISE,)
+        found: Noise = importlib.import_module(f"auditor.noises.{module}").NOISE
     except Exception as error:
         raise RuntimeError(
             f"the noise auditor/noises/{module}.py cannot be used: {error}"
