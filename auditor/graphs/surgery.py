@@ -138,9 +138,7 @@ _LIKE_INPUT = {
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
     """ONNX element type of every tensor whose type can be inferred."""
-    kinds = ((v.name, v.type.tensor_type.elem_type) for v in _inferred(model))
-    # Outputs that a custom operator computes stand there without a type.
-    return {name: kind for name, kind in kinds if kind != onnx.TensorProto.UNDEFINED}
+    return dict(_inferred(model)[0])
 
 
 def is_exact(model: onnx.ModelProto) -> bool:
@@ -152,26 +150,48 @@ def is_exact(model: onnx.ModelProto) -> bool:
 
 def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor whose whole shape can be inferred."""
-    found: dict[str, tuple[int, ...]] = {}
-    for value in _inferred(model):
+    return dict(_inferred(model)[1])
+
+
+# Bytes of a model up to which all of it is what its shapes are looked up by.
+_SMALL_MODEL = 1 << 18
+_Inferred = tuple[dict[str, int], dict[str, tuple[int, ...]]]
+
+
+def _inferred(model: onnx.ModelProto) -> _Inferred:
+    """Types and shapes, to be read only: of one segment they are asked for a dozen times."""
+    small = model.ByteSize() <= _SMALL_MODEL  # what has no weights is encoded at once
+    return _inferred_of((model if small else _light(model)).SerializeToString())
+
+
+@lru_cache(16)
+def _inferred_of(model: bytes) -> _Inferred:
+    light = _light(onnx.ModelProto.FromString(model))
+    graph = onnx.shape_inference.infer_shapes(light.SerializeToString(), data_prop=True).graph
+    kinds: dict[str, int] = {}
+    whole: dict[str, tuple[int, ...]] = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
         kind = value.type.tensor_type
+        if kind.elem_type != onnx.TensorProto.UNDEFINED:  # outputs of custom operators have none
+            kinds[value.name] = kind.elem_type
         if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            found[value.name] = tuple(d.dim_value for d in kind.shape.dim)
-    return found
+            whole[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+    return kinds, whole
 
 
-def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """What ONNX infers of every tensor.
+def _light(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of which ONNX infers as much as of this one, without a copy of the weights.
 
-    Weights become inputs for the inference, so that ONNX does not copy them; small ones, which
-    shapes are made of, stay.
+    They become inputs; small ones, which shapes are made of, stay.
     """
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.functions.extend(model.functions)
     light.graph.node.extend(model.graph.node)
     light.graph.input.extend(model.graph.input)
+    given = {value.name for value in model.graph.input}
     for t in model.graph.initializer:
-        light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
+        if t.name not in given:
+            light.graph.input.append(helper.make_tensor_value_info(t.name, t.data_type, t.dims))
         if np.prod(t.dims) <= SMALL:
             light.graph.initializer.append(t)
     light.graph.output.extend(model.graph.output)
@@ -183,14 +203,7 @@ def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
             del node.input[1:], node.output[1:], node.attribute[:]
         if node.op_type in _QUANTISERS:
             node.domain = ""
-    return _inferred_of(light.SerializeToString())
-
-
-@lru_cache(8)  # every noise asks the same of a segment
-def _inferred_of(model: bytes) -> list[onnx.ValueInfoProto]:
-    """What ONNX infers of every tensor, to be read only."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    return [*graph.input, *graph.value_info, *graph.output]
+    return light
 
 
 def upgraded(model: onnx.ModelProto, opset: int) -> Iterator[onnx.ModelProto]:

@@ -116,3 +116,33 @@ def test_copies_are_left_out_but_for_outputs() -> None:
         ("Neg", ["c"]),
         ("Identity", ["c"]),
     ]
+
+
+def test_types_and_shapes_of_one_segment_are_inferred_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    light = surgery._light
+
+    def counted(of: onnx.ModelProto) -> onnx.ModelProto:
+        asked.append(len(of.graph.node))
+        return light(of)
+
+    monkeypatch.setattr(surgery, "_light", counted)
+    source = model([*CHAIN, helper.make_node("Add", ["y", "two"], ["once"])])
+    source.graph.input[0].type.tensor_type.shape.dim.add(dim_value=3)
+    for _ in range(3):
+        kinds, sizes = surgery.types(source), surgery.shapes(source)
+        assert kinds["once"] == TensorProto.FLOAT and sizes["once"] == (3,)
+        kinds.clear()  # what is handed out is the caller's own
+        sizes.clear()
+    assert asked == [3]
+    source.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 5
+    assert surgery.shapes(source)["once"] == (5,)  # another model is another question
+
+
+@pytest.mark.parametrize("size", [1, 1 << 17])  # encoded at once, and without its weights
+def test_weights_that_are_inputs_as_well_are_counted_once(size: int) -> None:
+    source = model([helper.make_node("Add", ["x", "wide"], ["y"])])
+    source.graph.input[0].type.tensor_type.shape.dim.add(dim_value=1)
+    source.graph.initializer.append(numpy_helper.from_array(np.ones(size, np.float32), "wide"))
+    source.graph.input.append(helper.make_tensor_value_info("wide", TensorProto.FLOAT, [size]))
+    assert surgery.shapes(source) == {"x": (1,), "two": (1,), "wide": (size,), "y": (size,)}
