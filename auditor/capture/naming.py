@@ -14,12 +14,14 @@ from auditor.graphs import artefact
 from auditor.replays.replay import ReplayError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 
     from auditor.graphs.segments import Cut
     from auditor.ports import Array, Arrays
     from auditor.records.measured import Distance
     from auditor.replays.replay import Replayer
+
+    _Replayed = Callable[[Cut], Arrays]  # a segment on the captured tensors
 
 # A derived name is believed when the values have at least this cosine similarity.
 CONFIRMED: Final = 0.9
@@ -27,6 +29,8 @@ CONFIRMED: Final = 0.9
 _SMALL: Final = 1e-3
 # So many times less is off in a replay without the tensor, where that was not read.
 _MUCH: Final = 10.0
+# Replays that are held: a segment's makers are mostly a few segments before it.
+_NEIGHBOURS: Final = 4
 
 
 def unconfirmed(
@@ -59,18 +63,22 @@ def unconfirmed(
     def apart(name: str) -> Distance:
         return metrics.distance(captured[name], base[name])
 
+    @functools.lru_cache(_NEIGHBOURS)
+    def replayed(cut: Cut) -> Arrays:
+        return replayer.run(cut, captured)
+
     makers = {name: cut for cut in cuts for name in cut.outputs}
     doubtful = set[str]()
     for cut in cuts:
         named = {n for n in cut.inputs if n in inferred or n in held}
         off = {n for n in named - doubtful if n in makers and apart(n).relative_l2 > _SMALL}
-        doubtful |= _bypassed(replayer, cut, {n: makers[n] for n in off}, captured)
+        doubtful |= _bypassed(replayer, replayed, cut, {n: makers[n] for n in off}, captured)
         wrong = {n for n in cut.outputs if n in inferred and apart(n).cosine < CONFIRMED}
         # A replay on what is doubtful itself confirms nothing: where an optimiser moves a transpose
         # past several operators, each of their results fits the other's and none fits its name.
         if wrong and doubtful.isdisjoint(cut.inputs):
             try:
-                for made in _replays(replayer, cut, captured, constants or {}):
+                for made in _replays(replayer, replayed, cut, captured, constants or {}):
                     wrong = {
                         n
                         for n in wrong
@@ -83,20 +91,27 @@ def unconfirmed(
     return doubtful or _detour(replayer, cuts, off, captured)
 
 
-def _replays(replayer: Replayer, cut: Cut, captured: Arrays, constants: Arrays) -> Iterator[Arrays]:
+def _replays(
+    replayer: Replayer, replayed: _Replayed, cut: Cut, captured: Arrays, constants: Arrays
+) -> Iterator[Arrays]:
     """What a segment makes of the captured inputs, as it is and with the compiled file's constants.
 
     These may be so far off that nothing of the former is left.
     """
-    yield (made := replayer.run(cut, captured))
+    yield (made := replayed(cut))
     if constants:
+        model = replayer.model(cut, captured)
         yield replayer.run_changed(
-            cut, captured, made, lambda model: artefact.replaced(model, constants), 0, "replayed"
+            cut, model, captured, made, lambda m: artefact.replaced(m, constants), 0, "replayed"
         )
 
 
 def _bypassed(
-    replayer: Replayer, cut: Cut, makers: Mapping[str, Cut], captured: Arrays
+    replayer: Replayer,
+    replayed: _Replayed,
+    cut: Cut,
+    makers: Mapping[str, Cut],
+    captured: Arrays,
 ) -> set[str]:
     """Inputs of ``cut``, with the segments that make them, that it did not read.
 
@@ -104,11 +119,11 @@ def _bypassed(
     outputs. Where it makes them on what a replay gives instead, the engine read something else.
     """
     try:
-        made = {n: replayer.run(maker, captured)[n] for n, maker in makers.items()}
+        made = {n: replayed(maker)[n] for n, maker in makers.items()}
         made = {n: v for n, v in made.items() if _apart(captured[n], v) > _SMALL}
         if not made:
             return set()
-        read, instead = replayer.run(cut, captured), replayer.run(cut, captured | made)
+        read, instead = replayed(cut), replayer.run(cut, captured | made)
     except ReplayError:
         return set()
 

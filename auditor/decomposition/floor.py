@@ -75,9 +75,9 @@ def floor(
         again: a second capture, where the program does not repeat its own bits.
         own: the narrow format that the model gives the segment's outputs, if any.
     """
-    moved = _Moved(replayer, cut, local, apart)
-    repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
     model = replayer.model(cut, local.inputs)
+    moved = _Moved(replayer, cut, model, local, apart)
+    repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
     if surgery.is_exact(model):
         return repeat
     if moved.draws():
@@ -131,10 +131,12 @@ class _Moved:
 
     Attributes:
         replayer, cut, local, apart: as ``floor`` has them.
+        model: the segment as a stand-alone model.
     """
 
     replayer: Replayer
     cut: Cut
+    model: onnx.ModelProto
     local: Local
     apart: Mapping[str, Moments]
 
@@ -261,13 +263,13 @@ class _Moved:
         opset: int,
         how: str,
     ) -> Arrays:
-        local = self.local
-        return self.replayer.run_changed(self.cut, local.inputs, local.replayed, change, opset, how)
+        inputs, replayed = self.local.inputs, self.local.replayed
+        return self.replayer.run_changed(self.cut, self.model, inputs, replayed, change, opset, how)
 
     def _decided(self, moved: Arrays) -> Arrays:
         """Run on moved inputs, where comparisons and their like are made on the inputs as are."""
         replayer, cut, values = self.replayer, self.cut, self.local.inputs
-        split = decisions.decided(replayer.model(cut, values))
+        split = decisions.decided(self.model)
         if split is None:
             return replayer.run(cut, moved)
         feeds = {}
@@ -289,11 +291,10 @@ class _Moved:
         bits than it shows.
         """
         replayer, local = self.replayer, self.local
-        plain = replayer.model(self.cut, local.inputs)
         generator, unit = np.random.default_rng(0), 2.0**-own.bits
         inputs = {n: fp32_rounding.jitter(v, generator, unit) for n, v in local.inputs.items()}
         try:
-            rounded = own_types(plain, own) or plain
+            rounded = own_types(self.model, own) or self.model
             values = session(rounded, replayer.threads, replayer.folder).run(None, inputs)
         except Exception as error:  # ORT raises a family of classes that share no base
             raise ReplayError(self.cut, "rounded", error) from error

@@ -167,6 +167,7 @@ class Replayer:
     def run_changed(
         self,
         cut: Cut,
+        model: onnx.ModelProto,
         values: Mapping[str, Array],
         replayed: Arrays,
         change: Callable[[onnx.ModelProto], onnx.ModelProto | None],
@@ -177,16 +178,16 @@ class Replayer:
 
         Args:
             cut: the segment.
+            model: the same as a stand-alone model, which stays as it is.
             values: its inputs.
             replayed: what it computes from them as written, to check a change of opset by.
-            change: rewrites the segment; None where there is nothing to rewrite.
+            change: rewrites a copy of the segment; None where there is nothing to rewrite.
             opset: from which on ``change`` works.
             how: what is said to have been tried where it cannot be run.
 
         Raises:
             ReplayError: ONNX Runtime refused the rewritten segment.
         """
-        model = self.model(cut, values)
         candidates = [model] if surgery.opset(model) >= opset else surgery.upgraded(model, opset)
         feeds = {name: values[name] for name in cut.inputs}
 

@@ -8,9 +8,12 @@ from onnx import TensorProto, helper, numpy_helper
 from auditor.decomposition import divergence
 from auditor.decomposition import floor as floors
 from auditor.graphs.segments import Graph
+from auditor.replays import decisions, functions, positions, quantised, rounding
 from auditor.replays.reorder import OPSET, longest_sum, reordered
 from auditor.replays.replay import Replayer
 from auditor.replays.sessions import session
+from auditor.replays.widening import own_types
+from auditor.replays.writer import FP16
 
 RNG = np.random.default_rng(0)
 CASES = {
@@ -95,7 +98,10 @@ def test_an_operator_whose_attributes_became_inputs_is_no_obstacle():
     (cut,) = graph.cut({"y"})
     feeds = {"x": 5 * RNG.standard_normal((1, 1, 500)).astype(np.float32)}
     replayed = replayer.run(cut, feeds)
-    moved = replayer.run_changed(cut, feeds, replayed, reordered, OPSET, "reordered")
+    alone = replayer.model(cut, feeds)
+    before = alone.SerializeToString()
+    moved = replayer.run_changed(cut, alone, feeds, replayed, reordered, OPSET, "reordered")
+    assert alone.SerializeToString() == before  # other replays of this segment begin with it
     assert moved["y"].tobytes() != replayed["y"].tobytes()
     np.testing.assert_allclose(moved["y"], replayed["y"], rtol=1e-4)
 
@@ -352,3 +358,30 @@ def test_integers_that_are_rounded_where_they_are_cut_off_are_no_rounding():
         below = np.where(whole & (wide * by > 0), right - by, right)
         floor, error = _floor(replayer, cut, feeds, below.astype(np.int32))
         assert error < floor
+
+
+def test_what_floors_are_measured_with_leaves_the_segment_as_it_is():
+    """One copy of a segment serves all of its replays."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[1, 4, 8, 8] x) => (float[1, 4, 16, 16] y)
+        <float[4] scales = {1.0, 1.0, 2.0, 2.0}, float s = {0.1},
+         uint8 z = {128}> {
+            c = Conv(x, w) e = Sigmoid(c)
+            q = QuantizeLinear(e, s, z) d = DequantizeLinear(q, s, z)
+            y = Resize <mode = "linear"> (d, , scales) }""")
+    weight = RNG.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    before = model.SerializeToString()
+    observed = {"y": np.zeros((1, 4, 16, 16), np.float32)}
+    made = {
+        "reordered": reordered(model),
+        "moved": positions.moved(model),
+        "nudged": positions.nudged(model, up=1),
+        "exact": functions.exact(model),
+        "in order": rounding.in_order(model),
+        "decided": decisions.decided(model),
+        "own types": own_types(model, FP16),
+        "either side": quantised.either_side(model, observed),
+    }
+    assert model.SerializeToString() == before
+    assert {"reordered", "moved", "exact"} <= {k for k, changed in made.items() if changed}
