@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from auditor.attribution import cause as attribution
 from auditor.attribution import combined, hypotheses
@@ -25,33 +25,10 @@ from auditor.noises import (
 )
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
-from auditor.replays import sessions
 from tests.helpers import nodes_of
+from tests.segments import make_segment, run
 
 NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)
-
-
-def segment(
-    nodes: Sequence[onnx.NodeProto],
-    constants: Arrays,
-    kernels: Sequence[Kernel] = (),
-    kind: int = TensorProto.FLOAT,
-    opset: int = 17,
-) -> SegmentGraph:
-    graph = helper.make_graph(
-        nodes,
-        "s0",
-        [helper.make_tensor_value_info("x", kind, None)],
-        [onnx.ValueInfoProto(name=nodes[-1].output[0])],
-        [numpy_helper.from_array(v, n) for n, v in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-    return SegmentGraph(model, tuple(kernels))
-
-
-def run(model: onnx.ModelProto, feeds: Arrays) -> Arrays:
-    names = [o.name for o in model.graph.output]
-    return dict(zip(names, sessions.session(model, 1).run(names, feeds), strict=True))
 
 
 def explain(
@@ -71,7 +48,7 @@ def dense() -> tuple[SegmentGraph, Array, Array]:
     generator = np.random.default_rng(5)
     x = generator.standard_normal((8, 96)).astype(np.float32)
     w = generator.standard_normal((96, 64)).astype(np.float32) / 10
-    return segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w}), x, w
+    return make_segment("y = MatMul(x, w)", {"w": w}), x, w
 
 
 def test_exact_replay_leaves_nothing_to_explain(dense: Any) -> None:
@@ -110,7 +87,7 @@ def test_what_the_engine_says_is_no_substitute_for_an_experiment(dense: Any) -> 
 def test_few_elements_are_explained_by_chance(dense: Any, elements: int, named: bool) -> None:
     """What reproduces 96 % of the error of 64 numbers is its cause; of one number, perhaps not."""
     _, x, w = dense
-    of = segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w[:, :elements]})
+    of = make_segment("y = MatMul(x, w)", {"w": w[:, :elements]})
     exact = run(of.model, {"x": x[:1]})["y"]
     rounded = r(r(x[:1]) @ r(w[:, :elements]))
     found = explain(of, x[:1], {"y": exact + (rounded - exact) * np.float32(1.2)})
@@ -143,7 +120,7 @@ def test_winners_are_tried_first_on_segments_with_the_same_operators(dense: Any)
 def test_two_causes_together(dense: Any) -> None:
     """Weights stored in fp16, then everything else in bf16: neither alone is enough."""
     x, w = dense[1], dense[2] * np.float32(2.0**-14)  # fp16 stores these as subnormals
-    of = segment([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w})
+    of = make_segment("y = MatMul(x, w)", {"w": w})
     stored = w.astype(np.float16).astype(np.float32)
     planted = r((r(x).astype(np.float64) @ r(stored)).astype(np.float32))
     found = explain(of, x, {"y": planted})
@@ -169,8 +146,11 @@ def test_a_fault_beside_the_rounding_of_the_whole_build(
     """Of a noise with many forms the likeliest is tried beside it, not the first ones."""
     x = r(dense[1] * np.float32(0.7))
     ones = {"g": np.ones(96, np.float32), "b": np.zeros(96, np.float32)}
-    node = helper.make_node("LayerNormalization", ["x", "g", "b"], ["y"], epsilon=1e-5)
-    of = segment([node], ones, [Kernel("k", "MVN", ("y",), ("y",), "", "bf16", "bf16")])
+    of = make_segment(
+        "y = LayerNormalization <epsilon = 1e-05> (x, g, b)",
+        ones,
+        kernels=[Kernel("k", "MVN", ("y",), ("y",), "", "bf16", "bf16")],
+    )
     narrow = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
     planted = r(r(narrow * np.float32(factor)))
     prior: attribution.Prior = {("Conv",): ("precision.bf16", bf16.SITES[0].name)}
@@ -185,7 +165,7 @@ def test_a_fault_beside_another_form_of_the_rounding() -> None:
     x = np.square(np.random.default_rng(3).standard_normal((1, 40, 120))).astype(np.float32)
     nodes = nodes_of("m = ReduceMean <axes = [-1]> (x) v = Add(m, e) y = Sqrt(v)")
     kernel = Kernel("k", "Reduce", ("m", "v", "y"), ("y",), "", "bf16", "bf16")
-    of = segment(nodes, {"e": np.array(1e-5, np.float32)}, [kernel])
+    of = make_segment(nodes, {"e": np.array(1e-5, np.float32)}, kernels=[kernel])
     of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
     x = r(x)
     mean = x.mean(-1, keepdims=True, dtype=np.float64)
@@ -202,7 +182,7 @@ def test_one_product_of_several(dense: Any, defect: bool) -> None:
     """8-bit weights of the first one alone; and weights that lie on another grid."""
     x, w = dense[1:]
     back = np.ascontiguousarray(w.T)
-    of = segment(
+    of = make_segment(
         nodes_of("[same] a = MatMul(x, w) b = Relu(a) y = MatMul(b, v)"),
         {"w": w, "v": back},
     )
@@ -214,7 +194,7 @@ def test_one_product_of_several(dense: Any, defect: bool) -> None:
 
 
 def test_non_finite_values_must_match_in_place() -> None:
-    of = segment([helper.make_node("Exp", ["x"], ["y"])], {})
+    of = make_segment("y = Exp(x)")
     x = np.linspace(-4, 11.5, 200, dtype=np.float32)[None]
     with np.errstate(over="ignore"):
         half = np.exp(x.astype(np.float16).astype(np.float64)).astype(np.float16)
@@ -234,7 +214,7 @@ def test_a_tensor_of_another_shape_is_unexplained_not_an_error(dense: Any) -> No
 
 def test_float16_models_are_replayed_too() -> None:
     x = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float16)
-    of = segment([helper.make_node("Exp", ["x"], ["y"])], {}, kind=TensorProto.FLOAT16)
+    of = make_segment("y = Exp(x)", kind=TensorProto.FLOAT16)
     found = explain(of, x, {"y": np.exp(x.astype(np.float32) * 1.01).astype(np.float16)})
     assert found.noise is None and found.residual == 1.0
 
@@ -296,7 +276,7 @@ def test_pytorch_in_low_precision(half: bool) -> None:
         feed = x if nodes[0].op_type == "Conv" else x[..., :10]
         values = observed.float().numpy()
         found = explain(
-            segment(nodes, used), np.ascontiguousarray(feed), {"y": values}, thorough=True
+            make_segment(nodes, used), np.ascontiguousarray(feed), {"y": values}, thorough=True
         )
         assert found.noise == ("precision.fp16" if half else "precision.bf16"), nodes[0].op_type
         assert found.explained > 0.99 and found.bit_identical > 0.98
@@ -311,8 +291,7 @@ def test_tvm_sums_half_precision_in_half_precision() -> None:
     generator = np.random.default_rng(0)
     x = generator.standard_normal((4, 256)).astype(np.float16)
     w = (generator.standard_normal((256, 16)) / 16).astype(np.float16)
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    of = segment([node], {"w": w}, kind=TensorProto.FLOAT16)
+    of = make_segment("y = MatMul(x, w)", {"w": w}, kind=TensorProto.FLOAT16)
     shaped = onnx.ModelProto()
     shaped.CopyFrom(of.model)
     del shaped.graph.input[:], shaped.graph.output[:]
@@ -340,8 +319,7 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
 
         def variants(self, of: SegmentGraph) -> Any:
             scaled = w * np.float32(1 + self.shift)
-            node = helper.make_node("MatMul", ["x", "w"], ["y"])
-            yield Variant("scaled", segment([node], {"w": scaled}).model)
+            yield Variant("scaled", make_segment("y = MatMul(x, w)", {"w": scaled}).model)
 
     of, x, w = dense
     planted = {"y": x @ (w * np.float32(1.01))}
@@ -376,10 +354,13 @@ def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None
 
 @pytest.mark.parametrize(("turned", "named"), [(1, None), (3, None), (12, "precision.bf16")])
 def test_few_choices_tell_no_rounding_from_another(turned: int, named: str | None) -> None:
-    nodes = [helper.make_node("Round", ["x"], ["r"]), helper.make_node("Cast", ["r"], ["y"], to=6)]
     x = np.full((1, 50), 3.25, np.float32)
     x[:, :turned] = 3.499  # 3.5 in bfloat16
-    found = explain(segment(nodes, {}), x, {"y": np.where(x > 3.4, 4, 3).astype(np.int32)})
+    found = explain(
+        make_segment("r = Round(x) y = Cast <to = 6> (r)"),
+        x,
+        {"y": np.where(x > 3.4, 4, 3).astype(np.int32)},
+    )
     assert found.hypotheses[0].explained == 1 and found.noise == named
 
 
@@ -391,7 +372,7 @@ def test_few_steps_of_8_bits_tell_no_rounding_from_another(turned: int, named: s
     x = np.full((1, 50), 3.25**2, np.float32)
     x[:, :turned] = 3.499**2  # the root is 3.5 in bfloat16
     planted = np.where(x > 3.4**2, 4, 3).astype(np.float32)
-    found = explain(segment(nodes, constants), x, {"y": planted})
+    found = explain(make_segment(nodes, constants), x, {"y": planted})
     assert found.hypotheses[0].explained == 1 and found.noise == named
 
 
@@ -405,7 +386,7 @@ def test_one_choice_that_several_causes_make_has_none() -> None:
         "most": np.array([3]),
         "limit": np.array([0.5], np.float32),
     }
-    of = segment([node], {})
+    of = make_segment([node], {})
     del of.model.graph.input[:]
     for name, value in feeds.items():
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
@@ -432,7 +413,7 @@ def openvino_conv(tmp_path: Path, options: dict[str, str], compress: bool) -> An
     w = generator.standard_normal((32, 16, 3, 3)).astype(np.float32)
     b = generator.standard_normal(32).astype(np.float32)
     nodes = nodes_of("[c] c = Conv(x, w, b) [y] y = Relu(c)")
-    of = segment(nodes, {"w": w, "b": b})
+    of = make_segment(nodes, {"w": w, "b": b})
     of.model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape))
     core = openvino.Core()
     model = core.read_model(of.model.SerializeToString())
@@ -490,7 +471,7 @@ class Replaced:
 
     def __init__(self, node: onnx.NodeProto, constants: Arrays, id_: str = "test.replaced") -> None:
         self.id = id_
-        self.variant = Variant("replaced", segment([node], constants).model)
+        self.variant = Variant("replaced", make_segment([node], constants).model)
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         return False
@@ -564,7 +545,7 @@ def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool
     node = helper.make_node("Concat", ["n", "p"], ["y"], axis=1)
     product = helper.make_node("MatMul", ["x", "w"], ["p"])
     noise = Replaced(product, {"w": w})
-    noise.variant = Variant("kept", segment([product, node], {"w": w, **constants}).model)
+    noise.variant = Variant("kept", make_segment([product, node], {"w": w, **constants}).model)
     observed = columns.copy()
     observed[:, :16] = float(ml_dtypes.finfo(kind).min)
     if not right:
@@ -577,7 +558,7 @@ def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool
 def test_one_output_of_another_shape(dense: Any) -> None:
     _, x, w = dense
     nodes = nodes_of("y = MatMul(x, w) m = ReduceMax <axes = [1], keepdims = 1> (y)")
-    of = segment(nodes, {"w": w})
+    of = make_segment(nodes, {"w": w})
     of.model.graph.output.insert(0, onnx.ValueInfoProto(name="y"))
     flat = SegmentGraph(onnx.ModelProto(), ())
     flat.model.CopyFrom(of.model)
