@@ -13,14 +13,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
-from auditor.attribution import cause as attribution
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.noises import bf16, fp16, int8_dynamic, tf32
 from auditor.ports import Array, SegmentGraph, Silent
 from auditor.records.report import AuditReport
 from auditor.replays import blockwise, dynamic
 from tests.helpers import nodes_of
-from tests.segments import make_segment, run
+from tests.segments import explain, make_segment, run
 
 ID = "precision.int8_dynamic"
 
@@ -104,8 +103,7 @@ def test_a_planted_group_is_named(generator: np.random.Generator) -> None:
     bias = numpy_helper.to_array(model.graph.initializer[2])
     observed = {"y": (by_groups(x, 128) @ weights + bias).astype(np.float32)}
     noises = (bf16.NOISE, fp16.NOISE, tf32.NOISE, int8_dynamic.NOISE)
-    replayed = run(model, {"x": x})
-    found = attribution.explain(segment, {"x": x}, observed, replayed, noises, thorough=True)
+    found = explain(segment, {"x": x}, observed, noises)
     assert (found.noise, found.variant) == (ID, "in groups of 128")
     assert found.explained > 0.999
 
@@ -125,9 +123,8 @@ def test_what_is_quantised_in_the_model_is_quantised_once_more(
     x[:, ::32] = grid["s"] * np.float32(130)
     real = (weights["w"].astype(np.float32) - 125) * grid["s"]
     observed = {"y": (by_groups(x, 32) @ real.T).astype(np.float32)}
-    replayed = run(segment.model, {"x": x})
     noises = (bf16.NOISE, int8_dynamic.NOISE)
-    found = attribution.explain(segment, {"x": x}, observed, replayed, noises)
+    found = explain(segment, {"x": x}, observed, noises, thorough=False)
     assert (found.noise, found.variant) == (ID, "in groups of 32")
     assert found.explained > 0.999
 
@@ -142,8 +139,7 @@ def test_a_convolution_of_single_pixels_is_such_a_product(generator: np.random.G
     read = np.hstack([by_groups(pixels[:, :64], 32), by_groups(pixels[:, 64:], 16)])
     real = (weights["w"].astype(np.float32) - 3)[:, :, 0, 0] * grid["s"]
     observed = {"y": (read @ real.T).T.reshape(1, 8, 3, 5).astype(np.float32)}
-    replayed = run(segment.model, {"x": x})
-    found = attribution.explain(segment, {"x": x}, observed, replayed, (int8_dynamic.NOISE,))
+    found = explain(segment, {"x": x}, observed, (int8_dynamic.NOISE,), thorough=False)
     assert (found.noise, found.variant) == (ID, "in groups of 32")
     assert found.explained > 0.999
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,14 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.attribution import cause as attribution
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
-from tests.segments import make_segment, run
+from tests.segments import explained, make_segment, run
 
 ID = "precision.int8_saturation"
 REQUANTISED = "precision.int8_requantisation"
-NOISES = (bf16.NOISE, fp16.NOISE, int8.NOISE, int8_requantisation.NOISE)
-NOISES += (int8_saturation.NOISE, tf32.NOISE)  # type: ignore[assignment]
+CAUSES = (bf16, fp16, int8, int8_requantisation, int8_saturation, tf32)
+explain = partial(explained, [cause.NOISE for cause in CAUSES])
 XS, WS, YS = np.float32(0.02), np.float32(0.01), np.float32(0.75)
 XZ, YZ = 7, 121
 
@@ -67,16 +67,11 @@ def dequantised(
     return made
 
 
-def explain(segment: SegmentGraph, x: Array, observed: Array) -> Any:
-    replayed = run(segment.model, {"x": x})
-    return attribution.explain(segment, {"x": x}, {"y": observed}, replayed, NOISES, thorough=True)
-
-
 def test_matrix_products(dense: tuple[SegmentGraph, Arrays]) -> None:
     segment, t = dense
     w = t["w"].astype(np.int64)
     planted = quantised(maddubs(t["x"], t["w"]) - XZ * w.sum(axis=0), np.zeros(24))
-    found = explain(segment, t["x"], planted)
+    found = explain(segment, {"x": t["x"]}, planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
@@ -94,7 +89,7 @@ def test_weights_that_the_graph_fills_and_quantises_itself(
     ):
         segment.model.graph.node.insert(0, node)
     planted = quantised(maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0), np.zeros(24))
-    found = explain(segment, t["x"], planted)
+    found = explain(segment, {"x": t["x"]}, planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
 
 
@@ -114,7 +109,7 @@ def test_weights_that_are_8_bits_held_as_floats(
     segment.model.graph.initializer.append(numpy_helper.from_array(values, "wd"))
     total = (maddubs(t["x"], w) - XZ * w.astype(np.int64).sum(axis=0)) * (wide / WS)
     planted = quantised(total, np.zeros(24))
-    found = explain(segment, t["x"], planted)
+    found = explain(segment, {"x": t["x"]}, planted)
     assert found.noise == ID and found.explained > 0.999 and found.bit_identical > 0.99
     values = numpy_helper.from_array(values + np.float32(WS / 20), "wd")
     segment.model.graph.initializer[-1].CopyFrom(values)  # on no grid
@@ -144,7 +139,7 @@ def test_saturation_without_the_rounding_behind_it(
     total = maddubs(x, w) - XZ * w.astype(np.int64).sum(axis=0)
     real = total * (float(XS) * float(WS))
     planted = np.clip(real, -YZ * scale, (255 - YZ) * scale).astype(np.float32)
-    found = explain(segment, x, planted)
+    found = explain(segment, {"x": x}, planted)
     assert {ID, REQUANTISED} <= {found.noise, *found.hypotheses[0].beside}, found.hypotheses[:3]
     assert found.explained > 0.9999
 
@@ -170,7 +165,7 @@ def test_convolutions(generator: np.random.Generator, apart: bool, group: int) -
         parts.append(maddubs(a.reshape(*a.shape[:3], -1), v.reshape(-1, 4)))
     total = np.concatenate(parts, axis=3) - XZ * w.astype(np.int64).sum(axis=(1, 2, 3))
     planted = quantised(total, bias).transpose(0, 3, 1, 2)
-    found = explain(segment, x, planted)
+    found = explain(segment, {"x": x}, planted)
     assert found.noise == ID and found.explained > 0.999
     assert found.variant is not None and ("each kernel position" in found.variant) == apart
 
@@ -188,7 +183,7 @@ def test_this_processor(dense: tuple[SegmentGraph, Arrays]) -> None:
     observed = fused.run(None, {"x": t["x"]})[0]
     if np.abs(observed.astype(int) - run(segment.model, {"x": t["x"]})["y"]).max() <= 1:
         pytest.skip("this processor adds 8-bit products without saturation")
-    found = explain(segment, t["x"], observed)
+    found = explain(segment, {"x": t["x"]}, observed)
     assert found.noise == ID and found.explained > 0.999
 
 
@@ -200,11 +195,11 @@ def test_annotated_inputs(generator: np.random.Generator) -> None:
     segment = make_segment("wd = DequantizeLinear(w, ws, wz) y = MatMul(x, wd)", constants)
     x = (q.astype(np.float32) - np.float32(XZ)) * XS
     planted = (maddubs(q, w) - XZ * w.astype(np.int64).sum(axis=0)) * (float(XS) * float(WS))
-    assert explain(segment, x, planted.astype(np.float32)).noise is None
+    assert explain(segment, {"x": x}, planted.astype(np.float32)).noise is None
     annotation = segment.model.graph.quantization_annotation.add(tensor_name="x")
     annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="xs")
     annotation.quant_parameter_tensor_names.add(key="ZERO_POINT_TENSOR", value="xz")
-    found = explain(segment, x, planted.astype(np.float32))
+    found = explain(segment, {"x": x}, planted.astype(np.float32))
     assert found.noise == ID and found.explained > 0.999
 
 
@@ -221,7 +216,7 @@ def test_defects_are_not_named(generator: np.random.Generator, defect: str) -> N
         wrong[[0, 1]] = wrong[[1, 0]]
     shifted = bias + (3000 if defect == "bias" else 0) * (np.arange(6) == 3)
     planted = run(dequantised("Conv", wrong, shifted.astype(np.int32)).model, {"x": x})
-    assert explain(segment, x, planted["y"]).noise is None
+    assert explain(segment, {"x": x}, planted["y"]).noise is None
 
 
 def test_seven_bit_weights_cannot_saturate() -> None:
@@ -237,7 +232,7 @@ def test_exact_integers_are_another_cause(dense: tuple[SegmentGraph, Arrays]) ->
     ties = quantised((x.astype(np.int64) - XZ) @ t["w"].astype(np.int64), np.zeros(24))
     flipped = ties.copy()
     flipped.flat[5] += 1
-    assert explain(segment, x, flipped).noise != ID
+    assert explain(segment, {"x": x}, flipped).noise != ID
 
 
 def test_the_reference_is_exact_in_integer_models(generator: np.random.Generator) -> None:
@@ -254,5 +249,5 @@ def test_the_reference_is_exact_in_integer_models(generator: np.random.Generator
     if np.array_equal(observed, exact):
         pytest.skip("this processor adds 8-bit products without saturation")
     assert np.array_equal(observed, maddubs(x, w))
-    found = explain(segment, x, observed)
+    found = explain(segment, {"x": x}, observed)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
