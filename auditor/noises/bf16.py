@@ -11,7 +11,7 @@ from auditor.graphs import artefact, surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import blockwise, dynamic, folded, loops, recurrent, reorder, rounding
-from auditor.replays.rounder import Sites
+from auditor.replays.rounder import KERNEL, OPERATOR, Sites
 from auditor.replays.writer import BF16
 
 FORMAT = BF16
@@ -30,22 +30,13 @@ ORDERED = "plain sums one value after another; "
 DYNAMIC = "dynamic quantisation with its range in bf16, sums of integers to bf16"
 # … and where weights are compressed, which kernels multiply by their scales in bf16.
 SCALED = "scales of compressed weights in bf16, too: "
-_KERNEL = Sites(
-    "operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
-    "kernel",
-    inputs=True,
-    weights=True,
+_KERNEL = replace(
+    KERNEL,
+    name="operands and results of each kernel in bf16, FP32 accumulation and convolution bias",
     bias="fully-connected",
-    outputs=True,
 )
-_OPERATOR = Sites(
-    "operands, constants and result of every operator in bf16, FP32 accumulation",
-    "operator",
-    inputs=True,
-    weights=True,
-    bias="all",
-    constants=True,
-    outputs=True,
+_OPERATOR = replace(
+    OPERATOR, name="operands, constants and result of every operator in bf16, FP32 accumulation"
 )
 _PRODUCTS = Sites(
     "operands of products in bf16, results in FP32",

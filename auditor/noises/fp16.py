@@ -9,28 +9,19 @@ from auditor.graphs import artefact
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import folded, rounding
-from auditor.replays.rounder import Sites
+from auditor.replays.rounder import KERNEL, OPERATOR, Sites
 from auditor.replays.writer import FP16
 
 FORMAT = FP16
 
 FOLDED = "constants of a half-precision model folded in fp16"
-_KERNEL = Sites(
-    "operands, bias and results of each kernel in fp16, FP32 accumulation",
-    "kernel",
-    inputs=True,
-    weights=True,
+_KERNEL = replace(
+    KERNEL,
+    name="operands, bias and results of each kernel in fp16, FP32 accumulation",
     bias="all",
-    outputs=True,
 )
-_OPERATOR = Sites(
-    "operands, constants and result of every operator in fp16, FP32 accumulation",
-    "operator",
-    inputs=True,
-    weights=True,
-    bias="all",
-    constants=True,
-    outputs=True,
+_OPERATOR = replace(
+    OPERATOR, name="operands, constants and result of every operator in fp16, FP32 accumulation"
 )
 _CONSTANTS = replace(_OPERATOR, name="every constant in fp16", inputs=False, outputs=False)
 # Operands in fp16 with results in FP32 have TF32's bits and are left to that noise.

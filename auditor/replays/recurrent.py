@@ -9,6 +9,7 @@ only where the last bit that is kept is odd, and truncates where it is even.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -148,26 +149,30 @@ def _layer(layout: Layout, node: onnx.NodeProto) -> _Layer | None:
         return None
     if bias is None:
         bias = np.zeros((len(w), 2 * w.shape[1]), np.float32)
-    return _Layer(node, given, names, w, r, bias, explicit)
+    return _Layer(node, given, names, _converted(w), _converted(r), bias, explicit)
 
 
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    """One recurrent layer."""
+    """One recurrent layer.
 
-    def __init__(
-        self,
-        node: onnx.NodeProto,
-        given: dict[str, Any],
-        names: Sequence[str],
-        w: Array,
-        r: Array,
-        bias: Array,
-        explicit: bool,
-    ) -> None:
-        self.node, self.given, self.names = node, given, names
-        self.w, self.r, self.bias = _converted(w), _converted(r), bias
-        self.explicit = explicit
-        self.states = 2 if node.op_type == "LSTM" else 1
+    Attributes:
+        given, names: its attributes and inputs, "" for those that it has not.
+        explicit: whether it is a GRU whose steps must be written out.
+    """
+
+    node: onnx.NodeProto
+    given: dict[str, Any]
+    names: Sequence[str]
+    w: Array
+    r: Array
+    bias: Array
+    explicit: bool
+
+    @property
+    def states(self) -> int:
+        """How many states it hands on from step to step."""
+        return 2 if self.node.op_type == "LSTM" else 1
 
     def emit(self, editor: Editor) -> None:
         """Add nodes that give the layer's outputs."""

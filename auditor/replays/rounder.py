@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx
@@ -82,6 +82,13 @@ class Sites:
     steps: bool = False
     saturates: bool = False
     cuts: bool = False
+
+
+# What a kernel rounds that reads, keeps and writes a format, and an operator that does all of it.
+KERNEL = Sites(
+    "operands and results of each kernel", "kernel", inputs=True, weights=True, outputs=True
+)
+OPERATOR = replace(KERNEL, scope="operator", bias="all", constants=True)
 
 
 class Rounder(Writer):
