@@ -9,6 +9,9 @@ from reports._codec import document
 from reports._page import Column, Page, Row, Span, tag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from auditor.records.backend import Gap
     from auditor.records.forensics import ForensicsReport, ResultForensics, ResultVariant
 
 FORMAT = "sysnoise-forensics/1"
@@ -42,12 +45,7 @@ def render(report: ForensicsReport, width: int | None, color: bool) -> str:
         Span(f"{report.tried} combinations compared, {report.skipped} too far by a bound"),
         label=tag("search", 12),
     )
-    if report.indistinguishable:
-        page.rule("Gives the same pixels of this photograph")
-        for name in report.indistinguishable[:_ALIKE]:
-            page.say(Span(name))
-        if (rest := len(report.indistinguishable) - _ALIKE) > 0:
-            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
+    _draw_alike(page, "pixels of this photograph", report.indistinguishable)
     if report.runners_up:
         page.rule("Next")
         page.grid(
@@ -57,10 +55,7 @@ def render(report: ForensicsReport, width: int | None, color: bool) -> str:
                 for c in report.runners_up[:_OTHERS]
             ],
         )
-    if report.gaps:
-        page.rule("Not tried")
-        for gap in report.gaps:
-            page.say(Span(f"{gap.subject}: ", "bold"), Span(gap.reason, "dim"))
+    _draw_gaps(page, report.gaps)
     return page.text()
 
 
@@ -99,22 +94,31 @@ def render_result(report: ResultForensics, width: int | None, color: bool) -> st
         page.say(Span(nearest))
     for step, (wanted, made) in report.differs.items():
         page.say(Span(f"{step}: ", "bold"), Span(f"described {wanted}; made by {made}"))
-    if report.indistinguishable:
-        page.rule("Gives the same result")
-        for name in report.indistinguishable[:_ALIKE]:
-            page.say(Span(_unlike(name, report.best.name)))
-        if (rest := len(report.indistinguishable) - _ALIKE) > 0:
-            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
+    alike = [_unlike(name, report.best.name) for name in report.indistinguishable]
+    _draw_alike(page, "result", alike)
     if report.runners_up:
         page.rule("Next")
         for other in report.runners_up[:_OTHERS]:
             said = _unlike(other.name, report.best.name)
             page.say(Span(said), Span(f" ({_off(other, report.unit)})", "dim"))
-    if report.gaps:
-        page.rule("Not tried")
-        for gap in report.gaps:
-            page.say(Span(f"{gap.subject}: ", "bold"), Span(gap.reason, "dim"))
+    _draw_gaps(page, report.gaps)
     return page.text()
+
+
+def _draw_alike(page: Page, what: str, names: Sequence[str]) -> None:
+    if names:
+        page.rule(f"Gives the same {what}")
+        for name in names[:_ALIKE]:
+            page.say(Span(name))
+        if (rest := len(names) - _ALIKE) > 0:
+            page.say(Span(f"and {rest} more; --format json has all of them", "dim"))
+
+
+def _draw_gaps(page: Page, gaps: Sequence[Gap]) -> None:
+    if gaps:
+        page.rule("Not tried")
+        for gap in gaps:
+            page.say(Span(f"{gap.subject}: ", "bold"), Span(gap.reason, "dim"))
 
 
 def _unlike(name: str, best: str) -> str:

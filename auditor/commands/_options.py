@@ -162,6 +162,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(int(size) for size in sizes)
 
 
+def parse_pair(option: str, text: str, such: str) -> tuple[str, str]:
+    """``NAME=OTHER`` of an option; ``such`` is an example of it."""
+    name, found, other = text.rpartition("=")
+    if not (name and found and other):
+        raise UsageError(f"{option} `{text}` is no pair", f"Such as {such}.")
+    return name, other
+
+
 def parse_kind(text: str) -> tuple[str, OutputKind]:
     from typing import cast, get_args
 

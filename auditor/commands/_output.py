@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,19 +116,30 @@ def make_folder(folder: Path, file: str, hint: str) -> None:
     check_writable(folder.resolve() / file)
 
 
-def write(path: Path, text: str) -> None:
-    """Write all of it or nothing: a temporary file beside it, then renamed over it."""
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, which is gone in the end unless it was renamed to it.
+
+    Raises:
+        UsageError: something cannot be written.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         try:
-            draft.write_text(text, encoding="utf-8", errors=UNENCODABLE)
-            draft.replace(path)
+            yield draft
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror}", "Free some space, or choose another folder."
         ) from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write all of it or nothing."""
+    with drafted(path) as draft:
+        draft.write_text(text, encoding="utf-8", errors=UNENCODABLE)
+        draft.replace(path)
 
 
 def emit(text: str) -> None:

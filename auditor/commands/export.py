@@ -23,7 +23,7 @@ from auditor.commands._options import (
     parse_shape,
     with_training,
 )
-from auditor.commands._output import check_writable, emit, screen, write
+from auditor.commands._output import check_writable, drafted, emit, screen, write
 from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
@@ -221,12 +221,7 @@ def _keep_reports(made: Exports, folder: Path) -> None:
 
 def _keep(file: Path, output: Path) -> None:
     """The chosen file, after its weights where these are beside it."""
-    try:
-        for path in sorted(file.parent.iterdir(), key=lambda p: p == file):
-            draft = output.with_name(f".{path.name}.tmp")
+    for path in sorted(file.parent.iterdir(), key=lambda p: p == file):
+        with drafted(output.with_name(path.name)) as draft:
             shutil.copyfile(path, draft)
             draft.replace(output.with_name(path.name))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror}", "Free some space, or choose another folder."
-        ) from error

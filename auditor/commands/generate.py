@@ -18,6 +18,7 @@ from auditor.commands._options import (
     Timeout,
     backend_specs,
     engine_options,
+    parse_pair,
 )
 from auditor.commands._output import check_writable, emit, exit_code, screen, write
 from auditor.commands._stop import displayed_progress
@@ -82,7 +83,8 @@ def _generate(
     ids = _prompt(prompt_ids, prompt, encode)
     specs = backend_specs(backends)
     options = engine_options(option, specs)
-    pairs = dict(_pair(text) for text in cache or ())
+    such = "--cache past.0.key=present.0.key"
+    pairs = dict(parse_pair("--cache", text, such) for text in cache or ())
 
     from auditor import datafiles, discovery
     from auditor.options import AuditOptions
@@ -109,15 +111,6 @@ def _generate(
     emit(table.render(report, *screen(), decode))
     turned = any(part.first is not None for part in report.backends)
     return exit_code(turned, [part.complete for part in report.backends], bool(backends))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    past, found, present = text.partition("=")
-    if not (past and found and present):
-        raise UsageError(
-            f"--cache `{text}` is no pair", "Such as --cache past.0.key=present.0.key."
-        )
-    return past, present
 
 
 def _tokenizer(path: Path | None) -> tuple[Any, Callable[[int], str] | None]:

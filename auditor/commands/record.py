@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,7 @@ from auditor.commands._options import (
     engine_options,
     parse_shape,
 )
-from auditor.commands._output import check_writable, emit
+from auditor.commands._output import check_writable, drafted, emit
 from auditor.commands._stop import displayed_progress
 from auditor.errors import UsageError
 
@@ -76,18 +75,11 @@ def _record(
         threads=threads,
         options=options,
     )
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with drafted(output) as draft:
         with displayed_progress() as progress:
             gap = record(model, asked, draft, progress)
         if gap is None:
             draft.replace(output)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {output}: {error.strerror}", "Free some space, or choose another folder."
-        ) from error
-    finally:
-        draft.unlink(missing_ok=True)
     if gap is not None:
         hint = f" {gap.remedy}" if gap.remedy else ""
         typer.echo(f"Nothing recorded: {gap.subject}, {gap.stage}: {gap.reason}.{hint}", err=True)

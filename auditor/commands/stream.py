@@ -20,6 +20,7 @@ from auditor.commands._options import (
     Timeout,
     backend_specs,
     engine_options,
+    parse_pair,
     parse_shape,
 )
 from auditor.commands._output import check_writable, emit, exit_code, screen, write
@@ -105,8 +106,9 @@ def _stream(
         raise UsageError("--data and --wave both say what is fed", "Give one of them.")
     specs = backend_specs(backends)
     engine = engine_options(option, specs)
-    named = dict(_pair("--state", text) for text in state or ())
-    numbers = {name: _number(text) for name, text in (_pair("--set", t) for t in value or ())}
+    named = dict(parse_pair("--state", text, "--state h=hn") for text in state or ())
+    given = (parse_pair("--set", text, "--set sr=16000") for text in value or ())
+    numbers = {name: _number(text) for name, text in given}
 
     from auditor import discovery
     from auditor.options import AuditOptions
@@ -138,13 +140,6 @@ def _stream(
     emit(table.render(report, *screen()))
     turned = any(not step.same for part in report.backends for step in part.steps)
     return exit_code(turned, [part.complete for part in report.backends], bool(backends))
-
-
-def _pair(option: str, text: str) -> tuple[str, str]:
-    name, found, other = text.rpartition("=")
-    if not (name and found and other):
-        raise UsageError(f"{option} `{text}` is no pair", "Such as --state h=hn or --set sr=16000.")
-    return name, other
 
 
 def _number(text: str) -> float:

@@ -208,8 +208,9 @@ def _by_operator(ends: Array, best: Array, iou: float) -> Array:
 @cache
 def _operator() -> Any:
     """The session of that operator: made once, since making one takes longer than running it."""
-    import onnxruntime as ort
     from onnx import TensorProto, helper
+
+    from auditor.replays.sessions import session
 
     value = helper.make_tensor_value_info
     names = ("boxes", "scores", "most", "iou")
@@ -222,8 +223,4 @@ def _operator() -> Any:
     ]
     graph = helper.make_graph([node], "nms", inputs, [value("left", TensorProto.INT64, [None, 3])])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return session(model, 1)

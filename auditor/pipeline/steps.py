@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,41 @@ _ORIENTATION = 0x0112  # EXIF tag (CIPA DC-008)
 _KEPT = 2  # images of each kind kept for the next pipeline of the same photograph
 
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class FirstAndLatest(Generic[K, V]):
+    """The first value, which is the training side's, and the latest of the others."""
+
+    def __init__(self, most: int, size: Callable[[V], int] = lambda _: 1) -> None:
+        """Hold none.
+
+        Args:
+            most: what the values' sizes may add up to; two of any size are kept.
+            size: of a value; by default ``most`` is their number.
+        """
+        self._most, self._size = most, size
+        self._kept: dict[K, V] = {}
+        self._held = 0
+
+    @property
+    def first(self) -> tuple[K, V] | None:
+        """The first value and its key, once there is one."""
+        return next(iter(self._kept.items()), None)
+
+    def get(self, key: K) -> V | None:
+        """What is kept under a key, if it still is."""
+        return self._kept.get(key)
+
+    def put(self, key: K, value: V) -> None:
+        """Keep a value; those go that came second, third …, until there is room."""
+        self._kept[key] = value
+        self._held += self._size(value)
+        while self._held > self._most and len(self._kept) > 2:
+            self._held -= self._size(self._kept.pop(list(self._kept)[1]))
+
+
 class Preparation:
     """One photograph under several pipelines; what two in a row have in common is done once.
 
@@ -28,10 +65,10 @@ class Preparation:
     def __init__(self, data: bytes) -> None:
         """``data`` are the bytes of the file."""
         self._data = data
-        self._decoded: dict[Decode, Array] = {}
+        self._decoded = FirstAndLatest[Decode, Array](_KEPT)
         self._like: dict[Decode, Decode] = {}  # by decoder, one that gives the same pixels
-        self._coloured: dict[tuple[Decode, Colour | None], Array] = {}
-        self._framed: dict[Pipeline, Array] = {}
+        self._coloured = FirstAndLatest[tuple[Decode, Colour | None], Array](_KEPT)
+        self._framed = FirstAndLatest[Pipeline, Array](_KEPT)
         self._sizes: dict[Decode, Size] = {}
 
     def pixels(self, pipeline: Pipeline) -> Array:
@@ -44,28 +81,29 @@ class Preparation:
         same = replace(pipeline, decode=decode)
         if (framing := self._framed.get(same)) is None:
             framing = framed(self._image(decode, pipeline.colour), pipeline)
-            _keep(self._framed, same, framing)
+            self._framed.put(same, framing)
         return framing
 
-    def _decode(self, decode: Decode) -> Decode:
+    def _decode(self, asked: Decode) -> Decode:
         """Decode, and say which decoder gave these pixels first."""
-        image = decoded(self._data, decode)
-        self._sizes[decode] = image.shape[0], image.shape[1]
-        first = next(iter(self._decoded), decode)
-        if first != decode and np.array_equal(image, self._decoded[first]):
-            self._like[decode] = first
-            return first
-        self._like[decode] = decode
-        _keep(self._decoded, decode, image)
+        decode, image = asked, decoded(self._data, asked)
+        self._sizes[asked] = image.shape[0], image.shape[1]
+        first = self._decoded.first
+        if first is not None and np.array_equal(image, first[1]):
+            decode = first[0]
+        else:
+            self._decoded.put(decode, image)
+        self._like[asked] = decode
         return decode
 
     def _image(self, decode: Decode, colour: Colour | None) -> Array:
         """The decoded photograph after its colour conversion."""
         if (image := self._coloured.get((decode, colour))) is None:
-            if decode not in self._decoded:
-                _keep(self._decoded, decode, decoded(self._data, decode))
-            image = coloured(self._decoded[decode], colour)
-            _keep(self._coloured, (decode, colour), image)
+            if (plain := self._decoded.get(decode)) is None:
+                plain = decoded(self._data, decode)
+                self._decoded.put(decode, plain)
+            image = coloured(plain, colour)
+            self._coloured.put((decode, colour), image)
         return image
 
     def tensor(self, pipeline: Pipeline) -> Array:
@@ -246,10 +284,3 @@ def _levels(scale: float, mean: tuple[float, ...], std: tuple[float, ...], dtype
     over, under = (np.array(v, np.float32) for v in (mean, std))
     made: Array = ((pixels * np.float32(scale) - over) / under).astype(dtype).T
     return np.ascontiguousarray(np.broadcast_to(made, (3, 256)))
-
-
-def _keep(images: dict, key: object, image: Array) -> None:  # type: ignore[type-arg]
-    """Remember an image; the oldest but the first goes: the first is the training side's."""
-    if len(images) >= _KEPT:
-        del images[list(images)[-1]]
-    images[key] = image

@@ -26,7 +26,7 @@ from auditor.pipeline.libraries import PhotoError
 from auditor.pipeline.results import NAME, result, text
 from auditor.pipeline.scoring import Case, Gallery
 from auditor.pipeline.stages import Placement
-from auditor.pipeline.steps import Preparation, normalised
+from auditor.pipeline.steps import FirstAndLatest, Preparation, normalised
 
 if TYPE_CHECKING:
     from auditor.pipeline.checkpoint import Cells, Checkpoint, Measured
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays, Progress
     from auditor.records.terms import OutputKind
+
+# Outputs of one photograph: dense ones are large.
+_Made = FirstAndLatest[object, "Arrays"]
 
 BASE = "training"  # the trial that the others are compared with
 _SHOWN_EVERY = 0.5  # seconds
@@ -269,7 +272,7 @@ class Sweep:
             return index, None, known
         inputs = _Inputs(Preparation(data))
         cells: Cells = {}
-        made = _Made()
+        made = _Made(_KEPT, _size)
         judged: dict[object, Measured] = {}
         expected: Arrays = {}
         for trial in trials:
@@ -384,11 +387,11 @@ class _Input:
 
 
 class _Inputs:
-    """Inputs of one photograph, the first and the latest of them: many trials share one."""
+    """Inputs of one photograph: many trials share one."""
 
     def __init__(self, preparation: Preparation) -> None:
         self._preparation = preparation
-        self._kept: dict[Pipeline, _Input] = {}
+        self._kept: FirstAndLatest[Pipeline, _Input] = FirstAndLatest(_INPUTS)
 
     def get(self, pipeline: Pipeline) -> _Input:
         """Raises as ``Preparation.pixels`` does."""
@@ -396,28 +399,8 @@ class _Inputs:
             return known
         pixels = self._preparation.pixels(pipeline)
         made = _Input(pixels, self._preparation.place(pipeline), pipeline)
-        if len(self._kept) >= _INPUTS:
-            del self._kept[list(self._kept)[1]]  # the first is the training pipeline's
-        self._kept[pipeline] = made
+        self._kept.put(pipeline, made)
         return made
-
-
-class _Made:
-    """Outputs of one photograph, the first and the latest of them: dense ones are large."""
-
-    def __init__(self) -> None:
-        self._kept: dict[object, Arrays] = {}
-        self._bytes = 0
-
-    def get(self, key: object) -> Arrays | None:
-        return self._kept.get(key)
-
-    def put(self, key: object, values: Arrays) -> None:
-        self._kept[key] = values
-        self._bytes += _size(values)
-        while self._bytes > _KEPT and len(self._kept) > 2:
-            oldest = list(self._kept)[1]  # the first is the training pipeline's
-            self._bytes -= _size(self._kept.pop(oldest))
 
 
 def _either(values: Arrays, expected: Arrays) -> tuple[Arrays, Arrays]:
