@@ -27,6 +27,10 @@ _LARGEST = "RoiAlign: the largest interpolated sample, not corner value"
 _FROM_ZERO = "NonMaxSuppression: scores below zero are left out where no threshold is given"
 _BEFORE_SCALING = "RoiAlign: half a pixel is taken off before scaling"
 _DOWN = "integers are divided by rounding down, not toward zero"
+_KEPT = "DFT of real numbers to one side keeps their last axis"
+_OF_DFT = ("x", "size", "axis")
+_INNER = "DFT: a negative axis is counted without the last one"
+_EXCHANGED = "MaxPool with storage_order 1: indices counted by rows, and then transposed"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -37,6 +41,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _shapes(segment.model)
     yield from _regions(segment.model)
     yield from _divisions(segment.model)
+    yield from _transforms(segment.model)
+    yield from _columns(segment.model)
     open_ended = {
         i: f"({', '.join(names)}) => (y) {{ "
         "least = Constant <value = float {0}> () "
@@ -200,6 +206,40 @@ def _shapes(model: onnx.ModelProto) -> Iterable[Variant]:
         yield Variant("axes of Squeeze ignored: every dimension of one removed", squeezed)
 
 
+def _transforms(model: onnx.ModelProto) -> Iterable[Variant]:
+    found = {i: surgery.attributes(n) for i, n in surgery.find(model, ("DFT",))}
+    nodes = model.graph.node
+    if behind := [i for i, given in found.items() if given.get("axis", 0) < 0]:
+        changed = surgery.copied(model)
+        for index in behind:
+            surgery.set_attributes(changed.graph.node[index], axis=found[index]["axis"] - 1)
+        yield Variant(_INNER, changed)
+    bodies = {}
+    for index in (i for i, given in found.items() if given.get("onesided")):
+        names = [n for n, given in zip(_OF_DFT, nodes[index].input, strict=False) if given]
+        called = ", ".join(n if n in names else "" for n in _OF_DFT)
+        bodies[index] = (
+            f"({', '.join(names)}) => (y) {{ "
+            f"r = DFT {surgery.options(nodes[index])} ({called.rstrip(', ')}) "
+            "at = Constant <value = int64[1] {-2}> () y = Unsqueeze(r, at) }"
+        )
+    if bodies:
+        yield Variant(_KEPT, surgery.substituted(model, bodies))
+
+
+def _columns(model: onnx.ModelProto) -> Iterable[Variant]:
+    bodies = {}
+    for index, node in surgery.find(model, ("MaxPool",)):
+        given = surgery.attributes(node)
+        if given.get("storage_order") and len(node.output) > 1 and len(given["kernel_shape"]) == 2:
+            bodies[index] = (
+                f"(x) => (y, i) {{ y, j = MaxPool {surgery.options(node, storage_order=0)} (x) "
+                "i = Transpose <perm = [0, 1, 3, 2]> (j) }"
+            )
+    if bodies:
+        yield Variant(_EXCHANGED, surgery.substituted(model, bodies))
+
+
 def _divisions(model: onnx.ModelProto) -> Iterable[Variant]:
     found = dict(surgery.find(model, ("Div",)))
     kinds = surgery.types(model) if found else {}
@@ -308,7 +348,8 @@ NOISE = Cause(
     ),
     applies=(
         "Softmax, LogSoftmax and Hardmax, reductions, ArgMax and ArgMin, Squeeze, RoiAlign, Div of "
-        "signed integers, and NonMaxSuppression without a threshold of scores"
+        "signed integers, DFT, MaxPool with storage_order, and NonMaxSuppression without a "
+        "threshold of scores"
     ),
     source=(
         "ONNX operator changelog: Softmax-11 and -13, ReduceSum-11 and -13, ReduceL1-13 and -18, "
@@ -335,6 +376,9 @@ NOISE = Cause(
         _BEFORE_SCALING,
         "RoiAlign: coordinates of the other operator sets",
         _DOWN,
+        _INNER,
+        _KEPT,
+        _EXCHANGED,
         _FROM_ZERO,
     ),
     variants=_variants,

@@ -198,3 +198,39 @@ def test_integers_divided_by_rounding_down() -> None:
         segment = make_segment(nodes, constants, ["a"], ["y"], kind=TensorProto.INT64)
         found = diagnose(segment, {"a": a}, {"y": a // b})
         assert found.noise == ID and found.bit_identical == 1.0
+
+
+def test_a_transform_along_a_negative_axis() -> None:
+    """OpenVINO counts it without the last axis, of real and imaginary parts."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 4, 5, 2)).astype(np.float32)
+    node = helper.make_node("DFT", ["x"], ["y"], axis=-2)
+    seen = np.fft.fft(x[..., 0] + 1j * x[..., 1], axis=2)
+    planted = np.stack([seen.real, seen.imag], -1).astype(np.float32)
+    found = diagnose(make_segment([node], {}, ["x"], ["y"]), {"x": x}, {"y": planted})
+    assert found.noise == ID and "without the last" in found.variant
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_transform_to_one_side_keeps_an_axis(sized: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 8, 6, 1)).astype(np.float32)
+    inputs, constants = (["x", "n"], {"n": np.array(5)}) if sized else (["x"], {})
+    node = helper.make_node("DFT", inputs, ["y"], axis=2, onesided=1)
+    seen = np.fft.rfft(x[..., 0], n=5 if sized else 6, axis=2)
+    planted = np.stack([seen.real, seen.imag], -1)[..., None, :].astype(np.float32)
+    found = diagnose(make_segment([node], constants, ["x"], ["y"]), {"x": x}, {"y": planted})
+    assert found.noise == ID and "keeps" in found.variant
+
+
+def test_indices_by_columns() -> None:
+    """Those of OpenVINO are counted by rows, and stand transposed."""
+    x = np.random.default_rng(0).permutation(72).reshape(1, 1, 8, 9).astype(np.float32)
+    node = helper.make_node(
+        "MaxPool", ["x"], ["m", "y"], kernel_shape=[3, 2], strides=[2, 2], storage_order=1
+    )
+    windows = np.lib.stride_tricks.sliding_window_view(x[0, 0], (3, 2))[::2, ::2]
+    largest = windows.reshape(3, 4, 6).argmax(-1)
+    rows, columns = 2 * np.arange(3)[:, None] + largest // 2, 2 * np.arange(4) + largest % 2
+    planted = (9 * rows + columns).T[None, None]
+    found = diagnose(make_segment([node], {}, ["x"], ["y"]), {"x": x}, {"y": planted})
+    assert found.noise == ID and found.bit_identical == 1.0
