@@ -51,12 +51,15 @@ _PARTS = "each thread quantises what it hands on of a recurrent layer's batch by
 _CUT = "results of QLinear operators are cut off to 8 bits and wrap around"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _WIDE = "values are neither rounded to 16 bits nor limited to their range"
+_HALVES = "values are rounded to float16 on their way to float8"
 _STORED = "a real bias is stored in steps of the products' scale"
 _SPREAD = "signed integers are spread over 256 steps instead of 255, without their zero point"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
 _SOFTMAX = 13  # along a single axis from here on
 # ln of the largest float32, less the room that ONNX Runtime leaves: what exponents are shifted by.
 _HEAD = math.log(float(np.finfo(np.float32).max)) - 5
+
+_FLOAT8 = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2)
 
 # A stored bias and a real one are the same when they differ by less than this, in integer units.
 _SAME_BIAS = 1e-2
@@ -76,6 +79,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(_PARTS, parts)
     if cut := qlinear.cut_off(model):
         yield Variant(_CUT, surgery.substituted(model, cut))
+    if (halves := _by_float16(model)) is not None:
+        yield Variant(_HALVES, halves)
     layout = Layout(model, segment.weights)
     # OpenVINO's plugin for CPUs leaves these out, those of constants as well.
     every = layout.roundings(constants=True).items()
@@ -188,6 +193,24 @@ def _spread(layout: Layout) -> dict[int, str]:
             c = Constant <value = float {{{offset!r}}}> () w = Mul(x, f) y = Add(w, c) }}"""
         found.update(dict.fromkeys(readers, body))
     return found
+
+
+def _by_float16(model: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The segment with float8 rounded to float16 first, as OpenVINO's conversion does.
+
+    What that puts in the middle between two values goes to the even one. None without float8.
+    """
+    types = surgery.types(model)
+    quantisers = surgery.find(model, ("QuantizeLinear",))
+    kinds = {i: types[n.output[0]] for i, n in quantisers if types.get(n.output[0]) in _FLOAT8}
+    editor = Editor(model)
+    for index, node in enumerate(model.graph.node):
+        if index not in kinds:
+            editor.copy(node)
+            continue
+        half = editor.cast(editor.add("Div", *node.input[:2]), TensorProto.FLOAT16)
+        editor.cast(editor.cast(half, TensorProto.FLOAT), kinds[index], node.output[0])
+    return editor.model if kinds else None
 
 
 def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto:
@@ -397,9 +420,9 @@ NOISE = Cause(
         "operators; values near a tie move by one step."
     ),
     applies=(
-        "QuantizeLinear with constant parameters, the products and activations fused with it, "
-        "DynamicQuantizeLinear, and com.microsoft's DynamicQuantizeLSTM and QLinear operators; "
-        "operator set 11 or later"
+        "QuantizeLinear with constant parameters or to float8, the products and activations fused "
+        "with it, DynamicQuantizeLinear, and com.microsoft's DynamicQuantizeLSTM and QLinear "
+        "operators; operator set 11 or later"
     ),
     source=(
         "SysNoise (Wang et al., MLSys 2023), eq. 9 and 10; ONNX operators QuantizeLinear, "
@@ -426,6 +449,7 @@ NOISE = Cause(
         _PARTS,
         _CUT,
         _WIDE,
+        _HALVES,
         _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",

@@ -380,6 +380,34 @@ def test_sixteen_bits_that_openvino_leaves_out(generator: np.random.Generator, d
     assert not found.failures
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("FLOAT8E4M3FN", 3), ("FLOAT8E5M2", 2)])
+def test_float8_by_way_of_float16(generator: np.random.Generator, kind: str, bits: int) -> None:
+    """Values a hair beyond the middle between two are in the middle after the first rounding."""
+    pytest.importorskip("openvino")
+    import openvino
+
+    element = getattr(TensorProto, kind)
+    nodes = [q("x", "x", "q"), dq("q", "x", "y")]
+    segment = make_segment(nodes, {"xs": np.array(0.5, np.float32)}, ["x"], ["y"], opset=19)
+    zero = helper.make_tensor("xz", element, [], [0.0])
+    segment.model.graph.initializer.append(zero)
+    steps = (1 + generator.integers(0, 2**bits, 400) * 2.0**-bits) + 2.0 ** -(bits + 1)
+    x = (steps * generator.choice([1, 2, 4], 400) * (1 + 2.0**-14)).astype(np.float32) / 2
+    step = np.exp2(np.floor(np.log2(x * 2)) - bits)
+    planted = (np.rint((x * 2).astype(np.float16) / step) * step / 2).astype(np.float32)
+    whole = surgery.copied(segment.model)
+    whole.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [400]))
+    core = openvino.Core()
+    compiled = core.compile_model(
+        core.read_model(whole.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    # Whether it does is its own affair on each processor; what it does then is this.
+    plain, seen = run(segment.model, {"x": x})["y"], compiled(x)[0]
+    assert np.array_equal(seen, planted) or np.array_equal(seen, plain)
+    found = explain(segment, {"x": x}, planted)
+    assert found.noise == ID and "float8" in found.variant and found.explained > 0.9999
+
+
 @pytest.mark.parametrize("by_row", [False, True])
 def test_a_recurrent_layer_that_reads_real_numbers(
     generator: np.random.Generator, by_row: bool
