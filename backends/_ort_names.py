@@ -331,7 +331,7 @@ class Names:
         if node.domain == NCHWC:
             return node.op_type in ("ReorderInput", "ReorderOutput") and made_by != "Transpose"
         return (node.op_type == "Transpose" and made_by != "Transpose") or (
-            node.op_type == "Reshape" and made_by not in _RESHAPES
+            node.op_type in ("Reshape", "Squeeze") and made_by not in _RESHAPES
         )
 
     def _claim(self, name: str, onnx_name: str) -> None:

@@ -17,6 +17,7 @@ _PASSIVE = frozenset({"Const", "Reorder", "Input", "Output", "ShapeOf"})
 _HEAVY_LAYERS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 _SMALL = BYTES | {"boolean"}
 _UNREAD = frozenset({"f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1", "nf4", "i4", "u4"})
+_SHARED = 2  # readers of a tensor, from which on one of them may be served by another
 _WRAPPED = frozenset({"i16", "u16", "u32", "u64"})
 # What is read of what the engine says of each.
 _TOLD = (
@@ -442,7 +443,9 @@ def candidates_of(
             continue
         if kernel.ends_unnamed or not kernel.operations:
             foreign.append(source.display(kernel.name))
-            continue
+            # What it goes on to compute is for one reader; the others read the model's own tensor.
+            if not kernel.operations or len(source.read_by(max(kernel.operations))) < _SHARED:
+                continue
         for made, precision in program.outputs(kernel, source):
             if not source.read(made):
                 continue

@@ -287,8 +287,9 @@ def planned(imported: Imported, stages: Mapping[str, Any], original: onnx.GraphP
         )
         keys = dict.fromkeys(names.owners[n] for n in made.parts if n in names.owners)
         if lost:
-            inside = f"inside ONNX node {', '.join(keys)}" if keys else "not in the ONNX graph"
-            skipped.append(Skipped(name, inside))
+            where = f"{name} in {' and '.join(keys)}" if keys else name
+            inside = "inside what is one node in ONNX" if keys else "not in the ONNX graph"
+            skipped.append(Skipped(where, inside))
         steps.append(Step(symbol, tuple(range(-writes, 0)), tensors))
         kernels.append(
             Kernel(

@@ -361,6 +361,21 @@ def test_slices_that_became_one_split_are_turned_back(tmp_path: Path) -> None:
             np.testing.assert_allclose(captured[name], value, atol=1e-6, err_msg=name)
 
 
+def test_rows_that_are_gathered_became_one_split(tmp_path: Path) -> None:
+    """What the optimiser splits and then squeezes are the rows: it makes no tensor of its own."""
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[4,2] x) => (float[4] y) <int64 i0 = {0}, int64 i1 = {1}> {
+            t = Tanh(x) a = Gather <axis = 1> (t, i0) b = Gather <axis = 1> (t, i1)
+            s = Sigmoid(a) y = Mul(s, b) }""")
+    path = save(tmp_path / "m.onnx", model.graph)
+    x = {"x": np.random.default_rng(0).standard_normal((4, 2)).astype(np.float32)}
+    built = build(path, tmp_path)
+    assert "Split" in [kernel.type for kernel in built.provenance.kernels]
+    instrumented = built.instrument(x)
+    assert instrumented.skipped == ()
+    assert {"t", "a", "b", "s"} <= {probe.tensor for probe in instrumented.probes}
+
+
 def test_a_network_with_channels_last_is_observed_in_its_own_layout(tmp_path: Path) -> None:
     """As converters from TensorFlow write it: a bias behind the transpose behind a convolution.
 

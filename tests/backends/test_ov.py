@@ -478,6 +478,32 @@ def test_recurrent_layers_are_observed_where_their_values_were_moved_to(
         np.testing.assert_allclose(value, exact[name], atol=1e-6)
 
 
+def test_what_a_kernel_also_scales_for_another_is_observed(tmp_path: Path) -> None:
+    """The factor of the next block's normalisation is multiplied in where the block ends."""
+    draw = np.random.default_rng(0)
+    text, weights = "", []
+    for i in range(3):
+        text += f"""n{i} = BatchNormalization(r{i}, s{i}, b{i}, m{i}, v{i})
+            c{i} = Conv(r{i}, w{i}) d{i} = Conv(r{i}, u{i}) e{i} = Add(c{i}, d{i})
+            a{i} = Add(e{i}, n{i}) r{i + 1} = Relu(a{i}) """
+        stored = {f"{name}{i}": draw.random(16, np.float32) + 0.5 for name in "sbmv"}
+        for name in "wu":
+            stored[f"{name}{i}"] = draw.standard_normal((16, 16, 1, 1)).astype(np.float32) / 4
+        weights += [numpy_helper.from_array(v, n) for n, v in stored.items()]
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17]>
+        n (float[1,16,8,8] x) => (float[1,16,8,8] r3) {{ r0 = Relu(x) {text} }}""")
+    model.graph.initializer.extend(weights)
+    onnx.save(model, tmp_path / "m.onnx")
+    x = {"x": draw.standard_normal((1, 16, 8, 8)).astype(np.float32)}
+    made = build(tmp_path / "m.onnx", options=F32).instrument(x)
+    assert made.program_unchanged
+    assert {"r1", "r2"} <= {p.tensor for p in made.probes if p.fidelity == "output-proved"}
+    exact = reference(tmp_path / "m.onnx", ("r1", "r2"), x)
+    captured = made.run(x).tensors
+    for name in ("r1", "r2"):
+        np.testing.assert_allclose(captured[name], exact[name], atol=1e-5)
+
+
 def test_captures_of_another_sample_are_its_own(residual: Path) -> None:
     built = build(residual)
     made = built.instrument(X)

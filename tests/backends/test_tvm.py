@@ -303,9 +303,9 @@ def test_the_inside_of_a_node_is_skipped_with_its_name(tmp_path: Path) -> None:
     assert capture.tensors.keys() == {"norm", "y"}
     skipped = built.instrument(ROWS).skipped
     assert skipped
-    assert {item.reason for item in skipped} == {"inside ONNX node norm"}
+    assert {item.reason for item in skipped} == {"inside what is one node in ONNX"}
     unnamed = [kernel for kernel in built.provenance.kernels if not kernel.outputs]
-    assert [item.tensor for item in skipped] == [kernel.name for kernel in unnamed]
+    assert [item.tensor for item in skipped] == [f"{kernel.name} in norm" for kernel in unnamed]
     assert all(kernel.nodes == ("norm",) for kernel in unnamed)
 
 
