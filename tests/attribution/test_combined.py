@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from auditor.attribution import cause as attribution
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import sessions
+from tests.segments import make_segment, run
 
 SHAPE = (1, 20, 30)
 STEP = 0.125
@@ -68,27 +68,14 @@ def explain(
     quantised: bool = False,
     usual: Mapping[str, str] | None = None,
 ) -> attribution.Explanation:
-    nodes = [helper.make_node("Neg", ["x"], ["n"])]
-    if quantised:
-        nodes.append(helper.make_node("QuantizeLinear", ["n", "s", "z"], ["q"]))
-        nodes.append(helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]))
-    else:
-        nodes.append(helper.make_node("Identity", ["n"], ["y"]))
-    graph = helper.make_graph(
-        nodes,
-        "s0",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [
-            numpy_helper.from_array(np.float32(STEP).reshape(()), "s"),
-            numpy_helper.from_array(np.zeros((), np.int8), "z"),
-        ],
+    rounded = "q = QuantizeLinear(n, s, z) y = DequantizeLinear(q, s, z)"
+    segment = make_segment(
+        f"n = Neg(x) {rounded if quantised else 'y = Identity(n)'}",
+        {"s": np.array(STEP, np.float32), "z": np.array(0, np.int8)},
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     x = np.random.default_rng(3).integers(-60, 60, SHAPE).astype(np.float32) * np.float32(STEP)
-    replayed = dict(y=sessions.session(model, 1).run(["y"], {"x": x})[0])
     prior: attribution.Prior = {(noise,): (noise, form) for noise, form in (usual or {}).items()}
-    segment = SegmentGraph(model, ())
+    replayed = run(segment.model, {"x": x})
     observed = {"y": replayed["y"] + error}
     return attribution.explain(
         segment, {"x": x}, observed, replayed, tuple(noises), prior=prior, floor=1e-6

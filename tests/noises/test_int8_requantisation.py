@@ -262,12 +262,12 @@ def test_sums_in_steps_of_the_result() -> None:
     observed = run(model, feeds)["y"]
     replayed = run(segment.model, feeds)
     assert np.mean(observed != replayed["y"]) > 0.2
-    found = attribution.explain(segment, feeds, {"y": observed}, replayed, NOISES, thorough=True)
+    found = explain(segment, feeds, observed)
     assert (found.noise, found.bit_identical) == (ID, 1.0)
     assert found.variant is not None and found.variant.startswith("sums of two integers")
     # Two steps up everywhere is another error (one is what rounding ties up does to most of them).
-    wrong = {"y": np.minimum(replayed["y"], 253) + np.uint8(2)}
-    assert attribution.explain(segment, feeds, wrong, replayed, NOISES, thorough=True).noise is None
+    wrong = np.minimum(replayed["y"], 253) + np.uint8(2)
+    assert explain(segment, feeds, wrong).noise is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
