@@ -356,14 +356,7 @@ def test_nan_handling_is_audited_on_request(run, tmp_path):
 
 
 def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_path, monkeypatch):
-    graph = helper.make_graph(
-        [helper.make_node("Relu", ["x"], ["y"], "only")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9
+    model = onnx_model("(float[1, 4] x) => (float[1, 4] y) { y = Relu(x) }", ir_version=9)
     data = tmp_path / "x.npz"
     np.savez(data, x=np.random.default_rng(0).standard_normal((3, 1, 4)).astype("f"))
     asked = []

@@ -9,6 +9,7 @@ from auditor.attribution.causes import Causes
 from auditor.decomposition.divergence import Local
 from auditor.ports import SegmentGraph
 from auditor.records.backend import Kernel
+from tests.helpers import onnx_model
 
 WIDTH = 32
 OPSET = helper.make_opsetid("", 17)
@@ -120,15 +121,10 @@ def test_with_one_sample_no_model_is_kept():
 
 def test_forms_that_one_number_cannot_tell_apart_are_told_by_the_next(causes):
     """A reduction that cuts its single result off, where rounding does the same at first."""
-    axes = numpy_helper.from_array(np.array([1]), "axes")
-    kinds = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, s]) for n, s in (("x", 3), ("y", 1))
-    ]
-    graph = helper.make_graph(
-        [helper.make_node("ReduceSum", ["x", "axes"], ["y"])], "g", kinds[:1], kinds[1:], [axes]
+    model = onnx_model(
+        "(float[1, 3] x) => (float[1, 1] y) { y = ReduceSum(x, axes) }", {"axes": np.array([1])}
     )
-    kernel = Kernel("k", "Reduce", ("y",), ("y",), "", "bf16", "bf16")
-    segment = SegmentGraph(helper.make_model(graph, opset_imports=[OPSET], ir_version=9), (kernel,))
+    segment = SegmentGraph(model, (Kernel("k", "Reduce", ("y",), ("y",), "", "bf16", "bf16"),))
 
     def sample(*values):
         x = np.array([values], np.float32)

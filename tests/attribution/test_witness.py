@@ -2,21 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
 
 from auditor.attribution import witness
 from auditor.ports import SegmentGraph
+from tests.segments import make_segment
 
 X = np.random.default_rng(3).standard_normal((2, 3, 8, 8)).astype(np.float32)
 
 
 @pytest.fixture
 def pooling() -> SegmentGraph:
-    node = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 2], strides=[2, 2])
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, None)] for name in ("x", "y")]
-    graph = helper.make_graph([node], "s0", *ends)
-    opset = [helper.make_opsetid("", 17)]
-    return SegmentGraph(helper.make_model(graph, opset_imports=opset, ir_version=8), ())
+    return make_segment("y = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (x)")
 
 
 def test_what_onnx_itself_computes_speaks_for_a_backend(pooling: SegmentGraph) -> None:

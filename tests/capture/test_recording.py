@@ -9,14 +9,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit, record
 from auditor.capture import recording
 from auditor.errors import UsageError
 from auditor.ports import Silent
-from tests.helpers import nodes_of
+from tests.helpers import onnx_model
 
 RNG = np.random.default_rng(11)
 WEIGHTS = [RNG.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3)]
@@ -25,15 +25,12 @@ WEIGHTS = [RNG.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3
 def _network(folder, *, scale=1.0, name="model.onnx"):
     """Three products with activations between; ``scale`` is a defect of the second."""
     weights = [w * np.float32(scale if i == 1 else 1) for i, w in enumerate(WEIGHTS)]
-    graph = helper.make_graph(
-        nodes_of("a = MatMul(x, w0) b = Relu(a) c = MatMul(b, w1) d = Relu(c) y = MatMul(d, w2)"),
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 16])],
-        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    model = onnx_model(
+        "(float[1, 16] x) => (float[1, 16] y) { a = MatMul(x, w0) b = Relu(a) c = MatMul(b, w1) "
+        "d = Relu(c) y = MatMul(d, w2) }",
+        {f"w{i}": w for i, w in enumerate(weights)},
+        ir_version=9,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9
     path = folder / name
     onnx.save(model, path)
     return path

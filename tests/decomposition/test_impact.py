@@ -14,7 +14,7 @@ from auditor.decomposition.impact import Chain
 from auditor.graphs.segments import Graph
 from auditor.replays import replay
 from auditor.replays.replay import Replayer, ReplayError, difference
-from tests.helpers import nodes_of
+from tests.helpers import nodes_of, onnx_model
 
 WIDTH = 16
 LAYERS = 4
@@ -263,9 +263,8 @@ def test_a_wrong_shape_is_a_failure_not_a_crash(chain):
     ],
 )
 def test_what_decides_whether_outputs_are_finite_is_found(lost, found):
-    nodes = [helper.make_node("Exp", ["x"], ["e"]), helper.make_node("Log", ["e"], ["y"])]
-    names = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 2]) for n in "xy"]
-    graph = Graph(helper.make_model(helper.make_graph(nodes, "log", names[:1], names[1:])))
+    text = "(float[1, 2] x) => (float[1, 2] y) { e = Exp(x) y = Log(e) }"
+    graph = Graph(onnx_model(text))
     replayer, cuts = Replayer(graph, 1), graph.cut(("e", "y"))
     feeds = {"x": np.array([[-89.0, 0.0]], np.float32)}
     base = replayer.walk(cuts, feeds)
