@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 
+import reports
 from auditor.attribution.cause import Explanation
 from auditor.ports import Arrays
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 _TIMED = ("seconds", "timing", "latency_before", "latency_after", "sentence", "command")
@@ -63,6 +70,21 @@ def closed(schema: Any) -> Any:
     if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
         found["additionalProperties"] = False
     return found
+
+
+def conforms(document: object, name: str) -> None:
+    """Hold a document against a published schema whose objects are closed: it is complete."""
+    path = Path(reports.__file__).parent / f"{name}_v1.schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(schema)
+    Draft202012Validator(closed(schema)).validate(document)
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    """A photograph's file."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **{"quality": 90, "subsampling": "4:2:0", **options})
+    return stream.getvalue()
 
 
 def nodes_of(text: str) -> list[onnx.NodeProto]:

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-import reports
-from tests.helpers import closed, nodes_of
+from tests.helpers import jpeg, nodes_of
 
 PICTURES = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 PIPELINE = """\
@@ -27,12 +22,6 @@ resize = { library = "pillow", interpolation = "bilinear", short_side = 40 }
 crop = 32
 normalise = { scale = 0.00392156862745098, mean = 0.5, std = 0.25 }
 """
-
-
-def jpeg(image: Image.Image, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", **{"quality": 90, "subsampling": "4:2:0", **options})
-    return stream.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -90,21 +79,3 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
         helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
     )
     return path
-
-
-@pytest.fixture
-def named_jpeg() -> Callable[..., bytes]:
-    return jpeg
-
-
-@pytest.fixture
-def conforms() -> Callable[[object, str], None]:
-    """Holds a document against a published schema whose objects are closed: it is complete."""
-
-    def check(document: object, name: str) -> None:
-        path = Path(reports.__file__).parent / f"{name}_v1.schema.json"
-        schema = json.loads(path.read_text(encoding="utf-8"))
-        Draft202012Validator.check_schema(schema)
-        Draft202012Validator(closed(schema)).validate(document)
-
-    return check

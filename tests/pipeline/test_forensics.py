@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from typer.testing import CliRunner
 from auditor.cli import app
 from auditor.errors import UsageError
 from auditor.pipeline import description, forensics, stages
+from tests.helpers import conforms, jpeg
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 GEOMETRY = """\
@@ -30,8 +30,8 @@ crop = 64
 
 
 @pytest.fixture
-def photo(tiles: list[Image.Image], named_jpeg: Any) -> bytes:
-    return named_jpeg(tiles[0])
+def photo(tiles: list[Image.Image]) -> bytes:
+    return jpeg(tiles[0])
 
 
 @pytest.fixture
@@ -130,12 +130,10 @@ def test_what_is_not_in_the_catalogue_is_not_claimed(
     assert not found.exact and found.residual > 0.5
 
 
-def test_orientation_is_found(
-    tiles: list[Image.Image], geometry: stages.Pipeline, named_jpeg: Any
-) -> None:
+def test_orientation_is_found(tiles: list[Image.Image], geometry: stages.Pipeline) -> None:
     exif = tiles[1].getexif()
     exif[0x0112] = 3
-    photo = named_jpeg(tiles[1], exif=exif)
+    photo = jpeg(tiles[1], exif=exif)
     tensor = cropped_upside_down(photo)
     found = forensics.identify(tensor, photo, geometry)
     assert found.exact and "upright" in found.best
@@ -166,7 +164,7 @@ def test_other_tensors_are_refused(
         forensics.identify(tensor, photo, geometry)
 
 
-def test_the_command(photo: bytes, tmp_path: Path, conforms: Callable[[object, str], None]) -> None:
+def test_the_command(photo: bytes, tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("photo.jpg", "fed.npy", "p.toml", "found.json")}
     files["photo.jpg"].write_bytes(photo)
     np.save(files["fed.npy"], by_opencv(photo))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from auditor.errors import UsageError
 from auditor.pipeline import photos as folders
+from tests.helpers import jpeg
 
 
 def test_photographs_are_sorted_and_spread(photos: Path) -> None:
@@ -96,9 +97,9 @@ def test_what_is_unusual(
     assert folders.oddities(stream.getvalue(), name) == expected
 
 
-def test_a_turned_photograph_is_noticed(named_jpeg) -> None:
+def test_a_turned_photograph_is_noticed() -> None:
     image = Image.new("RGB", (64, 48))
     exif = image.getexif()
     exif[0x0112] = 6
-    assert folders.oddities(named_jpeg(image, exif=exif), "a.jpg") == ("EXIF orientation 6",)
+    assert folders.oddities(jpeg(image, exif=exif), "a.jpg") == ("EXIF orientation 6",)
     assert folders.oddities(b"nothing", "a.jpg") == ()

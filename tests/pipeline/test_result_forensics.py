@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -17,7 +16,7 @@ from auditor.pipeline import post, result_forensics, results, stages
 from auditor.pipeline.post import Post
 from auditor.pipeline.results import NAME
 from auditor.pipeline.stages import Placement
-from tests.helpers import ROOT, audit_in
+from tests.helpers import ROOT, audit_in, conforms
 
 RNG = np.random.default_rng(11)
 DESCRIBED = Post(
@@ -166,7 +165,7 @@ def test_outputs_that_are_not_finite_are_refused(value: float) -> None:
         result_forensics.identify(recorded(DESCRIBED), broken, DESCRIBED, None)
 
 
-def test_the_command(tmp_path: Path, conforms: Callable[[object, str], None]) -> None:
+def test_the_command(tmp_path: Path) -> None:
     pipeline = tmp_path / "p.toml"
     pipeline.write_text(
         '[training]\ndecoder = "pillow"\npost = { kind = "boxes", output = "boxes", '

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from auditor.pipeline import description, stages, steps
 from auditor.pipeline.libraries import PhotoError
+from tests.helpers import jpeg
 
 
 def side(text: str) -> stages.Pipeline:
@@ -36,10 +37,8 @@ def test_orientation_is_what_pillow_makes_of_it(value: int) -> None:
     assert np.array_equal(ignored, pixels)
 
 
-def test_the_tensor_is_pillows_resize_and_crop_and_the_formula(
-    tiles: list[Image.Image], named_jpeg
-) -> None:
-    data = named_jpeg(tiles[0])  # 150x121
+def test_the_tensor_is_pillows_resize_and_crop_and_the_formula(tiles: list[Image.Image]) -> None:
+    data = jpeg(tiles[0])  # 150x121
     found = side(
         'resize = { library = "pillow", interpolation = "bicubic", short_side = 40 }\n'
         "crop = [32, 30]\nnormalise = { scale = 0.5, mean = [1, 2, 3], std = [4, 5, 6] }\n"
@@ -117,12 +116,12 @@ def test_an_odd_size_survives_the_colour_round_trip(name: str, tiles: list[Image
 
 
 def test_what_two_pipelines_share_is_done_once(
-    tiles: list[Image.Image], named_jpeg, monkeypatch: pytest.MonkeyPatch
+    tiles: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
     real = steps.decoded
     monkeypatch.setattr(steps, "decoded", lambda *a: decoded.append(a[1]) or real(*a))
-    preparation = steps.Preparation(named_jpeg(tiles[1]))
+    preparation = steps.Preparation(jpeg(tiles[1]))
     plain = side("")
     others = [
         description.parse(f'[training]\ndecoder = "simplejpeg:{way}"\n', "p.toml").training

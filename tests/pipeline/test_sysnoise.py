@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from auditor.records.sysnoise import (
 )
 from reports import _plots
 from reports import _sysnoise as table
-from tests.helpers import ROOT, audit_in
+from tests.helpers import ROOT, audit_in, conforms, jpeg
 
 
 def run(
@@ -175,7 +174,7 @@ def test_a_missing_library_is_a_gap(
 
 
 def test_bad_photographs_are_named_and_never_fatal(
-    network: Path, photos: Path, pipeline: Path, tiles: list[Image.Image], named_jpeg: Any
+    network: Path, photos: Path, pipeline: Path, tiles: list[Image.Image]
 ) -> None:
     whole = (photos / "03_tile.jpg").read_bytes()
     (photos / "a_cut.jpg").write_bytes(whole[: len(whole) // 3])
@@ -189,7 +188,7 @@ def test_bad_photographs_are_named_and_never_fatal(
     Image.fromarray(deep).save(photos / "h_deep.png")
     exif = tiles[5].getexif()
     exif[0x0112] = 6
-    (photos / "i_turned.jpg").write_bytes(named_jpeg(tiles[5], exif=exif))
+    (photos / "i_turned.jpg").write_bytes(jpeg(tiles[5], exif=exif))
     Image.new("RGB", (1, 1), (9, 9, 9)).save(photos / "j_dot.png")
     labels = photos.parent / "labels.csv"
     labels.write_text("00_tile.jpg,3\n01_tile.jpg,10\n")  # of ten classes
@@ -306,11 +305,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def test_the_command_prints_a_table_and_writes_json(
-    network: Path,
-    photos: Path,
-    pipeline: Path,
-    tmp_path: Path,
-    conforms: Callable[[object, str], None],
+    network: Path, photos: Path, pipeline: Path, tmp_path: Path
 ) -> None:
     arguments = [str(network), "--images", str(photos), "--pipeline", str(pipeline)]
     process = command(*arguments, "--noise", "none", "-o", "table.json", cwd=tmp_path)
