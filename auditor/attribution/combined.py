@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -106,9 +106,24 @@ def _test_both(
 
 
 def alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
-    """Test causes on one product of several: a runtime may treat one kernel alone so."""
+    """Test causes on one product of several: a runtime may treat one kernel alone so.
+
+    Where none explains enough, those that could with what explains most: a rounding that is left
+    out behind one product is hidden where another saturates.
+    """
     if bench.different < ELEMENTS or bench.reshaped:
         return
+    found = list(_on_one(bench, segment, noises))
+    if not bench.found:
+        _beneath_most(bench, noises, sorted(found, key=lambda f: -f[0])[:OWN])
+
+
+# What a cause would explain with the one that explains most, it, and the segment with it.
+_Beneath = tuple[float, Hypothesis, onnx.ModelProto]
+
+
+def _on_one(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> Iterator[_Beneath]:
+    """Test causes on one product each, and give those worth a test with another."""
     portions, most = Portions(segment), len(bench.tested) + TRIED
     family = ALONE_QUANTISED if portions.quantised else ALONE
     tried = [n for n in noises if n.id.startswith(family)]
@@ -119,10 +134,36 @@ def alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
                 if not _matters(variant.model, values, bench.threads):
                     continue
                 whole = portions.with_one(cut, variant.model)
+                before = len(bench.tested)
                 if whole is not None:
                     bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
+                    for tested in bench.tested[before:]:
+                        if tested.beside > _worth(bench.partial):
+                            yield tested.beside, tested.hypothesis, whole
                 if bench.done or len(bench.tested) >= most:
                     return
+
+
+def _worth(first: Tested | None) -> float:
+    """What a second cause must explain with the first, by the sum of what both do."""
+    return math.inf if first is None else 1 - (1 - ADDS) * (1 - first.hypothesis.explained)
+
+
+def _beneath_most(bench: Bench, noises: Sequence[Noise], beneath: Sequence[_Beneath]) -> None:
+    """Test what explains most on top of causes of one product."""
+    first = bench.partial
+    noise = first and next((n for n in noises if n.id == first.hypothesis.noise), None)
+    for _, other, model in beneath:
+        if not first or not noise or other.noise == noise.id:
+            continue
+        base = replace(bench.segment, model=model)
+        expected = first.hypothesis.variant
+        for variant in forms(bench.failures, noise, base, expected):
+            if variant.name == expected:
+                _test_both(bench, first.hypothesis, other, variant.model)
+                break
+        if bench.done:
+            return
 
 
 def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:

@@ -193,6 +193,36 @@ def test_values_that_are_limited_to_zero_but_for_the_last_bits(
     assert explain(segment, {"x": x}, shifted.astype(np.float32)).noise is None
 
 
+def test_a_rounding_left_out_behind_a_product_that_saturates(
+    generator: np.random.Generator,
+) -> None:
+    """Two products, as a build shows them that does not show what lies between them."""
+    t = scalars(x=(0.02, 10), a=(0.1, 128), y=(0.1, 128)) | {
+        "ws": np.array(0.01, np.float32),
+        "wz": np.array(0, np.int8),
+        "w1": generator.integers(-127, 128, (32, 24)).astype(np.int8),
+        "w2": generator.integers(-20, 21, (24, 16)).astype(np.int8),
+    }
+    t["w1"][:, 4:] //= 4  # a few columns saturate, of which few of the next product's depend
+    t["w2"][:4, 4:] = 0
+    nodes = [dq("x", "x", "xd"), dq("w1", "w", "v1"), dq("w2", "w", "v2")]
+    nodes += [helper.make_node("MatMul", ["xd", "v1"], ["m"]), q("m", "a", "mq")]
+    nodes += [dq("mq", "a", "a"), helper.make_node("MatMul", ["a", "v2"], ["n"])]
+    segment = make_segment(
+        [*nodes, q("n", "y", "nq"), dq("nq", "y", "y")], t, ["x"], ["y"], kind=TensorProto.UINT8
+    )
+    x = generator.integers(0, 256, (40, 32), np.uint8)
+    products = x.astype(np.int64)[:, :, None] * t["w1"]
+    pairs = products.reshape(40, 16, 2, 24).sum(axis=2)
+    sums = np.clip(pairs, -(2**15), 2**15 - 1).sum(axis=1) - 10 * t["w1"].sum(axis=0)
+    between = np.clip(np.rint(sums * 0.02 * 0.01 / 0.1), -128, 127) * 0.1
+    assert np.abs(pairs).max() > 2**15
+    planted = (between @ t["w2"] * 0.01).astype(np.float32)
+    found = explain(segment, {"x": x}, planted)
+    assert found.noise == "precision.int8_saturation" and found.explained > 0.9999
+    assert {id for h in found.hypotheses if h.explained > 0.9999 for id in h.beside} == {ID}
+
+
 def reciprocal(x: Array) -> Array:
     return np.round(x * (np.float32(1) / np.float32(0.07))) + 101
 
