@@ -15,6 +15,7 @@ _FUSING = frozenset({"Convolution", "Deconvolution"})
 _NARROW = frozenset({"bf16", "f16"})
 _RETRIES = 6  # compilations that drop what a lost kernel depends on, before bisecting
 _RINGS = 4  # kernels in a row away from a lost one, where nothing nearer is observed
+_DOUBTS = 2  # times that the plain program is compiled anew, where probes changed outputs alone
 _BISECTIONS = 16  # compilations at most when bisecting
 _MORE = 2  # and for what is observed beside, at most
 
@@ -28,6 +29,7 @@ class Trial:
         proved: whether it is the plain program and gave the same outputs, bit by bit.
         aside: probes whose tensor is computed for the probe alone.
         shown: tensors that a probe shows in another shape, as they are read.
+        repeats: whether the plain program, compiled again, gives its outputs' bits.
     """
 
     session: Session
@@ -36,6 +38,7 @@ class Trial:
     proved: bool = False
     aside: frozenset[Candidate] = frozenset()
     shown: frozenset[Candidate] = frozenset()
+    repeats: bool = True
 
 
 class Probing:
@@ -47,6 +50,7 @@ class Probing:
         self._program, self._source = plain.program, plain.source
         self._feeds = feeds
         self._expected, _ = plain.capture(plain.session, (), feeds)
+        self._doubts = _DOUBTS
 
     def observe(self) -> Trial:
         """Compile with as many probes as leave the program unchanged.
@@ -66,6 +70,12 @@ class Probing:
             for c in self._plain.candidates
             if (c.maker, 0) not in overwritten and c.maker not in leave
         ]
+        try:
+            return self._observed(kept)
+        except _DiffersAnewError:
+            return Trial(self._plain.session, proved=True, repeats=False)
+
+    def _observed(self, kept: Sequence[Candidate]) -> Trial:
         trial = self._shrink([c for c in kept if not c.midway])
         lost = [c for c in kept if not c.midway and c not in trial.probes]
         trial = self._with(trial, [c for c in kept if c.midway])
@@ -287,10 +297,23 @@ class Probing:
         if made != expected:
             # Not its session: the next one would be compiled beside it.
             return Trial(self._plain.session, tuple(probes), self._suspects(program, probes))
-        outputs, _ = self._plain.capture(session, probes, self._feeds)
+        proved = self._same(session, probes)
+        if not proved and self._doubts:
+            self._doubts -= 1
+            if not self._same(self._plain.compiled(self._source.clone()[0])[0], ()):
+                raise _DiffersAnewError
         return Trial(
             session,
             tuple(probes),
-            proved=all(same_bits(outputs[name], value) for name, value in self._expected.items()),
+            proved=proved,
             aside=program.aside(probes, results),
         )
+
+    def _same(self, session: Session, probes: Sequence[Candidate]) -> bool:
+        """Whether a program gives the plain one's outputs, bit by bit."""
+        outputs, _ = self._plain.capture(session, probes, self._feeds)
+        return all(same_bits(outputs[name], value) for name, value in self._expected.items())
+
+
+class _DiffersAnewError(Exception):
+    """Compiled again, the plain program itself gives other outputs."""

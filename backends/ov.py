@@ -39,6 +39,8 @@ from backends._ov_session import Cut, Plain, Session, reason_of
 from backends._ov_source import TOKEN, Source
 
 _DEFAULT_DEVICE = "CPU"
+_CHANGED = "observing it would change the program, and its kernel could not be run apart"
+_ANEW = "compiled again without a probe, the program gives other outputs: none can be proved"
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _MODE = "EXECUTION_MODE_HINT"
 _DENIED = "{} was asked for; this device computes in {} instead."
@@ -138,11 +140,7 @@ class _Build:
         known = {**feeds, **outputs, **{c.tensor: tensors[c.tensor] for c in observed}}
         cuts, found = Apart(plain).tensors(missing, observed, known) if observed else ([], set())
         reasons = {c: "the engine would compute it for the probe alone" for c in trial.aside}
-        reasons |= {
-            c: "observing it would change the program, and its kernel could not be run apart"
-            for c in missing
-            if c not in found
-        }
+        reasons |= {c: _CHANGED if trial.repeats else _ANEW for c in missing if c not in found}
         return _Instrumented(
             probes=(
                 *(Probe(c.tensor) for c in observed),
@@ -270,7 +268,7 @@ class OpenVINO:
         if foreign:
             notes.append(
                 "Tensors of the compiled program that the ONNX graph does not have, audited with "
-                f"what reads them: {', '.join(foreign)}."
+                f"what reads them: {', '.join(dict.fromkeys(foreign))}."
             )
         return _Build(
             provenance=Provenance(
