@@ -76,8 +76,10 @@ def _require_converters(graph: onnx.GraphProto) -> None:
     """Refuse a graph if the importer cannot convert some operator, naming all of them.
 
     Raises:
-        BackendError: with the operators of the graph and its subgraphs that have no converter.
+        BackendError: with the operators of the graph and its subgraphs that have no converter, or
+            the constants whose values share bytes, which it copies as if they did not.
     """
+    from onnx import TensorProto
     from tvm.relax.frontend.onnx import onnx_frontend
 
     known = onnx_frontend._get_convert_map().keys() | _BUILT_IN
@@ -91,6 +93,13 @@ def _require_converters(graph: onnx.GraphProto) -> None:
         raise BackendError(
             f"TVM has no converter for {', '.join(sorted(found))}.",
             "Export the model without these operators, or leave TVM out of --backends.",
+        )
+    packed = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}
+    if names := [t.name for t in graph.initializer if t.data_type in packed]:
+        raise BackendError(
+            f"TVM cannot read constants of 4 bits: {names[0]}"
+            f"{f' and {len(names) - 1} others' if len(names) > 1 else ''}.",
+            "Store the weights in 8 bits, or leave TVM out of --backends.",
         )
 
 

@@ -294,6 +294,18 @@ def test_all_operators_without_converter_are_named(tmp_path: Path) -> None:
         assert caught.value.hint
 
 
+def test_constants_of_4_bits_are_named(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[2,4] x) => (float[2,4] y) <float s = {0.5}> {
+            w = DequantizeLinear(packed, s) y = MatMul(x, w) }""")
+    packed = helper.make_tensor("packed", TensorProto.INT4, [4, 4], [*range(-8, 8)])
+    model.graph.initializer.append(packed)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(BackendError, match="4 bits: packed") as refused:
+        build(tmp_path / "m.onnx", {"x": np.zeros((2, 4), np.float32)})
+    assert "8 bits" in refused.value.hint
+
+
 def test_the_inside_of_a_node_is_skipped_with_its_name(tmp_path: Path) -> None:
     """ReduceL2 becomes several kernels; only the last computes an ONNX tensor."""
     nodes = [node("ReduceL2", ["x"], ["norm"], axes=[1]), node("Div", ["x", "norm"], ["y"])]
