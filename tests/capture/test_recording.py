@@ -132,6 +132,19 @@ def test_a_clean_dump_is_silent(tmp_path):
     assert report.exit_code == 0
 
 
+def test_integers_under_a_floats_name_are_no_divergence(tmp_path):
+    """A runtime that holds a tensor in 8 bits may dump these by the name of what they stand for."""
+    model = _network(tmp_path)
+    path, _ = _dump(tmp_path)
+    with np.load(path) as stored:
+        arrays = {k: stored[k] for k in stored}
+    np.savez(path, **arrays | {"c": np.clip(arrays["c"], 0, 255).astype(np.uint8)})
+    report = _audit(model, traces=[("phone", path)])
+    assert report.findings == ()
+    (skipped,) = report.backends[0].fidelity.skipped
+    assert (skipped.tensor, skipped.reason) == ("c", "the program holds uint8 under its name")
+
+
 def test_an_output_of_another_type_is_said(tmp_path):
     text = """<ir_version: 8, opset_import: ["": 17]>
         g (float[1, 4] x) => (bool[1, 4] y) { y = IsNaN(x) }"""
