@@ -482,9 +482,11 @@ def candidates_of(
             integral = grid is not None and precision in FLOATS and program.integral(kernel)
             wide = grid is not None and precision in FLOATS and not integral
             wide = wide and kernel.type == "Convolution" and source.convolves(port)
-            candidate = Candidate(tensor, port, element, held, made[0], path, grid, integral)
-            midway = made[0] != max(kernel.operations)
-            candidate = replace(candidate, midway=midway, wide=wide)
+            candidate = Candidate(
+                *(tensor, port, element, held, made[0], path, grid, integral),
+                midway=made[0] != max(kernel.operations),
+                wide=wide,
+            )
             (finals if final else found).setdefault(tensor, candidate)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
 

@@ -61,10 +61,9 @@ def floor(
     (unless that is far more than a few roundings: then it is worth a word), and, for a program that
     does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
     texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
-    Where positions decide, as in a Resize of
-    integers, one element of many moves far: those that none decides have a floor of their own.
-    Where only values in the middle between two steps of 8 bits went to the other side, all of it is
-    rounding.
+    Where positions decide, as in a Resize of integers, one element of many moves far: those that
+    none decides have a floor of their own. Where only values in the middle between two steps of 8
+    bits went to the other side, all of it is rounding.
 
     Args:
         replayer: runs the reference's segments.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,16 +33,13 @@ class _Line:
         return _Line(other.base, factor, shift, self.steps + other.steps)
 
 
-def collapsed(
-    layout: Layout, kind: type[np.generic], held: Callable[[Array], Array] = np.asarray
-) -> onnx.ModelProto | None:
+def collapsed(layout: Layout, kind: type[np.generic]) -> onnx.ModelProto | None:
     """The segment with every chain of constants as one product and one sum; None without any.
 
     Args:
         layout: of the segment.
         kind: element type of the chains: float32, or an integer, whose chains hold no Div. Each
             joined constant is computed in it, as an optimiser does that folds constants.
-        held: what becomes of joined constants that the program holds.
     """
     editor, lines = Editor(layout.model), dict[str, _Line]()
     for node in layout.nodes:
@@ -61,10 +57,10 @@ def collapsed(
         moved, plain = np.any(step.shift != 0), bool(np.all(step.factor == 1))
         value, end = step.base, str(node.output[0])
         if not plain:
-            factor = editor.constant(held(step.factor), kind)
+            factor = editor.constant(step.factor, kind)
             value = editor.add("Mul", value, factor, to="" if moved else end)
         if moved:
-            editor.add("Add", value, editor.constant(held(step.shift), kind), to=end)
+            editor.add("Add", value, editor.constant(step.shift, kind), to=end)
         elif plain:
             editor.add("Identity", value, to=end)
     return editor.changed
