@@ -64,6 +64,8 @@ zoo: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.zoo
 
 # Every lock takes its versions from locks/dev.txt, so that what is tested is what is shipped.
+# Excluded: torch is installed apart, and rfc3987-syntax, which checks a format that nothing here
+# asks for, takes each process that imports jsonschema, all of Ray's among them, 2.7 s.
 lock: $(VENV)/.dev
 	@$(COMPILE) --upgrade --excludes locks/excluded --all-extras -o locks/dev.txt \
 	  pyproject.toml locks/dev.in

@@ -141,44 +141,30 @@ def test_a_killed_audit_is_made_again_and_comes_in_once(fleet: Path) -> None:
     assert "ort elsewhere" in shown.stdout
 
 
-@contextlib.contextmanager
-def a_ray_head() -> Iterator[int]:
-    """A cluster of one node, and its port.
-
-    Ray gives up starting where its own processes need a minute to answer, as on a busy machine.
-    """
-    for last in (False, False, True):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}"]
-        start += ["--include-dashboard=false", "--disable-usage-stats", "--block", "--num-cpus=1"]
-        start += ["--object-store-memory=80000000", '--resources={"backend_ort": 1}']
-        with subprocess.Popen(
-            start,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        ) as head:
-            try:
-                said: list[str] = []
-                for line in cast("IO[str]", head.stdout):  # its port listens before it has a node
-                    said.append(line)
-                    if "Ray runtime started" in line:
-                        yield port
-                        return
-                assert not last, "".join(said)
-            finally:
-                head.terminate()
-                head.wait(30)
-
-
 def test_on_a_cluster_too(fleet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with a_ray_head() as port, running(fleet, "--address", f"127.0.0.1:{port}") as process:
-        (kept,) = wait_for_end(fleet, process)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}"]
+    start += ["--include-dashboard=false", "--disable-usage-stats", "--block", "--num-cpus=1"]
+    start += ["--object-store-memory=80000000", '--resources={"backend_ort": 1}']
+    with subprocess.Popen(
+        start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as head:
+        try:
+            said: list[str] = []
+            for line in cast("IO[str]", head.stdout):  # its port listens before it has a node
+                said.append(line)
+                if "Ray runtime started" in line:
+                    break
+            assert head.poll() is None, "".join(said)
+            with running(fleet, "--address", f"127.0.0.1:{port}") as process:
+                (kept,) = wait_for_end(fleet, process)
+        finally:
+            head.terminate()
+            head.wait(30)
     assert kept["lost"] is None
