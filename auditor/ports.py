@@ -375,6 +375,25 @@ class Noise(Protocol):
         """Names of its variants; words in capitals differ from segment to segment."""
 
     @property
+    def significand(self) -> int | None:
+        """Bits that a format keeps of every floating-point number; None where it is no format."""
+
+    @property
+    def convention(self) -> bool:
+        """Whether it is another definition of an operator.
+
+        A backend follows one to rounding or not at all: an error that such a noise explains only in
+        part has another cause.
+        """
+
+    @property
+    def cancelling(self) -> tuple[str, ...]:
+        """How the names of a convention's forms begin that subtract numbers which nearly cancel.
+
+        Rounding decides what these leave: they may explain an error in part.
+        """
+
+    @property
     def advice(self) -> str:
         """What to do about it on a backend of which ``remedies`` says nothing."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
-from auditor.attribution import cause as attribution
-from auditor.attribution.cause import Explanation
+from auditor.attribution.cause import Explainer, Explanation
+from auditor.decomposition.divergence import Local
 from auditor.noises import bf16, fp16, tf32
-from auditor.ports import Array, Arrays, Noise, SegmentGraph
+from auditor.noises._cause import Cause
+from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.replays import sessions
 from tests.helpers import nodes_of
@@ -74,13 +76,21 @@ def explain(
     noises: Sequence[Noise] = NOISES,
     *,
     thorough: bool = True,
-    **options: Any,
+    floor: float = math.inf,
+    **settings: Any,
 ) -> Explanation:
-    """What noises say of what a backend is said to have observed, rivals too."""
-    replayed = run(segment.model, inputs)
-    return attribution.explain(
-        segment, inputs, observed, replayed, noises, thorough=thorough, **options
-    )
+    """What noises say of what a backend is said to have observed, rivals too.
+
+    ``settings`` are those of ``Explainer``.
+    """
+    local = Local(inputs, observed, run(segment.model, inputs))
+    return Explainer(noises, **settings).explain(segment, local, thorough=thorough, floor=floor)
+
+
+def made_up(id: str, variants: Callable[[SegmentGraph], Iterable[Variant]], **stated: Any) -> Cause:
+    """A cause that exists in a test only; ``stated``: what it states beside its words."""
+    words = dict.fromkeys(("type", "title", "cause", "applies", "source", "advice"), "-")
+    return Cause(id=id, variants=variants, **words, **stated)
 
 
 def diagnose(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Explanation:

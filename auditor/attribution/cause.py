@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,38 +28,38 @@ from auditor.attribution import combined
 from auditor.attribution.hypotheses import (
     CLEARLY,
     ELEMENTS,
-    ROUNDED,
     Bench,
     Tested,
     forms,
     holds,
+    inside_branches,
     merit,
-    tells,
 )
 from auditor.comparison import metrics
+from auditor.decomposition.divergence import Local
 from auditor.graphs import artefact, surgery
 from auditor.graphs.weights import size_of
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
+from auditor.records.backend import Kernel
 from auditor.records.measured import Hypothesis
 from auditor.replays import blockwise, branches, fused, sessions
 
-# Both keep 11 significant bits and differ in the smallest numbers only: the better fit is named.
-ALIKE = frozenset(("precision.fp16", "precision.tf32"))
-# Branches of a segment of so few nodes are looked into like any other segment.
+# Branches of so few nodes are looked into like any other segment.
 SHORT = 16
-# How many other forms of the cause are tested again where few elements differ.
+# How many other forms of the winner are tested again on later samples where few elements differ.
 FORMS = 4
-# Relative L2 between two ways to run one segment in float32.
+# Relative L2 that two ways to run one segment in float32 may differ by.
 _SAME = 1e-6
-# Each rival may hold its weights several times over: those of larger segments are tried in turn.
+# Bytes of weights from which on rivals are tried in turn: each may hold them several times over.
 _HEAVY = 256 << 20
 # bfloat16 exists in ONNX graphs from this opset on.
 OPSET = 13
 
 # Winners of earlier segments, by the operators they hold: (noise id, variant name).
 Prior = dict[tuple[str, ...], tuple[str, str]]
-# What trying a cause gave: results, or sentences why there are none; and what maps causes to that.
+# What trying a cause gave: results, or sentences why there are none.
 _Tried = list[Tested | str]
+# Maps a function over causes, perhaps on several threads.
 Beside = Callable[[Callable[[Noise], _Tried], Iterable[Noise]], Iterable[_Tried]]
 
 
@@ -90,7 +90,7 @@ class Contender:
     noise: str
     variant: Variant
     first: Retest
-    says: frozenset[str]  # the precisions that the engine reports in this segment
+    kernels: tuple[Kernel, ...]  # what the engine says it ran in this segment
     folder: Path | None  # where the files with its weights are
 
 
@@ -127,66 +127,92 @@ class Explanation:
     own: float | None = None
 
 
-def explain(
-    segment: SegmentGraph,
-    inputs: Arrays,
-    observed: Arrays,
-    replayed: Arrays,
-    noises: Sequence[Noise],
-    *,
-    threads: int = 1,
-    prior: Prior | None = None,
-    thorough: bool = False,
-    floor: float = math.inf,
-    later: bool = False,
-    beside: Beside = map,
-) -> Explanation:
-    """Find the cause of one segment's introduced error.
+@dataclass(slots=True)
+class Explainer:
+    """Finds the causes of the errors of one backend's segments, one segment after another.
 
-    Args:
-        segment: the reference segment, and the kernels the engine says it ran there.
-        inputs: in_b, the backend's own tensors at the segment's inputs.
-        observed: out_b, the backend's tensors at its outputs.
-        replayed: h(in_b), the reference segment run on ``inputs``.
+    Attributes:
         noises: the catalogue.
         threads: intra-op threads of each replay.
-        prior: winners of earlier segments, tried first; this segment's winner is added.
-        thorough: also test the most likely variant of every rival after a cause was found.
-        floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
-        later: whether other samples will come, which tell forms of one cause apart where this one
-            has too few elements.
-        beside: maps a function over rivals, perhaps on several threads.
+        later: whether other samples will come, which tell forms of one cause apart where one
+            sample has too few elements.
+        beside: maps a function over rival causes, perhaps on several threads.
+        prior: winners of earlier segments, which are tried first on segments like them.
     """
-    bench = Bench(segment, inputs, observed, replayed, threads, keep=combined.PARTIAL, floor=floor)
-    if not bench.explainable:
-        return _conclude(bench, None)
-    bench.says = frozenset(
-        n.id for n in noises if n.id.startswith("precision.") and n.stated_by(segment.kernels)
-    )
-    prior = {} if prior is None else prior
-    own = _own(bench)
-    operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
-    search = _Search(bench, noises, prior.get(operators))
-    search.run(beside if thorough else None)
-    if not bench.found and own is not None and own >= bench.complete:
-        return replace(_conclude(bench, None), own=own)  # the file is another one: no noise beside
-    if not bench.found:
-        combined.in_few(bench, noises)
-    search.fit()
-    usual = dict(prior.values())
-    combined.beneath(bench, noises, usual)
-    if not bench.found:
-        combined.combine(bench, search.ordered, usual)
-    if not bench.found:
-        combined.alone(bench, search.segment, search.ordered)
-    if bench.found:
-        combined.further(bench, noises, usual)
-    winner = _winner(bench, noises)
-    if winner is not None:
-        if later and bench.different < ELEMENTS:
-            search.all_forms(winner.hypothesis.noise)
-        prior[operators] = (winner.hypothesis.noise, winner.hypothesis.form)
-    return replace(_conclude(bench, winner), own=own)
+
+    noises: Sequence[Noise]
+    threads: int = 1
+    later: bool = False
+    beside: Beside = map
+    prior: Prior = field(default_factory=dict)
+
+    def explain(
+        self,
+        segment: SegmentGraph,
+        local: Local,
+        *,
+        thorough: bool = False,
+        floor: float = math.inf,
+    ) -> Explanation:
+        """Find the cause of one segment's introduced error.
+
+        Args:
+            segment: the reference segment, and the kernels the engine says it ran there.
+            local: its divergence on this sample.
+            thorough: also test the most likely variant of every rival after a cause was found.
+            floor: the introduced error, relative L2, that rounding explains; infinity if unknown.
+        """
+        bench = Bench(segment, local, self.noises, self.threads, combined.PARTIAL, floor)
+        if not bench.error.explainable:
+            return _conclude(bench, None)
+        own = _own(bench)
+        operators = tuple(dict.fromkeys(node.op_type for node in segment.model.graph.node))
+        search = _Search(bench, self.prior.get(operators))
+        search.run(self.beside if thorough else None)
+        if not bench.named and own is not None and own >= bench.all_but_rounding:
+            # The compiled file is of another model: no noise is looked for beside that.
+            return replace(_conclude(bench, None), own=own)
+        self._search_combinations(bench, search)
+        winner = _winner(bench)
+        if winner is not None:
+            if self.later and bench.error.different < ELEMENTS:
+                search.all_forms(winner.hypothesis.noise)
+            self.prior[operators] = (winner.hypothesis.noise, winner.hypothesis.form)
+        return replace(_conclude(bench, winner), own=own)
+
+    def _search_combinations(self, bench: Bench, search: _Search) -> None:
+        """Test causes that explain an error together, or in a part of the segment only."""
+        usual = dict(self.prior.values())
+        if not bench.named:
+            combined.test_beside_mostly_exact(bench)
+        search.fit()
+        combined.test_under_stated_precision(bench, usual)
+        if not bench.named:
+            combined.test_second_cause(bench, search.ordered, usual)
+        if not bench.named:
+            combined.test_on_one_product(bench, search.segment, search.ordered)
+        if bench.named:
+            combined.test_what_is_left(bench, usual)
+
+    def retest(self, contenders: Sequence[Contender], local: Local) -> list[Retest]:
+        """Replay the contenders of an earlier explanation on another sample of the same segment.
+
+        Returns:
+            One result per contender. None at all where there is no contender, where this sample
+            has no finite error to explain, or where a contender cannot be replayed any more.
+        """
+        if not contenders:
+            return []
+        first = contenders[0]
+        segment = SegmentGraph(first.variant.model, first.kernels, folder=first.folder)
+        bench = Bench(segment, local, self.noises, self.threads)
+        if not bench.error.explainable:
+            return []
+        for contender in contenders:
+            bench.test(contender.noise, contender.variant)
+        if len(bench.tested) < len(contenders):
+            return []
+        return [_result(bench, tested, tested.outputs) for tested in bench.tested]
 
 
 class _Search:
@@ -197,16 +223,14 @@ class _Search:
         ordered: the noises, first those that the engine states, then what explained such segments.
     """
 
-    def __init__(
-        self, bench: Bench, noises: Sequence[Noise], believed: tuple[str, str] | None
-    ) -> None:
-        """``believed`` are the noise and the variant that explained such a segment before."""
+    def __init__(self, bench: Bench, believed: tuple[str, str] | None) -> None:
+        """Prepare the segment; ``believed``: the noise and form that explained its like before."""
         self._bench, self._believed = bench, believed
         self.segment = fused.written_out(blockwise.written_out(_modern(bench)))
         inside = self._unbranched = _unbranched(bench, self.segment)
         bench.branched = inside is not self.segment and len(inside.model.graph.node) > SHORT
         self.ordered = sorted(
-            noises,
+            bench.noises,
             key=lambda n: (
                 not n.stated_by(self.segment.kernels),
                 believed is None or n.id != believed[0],
@@ -214,12 +238,16 @@ class _Search:
         )
 
     def run(self, beside: Beside | None) -> None:
-        """Test until a cause is found; then the likeliest form of every rival, ``beside``."""
+        """Test until a cause is found, then the likeliest form of every rival.
+
+        Args:
+            beside: maps a function over the rivals; None to leave them out.
+        """
         bench, waiting = self._bench, iter(self.ordered)
         for noise in waiting:
             for variant in self._variants(noise, bench.failures):
                 bench.test(noise.id, variant)
-                if bench.settled:  # not from NAMED on: another cause may explain the rest as well
+                if bench.settled:  # not yet where it may be named: a later one may explain more
                     break
             if bench.settled:
                 break
@@ -229,16 +257,16 @@ class _Search:
             beside = map
         for rival in beside(self._likeliest, waiting):
             for found in rival:
-                bench.note(found)
+                bench.record(found)
 
     def fit(self) -> None:
-        """Fit what calibration decided, where no cause was found."""
+        """Where no cause was found, test forms whose numbers are fitted to the backend."""
         bench = self._bench
-        if bench.found:
+        if bench.named:
             return
         for noise in self.ordered:
             if isinstance(noise, Fitting):
-                for variant in noise.fits(self.segment, bench.inputs, bench.observed):
+                for variant in noise.fits(self.segment, bench.local.inputs, bench.local.observed):
                     bench.test(noise.id, variant)
 
     def all_forms(self, noise: str) -> None:
@@ -253,65 +281,43 @@ class _Search:
     def _variants(self, noise: Noise, failures: list[str]) -> Iterator[Variant]:
         believed = self._believed
         expected = believed[1] if believed is not None and believed[0] == noise.id else None
-        seen = self._unbranched if tells(self._bench, noise) else self.segment
+        inside = inside_branches(self._bench, noise)
+        seen = self._unbranched if inside else self.segment
         return forms(failures, noise, seen, expected)
 
     def _likeliest(self, noise: Noise) -> _Tried:
         failures: list[str] = []
         first = islice(self._variants(noise, failures), 1)
-        return [*(self._bench.tried(noise.id, variant) for variant in first), *failures]
+        return [*(self._bench.replay(noise.id, variant) for variant in first), *failures]
 
 
-def retest(
-    contenders: Sequence[Contender],
-    inputs: Arrays,
-    observed: Arrays,
-    replayed: Arrays,
-    *,
-    threads: int = 1,
-) -> list[Retest]:
-    """Replay the contenders of an earlier explanation on another sample of the same segment.
+def measured(segment: SegmentGraph, local: Local, threads: int) -> float | None:
+    """The share of a segment's error that a changed segment explains when it is run in its place.
 
-    The arguments are those of ``explain``. One result per contender; none at all where there is
-    no contender, where this sample has no finite error to explain, or where a contender cannot
-    be replayed any more.
+    Args:
+        segment: the changed one.
+        local: the divergence of the segment as written.
+        threads: intra-op threads of the run.
+
+    Returns:
+        None where there is no finite error, or where the changed segment cannot be run.
     """
-    if not contenders:
-        return []
-    segment = SegmentGraph(contenders[0].variant.model, (), folder=contenders[0].folder)
-    bench = Bench(segment, inputs, observed, replayed, threads)
-    if not bench.explainable:
-        return []
-    bench.says = contenders[0].says
-    for contender in contenders:
-        bench.test(contender.noise, contender.variant)
-    if len(bench.tested) < len(contenders):
-        return []
-    return [_result(bench, tested, tested.outputs) for tested in bench.tested]
-
-
-def measured(
-    segment: SegmentGraph, inputs: Arrays, observed: Arrays, replayed: Arrays, *, threads: int
-) -> float | None:
-    """Share of a segment's error that running it, changed, on its inputs explains.
-
-    None where there is no finite error or the model cannot be run; the other arguments are those
-    of ``explain``.
-    """
-    bench = Bench(segment, inputs, observed, replayed, threads)
-    if bench.explainable:
+    bench = Bench(segment, local, (), threads)
+    if bench.error.explainable:
         bench.test("", Variant("", segment.model))
     return bench.tested[0].hypothesis.explained if bench.tested else None
 
 
 def _own(bench: Bench) -> float | None:
-    """Share of the error that the compiled file's constants explain, but for mere roundings."""
+    """The share of the error that the compiled file's own constants explain.
+
+    Constants that are roundings of the model's are left out; None where there are no others.
+    """
     segment = bench.segment
     changed = artefact.replaced(segment.model, artefact.others(segment.compiled))
     if changed is None:
         return None
-    segment = replace(segment, model=changed)
-    return measured(segment, bench.inputs, bench.observed, bench.replayed, threads=bench.threads)
+    return measured(replace(segment, model=changed), bench.local, bench.threads)
 
 
 def _modern(bench: Bench) -> SegmentGraph:
@@ -322,11 +328,11 @@ def _modern(bench: Bench) -> SegmentGraph:
     for model in surgery.upgraded(segment.model, OPSET):
         try:
             session = sessions.session(model, bench.threads, segment.folder)
-            values = session.run(list(bench.replayed), bench.inputs)
+            values = session.run(list(bench.local.replayed), bench.local.inputs)
         except Exception:  # what ORT refuses is no conversion; its errors share no base
             continue
-        outputs = dict(zip(bench.replayed, values, strict=True))
-        if metrics.bitwise_equal(outputs, bench.replayed):
+        outputs = dict(zip(bench.local.replayed, values, strict=True))
+        if metrics.bitwise_equal(outputs, bench.local.replayed):
             return replace(segment, model=model)
     return segment
 
@@ -339,25 +345,31 @@ def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
 
     def run(model: onnx.ModelProto, names: Sequence[str]) -> Arrays:
         session = sessions.session(model, bench.threads, segment.folder)
-        values = session.run(list(names), bench.inputs)
+        values = session.run(list(names), bench.local.inputs)
         return dict(zip(names, values, strict=True))
 
-    names = tuple(bench.replayed)
+    replayed, names = bench.local.replayed, tuple(bench.local.replayed)
     try:
-        model = branches.taken(segment.model, bench.inputs, run)
-        if model is None or metrics.relative_l2(run(model, names), bench.replayed, names) > _SAME:
+        model = branches.taken(segment.model, bench.local.inputs, run)
+        if model is None or metrics.relative_l2(run(model, names), replayed, names) > _SAME:
             return segment
     except Exception:  # what ORT refuses is looked at as it is; its errors share no base
         return segment
     return replace(segment, model=model)
 
 
-def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:
+def _winner(bench: Bench) -> Tested | None:
     """The best hypothesis, when it explains enough and clearly more than every other noise.
 
-    Two causes can fit alike: what the engine says of itself decides, two that give the very same
-    numbers are one for this purpose, and otherwise none is named.
+    Where two causes fit alike, the one that the engine states is named. Two that give the very same
+    numbers count as one, and so do two formats of the same significand, which differ in the
+    smallest numbers only. Otherwise none is named.
     """
+    significands = {n.id: n.significand for n in bench.noises if n.significand is not None}
+
+    def alike(one: str, other: str) -> bool:
+        return one in significands and significands[one] == significands.get(other)
+
     fitting = [t for t in bench.tested if _fits(bench, t)]
     best = max(fitting, key=merit, default=None)
     if best is None:
@@ -366,44 +378,43 @@ def _winner(bench: Bench, noises: Sequence[Noise]) -> Tested | None:
         t
         for t in fitting
         if t.hypothesis.noise != best.hypothesis.noise
-        and not ALIKE.issuperset((t.hypothesis.noise, best.hypothesis.noise))
+        and not alike(t.hypothesis.noise, best.hypothesis.noise)
         and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
-    says = {n.id for n in noises if n.stated_by(bench.segment.kernels)}
-    spoken = [t for t in (best, *rivals) if t.hypothesis.noise in says]
-    if spoken:
-        return max(spoken, key=merit)
+    stated = {n.id for n in bench.noises if n.stated_by(bench.segment.kernels)}
+    if known := [t for t in (best, *rivals) if t.hypothesis.noise in stated]:
+        return max(known, key=merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)
     if not same or (rivals and bench.coarse):
         return None
     # A precision that the engine does not state is named where nothing else does the same.
-    return next((t for t in (best, *rivals) if t.hypothesis.noise not in ROUNDED), best)
+    return next((t for t in (best, *rivals) if t.hypothesis.noise not in bench.narrow), best)
 
 
 def _fits(bench: Bench, tested: Tested) -> bool:
     """Whether a hypothesis explains enough, and not by chance."""
     found = tested.hypothesis
-    unstated = found.noise in ROUNDED and found.noise not in bench.says
+    unstated = found.noise in bench.narrow and found.noise not in bench.stated
     # Choices, and which values are finite, do not tell one narrow format from another.
-    other = not bench.says.isdisjoint(ROUNDED)
-    chance = other or bench.chance(tested.outputs)
+    chance = bool(bench.stated & bench.narrow) or bench.by_chance(tested.outputs)
     few = (bench.coarse and chance) or bench.few_steps
-    if not tested.fits or (unstated and few):
+    if not tested.plausible or (unstated and few):
         return False
-    return holds(found.explained, found.bit_identical, bench.needed(found), bench.counted)
+    return holds(found.explained, found.bit_identical, bench.required(found), bench.error.counted)
 
 
 def _contenders(bench: Bench, winner: Tested) -> tuple[Contender, ...]:
+    """What to test again on later samples: the winner, its other forms, and the best rival."""
     fitting = sorted((t for t in bench.tested if _fits(bench, t)), key=merit, reverse=True)
     same = [t for t in fitting if t.hypothesis.noise == winner.hypothesis.noise and t is not winner]
     rivals = [t for t in fitting if t.hypothesis.noise != winner.hypothesis.noise]
-    close = [winner, *same[: FORMS if bench.different < ELEMENTS else 0], *rivals[:1]]
+    close = [winner, *same[: FORMS if bench.error.different < ELEMENTS else 0], *rivals[:1]]
     return tuple(
         Contender(
             t.hypothesis.noise,
             t.variant,
             _result(bench, t, {}),
-            bench.says,
+            bench.segment.kernels,
             bench.segment.folder,
         )
         for t in close
@@ -411,20 +422,23 @@ def _contenders(bench: Bench, winner: Tested) -> tuple[Contender, ...]:
 
 
 def _result(bench: Bench, tested: Tested, outputs: Arrays) -> Retest:
+    """What replaying one hypothesis did, with ``outputs`` to keep of it."""
     return Retest(
-        left=(1 - tested.hypothesis.explained) * bench.error,
-        error=bench.error,
+        left=(1 - tested.hypothesis.explained) * bench.error.total,
+        error=bench.error.total,
         bit_identical=tested.hypothesis.bit_identical,
-        needed=bench.needed(tested.hypothesis),
-        exact=bench.counted,
+        needed=bench.required(tested.hypothesis),
+        exact=bench.error.counted,
         outputs=outputs,
     )
 
 
 def _conclude(bench: Bench, winner: Tested | None) -> Explanation:
+    """What was found, with everything that was tested."""
     tested = sorted((t.hypothesis for t in bench.tested), key=lambda h: -h.explained)
     if winner is None:
-        same = [metrics.bit_identical(bench.observed[n], v) for n, v in bench.replayed.items()]
+        observed, replayed = bench.local.observed, bench.local.replayed
+        same = [metrics.bit_identical(observed[n], v) for n, v in replayed.items()]
         return Explanation(
             noise=None,
             variant=tested[0].variant if tested else None,
@@ -432,7 +446,7 @@ def _conclude(bench: Bench, winner: Tested | None) -> Explanation:
             bit_identical=sum(same) / len(same) if same else 1.0,
             residual=1.0,
             hypotheses=tuple(tested),
-            outputs=bench.replayed,
+            outputs=replayed,
             failures=tuple(bench.failures),
         )
     found = winner.hypothesis

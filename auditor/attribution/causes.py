@@ -16,9 +16,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from auditor.attribution import cause as attribution
 from auditor.attribution import hypotheses
-from auditor.attribution.cause import Explanation, Retest
+from auditor.attribution.cause import Beside, Explainer, Explanation, Retest
 from auditor.attribution.hypotheses import ENOUGH
 from auditor.comparison.metrics import Running
 from auditor.decomposition.divergence import Local
@@ -109,7 +108,7 @@ class Causes:
         threads: int,
         *,
         later: bool,
-        beside: attribution.Beside = map,
+        beside: Beside = map,
     ) -> None:
         """Nothing is explained yet.
 
@@ -119,11 +118,7 @@ class Causes:
             later: whether more than one sample will come, so that contenders are worth keeping.
             beside: maps a function over rival causes, perhaps on several threads.
         """
-        self._noises = tuple(noises)
-        self._threads = threads
-        self._later = later
-        self._beside = beside
-        self._prior: attribution.Prior = {}
+        self._explainer = Explainer(tuple(noises), threads, later, beside)
         self._cases: dict[str, _Case] = {}
 
     def __contains__(self, id: str) -> bool:
@@ -154,24 +149,12 @@ class Causes:
             The part of the error that the cause named reproduces, None when none is named; and
             the hypotheses that could not be replayed, as sentences.
         """
-        found = attribution.explain(
-            segment,
-            local.inputs,
-            local.observed,
-            local.replayed,
-            self._noises,
-            threads=self._threads,
-            prior=self._prior,
-            thorough=thorough,
-            floor=floor,
-            later=self._later,
-            beside=self._beside,
-        )
+        found = self._explainer.explain(segment, local, thorough=thorough, floor=floor)
         tallies = [_Tally(contender.noise) for contender in found.contenders]
         for tally, contender in zip(tallies, found.contenders, strict=True):
             tally.add(contender.first, sample)
         part = difference(found.outputs, local.replayed) if found.noise is not None else None
-        kept = found.contenders if self._later else ()
+        kept = found.contenders if self._explainer.later else ()
         self._cases[id] = _Case(sample, replace(found, outputs={}, contenders=kept), tallies)
         return part, found.failures
 
@@ -182,13 +165,7 @@ class Causes:
             The part of the error that it reproduces; None where it does not fit this sample.
         """
         case = self._cases[id]
-        results = attribution.retest(
-            case.found.contenders,
-            local.inputs,
-            local.observed,
-            local.replayed,
-            threads=self._threads,
-        )
+        results = self._explainer.retest(case.found.contenders, local)
         fits = [tally.add(r, sample) for tally, r in zip(case.tallies, results, strict=False)]
         for tally, result, fit in zip(case.tallies, results, fits, strict=False):
             if fit and tally.noise == case.found.noise:

@@ -15,12 +15,13 @@ from auditor.attribution.hypotheses import (
     CHANCE_STATED,
     CLEARLY,
     ELEMENTS,
+    PRECISION,
     TURNED,
     Bench,
     Tested,
     forms,
+    inside_branches,
     merit,
-    tells,
 )
 from auditor.ports import Arrays, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
@@ -29,30 +30,35 @@ from auditor.replays.portions import Portions
 
 # A second cause is looked for beside one that explains at least this much but is not named.
 PARTIAL = 0.2
-# How many variants of each other noise are tried as that second cause, and which part of what the
-# first leaves it must explain: a poor fit of one cause is no evidence of another.
+# How many variants of each other noise are tried as that second cause.
 COMBINED = 2
+# The part of what the first cause leaves that a second must explain: a poor fit of one cause is no
+# evidence of another.
 ADDS = 0.5
-# So many causes are named together at most.
+# How many causes are named together at most.
 MOST = 3
-# How many causes that explain part of the error are looked for beside what the engine says.
+# How many causes that explain part of the error are looked for beside the stated precision.
 OWN = 4
-# Causes of this family are tried on one product of several, in quantised segments those of 8 bits
-# only. ``ELEMENTS`` must differ, or one of these hypotheses, of which there are more than before,
-# would be met by chance; and so many are tried at most.
-ALONE, ALONE_QUANTISED, TRIED = "precision.", "precision.int8", 240
+# Precisions are tried on one product of several; in quantised segments those of 8 bits only.
+EIGHT_BITS = PRECISION + "int8"
+# How many such hypotheses are tried at most.
+TRIED = 240
 
 
-def beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
-    """Test what the engine says it does on top of the causes that are likeliest beside it.
+def test_under_stated_precision(bench: Bench, usual: Mapping[str, str]) -> None:
+    """Test likely causes under the precision that the engine states, where none was found yet.
 
-    A small fault changes what every narrow rounding makes of its values, so that neither explains
-    anything by itself where both together explain all.
+    A small fault changes how every value behind it is rounded to a narrow format. Then neither the
+    fault nor the format explains anything by itself, and both together explain all.
+
+    Args:
+        bench: the segment under test.
+        usual: the causes of earlier segments, with their variants.
     """
     base = bench.base
-    if base is None or bench.found:
+    if base is None or bench.named:
         return
-    noise = next(n for n in noises if n.id == base.hypothesis.noise)
+    noise = next(n for n in bench.noises if n.id == base.hypothesis.noise)
     # Its form that fits best without the fault, and that of other segments.
     expected = {base.hypothesis.variant, usual.get(noise.id)}
     for position, first in enumerate(_firsts(bench)):
@@ -63,19 +69,20 @@ def beneath(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> 
                 continue
             second = replace(base.hypothesis, variant=variant.name)
             _test_both(bench, first.hypothesis, second, variant.model)
-            if bench.done:
+            if bench.all_explained:
                 return
 
 
 def _firsts(bench: Bench) -> list[Tested]:
-    """Causes to look for beside what the engine says: by themselves, then by their sum with it.
+    """The causes to test under the stated precision, likeliest first.
 
-    A sum is an estimate, and none where the rounding turns with the fault.
+    First those that explain part of the error by themselves; then those that would explain most
+    jointly with it, which is an estimate that says nothing where the rounding turns with the fault.
     """
     own = [
         t
         for t in sorted(bench.tested, key=merit, reverse=True)
-        if t.hypothesis.noise not in bench.says and t.hypothesis.explained >= PARTIAL
+        if t.hypothesis.noise not in bench.stated and t.hypothesis.explained >= PARTIAL
     ][:OWN]
     return [*own, *(t for t in bench.likely if all(t is not other for other in own))]
 
@@ -87,16 +94,23 @@ def _test_both(
     model: onnx.ModelProto,
     adds: float = ADDS,
 ) -> None:
-    """Test two causes, and forget it where one explains too little of what the other leaves.
+    """Test two causes together; forget them where one explains too little of what the other leaves.
 
-    Named is the one that explains more by itself; the variant says both. Of a precision that the
-    engine states no more is asked: that it is there is known.
+    The cause that explains more by itself is named, and the variant's name says both. Of a
+    precision that the engine states nothing is asked: that it is there is known.
+
+    Args:
+        bench: the segment under test.
+        first: what one cause explains by itself.
+        second: what the other explains by itself.
+        model: the segment with both.
+        adds: the part of what one leaves that the other must explain.
     """
     causes = sorted((first, second), key=lambda h: -h.explained)
     least = [
         1 - (1 - adds) * (1 - one.explained)
         for one, other in (causes, causes[::-1])
-        if other.noise not in bench.says
+        if other.noise not in bench.stated
     ]
     tested = len(bench.tested)
     name = f"{causes[0].variant}, and {causes[1].noise}: {causes[1].variant}"
@@ -105,29 +119,36 @@ def _test_both(
         del bench.tested[tested:]
 
 
-def alone(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
-    """Test causes on one product of several: a runtime may treat one kernel alone so.
+def test_on_one_product(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> None:
+    """Test precisions on one product of several: a runtime may treat a single kernel that way.
 
-    Where none explains enough, those that could with what explains most: a rounding that is left
-    out behind one product is hidden where another saturates.
+    Where none explains enough, the likeliest are tested together with what explains most: a
+    rounding that is left out behind one product is hidden where another product saturates.
+
+    Args:
+        bench: the segment under test.
+        segment: the same with what ONNX fuses written out.
+        noises: the catalogue, likeliest first.
     """
-    if bench.different < ELEMENTS or bench.reshaped:
+    # There are more of these hypotheses than of all others: few elements would be met by chance.
+    if bench.error.different < ELEMENTS or bench.error.reshaped:
         return
     found = list(_on_one(bench, segment, noises))
-    if not bench.found:
-        _beneath_most(bench, noises, sorted(found, key=lambda f: -f[0])[:OWN])
+    if not bench.named:
+        _test_under_best(bench, sorted(found, key=lambda f: -f[0])[:OWN])
 
 
-# What a cause would explain with the one that explains most, it, and the segment with it.
-_Beneath = tuple[float, Hypothesis, onnx.ModelProto]
+# The share that a cause on one product would explain jointly with what explains most, what it
+# explains by itself, and the segment with it.
+_OnOne = tuple[float, Hypothesis, onnx.ModelProto]
 
 
-def _on_one(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> Iterator[_Beneath]:
-    """Test causes on one product each, and give those worth a test with another."""
+def _on_one(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> Iterator[_OnOne]:
+    """Test causes on one product each; yields those that are worth a test with another cause."""
     portions, most = Portions(segment), len(bench.tested) + TRIED
-    family = ALONE_QUANTISED if portions.quantised else ALONE
+    family = EIGHT_BITS if portions.quantised else PRECISION
     tried = [n for n in noises if n.id.startswith(family)]
-    values = sessions.inside(segment.model, bench.threads, bench.inputs)
+    values = sessions.inside(segment.model, bench.threads, bench.local.inputs)
     for cut, portion in portions:
         for noise in tried:
             for variant in forms(bench.failures, noise, portion, None):
@@ -138,22 +159,22 @@ def _on_one(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> Ite
                 if whole is not None:
                     bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
                     for tested in bench.tested[before:]:
-                        if tested.beside > _worth(bench.partial):
-                            yield tested.beside, tested.hypothesis, whole
-                if bench.done or len(bench.tested) >= most:
+                        if tested.jointly > _worth(bench.partial):
+                            yield tested.jointly, tested.hypothesis, whole
+                if bench.all_explained or len(bench.tested) >= most:
                     return
 
 
 def _worth(first: Tested | None) -> float:
-    """What a second cause must explain with the first, by the sum of what both do."""
+    """The joint share from which on a second cause is worth a test with the first."""
     return math.inf if first is None else 1 - (1 - ADDS) * (1 - first.hypothesis.explained)
 
 
-def _beneath_most(bench: Bench, noises: Sequence[Noise], beneath: Sequence[_Beneath]) -> None:
-    """Test what explains most on top of causes of one product."""
+def _test_under_best(bench: Bench, found: Sequence[_OnOne]) -> None:
+    """Test causes on one product together with the cause that explains most."""
     first = bench.partial
-    noise = first and next((n for n in noises if n.id == first.hypothesis.noise), None)
-    for _, other, model in beneath:
+    noise = first and next((n for n in bench.noises if n.id == first.hypothesis.noise), None)
+    for _, other, model in found:
         if not first or not noise or other.noise == noise.id:
             continue
         base = replace(bench.segment, model=model)
@@ -162,12 +183,15 @@ def _beneath_most(bench: Bench, noises: Sequence[Noise], beneath: Sequence[_Bene
             if variant.name == expected:
                 _test_both(bench, first.hypothesis, other, variant.model)
                 break
-        if bench.done:
+        if bench.all_explained:
             return
 
 
 def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
-    """Whether a portion gives other bits than the reference's, which costs less to ask."""
+    """Whether a changed portion gives other bits than the reference's.
+
+    To ask this of the portion costs less than to replay the segment with it.
+    """
     names = [o.name for o in model.graph.output]
     try:
         feeds = {i.name: values[i.name] for i in model.graph.input}
@@ -177,22 +201,26 @@ def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
         return True
 
 
-def in_few(bench: Bench, noises: Sequence[Noise]) -> None:
-    """Test every form of the causes of 8 bits on top of what gives most values exactly.
+def test_beside_mostly_exact(bench: Bench) -> None:
+    """Test every form of the causes of 8 bits beside hypotheses that give most values exactly.
 
-    Few that are far off, where products saturate for instance, outweigh all others in any norm.
+    The few values that such a hypothesis leaves far off, where products saturate for instance,
+    outweigh all others in any norm: the share that it explains says nothing.
     """
-    exact = [t for t in sorted(bench.tested, key=merit, reverse=True) if bench.mostly(t)]
-    for first, noise in product(exact[:OWN], noises):
-        if noise.id.startswith(ALONE_QUANTISED) and not bench.found:
+    exact = [t for t in sorted(bench.tested, key=merit, reverse=True) if bench.mostly_exact(t)]
+    for first, noise in product(exact[:OWN], bench.noises):
+        if noise.id.startswith(EIGHT_BITS) and not bench.named:
             _pair(bench, first, noise, {noise.id: ""})
 
 
-def combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
-    """Test a second cause on top of a partial one: the likeliest variants of every other noise.
+def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+    """Test the likeliest variants of every other noise beside a cause that explains a part.
 
-    ``usual`` are the causes of earlier segments with their variants. They are tried first, since
-    what a build does everywhere it also does beside a fault.
+    Args:
+        bench: the segment under test.
+        noises: the catalogue, likeliest first.
+        usual: the causes of earlier segments, with their variants. They are tried first, since
+            what a build does everywhere it also does beside a fault.
     """
     first = bench.partial
     if first is None:
@@ -200,37 +228,44 @@ def combine(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> 
     likely: dict[str, list[tuple[float, str]]] = {}
     for tested in bench.tested:
         hypothesis = tested.hypothesis
-        likely.setdefault(hypothesis.noise, []).append((tested.beside, hypothesis.variant))
+        likely.setdefault(hypothesis.noise, []).append((tested.jointly, hypothesis.variant))
     for found in likely.values():
         found.sort(reverse=True)
     most = {noise: found[0][0] for noise, found in likely.items()}
     for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
         names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
         _pair(bench, first, noise, usual, names)
-        if bench.done:
+        if bench.all_explained:
             return
-    # What the engine says it does hides which of several forms of a fault is the right one.
-    says = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
+    # The stated precision hides which of several forms of a fault is the right one.
+    stated = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
     others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
     for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
-        for noise in says:
+        for noise in stated:
             _pair(bench, other, noise, usual)
 
 
-def further(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
+def test_what_is_left(bench: Bench, usual: Mapping[str, str]) -> None:
     """Test other causes beside one that explains enough, for what it leaves above rounding.
 
-    What a build does elsewhere (``usual``) is tried in the very form that it has there, whatever it
-    does by itself. Of the others those that explain about as much by themselves as is left: they
-    have all been tested where that is much. Kept is the one that reproduces most of what is left,
-    if more than chance would and no other does nearly as well.
+    The causes of earlier segments are tried in the very form that they had there, whatever they
+    explain by themselves. Of the others, those are tried that explain by themselves about as much
+    as is left: where that is much, all of them have been tested before. The one that reproduces
+    most of what is left is kept, if that is more than chance would and no other does nearly as
+    well.
+
+    Args:
+        bench: the segment under test.
+        usual: the causes of earlier segments, with their variants.
     """
     for _ in range(MOST - 1):
         first = bench.best
-        if first is None or bench.reshaped or bench.coarse or not (left := bench.left(first)):
+        if first is None or bench.error.reshaped or bench.coarse:
+            return
+        if not (left := bench.elements_left(first)):
             return
         tested = len(bench.tested)
-        for noise, variant in _beside(bench, first, noises, usual):
+        for noise, variant in _beside(bench, first, usual):
             known = usual.get(noise.id) == variant
             if left < TURNED and bench.all_stepped and not known:
                 continue  # each is even odds
@@ -243,7 +278,7 @@ def further(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> 
                 _test_both(bench, first.hypothesis, second, found.model, share)
         added = sorted(bench.tested[tested:], key=merit, reverse=True)
         del bench.tested[tested:]
-        if not added or not added[0].fits:
+        if not added or not added[0].plausible:
             return
         best, *others = (t.hypothesis for t in added)
         alike = (h for h in others if 1 - h.explained <= CLEARLY * (1 - best.explained))
@@ -252,12 +287,10 @@ def further(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> 
         bench.tested.append(added[0])
 
 
-def _beside(
-    bench: Bench, first: Tested, noises: Sequence[Noise], usual: Mapping[str, str]
-) -> list[tuple[Noise, str]]:
+def _beside(bench: Bench, first: Tested, usual: Mapping[str, str]) -> list[tuple[Noise, str]]:
     """The causes to try beside the first, each with the name of its form."""
     named = {first.hypothesis.noise, *first.hypothesis.beside}
-    others = {n.id: n for n in noises if n.id not in named and tells(bench, n)}
+    others = {n.id: n for n in bench.noises if n.id not in named and inside_branches(bench, n)}
     found = {id: variant for id, variant in usual.items() if id in others}
     rest = 1 - first.hypothesis.explained
     alone = (t.hypothesis for t in sorted(bench.tested, key=merit, reverse=True))
@@ -273,12 +306,17 @@ def _pair(
     usual: Mapping[str, str],
     likely: Sequence[str] = (),
 ) -> None:
-    """Test the likeliest variants of a noise on top of a hypothesis: the first, and those named.
+    """Test the first variants of a noise beside a hypothesis, and those whose names are given.
 
-    Of one that was found earlier in this build, all: its forms were tested before the others.
+    Args:
+        bench: the segment under test.
+        first: the hypothesis.
+        noise: the other cause.
+        usual: the causes of earlier segments: of these every variant is tested.
+        likely: names of variants to test wherever they come.
     """
     found = first.hypothesis
-    if noise.id == found.noise or noise.id in found.beside or not tells(bench, noise):
+    if noise.id == found.noise or noise.id in found.beside or not inside_branches(bench, noise):
         return
     base = replace(bench.segment, model=first.variant.model)
     expected = usual.get(noise.id)
@@ -290,5 +328,5 @@ def _pair(
         share = shares.get(variant.name, -math.inf)
         second = Hypothesis(noise.id, variant.name, share, 0.0)
         _test_both(bench, found, second, variant.model)
-        if bench.done:
+        if bench.all_explained:
             return

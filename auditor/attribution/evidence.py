@@ -57,13 +57,7 @@ def of_constants(segment: SegmentGraph, local: Local, threads: int) -> tuple[str
     said = list[str]()
 
     def explained(changed: onnx.ModelProto) -> float | None:
-        return attribution.measured(
-            replace(segment, model=changed),
-            local.inputs,
-            local.observed,
-            local.replayed,
-            threads=threads,
-        )
+        return attribution.measured(replace(segment, model=changed), local, threads)
 
     if segment.grids:
         shares = {what: explained(made) for what, made in artefact.quantised(segment).items()}

@@ -34,6 +34,9 @@ class Cause:
         forms: the names of the variants, most likely first; what is in capitals differs from
             segment to segment.
         stated: how engines write the precision that this noise is; empty where none says so.
+        significand: bits (see the Protocol).
+        convention, cancelling: whether it is followed to rounding or not at all, and the forms of
+            which that does not hold (see the Protocol).
         variants: the forms to replay on a segment (see the Protocol).
         fitted: forms whose numbers, such as scales, are read off a segment's inputs and what the
             backend made of them (see the Protocol ``Fitting``).
@@ -54,6 +57,9 @@ class Cause:
     ablations: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     otherwise: Mapping[str, str] = field(default_factory=dict)
     stated: frozenset[str] = frozenset()
+    significand: int | None = None
+    convention: bool = False
+    cancelling: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
     variants: Callable[[SegmentGraph], Iterable[Variant]]
     fitted: Callable[[SegmentGraph, Arrays, Arrays], Iterable[Variant]] | None = None

@@ -194,6 +194,7 @@ NOISE = Cause(
         "write what the attribute does with operators that the backend honours (explicit "
         "padding, an Expand of the slope, a Mul by the factor), and report it to the backend"
     ),
+    convention=True,
     forms=(
         _CHANNEL_SLOPE,
         _ONE_DIRECTION,

@@ -188,6 +188,7 @@ NOISE = Cause(
     },
     otherwise={"ov": "keep the listed layers' weights and tensors in float32 in the model"},
     stated=FORMAT.stated,
+    significand=FORMAT.bits,
     forms=(
         artefact.form("bfloat16"),
         RECURRENT,

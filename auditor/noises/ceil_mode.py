@@ -157,6 +157,7 @@ NOISE = Cause(
         ),
         "trt": f"{_EXPLICIT}, or set PaddingMode on the pooling layer to the model's rounding",
     },
+    convention=True,
     forms=tuple(name for name, _ in _FORMS),
     variants=_variants,
 )

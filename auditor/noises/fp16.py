@@ -93,6 +93,7 @@ NOISE = Cause(
     ablations={"ov": {"INFERENCE_PRECISION_HINT": "f32"}},
     otherwise={"ov": "save models with compress_to_fp16=False"},
     stated=FORMAT.stated,
+    significand=FORMAT.bits,
     forms=(artefact.form("float16"), FOLDED, *(sites.name for sites in SITES)),
     variants=_variants,
 )

@@ -308,6 +308,8 @@ NOISE = Cause(
         "export the normalisation with its own operator and the epsilon it was trained with; "
         "where the mean is large against the deviation, subtract a constant before it"
     ),
+    convention=True,
+    cancelling=tuple(_VARIANCES),
     forms=(
         *_VARIANCES,
         _BY_LESS,

@@ -361,6 +361,7 @@ NOISE = Cause(
         "softmaxes, 18 or later for reductions, and write axis, axes, keepdims and sampling_ratio "
         "explicitly"
     ),
+    convention=True,
     forms=(
         _ALONG,
         _LAST,

@@ -292,6 +292,7 @@ NOISE = Cause(
     remedies={
         "tvm": f"{_COMMON}: TVM's importer rounds the size of a SAME_LOWER MaxPool down",
     },
+    convention=True,
     forms=(
         "SAME padding for a size rounded down",
         *(name for name, _, _ in _FORMS),

@@ -51,6 +51,7 @@ NOISE = Cause(
     },
     ablations={"trt": {"tf32": "off"}},
     stated=FORMAT.stated,
+    significand=FORMAT.bits,
     forms=tuple(sites.name for sites in SITES),
     variants=_variants,
 )

@@ -204,6 +204,7 @@ NOISE = Cause(
         "break ties in the model (add a small multiple of the index to the scores), move "
         "thresholds off attainable values, or run the selection outside of the network"
     ),
+    convention=True,
     forms=(
         "equal values are taken in the opposite order",
         "equal values are taken as a heap leaves them",

@@ -310,6 +310,7 @@ NOISE = Cause(
         ),
         "ov": f"{_COMMON}: OpenVINO's ONNX frontend ignores those three",
     },
+    convention=True,
     forms=(
         "ATTRIBUTE is ignored",
         "scales are taken from the rounded output size",

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 
 from auditor.attribution import cause as attribution
 from auditor.attribution import combined, hypotheses
+from auditor.attribution.cause import Explanation
 from auditor.errors import NoiseError
 from auditor.noises import (
     attribute_ignored,
@@ -23,20 +24,20 @@ from auditor.noises import (
     tf32,
     tie_breaking,
 )
+from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
+from tests import segments
 from tests.helpers import nodes_of
-from tests.segments import make_segment, run
+from tests.segments import made_up, make_segment, run
 
 NOISES = (bf16.NOISE, fp16.NOISE, fp32_rounding.NOISE, tf32.NOISE)
 
 
-def explain(
-    of: SegmentGraph, x: Array, observed: Arrays, **options: Any
-) -> attribution.Explanation:
-    noises = options.pop("noises", NOISES)
-    replayed = run(of.model, {"x": x})
-    return attribution.explain(of, {"x": x}, observed, replayed, noises, **options)
+def explain(of: SegmentGraph, x: Array, observed: Arrays, **options: Any) -> Explanation:
+    return segments.explain(
+        of, {"x": x}, observed, **{"noises": NOISES, "thorough": False} | options
+    )
 
 
 def r(values: Array) -> Array:
@@ -220,18 +221,12 @@ def test_float16_models_are_replayed_too() -> None:
 
 
 def test_a_noise_that_cannot_be_replayed_is_reported(dense: Any) -> None:
-    class Broken:
-        id = "precision.broken"
-
-        def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-            return False
-
-        def variants(self, of: SegmentGraph) -> Any:
-            raise NoiseError("this segment has no such operator")
+    def broken(of: SegmentGraph) -> Any:
+        raise NoiseError("this segment has no such operator")
 
     of, x, _ = dense
     planted = {"y": run(of.model, {"x": x})["y"] * np.float32(1.1)}
-    found = explain(of, x, planted, noises=(Broken(), tf32.NOISE))
+    found = explain(of, x, planted, noises=(made_up("precision.broken", broken), tf32.NOISE))
     assert any("no such operator" in f for f in found.failures)
     assert {h.noise for h in found.hypotheses} == {"precision.tf32"}
 
@@ -309,47 +304,40 @@ def test_tvm_sums_half_precision_in_half_precision() -> None:
 def test_two_noises_that_fit_alike_need_the_engine_to_decide(dense: Any) -> None:
     """Without it none is named, unless the two give the very same bits."""
 
-    class Twin:
-        def __init__(self, id_: str, shift: float) -> None:
-            self.id = id_
-            self.shift = shift
-
-        def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-            return any(k.precision == self.id for k in kernels)
-
-        def variants(self, of: SegmentGraph) -> Any:
-            scaled = w * np.float32(1 + self.shift)
-            yield Variant("scaled", make_segment("y = MatMul(x, w)", {"w": scaled}).model)
+    def twin(id: str, shift: float, **stated: Any) -> Cause:
+        scaled = make_segment("y = MatMul(x, w)", {"w": w * np.float32(1 + shift)}).model
+        variants = (Variant("scaled", scaled),)
+        return made_up(id, lambda _: variants, stated=frozenset({id}), **stated)
 
     of, x, w = dense
     planted = {"y": x @ (w * np.float32(1.01))}
-    near, far, same = Twin("near", 0.0105), Twin("far", 0.0095), Twin("same", 0.0105)
+    near, far, same = twin("near", 0.0105), twin("far", 0.0095), twin("same", 0.0105)
     found = explain(of, x, planted, noises=(near, far), thorough=True)
     assert found.noise is None and found.hypotheses[0].explained > 0.99
     spoken = SegmentGraph(of.model, (Kernel("k", "MatMul", ("y",), ("y",), "", "far", "far"),))
     assert explain(spoken, x, planted, noises=(near, far), thorough=True).noise == "far"
     assert explain(of, x, planted, noises=(near, same), thorough=True).noise == "near"
     # Of the same bits a precision that the engine does not state is the last to be named.
-    unstated = Twin("precision.bf16", 0.0105)
+    unstated = twin("precision.narrow", 0.0105, significand=8)
     assert explain(of, x, planted, noises=(unstated, near), thorough=True).noise == "near"
-    assert explain(of, x, planted, noises=(unstated,), thorough=True).noise == "precision.bf16"
+    assert explain(of, x, planted, noises=(unstated,), thorough=True).noise == "precision.narrow"
     # Of another convention everything is left, or nothing.
-    half = Twin("inference.half", 0.009)
+    half = twin("implementation.half", 0.009, convention=True)
     assert explain(of, x, planted, noises=(half,)).hypotheses[0].explained > 0.98
     assert explain(of, x, planted, noises=(half,)).noise is None
     # … as far as that can be told beside what the engine rounds to.
     says = SegmentGraph(of.model, (Kernel("k", "MatMul", ("y",), ("y",), "", "bf16", "bf16"),))
-    for size, named in ((1.01, "inference.half"), (2.0, None)):
-        part = Twin("inference.half", (size - 1) * 0.9)
+    for size, named in ((1.01, "implementation.half"), (2.0, None)):
+        part = twin("implementation.half", (size - 1) * 0.9, convention=True)
         noises = (part, bf16.NOISE)
         assert explain(says, x, {"y": x @ (w * np.float32(size))}, noises=noises).noise == named
     # What is left of another one is nothing else only where that is rounding.
-    most = Twin("inference.most", 0.0096)
-    assert explain(of, x, planted, noises=(most,)).noise == "inference.most"
+    most = twin("implementation.most", 0.0096, convention=True)
+    assert explain(of, x, planted, noises=(most,)).noise == "implementation.most"
     assert explain(of, x, planted, noises=(most,), floor=3e-6).noise is None
     # … nor is that a precision, which explains nothing of it.
     assert explain(of, x, planted, noises=(most, bf16.NOISE), floor=3e-6).noise is None
-    assert explain(of, x, planted, noises=(most,), floor=2e-5).noise == "inference.most"
+    assert explain(of, x, planted, noises=(most,), floor=2e-5).noise == "implementation.most"
 
 
 @pytest.mark.parametrize(("turned", "named"), [(1, None), (3, None), (12, "precision.bf16")])
@@ -395,13 +383,13 @@ def test_one_choice_that_several_causes_make_has_none() -> None:
     assert len(replayed["y"]) == 3
     observed = {"y": replayed["y"][[0, 2]]}
     noises = (attribute_ignored.NOISE, bf16.NOISE, tie_breaking.NOISE)
-    found = attribution.explain(of, feeds, observed, replayed, noises)
+    found = segments.explain(of, feeds, observed, noises, thorough=False)
     assert {h.noise for h in found.hypotheses if h.explained == 1} >= {
         "implementation.attribute_ignored",
         "implementation.tie_breaking",
     }
     assert found.noise is None
-    alone = attribution.explain(of, feeds, observed, replayed, noises[1:])
+    alone = segments.explain(of, feeds, observed, noises[1:], thorough=False)
     assert alone.noise == "implementation.tie_breaking"
 
 
@@ -466,28 +454,19 @@ def test_models_of_refuted_hypotheses_are_let_go(
     assert not any(t.variant.model.ByteSize() or t.outputs for t in refuted)
 
 
-class Replaced:
-    """A noise that replays one given node in place of the segment."""
-
-    def __init__(self, node: onnx.NodeProto, constants: Arrays, id_: str = "test.replaced") -> None:
-        self.id = id_
-        self.variant = Variant("replaced", make_segment([node], constants).model)
-
-    def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
-        return False
-
-    def variants(self, of: SegmentGraph) -> Any:
-        yield self.variant
+def replaced(other: SegmentGraph) -> Cause:
+    """A noise that replays a given segment in place of the one under test."""
+    return made_up("test.replaced", lambda _: (Variant("replaced", other.model),))
 
 
 @pytest.fixture
-def cropped(dense: Any) -> Callable[[float], Replaced]:
+def cropped(dense: Any) -> Callable[[float], Cause]:
     """The segment with one column less, computed with an error of this relative size."""
 
-    def make(error: float) -> Replaced:
+    def make(error: float) -> Cause:
         w = dense[2][:, :-1].copy()
         w[:, ::2] *= np.float32(1 + error)
-        return Replaced(helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": w})
+        return replaced(make_segment("y = MatMul(x, w)", {"w": w}))
 
     return make
 
@@ -528,7 +507,7 @@ def test_a_replay_whose_shapes_do_not_fit_is_refuted(dense: Any) -> None:
     """It loads, and fails when run: the backend did run, so it did something else."""
     of, x, w = dense
     planted = {"y": x @ (w * np.float32(1.01))}
-    unfit = Replaced(helper.make_node("MatMul", ["x", "w"], ["y"]), {"w": w[:-1]})
+    unfit = replaced(make_segment("y = MatMul(x, w)", {"w": w[:-1]}))
     found = explain(of, x, planted, noises=(unfit,))
     assert found.noise is None and found.failures == ()
     assert [h.explained for h in found.hypotheses] == [-np.inf]
@@ -541,11 +520,8 @@ def test_lowest_numbers_do_not_drown_the_rest(dense: Any, kind: Any, right: bool
     of, x, w = dense
     nothing = np.full((8, 16), np.finfo(np.float32).min)
     columns = np.concatenate([nothing, x @ w], axis=1)
-    constants = {"n": nothing}
-    node = helper.make_node("Concat", ["n", "p"], ["y"], axis=1)
-    product = helper.make_node("MatMul", ["x", "w"], ["p"])
-    noise = Replaced(product, {"w": w})
-    noise.variant = Variant("kept", make_segment([product, node], {"w": w, **constants}).model)
+    nodes = "p = MatMul(x, w) y = Concat <axis = 1> (n, p)"
+    noise = replaced(make_segment(nodes, {"w": w, "n": nothing}))
     observed = columns.copy()
     observed[:, :16] = float(ml_dtypes.finfo(kind).min)
     if not right:
@@ -565,12 +541,8 @@ def test_one_output_of_another_shape(dense: Any) -> None:
     flat.model.graph.node[1].attribute[1].i = 0
     assert flat.model.graph.node[1].attribute[1].name == "keepdims"
 
-    class Flat(Replaced):
-        def variants(self, of: SegmentGraph) -> Any:
-            yield Variant("no axis kept", flat.model)
-
     y = x.astype(np.float64) @ w
-    noise = Flat(nodes[0], {"w": w})
+    noise = replaced(flat)
     for factor, name in ((1.0, "test.replaced"), (1.1, None)):
         observed = {
             "y": (y * factor).astype(np.float32),

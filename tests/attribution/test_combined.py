@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from auditor.attribution import cause as attribution
+from auditor.attribution.cause import Explanation, Prior
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from tests.segments import make_segment, run
+from tests import segments
+from tests.segments import made_up, make_segment, run
 
 SHAPE = (1, 20, 30)
 STEP = 0.125
@@ -38,16 +39,7 @@ def adding(id: str, *, behind: str = "", **forms: Array) -> Cause:
             model.graph.node.extend(rest)
             yield Variant(name, model)
 
-    return Cause(
-        id=id,
-        type="-",
-        title="-",
-        cause="-",
-        applies="-",
-        source="-",
-        advice="-",
-        variants=variants,
-    )
+    return made_up(id, variants)
 
 
 def parts(small: float, elements: int = 0) -> tuple[Array, Array]:
@@ -67,22 +59,21 @@ def explain(
     *,
     quantised: bool = False,
     usual: Mapping[str, str] | None = None,
-) -> attribution.Explanation:
+) -> Explanation:
     rounded = "q = QuantizeLinear(n, s, z) y = DequantizeLinear(q, s, z)"
     segment = make_segment(
         f"n = Neg(x) {rounded if quantised else 'y = Identity(n)'}",
         {"s": np.array(STEP, np.float32), "z": np.array(0, np.int8)},
     )
     x = np.random.default_rng(3).integers(-60, 60, SHAPE).astype(np.float32) * np.float32(STEP)
-    prior: attribution.Prior = {(noise,): (noise, form) for noise, form in (usual or {}).items()}
-    replayed = run(segment.model, {"x": x})
-    observed = {"y": replayed["y"] + error}
-    return attribution.explain(
-        segment, {"x": x}, observed, replayed, tuple(noises), prior=prior, floor=1e-6
+    prior: Prior = {(noise,): (noise, form) for noise, form in (usual or {}).items()}
+    observed = {"y": run(segment.model, {"x": x})["y"] + error}
+    return segments.explain(
+        segment, {"x": x}, observed, tuple(noises), thorough=False, floor=1e-6, prior=prior
     )
 
 
-def beside(found: attribution.Explanation) -> tuple[str, ...]:
+def beside(found: Explanation) -> tuple[str, ...]:
     best = found.hypotheses[0]
     assert (best.noise, best.variant) == (found.noise, found.variant)
     return best.beside

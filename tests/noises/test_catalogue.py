@@ -42,6 +42,8 @@ def test_a_cause_states_everything(noise: Noise) -> None:
     assert len(set(noise.forms)) == len(noise.forms)
     assert set(noise.ablations) <= set(discovery.backend_ids())
     assert set(noise.otherwise) <= set(noise.ablations)
+    assert noise.convention or not noise.cancelling
+    assert all(any(f.startswith(start) for f in noise.forms) for start in noise.cancelling)
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda n: n.id)

@@ -13,7 +13,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.attribution import cause as attribution
+from auditor.attribution.cause import Explainer
+from auditor.decomposition.divergence import Local
 from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
 from auditor.ports import Array, Arrays, SegmentGraph
@@ -321,13 +322,8 @@ def test_a_recurrent_layer_whose_threads_quantise_parts_of_the_batch(
     replayed = run(segment.model, feeds)  # on one thread
     assert np.array_equal(observed, replayed["y"]) is (threads == 1)
     for own, named in ((threads, threads > 1), (1, False)):
-        found = attribution.explain(
-            replace(segment, threads=own),
-            feeds,
-            {"y": observed},
-            replayed,
-            NOISES,
-        )
+        local = Local(feeds, {"y": observed}, replayed)
+        found = Explainer(NOISES).explain(replace(segment, threads=own), local)
         assert (found.noise == ID) is named
         assert not named or ("thread" in found.variant and found.bit_identical == 1.0)
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor.attribution import cause as attribution
+from auditor.attribution.cause import Explainer
 from auditor.decomposition import divergence
 from auditor.graphs.model import key
 from auditor.graphs.segments import Cut, Graph
@@ -71,14 +71,9 @@ def test_every_segment_is_explained_by_bf16(path: Path) -> None:
         meter.add(local, recording.captured, recording.base)
         if meter.relative(meter.introduced) <= FLOOR:
             continue
-        found = attribution.explain(
-            SegmentGraph(recording.replayer.model(cut, local.inputs), recording.kernels(cut)),
-            local.inputs,
-            local.observed,
-            local.replayed,
-            NOISES,
-            thorough=True,
-        )
+        model = recording.replayer.model(cut, local.inputs)
+        segment = SegmentGraph(model, recording.kernels(cut))
+        found = Explainer(NOISES).explain(segment, local, thorough=True)
         assert found.noise == bf16.NOISE.id, (cut.outputs, found.hypotheses)
         assert found.explained >= 0.99, (cut.outputs, found.hypotheses)
         # The last tensor is FP32: sums in another order differ in their last bits.
