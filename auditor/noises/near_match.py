@@ -42,12 +42,6 @@ NOISE = Cause(
         "train and export with the function's own constants, or write it so that it does not look "
         "like it (an Identity that is an output between its operators)"
     ),
-    remedies={
-        "ort": (
-            "build with `--option ort.level=basic`, or train and export with the function's own "
-            "constants"
-        ),
-    },
     forms=_FORMS,
     variants=_variants,
     simulated=False,
