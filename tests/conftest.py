@@ -15,8 +15,14 @@ from benchmarks import zoo
 # What a test measures is made anew; tests of the cache name a folder of their own.
 os.environ["SYSNOISE_CACHE"] = "off"
 
-# How long an example takes is the machine's affair, and no test fails for it.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes is the machine's affair, and no test fails for it. At a desk each run
+# draws other examples; where a run decides on a release (`CI` is set), always the same ones.
+settings.register_profile(
+    "untimed",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize="CI" in os.environ,
+)
 settings.load_profile("untimed")
 
 

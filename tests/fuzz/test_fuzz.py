@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import run
 
-COUNT = {"audit": 60, "graph": 30, "trace": 40, "report": 40}
+COUNT = {"audit": 40, "graph": 16, "trace": 30, "report": 30}
 
 
 @pytest.fixture(scope="module")
