@@ -24,9 +24,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from auditor.pipeline import description, forensics, options
-from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline import description
+from auditor.pipeline.forensics import inputs as forensics
+from auditor.pipeline.preprocessing.stages import Colour, Decode, Pipeline, Resize
+from auditor.pipeline.preprocessing.steps import Preparation
+from auditor.pipeline.sysnoise import options
 from benchmarks import compare, sets
 
 Found = tuple[tuple[str, str, str], bool, bool]  # what made it; whether named; whether alone

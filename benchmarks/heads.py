@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from auditor.pipeline import description, results
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline import description
+from auditor.pipeline.postprocessing import results
+from auditor.pipeline.preprocessing.steps import Preparation
 from benchmarks import zoo
 
 PIPELINE = """\

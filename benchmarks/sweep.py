@@ -52,8 +52,9 @@ def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises:
     """Print the seconds that these runs take with nothing around them: wall, then processor."""
     from auditor import discovery
     from auditor.graphs import model as models
-    from auditor.pipeline import description, networks
-    from auditor.pipeline.steps import Preparation
+    from auditor.pipeline import description
+    from auditor.pipeline.preprocessing.steps import Preparation
+    from auditor.pipeline.sysnoise import networks
     from auditor.ports import Silent
 
     training = description.load(pipeline).training
@@ -77,9 +78,11 @@ def alone(model: Path, pipeline: str, photo: Path, runs: dict[str, int], noises:
 
 def libraries(pipeline: str, photos: Sequence[Path]) -> None:
     """Print the processor seconds of every option before the network, once on each photograph."""
-    from auditor.pipeline import description, options, steps
-    from auditor.pipeline.libraries import PhotoError
-    from auditor.pipeline.stages import Colour, Decode, Resize
+    from auditor.pipeline import description
+    from auditor.pipeline.preprocessing import steps
+    from auditor.pipeline.preprocessing.libraries import PhotoError
+    from auditor.pipeline.preprocessing.stages import Colour, Decode, Resize
+    from auditor.pipeline.sysnoise import options
 
     training = description.load(pipeline).training
     switched = [switch.step for switch in options.switches(training)[0]]
@@ -110,7 +113,7 @@ def measure(
     name: str, model: Path, images: Path, photos: int, noise: str | None, scratch: Path
 ) -> dict[str, Any]:
     """One sweep, and its inferences alone."""
-    from auditor.pipeline.networks import PAPER
+    from auditor.pipeline.sysnoise.networks import PAPER
 
     pipeline = PIPELINES[name]
     if pipeline.startswith("["):

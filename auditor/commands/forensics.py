@@ -78,8 +78,9 @@ def _forensics(
     if output is not None:
         check_writable(output.resolve())
 
-    from auditor.pipeline import description, forensics
-    from auditor.pipeline.libraries import PhotoError
+    from auditor.pipeline import description
+    from auditor.pipeline.forensics import inputs as forensics
+    from auditor.pipeline.preprocessing.libraries import PhotoError
     from reports import _forensics as answer
 
     described = description.load(pipeline)
@@ -119,8 +120,8 @@ def _result(
     """What made a recorded result of outputs that were recorded, or are computed."""
     import numpy as np
 
-    from auditor.pipeline import result_forensics
-    from auditor.pipeline.steps import Preparation
+    from auditor.pipeline.forensics import results as result_forensics
+    from auditor.pipeline.preprocessing.steps import Preparation
 
     post = described.training_post
     if post is None:
@@ -148,7 +149,7 @@ def _result(
             ) from error
     else:
         from auditor.graphs import model as models
-        from auditor.pipeline.networks import network_input
+        from auditor.pipeline.sysnoise.networks import network_input
         from auditor.replays.reference import Reference
 
         assert model is not None and tensor is not None

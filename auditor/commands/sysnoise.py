@@ -95,8 +95,9 @@ def _sysnoise(
     given = [id.strip() for text in noise or () for id in text.split(",")]
 
     from auditor.graphs import model as models
-    from auditor.pipeline import description, networks, photos
-    from auditor.pipeline.sysnoise import pixels, sysnoise
+    from auditor.pipeline import description, photos
+    from auditor.pipeline.sysnoise import networks
+    from auditor.pipeline.sysnoise.table import pixels, sysnoise
     from reports import _sysnoise as table
     from reports._progress import print_error
 

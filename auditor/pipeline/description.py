@@ -16,10 +16,8 @@ from typing import Any, cast, get_args
 
 from auditor.errors import UsageError, suggestion
 from auditor.lines import Lines
-from auditor.pipeline import libraries
-from auditor.pipeline.libraries import Arithmetic, Conversion, Matrix, Range
-from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import (
+from auditor.pipeline.postprocessing.masks import Enlarger, Enlarging
+from auditor.pipeline.postprocessing.post import (
     BEHIND,
     Activation,
     Coding,
@@ -37,7 +35,9 @@ from auditor.pipeline.post import (
     Unit,
     several,
 )
-from auditor.pipeline.stages import (
+from auditor.pipeline.preprocessing import libraries
+from auditor.pipeline.preprocessing.libraries import Arithmetic, Conversion, Matrix, Range
+from auditor.pipeline.preprocessing.stages import (
     Channels,
     Colour,
     Decode,

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from auditor.errors import UsageError
-from auditor.pipeline import scoring, steps
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline import scoring
+from auditor.pipeline.preprocessing import steps
+from auditor.pipeline.preprocessing.libraries import PhotoError
 from auditor.pipeline.scoring import Label, Labels
 
 _ENDINGS = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from auditor.errors import UsageError
-from auditor.pipeline.stages import Placement
+from auditor.pipeline.preprocessing.stages import Placement
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
 

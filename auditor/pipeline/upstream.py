@@ -20,12 +20,12 @@ from auditor.decomposition import impact
 from auditor.decomposition.impact import Parts, Pool
 from auditor.errors import UsageError
 from auditor.graphs.model import shown
-from auditor.pipeline import post as posts
-from auditor.pipeline import results
-from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.networks import network_input
-from auditor.pipeline.stages import Pipeline, Placement, S, Step, differing, taking
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline.postprocessing import post as posts
+from auditor.pipeline.postprocessing import results
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.stages import Pipeline, Placement, S, Step, differing, taking
+from auditor.pipeline.preprocessing.steps import Preparation
+from auditor.pipeline.sysnoise.networks import network_input
 from auditor.records.backend import Gap
 from auditor.records.model import StimulusInfo
 from auditor.records.report import PipelineReport, PipelineStep
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
-    from auditor.pipeline.post import Post
+    from auditor.pipeline.postprocessing.post import Post
     from auditor.ports import Array, Arrays
     from auditor.replays.reference import Reference
 

@@ -170,8 +170,9 @@ def _whole_audit(proto: onnx.ModelProto, folder: Path) -> None:
 
 def _image(draw: random.Random, folder: Path, _: Path) -> None:
     """A photograph through one decoder, its header's oddities, and its orientation."""
-    from auditor.pipeline import libraries, photos, steps
-    from auditor.pipeline.stages import Decode
+    from auditor.pipeline import photos
+    from auditor.pipeline.preprocessing import libraries, steps
+    from auditor.pipeline.preprocessing.stages import Decode
 
     data, ending = mutations.picture(draw)
     photos.oddities(data, f"photo.{ending}")
@@ -222,7 +223,8 @@ def _policy(draw: random.Random, folder: Path, _: Path) -> None:
 
 
 def _pipeline(draw: random.Random, folder: Path, _: Path) -> None:
-    from auditor.pipeline import description, results
+    from auditor.pipeline import description
+    from auditor.pipeline.postprocessing import results
 
     presets = sorted((Path(description.__file__).parent / "presets").glob("*.toml"))
     path = folder / "pipeline.toml"
@@ -278,7 +280,7 @@ def prepare(made: Path) -> None:
 def outcome(target: str, seed: int, made: Path) -> str:
     """``loaded``, ``refused``, or what went wrong."""
     from auditor.errors import AuditError
-    from auditor.pipeline.libraries import PhotoError
+    from auditor.pipeline.preprocessing.libraries import PhotoError
 
     def ring(signal: int, frame: FrameType | None) -> None:
         raise _HangError

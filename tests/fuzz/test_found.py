@@ -11,7 +11,9 @@ from auditor import datafiles, stimulus
 from auditor.comparison import tasks
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, libraries, post, results
+from auditor.pipeline import description
+from auditor.pipeline.postprocessing import post, results
+from auditor.pipeline.preprocessing import libraries
 from auditor.verdict import policy
 from tests.fuzz import mutations
 

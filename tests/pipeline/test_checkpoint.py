@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from auditor.errors import UsageError
-from auditor.pipeline.checkpoint import Checkpoint
+from auditor.pipeline.sysnoise.checkpoint import Checkpoint
 
 CELLS = {"training": (0.0, 0.0, 3, [1.0]), "a": (1.0, math.inf, 4, None), "b": "refused"}
 

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from auditor.cli import app
 from auditor.errors import UsageError
-from auditor.pipeline import description, forensics, stages
+from auditor.pipeline import description
+from auditor.pipeline.forensics import inputs as forensics
+from auditor.pipeline.preprocessing import stages
 from tests.helpers import conforms, jpeg
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

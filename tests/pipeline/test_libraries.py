@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from auditor.errors import UsageError
-from auditor.pipeline import libraries
+from auditor.pipeline.preprocessing import libraries
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,15 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, heads, post, results, stages
+from auditor.pipeline import description
 from auditor.pipeline import photos as folders
-from auditor.pipeline.post import Post
-from auditor.pipeline.results import NAME
-from auditor.pipeline.stages import Placement
-from auditor.pipeline.steps import Preparation
-from auditor.pipeline.sysnoise import sysnoise
+from auditor.pipeline.postprocessing import heads, post, results
+from auditor.pipeline.postprocessing.post import Post
+from auditor.pipeline.postprocessing.results import NAME
+from auditor.pipeline.preprocessing import stages
+from auditor.pipeline.preprocessing.stages import Placement
+from auditor.pipeline.preprocessing.steps import Preparation
+from auditor.pipeline.sysnoise.table import sysnoise
 from auditor.ports import Silent
 from auditor.records.report import AuditReport
 from auditor.replays import sessions

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from auditor.errors import UsageError
-from auditor.pipeline import post, result_forensics, results, stages
-from auditor.pipeline.post import Post
-from auditor.pipeline.results import NAME
-from auditor.pipeline.stages import Placement
+from auditor.pipeline.forensics import results as result_forensics
+from auditor.pipeline.postprocessing import post, results
+from auditor.pipeline.postprocessing.post import Post
+from auditor.pipeline.postprocessing.results import NAME
+from auditor.pipeline.preprocessing import stages
+from auditor.pipeline.preprocessing.stages import Placement
 from tests.helpers import ROOT, audit_in, conforms
 
 RNG = np.random.default_rng(11)

@@ -21,13 +21,15 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, results, steps
+from auditor.pipeline import description
 from auditor.pipeline import photos as folders
-from auditor.pipeline.masks import enlarged
-from auditor.pipeline.post import Post
-from auditor.pipeline.results import NAME
-from auditor.pipeline.stages import Placement
-from auditor.pipeline.sysnoise import sysnoise
+from auditor.pipeline.postprocessing import results
+from auditor.pipeline.postprocessing.masks import enlarged
+from auditor.pipeline.postprocessing.post import Post
+from auditor.pipeline.postprocessing.results import NAME
+from auditor.pipeline.preprocessing import steps
+from auditor.pipeline.preprocessing.stages import Placement
+from auditor.pipeline.sysnoise.table import sysnoise
 from auditor.pipeline.tasks.seg import seen
 from auditor.ports import Silent
 

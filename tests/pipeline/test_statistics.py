@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from auditor.pipeline.statistics import Means
+from auditor.pipeline.sysnoise.statistics import Means
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:

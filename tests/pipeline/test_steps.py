@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from auditor.pipeline import description, stages, steps
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline import description
+from auditor.pipeline.preprocessing import stages, steps
+from auditor.pipeline.preprocessing.libraries import PhotoError
 from tests.helpers import jpeg
 
 

@@ -23,9 +23,10 @@ from PIL import Image
 from auditor import discovery
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, libraries
+from auditor.pipeline import description
 from auditor.pipeline import photos as folders
-from auditor.pipeline.sysnoise import sysnoise
+from auditor.pipeline.preprocessing import libraries
+from auditor.pipeline.sysnoise.table import sysnoise
 from auditor.ports import Silent
 from auditor.records.sysnoise import (
     Interval,

@@ -23,9 +23,10 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 
 from auditor.errors import UsageError
 from auditor.graphs import model
-from auditor.pipeline import description, post, results
+from auditor.pipeline import description
 from auditor.pipeline import photos as folders
-from auditor.pipeline.sysnoise import sysnoise
+from auditor.pipeline.postprocessing import post, results
+from auditor.pipeline.sysnoise.table import sysnoise
 from auditor.ports import Silent
 from auditor.records.sysnoise import SysnoiseOption, SysnoiseReport
 from reports import _sysnoise as table

@@ -18,10 +18,11 @@ from PIL import Image
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
-from auditor.pipeline import description, stages, upstream
-from auditor.pipeline.libraries import Conversion
-from auditor.pipeline.stages import Colour, Decode, Pipeline, Resize
-from auditor.pipeline.steps import Preparation
+from auditor.pipeline import description, upstream
+from auditor.pipeline.preprocessing import stages
+from auditor.pipeline.preprocessing.libraries import Conversion
+from auditor.pipeline.preprocessing.stages import Colour, Decode, Pipeline, Resize
+from auditor.pipeline.preprocessing.steps import Preparation
 from auditor.ports import Silent
 from auditor.records.report import AuditReport, PipelineStep
 from reports import json_v1

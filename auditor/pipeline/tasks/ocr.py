@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from auditor.pipeline import labels, results
+from auditor.pipeline import labels
+from auditor.pipeline.postprocessing import results
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict
 from auditor.ports import Array
 from auditor.records.terms import OutputKind

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from auditor.errors import UsageError
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.stages import Placement
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, listed
-from auditor.pipeline.stages import Placement
 from auditor.ports import Array
 from auditor.records.terms import OutputKind
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from auditor.errors import UsageError
-from auditor.pipeline.post import BEHIND, Activation, Names, Shapes, several
+from auditor.pipeline.postprocessing.post import BEHIND, Activation, Names, Shapes, several
 
 if TYPE_CHECKING:
-    from auditor.pipeline.post import Post
-    from auditor.pipeline.stages import Placement
+    from auditor.pipeline.postprocessing.post import Post
+    from auditor.pipeline.preprocessing.stages import Placement
     from auditor.ports import Array, Arrays
 
 

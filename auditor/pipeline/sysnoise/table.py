@@ -21,16 +21,17 @@ import numpy as np
 from auditor import __version__
 from auditor.comparison.tasks import assume
 from auditor.errors import UsageError
-from auditor.pipeline import networks, options, scoring
-from auditor.pipeline.checkpoint import Checkpoint
-from auditor.pipeline.choices import Choice, together, trial_of, worst_of
-from auditor.pipeline.figures import Figures
-from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.networks import Networks
+from auditor.pipeline import scoring
 from auditor.pipeline.photos import oddities
-from auditor.pipeline.results import NAME, characters, result
-from auditor.pipeline.steps import Preparation
-from auditor.pipeline.sweep import BASE, Read, Sweep, Table, Trial
+from auditor.pipeline.postprocessing.results import NAME, characters, result
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.steps import Preparation
+from auditor.pipeline.sysnoise import networks, options
+from auditor.pipeline.sysnoise.checkpoint import Checkpoint
+from auditor.pipeline.sysnoise.combinations import Choice, together, trial_of, worst_of
+from auditor.pipeline.sysnoise.figures import Figures
+from auditor.pipeline.sysnoise.networks import Networks
+from auditor.pipeline.sysnoise.sweep import BASE, Read, Sweep, Table, Trial
 from auditor.records.backend import Gap
 from auditor.records.sysnoise import (
     SysnoiseReport,
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from auditor.graphs.model import Model
     from auditor.pipeline.description import Description
     from auditor.pipeline.photos import Photos
-    from auditor.pipeline.post import Post
+    from auditor.pipeline.postprocessing.post import Post
+    from auditor.pipeline.preprocessing.stages import Pipeline
     from auditor.pipeline.scoring import Task
-    from auditor.pipeline.stages import Pipeline
     from auditor.ports import Array, Arrays, Noise, Progress
     from auditor.records.terms import OutputKind
 

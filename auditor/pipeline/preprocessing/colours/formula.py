@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from auditor.pipeline.libraries import Conversion, Matrix, Range
+from auditor.pipeline.preprocessing.libraries import Conversion, Matrix, Range
 from auditor.ports import Array
 
 _WEIGHTS: dict[Matrix, tuple[float, float]] = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}

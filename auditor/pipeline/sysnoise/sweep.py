@@ -22,19 +22,19 @@ import numpy as np
 from auditor import sensitivity
 from auditor.comparison import metrics
 from auditor.comparison.tasks import TaskMeter
-from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.results import NAME, result, text
+from auditor.pipeline.postprocessing.results import NAME, result, text
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.stages import Placement
+from auditor.pipeline.preprocessing.steps import FirstAndLatest, Preparation, normalised
 from auditor.pipeline.scoring import Case, Gallery
-from auditor.pipeline.stages import Placement
-from auditor.pipeline.steps import FirstAndLatest, Preparation, normalised
 
 if TYPE_CHECKING:
-    from auditor.pipeline.checkpoint import Cells, Checkpoint, Measured
-    from auditor.pipeline.networks import Forms, Networks
     from auditor.pipeline.photos import Photos
-    from auditor.pipeline.post import Post
+    from auditor.pipeline.postprocessing.post import Post
+    from auditor.pipeline.preprocessing.stages import Pipeline
     from auditor.pipeline.scoring import Task, Verdict
-    from auditor.pipeline.stages import Pipeline
+    from auditor.pipeline.sysnoise.checkpoint import Cells, Checkpoint, Measured
+    from auditor.pipeline.sysnoise.networks import Forms, Networks
     from auditor.ports import Array, Arrays, Progress
     from auditor.records.terms import OutputKind
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from auditor.pipeline.libraries import Conversion
+from auditor.pipeline.preprocessing.libraries import Conversion
 from auditor.ports import Array
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.preprocessing.libraries import PhotoError
 from auditor.ports import Array
 
 

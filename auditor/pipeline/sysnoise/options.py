@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from auditor.pipeline import libraries
-from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import Order, Post, Rounding, Suppression
-from auditor.pipeline.stages import Colour, Decode, Orientation, Pipeline, Resize
+from auditor.pipeline.postprocessing.masks import Enlarger, Enlarging
+from auditor.pipeline.postprocessing.post import Order, Post, Rounding, Suppression
+from auditor.pipeline.preprocessing import libraries
+from auditor.pipeline.preprocessing.stages import Colour, Decode, Orientation, Pipeline, Resize
 from auditor.records.backend import Gap
 
 DECODER = "preprocessing.decoder"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor.pipeline import networks, options
-from auditor.pipeline.choices import Choice, name_of, size_of
-from auditor.pipeline.statistics import Drawn, Means, weights
-from auditor.pipeline.sweep import Read, Table
+from auditor.pipeline.sysnoise import networks, options
+from auditor.pipeline.sysnoise.combinations import Choice, name_of, size_of
+from auditor.pipeline.sysnoise.statistics import Drawn, Means, weights
+from auditor.pipeline.sysnoise.sweep import Read, Table
 from auditor.records.backend import Gap
 from auditor.records.sysnoise import (
     Interval,

@@ -131,13 +131,13 @@ def missing(library: Library) -> str | None:
 @cache
 def names(kind: str) -> tuple[str, ...]:
     """The names of all libraries of a kind: ``decoders``, ``resizers`` or ``colours``."""
-    package = importlib.import_module(f"auditor.pipeline.{kind}")
+    package = importlib.import_module(f"auditor.pipeline.preprocessing.{kind}")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
 
 
 def load(kind: str, name: str) -> Any:  # typed by its callers
     """The library of a kind, whether it is installed or not; ``name`` is one of ``names``."""
-    return importlib.import_module(f"auditor.pipeline.{kind}.{name}").LIBRARY
+    return importlib.import_module(f"auditor.pipeline.preprocessing.{kind}.{name}").LIBRARY
 
 
 @cache

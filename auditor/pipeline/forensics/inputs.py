@@ -21,9 +21,10 @@ import numpy as np
 
 from auditor.errors import UsageError
 from auditor.graphs.model import shown
-from auditor.pipeline import options, steps
-from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.stages import Channels, Colour, Decode, Layout, Pipeline, Resize
+from auditor.pipeline.preprocessing import steps
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.stages import Channels, Colour, Decode, Layout, Pipeline, Resize
+from auditor.pipeline.sysnoise import options
 from auditor.ports import Array
 from auditor.records.backend import Gap
 from auditor.records.forensics import ForensicsCandidate, ForensicsReport

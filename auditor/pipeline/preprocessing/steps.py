@@ -11,9 +11,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from auditor.pipeline import libraries
-from auditor.pipeline.libraries import PhotoError
-from auditor.pipeline.stages import Colour, Decode, Pipeline, Placement, Resize, Size
+from auditor.pipeline.preprocessing import libraries
+from auditor.pipeline.preprocessing.libraries import PhotoError
+from auditor.pipeline.preprocessing.stages import Colour, Decode, Pipeline, Placement, Resize, Size
 from auditor.ports import Array
 
 _ORIENTATION = 0x0112  # EXIF tag (CIPA DC-008)

@@ -1,6 +1,6 @@
 """What turns a photograph into the network's input: the steps of one side, as records.
 
-``auditor.pipeline.description`` reads them from a file, ``auditor.pipeline.steps`` executes them.
+``auditor.pipeline.description`` reads them from a file, ``steps`` executes them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from auditor.pipeline import libraries
-from auditor.pipeline.libraries import Conversion
+from auditor.pipeline.preprocessing import libraries
+from auditor.pipeline.preprocessing.libraries import Conversion
 
 Orientation = Literal["apply", "ignore"]
 Channels = Literal["rgb", "bgr"]

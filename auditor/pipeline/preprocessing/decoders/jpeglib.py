@@ -12,7 +12,7 @@ from importlib import metadata
 
 import numpy as np
 
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.preprocessing.libraries import PhotoError
 from auditor.ports import Array
 
 _LOCK = threading.Lock()  # the version is a global of the library

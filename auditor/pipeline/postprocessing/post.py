@@ -1,6 +1,6 @@
 """What one side does with the network's outputs, as a record, and the steps in which two differ.
 
-``auditor.pipeline.results`` executes it.
+``auditor.pipeline.postprocessing.results`` executes it.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.stages import Step, differing, taking
+from auditor.pipeline.postprocessing.masks import Enlarger, Enlarging
+from auditor.pipeline.preprocessing.stages import Step, differing, taking
 
 Activation = Literal["none", "softmax", "sigmoid"]
 Coding = Literal["corners", "centre", "corner-deltas", "centre-deltas", "distances", "dfl"]

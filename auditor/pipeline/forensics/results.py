@@ -22,9 +22,9 @@ import numpy as np
 from auditor.comparison.texts import edits
 from auditor.errors import UsageError
 from auditor.graphs.model import shown
-from auditor.pipeline import heads, results
-from auditor.pipeline.masks import Enlarger, Enlarging
-from auditor.pipeline.post import (
+from auditor.pipeline.postprocessing import heads, results
+from auditor.pipeline.postprocessing.masks import Enlarger, Enlarging
+from auditor.pipeline.postprocessing.post import (
     Activation,
     Coding,
     Order,
@@ -38,7 +38,7 @@ from auditor.records.backend import Gap
 from auditor.records.forensics import ResultForensics, ResultVariant
 
 if TYPE_CHECKING:
-    from auditor.pipeline.stages import Placement
+    from auditor.pipeline.preprocessing.stages import Placement
     from auditor.ports import Array, Arrays
 
 _LISTED = 8

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from auditor.pipeline import networks, options
-from auditor.pipeline.networks import Form, Networks
-from auditor.pipeline.options import PostSwitch, Switch
-from auditor.pipeline.sweep import Trial
+from auditor.pipeline.sysnoise import networks, options
+from auditor.pipeline.sysnoise.networks import Form, Networks
+from auditor.pipeline.sysnoise.options import PostSwitch, Switch
+from auditor.pipeline.sysnoise.sweep import Trial
 from auditor.records.sysnoise import SysnoiseEffect, SysnoiseType
 
 

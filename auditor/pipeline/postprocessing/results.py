@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from auditor.pipeline.heads import activated, candidates, misdescribed, output
-from auditor.pipeline.masks import enlarged
-from auditor.pipeline.post import several
+from auditor.pipeline.postprocessing.heads import activated, candidates, misdescribed, output
+from auditor.pipeline.postprocessing.masks import enlarged
+from auditor.pipeline.postprocessing.post import several
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from auditor.pipeline.post import Post
-    from auditor.pipeline.stages import Placement
+    from auditor.pipeline.postprocessing.post import Post
+    from auditor.pipeline.preprocessing.stages import Placement
     from auditor.ports import Array, Arrays
 
 NAME = "result"  # under which the result stands among outputs

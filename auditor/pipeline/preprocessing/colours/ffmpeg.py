@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from auditor.pipeline.libraries import Conversion
+from auditor.pipeline.preprocessing.libraries import Conversion
 from auditor.ports import Array
 
 _SPACE = {"bt601": "ITU601", "bt709": "ITU709"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 if TYPE_CHECKING:
-    from auditor.pipeline.stages import Placement
+    from auditor.pipeline.preprocessing.stages import Placement
     from auditor.ports import Array
 
 Enlarger = Literal["none", "opencv", "pillow", "torch"]

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from auditor.pipeline.libraries import PhotoError
+from auditor.pipeline.preprocessing.libraries import PhotoError
 from auditor.ports import Array
 
 
