@@ -22,6 +22,7 @@ from auditor.fixes._bench import Attempt, Bench, Change
 from auditor.ports import Keeping
 from auditor.records.backend import Provenance
 from auditor.records.fix import FixReport
+from auditor.records.report import severity_of_output
 from auditor.subject import model_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def fix(
         report: the audit's report.
         backend: its part about the backend to fix.
         options: the options of that audit.
-        limit: relative L2 of the outputs; None for a tenth of what it is, or for ``COMPARABLE``.
+        limit: relative L2 of the outputs; None for a tenth of what it is, or for ``COMPARABLE``;
+            nothing is built where the report has nothing against the backend.
         folder: for the files that are made, the chosen one among them.
         progress: told what is being done.
         form: the ending of the file to make; of the changes within the limit those that make one
@@ -84,6 +86,11 @@ def fix(
         )
     model = model_of(report, options)
     found = [f for f in report.findings if f.backend == backend.id]
+    apart = max(o.distance.relative_l2 for o in backend.outputs)
+    levels = [severity_of_output(backend, o) for o in backend.outputs]
+    if limit is None and not found and set(levels) == {"info"}:
+        note = "The report has nothing against it: name what to reach with --to or a tolerance."
+        return Fixing(FixReport(backend.id, apart, apart, (), None, None, (note,)), None)
     with Bench(model, spec, replace(options, traces=()), folder, progress) as bench:
         search = _Search(backend, found, bench, limit, form)
         notes = tuple(_otherwise(backend.provenance, bench.built))

@@ -282,8 +282,8 @@ def _check_finite(index: int, arrays: Arrays, columns: list[_Column]) -> None:
         bad = int(np.count_nonzero(~np.isfinite(array)))
         if bad:
             raise UsageError(
-                f"input `{column.spec.name}` of sample {index} has {bad} values that are NaN or "
-                "infinite",
+                f"input `{column.spec.name}` of sample {index} is NaN or infinite at {bad} of "
+                f"{array.size} elements",
                 "Fix the recording, or use --allow-nonfinite to audit how such values are handled.",
             )
 

@@ -168,6 +168,7 @@ BAD_ARGUMENTS = [
     (["--format", "jsn"], "no report format `jsn`", "Did you mean `json`?"),
     (["--shape", "x:1x0"], "--shape `x:1x0`", "1x3x224x224"),
     (["--shape", "z:1x4"], "`z`, which is not an input", "`x` (float32, nx4)"),
+    (["--option", "ov.X=1", "--backends", "ort"], "no audited backend `ov`", "Audited: ort"),
     (["--shape", "x:1x5"], "dimension 1 is fixed at 4", "symbolic"),
     (["--option", "ort.level"], "ID.KEY=VALUE", "--option"),
     (["--option", "ov.X=1"], "`ov`", "ort"),

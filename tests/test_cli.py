@@ -178,6 +178,12 @@ def test_options_may_come_first_and_the_verb_may_be_written(audit: Audit, model:
     assert one["backends"][0]["outputs"] == other["backends"][0]["outputs"]
 
 
+def test_options_without_a_model_are_told_that_it_is_missing(audit: Audit) -> None:
+    """``--backends`` is no misspelt ``backends``."""
+    done = audit("--backends", "ort")
+    assert done.returncode == 2 and "Missing argument 'MODEL'" in done.stderr, done.stderr
+
+
 def test_the_kind_of_an_output_can_be_stated(audit: Audit, model: str) -> None:
     stated = audit(
         *(model, "--backends", "ort", "--candidate", "wrong.onnx", "--format", "json"),

@@ -326,6 +326,18 @@ def test_neighbours_in_single_precision_hand_it_over(tmp_path: Path) -> None:
     assert kinds[kinds.index("Mul") + 1 :].count("Cast") <= 2 and "Div" in kinds
 
 
+def test_nothing_is_built_where_the_report_has_nothing_against_it(tmp_path: Path) -> None:
+    """A tenth of what rounding does is no aim; nothing reaches it, which is no failure."""
+    x = np.ones((1, 3, 8, 8), np.float32)
+    path, report = tmp_path / "tanh.onnx", tmp_path / "tanh.json"
+    model = model_of(helper.make_node("Tanh", ["x"], ["y"]), {"x": x})
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    assert audit(path, "--backends", "ort", "-o", report).returncode == 0
+    done = audit("fix", report)
+    assert done.returncode == 0 and "nothing against it" in done.stdout, done.stdout
+    assert "nothing: it is within the limit as it is" in done.stdout
+
+
 def test_a_limit_that_nothing_reaches_is_said(tmp_path: Path) -> None:
     """OpenVINO's exponential of NaN is infinite in whatever operator set it is written."""
     x = np.array([np.nan, 1], np.float32)

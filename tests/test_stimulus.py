@@ -183,6 +183,28 @@ def test_arrays_that_do_not_fit(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("declared", "given", "order"),
+    [
+        (("n", 3, "h", "w"), (2, 8, 9, 3), "(0, 3, 1, 2)"),
+        ((1, 8, 9, 3), (1, 3, 8, 9), "(0, 2, 3, 1)"),
+        ((1, 3, 8, 9), (1, 4, 8, 9), "leaves open"),
+        ((1, 3), (1, 4), "leaves open"),
+    ],
+)
+def test_channels_at_the_other_end_are_told(
+    load: Callable[..., models.Model],
+    tmp_path: Path,
+    declared: tuple[int | str, ...],
+    given: tuple[int, ...],
+    order: str,
+) -> None:
+    path = npz(tmp_path, {"x": np.zeros(given, np.float32)})
+    with pytest.raises(UsageError, match="is fixed at") as caught:
+        stimuli.load(load(x=(FLOAT, *declared)), path, 0, None, {})
+    assert caught.value.hint and order in caught.value.hint
+
+
 def test_half_precision_inputs_are_not_rounded_silently(
     load: Callable[..., models.Model], tmp_path: Path
 ) -> None:
@@ -194,7 +216,7 @@ def test_half_precision_inputs_are_not_rounded_silently(
 def test_bad_sample_is_named(load: Callable[..., models.Model], tmp_path: Path) -> None:
     x = np.zeros((3, 2), np.float32)
     x[2, 1] = np.nan
-    with pytest.raises(UsageError, match="`x` of sample 2 has 1 values"):
+    with pytest.raises(UsageError, match="`x` of sample 2 is NaN or infinite at 1 of 2 el"):
         stimuli.load(load(x=(FLOAT, 2)), npz(tmp_path, {"x": x}), 0, None, {})
 
 

@@ -28,7 +28,9 @@ class _Verbs(TyperGroup):
 
 
 def _check_verb(word: str, verbs: Collection[str]) -> None:
-    """Refuse a first word that is almost a verb, and neither a path nor a file."""
+    """Refuse a first word that is almost a verb, and neither a path, a file nor an option."""
+    if word.startswith("-"):
+        return
     close = difflib.get_close_matches(word, verbs, n=1, cutoff=0.7)
     if close and Path(word).name == word and not Path(word).suffix and not Path(word).exists():
         raise UsageError(

@@ -145,7 +145,7 @@ def engine_options(
                 f"--option `{text}` is not of the form ID.KEY=VALUE",
                 "Write it as in --option ov.INFERENCE_PRECISION_HINT=f32.",
             )
-        discovery.require(id, {spec.id for spec in specs}, "backend in this audit", "Audited")
+        discovery.require(id, {spec.id for spec in specs}, "audited backend", "Audited")
         options.setdefault(id, {})[key] = value
     return options
 

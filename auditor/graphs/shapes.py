@@ -76,7 +76,8 @@ def _bind(
             raise UsageError(
                 f"{origin} gives {shown(shape)} for input {spec}: dimension {axis} is fixed at "
                 f"{wanted}",
-                "Only symbolic dimensions can be chosen.",
+                _turned(shape, declared)
+                or "Only dimensions that the model leaves open (symbolic) can be chosen.",
             )
         if isinstance(wanted, str) and symbols.setdefault(wanted, got) != got:
             # Engines do not mind, and some exporters give unrelated dimensions one name.
@@ -84,6 +85,18 @@ def _bind(
                 f"input `{spec.name}`: dimension `{wanted}` is {got} here and "
                 f"{symbols[wanted]} elsewhere, though one name should mean one size"
             )
+
+
+def _turned(shape: Shape, declared: tuple[int | str | None, ...]) -> str:
+    """The hint for a shape that fits once its channels go to the other end; empty for others."""
+    if len(shape) < 3:
+        return ""
+    axes = tuple(range(len(shape)))
+    for order in ((0, axes[-1], *axes[1:-1]), (0, *axes[2:], 1)):
+        wants = zip(order, declared, strict=True)
+        if all(shape[axis] == wanted for axis, wanted in wants if isinstance(wanted, int)):
+            return f"The channels are at the other end: it fits with its axes as {order}."
+    return ""
 
 
 def _default_shape(spec: TensorSpec, symbols: dict[str, int], notes: list[str]) -> Shape:
