@@ -44,40 +44,70 @@ _DTYPES = {
 _FLOATS = ("bf16", "f16", "f32", "f64")  # from the narrowest mantissa to the widest
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Call:
+    """One call that a program makes; ``dtypes`` are those of its results."""
+
+    function: str
+    arguments: tuple[Any, ...]  # values and tuples of them
+    attributes: str
+    dtypes: tuple[str, ...]
+
+    @property
+    def results(self) -> tuple[_Value, ...]:
+        return tuple(_Value(self, index) for index in range(len(self.dtypes)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """A result of a call, by its index, or what no call makes, by what it is."""
+
+    made_by: _Call | None
+    which: Hashable
+
+
 class _Values:
     """Numbers the values of Relax programs: the same computation gets the same number.
 
     Two programs numbered by one instance can be compared, because ``FuseOps`` moves calls into
-    new functions but leaves what they call, their arguments and the constants as they are. A
-    computation that a program repeats is numbered once per time. The number of a tuple is the
-    Python tuple of its elements' numbers.
+    new functions but leaves what they call, their arguments and the constants as they are. It
+    does reorder them. A computation that a program repeats is therefore numbered once per time
+    in the order in which ``main``'s results ask for it, arguments first. The number of a tuple is
+    the Python tuple of its elements' numbers.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
-        self._arguments: dict[int, tuple[Any, ...]] = {}
+        self._arguments: dict[int, tuple[int, ...]] = {}
         self._dtypes: dict[int, str] = {}
-        self._times: Counter[Hashable] = Counter()
         self._used: set[int] = set()
 
     def program(self, module: Any) -> dict[Any, _Computed]:
         """Number what each variable bound in ``main`` holds."""
-        self._times.clear()
         main = module["main"]
         environment: dict[Any, Any] = {
-            parameter: self._number(("input", i)) for i, parameter in enumerate(main.params)
+            parameter: _Value(None, ("input", i)) for i, parameter in enumerate(main.params)
         }
-        computed = {}
+        calls: list[_Call] = []
+        own: dict[Any, list[_Call]] = {}  # the calls of each binding
         for binding in _bindings(main):
-            parts: list[int] = []
-            value = self._evaluate(binding.value, environment, module, parts)
-            environment[binding.var] = value
-            computed[binding.var] = _Computed(tuple(_flat(value)), tuple(parts))
-        return computed
+            first = len(calls)
+            environment[binding.var] = _evaluate(binding.value, environment, module, calls)
+            own[binding.var] = calls[first:]
+        values = [*_flat(_evaluate(main.body.body, environment, module, calls))]
+        values += (result for call in calls for result in call.results)  # some lead nowhere
+        numbers = self._numbered([*values, *_flat(tuple(environment.values()))])
+        return {
+            variable: _Computed(
+                tuple(numbers[value] for value in _flat(environment[variable])),
+                tuple(numbers[result] for call in made for result in call.results),
+            )
+            for variable, made in own.items()
+        }
 
     def arguments(self, number: int) -> Iterable[int]:
         """The numbers that a call's result was computed from; none if it is not a call's."""
-        return _flat(self._arguments.get(number, ()))
+        return self._arguments.get(number, ())
 
     def dtypes(self, numbers: Iterable[int]) -> set[str]:
         """The element types of those of the numbers that are tensors computed by calls."""
@@ -91,50 +121,74 @@ class _Values:
         """Whether a number stands for a call's result."""
         return number in self._arguments
 
+    def _numbered(self, values: Sequence[_Value]) -> dict[_Value, int]:
+        """Number values in their order, and before each what it is computed from."""
+        numbers: dict[_Value, int] = {}
+        times: Counter[Hashable] = Counter()
+        pending = [*reversed(values)]
+        while pending:
+            value = pending[-1]
+            call = value.made_by
+            if value not in numbers and call is not None:
+                operands = [*_flat(call.arguments)]
+                if missing := [operand for operand in operands if operand not in numbers]:
+                    pending += reversed(missing)
+                    continue
+                key = (call.function, _mapped(call.arguments, numbers), call.attributes)
+                times[key] += 1
+                taken = tuple(numbers[operand] for operand in operands)
+                self._used.update(taken)
+                for result, dtype in zip(call.results, call.dtypes, strict=True):
+                    number = self._number((key, times[key], result.which))
+                    self._arguments[number] = taken
+                    self._dtypes[number] = dtype
+                    numbers[result] = number
+            elif value not in numbers:
+                numbers[value] = self._number(value.which)
+            pending.pop()
+        return numbers
+
     def _number(self, key: Hashable) -> int:
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def _evaluate(
-        self, expression: Any, environment: dict[Any, Any], module: Any, parts: list[int]
-    ) -> Any:
-        from tvm import ir, relax
 
-        if isinstance(expression, relax.Var) and expression in environment:
-            return environment[expression]
-        if isinstance(expression, relax.Tuple):
-            return tuple(
-                self._evaluate(field, environment, module, parts) for field in expression.fields
-            )
-        if isinstance(expression, relax.TupleGetItem):
-            value = self._evaluate(expression.tuple_value, environment, module, parts)
-            index = expression.index
-            return value[index] if isinstance(value, tuple) else self._number((value, index))
-        # Any other variable is a size that only a run tells.
-        if isinstance(expression, relax.ShapeExpr | ir.GlobalVar | relax.Var):
-            return self._number(str(expression))
-        if not isinstance(expression, ir.Call):
-            # Constants are the same objects in every program; anything else is only itself.
-            return self._number(expression)
-        arguments = tuple(
-            self._evaluate(argument, environment, module, parts) for argument in expression.args
-        )
-        if isinstance(expression.op, ir.GlobalVar):
-            function = module[expression.op]
-            local = dict(zip(function.params, arguments, strict=True))
-            for binding in _bindings(function):
-                local[binding.var] = self._evaluate(binding.value, local, module, parts)
-            return self._evaluate(function.body.body, local, module, parts)
-        call = (_callee(expression), arguments, str(expression.attrs))
-        self._times[call] += 1
-        self._used.update(_flat(arguments))
-        numbers = []
-        for index, ty in enumerate(_fields(expression.ty)):
-            number = self._number((call, self._times[call], index))
-            self._arguments[number] = arguments
-            self._dtypes[number] = _dtype(ty)
-            numbers.append(number)
-        parts.extend(numbers)
-        return tuple(numbers) if isinstance(expression.ty, relax.TupleType) else numbers[0]
+def _evaluate(expression: Any, environment: dict[Any, Any], module: Any, calls: list[_Call]) -> Any:
+    """The value of an expression or the tuple of its elements' values; adds the calls it makes.
+
+    Those of the module's own functions are made in their place.
+    """
+    from tvm import ir, relax
+
+    def evaluated(part: Any) -> Any:
+        return _evaluate(part, environment, module, calls)
+
+    if isinstance(expression, relax.Var) and expression in environment:
+        return environment[expression]
+    if isinstance(expression, relax.Tuple):
+        return tuple(map(evaluated, expression.fields))
+    if isinstance(expression, relax.TupleGetItem):
+        value = evaluated(expression.tuple_value)
+        index = expression.index
+        if isinstance(value, tuple):
+            return value[index]
+        return _Value(_Call("element", (value,), str(index), ("",)), 0)
+    # Any other variable is a size that only a run tells.
+    if isinstance(expression, relax.ShapeExpr | ir.GlobalVar | relax.Var):
+        return _Value(None, str(expression))
+    if not isinstance(expression, ir.Call):
+        # Constants are the same objects in every program; anything else is only itself.
+        return _Value(None, expression)
+    arguments = tuple(map(evaluated, expression.args))
+    if isinstance(expression.op, ir.GlobalVar):
+        function = module[expression.op]
+        local = dict(zip(function.params, arguments, strict=True))
+        for binding in _bindings(function):
+            local[binding.var] = _evaluate(binding.value, local, module, calls)
+        return _evaluate(function.body.body, local, module, calls)
+    dtypes = tuple(map(_dtype, _fields(expression.ty)))
+    call = _Call(_callee(expression), arguments, str(expression.attrs), dtypes)
+    calls.append(call)
+    return call.results if isinstance(expression.ty, relax.TupleType) else call.results[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +221,13 @@ def _dtype(ty: Any) -> str:
     return _DTYPES.get(dtype, dtype)
 
 
-def _flat(value: Any) -> Iterator[int]:
+def _mapped(value: Any, numbers: Mapping[_Value, int]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_mapped(part, numbers) for part in value)
+    return numbers[value]
+
+
+def _flat(value: Any) -> Iterator[Any]:
     if isinstance(value, tuple):
         for part in value:
             yield from _flat(part)

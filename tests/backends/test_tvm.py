@@ -334,6 +334,34 @@ def test_repeated_computations_keep_their_own_names(tmp_path: Path) -> None:
     assert {"a", "b", "y"} <= capture.tensors.keys()
 
 
+def test_computations_that_fusion_reorders_keep_their_names(tmp_path: Path) -> None:
+    """Of masks that a decoder's layers compute alike, the last layer's may come first in the file.
+
+    Fusion moves each to where it is used: the first layer's kernel then computes it first, and all
+    behind it was lost.
+    """
+    first, second = weights((8, 8), (8, 8))
+    nodes = [
+        node("Exp", ["x"], ["e2"]),
+        node("Neg", ["e2"], ["mask2"]),
+        node("Exp", ["x"], ["e1"]),
+        node("Neg", ["e1"], ["mask1"]),
+        node("MatMul", ["x", "w1"], ["p1"]),
+        node("Add", ["p1", "mask1"], ["a1"]),
+        node("MatMul", ["a1", "w2"], ["p2"]),
+        node("Add", ["p2", "mask2"], ["y"]),
+    ]
+    constants = {"w1": first, "w2": second}
+    path = save(tmp_path / "masks.onnx", nodes, {"x": (4, 8)}, ["y"], constants)
+    built = build(path, ROWS)
+    capture = assert_true_captures(path, built, ROWS)
+    assert {"a1", "y"} <= capture.tensors.keys()
+    assert not built.instrument(ROWS).skipped
+    assert [kernel.nodes for kernel in built.provenance.kernels if kernel.outputs == ("a1",)] == [
+        ("e1", "mask1", "p1", "a1")
+    ]
+
+
 def test_a_sequence_is_no_tensor_and_a_size_may_be_unknown(tmp_path: Path) -> None:
     nodes = [
         node("NonZero", ["x"], ["places"]),
