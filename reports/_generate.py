@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from reports import _words as words
 from reports._codec import document
-from reports._page import Column, Page, Row, Span, right, tag
+from reports._page import Column, Page, Row, Span, right, tag, unobserved
 
 if TYPE_CHECKING:
     from auditor.records.generation import (
@@ -107,6 +107,8 @@ def _draw(
         _draw_carried(page, part, part.carried, told)
     causes = shares(part.categories, part.unexplained_share)
     page.say(Span(causes), label=tag("causes", 11))
+    for said in unobserved(part.fidelity, page.width // 2):
+        page.say(Span(said), label=tag("gap", 11))
     if part.gap is not None:
         page.say(Span(part.gap.reason, "yellow"), label=tag("gap", 11))
     _draw_steps(page, part, told)

@@ -15,11 +15,14 @@ from reports import _words as words
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from auditor.records.measured import FidelityProof
+
 
 DEFAULT_WIDTH = 100
 _NARROWEST = 40
 NARROWEST_NAME = 8
 TAG = 15
+_MOST_NAMES = 3
 
 COLORS: dict[str, str] = {
     "critical": "bold red",
@@ -196,6 +199,17 @@ def _widths(columns: Sequence[Column], rows: Sequence[Row]) -> dict[int, int]:
 
 def _total(widths: Mapping[int, int]) -> int:
     return sum(widths.values()) + 2 * (len(widths) - 1)
+
+
+def unobserved(proof: FidelityProof | None, room: int) -> list[str]:
+    """What was not observed: a sentence for each reason, with some names of so many columns."""
+    said = []
+    for reason, tensors in words.by_reason(proof.skipped).items() if proof else ():
+        names = ", ".join(elide(tensor, room) for tensor in tensors[:_MOST_NAMES])
+        more = f" and {len(tensors) - _MOST_NAMES} more" if len(tensors) > _MOST_NAMES else ""
+        of = f"{len(tensors)} of {proof.candidates if proof else 0} tensors not observed"
+        said.append(f"{of} ({names}{more}): {reason}")
+    return said
 
 
 def elide(text: str, room: int) -> str:

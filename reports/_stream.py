@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from reports import _words as words
 from reports._codec import document
 from reports._generate import grown, shares
-from reports._page import Column, Page, Row, Span, right, tag
+from reports._page import Column, Page, Row, Span, right, tag, unobserved
 
 if TYPE_CHECKING:
     from auditor.records.stream import Streamed, StreamReport, StreamStep
@@ -78,6 +78,8 @@ def _draw(page: Page, part: Streamed, output: str) -> None:
     )
     causes = shares(part.categories, part.unexplained_share)
     page.say(Span(f"of its own: {causes}"), label=tag("causes", 11))
+    for said in unobserved(part.fidelity, page.width // 2):
+        page.say(Span(said), label=tag("gap", 11))
     if part.gap is not None:
         page.say(Span(part.gap.reason, "yellow"), label=tag("gap", 11))
     page.blank()

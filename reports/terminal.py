@@ -28,6 +28,7 @@ from reports._page import (
     name_nodes,
     right,
     tag,
+    unobserved,
     width_of,
 )
 
@@ -47,7 +48,6 @@ TOP = 10  # offenders shown; the JSON report has all of them
 _MEDIUM = 110  # from here an offender's figures, cause and segment share one line
 _MOST_OUTPUTS = 4
 
-_MOST_NAMES = 3
 _MOST_RULES = 8
 _REASON = 600  # characters of an engine's message or note shown; the JSON report has all of it
 _CONCLUSIONS = {"confirmed": "green", "contradicted": "yellow", "failed": "yellow"}
@@ -458,15 +458,8 @@ def _draw_gaps(page: Page, report: AuditReport) -> None:
     for gap in report.gaps:
         _draw_gap(page, gap)
     for who, proof in skipped:
-        for reason, tensors in words.by_reason(proof.skipped).items():
-            names = ", ".join(elide(t, page.width // 2) for t in tensors[:_MOST_NAMES])
-            more = f" and {len(tensors) - _MOST_NAMES} more" if len(tensors) > _MOST_NAMES else ""
-            page.say(
-                Span(f"{len(tensors)} of {proof.candidates} tensors not observed"),
-                Span(f" ({names}{more}): {reason}"),
-                label=Span(f"{who}  ", "bold"),
-                begin=9,
-            )
+        for said in unobserved(proof, page.width // 2):
+            page.say(Span(said), label=Span(f"{who}  ", "bold"), begin=9)
 
 
 def _draw_gap(page: Page, gap: Gap) -> None:

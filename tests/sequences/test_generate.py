@@ -16,6 +16,7 @@ from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Graph
 from auditor.ports import Silent
+from auditor.records.backend import Skipped
 from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
 from auditor.sequences import generate, rerun
@@ -133,6 +134,11 @@ def test_caches_are_fed_back_to_each_backend(path: Path, tmp_path: Path) -> None
     # In steps with caches and in one run with padding, the reference writes the same.
     assert written(path, tmp_path).text == report.text
     assert ort.first is None and ort.text == report.text
+    # What was not observed is said, with the reason.
+    assert ort.fidelity is not None
+    proof = replace(ort.fidelity, candidates=9, skipped=(Skipped("t", "out of sight"),))
+    hidden = replace(report, backends=(replace(ort, fidelity=proof),))
+    assert "1 of 9 tensors not observed (t): out of sight" in table.render(hidden, 100, False)
     assert all((step.caches or 0) < 1e-5 for step in ort.steps)
 
 

@@ -16,6 +16,7 @@ from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.ports import Silent
+from auditor.records.backend import Skipped
 from auditor.sequences import streaming
 from auditor.sequences.runs import Harness
 from auditor.sequences.streaming import Asked
@@ -110,7 +111,12 @@ def test_each_side_keeps_its_own_states(
         heard = np.trunc(np.concatenate([np.zeros(4), sound])) / 2**15
         at = narrow.looked * 12
         assert np.allclose(step["sound"][0], heard[at : at + 16], atol=1e-7)
-    assert f"step {narrow.looked}" in table.render(report, 100, False)
+    assert narrow.fidelity is not None
+    proof = replace(narrow.fidelity, candidates=9, skipped=(Skipped("t", "out of sight"),))
+    hidden = replace(report, backends=(replace(narrow, fidelity=proof),))
+    said = table.render(hidden, 100, False)
+    assert f"step {narrow.looked}" in said
+    assert "1 of 9 tensors not observed (t): out of sight" in said
     assert '"introduced"' in table.render_json(report)
 
 
