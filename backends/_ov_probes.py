@@ -51,6 +51,7 @@ class Probing:
         self._feeds = feeds
         self._expected, _ = plain.capture(plain.session, (), feeds)
         self._doubts = _DOUBTS
+        self._changing: dict[frozenset[object], Trial] = {}  # what was compiled in vain
 
     def observe(self) -> Trial:
         """Compile with as many probes as leave the program unchanged.
@@ -82,11 +83,20 @@ class Probing:
         return self._as_read(trial, lost)
 
     def _shrink(self, kept: Sequence[Candidate]) -> Trial:
-        """Leave out of ``kept`` what changes the program."""
+        """Leave out of ``kept`` what changes the program.
+
+        Where it was moved to, it is observed along with the rest: a compilation of its own would
+        cost as much as any. What may do harm there is left out first, and tried again in the end.
+        """
+        moved: list[Candidate] = []
         for _ in range(_RETRIES):
-            trial = self._try(kept)
+            trial = self._try((*kept, *moved))
             if trial.proved:
                 return trial
+            harmless = self._outside(moved, trial.suspects)
+            if len(harmless) < len(moved):
+                moved = harmless
+                continue
             suspects = self._with_sums(trial.suspects)
             for _ in range(_RINGS):
                 if any(c.maker in suspects for c in kept):
@@ -94,7 +104,10 @@ class Probing:
                 suspects = self._around(suspects)
             fewer = [c for c in kept if c.maker not in suspects]
             if len(fewer) in (0, len(kept)):
-                break
+                if not moved:
+                    break
+                moved, fewer = [], [*kept]
+            moved += [m for c in kept if c.maker in suspects and (m := self._moved(c))]
             kept = fewer
         return self._bisect(kept)
 
@@ -105,7 +118,7 @@ class Probing:
         what lies between them is nowhere in the program.
         """
         moved = {c: later for c in lost if (later := self._moved(c))}
-        more = self._with(trial, list(moved.values()))
+        more = self._with(trial, [c for c in moved.values() if c not in trial.probes])
         return replace(more, shown=frozenset(c for c in moved if moved[c] in more.probes))
 
     def _with(self, trial: Trial, more: Sequence[Candidate]) -> Trial:
@@ -114,13 +127,17 @@ class Probing:
             wider = self._try((*trial.probes, *more))
             if wider.proved:
                 return wider
-            kernels = (frozenset(k.operations) for k in self._program.kernels())
-            lost = frozenset[int]().union(*(k for k in kernels if k & wider.suspects))
-            fewer = [c for c in more if c.maker not in lost]
+            fewer = self._outside(more, wider.suspects)
             if len(fewer) in (0, len(more)):
                 break
             more = fewer
         return trial
+
+    def _outside(self, probes: Sequence[Candidate], suspects: frozenset[int]) -> list[Candidate]:
+        """Those that no kernel makes which also makes what is suspected."""
+        kernels = (frozenset(k.operations) for k in self._program.kernels())
+        lost = frozenset[int]().union(*(k for k in kernels if k & suspects))
+        return [c for c in probes if c.maker not in lost]
 
     def _moved(self, candidate: Candidate) -> Candidate | None:
         """The last tensor that a candidate only was moved to, and that the program holds.
@@ -280,6 +297,9 @@ class Probing:
         """Compile with ``probes``, and compare with the plain program and its outputs."""
         if not probes:
             return Trial(self._plain.session, proved=True)
+        asked = frozenset((c.written, c.precision, c.narrow, c.lifted, c.convolved) for c in probes)
+        if asked in self._changing:
+            return self._changing[asked]
         model, ops = self._source.clone()
         # The engine numbers operations from the last Result on and fuses in that order: before the
         # model's own, probes leave it as it is.
@@ -296,7 +316,9 @@ class Probing:
         expected, made = (p.fingerprint(results) for p in (self._program, program))
         if made != expected:
             # Not its session: the next one would be compiled beside it.
-            return Trial(self._plain.session, tuple(probes), self._suspects(program, probes))
+            trial = Trial(self._plain.session, tuple(probes), self._suspects(program, probes))
+            self._changing[asked] = trial
+            return trial
         proved = self._same(session, probes)
         if not proved and self._doubts:
             self._doubts -= 1
