@@ -176,7 +176,7 @@ class _Audit:
         model, compiled = subject.model, subject.compiled
         if compiled is not model:
             constants = artefact.changed(against.truth, compiled, subject.rename)
-            rounded = qdq.grids(compiled.proto.graph, compiled.weights, model.proto.graph)
+            rounded = qdq.grids(compiled.proto.graph, model.proto.graph)
             for analysis in analyses.values():
                 analysis.hold(constants, rounded, other_file=True)
         return analyses

@@ -17,7 +17,7 @@ from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.ports import Silent
 from auditor.records.report import AuditReport
-from tests.helpers import nodes_of
+from tests.helpers import nodes_of, onnx_model
 
 # Without quantisation nothing narrow is left, on a processor with bfloat16 either.
 MORE = {"ov": {"INFERENCE_PRECISION_HINT": "f32"}}
@@ -215,6 +215,41 @@ def test_a_name_before_the_limit_is_not_compared_with_what_is_behind(tmp_path: P
     (finding,) = report.findings
     assert (finding.nodes, finding.noise) == (("Relu → r",), "precision.int8")
     assert finding.explained == pytest.approx(1.0)
+
+
+def test_activations_with_a_scale_for_each_of_many_channels(tmp_path: Path) -> None:
+    """As NNCF quantises what a depthwise convolution reads; so many scales lie in the file."""
+    scales = np.linspace(0.01, 0.02, 300, dtype=np.float32)
+    model = onnx_model(
+        """(float[1, 300, 4] x) => (float[1, 300, 4] y) { r = Relu(x) q = QuantizeLinear<axis = 1>
+        (r, s, z) d = DequantizeLinear<axis = 1>(q, s, z) y = Neg(d) }""",
+        {"s": scales, "z": np.zeros(300, np.uint8)},
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    options = AuditOptions(backends=(BackendSpec("ort"),), threads=1, confirm=False)
+    report = audit(tmp_path / "m.onnx", options, noises=discovery.noises(), progress=Silent())
+    assert report.gaps == () and report.findings == ()
+    assert report.backends[0].segments
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
+def test_float_weights_that_openvino_quantises_by_their_range(tmp_path: Path) -> None:
+    """As NNCF leaves them; in the middle between two steps, another sum of roundings decides."""
+    scale = np.float32(0.00594925)
+    weights = (np.arange(-127, 127, dtype=np.float32) + np.float32(0.5)) * scale
+    model = onnx_model(
+        """(float[2, 254] x) => (float[2, 254] y)
+        { q = QuantizeLinear(w, s, z) d = DequantizeLinear(q, s, z) y = Mul(x, d) }""",
+        {"w": weights, "s": scale, "z": np.int8(0)},
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    options = AuditOptions(
+        backends=(BackendSpec("ov"),), options={"ov": MORE["ov"]}, threads=1, confirm=False
+    )
+    report = audit(tmp_path / "m.onnx", options, noises=discovery.noises(), progress=Silent())
+    (finding,) = report.findings
+    assert finding.noise == "precision.int8_requantisation" and finding.explained > 0.9999
+    assert any("quantised by their range" in line for line in finding.evidence)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")

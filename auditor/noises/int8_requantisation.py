@@ -52,6 +52,7 @@ _CUT = "results of QLinear operators are cut off to 8 bits and wrap around"
 _SUMS = "sums of two integers, each times its scale in steps of the result"
 _WIDE = "values are neither rounded to 16 bits nor limited to their range"
 _HALVES = "values are rounded to float16 on their way to float8"
+_RANGE = "float weights are quantised by their range: (x − low) · 255 / (high − low)"
 _STORED = "a real bias is stored in steps of the products' scale"
 _SPREAD = "signed integers are spread over 256 steps instead of 255, without their zero point"
 _TABLE = "softmax from a table of exponentials, times the whole part of 1 / scale"
@@ -86,6 +87,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     every = layout.roundings(constants=True).items()
     if wide := {index: rounding for index, rounding in every if not rounding[0].bytes}:
         yield Variant(_WIDE, _unrounded(layout, wide, limited=False))
+    if constants := _by_range(layout):
+        yield Variant(_RANGE, _with_constants(layout, constants))
     if biases := _biases(layout):
         yield Variant(_STORED, _with_biases(layout, biases))
     grids = {
@@ -211,6 +214,28 @@ def _by_float16(model: onnx.ModelProto) -> onnx.ModelProto | None:
         half = editor.cast(editor.add("Div", *node.input[:2]), TensorProto.FLOAT16)
         editor.cast(editor.cast(half, TensorProto.FLOAT), kinds[index], node.output[0])
     return editor.model if kinds else None
+
+
+def _by_range(layout: Layout) -> dict[int, Array]:
+    """Constants that quantising them by their range makes other integers of, by position."""
+    found = {}
+    for index, node in surgery.find(layout.model, ("QuantizeLinear",)):
+        made = layout.quantised(node, by_range=True)
+        if made is not None and (made != layout.quantised(node)).any():
+            found[index] = made
+    return found
+
+
+def _with_constants(layout: Layout, constants: Mapping[int, Array]) -> onnx.ModelProto:
+    """The segment with constants in place of these nodes."""
+    editor = Editor(layout.model)
+    for index, node in enumerate(layout.nodes):
+        if index in constants:
+            value = editor.constant(constants[index], constants[index].dtype)
+            editor.add("Identity", value, to=node.output[0])
+        else:
+            editor.copy(node)
+    return editor.model
 
 
 def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto:
@@ -450,6 +475,7 @@ NOISE = Cause(
         _CUT,
         _WIDE,
         _HALVES,
+        _RANGE,
         _STORED,
         "values that enter a sum are limited, not rounded",
         "sums of integers, stored bias, one rescaling in float32",

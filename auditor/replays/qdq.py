@@ -7,7 +7,7 @@ the limit; the value that it names in the model is the one behind the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import numpy as np
 import onnx
@@ -40,23 +40,18 @@ def original_names(quantised: onnx.GraphProto, before: onnx.GraphProto) -> dict[
     return names
 
 
-def grids(
-    quantised: onnx.GraphProto,
-    weights: Mapping[str, Array] | None = None,
-    before: onnx.GraphProto | None = None,
-) -> Arrays:
+def grids(quantised: onnx.GraphProto, before: onnx.GraphProto | None = None) -> Arrays:
     """To what each activation is rounded, by its name in the model before.
 
     Args:
         quantised: the graph.
-        weights: its detached initialisers (``auditor.graphs.weights``).
         before: the model before; what it rounds itself no quantiser chose.
 
     Returns:
         ``[3]`` for each QuantizeLinear with one scale: the smallest and the largest value, and how
         many there are.
     """
-    stored = {t.name: t for t in quantised.initializer}
+    stored = {t.name: t for t in quantised.initializer if math.prod(t.dims) == 1}
     nodes = before.node if before is not None else ()
     own = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
     found: Arrays = {}
@@ -65,9 +60,9 @@ def grids(
             continue
         if not all(n in stored for n in node.input[1:]):
             continue
-        values = [_value(stored[name], weights or {}) for name in node.input[1:]]
+        values = [numpy_helper.to_array(stored[name]) for name in node.input[1:]]
         scale, zero = values if len(values) > 1 else (*values, np.zeros((), np.uint8))
-        if scale.size == 1 and zero.dtype in (np.uint8, np.int8, np.uint16, np.int16):
+        if zero.dtype in (np.uint8, np.int8, np.uint16, np.int16):
             limits = np.iinfo(zero.dtype)
             ends = [(float(e) - zero.item()) * scale.item() for e in (limits.min, limits.max)]
             found[plain(node.input[0])] = np.array([*ends, 2.0 ** (8 * zero.dtype.itemsize)])
@@ -98,8 +93,3 @@ def plain(name: str) -> str:
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
     return name
-
-
-def _value(tensor: onnx.TensorProto, weights: Mapping[str, Array]) -> Array:
-    value: Array = weights[tensor.name] if tensor.name in weights else numpy_helper.to_array(tensor)
-    return value

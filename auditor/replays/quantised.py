@@ -208,6 +208,32 @@ class Layout:
                 found[index] = grid, readers
         return found
 
+    def quantised(self, node: onnx.NodeProto, *, by_range: bool = False) -> Array | None:
+        """The 8-bit integers that a QuantizeLinear makes of float constants; None of others.
+
+        Args:
+            node: the QuantizeLinear.
+            by_range: counted from the smallest real value on, in parts of the range, as OpenVINO's
+                FakeQuantize computes: what lies in the middle between two steps may go elsewhere.
+        """
+        values, scale = self.constant(node.input[0]), self.constant(node.input[1])
+        zero = self.constant(node.input[2]) if len(node.input) > 2 else np.zeros((), np.uint8)
+        if values is None or values.dtype != np.float32 or scale is None or zero is None:
+            return None
+        if zero.dtype not in (np.uint8, np.int8) or scale.dtype != np.float32 or scale.ndim > 1:
+            return None
+        shape = [1] * values.ndim
+        if scale.size > 1:
+            shape[surgery.attributes(node).get("axis", 1)] = -1
+        grid = Grid(scale.reshape(shape), zero.reshape(shape), zero.dtype)
+        least, most = grid.ends()
+        if by_range:
+            low, high = grid.limits()
+            integers = np.rint((values - low) / (high - low) * np.float32(most - least)) + least
+        else:
+            integers = np.rint(values / grid.scale) + zero.reshape(shape).astype(np.float32)
+        return np.asarray(np.clip(integers, least, most), zero.dtype)
+
     def into_sums(self, kernels: Sequence[Kernel]) -> Roundings:
         """Those roundings between an operator and the sum that an engine fuses it with.
 
@@ -299,8 +325,9 @@ class Layout:
         values = self.constant(node.input[0])
         if scale is None or scale.ndim > 1 or surgery.attributes(node).get("block_size", 0):
             return None
-        if values is None:
-            values = self._quantised(node.input[0], scale, zero, axis)
+        made = self.source(node.input[0])
+        if values is None and made is not None and made.op_type == "QuantizeLinear":
+            values = self.quantised(made)
         if values is None or values.dtype not in (np.uint8, np.int8):
             return None
         zero = np.zeros(1, values.dtype) if zero is None else zero
@@ -326,21 +353,6 @@ class Layout:
         shape = [-1 if i == axis else 1 for i in range(values.ndim)]
         integers = np.rint(values / scale.reshape(shape)).astype(np.int8)
         return integers, scale, np.zeros(1, np.int8), axis
-
-    def _quantised(self, name: str, scale: Array, zero: Array | None, axis: int) -> Array | None:
-        """Integers of float weights that the model itself quantises."""
-        node = self.source(name)
-        if node is None or node.op_type != "QuantizeLinear" or zero is None:
-            return None
-        values = self.constant(node.input[0])
-        if values is None or zero.dtype not in (np.uint8, np.int8):
-            return None
-        shape = [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)]
-        if scale.size == 1:
-            shape = [1] * values.ndim
-        limits = np.iinfo(zero.dtype)
-        integers = np.rint(values / scale.reshape(shape)) + zero.reshape(shape).astype(np.float32)
-        return np.asarray(np.clip(integers, limits.min, limits.max), zero.dtype)
 
     def _stored_bias(self, name: str) -> tuple[Array | None, Array | None]:
         node = self.source(name)
