@@ -99,7 +99,7 @@ class Options:
             if self.provider != _ort_providers.CPU:
                 options.add_session_config_entry(_ort_providers.RECORD, "1")
             providers = _ort_providers.listed(self.provider, self.provider_options)
-            source = model if isinstance(model, bytes) else str(model)
+            source = model if isinstance(model, bytes) else _openable(model)
             session = ort.InferenceSession(source, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise _refusal(error, stage) from error
@@ -112,6 +112,15 @@ class Options:
         special = {f"{_ort_providers.OPTION}{k}": v for k, v in self.provider_options.items()}
         libraries = {"custom_ops": " ".join(map(str, self.custom_ops))} if self.custom_ops else {}
         return {"level": self.level, **threads, **self.config, **special, **libraries}
+
+
+def _openable(model: Path) -> str | bytes:
+    """A path that ONNX Runtime can open, else what the file holds: it takes paths in UTF-8 only."""
+    try:
+        str(model).encode()
+    except UnicodeEncodeError:
+        return model.read_bytes()
+    return str(model)
 
 
 def run(session: Any, names: list[str], feeds: Mapping[str, Array]) -> Arrays:

@@ -143,12 +143,21 @@ def write(path: Path, text: str) -> None:
 
 
 def emit(text: str) -> None:
-    """Write a report to standard output; a reader that has left (``| head``) is no error."""
+    """Write a report to standard output; a reader that has left (``| head``) is no error.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise UsageError(
+                f"cannot write to standard output: {error.strerror}",
+                "Free some space where it goes, or write the report with -o FILE.",
+            ) from error
 
 
 def screen() -> tuple[int | None, bool]:

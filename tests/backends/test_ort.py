@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,15 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def needs_nchwc(built: Build) -> None:
     if not any("nchwc" in k.primitive for k in built.provenance.kernels):
         pytest.skip("this CPU has no NCHWc kernels in ONNX Runtime")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are not bytes here")
+def test_a_file_whose_name_is_not_utf8_is_compiled(tmp_path: Path) -> None:
+    plain = small_net(tmp_path / "net.onnx")
+    odd = plain.rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/net\xff.onnx")))
+    built = build(odd, tmp_path)
+    assert built.instrument(X).probes
+    assert built.run(X).keys() == {"y"}
 
 
 def test_is_available_with_version_and_processor() -> None:
