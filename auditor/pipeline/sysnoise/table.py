@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,9 +33,7 @@ from auditor.pipeline.sysnoise.figures import Figures
 from auditor.pipeline.sysnoise.networks import Networks
 from auditor.pipeline.sysnoise.sweep import BASE, Read, Sweep, Table, Trial
 from auditor.records.backend import Gap
-from auditor.records.sysnoise import (
-    SysnoiseReport,
-)
+from auditor.records.sysnoise import SysnoiseReport, SysnoiseType
 
 if TYPE_CHECKING:
     from auditor.graphs.model import Model
@@ -48,6 +46,60 @@ if TYPE_CHECKING:
     from auditor.records.terms import OutputKind
 
 _DEPLOYMENT = "deployment"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is measured, as the first photograph shows it.
+
+    Attributes:
+        model, description, photos: as of ``sysnoise``.
+        nets: the network and its forms.
+        read: which output is read, as what, and how labels judge it.
+        base: the training side, which everything is compared with.
+        deployed: the deployment side as a whole; None where it is the training side.
+        choices: the options to switch, before, inside and behind the network.
+        values: what the network makes of the first photograph, by name.
+        gaps: options that cannot be switched here.
+    """
+
+    model: Model
+    description: Description
+    photos: Photos
+    nets: Networks
+    read: Read
+    base: Trial
+    deployed: Trial | None
+    choices: tuple[Choice, ...]
+    values: Arrays
+    gaps: tuple[Gap, ...]
+
+    @property
+    def alone(self) -> list[Trial]:
+        """The training side, each option switched alone, and the deployment side."""
+        switched = (trial_of([choice], self.base) for choice in self.choices)
+        return [self.base, *switched, *((self.deployed,) if self.deployed else ())]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What was measured.
+
+    Attributes:
+        table: what every option alone did, by photograph.
+        alone: the figures of that.
+        types: the effects by type, the largest first.
+        worst: the worst option of each type, in the order of execution.
+        joined: which of these were put together.
+        together: the figures of that.
+    """
+
+    table: Table
+    alone: Figures
+    types: tuple[SysnoiseType, ...]
+    worst: list[Choice]
+    joined: list[tuple[Choice, ...]]
+    together: Figures
 
 
 def sysnoise(
@@ -77,88 +129,138 @@ def sysnoise(
         UsageError: no photograph can be used, the network does not take the pipeline's tensor, or
             its result is not what the task needs.
     """
-    clock = [time.perf_counter()]
-    training = description.training
+    clock, processor = [time.perf_counter()], time.process_time()
+    plan = _plan(model, description, photos, noises, task, progress)
+    clock.append(time.perf_counter())
+    checkpoint = Checkpoint(keep, _key(plan))
+    finished = False
+    try:
+        sweep = Sweep(
+            photos, plan.nets, plan.read, checkpoint, threads or os.cpu_count() or 1, progress
+        )
+        table = _switched_alone(sweep, plan)
+        clock.append(time.perf_counter())
+        measured = _put_together(sweep, plan, table)
+        clock.append(time.perf_counter())
+        finished = True
+    finally:
+        checkpoint.close(finished=finished)
+    seconds = dict(zip(("prepare", "alone", "together"), np.diff(clock).tolist(), strict=True))
+    seconds["network, all threads"] = sweep.network_seconds
+    seconds["processor, all threads"] = time.process_time() - processor
+    return _report(plan, measured, sweep, checkpoint.reused, seconds)
+
+
+def _plan(
+    model: Model,
+    description: Description,
+    photos: Photos,
+    noises: Sequence[Noise],
+    task: str | None,
+    progress: Progress,
+) -> _Plan:
+    """Decide what to measure; the arguments are those of ``sysnoise``.
+
+    Raises:
+        UsageError: no photograph can be used, or the description does not fit the network.
+    """
+    training, post = description.training, description.training_post
     first = _first(photos, training)
     tensor = first.tensor(training)
     nets = Networks(model, noises, tensor, progress)
     switches, gaps = options.switches(training)  # loads the libraries
-    clock.append(time.perf_counter())
-    processor = time.process_time()
     values = nets.run((), tensor)
-    if description.training_post is not None:  # or the description does not fit the network
-        values = result(values, description.training_post, first.place(training))
-    read = _read(values, description.training_post, task, model, labelled=bool(photos.labels))
-    after = options.post_switches(description.training_post)
-    choices = [
-        *(Choice(s.type, s.type, s.name, s.tool, s) for s in switches),
-        *(Choice(f.noise, f.group, f.variant, "simulated", f) for f in nets.forms),
-        *(Choice(s.type, s.type, s.name, s.tool, s) for s in after),
-    ]
-    base = Trial(BASE, training, post=description.training_post)
-    trials = [base, *(trial_of([choice], base) for choice in choices)]
+    if post is not None:
+        values = result(values, post, first.place(training))
+    base = Trial(BASE, training, post=post)
     deployed = Trial(_DEPLOYMENT, description.deployment, post=description.deployment_post)
-    differs = replace(deployed, name=BASE) != base
-    if differs:
-        trials.append(deployed)
-    checkpoint = Checkpoint(keep, _key(model, description, choices, read))
-    finished = False
-    try:
-        sweep = Sweep(photos, nets, read, checkpoint, threads or os.cpu_count() or 1, progress)
-        if read.task is not None and read.task.gallery:
-            sweep.collect(base)
-        alone = sweep.run(trials)
-        if len(alone.failed) == len(photos.names):
-            raise UsageError(
-                f"no photograph can be used of {len(photos.names)}: {alone.failed[0]}",
-                "The training side's decoder must be able to read them.",
-            )
-        clock.append(time.perf_counter())
-        measured = Figures(alone, photos, read)
-        types = measured.types(choices)
-        worst = worst_of(choices, types)
-        joined = together(worst, nets)
-        both = sweep.run([base, *(trial_of(c, base) for c in joined)])
-        clock.append(time.perf_counter())
-        joint = Figures(both, photos, read, measured)
-        finished = True
-    finally:
-        checkpoint.close(finished=finished)
-    steps = {group: joint.step(group) for group in (*((c,) for c in worst), *joined)}
+    return _Plan(
+        model,
+        description,
+        photos,
+        nets,
+        _read(values, post, task, model, labelled=bool(photos.labels)),
+        base,
+        deployed if replace(deployed, name=BASE) != base else None,
+        (
+            *(Choice(s.type, s.type, s.name, s.tool, s) for s in switches),
+            *(Choice(f.noise, f.group, f.variant, "simulated", f) for f in nets.forms),
+            *(Choice(s.type, s.type, s.name, s.tool, s) for s in options.post_switches(post)),
+        ),
+        values,
+        tuple(gaps),
+    )
+
+
+def _switched_alone(sweep: Sweep, plan: _Plan) -> Table:
+    """Measure every option alone.
+
+    Raises:
+        UsageError: no photograph can be used.
+    """
+    if plan.read.task is not None and plan.read.task.gallery:
+        sweep.collect(plan.base)
+    table = sweep.run(plan.alone)
+    photos = plan.photos.names
+    if len(table.failed) == len(photos):
+        raise UsageError(
+            f"no photograph can be used of {len(photos)}: {table.failed[0]}",
+            "The training side's decoder must be able to read them.",
+        )
+    return table
+
+
+def _put_together(sweep: Sweep, plan: _Plan, table: Table) -> _Measured:
+    """Measure the worst options in pairs and all together."""
+    alone = Figures(table, plan.photos, plan.read)
+    types = alone.types(plan.choices)
+    worst = worst_of(plan.choices, types)
+    joined = together(worst, plan.nets)
+    both = sweep.run([plan.base, *(trial_of(c, plan.base) for c in joined)])
+    return _Measured(
+        table, alone, types, worst, joined, Figures(both, plan.photos, plan.read, alone)
+    )
+
+
+def _report(
+    plan: _Plan, measured: _Measured, sweep: Sweep, reused: int, seconds: dict[str, float]
+) -> SysnoiseReport:
+    """The table; ``reused``: photographs that were measured before an interruption."""
+    read, photos, description = plan.read, plan.photos, plan.description
+    alone, worst = measured.alone, measured.worst
+    combinations = (*((choice,) for choice in worst), *measured.joined)
+    steps = {group: measured.together.step(group) for group in combinations}
     order = (tuple(worst[:n]) for n in range(1, len(worst) + 1))
     deployment = None
-    if differs:
-        deployment = measured.option(_DEPLOYMENT, "as described", description.source)
-    seconds = dict(zip(("prepare", "alone", "together"), np.diff(clock).tolist(), strict=True))
-    seconds["network, all threads"] = sweep.network_seconds
-    seconds["processor, all threads"] = time.process_time() - processor
+    if plan.deployed is not None:
+        deployment = alone.option(_DEPLOYMENT, "as described", description.source)
     return SysnoiseReport(
         tool_version=__version__,
-        model=str(model.path),
+        model=str(plan.model.path),
         pipeline=description.source,
-        steps=training.steps() | (base.post.steps() if base.post else {}),
-        photos=measured.used,
-        labelled=measured.labelled,
+        steps=plan.base.pipeline.steps() | (plan.base.post.steps() if plan.base.post else {}),
+        photos=alone.used,
+        labelled=alone.labelled,
         output=read.output,
         kind=read.kind,
         metric=read.task.metric if read.task is not None else None,
-        accuracy=measured.accuracy,
+        accuracy=alone.accuracy,
         deployment=deployment,
-        types=types,
+        types=measured.types,
         accumulation=tuple(steps[key] for key in order if key in steps),
         pairs=tuple(step for key, step in steps.items() if len(key) == 2),
-        flips=measured.flips(choices),
+        flips=alone.flips(plan.choices),
         left_out=tuple(
-            Gap(photos.names[i], "decode", why) for i, why in sorted(alone.failed.items())
+            Gap(photos.names[i], "decode", why) for i, why in sorted(measured.table.failed.items())
         ),
-        oddities=_oddities(photos, alone),
-        gaps=(*gaps, *nets.gaps, *measured.refusals()),
+        oddities=_oddities(photos, measured.table),
+        gaps=(*plan.gaps, *plan.nets.gaps, *alone.refusals()),
         notes=(
             *description.notes,
             *photos.notes,
-            *_remarks(nets, checkpoint),
-            *_strangers(photos, values, read),
-            *measured.doubts(read),
+            *_remarks(plan.nets, reused),
+            *_strangers(photos, plan.values, read),
+            *alone.doubts(read),
         ),
         network_runs={networks.name(forms): n for forms, n in sweep.runs.items()},
         seconds=seconds,
@@ -267,19 +369,16 @@ def _judge(name: str, kind: OutputKind, wanted: str | None, *, labelled: bool) -
     return task if labelled else None
 
 
-def _remarks(nets: Networks, checkpoint: Checkpoint) -> Iterator[str]:
+def _remarks(nets: Networks, reused: int) -> Iterator[str]:
     """What there is to know of the sweep itself."""
     if nets.silent:
         yield f"Nothing to simulate in this model: {', '.join(nets.silent)}."
-    if checkpoint.reused:
-        yield (
-            "Photographs measured before an interruption, and not measured again: "
-            f"{checkpoint.reused}."
-        )
+    if reused:
+        yield f"Photographs measured before an interruption, and not measured again: {reused}."
 
 
 def _strangers(photos: Photos, values: Arrays, read: Read) -> list[str]:
-    """What labels name classes that the network does not have."""
+    """A sentence on photographs whose labels are classes that the network does not have."""
     if read.task is None or read.kind != "scores":
         return []
     classes = values[read.output].shape[-1]
@@ -296,13 +395,12 @@ def _oddities(photos: Photos, table: Table) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _key(
-    model: Model, description: Description, choices: Sequence[Choice], read: Read
-) -> dict[str, object]:
+def _key(plan: _Plan) -> dict[str, object]:
     """What a checkpoint must have been made for."""
     import onnxruntime as ort
 
-    tools = sorted({choice.tool for choice in choices})
+    description, read = plan.description, plan.read
+    tools = sorted({choice.tool for choice in plan.choices})
     told = repr(
         (
             *(description.training, description.deployment),
@@ -313,6 +411,6 @@ def _key(
     return {
         "version": __version__,
         "engine": ort.__version__,
-        "model": model.info.sha256,
+        "model": plan.model.info.sha256,
         "pipeline": hashlib.sha256(told.encode()).hexdigest(),
     }
