@@ -228,48 +228,38 @@ class OpenVINO:
             path = request.workdir / "int8.xml"
             quantised = _ov_int8.write(read(core, request), request, path)
             request = replace(request, artifact=path)
-        with ThreadPoolExecutor(1) as pool:
-            # Reading the names overlaps with OpenVINO's own work.
-            reading = pool.submit(onnx_names, request.model_path)
-            notes: list[str] = []
-            model = read(core, request, notes)
-            inputs, outputs, nodes, inner = reading.result()
-        if request.artifact is not None:
-            require_same(model, inputs, outputs, request.artifact)
-        explicit, chosen = _ov_int8.explicit(model), quantised
-        if explicit is not None and quantised is None and request.artifact is not None:
-            chosen = _choices(core, model, request, notes)
-        source = Source(model, nodes, inner)
-        notes += _narrowed(source) if device == _DEFAULT_DEVICE else ()
-        if request.artifact is not None:
-            notes.append(stored(model, request.artifact))
-        if quantised:
-            notes.insert(0, quantised.note)
+        loaded = _load(core, request, device, quantised)
 
         def compile_model(changed: Any) -> Any:
             return core.compile_model(changed, device, properties)
 
         try:
-            compiled = compile_model(model.clone())
+            compiled = compile_model(loaded.model.clone())
         except RuntimeError as error:
-            raise _compile_error(error, request.options, core, model.clone(), device) from error
+            model = loaded.model.clone()
+            raise _compile_error(error, request.options, core, model, device) from error
         effective = _effective(compiled)
         precision = effective.get(_PRECISION, "f32")
-        session, program = Session(compiled), Program(compiled, source)
-        if explicit is not None:
-            shown = Source(explicit, nodes, inner)
-            source, program = _observed(source, program, shown, compile_model)
-        notes = [*_unasked(request, precision, narrows=_narrows(core, device)), *notes]
-        wanted = request.options.get(_PRECISION, "undefined")
-        denied = _PRECISION in effective and wanted not in (precision, "undefined")
-        candidates, finals, skipped, foreign = candidates_of(
-            source, program, outputs, reduced=precision != "f32"
+        source, session, program = (
+            loaded.source,
+            Session(compiled),
+            Program(compiled, loaded.source),
         )
+        if loaded.explicit is not None:
+            source, program = _observed(source, program, loaded.explicit, compile_model)
+        candidates, finals, skipped, foreign = candidates_of(
+            source, program, loaded.outputs, reduced=precision != "f32"
+        )
+        notes = [*_unasked(request, precision, narrows=_narrows(core, device)), *loaded.notes]
         if foreign:
             notes.append(
                 "Tensors of the compiled program that the ONNX graph does not have, audited with "
                 f"what reads them: {', '.join(dict.fromkeys(foreign))}."
             )
+        kernels = [kernel_of(k, source, program) for k in program.kernels()]
+        kernels += branches(source, compile_model, notes)
+        wanted = request.options.get(_PRECISION, "undefined")
+        denied = _PRECISION in effective and wanted not in (precision, "undefined")
         return _Build(
             provenance=Provenance(
                 engine=self.title,
@@ -278,10 +268,7 @@ class OpenVINO:
                 options=({_int8.OPTION: "int8"} if quantised else {})
                 | {k: _text(v) for k, v in properties.items()}
                 | effective,
-                kernels=(
-                    *(kernel_of(k, source, program) for k in program.kernels()),
-                    *branches(source, compile_model, notes),
-                ),
+                kernels=tuple(kernels),
                 notes=tuple(notes),
                 denied=(_DENIED.format(wanted, precision),) if denied else (),
             ),
@@ -290,8 +277,8 @@ class OpenVINO:
                 source=source,
                 session=session,
                 program=program,
-                inputs=_inputs(session.inputs, inputs),
-                outputs=_outputs(model, outputs),
+                inputs=_inputs(session.inputs, loaded.inputs),
+                outputs=_outputs(loaded.model, loaded.outputs),
                 candidates=tuple(candidates),
                 finals=tuple(finals),
             ),
@@ -300,9 +287,64 @@ class OpenVINO:
                 *((_int8.SWITCH,) if quantised else ()),
                 *_switches(compiled, program, request.options),
             ),
-            _quantised=chosen,
+            _quantised=loaded.quantised,
             _onnx=request.model_path if request.artifact else None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model as OpenVINO read it.
+
+    Attributes:
+        model: the ``openvino.Model``, and ``source`` its operations by their ONNX names.
+        explicit: the same with its quantisation written out, where it is quantised.
+        inputs, outputs: names of the ONNX model's.
+        quantised: what its quantiser chose, here or before; None where that is not known.
+        notes: sentences for the reader.
+    """
+
+    model: Any
+    source: Source
+    explicit: Source | None
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    quantised: _int8.Quantised | None
+    notes: Sequence[str]
+
+
+def _load(
+    core: Any, request: BuildRequest, device: str, quantised: _int8.Quantised | None
+) -> _Loaded:
+    """Read the ONNX model, or the artefact that was made of it.
+
+    Args:
+        core: the ``openvino.Core``.
+        request: what to read.
+        device: what it will be compiled for.
+        quantised: what was chosen, where the artefact was quantised for this build.
+
+    Raises:
+        BackendError: a model that OpenVINO refuses, or an artefact of another model.
+    """
+    notes = [quantised.note] if quantised else []
+    with ThreadPoolExecutor(1) as pool:
+        # Reading the names overlaps with OpenVINO's own work.
+        reading = pool.submit(onnx_names, request.model_path)
+        model = read(core, request, notes)
+        inputs, outputs, nodes, inner = reading.result()
+    if request.artifact is not None:
+        require_same(model, inputs, outputs, request.artifact)
+    explicit = _ov_int8.explicit(model)  # before ``Source`` renames the operations
+    if explicit is not None and quantised is None and request.artifact is not None:
+        quantised = _choices(core, model, request, notes)
+    source = Source(model, nodes, inner)
+    if device == _DEFAULT_DEVICE:
+        notes += _narrowed(source)
+    if request.artifact is not None:
+        notes.append(stored(model, request.artifact))
+    shown = Source(explicit, nodes, inner) if explicit is not None else None
+    return _Loaded(model, source, shown, inputs, outputs, quantised, notes)
 
 
 def _effective(compiled: Any) -> dict[str, str]:
