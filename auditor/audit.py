@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from auditor import subject as subjects
 from auditor.options import AuditOptions, BackendSpec
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from auditor.capture.trace import SampleTrace, Tracer
     from auditor.comparison.agreement import Agreements
     from auditor.conclusion import Conclusion
+    from auditor.pipeline.upstream import Upstream
     from auditor.ports import Arrays, Noise, Progress
     from auditor.subject import References, Samples, Subject
 
@@ -207,58 +208,69 @@ class _Audit:
             analyses: by backend; each sample is added.
             jobs: by backend, its first sample to come.
         """
-        import numpy as np
-
         from auditor.comparison.agreement import Agreements
-        from auditor.processes import memory
         from auditor.verdict import confirm
 
-        reference, exported = against.reference, against.exported
-        stimulus, photographs = subject.stimulus, subject.photographs
         agreements = Agreements()
         digest = hashlib.sha256()
         first: list[Arrays] = []
-        for index in range(len(stimulus)):
-            sample = stimulus.sample(index)
-            for name in sorted(sample):
-                digest.update(np.ascontiguousarray(sample[name]).tobytes())
-            feeds = reference.wide(sample)
-            expected = reference.run(feeds)
-            written = expected if exported is reference else exported.run(feeds)
-            upstream = photographs.measure(index, reference, expected) if photographs else None
-            if index + 1 == len(stimulus):
-                reference.release()
-            outputs = {"reference": expected}
+        samples = len(subject.stimulus)
+        for index in range(samples):
+            sample = subject.stimulus.sample(index)
+            _hash(digest, sample)
+            expected = _expected(index, sample, subject, against)
+            if index + 1 == samples:
+                against.reference.release()
             if index < confirm.SAMPLES:
-                first.append(expected)
-            # A trace that was analysed is let go before the next one is: nothing else may hold it.
-            by_job = {job: who for who, job in jobs.items()}
-            jobs.clear()
-            for job in as_completed(by_job):
-                who = by_job.pop(job)
-                trace = job.result()
-                del job
-                if trace is None:
-                    continue
-                if index + 1 < len(stimulus):  # the backend goes on while this sample is analysed
-                    source = analyses[who].tracer
-                    jobs[who] = self.pool.submit(subject.samples.trace, source, index + 1)
+                first.append(expected.outputs)
+            outputs = {"reference": expected.outputs}
+            for who, trace in self._traces(index, jobs, subject, analyses):
                 if index == 0:
                     self._hold(who, analyses[who], subject, against)
                 self.progress.update("reference", f"compare {who}")
-                right = written if who in subject.training else expected
-                analyses[who].add(index, feeds, right, trace, upstream)
+                right = expected.exported if who in subject.training else expected.outputs
+                analyses[who].add(index, expected.feeds, right, trace, expected.upstream)
                 outputs[who] = {
                     subject.rename[n]: v for n, v in trace.outputs.items() if n in subject.rename
                 }
-                del trace
-                memory.give_back()
+                del trace  # the next one is awaited: nothing may hold this one
             # In the order asked for, not in that of arrival: the report is the same every time.
             agreements.add(
                 {who: outputs[who] for who in ("reference", *analyses) if who in outputs}
             )
-        reference.release_all()  # or it would be held beside what is built to confirm
+        against.reference.release_all()  # or it would be held beside what is built to confirm
         return _Measured(digest.hexdigest(), agreements, first)
+
+    def _traces(
+        self,
+        index: int,
+        jobs: dict[str, Future[SampleTrace | None]],
+        subject: Subject,
+        analyses: Mapping[str, Analysis],
+    ) -> Iterator[tuple[str, SampleTrace]]:
+        """The backends' traces of one sample, as they come; each backend goes on to the next.
+
+        Args:
+            index: the sample's number.
+            jobs: by backend, the sample to come; replaced by the next one's.
+            subject: what is audited.
+            analyses: by backend.
+        """
+        from auditor.processes import memory
+
+        who_does = {job: who for who, job in jobs.items()}
+        jobs.clear()
+        for job in as_completed(who_does):
+            who, trace = who_does.pop(job), job.result()
+            del job
+            if trace is None:
+                continue
+            if index + 1 < len(subject.stimulus):  # it runs while this sample is analysed
+                source = analyses[who].tracer
+                jobs[who] = self.pool.submit(subject.samples.trace, source, index + 1)
+            yield who, trace
+            del trace  # or it would be held while the next one is awaited
+            memory.give_back()
 
     def _conclude(
         self, conclusion: Conclusion, against: References, totals: _Measured
@@ -275,6 +287,42 @@ class _Audit:
             conclusion.time()
             clock.lap("latency")
         return conclusion.report(against, totals.digest, totals.agreements, clock.laps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What the reference makes of one sample.
+
+    Attributes:
+        feeds: the sample in the reference's types.
+        outputs: of the model.
+        exported: of the model as it was exported, before anything was changed in it.
+        upstream: the sample in the pipeline around the network, where there is one.
+    """
+
+    feeds: Arrays
+    outputs: Arrays
+    exported: Arrays
+    upstream: Upstream | None
+
+
+def _expected(index: int, sample: Arrays, subject: Subject, against: References) -> _Expected:
+    """Run the reference on one sample."""
+    reference, exported = against.reference, against.exported
+    feeds = reference.wide(sample)
+    outputs = reference.run(feeds)
+    written = outputs if exported is reference else exported.run(feeds)
+    photographs = subject.photographs
+    upstream = photographs.measure(index, reference, outputs) if photographs else None
+    return _Expected(feeds, outputs, written, upstream)
+
+
+def _hash(digest: Any, sample: Arrays) -> None:
+    """Add a sample to the SHA-256 of the inputs."""
+    import numpy as np
+
+    for name in sorted(sample):
+        digest.update(np.ascontiguousarray(sample[name]).tobytes())
 
 
 def _tracer(spec: BackendSpec, worker: Worker, options: AuditOptions, progress: Progress) -> Tracer:

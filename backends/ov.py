@@ -44,6 +44,10 @@ _ANEW = "compiled again without a probe, the program gives other outputs: none c
 _PRECISION = "INFERENCE_PRECISION_HINT"
 _MODE = "EXECUTION_MODE_HINT"
 _DENIED = "{} was asked for; this device computes in {} instead."
+_FOREIGN = (
+    "Tensors of the compiled program that the ONNX graph does not have, audited with what reads "
+    "them: {}."
+)
 _DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 _REPORTED = (_PRECISION, _MODE, "PERFORMANCE_HINT", "NUM_STREAMS")
 # Properties beside the precision that change numbers: the value that turns them off, the factor,
@@ -218,9 +222,7 @@ class OpenVINO:
         core = ov.Core()
         device = _device(core, request.device)
         quantise, request = _int8.asked(request)
-        properties: dict[str, Any] = dict(_checked(core, device, request.options))
-        if request.threads is not None:
-            properties["INFERENCE_NUM_THREADS"] = request.threads
+        properties = _properties(core, device, request)
         if request.kept:
             _keep(core, request, device)
         quantised = None
@@ -252,10 +254,7 @@ class OpenVINO:
         )
         notes = [*_unasked(request, precision, narrows=_narrows(core, device)), *loaded.notes]
         if foreign:
-            notes.append(
-                "Tensors of the compiled program that the ONNX graph does not have, audited with "
-                f"what reads them: {', '.join(dict.fromkeys(foreign))}."
-            )
+            notes.append(_FOREIGN.format(", ".join(dict.fromkeys(foreign))))
         kernels = [kernel_of(k, source, program) for k in program.kernels()]
         kernels += branches(source, compile_model, notes)
         wanted = request.options.get(_PRECISION, "undefined")
@@ -461,17 +460,23 @@ def _device(core: Any, asked: str | None) -> str:
     return device
 
 
-def _checked(core: Any, device: str, options: Mapping[str, str]) -> Mapping[str, str]:
+def _properties(core: Any, device: str, request: BuildRequest) -> dict[str, Any]:
+    """The properties to compile with, by name.
+
+    Raises:
+        UsageError: an option that the device does not have.
+    """
     access = core.get_property(device, "SUPPORTED_PROPERTIES")
     known = sorted(name for name, mode in access.items() if mode == "RW")
-    for name in options:
+    for name in request.options:
         if name not in known:
             close = difflib.get_close_matches(name.upper(), known, 3, 0.4) or known
             raise UsageError(
                 f"OpenVINO's {device} device has no property {name!r} that can be set",
                 f"Closest: {', '.join(close)}.",
             )
-    return options
+    threads = {} if request.threads is None else {"INFERENCE_NUM_THREADS": request.threads}
+    return {**request.options, **threads}
 
 
 def _keep(core: Any, request: BuildRequest, device: str) -> None:
