@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.ports import Surroundings
-from auditor.replays.layout import subgraphs
+from auditor.replays.kernel_layout import subgraphs
 
 _SAME = ("Cast", "Identity", "Reshape", "Transpose", "Constant", "Shape", "Gather", "Slice")
 

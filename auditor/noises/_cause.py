@@ -11,7 +11,7 @@ import onnx
 from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.records.terms import Stage
-from auditor.replays import layout
+from auditor.replays import kernel_layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,4 +83,4 @@ class Cause:
 
     def stated_by(self, kernels: tuple[Kernel, ...]) -> bool:
         """Whether the engine itself reports this noise's precision for one of these kernels."""
-        return layout.stated(kernels, self.stated)
+        return kernel_layout.stated(kernels, self.stated)

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout
+from auditor.replays import kernel_layout
 
 _HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.
@@ -52,7 +52,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if surgery.opset(model) < _OPSET:
         return
     types = surgery.types(model)
-    stated = layout.stated(segment.kernels, _HALF)
+    stated = kernel_layout.stated(segment.kernels, _HALF)
 
     def narrow(name: str) -> bool:
         kind = types.get(name)

@@ -12,7 +12,7 @@ from auditor.graphs.storage import in_blocks
 from auditor.noises import int8_dynamic
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # What is simulated where no file tells, by the size of blocks.
 BLOCKS = {n: f"weights of matrix products, in blocks of {n}" for n in (32, 128)}

@@ -17,8 +17,8 @@ from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.replays import recurrent, rounding
 from auditor.replays.editor import Editor
-from auditor.replays.layout import stated
-from auditor.replays.quantised import Layout
+from auditor.replays.kernel_layout import stated
+from auditor.replays.layout import Layout
 
 RECURRENT = "; what LSTM layers read, too, by its range in each step"
 RUNNING = "; what products read, too, while the model runs, "

@@ -11,7 +11,7 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # OpenVINO's default; what weights are grouped by, which ONNX Runtime uses; None: a whole row.
 _GROUPS = (32, 128, 64, 16, 256, None)

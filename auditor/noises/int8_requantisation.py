@@ -15,7 +15,7 @@ from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers, qlinear, recurrent
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import OPSET, Grid, Layout, Product, Roundings
+from auditor.replays.quantised import OPSET, Grid, Product, QuantisedLayout, Roundings
 
 _ACTIVATIONS = ("Relu", "Clip")
 # How a QuantizeLinear rounds, as function bodies with the zero point in `fz`.
@@ -82,7 +82,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(_CUT, surgery.substituted(model, cut))
     if (halves := _by_float16(model)) is not None:
         yield Variant(_HALVES, halves)
-    layout = Layout(model, segment.weights)
+    layout = QuantisedLayout(model, segment.weights)
     # OpenVINO's plugin for CPUs leaves these out, those of constants as well.
     every = layout.roundings(constants=True).items()
     if wide := {index: rounding for index, rounding in every if not rounding[0].bytes}:
@@ -114,7 +114,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(name, surgery.substituted(model, bodies))
 
 
-def _rescaled_once(layout: Layout, grids: Mapping[int, Grid]) -> Iterator[Variant]:
+def _rescaled_once(layout: QuantisedLayout, grids: Mapping[int, Grid]) -> Iterator[Variant]:
     """Products as sums of integers, with the bias as stored and, where that differs, as it is."""
     if groups := _groups(layout, grids):
         name = "sums of integers, {} bias, one rescaling in float32"
@@ -123,7 +123,9 @@ def _rescaled_once(layout: Layout, grids: Mapping[int, Grid]) -> Iterator[Varian
             yield Variant(name.format("real"), _integers(layout, groups, real_bias=True))
 
 
-def _added(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, tuple[Grid, Grid, Grid]]:
+def _added(
+    layout: QuantisedLayout, quantised: Mapping[int, Grid]
+) -> dict[int, tuple[Grid, Grid, Grid]]:
     """Sums of two quantised tensors that are quantised at once, by position: the three grids."""
     found = {}
     for index, node in surgery.find(layout.model, ("Add",)):
@@ -135,7 +137,7 @@ def _added(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, tuple[Gri
     return found
 
 
-def _sums(layout: Layout, added: Mapping[int, tuple[Grid, Grid, Grid]]) -> onnx.ModelProto:
+def _sums(layout: QuantisedLayout, added: Mapping[int, tuple[Grid, Grid, Grid]]) -> onnx.ModelProto:
     """The segment with sums of integers, each times its scale in steps of the result.
 
     ``a · (sa / s) + (b · (sb / s) + rest)``, in float32 with fused multiplication and addition.
@@ -168,7 +170,7 @@ def _number(zero: Array | None) -> np.float32:
     return np.float32(zero)
 
 
-def _limited(layout: Layout, tested: Set[int]) -> Iterator[Variant]:
+def _limited(layout: QuantisedLayout, tested: Set[int]) -> Iterator[Variant]:
     """Values between operators, then all, clipped to their range and not rounded."""
     every = layout.roundings()
     inner = {i: (g, r) for i, (g, r) in every.items() if not layout.final(r)}
@@ -179,7 +181,7 @@ def _limited(layout: Layout, tested: Set[int]) -> Iterator[Variant]:
         yield Variant("values are limited, not rounded", _unrounded(layout, every))
 
 
-def _spread(layout: Layout) -> dict[int, str]:
+def _spread(layout: QuantisedLayout) -> dict[int, str]:
     """What follows a DequantizeLinear of signed integers where OpenVINO concatenates its result.
 
     With a constant in float32, its plugin for CPUs gives both one range, [−128, 128] in steps of
@@ -216,7 +218,7 @@ def _by_float16(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return editor.model if kinds else None
 
 
-def _by_range(layout: Layout) -> dict[int, Array]:
+def _by_range(layout: QuantisedLayout) -> dict[int, Array]:
     """Constants that quantising them by their range makes other integers of, by position."""
     found = {}
     for index, node in surgery.find(layout.model, ("QuantizeLinear",)):
@@ -226,7 +228,7 @@ def _by_range(layout: Layout) -> dict[int, Array]:
     return found
 
 
-def _with_constants(layout: Layout, constants: Mapping[int, Array]) -> onnx.ModelProto:
+def _with_constants(layout: QuantisedLayout, constants: Mapping[int, Array]) -> onnx.ModelProto:
     """The segment with constants in place of these nodes."""
     editor = Editor(layout.model)
     for index, node in enumerate(layout.nodes):
@@ -238,7 +240,7 @@ def _with_constants(layout: Layout, constants: Mapping[int, Array]) -> onnx.Mode
     return editor.model
 
 
-def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto:
+def _with_biases(layout: QuantisedLayout, biases: Mapping[int, Array]) -> onnx.ModelProto:
     """The segment with other biases, by position."""
     editor = Editor(layout.model)
     for index, node in enumerate(layout.nodes):
@@ -248,7 +250,7 @@ def _with_biases(layout: Layout, biases: Mapping[int, Array]) -> onnx.ModelProto
     return editor.model
 
 
-def _biases(layout: Layout) -> dict[int, Array]:
+def _biases(layout: QuantisedLayout) -> dict[int, Array]:
     """Real biases rounded to integers in units of the products' scale, by position."""
     found: dict[int, Array] = {}
     for index, node in surgery.find(layout.model, ("Conv", "ConvTranspose", "Gemm")):
@@ -271,7 +273,7 @@ class _Group:
     grid: Grid
 
 
-def _groups(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, _Group]:
+def _groups(layout: QuantisedLayout, quantised: Mapping[int, Grid]) -> dict[int, _Group]:
     """Fusible groups by the position of their QuantizeLinear."""
     found: dict[int, _Group] = {}
     for product in layout.products():
@@ -291,7 +293,7 @@ def _groups(layout: Layout, quantised: Mapping[int, Grid]) -> dict[int, _Group]:
     return found
 
 
-def _limits(layout: Layout, node: onnx.NodeProto) -> tuple[float, float] | None:
+def _limits(layout: QuantisedLayout, node: onnx.NodeProto) -> tuple[float, float] | None:
     """Smallest and largest value that a Relu or Clip passes on."""
     if node.op_type == "Relu":
         return 0.0, np.inf
@@ -320,7 +322,9 @@ def _real_bias(product: Product) -> Array:
     return np.asarray(product.bias / scale, np.float32)
 
 
-def _integers(layout: Layout, groups: dict[int, _Group], *, real_bias: bool) -> onnx.ModelProto:
+def _integers(
+    layout: QuantisedLayout, groups: dict[int, _Group], *, real_bias: bool
+) -> onnx.ModelProto:
     """The segment with every group in integer arithmetic.
 
     Sums of integers below 2²⁴ are exact in float32, in which they are replayed.
@@ -366,7 +370,9 @@ def _emit(editor: Editor, group: _Group, target: str, *, real_bias: bool) -> Non
     editor.cast(value, group.grid.type, target)
 
 
-def _unrounded(layout: Layout, chosen: Roundings, *, limited: bool = True) -> onnx.ModelProto:
+def _unrounded(
+    layout: QuantisedLayout, chosen: Roundings, *, limited: bool = True
+) -> onnx.ModelProto:
     """The segment without these roundings; ``limited``: what leaves their range is clipped."""
     through = {r: (i, grid) for i, (grid, readers) in chosen.items() for r in readers}
     editor = Editor(layout.model)
@@ -380,7 +386,9 @@ def _unrounded(layout: Layout, chosen: Roundings, *, limited: bool = True) -> on
     return editor.model
 
 
-def _tables(model: onnx.ModelProto, layout: Layout, grids: Mapping[int, Grid]) -> dict[int, str]:
+def _tables(
+    model: onnx.ModelProto, layout: QuantisedLayout, grids: Mapping[int, Grid]
+) -> dict[int, str]:
     """Bodies of the softmaxes between 8-bit values, as ONNX Runtime's QLinearSoftmax computes."""
     if surgery.opset(model) < _SOFTMAX:
         return {}

@@ -14,7 +14,7 @@ from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout, Product
+from auditor.replays.quantised import Product, QuantisedLayout
 
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 _UNSIGNED = 255  # the largest uint8, which an activation may be
@@ -31,7 +31,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment's quantised products with what saturation would take away from them."""
     model = segment.model
     if surgery.opset(model) >= _OPSET:
-        layout = Layout(model, segment.weights)
+        layout = QuantisedLayout(model, segment.weights)
         products = [p for p in layout.products() if _can_saturate(p)]
         padded = any(_channels(p) % 2 and p.weights[0, 0].size > 1 for p in products)
         for apart, name in (
@@ -116,7 +116,7 @@ def _conv_summands(product: Product) -> tuple[Array, Array]:
     return (a.transpose(0, 2, 1).reshape(outputs, -1) for a in (weights, position))  # type: ignore[return-value]
 
 
-def _saturated(layout: Layout, losses: _Losses) -> onnx.ModelProto:
+def _saturated(layout: QuantisedLayout, losses: _Losses) -> onnx.ModelProto:
     """The segment with every product less the part of its sums beyond 16 bits."""
     editor = Editor(layout.model)
     for index, node in enumerate(layout.nodes):

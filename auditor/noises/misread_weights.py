@@ -14,7 +14,7 @@ from auditor.graphs.weights import inside
 from auditor.noises import bf16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout, rounding
+from auditor.replays import kernel_layout, rounding
 
 _BLOCK = 32  # bfloat16 values of one row of a tile register
 _WIDTHS = (16, 32)  # filters that are computed, and laid out, together
@@ -27,7 +27,7 @@ def _name(width: int) -> str:
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with every such convolution's weights as they are read."""
-    if not layout.stated(segment.kernels, _PRECISIONS):
+    if not kernel_layout.stated(segment.kernels, _PRECISIONS):
         return
     shapes = {t.name: tuple(t.dims) for t in segment.model.graph.initializer}
     found = {

@@ -13,7 +13,7 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import linear
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # What int32 does not hold.
 _WIDE = frozenset((TensorProto.INT64, TensorProto.UINT64, TensorProto.UINT32))

@@ -10,7 +10,7 @@ import onnx
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays.quantised import Layout
+from auditor.replays.quantised import QuantisedLayout
 
 _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")
@@ -178,7 +178,7 @@ def _rounded_down(node: onnx.NodeProto) -> str | None:
 
 def _stored_zeros(model: onnx.ModelProto, weights: Mapping[str, Array]) -> dict[int, str]:
     """Padding of quantised tensors by what the integer 0 stands for, which is not the number 0."""
-    layout = Layout(model, weights)
+    layout = QuantisedLayout(model, weights)
     bodies = {}
     for index, node in surgery.find(model, ("AveragePool", "Conv")):
         begin, end = _halves(surgery.attributes(node))

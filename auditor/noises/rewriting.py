@@ -9,7 +9,7 @@ import numpy as np
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, linear
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 _FORMS = (
     "constants added or multiplied one after another are joined first",

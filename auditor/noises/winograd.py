@@ -13,7 +13,7 @@ from auditor.graphs import surgery
 from auditor.noises import bf16, fp16
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
-from auditor.replays import layout
+from auditor.replays import kernel_layout
 from auditor.replays.editor import Editor
 from auditor.replays.writer import Format
 
@@ -126,7 +126,7 @@ def _applies(node: onnx.NodeProto, shape: tuple[int, ...]) -> bool:
 
 def _formats(segment: SegmentGraph, *, halves: bool) -> Iterator[Format]:
     """What the operands may be narrowed to: what the tensors or kernels are, if they say so."""
-    said = [f for f in _FORMATS if layout.stated(segment.kernels, f.stated)]
+    said = [f for f in _FORMATS if kernel_layout.stated(segment.kernels, f.stated)]
     if halves:
         yield fp16.FORMAT
     elif said or any(k.precision for k in segment.kernels):

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from auditor.graphs import surgery
 from auditor.ports import Array, SegmentGraph
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # What is left of an operator: its type, or the constant that it is, and its operands.
 _Left = tuple[str, list[str]]

@@ -19,7 +19,7 @@ from auditor.graphs import packed, surgery
 from auditor.graphs.model import Model
 from auditor.ports import SegmentGraph
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 _LEVEL = "accuracy_level"
 _OPSET = 13  # DequantizeLinear has an axis from here on

@@ -15,7 +15,7 @@ import onnx
 from auditor.graphs import surgery, weights
 from auditor.ports import Array, SegmentGraph
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # Attributes that are factors and offsets of values, and what they are where none is given.
 _ATTRIBUTES = {

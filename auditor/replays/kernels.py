@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from auditor.graphs import surgery
 from auditor.graphs.model import key
 from auditor.ports import SegmentGraph
-from auditor.replays.layout import KernelLayout
+from auditor.replays.kernel_layout import KernelLayout
 from auditor.replays.rounder import CONVOLVING
 
 

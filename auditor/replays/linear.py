@@ -9,7 +9,7 @@ import onnx
 
 from auditor.ports import Array
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 _OPERATORS = ("Add", "Sub", "Mul", "Div")
 

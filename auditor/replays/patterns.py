@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from auditor.graphs import surgery
 from auditor.ports import Array
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # The numbers that GELU in its three forms, hard sigmoid, swish and mish are written with.
 _KNOWN = (

@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from auditor.graphs import surgery
-from auditor.replays.layout import Group
+from auditor.replays.kernel_layout import Group
 from auditor.replays.rounder import CONVOLUTIONS, Rounder
 
 

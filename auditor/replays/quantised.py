@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from auditor.graphs import surgery
-from auditor.graphs.weights import is_detached
 from auditor.ports import Array
 from auditor.records.backend import Kernel
 from auditor.replays.editor import Editor
+from auditor.replays.layout import Layout
 
 # Round and Clip with limits as inputs exist from here on.
 OPSET = 11
@@ -116,51 +117,13 @@ class Product:
     stored_bias: Array | None
 
 
-class Layout:
-    """A segment's constants, producers and readers."""
+class QuantisedLayout(Layout):
+    """A segment in which quantised tensors and what computes on them are recognised."""
 
-    def __init__(self, model: onnx.ModelProto, weights: Mapping[str, Array] | None = None) -> None:
-        """``weights`` are the values of initialisers that are detached from the segment."""
-        self.model = model
-        self._detached = weights or {}
-        self.nodes: Sequence[onnx.NodeProto] = list(model.graph.node)
-        self.outputs = {o.name for o in model.graph.output}
-        self.producer = {o: i for i, n in enumerate(self.nodes) for o in n.output if o}
-        self.readers: dict[str, list[int]] = {}
-        for index, node in enumerate(self.nodes):
-            for name in node.input:
-                self.readers.setdefault(name, []).append(index)
-        self._tensors = {t.name: t for t in model.graph.initializer}
-        self._annotated = {a.tensor_name: a for a in model.graph.quantization_annotation}
-
-    def constant(self, name: str) -> Array | None:
-        """Value of an initialiser, a Constant, or a ConstantOfShape of one."""
-        if name in self._tensors:
-            tensor = self._tensors[name]
-            return (
-                self._detached.get(name) if is_detached(tensor) else numpy_helper.to_array(tensor)
-            )
-        node = self.source(name)
-        if node is None or node.op_type not in ("Constant", "ConstantOfShape"):
-            return None
-        given = surgery.attributes(node)
-        if node.op_type == "ConstantOfShape":
-            shape = self.constant(node.input[0])
-            filled = numpy_helper.to_array(given["value"]) if given else np.zeros(1, np.float32)
-            return None if shape is None else np.broadcast_to(filled.reshape(()), shape.tolist())
-        if "value" in given:
-            return numpy_helper.to_array(given["value"])
-        value = next(iter(given.values()))
-        return np.asarray(value, np.float32 if isinstance(value, float) else None)
-
-    def source(self, name: str) -> onnx.NodeProto | None:
-        """The node that computes a tensor."""
-        return self.nodes[self.producer[name]] if name in self.producer else None
-
-    def reader(self, name: str) -> int | None:
-        """The one node that reads a tensor which nothing else sees."""
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+    @cached_property
+    def _annotated(self) -> dict[str, onnx.TensorAnnotation]:
+        """ONNX's quantisation annotations, by tensor."""
+        return {a.tensor_name: a for a in self.model.graph.quantization_annotation}
 
     def grid(self, name: str) -> Grid | None:
         """The grid on which a real-valued tensor lies, where one number describes it.
@@ -244,10 +207,10 @@ class Layout:
         found: Roundings = {}
         last: dict[int, int] = {}  # by the position of a sum: its last operand
         for index, (grid, dequantised) in self.roundings().items():
-            for sum_ in (r for d in dequantised for r in self.readers.get(self._first(d), [])):
+            for sum_ in (r for d in dequantised for r in self.readers.get(self.first(d), [])):
                 if self.nodes[sum_].op_type not in ("Add", "Sub"):
                     continue
-                both = {self._first(index), self._first(sum_)}
+                both = {self.first(index), self.first(sum_)}
                 if any(both <= nodes for nodes in fused):
                     found[index] = grid, dequantised
                 last[sum_] = index
@@ -255,13 +218,6 @@ class Layout:
             return found
         everything = self.roundings()
         return {index: everything[index] for index in last.values()}
-
-    def final(self, nodes: Sequence[int]) -> bool:
-        """Whether one of these nodes computes an output of the segment."""
-        return any(self._first(i) in self.outputs for i in nodes)
-
-    def _first(self, index: int) -> str:
-        return str(self.nodes[index].output[0])
 
     def _grid(self, scale_name: str, zero_name: str) -> Grid | None:
         scale = self.constant(scale_name)
@@ -395,7 +351,7 @@ def either_side(
         None where no output is a rounding to 8 bits, quantised or dequantised again, of something
         that is computed here.
     """
-    layout, editor = Layout(model), Editor(model)
+    layout, editor = QuantisedLayout(model), Editor(model)
     for node in layout.nodes:
         grid = layout.parameters(node) if node.op_type == "QuantizeLinear" else None
         readers = [layout.nodes[i] for i in layout.readers.get(node.output[0], [])]
@@ -426,7 +382,7 @@ def either_side(
     return editor.changed
 
 
-def _size(layout: Layout, editor: Editor, name: str) -> str:
+def _size(layout: QuantisedLayout, editor: Editor, name: str) -> str:
     """How large the terms are that a tensor is the sum of, taken together; else the tensor is."""
     node = layout.source(name)
     while node is not None and node.op_type in ("Clip", "Identity", "Relu"):

@@ -20,7 +20,7 @@ from auditor.graphs import surgery
 from auditor.graphs.storage import grid_steps
 from auditor.ports import Array, SegmentGraph
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Layout
+from auditor.replays.layout import Layout
 
 # Scan, Squeeze and Cast with bfloat16 as they are written here.
 _OPSET = 13

@@ -8,7 +8,7 @@ from typing import Literal
 import onnx
 
 from auditor.graphs import surgery
-from auditor.replays.layout import INTEGERS, MOVES, NARROW, Group, KernelLayout, Scope
+from auditor.replays.kernel_layout import INTEGERS, MOVES, NARROW, Group, KernelLayout, Scope
 from auditor.replays.writer import OPSET_OF_SUMS, Format, Writer
 
 # Operators whose arithmetic is a sum of products, with the positions of their two operands and

@@ -18,8 +18,8 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, premultiplied, steps
+from auditor.replays.kernel_layout import KernelLayout, stated, subgraphs
 from auditor.replays.kernels import rearranged
-from auditor.replays.layout import KernelLayout, stated, subgraphs
 from auditor.replays.rounder import Rounder, Sites
 from auditor.replays.writer import Format
 

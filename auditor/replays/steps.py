@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.graphs.model import key
-from auditor.replays.layout import INTEGERS, Group
+from auditor.replays.kernel_layout import INTEGERS, Group
 from auditor.replays.rounder import Rounder
 from auditor.replays.writer import OPSET_OF_SUMS
 

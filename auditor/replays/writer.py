@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.replays.editor import unused_mark
-from auditor.replays.layout import INTEGERS, Group, KernelLayout
+from auditor.replays.kernel_layout import INTEGERS, Group, KernelLayout
 
 _REDUCTIONS = {
     *("GlobalAveragePool", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax"),
