@@ -449,46 +449,76 @@ def candidates_of(
         for made, precision in program.outputs(kernel, source):
             if not source.read(made):
                 continue
-            seen = source.observable(made)
-            if seen is None:
+            one = _candidate(source, program, (kernel, made, precision), outputs, reduced)
+            if one is None:
                 foreign.append(source.display(kernel.name))
-                continue
-            port, path = seen
-            moved = source.onward(port) if source.crossed(kernel.operations) else None
-            if moved:  # observed before it is moved, it would be computed there
-                port, path = moved, (*path, moved[0])
-            tensor, element = source.tensors[port], source.element_type(port)
-            final = tensor in outputs
-            if not final and element in _WRAPPED and precision == "i32":
-                reason = f"{element} tensor, which the program holds in i32: a probe would wrap it"
-                skipped[tensor] = Skipped(tensor, reason)
-                continue
-            if not final and element in _UNREAD:
-                skipped[tensor] = Skipped(tensor, f"{element} tensor, which NumPy has no type for")
-                continue
-            if reduced and not final and element not in FLOATS | _SMALL:
-                reason = f"{element} tensor in a program that computes in less than f32"
-                skipped[tensor] = Skipped(tensor, reason)
-                continue
-            grid = None if final else source.grid(port)
-            if grid and precision in BYTES and not reduced:
-                grid = grid.held_in(precision)
-            own = not path or grid or source.element_type(made) == element
-            held = precision if own else element
-            if reduced and not (final or grid or held in FLOATS or element in _SMALL):
-                reason = f"{element} tensor, of which the program holds what it is widened from"
-                skipped[tensor] = Skipped(tensor, reason)
-                continue
-            integral = grid is not None and precision in FLOATS and program.integral(kernel)
-            wide = grid is not None and precision in FLOATS and not integral
-            wide = wide and kernel.type == "Convolution" and source.convolves(port)
-            candidate = Candidate(
-                *(tensor, port, element, held, made[0], path, grid, integral),
-                midway=made[0] != max(kernel.operations),
-                wide=wide,
-            )
-            (finals if final else found).setdefault(tensor, candidate)
+            elif isinstance(one, Skipped):
+                skipped[one.tensor] = one
+            else:
+                (finals if one.tensor in outputs else found).setdefault(one.tensor, one)
     return list(found.values()), list(finals.values()), list(skipped.values()), foreign
+
+
+def _candidate(
+    source: Source,
+    program: Program,
+    made_by: tuple[Executed, Port, str],
+    outputs: Collection[str],
+    reduced: bool,
+) -> Candidate | Skipped | None:
+    """How one output of a kernel could be observed; None where it is no tensor of the ONNX graph.
+
+    Args:
+        source: the model as read.
+        program: what is executed.
+        made_by: the kernel, the port that it computes, and the precision that it writes.
+        outputs: names of the final outputs, which are always observed.
+        reduced: whether the program computes in less than f32.
+    """
+    kernel, made, precision = made_by
+    if (seen := source.observable(made)) is None:
+        return None
+    port, path = seen
+    moved = source.onward(port) if source.crossed(kernel.operations) else None
+    if moved:  # observed before it is moved, it would be computed there
+        port, path = moved, (*path, moved[0])
+    tensor, element = source.tensors[port], source.element_type(port)
+    final = tensor in outputs
+    if not final and (reason := _unobservable(element, precision, reduced)) is not None:
+        return Skipped(tensor, reason)
+    grid = None if final else source.grid(port)
+    if grid and precision in BYTES and not reduced:
+        grid = grid.held_in(precision)
+    own = not path or grid or source.element_type(made) == element
+    held = precision if own else element
+    if reduced and not (final or grid or held in FLOATS or element in _SMALL):
+        reason = f"{element} tensor, of which the program holds what it is widened from"
+        return Skipped(tensor, reason)
+    integral = grid is not None and precision in FLOATS and program.integral(kernel)
+    wide = grid is not None and precision in FLOATS and not integral
+    wide = wide and kernel.type == "Convolution" and source.convolves(port)
+    return Candidate(
+        *(tensor, port, element, held, made[0], path, grid, integral),
+        midway=made[0] != max(kernel.operations),
+        wide=wide,
+    )
+
+
+def _unobservable(element: str, precision: str, reduced: bool) -> str | None:
+    """Why a tensor between kernels cannot be observed, by its type; None where it can.
+
+    Args:
+        element: the type that the model gives it.
+        precision: the type that the program holds it in.
+        reduced: whether the program computes in less than f32.
+    """
+    if element in _WRAPPED and precision == "i32":
+        return f"{element} tensor, which the program holds in i32: a probe would wrap it"
+    if element in _UNREAD:
+        return f"{element} tensor, which NumPy has no type for"
+    if reduced and element not in FLOATS | _SMALL:
+        return f"{element} tensor in a program that computes in less than f32"
+    return None
 
 
 def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:

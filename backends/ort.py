@@ -139,6 +139,9 @@ def version():
 
 BACKEND = OrtBackend()
 
+# ONNX Runtime writes weights of more bytes than that to this file, beside the optimised graph.
+_BESIDE = {f"{OWN_KEYS}_file_name": "weights.bin", f"{OWN_KEYS}_min_size_in_bytes": "1024"}
+
 
 class OrtBuild:
     """One compiled model, the graph it executes and what its tensors are called in ONNX."""
@@ -169,11 +172,9 @@ class OrtBuild:
         original = weights.read(request.model_path)
         # Weights beside the graph: the graph stays a few kB to parse and to load again, and
         # models over protobuf's 2 GB work. Those in other files can stay there.
-        self._weights, weights_apart = request.model_path.parent, dict[str, str]()
-        if request.artifact is not None or not stay_outside(original.graph, request.model_path):
-            self._weights = self._folder
-            weights_apart = {f"{OWN_KEYS}_file_name": "weights.bin"}
-            weights_apart[f"{OWN_KEYS}_min_size_in_bytes"] = "1024"
+        outside = request.artifact is None and stay_outside(original.graph, request.model_path)
+        self._weights = request.model_path.parent if outside else self._folder
+        weights_apart = {} if outside else _BESIDE
         file = request.artifact or request.model_path
         self._session = options.session(file, dump, options.level, weights_apart, stage="build")
         # Not with the dump: the instrumented program has those weights mapped.
@@ -199,18 +200,22 @@ class OrtBuild:
             device=cpu_name(),
             options=options.listed() | ({_int8.OPTION: "int8"} if quantised else {}),
             kernels=tuple(kernels(self._compiled, compiled, names)),
-            notes=(
-                *((quantised.note,) if quantised else ()),
-                *(stored(self._compiled.graph, request.artifact) if request.artifact else ()),
-                *notes(self._compiled.graph, self._session),
-                *_ort_providers.notes(self._session, options.provider),
-            ),
+            notes=tuple(self._notes(request.artifact)),
         )
         own = {primitive(node) for node in original.graph.node}
         run = {k.primitive for k in self.provenance.kernels}
         self.switches = tuple(switches(options, run, Graph(original.graph), own))
         if quantised:
             self.switches = (_int8.SWITCH, *self.switches)
+
+    def _notes(self, artifact: Path | None) -> Iterator[str]:
+        """Sentences on the build for the reader; ``artifact``: the engine's file, where loaded."""
+        if self._quantised:
+            yield self._quantised.note
+        if artifact:
+            yield from stored(self._compiled.graph, artifact)
+        yield from notes(self._compiled.graph, self._session)
+        yield from _ort_providers.notes(self._session, self._options.provider)
 
     def grids(self) -> Arrays:
         """What activations are rounded to, where the model was quantised here."""
