@@ -14,7 +14,8 @@ from auditor.ports import SegmentGraph, Variant
 _OPSET = 11  # TopK and NonMaxSuppression have their present form, Slice has steps
 _SELECTIONS = ("ArgMax", "ArgMin", "TopK", "NonMaxSuppression")
 _BOXES = ("NonMaxSuppression",)
-_HEAPED = 1 << 16  # values at most that go through a heap, one after another
+_HEAPED = 1 << 14  # values of a row that go through a heap at once, one after another
+_MOST = 1 << 20  # values at most of which some do
 _CONSTANTS = """back = Constant <value = int64[1] {-1}> ()
     far = Constant <value = int64[1] {-9223372036854775807}> ()"""
 
@@ -68,13 +69,15 @@ def _heap(model: onnx.ModelProto) -> Callable[[onnx.NodeProto], str | None]:
     """A selection by a heap of the largest so far, as OpenVINO's: its least at the top.
 
     It is built of the first values, any larger one takes the top's place, and at the end the top
-    is taken off until none is left. Which of equal values moves depends on where they stand.
+    is taken off until none is left. Which of equal values moves depends on where they stand. Of
+    many values, those behind the first ``_HEAPED`` that are not larger than the top is by then
+    are left out: they cannot enter.
     """
     shapes = surgery.shapes(model)
 
     def body(node: onnx.NodeProto) -> str | None:
         given, shape = surgery.attributes(node), shapes.get(node.input[0], ())
-        if not shape or math.prod(shape) > _HEAPED or not given.get("sorted", 1):
+        if not shape or math.prod(shape) > _MOST or not given.get("sorted", 1):
             return None
         if given.get("axis", -1) not in (-1, len(shape) - 1):
             return None
@@ -83,22 +86,29 @@ def _heap(model: onnx.ModelProto) -> Callable[[onnx.NodeProto], str | None]:
             {_HEAP_CONSTANTS} shape = Shape(x) n = Gather(shape, minus) wide = Reshape(n, one)
             rows = Concat <axis = 0> (minus, wide) flat = Reshape(x, rows)
             exact = Cast <to = {onnx.TensorProto.DOUBLE}> (flat) turned = {turn}(exact)
-            size = Squeeze(k) top = Sub(size, i1) half = Div(size, i2) more = Sub(n, k)
-            others = Squeeze(more)
+            size = Squeeze(k) top = Sub(size, i1) half = Div(size, i2)
+            many = Constant <value = int64[1] {{{_HEAPED}}}> () limited = Min(wide, many)
+            known = Max(limited, k) front_end = Squeeze(known)
             places = Scan <num_scan_inputs = 1, body = row (double[] r) => (int64[chosen] px) {{
                 v0 = Slice(r, zero, k) x0 = Range(i0, size, i1)
                 b, v1, x1 = Loop <body = build (int64 t, bool on, int64 s, double[] v, int64[] p)
                     => (bool go, int64 s1, double[] w, int64[] q) {{
                     back = Sub(half, t) at = Sub(back, i1) go = Identity(on) s1 = Identity(s)
                     {_sift("at", "size", "on", "v", "p")} }}> (half, yes, i0, v0, x0)
+                head = Slice(r, zero, known) tail = Slice(r, known, wide)
+                best, nowhere = TopK(head, k) least = Slice(best, minus, wide)
+                larger = Greater(tail, least) found = NonZero(larger) line = Reshape(found, minus)
+                behind = Add(line, known) before = Range(size, front_end, i1)
+                queue = Concat <axis = 0> (before, behind) length = Size(queue)
                 u, v2, x2 = Loop <body = fill (int64 t, bool on, int64 s, double[] v, int64[] p)
                     => (bool go, int64 s1, double[] w, int64[] q) {{
-                    j = Add(t, size) new = Gather(r, j) old = Gather(v, i0) enters = Less(old, new)
+                    j = Gather(queue, t) new = Gather(r, j)
+                    old = Gather(v, i0) enters = Less(old, new)
                     kept = Gather(p, i0) first = Where(enters, new, old)
                     place = Where(enters, j, kept) f1 = Unsqueeze(first, zero)
                     p1 = Unsqueeze(place, zero) v3 = ScatterElements(v, zero, f1)
                     p3 = ScatterElements(p, zero, p1) go = Identity(on) s1 = Identity(s)
-                    {_sift("i0", "size", "enters", "v3", "p3")} }}> (others, yes, i0, v1, x1)
+                    {_sift("i0", "size", "enters", "v3", "p3")} }}> (length, yes, i0, v1, x1)
                 e, v4, px = Loop <body = take (int64 t, bool on, int64 s, double[] v, int64[] p)
                     => (bool go, int64 s1, double[] w, int64[] q) {{
                     end = Sub(top, t) e1 = Unsqueeze(end, zero) both = Concat <axis = 0> (zero, e1)

@@ -159,6 +159,20 @@ def test_openvino_selects_by_a_heap(
     assert found.noise == ID and found.bit_identical == 1
 
 
+def test_a_long_row_goes_through_the_heap_in_part(generator: np.random.Generator) -> None:
+    """A detector's saturated scores: more of them are equal than are taken, among 150,000."""
+    node = helper.make_node("TopK", ["x", "k"], ["v", "i"])
+    segment = make_segment([node], {"k": np.array([1000])}, ["x"], ["v", "i"])
+    x = np.minimum(generator.random((1, 150_000)) * 1.02, 1).astype(np.float32)
+    x[:, :20_000] *= 0.99  # equal values come late, and push smaller ones out
+    segment.model.graph.input[0].CopyFrom(
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)
+    )
+    observed = by_openvino(segment, {"x": x}, {"v": TensorProto.FLOAT, "i": TensorProto.INT64})
+    found = diagnose(segment, {"x": x}, observed)
+    assert found.noise == ID and found.bit_identical == 1
+
+
 def test_segments_without_selections_are_not_touched() -> None:
     segment = make_segment("y = Exp(x)")
     assert list(tie_breaking.NOISE.variants(segment)) == []
