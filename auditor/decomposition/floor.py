@@ -52,18 +52,22 @@ def floor(
     again: Arrays | None = None,
     own: Format | None = None,
 ) -> float:
-    """The introduced error below which nothing is blamed on this segment.
+    """The introduced error, relative L2, below which nothing is blamed on this segment.
 
-    The largest of what rounding can do there (replays with the inputs perturbed in their last bit,
-    but for what is decided on them as they were observed, with every sum added up in reverse order,
-    with the positions of interpolations moved in their last bit, and with exponentials evaluated
-    exactly), of what rounding to the model's own narrow types does
-    (unless that is far more than a few roundings: then it is worth a word), and, for a program that
-    does not repeat its own bits, how far two of its runs are apart. Between integers, booleans and
-    texts nothing moves: a sum that overflows is another one in another order, which no rounding is.
-    Where positions decide, as in a Resize of integers, one element of many moves far: those that
-    none decides have a floor of their own. Where only values in the middle between two steps of 8
-    bits went to the other side, all of it is rounding.
+    It is the largest of these:
+
+    - What float32 rounding can do, by replays in which one thing is rounded otherwise: the inputs'
+      last bits (comparisons and their like are still made on the inputs as they were observed),
+      the order of every sum, the last bits of the positions of interpolations, and exponentials.
+    - What rounding to the model's own narrow types does. Where that is far more than a few
+      roundings, it is not part of the floor: then it is worth a word.
+    - How far two runs of the program are apart, where it does not repeat its own bits.
+
+    Three kinds of segments are judged otherwise. Between integers, booleans and texts rounding does
+    nothing: a sum that overflows in one order only is an error. Where computed positions decide
+    which element is read, as in a Resize of integers, rounding moves single elements far: the
+    others have a floor of their own. And where only values in the middle between two 8-bit steps
+    went to the other side, the whole error is rounding.
 
     Args:
         replayer: runs the reference's segments.
@@ -126,7 +130,9 @@ def draws(nodes: Iterable[onnx.NodeProto]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Moved:
-    """How far roundings move a segment's outputs, relative L2; 0 where that cannot be run.
+    """How far each kind of rounding moves a segment's outputs.
+
+    Each is a relative L2; 0 where the segment cannot be run that way.
 
     Attributes:
         replayer, cut, local, apart: as ``floor`` has them.
@@ -147,7 +153,7 @@ class _Moved:
         )
 
     def jittered(self) -> float:
-        """Inputs in their last bit, but for what is decided on them as they were observed."""
+        """How far the inputs' last bits move the outputs, where no decision on them turns."""
         generator = np.random.default_rng(0)
         inputs = self.local.inputs
         nodes = (self.replayer.graph.nodes[i] for i in self.cut.nodes)
@@ -162,11 +168,11 @@ class _Moved:
         return max(moved, self._by(lambda: self._decided(scaled)))
 
     def reordered(self) -> float:
-        """Sums added up in another order."""
+        """How far adding up sums in another order moves the outputs."""
         return self._by(lambda: self._changed(reorder.reordered, reorder.OPSET, "reordered"))
 
     def repositioned(self) -> float:
-        """Positions that are interpolated at in their last bit."""
+        """How far the last bits of interpolated positions move the outputs."""
         return self._by(lambda: self._changed(positions.moved, positions.OPSET, "repositioned"))
 
     def places(self) -> bool:
@@ -175,7 +181,7 @@ class _Moved:
         return any(node.op_type in positions.PLACING for node in nodes)
 
     def undecided(self) -> float:
-        """The error of elements that no rounding of a position decides; 0 where few are off."""
+        """The error in elements that no rounding of a position moves far; 0 where few are off."""
         local, tries, total = self.local, list[Arrays](), 0.0
         modes = ("nearest", "linear", "cubic")
         changes = [functools.partial(positions.nudged, up=up) for up in (1, -1)]
@@ -206,13 +212,13 @@ class _Moved:
         return math.sqrt(total / len(local.replayed))
 
     def evaluated_exactly(self) -> float:
-        """Exponentials and their like in double precision."""
+        """How far exponentials and their like in double precision move the outputs."""
         return self._by(
             lambda: self._changed(functions.exact, functions.OPSET, "evaluated exactly")
         )
 
     def summed_in_order(self) -> float:
-        """Products added up one after another."""
+        """How far adding up products one after another moves the outputs."""
         with _SUMMING:
             return self._by(
                 lambda: self._changed(rounding.in_order, OPSET_OF_SUMS, "summed in order")
@@ -223,13 +229,13 @@ class _Moved:
         return terms * max(value.size for value in self.local.replayed.values()) <= STEPS
 
     def in_own_types(self, own: Format) -> float:
-        """Roundings to the model's own narrow type, unless that is far more than a few of them."""
+        """How far a few roundings to the model's own narrow type may move the outputs."""
         half_unit = 2.0**-own.bits  # what one rounding does at most
         moved = self._by(lambda: self._in_own_types(own))
         return max(half_unit, min(OWN_TYPES_FACTOR * moved, OWN_TYPES_LIMIT * half_unit))
 
     def sided(self, terms: int) -> Arrays | None:
-        """The outputs with what lies between two steps of 8 bits on the backend's side."""
+        """The outputs in which values between two 8-bit steps fall on the backend's side."""
         observed = self.local.observed
         try:
             return self._changed(
@@ -241,7 +247,7 @@ class _Moved:
             return None
 
     def distance(self, a: Arrays, b: Arrays) -> float:
-        """Root mean square over the outputs; nothing where it is not finite."""
+        """Root mean square of the outputs' distances, of which infinite ones count as 0."""
         total = 0.0
         for name, value in b.items():
             moments = Moments()
@@ -266,7 +272,7 @@ class _Moved:
         return self.replayer.run_changed(self.cut, self.model, inputs, replayed, change, opset, how)
 
     def _decided(self, moved: Arrays) -> Arrays:
-        """Run on moved inputs, where comparisons and their like are made on the inputs as are."""
+        """Run on moved inputs; comparisons and their like still read the inputs as they are."""
         replayer, cut, values = self.replayer, self.cut, self.local.inputs
         split = decisions.decided(self.model)
         if split is None:
@@ -284,7 +290,7 @@ class _Moved:
         return dict(zip(cut.outputs, results, strict=True))
 
     def _in_own_types(self, own: Format) -> Arrays:
-        """Inputs and the result of every operator rounded as the types say.
+        """Run with inputs and the result of every operator rounded to the model's types.
 
         Inputs move by as much as rounding to the type could move them: a runtime may hold more
         bits than it shows.

@@ -64,7 +64,7 @@ def changed(
 def held(
     reference: Model, values: Mapping[str, Array], *, quantised: bool = False
 ) -> dict[str, CompiledConstant]:
-    """Those of an engine's own constants that differ from the reference's of the same name.
+    """The engine's own constants that differ from the reference's of the same name.
 
     ``quantised`` says that the engine's side had the reference quantised.
     """
@@ -81,7 +81,7 @@ def held(
 
 
 def trained(reference: Model, values: Mapping[str, Array]) -> dict[str, CompiledConstant]:
-    """Those of the reference's constants that the module has otherwise which it came from.
+    """The reference's constants that differ in the module which the model was exported from.
 
     Args:
         reference: the reference model.
@@ -127,7 +127,7 @@ CHOSEN_FORMS = (
 
 
 def variants(segment: SegmentGraph, storage: Storage) -> Iterator[Variant]:
-    """The segment with those constants of the compiled file that are the model's own, stored so."""
+    """The segment with those constants of the compiled file that store the model's in a format."""
     if segment.grids and storage == "8 bits":
         for what, model in quantised(segment).items():
             yield Variant(what + _CHOSEN, model)
@@ -341,7 +341,7 @@ class _Constants:
         return self._dequantised(node)
 
     def rounds(self, name: str, original: Array) -> Storage | None:
-        """Of how many bits a dequantised constant is that holds the nearest steps to other values.
+        """The bits of a dequantised constant whose steps are the nearest to other values.
 
         The ends of the grid may be farther from theirs. None where it does not, and for others.
         """

@@ -115,7 +115,7 @@ class KernelLayout(QuantisedLayout):
         return result
 
     def _join_moves(self, groups: list[Group]) -> None:
-        """What a kernel both computes and reads after it was moved, the engine moves itself."""
+        """Give a kernel the nodes that only move a value between two of its own nodes."""
         inside: dict[int, set[int]] = {}
         for index, group in enumerate(groups):
             inside.setdefault(id(group), set()).add(index)
@@ -128,9 +128,9 @@ class KernelLayout(QuantisedLayout):
                         groups[move] = group
 
     def _continue(self, found: list[Group | None]) -> None:
-        """A kernel that writes no tensor of the model ends in what no kernel names behind it.
+        """Give a kernel that writes no tensor of the model the nodes behind it that none names.
 
-        Not in a product, with which a kernel begins.
+        It ends before a product, with which another kernel begins.
         """
         for index, node in enumerate(self.nodes):
             free = found[index] is None and node.op_type not in PRODUCTS | {"Einsum"}

@@ -40,13 +40,13 @@ def parts(rounder: Rounder, index: int, node: onnx.NodeProto, group: Group) -> l
 
 
 def _skip(rounder: Rounder, product: onnx.NodeProto, index: int) -> None:
-    """The product writes what the node that scaled it did."""
+    """Let the product write what the node that scaled it wrote."""
     product.output[0] = rounder.at.nodes[index].output[0]
     rounder.replaced.add(index)
 
 
 def _fold_scale(rounder: Rounder, conv: onnx.NodeProto, group: Group) -> None:
-    """Factors and shifts after a convolution go into its weights and bias beforehand."""
+    """Fold factors and shifts behind a convolution into its weights and bias."""
     chain = _affine_chain(rounder, conv, group)
     weights = rounder.constants.get(conv.input[1])
     if not chain or weights is None or conv.input[1] not in rounder.floats:
@@ -71,7 +71,7 @@ def _fold_scale(rounder: Rounder, conv: onnx.NodeProto, group: Group) -> None:
 
 
 def _fold_factors(rounder: Rounder, product: onnx.NodeProto, group: Group) -> onnx.NodeProto | None:
-    """Factors after a product with weights go into these beforehand, and into the bias.
+    """Fold factors behind a product with weights into these, and into the bias.
 
     Returns:
         The addition of the bias; None where there is no factor, and nothing was changed.
@@ -89,7 +89,7 @@ def _fold_factors(rounder: Rounder, product: onnx.NodeProto, group: Group) -> on
 
 
 def _fold_gemm(rounder: Rounder, gemm: onnx.NodeProto, group: Group) -> None:
-    """Factors and shifts after a Gemm, and its own alpha, go into its weights and bias."""
+    """Fold factors and shifts behind a Gemm, and its own alpha, into its weights and bias."""
     options = surgery.attributes(gemm)
     alpha, beta = options.get("alpha", 1.0), options.get("beta", 1.0)
     bias = gemm.input[2] if len(gemm.input) > 2 else ""
@@ -183,7 +183,7 @@ def _affine(rounder: Rounder, node: onnx.NodeProto) -> tuple[str, str]:
 
 
 def _move_scale(rounder: Rounder, product: onnx.NodeProto, group: Group) -> None:
-    """Attention's scale is multiplied into the keys before they are rounded.
+    """Multiply attention's scale into the keys before they are rounded.
 
     Fused attention reads them rounded, unless ``Sites.scales`` says otherwise; else a kernel of
     its own multiplies what is there.
@@ -201,7 +201,7 @@ def _move_scale(rounder: Rounder, product: onnx.NodeProto, group: Group) -> None
 
 
 def move_scales(rounder: Rounder) -> None:
-    """Attention's scale is applied by the kernel that projects the keys, if one does.
+    """Let the kernel that projects the keys, if there is one, apply attention's scale.
 
     OpenVINO multiplies it in there before the keys are written out, rounded, and the kernel
     of the product no longer has it: where attention is not fused, and with AMX where it is.

@@ -152,7 +152,7 @@ class QuantisedLayout(Layout):
         return [product for product in found if product is not None]
 
     def steps(self, node: onnx.NodeProto) -> Array | None:
-        """What products of a quantised tensor and constant 8-bit weights are multiples of.
+        """The step that products of a quantised tensor and constant 8-bit weights are multiples of.
 
         One number, or one per channel of the weights; None where either is not quantised.
         """
@@ -198,7 +198,7 @@ class QuantisedLayout(Layout):
         return np.asarray(np.clip(integers, least, most), zero.dtype)
 
     def into_sums(self, kernels: Sequence[Kernel]) -> Roundings:
-        """Those roundings between an operator and the sum that an engine fuses it with.
+        """The ``roundings`` between an operator and the sum that an engine fuses it with.
 
         Where the engine names no kernels, it is taken to fuse a sum with the last of its
         operands.
@@ -290,7 +290,7 @@ class QuantisedLayout(Layout):
         return values, scale.reshape(-1), zero.reshape(-1), axis % values.ndim
 
     def _on_grid(self, node: onnx.NodeProto) -> tuple[Array, Array, Array, int] | None:
-        """The same of float weights that are int8 times one scale per output, or for all.
+        """Like ``_weights``, of float weights that are int8 times one scale per output, or for all.
 
         A file that an engine quantised holds them so. Asked for only where what they multiply is
         quantised.
@@ -318,7 +318,7 @@ class QuantisedLayout(Layout):
 
 
 def _scales(rows: Array, largest: Array) -> Array | None:
-    """Of rows that are int8 times a scale, these; None where one is not.
+    """The scales of rows that are int8 times a scale each; None where one is not.
 
     The largest is 127 in most of them, and less where the range is held above zero.
     """
@@ -383,7 +383,7 @@ def either_side(
 
 
 def _size(layout: QuantisedLayout, editor: Editor, name: str) -> str:
-    """How large the terms are that a tensor is the sum of, taken together; else the tensor is."""
+    """Add nodes for Σ|terms| of the sum that a tensor is, or for |tensor| if it is no sum."""
     node = layout.source(name)
     while node is not None and node.op_type in ("Clip", "Identity", "Relu"):
         node = layout.source(node.input[0])

@@ -72,7 +72,7 @@ class ReplayError(AuditError):
     """
 
     def __init__(self, cut: Cut, what: str, error: Exception) -> None:
-        """``what`` could not be done with the segment, and ONNX Runtime's own words."""
+        """Say ``what`` could not be done with the segment, and why in ONNX Runtime's words."""
         super().__init__(f"segment {cut.id} cannot be {what}: {one_line(error)}")
         self.inputs = cut.inputs
 
@@ -86,7 +86,7 @@ def _element_type(value: Array) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Segments in a row, and the same nodes as one segment."""
+    """Segments in a row, and one segment that holds all their nodes."""
 
     cuts: tuple[Cut, ...]
     merged: Cut
@@ -174,7 +174,7 @@ class Replayer:
         opset: int,
         how: str,
     ) -> Arrays:
-        """Run one segment rewritten by ``change``, or give what it computes if that is nothing.
+        """Run one segment rewritten by ``change``; ``replayed`` where that changes nothing.
 
         Args:
             cut: the segment.
@@ -210,7 +210,7 @@ class Replayer:
         return replayed
 
     def beside(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``work`` of each item, in order, done on several threads a few items ahead.
+        """Do ``work`` on each item, a few at a time on several threads; yields results in order.
 
         As many as tensors of as many walks may be held at once (``WALKING``).
         """
@@ -232,7 +232,7 @@ class Replayer:
                     future.cancel()
 
     def walking(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``work`` of each item, in order, which is one walk; they share what must be compiled.
+        """Do ``work`` on each item, one walk each, in step; yields results in order.
 
         Where not all sessions can be kept, as many walks as may be held at once go in step.
         """
@@ -422,7 +422,7 @@ class Replayer:
 def _in_blocks(
     cuts: Sequence[Cut], patched: Container[str], blocks: Mapping[str, Block]
 ) -> list[Cut]:
-    """The segments of a walk, those of blocks without a patch as one; ``cuts`` end as they do."""
+    """The segments of a walk, with each block that holds no patched segment as one segment."""
     steps: list[Cut] = []
     position = 0
     while position < len(cuts):

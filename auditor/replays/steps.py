@@ -25,7 +25,7 @@ _AXES_OPSET = 18
 
 
 def written(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """Whether a node was written in the steps of its kernels; if not, nothing was."""
+    """Write a node in the steps of its kernels, if it has several; returns whether it has."""
     if rounder.sites.sums and rounder.to.cast == TensorProto.FLOAT16:
         narrow = _IN_HALF.get(node.op_type)
         if narrow is None or rounder.at.halves.intersection(node.input):
@@ -40,7 +40,7 @@ def written(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
 
 
 def _layer_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """The normalised value is rounded before gamma and beta are applied to it."""
+    """Round the normalised value before gamma and beta are applied to it."""
     gamma, *beta = node.input[1:]
     shape = rounder.constants.get(gamma)
     if shape is None or len([o for o in node.output if o]) > 1:
@@ -97,7 +97,7 @@ def _group_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -
 
 
 def _log_softmax(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """OpenVINO makes six kernels of it: the exponentials are summed as they were rounded."""
+    """Write OpenVINO's six kernels: the exponentials are summed as they were rounded."""
     version, given = surgery.opset(rounder.at.model), surgery.attributes(node)
     axes = [given.get("axis", -1)]
     if version < _SOFTMAX_ALONG:
@@ -115,7 +115,7 @@ def _log_softmax(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
 
 
 def _sum_of_squares(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """OpenVINO's frontend makes a multiplication and a sum of it: two kernels.
+    """Write the multiplication and the sum that OpenVINO's frontend makes of it: two kernels.
 
     The first squares what it computed itself as it is; without axes there is no second.
     """
@@ -136,7 +136,7 @@ def _sum_of_squares(rounder: Rounder, node: onnx.NodeProto, group: Group) -> boo
 
 
 def _columns(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """OpenVINO adds up overlapping blocks in the type it writes: one element of all at once."""
+    """Add up overlapping blocks in the type written, one element of all at once, as OpenVINO."""
     shape = rounder.at.shapes.get(node.input[0])
     block = rounder.at.values.get(node.input[2])
     if not (shape and block is not None and rounder.sites.outputs and rounder.writes(group)):
@@ -169,7 +169,7 @@ def _columns(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
 
 
 def _average(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """OpenVINO averages 8-bit integers as they are; what widens them comes behind that.
+    """Average 8-bit integers as they are, as OpenVINO does; what widens them comes behind that.
 
     Where it is a kernel of its own, it reads the average of the integers rounded.
     """
@@ -222,7 +222,7 @@ def _sigmoid(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
 
 
 def _instance_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """Mean and variance are added up one value after another, and every result is rounded."""
+    """Add up mean and variance one value after another, and round every result."""
     shape = rounder.at.shapes.get(node.input[0], ())
     if len(shape) < 3 or surgery.opset(rounder.at.model) < OPSET_OF_SUMS:
         return False

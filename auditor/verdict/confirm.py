@@ -97,7 +97,7 @@ def confirm(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A factor to leave out, and the cause it is to test; None: what nothing explains."""
+    """A factor to leave out, and the cause that this tests; None for what nothing explains."""
 
     switch: Switch
     cause: str | None
