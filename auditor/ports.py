@@ -144,7 +144,7 @@ class Keeping(Protocol):
 
 @runtime_checkable
 class Holding(Protocol):
-    """A build of such a file."""
+    """A build of an engine's own file that can read the file's constants."""
 
     def constants(self) -> Arrays:
         """The file's constants under the ONNX model's names, as far as they are recognised."""
@@ -152,7 +152,10 @@ class Holding(Protocol):
 
 @runtime_checkable
 class Gridded(Protocol):
-    """A build that was quantised from the model, here (``BuildRequest.calibration``) or before."""
+    """A build of a quantised program that knows what activations are rounded to.
+
+    The program may be quantised for this build (``BuildRequest.calibration``) or before.
+    """
 
     def grids(self) -> Arrays:
         """The values that activations are rounded to, by ONNX name; none where not quantised.
@@ -163,7 +166,7 @@ class Gridded(Protocol):
 
 @runtime_checkable
 class Scriptable(Protocol):
-    """A backend whose programs a short script can make; a backend need not be one."""
+    """A backend whose programs can also be made by a short script."""
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
         """The source that builds and runs as ``Backend.build`` does with these options."""
@@ -213,7 +216,7 @@ class Traced(Protocol):
 
 @runtime_checkable
 class Switchable(Protocol):
-    """A build some of whose factors the engine can leave out; a build need not be one."""
+    """A build that knows which of its factors the engine can leave out."""
 
     @property
     def switches(self) -> tuple[Switch, ...]:
@@ -222,16 +225,16 @@ class Switchable(Protocol):
 
 @runtime_checkable
 class Sharing(Protocol):
-    """A build that runs on the same threads as all of its engine's in a process; it need not."""
+    """A build that says whether it shares its threads with its engine's other builds."""
 
     @property
     def shared_threads(self) -> bool:
-        """Whether it does: no threads of another such build are then spinning after its run."""
+        """Whether all builds in a process run on the same threads, so that no others spin."""
 
 
 @runtime_checkable
 class Releasable(Protocol):
-    """A build that can be instrumented without its program in memory; a build need not be one."""
+    """A build that can free its program while the instrumented one runs."""
 
     def release(self) -> None:
         """Free the plain program; the next ``run`` compiles it again."""
@@ -242,7 +245,7 @@ Storage = Literal["float16", "bfloat16", "8 bits", "4 bits"]
 
 @dataclass(frozen=True, slots=True)
 class CompiledConstant:
-    """A constant that another file or module has otherwise than the reference.
+    """A constant whose values differ between the reference and another file or module.
 
     Attributes:
         values: the other's, in the reference's type and shape; a module's in its own type.
@@ -302,7 +305,7 @@ class Surroundings(Protocol):
 
     @property
     def opset(self) -> int:
-        """Of the default domain."""
+        """Version of the default operator set."""
 
     def constant(self, name: str) -> Array | None:
         """The value of a constant; None where it is computed."""
@@ -388,9 +391,9 @@ class Noise(Protocol):
 
     @property
     def cancelling(self) -> tuple[str, ...]:
-        """How the names of a convention's forms begin that subtract numbers which nearly cancel.
+        """Beginnings of the names of those forms of a convention that may explain a part.
 
-        Rounding decides what these leave: they may explain an error in part.
+        These forms subtract numbers that nearly cancel, so that rounding decides what is left.
         """
 
     @property

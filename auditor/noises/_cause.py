@@ -35,8 +35,8 @@ class Cause:
             segment to segment.
         stated: how engines write the precision that this noise is; empty where none says so.
         significand: bits (see the Protocol).
-        convention, cancelling: whether it is followed to rounding or not at all, and the forms of
-            which that does not hold (see the Protocol).
+        convention: whether it is another definition of an operator (see the Protocol).
+        cancelling: beginnings of the names of forms that may explain a part all the same.
         variants: the forms to replay on a segment (see the Protocol).
         fitted: forms whose numbers, such as scales, are read off a segment's inputs and what the
             backend made of them (see the Protocol ``Fitting``).
