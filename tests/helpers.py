@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator
 from onnx import TensorProto, helper, numpy_helper
 
 import reports
-from auditor.attribution.cause import Explanation
+from auditor.attribution.explainer import Explanation
 from auditor.ports import Arrays
 
 if TYPE_CHECKING:

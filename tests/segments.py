@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor import discovery
-from auditor.attribution.cause import Explainer, Explanation
+from auditor.attribution.explainer import Explainer, Explanation
 from auditor.decomposition.divergence import Local
 from auditor.noises import bf16, fp16, tf32
 from auditor.noises._cause import Cause

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from auditor.attribution import hypotheses
-from auditor.attribution.cause import Beside, Explainer, Explanation, Retest
+from auditor.attribution.explainer import Beside, Explainer, Explanation, Retest
 from auditor.attribution.hypotheses import ENOUGH
 from auditor.comparison.metrics import Running
 from auditor.decomposition.divergence import Local

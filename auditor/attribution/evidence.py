@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import onnx
 
-from auditor.attribution import cause as attribution
+from auditor.attribution import explainer
 from auditor.decomposition.divergence import Local
 from auditor.graphs import artefact
 from auditor.ports import CompiledConstant, SegmentGraph
@@ -57,7 +57,7 @@ def of_constants(segment: SegmentGraph, local: Local, threads: int) -> tuple[str
     said = list[str]()
 
     def explained(changed: onnx.ModelProto) -> float | None:
-        return attribution.measured(replace(segment, model=changed), local, threads)
+        return explainer.measured(replace(segment, model=changed), local, threads)
 
     if segment.grids:
         shares = {what: explained(made) for what, made in artefact.quantised(segment).items()}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import onnx
 
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import patterns
 
-_FORMS = (
-    "constants near those of a known function are taken for them",
-    "a rotation of uneven parts is taken for one of halves",
-)
+# Forms, most likely first; each gives None where it changes nothing.
+_FORMS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto | None]] = {
+    "constants near those of a known function are taken for them": patterns.snapped,
+    "a rotation of uneven parts is taken for one of halves": patterns.halved,
+}
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment as the function that it nearly is."""
-    for name, taken in zip(_FORMS, (patterns.snapped, patterns.halved), strict=True):
+    for name, taken in _FORMS.items():
         if (model := taken(segment.model)) is not None:
             yield Variant(name, model)
 
@@ -42,7 +45,7 @@ NOISE = Cause(
         "train and export with the function's own constants, or write it so that it does not look "
         "like it (an Identity that is an output between its operators)"
     ),
-    forms=_FORMS,
+    forms=tuple(_FORMS),
     variants=_variants,
     simulated=False,
 )

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import onnx
 
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, linear
 from auditor.replays.layout import Layout
 
-_FORMS = (
-    "constants added or multiplied one after another are joined first",
-    "constant factors and shifts are taken into the layer before them",
-    "what cancels for real numbers is left out",
-    "chains of constant factors and shifts are joined into one of each",
-    "constant factors of an operand are taken out of the product",
-    "exponentials divided by their sum are a softmax, which overflows nowhere",
-    "what divides multiplies as its inverse",
-)
+
+def _collapsed(segment: SegmentGraph) -> onnx.ModelProto | None:
+    """The segment with every chain of constants as one product and one sum; None without any."""
+    return linear.collapsed(Layout(segment.model, segment.weights), np.float32)
+
+
+# Forms, most likely first; each gives None where it changes nothing.
+_FORMS: dict[str, Callable[[SegmentGraph], onnx.ModelProto | None]] = {
+    "constants added or multiplied one after another are joined first": algebra.joined,
+    "constant factors and shifts are taken into the layer before them": algebra.taken_in,
+    "what cancels for real numbers is left out": algebra.cancelled,
+    "chains of constant factors and shifts are joined into one of each": _collapsed,
+    "constant factors of an operand are taken out of the product": algebra.taken_out,
+    "exponentials divided by their sum are a softmax, which overflows nowhere": algebra.softened,
+    "what divides multiplies as its inverse": algebra.inverted,
+}
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment as optimisers rewrite it."""
-    rewritten = (
-        *(algebra.joined, algebra.taken_in, algebra.cancelled),
-        lambda s: linear.collapsed(Layout(s.model, s.weights), np.float32),
-        algebra.taken_out,
-        algebra.softened,
-        algebra.inverted,
-    )
-    for name, rewrite in zip(_FORMS, rewritten, strict=True):
+    for name, rewrite in _FORMS.items():
         if (model := rewrite(segment)) is not None:
             yield Variant(name, model)
 
@@ -65,7 +66,7 @@ NOISE = Cause(
             "runtime computes them"
         ),
     },
-    forms=_FORMS,
+    forms=tuple(_FORMS),
     variants=_variants,
     simulated=False,
 )

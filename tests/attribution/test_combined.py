@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from auditor.attribution.cause import Explanation, Prior
+from auditor.attribution.explainer import Explanation, Prior
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from auditor.attribution.cause import Explanation
+from auditor.attribution.explainer import Explanation
 from auditor.noises import bf16
 from auditor.ports import Array
 from auditor.records.backend import Kernel

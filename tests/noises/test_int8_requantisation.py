@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.attribution.cause import Explainer
+from auditor.attribution.explainer import Explainer
 from auditor.decomposition.divergence import Local
 from auditor.graphs import surgery
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from auditor.attribution.cause import Explainer
+from auditor.attribution.explainer import Explainer
 from auditor.decomposition import divergence
 from auditor.graphs.model import key
 from auditor.graphs.segments import Cut, Graph

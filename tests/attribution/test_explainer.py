@@ -10,9 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from auditor.attribution import cause as attribution
-from auditor.attribution import combined, hypotheses
-from auditor.attribution.cause import Explanation
+from auditor.attribution import combined, explainer, hypotheses
+from auditor.attribution.explainer import Explanation
 from auditor.errors import NoiseError
 from auditor.noises import (
     attribute_ignored,
@@ -111,7 +110,7 @@ def test_the_first_hypothesis_is_enough_where_it_is_right(dense: Any) -> None:
 def test_winners_are_tried_first_on_segments_with_the_same_operators(dense: Any) -> None:
     of, x, w = dense
     planted = {"y": (r(x).astype(np.float64) @ r(w)).astype(np.float32)}
-    prior: attribution.Prior = {}
+    prior: explainer.Prior = {}
     first = explain(of, x, planted, prior=prior)
     second = explain(of, x, planted, prior=prior)
     assert first.variant == second.variant and first.explained == second.explained > 0.999
@@ -154,7 +153,7 @@ def test_a_fault_beside_the_rounding_of_the_whole_build(
     )
     narrow = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon)
     planted = r(r(narrow * np.float32(factor)))
-    prior: attribution.Prior = {("Conv",): ("precision.bf16", bf16.SITES[0].name)}
+    prior: explainer.Prior = {("Conv",): ("precision.bf16", bf16.SITES[0].name)}
     noises = (normalisation.NOISE, *NOISES)
     found = explain(of, x, {"y": planted}, noises=noises, prior=prior)
     assert found.noise == named
@@ -444,8 +443,8 @@ def test_models_of_refuted_hypotheses_are_let_go(
 ) -> None:
     """Each holds the segment's weights: fifty variants of a large one would fill the memory."""
     seen: list[Any] = []
-    conclude = attribution._conclude
-    monkeypatch.setattr(attribution, "_conclude", lambda b, w: seen.append(b) or conclude(b, w))
+    conclude = explainer._conclude
+    monkeypatch.setattr(explainer, "_conclude", lambda b, w: seen.append(b) or conclude(b, w))
     of, x, w = dense
     explain(of, x, {"y": x @ (w * np.float32(1.01))})
     (bench,) = seen
