@@ -174,48 +174,19 @@ def _on_their_grids(
     made = surgery.copied(model)
     graph = made.graph
     finals = {o.name for o in graph.output}
-    inputs = [i.name for i in graph.input]
     read = {n for node in graph.node for n in node.input}
     nodes = list(graph.node)
     del graph.node[:]
+    integers = surgery.opset(model) >= _BYTES_OPSET
     renamed: dict[str, str] = {}
 
-    def rounded(name: str, source: str, to: str) -> None:
-        low, high, levels = grids[name]
-        step = np.maximum((high - low) / (levels - 1), np.finfo(np.float32).tiny)
-        ends = {"low": np.rint(low / step), "high": np.rint(high / step)}
-        bytes_ = step.size == 1 and ends["high"] - ends["low"] == 255 and -255 <= ends["low"] <= 0
-        constants: Arrays = {"step": np.asarray(step, np.float32)}
-        if bytes_ and surgery.opset(made) >= _BYTES_OPSET:  # as what reads integers finds them
-            constants["step"] = constants["step"].reshape(())
-            constants["zero"] = np.asarray(-ends["low"], np.uint8).reshape(())
-        else:
-            constants |= {key: np.asarray(value, np.float32) for key, value in ends.items()}
-        graph.initializer.extend(
-            numpy_helper.from_array(value, f"{to}/{key}") for key, value in constants.items()
-        )
-        parameters = (f"{to}/step", f"{to}/zero")
-        steps: tuple[tuple[str, tuple[str, ...], str], ...] = (
-            ("QuantizeLinear", (source, *parameters), f"{to}/whole"),
-            ("DequantizeLinear", (f"{to}/whole", *parameters), to),
-        )
-        if "zero" not in constants:
-            steps = (
-                ("Div", (source, f"{to}/step"), f"{to}/steps"),
-                ("Round", (f"{to}/steps",), f"{to}/whole"),
-                ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
-                ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
-                ("Mul", (f"{to}/within", f"{to}/step"), to),
-            )
-        graph.node.extend(helper.make_node(kind, list(given), [out]) for kind, given, out in steps)
-
-    def inner(name: str) -> None:
+    def round_for_readers(name: str) -> None:
         renamed[name] = f"{name}/rounded"
-        rounded(name, name, renamed[name])
+        _add_rounding(graph, grids[name], name, renamed[name], integers=integers)
 
-    for name in inputs:
-        if name in grids and name in read:
-            inner(name)
+    for value in graph.input:
+        if value.name in grids and value.name in read:
+            round_for_readers(value.name)
     for node in nodes:
         for i, name in enumerate(node.input):
             node.input[i] = renamed.get(name, name)
@@ -224,11 +195,52 @@ def _on_their_grids(
             if name not in grids:
                 continue
             if name in finals and results:
-                graph.node[-1].output[i] = f"{name}/plain"
-                rounded(name, f"{name}/plain", name)
+                plain = graph.node[-1].output[i] = f"{name}/plain"
+                _add_rounding(graph, grids[name], plain, name, integers=integers)
             elif name in read and inside:
-                inner(name)
+                round_for_readers(name)
     return made if len(graph.node) > len(nodes) else None
+
+
+def _add_rounding(
+    graph: onnx.GraphProto, grid: Array, source: str, to: str, *, integers: bool
+) -> None:
+    """Add nodes to a graph that round a tensor to its grid.
+
+    Args:
+        graph: the nodes are appended to it.
+        grid: the smallest value, the largest and how many.
+        source: the tensor.
+        to: the rounded one.
+        integers: whether 8-bit grids may be written with QuantizeLinear, which forms that read
+            integers look for.
+    """
+    low, high, levels = grid
+    step = np.maximum((high - low) / (levels - 1), np.finfo(np.float32).tiny)
+    first, last = np.rint(low / step), np.rint(high / step)
+    constants: Arrays = {"step": np.asarray(step, np.float32)}
+    steps: tuple[tuple[str, tuple[str, ...], str], ...]
+    if integers and step.size == 1 and last - first == 255 and -255 <= first <= 0:
+        constants["step"] = constants["step"].reshape(())
+        constants["zero"] = np.asarray(-first, np.uint8).reshape(())
+        steps = (
+            ("QuantizeLinear", (source, f"{to}/step", f"{to}/zero"), f"{to}/whole"),
+            ("DequantizeLinear", (f"{to}/whole", f"{to}/step", f"{to}/zero"), to),
+        )
+    else:
+        constants["low"] = np.asarray(first, np.float32)
+        constants["high"] = np.asarray(last, np.float32)
+        steps = (
+            ("Div", (source, f"{to}/step"), f"{to}/steps"),
+            ("Round", (f"{to}/steps",), f"{to}/whole"),
+            ("Max", (f"{to}/whole", f"{to}/low"), f"{to}/above"),
+            ("Min", (f"{to}/above", f"{to}/high"), f"{to}/within"),
+            ("Mul", (f"{to}/within", f"{to}/step"), to),
+        )
+    graph.initializer.extend(
+        numpy_helper.from_array(value, f"{to}/{key}") for key, value in constants.items()
+    )
+    graph.node.extend(helper.make_node(kind, list(given), [out]) for kind, given, out in steps)
 
 
 def others(constants: Mapping[str, CompiledConstant]) -> Arrays:
