@@ -156,7 +156,7 @@ def pair(
     if narrow:
         model = widening.widened(model, folder)
     graph = Graph(model.proto)
-    work = _Work(
+    matcher = _Matcher(
         graph,
         Replayer(graph, threads, model.weights, model.folder),
         values,
@@ -165,23 +165,35 @@ def pair(
         SAME_NARROW if narrow else SAME,
         widening.wide(dict(feeds)),
     )
-    work.walk(work.cuts)
-    work.find_again(outputs)
+    matcher.walk(matcher.cuts)
+    matcher.find_again(outputs)
     for name, index in outputs.items():
-        if name in graph.producer and name not in work.pairs:
-            work.pairs[name] = Pair(index, "position")
-    return Pairing(work.pairs, work.unpaired(), tuple(_origins(work, stated)))
+        if name in graph.producer and name not in matcher.pairs:
+            matcher.pairs[name] = Pair(index, "position")
+    return Pairing(matcher.pairs, matcher.unpaired(), tuple(_origins(matcher, stated)))
 
 
 @dataclass(slots=True)
-class _Work:
-    """The graph between the two; ``computed`` holds what was found nowhere, by tensor."""
+class _Matcher:
+    """Finds the tensors of an ONNX graph among the values that the module computed.
+
+    Attributes:
+        graph: the ONNX graph, and ``replayer`` its nodes, ready to run.
+        values: what the module computed, in order; ``fetch`` gives the array of one by its index.
+        modules: by node key, the module that the exporter states.
+        same: relative L2 up to which a tensor and a value are the same.
+        feeds: the graph's inputs, by name.
+        pairs: what was found, by tensor.
+        computed: what was found nowhere, as the graph computes it, by tensor.
+        failed: why a tensor could not be computed.
+        cuts: the graph's nodes, one a cut, in order.
+    """
 
     graph: Graph
     replayer: Replayer
     values: Sequence[Value]
     fetch: Callable[[int], Array]
-    modules: Mapping[str, str]  # as the exporter states them, by node key
+    modules: Mapping[str, str]
     same: float
     feeds: Arrays
     pairs: dict[str, Pair] = field(default_factory=dict)
@@ -415,7 +427,7 @@ class _Lookup(dict[str, Array]):
     """The inputs of one node."""
 
     def __init__(
-        self, work: _Work, names: Iterable[str], local: Mapping[str, Array] | None = None
+        self, matcher: _Matcher, names: Iterable[str], local: Mapping[str, Array] | None = None
     ) -> None:
         """Take them from ``local`` first.
 
@@ -423,10 +435,10 @@ class _Lookup(dict[str, Array]):
             KeyError: one of them could not be computed.
         """
         local = local or {}
-        super().__init__({n: local[n] if n in local else work.value(n) for n in names})
+        super().__init__({n: local[n] if n in local else matcher.value(n) for n in names})
 
 
-def _origins(work: _Work, stated: Mapping[str, Origin]) -> Iterator[Origin]:
+def _origins(matcher: _Matcher, stated: Mapping[str, Origin]) -> Iterator[Origin]:
     """Every node's module and line.
 
     The module that the exporter states comes first: it may have folded the next one into it. Its
@@ -434,13 +446,13 @@ def _origins(work: _Work, stated: Mapping[str, Origin]) -> Iterator[Origin]:
     that is only the second call of ``act``.
     """
     places: dict[str, str] = {}
-    for value in work.values:
+    for value in matcher.values:
         if value.place is not None:
             places[value.module] = value.place
-    for cut in work.cuts:
-        key = models.key(work.graph.nodes[cut.nodes[-1]])
+    for cut in matcher.cuts:
+        key = models.key(matcher.graph.nodes[cut.nodes[-1]])
         known = stated.get(key)
-        paired = [work.values[work.pairs[n].index] for n in cut.outputs if n in work.pairs]
+        paired = [matcher.values[matcher.pairs[n].index] for n in cut.outputs if n in matcher.pairs]
         if known is not None and known.module and (known.module in places or not paired):
             seen = next((v.place for v in paired if v.module == known.module), None)
             yield Origin(key, known.module, known.place or seen or places.get(known.module))
