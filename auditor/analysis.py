@@ -443,7 +443,7 @@ class Analysis:
     # --- what the report asks for --------------------------------------------------------------
 
     def another_file(self) -> str | None:
-        """That the compiled file holds other weights than the model, if that makes errors."""
+        """A sentence on the compiled file's other weights; None where they make no error."""
         made, segments = self.causes.of_the_file()
         return evidence.of_another_file(self._compiled, len(made), segments)
 

@@ -102,7 +102,7 @@ def fix(
 
 
 def _otherwise(reported: Provenance | None, built: Provenance | None) -> Iterator[str]:
-    """That the program is another one than the report's: what is measured here is not what it says.
+    """A sentence where the program is another one than the report's, so that figures differ.
 
     So it is on another processor, where an engine has another default.
     """

@@ -81,7 +81,7 @@ class Build(Protocol):
 
     @property
     def blocked(self) -> str | None:
-        """None when it can run here; otherwise why not ("no CUDA device")."""
+        """Why it cannot run here ("no CUDA device"); None when it can."""
 
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Run the plain program: every graph output by its ONNX name."""
@@ -427,7 +427,7 @@ class Noise(Protocol):
         """
 
     def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
-        """Its forms in a whole model, weights inside; empty when it is no choice of deployments.
+        """The forms in a whole model, weights inside; empty when deployments do not choose it.
 
         Raises:
             NoiseError: the model should be simulable but is not.

@@ -195,7 +195,7 @@ class Apart:
         stops: Mapping[Port, str],
         known: Mapping[str, Array],
     ) -> list[Candidate]:
-        """Those whose operations, compiled alone, give the captured bits."""
+        """The candidates whose operations, compiled alone, give the captured bits."""
         if not witnesses:
             return []
         cut = self._cut_out(witnesses, stops)
@@ -266,7 +266,7 @@ class Apart:
         return cut if all(same_bits(values[c.tensor], known[c.tensor]) for c in checks) else None
 
     def _readers(self) -> dict[int, set[int]]:
-        """By operation, the makers (see ``Candidate``) of the kernels that read what it makes.
+        """The makers (see ``Candidate``) of the kernels that read what each operation makes.
 
         What makes no tensor of the ONNX graph is seen through.
         """
@@ -347,7 +347,7 @@ class Apart:
 
 
 def _widened(integers: Any, steps: Sequence[Any], moved: int) -> Any:
-    """The same operations on other integers; under their names, by which kernels are told.
+    """The operations on other integers, under the same names, which kernels are told by.
 
     ``moved`` is what was added to the integers.
     """

@@ -134,7 +134,7 @@ def _write_out(op: Any) -> bool:
 
 
 def _originals(model: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """By product, the name and shape of its constant weights."""
+    """The name and shape of each product's constant weights."""
     found = {}
     for op in model.get_ops():
         if op.get_type_name() in _PRODUCTS:

@@ -134,7 +134,7 @@ class Probing:
         return trial
 
     def _outside(self, probes: Sequence[Candidate], suspects: frozenset[int]) -> list[Candidate]:
-        """Those that no kernel makes which also makes what is suspected."""
+        """The probes made by kernels that make nothing that is suspected."""
         kernels = (frozenset(k.operations) for k in self._program.kernels())
         lost = frozenset[int]().union(*(k for k in kernels if k & suspects))
         return [c for c in probes if c.maker not in lost]
@@ -171,7 +171,7 @@ class Probing:
         return found
 
     def _with_sums(self, suspects: frozenset[int]) -> frozenset[int]:
-        """With them, the sums over what they make.
+        """The suspects, and the sums over what they make.
 
         With only a sum observed, OpenVINO leaves off rounding what it reads.
         """
@@ -184,7 +184,7 @@ class Probing:
         }
 
     def _around(self, suspects: frozenset[int]) -> frozenset[int]:
-        """With them, what the kernels that read them or feed them make."""
+        """The suspects, and what the kernels that read them or feed them make."""
         found = set(suspects)
         for kernel in self._program.kernels():
             for parent in self._program.parents(kernel):

@@ -56,7 +56,7 @@ class Grid:
         return _OTHER[self.element] if self.moved else self.element
 
     def held_in(self, element: str) -> Grid:
-        """The same of a program that holds the integers in the other of the two types."""
+        """The grid in a program that holds the integers in the other of the two types."""
         offset = 128 if element == "u8" else -128
         return replace(self, moved=offset if element == _OTHER[self.element] else 0)
 

@@ -455,7 +455,7 @@ class OpaqueBuild:
         return run(self._session, self._outputs, feeds)
 
     def instrument(self, feeds: Mapping[str, Array]) -> _Seen:
-        """The same session: nothing can be added to it."""
+        """Give the same session back: nothing can be added to it."""
         return _Seen(self)
 
 

@@ -203,7 +203,7 @@ class OpenVINO:
         return Availability(True, self.title, _version(ov), devices)
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
-        """The same properties on the same device."""
+        """A script that compiles with the same properties on the same device."""
         _int8.refuse(options)
         properties: dict[str, Any] = {k: v for k, v in options.items() if k != _int8.OPTION}
         if threads is not None:

@@ -216,7 +216,7 @@ class TorchBuild:
         return TorchInstrumented(self, feeds)
 
     def arguments(self, feeds: Mapping[str, Array]) -> tuple[list[Any], dict[str, Any]]:
-        """By name where the module has these names, else by their order."""
+        """The arguments by name where the module has these names, else by their order."""
         given = {name: self._given(feeds[name]) for name in self._inputs}
         with contextlib.suppress(ValueError, TypeError):
             known = inspect.signature(self.source.module.forward).parameters

@@ -112,7 +112,7 @@ class _Build:
 
 
 def _described(compiled: Compiled, runner: Runner) -> Compiled:
-    """With its layers as the loaded engine tells them, where the builder did not."""
+    """A plan with its layers as the loaded engine tells them, where the builder did not."""
     return compiled if compiled.layers else replace(compiled, layers=runner.description())
 
 
@@ -268,7 +268,7 @@ class TensorRT:
         return Availability(True, engine_name(), version, devices, blocked, remedy)
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
-        """The same builder flags on the same GPU; a model with bfloat16 inputs is refused.
+        """A script with the same builder flags and GPU; a model with bfloat16 inputs is refused.
 
         Raises:
             UsageError: this TensorRT has no such option.

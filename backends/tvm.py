@@ -329,7 +329,7 @@ class TVM:
         return Availability(True, _ENGINE, version, (cpu,))
 
     def script(self, device: str | None, threads: int | None, options: Mapping[str, str]) -> Script:
-        """The same target and default pipeline."""
+        """A script with the same target and default pipeline."""
         made = _Options.parse(options)
         source = _SCRIPT.format(
             threads="" if threads is None else _THREADS.format(threads),

@@ -257,7 +257,7 @@ def name_nodes(labels: Sequence[str], room: int, root: str = "") -> str:
 
 
 def join(words: Sequence[str], between: str, room: int) -> str:
-    """As many words as fit, and how many more there are; the first is always there."""
+    """Join as many words as fit, and say how many more there are; the first is always there."""
     text = between.join(words)
     for left in range(1, len(words)):
         if width_of(text) <= room:

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def visible(value: T) -> T:
-    """The same value with every unprintable character of its strings as a visible escape.
+    """A value with every unprintable character of its strings as a visible escape.
 
     Escapes, line breaks, direction overrides and lone surrogates can rewrite a terminal or make
     one name look like another.

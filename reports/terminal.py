@@ -119,7 +119,7 @@ def _draw_verdict(page: Page, report: AuditReport) -> None:
 
 
 def _draw_judgement(page: Page, judgement: Judgement) -> None:
-    """By what the verdict was reached: the rules broken, or that all hold."""
+    """Draw what the verdict rests on: the rules broken, or that all hold."""
     broken = judgement.broken
     held = words.count(len(broken), "broken rule") if broken else "every rule holds"
     waived = f"; {words.count(len(judgement.waived), 'finding')} waived" if judgement.waived else ""

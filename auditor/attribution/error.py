@@ -141,5 +141,5 @@ def _scale(values: Array) -> float:
 
 
 def _limit(values: Array) -> float:
-    """From where on a number of this type stands for infinity."""
+    """The absolute value from which on a number of this type stands for infinity."""
     return EXTREME * float(np.finfo(values.dtype).max) if values.dtype.kind == "f" else math.inf

@@ -22,7 +22,7 @@ _MOST = 3
 def of_another_file(
     compiled: Mapping[str, CompiledConstant], reproduced: int, segments: int
 ) -> str | None:
-    """That the compiled file holds other weights, where these make the error of segments.
+    """A sentence on the compiled file's other weights; None where they make no segment's error.
 
     Args:
         compiled: constants that it has otherwise.

@@ -355,7 +355,7 @@ def square_sum(values: Array) -> float:
 
 
 def to_float(values: Array) -> Array:
-    """The same numbers as float32, or as float64 where float32 would change them."""
+    """Numbers as float32, or as float64 where float32 would change them."""
     if values.dtype == np.float32:
         return values
     if values.dtype.kind == "U":  # only inputs are texts, and the same on both sides

@@ -66,7 +66,7 @@ _TINY = 1e-30  # stands for a probability of 0, whose logarithm has no number
 
 
 def assume(name: str, reference: Array) -> OutputKind:
-    """As what an output is read; the rules are in the module's own description.
+    """The kind that an output is read as; the rules are in the module's own description.
 
     Args:
         name: the output's ONNX name.

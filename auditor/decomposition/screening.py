@@ -57,7 +57,7 @@ class Screening:
             self._gains[position] = float(np.log(max(effect, _TINY) / size))
 
     def _spread(self) -> list[int]:
-        """Some of every kind, the commonest kinds first, evenly over the network."""
+        """Choose some segments of every kind, the commonest first, evenly over the network."""
         found: list[int] = []
         kinds, counts = np.unique(self._kinds, return_counts=True)
         for kind in kinds[np.argsort(-counts, kind="stable")]:

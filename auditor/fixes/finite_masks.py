@@ -23,7 +23,7 @@ class _FiniteMasks:
     noises = frozenset({"precision.bf16", "implementation.nonfinite"})
 
     def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
-        """The same node on constants within bfloat16; None where they are."""
+        """The node on constants within bfloat16; None where they are within it already."""
         made = surgery.copied(node)
         for position, name in enumerate(node.input):
             value = view.constant(name) if name else None

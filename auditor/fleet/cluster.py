@@ -133,7 +133,7 @@ class Cluster:
         return task.remote(cell.arguments, files, shipped, __version__)
 
     def ended(self, jobs: Collection[Any], seconds: float) -> Collection[Any]:
-        """Those that have ended, as soon as there is one or the time is over."""
+        """The jobs that have ended, as soon as there is one or the time is over."""
         ended, _ = self._ray.wait(list(jobs), num_returns=1, timeout=seconds)
         found: list[Any] = ended
         return found

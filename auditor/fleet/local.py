@@ -47,7 +47,7 @@ class Local:
         return self._pool.submit(self._audit, cell)
 
     def ended(self, jobs: Collection[Future[Outcome]], seconds: float) -> set[Future[Outcome]]:
-        """Those that have ended, as soon as there is one or the time is over."""
+        """The jobs that have ended, as soon as there is one or the time is over."""
         return wait(jobs, seconds, FIRST_COMPLETED).done
 
     def outcome(self, job: Future[Outcome]) -> Outcome:

@@ -49,7 +49,7 @@ class Pool(Protocol):
         """Queue a cell."""
 
     def ended(self, jobs: Collection[Any], seconds: float) -> Collection[Any]:
-        """Those that have ended, as soon as there is one or the time is over."""
+        """The jobs that have ended, as soon as there is one or the time is over."""
 
     def outcome(self, job: Any) -> Outcome:
         """What an ended job gave.

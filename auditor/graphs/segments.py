@@ -87,7 +87,7 @@ class Graph:
         )
 
     def joined(self, id: str, nodes: Sequence[int]) -> Cut:
-        """Some nodes as one cut, which reads whatever others compute from the stimulus.
+        """Join nodes to one cut, which reads whatever other nodes compute from the stimulus.
 
         Args:
             id: of the cut.

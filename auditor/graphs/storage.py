@@ -130,7 +130,7 @@ def _levels_of(original: Array, value: Array, *, few: bool = False) -> int | Non
 
 
 def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
-    """By row, levels of the grid next to the originals; 0 where these are left; NaN for no grid."""
+    """Levels of each row's grid next to the originals; 0 where these are left; NaN for no grid."""
     same = np.asarray((original == value).all(axis=1))
     steps = grid_steps(value[:, :_GLANCE])
     if value.shape[1] > _GLANCE and np.isfinite(steps).any():
@@ -148,7 +148,7 @@ def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:
 
 
 def rounds(steps: Array, values: Array, near: Array | float = _NEAR) -> NDArray[np.bool_]:
-    """By row, whether values are the originals rounded: to the nearest, downwards or towards zero.
+    """Whether each row is the originals rounded: to the nearest, downwards or towards zero.
 
     Args:
         steps: how far the originals are above the values, in steps of their grid.
@@ -167,7 +167,7 @@ def rounds(steps: Array, values: Array, near: Array | float = _NEAR) -> NDArray[
 
 
 def grid_steps(rows: Array) -> NDArray[np.float64]:
-    """By row, the step of the 8-bit grid that its values lie on; NaN where they lie on none."""
+    """The step of the 8-bit grid that each row's values lie on; NaN where they lie on none."""
     levels = np.sort(rows.astype(np.float64), axis=1)
     found = np.full(len(levels), np.nan)
     with np.errstate(over="ignore"):

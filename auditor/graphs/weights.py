@@ -112,7 +112,7 @@ def inside(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> onnx.ModelPro
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
-    """Some exporters write weights as Constant nodes: the same values under the same names."""
+    """Turn the Constant nodes that some exporters write weights as into initialisers."""
     kept = []
     for node in graph.node:
         value = next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)

@@ -125,13 +125,13 @@ def _given(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
 
 
 def _factors(model: onnx.ModelProto, weights: Set[str]) -> dict[str, str]:
-    """By name of weights, what they are multiplied by before they are rounded."""
+    """What weights are multiplied by before they are rounded, by their names."""
     products = (n for n in model.graph.node if n.op_type == "Mul" and n.input[0] in weights)
     return {n.input[0]: n.input[1] for n in products}
 
 
 def _unrounded(model: onnx.ModelProto, tensors: Iterable[str]) -> dict[str, str]:
-    """By tensor, what it is before it is rounded: that is what is rounded to 8 bits."""
+    """The tensor that each one was before Casts rounded it, which is what is rounded to 8 bits."""
     producer = {o: n for n in model.graph.node for o in n.output}
     found = {}
     for tensor in tensors:
@@ -264,7 +264,7 @@ def _name(form: _Form) -> str:
 
 
 def _some(w: Array, rows: int) -> tuple[slice, slice, slice]:
-    """Some of the channels of weights [g, k, c]: more where there are few rows of equations."""
+    """Choose channels of weights [g, k, c]: more where there are few rows of equations."""
     every, most = slice(None), _CHANNELS * max(1, ROWS // rows)
     if len(w) > 1:
         return slice(None, None, -(-len(w) // most)), every, every

@@ -67,11 +67,11 @@ class Cause:
     simulation: Callable[[SegmentGraph], Iterable[Variant]] | None = None
 
     def fits(self, segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
-        """Its forms with numbers that fit the backend's tensors."""
+        """The forms whose numbers fit the backend's tensors."""
         return () if self.fitted is None else self.fitted(segment, inputs, observed)
 
     def simulations(self, model: onnx.ModelProto) -> Iterable[Variant]:
-        """Its forms in a whole model, which is one segment without kernels."""
+        """The forms in a whole model, which is one segment without kernels."""
         return (self.simulation or self.variants)(SegmentGraph(model, ())) if self.simulated else ()
 
     def remedy(self, backend: str, options: Mapping[str, str] = MappingProxyType({})) -> str:

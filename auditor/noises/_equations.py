@@ -58,7 +58,7 @@ class Grid:
 
 
 def squares(rest: Array) -> Array:
-    """By channel [g, 1, c], the sum of squared errors [g, p, c]."""
+    """The sum of squared errors [g, p, c] of each channel, [g, 1, c]."""
     return np.asarray(np.square(rest).sum(axis=1, keepdims=True))
 
 
@@ -123,17 +123,17 @@ class Equations:
         return x if self.factor is None else _bfloat16(x)
 
     def known(self) -> Array:
-        """By channel [g, 1, c], how many results are known."""
+        """How many results of each channel are known, [g, 1, c]."""
         return np.asarray(np.count_nonzero(self.weight, axis=1, keepdims=True))
 
     def thinned(self) -> Equations:
-        """As many rows as the search for one number needs."""
+        """The equations with no more rows than the search for one number needs."""
         every = max(1, np.count_nonzero(self.weight) // _ENOUGH)
         x, result, weight = (a[:, ::every] for a in (self.x, self.result, self.weight))
         return replace(self, x=x, result=result, weight=weight)
 
     def of(self, some: tuple[slice, slice, slice]) -> Equations:
-        """Those of some channels."""
+        """The equations of some channels."""
         groups, _, channels = some
         x = self.x[groups] if len(self.x) > 1 else self.x
         result, weight = (a[groups, :, channels] for a in (self.result, self.weight))
@@ -141,7 +141,7 @@ class Equations:
         return Equations(x, result, weight, factor)
 
     def on(self, operand: Grid) -> Equations:
-        """The same with an operand on a grid."""
+        """The equations with the operand on a grid."""
         return replace(self, x=operand(self.x))
 
 
@@ -166,7 +166,7 @@ def grouped(node: onnx.NodeProto, weights: Array) -> Array | None:
 
 
 def ungrouped(node: onnx.NodeProto, w: Array, like: Array) -> Array:
-    """The other way round."""
+    """A product's weights in their own shape, from [group, inputs, outputs]."""
     if node.op_type == "Conv":
         return np.ascontiguousarray(w.transpose(0, 2, 1)).reshape(like.shape)
     transposed = surgery.attributes(node).get("transB", 0)
@@ -355,7 +355,7 @@ def _inverted(behind: Callable[[Array], Array], plain: Array, wanted: Array) -> 
 
 
 def _rounding(values: Array, *, narrow: bool) -> Array:
-    """By how much values were rounded as they were written, in a unit of its own."""
+    """How far each value was rounded as it was written, in a unit of its own."""
     size = np.abs(np.where(np.isfinite(values), values, 0)).astype(np.float64)
     least = _SMALL * (math.sqrt(float(np.square(size).mean())) or 1)
     return np.maximum(size, least) / least if narrow else np.ones_like(size)

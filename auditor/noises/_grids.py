@@ -52,7 +52,7 @@ class Steps:
         self.typical = np.maximum(size[:, [size.shape[1] * 9 // 10]] / 2, self.largest)
 
     def of(self, some: tuple[slice, slice, slice]) -> Steps:
-        """The same steps for some of the weights."""
+        """The steps of some of the weights."""
         part = copy.copy(self)
         part.w = self.w[some]
         if not self.single:
@@ -210,7 +210,7 @@ class _Search:
         return min(_SPACING * step / self._typical, 0.05)
 
     def lows(self, step: float) -> list[int]:
-        """Its range begins or ends where the operand does, is less at both ends, or symmetric."""
+        """Where likely ranges begin: with or at the operand's ends, within them, or symmetric."""
         first, last = round(self.least / step), round(self.most / step)
         found = [max(first, -255)]
         if last - first > 255:

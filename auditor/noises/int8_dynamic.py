@@ -31,7 +31,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
 
 def reading(segment: SegmentGraph, compressed: Callable[[str], bool]) -> Iterator[Variant]:
-    """The same, of products whose weights have a name that is ``compressed``."""
+    """The segment with 8-bit activations in products whose weights' names are ``compressed``."""
     if surgery.opset(segment.model) < _OPSET:
         return
     layout = Layout(segment.model, segment.weights)

@@ -287,7 +287,7 @@ def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
 
 
 def _early(model: onnx.ModelProto, node: onnx.NodeProto) -> float:
-    """By how much regions are off that are moved by half a pixel before they are scaled."""
+    """How far regions are off that are moved by half a pixel before they are scaled."""
     given = surgery.attributes(node)
     half = given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel"
     scaled = half and surgery.opset(model) >= _HALF_PIXEL

@@ -39,7 +39,7 @@ class _Algorithm:
 
     @property
     def name(self) -> str:
-        """Its name in the literature."""
+        """The name of the algorithm in the literature."""
         return f"F({self.size}x{self.size}, 3x3)"
 
     @property

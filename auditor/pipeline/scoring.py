@@ -82,7 +82,7 @@ class Task(Protocol):
 
     @property
     def kind(self) -> OutputKind:
-        """As what the result must be read."""
+        """The kind that the result must be read as."""
 
     @property
     def packages(self) -> Mapping[str, str]:

@@ -115,7 +115,7 @@ class Upstream:
 
     @property
     def kinds(self) -> dict[str, OutputKind]:
-        """As what the result is read; empty without a post-processing."""
+        """The kind that the result is read as; empty without a post-processing."""
         if not self.after:
             return {}
         return {results.NAME: self.after[0][1].kind}

@@ -216,7 +216,7 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """By what the verdict was reached, where it is not ``--fail-on`` alone.
+    """What the verdict rests on, where it is not ``--fail-on`` alone.
 
     Attributes:
         source: the policy file, or the report that is the baseline.

@@ -363,7 +363,7 @@ def _steps(layout: Layout, node: onnx.NodeProto) -> list[_Chain]:
 
 
 def _chains(layout: Layout) -> dict[str, _Chain]:
-    """By the name of a result, the constants of the same kind that nothing else sees between."""
+    """Chains of constants of one kind with nothing else between, by the name of their result."""
     found: dict[str, _Chain] = {}
     for node in layout.nodes:
         step = _step(layout, node)

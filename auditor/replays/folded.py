@@ -63,13 +63,13 @@ class _Convolution:
         return values.size == 1 or (values.size == len(self.weights) and values.ndim > 1)
 
     def times(self, factor: Array) -> _Convolution:
-        """With a factor multiplied in."""
+        """The convolution with a factor multiplied in."""
         channels = np.broadcast_to(factor.reshape(-1), len(self.weights))
         weights = _half(self.weights * channels.reshape(-1, *[1] * (self.weights.ndim - 1)))
         return _Convolution(weights, None if self.bias is None else _half(self.bias * channels))
 
     def plus(self, shift: Array) -> _Convolution:
-        """With a shift added to the bias."""
+        """The convolution with a shift added to the bias."""
         assert self.bias is not None
         return _Convolution(self.weights, _half(self.bias + shift.reshape(-1)))
 

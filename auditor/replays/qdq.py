@@ -41,7 +41,7 @@ def original_names(quantised: onnx.GraphProto, before: onnx.GraphProto) -> dict[
 
 
 def grids(quantised: onnx.GraphProto, before: onnx.GraphProto | None = None) -> Arrays:
-    """To what each activation is rounded, by its name in the model before.
+    """The values that each activation is rounded to, by its name in the model before.
 
     Args:
         quantised: the graph.

@@ -41,7 +41,7 @@ def cut_off(model: onnx.ModelProto) -> dict[int, str]:
 
 
 def _body(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
-    """None for an operator that has no such body."""
+    """The function body of an operator; None where it has no such body."""
     given = surgery.attributes(node)
     names = [f"a{i}" if name else "" for i, name in enumerate(node.input)]
     if node.op_type == _CONCAT:

@@ -437,7 +437,7 @@ def _in_blocks(
 
 
 def _last_reads(cuts: Sequence[Cut]) -> dict[str, str]:
-    """By tensor, the id of the last segment that reads it."""
+    """The id of the last segment that reads each tensor."""
     return {name: cut.id for cut in cuts for name in cut.inputs}
 
 

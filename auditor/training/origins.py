@@ -108,7 +108,7 @@ def _module(scopes: str) -> str:
 
 
 def _by_name(node: onnx.NodeProto) -> Origin | None:
-    """From ``/layer1/layer1.0/conv1/Conv``; members of a container repeat its name."""
+    """The module in ``/layer1/layer1.0/conv1/Conv``; members of a container repeat its name."""
     if not node.name.startswith("/"):
         return None
     path: list[str] = []

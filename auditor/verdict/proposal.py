@@ -54,7 +54,7 @@ def proposed(report: AuditReport, source: str) -> str:
 
 
 def _alone(report: AuditReport) -> dict[str, float]:
-    """By backend, what its worst finding does to the outputs by itself."""
+    """What each backend's worst finding does to the outputs by itself."""
     alone: dict[str, float] = {}
     for finding in report.findings:
         if finding.effect is not None and math.isfinite(finding.effect):

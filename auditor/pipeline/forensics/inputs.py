@@ -405,7 +405,7 @@ def _far(pixels: Array, levels: Array, limit: float = 0.0) -> float:
 
 
 def _deviation(difference: Array) -> float:
-    """Of [3, ...] in float64; exact, and so 0 or not, where the differences are whole."""
+    """The standard deviation within the channels of [3, ...]; exact where differences are whole."""
     flat = difference.reshape(3, -1)
     count = flat.shape[1]
     squares = np.einsum("cn,cn->c", flat, flat)  # not BLAS, which would start threads

@@ -58,7 +58,7 @@ class _Tried:
 
     @property
     def size(self) -> tuple[float, int]:
-        """By what ways are ordered."""
+        """What ways are ordered by."""
         steps = self.residual // self.limit if self.limit else self.residual
         return steps, self.mismatched or 0
 

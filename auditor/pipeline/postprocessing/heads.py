@@ -267,7 +267,7 @@ def _anchors(
 
 
 def _shapes(post: Post) -> Shapes:
-    """By level, width and height of each anchor of a cell: ratios first, as torchvision has it."""
+    """Width and height of each anchor of a cell, by level: ratios first, as torchvision has it."""
     if isinstance(post.anchors, tuple):
         return post.anchors
     return tuple(

@@ -30,7 +30,7 @@ BEHIND = "behind"  # where an objectness is that follows the four numbers
 
 
 def several(value: Names | Lengths) -> tuple[Any, ...]:
-    """By level, what may have been given as one."""
+    """One value for each level, where one may have been given for all."""
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -211,7 +211,7 @@ STEPS: tuple[Step[Post], ...] = (
 
 
 def between(training: Post, deployment: Post) -> tuple[tuple[str, Post], ...]:
-    """From one side to the other a step at a time, each with the id of its cause ("" first)."""
+    """The sides from training to deployment, one step at a time, each with its cause's id."""
     reached = [("", training)]
     for step in differing(STEPS, training, deployment):
         reached.append((step.noise, step.take(reached[-1][1], deployment)))

@@ -33,7 +33,7 @@ class Library(Protocol):
         """The distribution to install."""
 
     def version(self) -> str:
-        """Its name and version, with those of the codec inside where it tells.
+        """The library's name and version, with those of the codec inside where it tells.
 
         Raises:
             ImportError: it is not installed.
@@ -64,7 +64,7 @@ class Resizer(Library, Protocol):
 
     @property
     def interpolations(self) -> dict[str, tuple[bool, ...]]:
-        """By interpolation, whether it can filter before it samples; the default first."""
+        """The interpolations, and whether each can filter before it samples; the default first."""
 
     def resize(
         self, image: Array, size: tuple[int, int], interpolation: str, antialias: bool

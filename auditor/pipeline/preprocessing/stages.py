@@ -46,7 +46,7 @@ class Step(Generic[S]):
 
     @property
     def name(self) -> str:
-        """As in a description."""
+        """The name that it has in a description."""
         return self.noise.partition(".")[2]
 
     def described(self, side: S) -> str:
@@ -67,7 +67,7 @@ def differing(steps: Sequence[Step[S]], one: S, other: S) -> tuple[Step[S], ...]
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """From a file's bytes to RGB pixels.
+    """The step from a file's bytes to RGB pixels.
 
     Attributes:
         library, variant: one of ``decoders/``, and one of its ways to decode.
@@ -79,7 +79,7 @@ class Decode:
     orientation: Orientation
 
     def __str__(self) -> str:
-        """As in a description: ``simplejpeg:fast``."""
+        """The decoder as a description names it: ``simplejpeg:fast``."""
         return self.library if self.variant == "default" else f"{self.library}:{self.variant}"
 
 

@@ -34,7 +34,7 @@ class Choice:
 
 
 def size_of(effect: SysnoiseEffect) -> tuple[float, float, float]:
-    """By what options and types are ordered: accuracy, then readings, then numbers.
+    """What options and types are ordered by: accuracy, then readings, then numbers.
 
     A drop that may be chance counts as none, or it would decide between options at random.
     """

@@ -73,7 +73,7 @@ class Verdicts:
         self._ends.append(len(self._numbers))
 
     def get(self) -> dict[int, Verdict]:
-        """By photograph, in their order."""
+        """The verdicts by photograph, in their order."""
         begins = [0, *self._ends[:-1]]
         every = zip(self.photos, begins, self._ends, strict=True)
         return {photo: self._numbers[b:e].tolist() for photo, b, e in sorted(every)}

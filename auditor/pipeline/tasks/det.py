@@ -117,7 +117,7 @@ class Detection:
 
 
 def _document(path: Path, expected: str) -> tuple[dict[str, Any], int]:
-    """By file name the size (None where not given) and boxes; and how many categories there are."""
+    """Each file's size (None where not given) and boxes; and how many categories there are."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         ids = sorted(category["id"] for category in document["categories"])
