@@ -32,10 +32,10 @@ from auditor.decomposition.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.errors import UsageError
 from auditor.graphs import model, surgery
 from auditor.graphs.segments import Cut
+from auditor.options import AuditOptions
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
-from auditor.records.terms import OutputKind
 from auditor.replays.reference import Reference
 from auditor.replays.replay import Block, ReplayError, difference
 
@@ -86,12 +86,8 @@ class Analysis:
         reference: Reference,
         rename: Mapping[str, str],
         noises: Sequence[Noise],
-        kinds: Mapping[str, OutputKind] | None = None,
+        options: AuditOptions,
         samples: int = 1,
-        *,
-        tokens: Sequence[str] = (),
-        pictured: bool = True,
-        threads: int | None = None,
     ) -> None:
         """Prepare for samples.
 
@@ -100,11 +96,8 @@ class Analysis:
             reference: the reference model.
             rename: compiled model's tensor names → the reference's.
             noises: the catalogue of hypotheses.
-            kinds: as what the user says that outputs are read, by name.
+            options: what the user asked for.
             samples: how many samples will be added.
-            tokens: what the classes of outputs that are read as text stand for.
-            pictured: whether to keep small pictures of the tensors that diverge.
-            threads: that the backend was given; None for its own choice.
         """
         self.tracer = tracer
         self.reference = reference
@@ -131,12 +124,9 @@ class Analysis:
         self.concentrated: dict[str, Concentration | None] = {}
         self.pictures: dict[str, Picture] = {}
         self.warnings: list[str] = []
-        self._kinds = kinds or {}
-        self._tokens = tokens
+        self._options = options
         self._compiled: Mapping[str, CompiledConstant] = {}
         self._grids: Mapping[str, Array] = {}
-        self._pictured = pictured
-        self._threads = threads or 0
         self._trained: Mapping[str, CompiledConstant] = {}
         self._blocks: Mapping[str, Block] | None = None
         self._gaps: dict[Gap, None] = {}  # in order, each once
@@ -216,7 +206,7 @@ class Analysis:
         chain = replace(chain, blocks=self._blocks or {})
         read = partial(_read, upstream) if upstream is not None else None
         self.leave_one_in.add(index, chain, flagged, partial(self._task, upstream), read)
-        if self._pictured:
+        if self._options.pictures:
             self._add_pictures(index, chain, flagged)
         # The search for causes keeps one core busy, and following the backend's tensors the others.
         with ThreadPoolExecutor(1) as aside:
@@ -242,7 +232,9 @@ class Analysis:
                 self._gap("run", f"output `{name}` is missing from the compiled program")
                 continue
             if name not in self.outputs:
-                self.outputs[name] = OutputMeter(name, self._kinds.get(name), value, self._tokens)
+                self.outputs[name] = OutputMeter(
+                    name, self._options.output_kinds.get(name), value, self._options.tokens
+                )
                 self._check_type(name, captured[name], value)
             diverges |= self.outputs[name].add(captured[name], value, index) > 0
         return diverges
@@ -250,7 +242,7 @@ class Analysis:
     def _task(self, upstream: Upstream | None, name: str) -> TaskMeter:
         """A meter for an output, or for what the pipeline around the network makes of it."""
         if upstream is not None and (kind := upstream.kinds.get(name)):
-            return TaskMeter(name, kind, upstream.characters or self._tokens)
+            return TaskMeter(name, kind, upstream.characters or self._options.tokens)
         return self.outputs[name].alone()
 
     def _check_type(self, name: str, captured: Array, expected: Array) -> None:
@@ -271,8 +263,8 @@ class Analysis:
             return
         for name, value in upstream.origin(names).items():
             if name not in self.system_outputs:
-                kind = upstream.kinds.get(name) or self._kinds.get(name)
-                spelt = upstream.characters or self._tokens
+                kind = upstream.kinds.get(name) or self._options.output_kinds.get(name)
+                spelt = upstream.characters or self._options.tokens
                 self.system_outputs[name] = OutputMeter(name, kind, value, spelt)
             self.system_outputs[name].add(deployed[name], value, index)
 
@@ -350,7 +342,7 @@ class Analysis:
             self._grids,
             chain.replayer.weights,
             chain.replayer.folder,
-            self._threads,
+            self._options.threads or 0,
         )
         part, failures = self.causes.look(
             cut.id, segment, local, index, thorough=thorough, floor=self.meters[cut.id].floor

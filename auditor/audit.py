@@ -166,11 +166,8 @@ class _Audit:
                 against.exported if source.id in subject.training else against.reference,
                 subject.rename,
                 self.noises if source.id in subject.training else deployed,
-                self.options.output_kinds,
+                self.options,
                 len(subject.stimulus),
-                tokens=self.options.tokens,
-                pictured=self.options.pictures,
-                threads=self.options.threads,
             )
             for source in sources
         }

@@ -98,7 +98,7 @@ class Program:
         if trace is None:
             raise self._failed()
         same = {name: name for name in reference.graph.producer}
-        analysis = Analysis(self.tracer, reference, same, self.harness.noises)
+        analysis = Analysis(self.tracer, reference, same, self.harness.noises, self.harness.options)
         analysis.add(0, reference.wide(feeds), expected, trace)
         return analysis, trace.tensors
 
