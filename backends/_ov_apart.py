@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -82,8 +82,9 @@ class Apart:
     ) -> tuple[list[Cut], set[Candidate], frozenset[Candidate]]:
         """Compile the kernels that make ``missing``, each fed with captured values.
 
-        A tensor is accepted when its kernel is the plain program's, and what reads it makes
-        from it the very bits that the whole program made (or another tensor accepted so).
+        A tensor is accepted when its kernel is the plain program's, something that reads it makes
+        from it the very bits that the whole program made (or another tensor accepted so), and
+        nothing that reads it makes others.
 
         Returns:
             What to run, what is accepted, and whose kernel is the plain program's.
@@ -109,20 +110,18 @@ class Apart:
                     cuts.append((cut, tuple(wanted)))
         reading = self._readers()
         readers = {c: reading.get(c.maker, set()) for c in faithful}
-        # One reader each is proof enough; one that sums over its input is the worst, because
-        # its own rounding depends on the layout it is given.
+        # What sums over its input is the worst witness, because its own rounding depends on the
+        # layout it is given: it is asked where nothing else reads a tensor, and never refutes.
         lossy = {
             max(k.operations) for k in self._program.kernels() if k.operations and k.type in _LOSSY
         }
         witnesses = []
         for makers in readers.values():
             able = [c for c in (*observed, *self._plain.finals) if c.maker in makers]
-            witnesses += sorted(able, key=lambda c: (c.maker in lossy, c.port))[:1]
+            witnesses += [c for c in able if c.maker not in lossy] or able[:1]
         unique = tuple(dict.fromkeys(witnesses))
-        proved = {c.maker for c in self._witnessed(unique, stops, known)}
-        for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
-            if readers[candidate] & proved:
-                proved.add(candidate.maker)
+        agreeing, refuting = self._witnessed(unique, stops, known, twins)
+        proved = _proved(readers, agreeing, refuting - lossy)
         return cuts, {c for c in readers if c.maker in proved}, frozenset(readers)
 
     def _faithful(
@@ -194,13 +193,21 @@ class Apart:
         witnesses: Sequence[Candidate],
         stops: Mapping[Port, str],
         known: Mapping[str, Array],
-    ) -> list[Candidate]:
-        """The candidates whose operations, compiled alone, give the captured bits."""
+        twins: Twins,
+    ) -> tuple[set[int], set[int]]:
+        """Their operations compiled alone.
+
+        Returns:
+            Makers of those that give the captured bits, and of those that give others although
+            their kernels are the plain program's.
+        """
         if not witnesses:
-            return []
+            return set(), set()
         cut = self._cut_out(witnesses, stops)
         values = cut.run(known, witnesses)
-        return [c for c in witnesses if same_bits(values[c.tensor], known[c.tensor])]
+        agreeing = {c for c in witnesses if same_bits(values[c.tensor], known[c.tensor])}
+        refuting = {c.maker for c in witnesses if c not in agreeing and twins.make(c, cut.program)}
+        return {c.maker for c in agreeing}, refuting
 
     def _near(
         self,
@@ -344,6 +351,27 @@ class Apart:
                     found.add(port[0])
                     todo.append(port[0])
         return found
+
+
+def _proved(
+    readers: Mapping[Candidate, set[int]], agreeing: Set[int], refuting: Set[int]
+) -> set[int]:
+    """Makers of what a reader speaks for, or one of it that is proved itself, and none against.
+
+    A reader that makes other bits of several tensors speaks against those that are left once what
+    nothing speaks for is gone.
+    """
+    refuted = set[int]()
+    while True:
+        proved = set(agreeing)
+        for candidate in sorted(readers, key=lambda c: c.port, reverse=True):
+            if candidate.maker not in refuted and readers[candidate] & proved:
+                proved.add(candidate.maker)
+        read = ({c.maker for c in readers if reader in readers[c]} for reader in refuting)
+        more = set[int]().union(*(makers for makers in read if makers <= proved))
+        if more <= refuted:
+            return proved - refuted
+        refuted |= more
 
 
 def _widened(integers: Any, steps: Sequence[Any], moved: int) -> Any:
