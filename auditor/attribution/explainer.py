@@ -48,6 +48,9 @@ from auditor.replays import blockwise, branches, fused, sessions
 SHORT = 16
 # How many other forms of the winner are tested again on later samples where few elements differ.
 FORMS = 4
+# Nodes of a segment, most of a model that a backend does not show, from which on each cause is
+# tried in one form alone: every replay is a run of the model, and there would be hundreds.
+_MANY = 1000
 # Relative L2 that two ways to run one segment in float32 may differ by.
 _SAME = 1e-6
 # Bytes of weights from which on rivals are tried in turn: each may hold them several times over.
@@ -172,7 +175,13 @@ class Explainer:
         if not bench.named and own is not None and own >= bench.all_but_rounding:
             # The compiled file is of another model: no noise is looked for beside that.
             return replace(_conclude(bench, None), own=own)
-        self._search_combinations(bench, search)
+        if search.short:
+            bench.failures.append(
+                f"nothing was observed between {len(segment.model.graph.node)} nodes: each cause "
+                "was tried in its likeliest form only"
+            )
+        else:
+            self._search_combinations(bench, search)
         winner = _winner(bench)
         if winner is not None:
             if self.later and bench.error.different < ELEMENTS:
@@ -221,6 +230,7 @@ class _Search:
     Attributes:
         segment: as noises see it: operators that ONNX fuses are written out.
         ordered: the noises, first those that the engine states, then what explained such segments.
+        short: whether the segment is so large that one form of each noise must do.
     """
 
     def __init__(self, bench: Bench, believed: tuple[str, str] | None) -> None:
@@ -228,6 +238,7 @@ class _Search:
         self._bench, self._believed = bench, believed
         self.segment = fused.written_out(blockwise.written_out(_modern(bench)))
         inside = self._unbranched = _unbranched(bench, self.segment)
+        self.short = len(bench.segment.model.graph.node) > _MANY
         bench.branched = inside is not self.segment and len(inside.model.graph.node) > SHORT
         self.ordered = sorted(
             bench.noises,
@@ -245,7 +256,8 @@ class _Search:
         """
         bench, waiting = self._bench, iter(self.ordered)
         for noise in waiting:
-            for variant in self._variants(noise, bench.failures):
+            variants = self._variants(noise, bench.failures)
+            for variant in islice(variants, 1 if self.short else None):
                 bench.test(noise.id, variant)
                 if bench.settled:  # not yet where it may be named: a later one may explain more
                     break

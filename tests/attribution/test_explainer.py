@@ -230,6 +230,23 @@ def test_a_noise_that_cannot_be_replayed_is_reported(dense: Any) -> None:
     assert {h.noise for h in found.hypotheses} == {"precision.tf32"}
 
 
+def test_one_form_of_each_cause_where_a_segment_is_a_whole_network(
+    dense: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a detector that OpenVINO does not show, every replay is a run of 1,900 nodes."""
+    of, x, w = dense
+    planted = {"y": run(of.model, {"x": x})["y"] * np.float32(1.1)}
+    forms = [h.noise for h in explain(of, x, planted, thorough=True).hypotheses]
+    assert len(forms) > len(set(forms))
+    monkeypatch.setattr(explainer, "_MANY", 0)
+    found = explain(of, x, planted, thorough=True)
+    tried = [h.noise for h in found.hypotheses]
+    assert len(tried) == len(set(tried)) and set(tried) == set(forms)
+    assert any("likeliest form" in said for said in found.failures)
+    # What the first form explains is named all the same.
+    assert explain(of, x, {"y": r(r(x) @ r(w))}).noise == "precision.bf16"
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_pytorch_in_low_precision(half: bool) -> None:
     """A real runtime: PyTorch's own bf16 and fp16 kernels, layer by layer."""
