@@ -132,7 +132,7 @@ class QuantisedLayout(Layout):
         a segment input (ONNX IR specification, TensorAnnotation).
         """
         node = self.source(name)
-        while node is not None and node.op_type in _MOVES:
+        while node is not None and (node.op_type in _MOVES or self._pads_with_zero(node)):
             name = node.input[0]
             node = self.source(name)
         if node is not None:
@@ -141,6 +141,18 @@ class QuantisedLayout(Layout):
             given = {p.key: p.value for p in self._annotated[name].quant_parameter_tensor_names}
             return self._grid(given.get("SCALE_TENSOR", ""), given.get("ZERO_POINT_TENSOR", ""))
         return None
+
+    def _pads_with_zero(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is a Pad with zero, which is on every grid."""
+        given = surgery.attributes(node)
+        if node.op_type != "Pad" or given.get("mode", "constant") != "constant":
+            return False
+        value = (
+            self.constant(node.input[2])
+            if len(node.input) > 2 and node.input[2]
+            else np.asarray(given.get("value", 0.0))
+        )
+        return value is not None and not value.any()
 
     def parameters(self, node: onnx.NodeProto) -> Grid | None:
         """Grid of a QuantizeLinear or DequantizeLinear with one pair of constant parameters."""

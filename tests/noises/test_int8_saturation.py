@@ -170,6 +170,30 @@ def test_convolutions(generator: np.random.Generator, apart: bool, group: int) -
     assert found.variant is not None and ("each kernel position" in found.variant) == apart
 
 
+def test_padding_by_a_node_of_its_own(generator: np.random.Generator) -> None:
+    """Zero is one of the quantised values, so padding with it keeps them integers."""
+    x = generator.integers(0, 256, (2, 3, 9, 8), np.uint8)
+    w = generator.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8)
+    segment = dequantised("Conv", w)
+    graph = segment.model.graph
+    pads, zero = np.array([0, 0, 1, 0, 0, 0, 1, 2]), np.float32(0)
+    graph.initializer.extend(
+        numpy_helper.from_array(v, n) for v, n in ((pads, "pads"), (zero, "v"))
+    )
+    graph.node[2].input[0] = "xp"
+    graph.node.insert(2, helper.make_node("Pad", ["xd", "pads", "v"], ["xp"]))
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 2)), constant_values=XZ)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
+    total = maddubs(
+        windows.transpose(0, 2, 3, 4, 5, 1).reshape(2, 9, 8, -1),
+        w.transpose(2, 3, 1, 0).reshape(-1, 4),
+    )
+    total -= XZ * w.astype(np.int64).sum(axis=(1, 2, 3))
+    planted = quantised(total, np.zeros(4)).transpose(0, 3, 1, 2)
+    found = explain(segment, {"x": x}, planted)
+    assert found.noise == ID and found.explained > 0.999, found.hypotheses[:3]
+
+
 def test_this_processor(dense: tuple[SegmentGraph, Arrays]) -> None:
     """ONNX Runtime's own kernels, where the processor saturates."""
     segment, t = dense
