@@ -158,6 +158,8 @@ def _finding(
     lead = max(group, key=lambda s: (effect_of(s), s.introduced))
     effect = effects.get((backend.id, lead.id))
     noise = noises.get(lead.noise or "")
+    beside = next((h.beside for h in lead.hypotheses if h.noise == lead.noise), ())
+    involved = [n for id in (lead.noise or "", *beside) if (n := noises.get(id))]
     shares = [s.impact_share for s in group if s.impact_share is not None]
     named = [pair for s in group for pair in zip(s.nodes, s.op_types, strict=True)]
     named.sort(key=lambda pair: (pair[1] in _PLUMBING) - (pair[1] in _CONTRACTIONS))
@@ -181,22 +183,30 @@ def _finding(
         severity=severity(effect if effect is not None else lead.introduced),
         confidence=_confidence(backend, lead, noise),
         evidence=_evidence(backend, lead, noise),
-        remedy=_remedy(backend, noise, (backend.id, lead.id) in files),
+        remedy=_remedy(backend, involved, (backend.id, lead.id) in files),
         fingerprint=fingerprint(backend.id, (k for s in group for k in s.node_keys), lead.noise),
         leave_one_in_spread=lead.leave_one_in_spread,
         explained_spread=lead.explained_spread,
         consequences=lead.consequences,
         modules=tuple(dict.fromkeys(m for s in (lead, *group) for m in s.modules)),
-        beside=next((h.beside for h in lead.hypotheses if h.noise == lead.noise), ()),
+        beside=beside,
     )
 
 
-def _remedy(backend: BackendReport, noise: Noise | None, other_file: bool) -> str | None:
-    """What to do: at the file, where it makes the error by more than its roundings."""
-    if other_file and (noise is None or noise.type != "data precision"):
+def _remedy(backend: BackendReport, noises: Sequence[Noise], other_file: bool) -> str | None:
+    """What to do about a cause and those beside it.
+
+    At the file, where that makes the error by more than its roundings.
+    """
+    if other_file and (not noises or noises[0].type != "data precision"):
         return _MAKE_ANEW
     options = backend.provenance.options if backend.provenance else {}
-    return noise.remedy(backend.id.partition(":")[0], options) if noise else None
+    said = [
+        f"{f'against {noise.id}: ' if position else ''}{text}"
+        for position, noise in enumerate(noises)
+        if (text := noise.remedy(backend.id.partition(":")[0], options))
+    ]
+    return "; ".join(said) or None
 
 
 def _step(step: PipelineStep, noise: Noise) -> Finding:

@@ -128,3 +128,15 @@ def test_a_replay_that_leaves_rounding_is_strong(left: float, confidence: str) -
     noises = {noise.id: noise for noise in discovery.noises()}
     (finding,) = ranking.findings([_backend(segment)], {("ov", "s0"): 1e-2}, noises)
     assert finding.confidence == confidence
+
+
+def test_causes_beside_the_first_have_their_own_remedy() -> None:
+    """What saturates in a quantised model is not cured by what quantises it less."""
+    both = Hypothesis("precision.int8", "both, and precision.int8_saturation: pairs", 0.99, 0.99)
+    segment = _segment("s0", introduced=1e-2, noise="precision.int8", hypotheses=(both,))
+    noises = {noise.id: noise for noise in discovery.noises()}
+    (found,) = ranking.findings([_backend(segment)], {}, noises)
+    assert found.beside == ("precision.int8_saturation",) and found.remedy is not None
+    first, _, second = found.remedy.partition("; against precision.int8_saturation: ")
+    assert first == noises["precision.int8"].remedy("ov")
+    assert second == noises["precision.int8_saturation"].remedy("ov")
