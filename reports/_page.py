@@ -110,7 +110,7 @@ class Page:
         from rich.text import Text
 
         label = label or Span("")
-        label = Span(elide(label.text, self.width // 3), label.style)
+        label = Span(_fitted(label.text, self.width // 3), label.style)
         end = indent + width_of(label.text)
         gap = Span(" " * max(begin - end, 0))
         begin = max(begin, end)
@@ -223,6 +223,14 @@ def elide(text: str, room: int) -> str:
     start = set_cell_size(text, head).rstrip()
     end = set_cell_size(text[::-1], tail)[::-1].lstrip()
     return f"{start}…{end}"
+
+
+def _fitted(label: str, room: int) -> str:
+    """A label in that many columns: of the spaces behind it, then of itself, some are left out."""
+    bare = label.rstrip()
+    if width_of(bare) < room < width_of(label):
+        return bare + " " * (room - width_of(bare))
+    return elide(label, room)
 
 
 def detail(name: str, *spans: Span) -> tuple[Span, ...]:

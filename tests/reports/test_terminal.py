@@ -503,3 +503,17 @@ def test_what_fails_as_a_whole_though_no_segment_does_is_said(report: AuditRepor
     quiet = tuple(f for f in report.findings if f.severity == "low")
     text = _flat(_render(replace(report, findings=quiet), 100, False))
     assert "relative L2 on ov, high as a whole though no segment is" in text
+
+
+@pytest.mark.parametrize("width", [39, 42, 45, 80])
+def test_labels_are_whole_in_a_narrow_pane(width: int) -> None:
+    """`audit browse` shows a segment in half of the terminal."""
+    page = _page.Page(width, color=False)
+    for name in ("rank", "relative L2", "cause"):
+        page.say(_page.Span("what is said about it " * 3), label=_page.tag(name, 15))
+    lines = page.text().splitlines()
+    assert [n for n in ("rank", "relative L2", "cause") if any(n in x for x in lines)] == [
+        *("rank", "relative L2", "cause")
+    ]
+    begins = {line.index("what") for line in lines if line.startswith(("rank", "rel", "cause"))}
+    assert len(begins) == 1, lines
