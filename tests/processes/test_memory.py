@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,30 @@ def test_what_was_freed_goes_back():
     memory.give_back()
     assert pin.all()
     assert before - _resident() > 100 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt(3) of glibc")
+def test_what_replays_free_is_kept_for_the_next():
+    """Mapped anew, each page of a large layer's tensors would be zeroed by the system each time.
+
+    In a process of its own, for the setting stays.
+    """
+    code = """
+import resource
+from auditor.processes import memory
+memory.one_heap()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def replay():
+    return b"x" * (48 << 20)  # more than glibc keeps by itself
+replay()
+before = faults()
+for _ in range(4):
+    replay()
+print(faults() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < (48 << 20) // os.sysconf("SC_PAGE_SIZE")  # those of a single one
 
 
 def test_a_worker_keeps_no_program_after_the_last_capture(tmp_path):
