@@ -7,6 +7,7 @@ reference at once, and its outputs on the stimulus are compared with the referen
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from threading import Timer
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 
 _REASON = 200  # characters of an engine's message
+# Where ONNX Runtime's own check stands, and what it says in C++ (ORT_ENFORCE).
+_PLACE = re.compile(r"^\S+\.(?:cc|cpp|cu|h|hpp):\d+ (?:.* was false\. )?")
 
 
 def simulated(
@@ -131,7 +134,7 @@ def _run(session: Any, names: list[str], feeds: Arrays, seconds: float) -> Array
 def reason(error: Exception) -> str:
     """The first line of an engine's message, without where in the engine it comes from."""
     lines = str(error).strip().rpartition("Status Message: ")[2].splitlines()
-    return lines[0][:_REASON] if lines else repr(error)
+    return _PLACE.sub("", lines[0])[:_REASON] if lines else repr(error)
 
 
 def _samples(stimulus: Stimulus) -> Iterator[Arrays]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -145,3 +146,17 @@ def test_it_foretells_what_a_runtime_does(efficientnet_int8: Path) -> None:
     rows = run(efficientnet_int8, "precision.int8_saturation", data=data)
     best = min(abs((row.relative_l2 or 0) - found) for row in rows)
     assert best < 0.1 * found
+
+
+def test_a_refusal_says_what_does_not_fit_instead_of_where_the_engine_found_it() -> None:
+    """ONNX Runtime's own words, where it broadcasts two sizes that do not fit."""
+    value = helper.make_tensor_value_info
+    names = [value("x", TensorProto.FLOAT, ["n"]), value("y", TensorProto.FLOAT, ["m"])]
+    nodes = [helper.make_node("Add", ["x", "y"], ["z"])]
+    graph = helper.make_graph(nodes, "g", names, [value("z", TensorProto.FLOAT, None)])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    with pytest.raises(Exception, match="onnxruntime_src") as caught:
+        session.run(None, {"x": np.zeros(3, np.float32), "y": np.zeros(4, np.float32)})
+    said = sensitivity.reason(caught.value)
+    assert said.startswith("Attempting to broadcast") and "onnxruntime" not in said, said
