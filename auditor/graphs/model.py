@@ -123,6 +123,7 @@ def load(path: Path) -> Model:
             f"weights of {path} cannot be read: {error}",
             "A data file is not the one this model was exported with: copy or export it again.",
         ) from error
+    files.import_contrib(proto)
     files.sort(proto.graph)
     files.clear_repeated(proto.graph)
     files.check(path, proto, arrays)

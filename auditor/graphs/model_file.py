@@ -228,6 +228,7 @@ def _fields(descriptor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 # Operators that ONNX Runtime has in ONNX's own domain: its optimisers write them at operator sets
 # in which ONNX does not have them, or not yet (LayerNormalization came with 17).
 _ORT = "ONNX Runtime"
+_CONTRIB = "com.microsoft"
 _ORT_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
@@ -292,6 +293,16 @@ def check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
             f"(this onnx {onnx.__version__} knows IR version up to {onnx.IR_VERSION} and opset "
             f"up to {onnx.defs.onnx_opset_version()}).",
         ) from error
+
+
+def import_contrib(proto: onnx.ModelProto) -> None:
+    """Import ONNX Runtime's own operators where a model uses some and forgot to.
+
+    ONNX Runtime does so itself (``Model::Model``), which hides it: NNCF writes no import.
+    """
+    imported = {o.domain for o in proto.opset_import}
+    if _CONTRIB not in imported and any(n.domain == _CONTRIB for n in _nodes(proto)):
+        proto.opset_import.append(onnx.helper.make_opsetid(_CONTRIB, 1))
 
 
 def sort(graph: onnx.GraphProto) -> None:

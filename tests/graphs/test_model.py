@@ -11,10 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from auditor.audit import AuditOptions, BackendSpec, audit
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.shapes import resolve_shapes
+from auditor.ports import Silent
 from auditor.replays.reference import Reference
+from tests.helpers import onnx_model
 
 
 def linear(
@@ -359,6 +362,18 @@ def test_nodes_in_another_order_are_sorted(tmp_path: Path) -> None:
     proto.graph.node.insert(0, last)
     model = models.load(save(proto, tmp_path))
     assert [node.op_type for node in model.proto.graph.node] == ["MatMul", "Relu"]
+
+
+def test_operators_of_a_domain_that_is_not_imported(tmp_path: Path) -> None:
+    """NNCF writes MatMulNBits so; ONNX Runtime imports what it has itself, and nothing else."""
+    proto = onnx_model("(float[2, 2] x) => (float[2, 2] y) { y = com.microsoft.Gelu(x) }")
+    assert [o.domain for o in proto.opset_import] == [""]
+    options = AuditOptions(backends=(BackendSpec("ort"),), threads=1)
+    report = audit(save(proto, tmp_path), options, noises=(), progress=Silent())
+    assert report.gaps == () and report.findings == () and report.backends[0].segments
+    proto.graph.node[0].domain = "nobody.knows"
+    with pytest.raises(UsageError, match="nobody"):
+        models.load(save(proto, tmp_path))
 
 
 def test_a_cycle_is_refused(tmp_path: Path) -> None:
