@@ -534,7 +534,9 @@ def kernel_of(executed: Executed, source: Source, program: Program) -> Kernel:
     keys |= dict.fromkeys(key for key in inner if key is not None)
     # What is stated for a product is the type of what it reads, or of its compressed weights.
     computed = executed.primitive.rpartition("_")[2]
-    widened = executed.precision not in FLOATS and computed in FLOATS
+    widened = computed in FLOATS and (
+        executed.precision not in FLOATS or (computed == "f32" and executed.type in _HEAVY_LAYERS)
+    )
     return Kernel(
         name=source.display(executed.name),
         type=executed.type,

@@ -83,6 +83,8 @@ def test_compressed_weights_are_named(model: Path) -> None:
     assert {f["remedy"] for f in data["findings"]} == {"save models with compress_to_fp16=False"}
     assert "half.xml was loaded" in " ".join(backend["provenance"]["notes"])
     assert backend["fidelity"]["outputs_bitwise_equal"]
+    # The engine states the type in which they are stored; it computes in float32.
+    assert {kernel["precision"] for kernel in backend["provenance"]["kernels"]} == {"f32"}
 
 
 def test_a_faithful_file_is_silent(model: Path) -> None:
