@@ -276,6 +276,18 @@ def test_the_limit_is_that_of_the_policy(pooled: Path, tmp_path: Path) -> None:
     assert "to 1.0e-5" in audit("fix", pooled, "--policy", policy).stdout
 
 
+def test_findings_on_another_backend_are_not_forgotten(pooled: Path, tmp_path: Path) -> None:
+    report = json.loads(pooled.read_text())
+    (backend,), (finding, *_) = report["backends"], report["findings"]
+    report["backends"].append({**backend, "id": "ov:GPU"})
+    report["findings"].append({**finding, "backend": "ov:GPU", "rank": 2})
+    both = tmp_path / "both.json"
+    both.write_text(json.dumps(report))
+    said = "Findings on ov:GPU are left"
+    assert said in " ".join(audit("fix", both, "--to", 0.9).stdout.split())
+    assert said not in " ".join(audit("fix", both, "--to", 0.9, "--backend", "ov").stdout.split())
+
+
 def test_a_report_of_another_program_is_told_from_what_is_built_here(
     pooled: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -96,7 +97,12 @@ def _fix(
     with TemporaryDirectory(prefix="audit-fix-") as scratch:
         with displayed_progress() as progress:
             found = fix(loaded, chosen, options, limit, Path(scratch), progress, form)
-        emit(table.render(found.report, *screen()))
+        told = found.report
+        others = {f.backend for f in loaded.findings} & worst.keys() - {name}
+        if backend is None and others:
+            note = f"Findings on {', '.join(sorted(others))} are left: --backend ID is for those."
+            told = replace(told, notes=(*told.notes, note))
+        emit(table.render(told, *screen()))
         if output is not None:
             emit(_written(found, output))
     reached = found.report.chosen is not None or found.report.before <= found.report.limit
