@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers
 from auditor.replays.editor import Editor
-from auditor.replays.quantised import Product, QuantisedLayout
+from auditor.replays.quantised import Grid, Product, QuantisedLayout
 
 _LOWEST, _HIGHEST = -(2**15), 2**15 - 1
 _UNSIGNED = 255  # the largest uint8, which an activation may be
@@ -23,8 +24,8 @@ _OPSET = 13
 
 _KERNELS = "integer operators as this processor's kernels add them"
 
-# By position of a node: its product, and the pairs of it that can leave 16 bits.
-_Losses = dict[int, tuple[Product, tuple[Array, Array]]]
+# By position of a node: what adds it, less what its pairs have beyond 16 bits.
+_Losses = dict[int, Callable[[Editor], None]]
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
@@ -32,14 +33,21 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     model = segment.model
     if surgery.opset(model) >= _OPSET:
         layout = QuantisedLayout(model, segment.weights)
-        products = [p for p in layout.products() if _can_saturate(p)]
+        products = layout.products()
+        constant = {p.index for p in products}
+        products = [p for p in products if _can_saturate(p)]
         padded = any(_channels(p) % 2 and p.weights[0, 0].size > 1 for p in products)
+        of_tensors: _Losses = {
+            index: partial(_less_of_tensors, node=node, grids=grids)
+            for index, node in surgery.find(model, ("MatMul",))
+            if index not in constant and (grids := _grids(layout, node)) is not None
+        }
         for apart, name in (
             (False, "pairs along kernel position, then channel"),
             (True, "pairs of channels at each kernel position"),
         ):
-            losses = {
-                p.index: (p, pairs)
+            losses = of_tensors | {
+                p.index: partial(_less, product=p, pairs=pairs)
                 for p in products
                 if (pairs := _pairs(p, apart=apart)) is not None
             }
@@ -58,6 +66,20 @@ def _can_saturate(product: Product) -> bool:
         and (product.node.op_type != "Conv" or not _depthwise(product))
         and terms > 1
     )
+
+
+def _grids(layout: QuantisedLayout, node: onnx.NodeProto) -> tuple[Grid, Grid] | None:
+    """Grids of the factors of a product of two computed tensors in 8 bits.
+
+    None of others, and where less its zero point the second is no int8.
+    """
+    first, second = (layout.grid(name) for name in node.input)
+    if first is None or first.zero is None or not first.bytes:
+        return None
+    if second is None or second.zero is None or not second.bytes:
+        return None
+    middle = sum(second.ends()) // 2 + 1
+    return (first, second) if second.zero == middle else None
 
 
 def _depthwise(product: Product) -> bool:
@@ -121,7 +143,7 @@ def _saturated(layout: QuantisedLayout, losses: _Losses) -> onnx.ModelProto:
     editor = Editor(layout.model)
     for index, node in enumerate(layout.nodes):
         if index in losses:
-            _less(editor, *losses[index])
+            losses[index](editor)
         else:
             editor.copy(node)
     return editor.model
@@ -140,28 +162,52 @@ def _less(editor: Editor, product: Product, pairs: tuple[Array, Array]) -> None:
     editor.add("Sub", plain, real, to=node.output[0])
 
 
+def _less_of_tensors(editor: Editor, node: onnx.NodeProto, grids: tuple[Grid, Grid]) -> None:
+    """Add a product of two tensors, and take off what pairs along its sum have beyond 16 bits."""
+    plain = editor.add("MatMul", *node.input)
+    rows, columns = (_centred(editor, *of) for of in zip(node.input, grids, strict=True))
+    rows = editor.add("Add", rows, editor.constant(_offset(grids[0])))
+    scanned = (*_halves(editor, rows, -1), *_halves(editor, columns, -2))
+    # A Scan must know the rank of its state, which here is any.
+    flat = editor.add("Reshape", plain, editor.constant([-1], np.int64))
+    zeros = editor.add("Mul", flat, editor.constant(0.0))
+    lost = editor.scan(_step_of_tensors(f"{zeros}/"), zeros, *scanned, axes=[-1, -1, -2, -2])
+    real = editor.add("Mul", lost, editor.constant(grids[0].scale * grids[1].scale))
+    real = editor.add("Reshape", real, editor.add("Shape", plain))
+    editor.add("Sub", plain, real, to=node.output[0])
+
+
+def _halves(editor: Editor, value: str, axis: int) -> tuple[str, str]:
+    """Add nodes for the first and the second of each pair; one left over gets zero beside it."""
+
+    def every_second(whole: str, first: int) -> str:
+        given = ([first], [np.iinfo(np.int64).max], [axis], [2])
+        return editor.add("Slice", whole, *(editor.constant(v, np.int64) for v in given))
+
+    nothing = editor.add("Mul", every_second(value, -1), editor.constant(0.0))
+    padded = editor.add("Concat", value, nothing, axis=axis)
+    return every_second(value, 0), every_second(padded, 1)
+
+
 def _rows(editor: Editor, product: Product) -> str:
     """Every summand of every output: [rows, inputs]."""
     width = editor.constant([-1, len(product.weights)], np.int64)
-    flat = editor.add("Reshape", _centred(editor, product), width)
-    return editor.add("Add", flat, editor.constant(_offset(product)))
+    flat = editor.add("Reshape", _centred(editor, product.node.input[0], product.grid), width)
+    return editor.add("Add", flat, editor.constant(_offset(product.grid)))
 
 
-def _offset(product: Product) -> float:
+def _offset(grid: Grid) -> float:
     """What makes centred integers the uint8 numbers that kernels read.
 
     int8 activations are read with their sign bit flipped: 128 is added, and taken off the sum.
     """
-    assert product.grid.zero is not None
-    return float(product.grid.zero) + (128.0 if product.grid.signed else 0.0)
+    assert grid.zero is not None
+    return float(grid.zero) + (128.0 if grid.signed else 0.0)
 
 
-def _centred(editor: Editor, product: Product) -> str:
+def _centred(editor: Editor, value: str, grid: Grid) -> str:
     """Integers less their zero point: padding is 0 there."""
-    return editor.add(
-        "Round",
-        editor.add("Div", product.node.input[0], editor.constant(product.grid.scale)),
-    )
+    return editor.add("Round", editor.add("Div", value, editor.constant(grid.scale)))
 
 
 def _patches(editor: Editor, product: Product) -> str:
@@ -172,11 +218,10 @@ def _patches(editor: Editor, product: Product) -> str:
     size = int(np.prod(kernel))
     picks = np.tile(np.eye(size, dtype=np.float32), (channels, 1)).reshape(-1, 1, *kernel)
     kept = {k: options[k] for k in ("auto_pad", "dilations", "pads", "strides") if k in options}
-    moved = editor.add(
-        "Conv", _centred(editor, product), editor.constant(picks), group=channels, **kept
-    )
+    centred = _centred(editor, product.node.input[0], product.grid)
+    moved = editor.add("Conv", centred, editor.constant(picks), group=channels, **kept)
     flat = editor.add("Reshape", moved, editor.constant([0, channels * size, -1], np.int64))
-    return editor.add("Add", flat, editor.constant(_offset(product)))
+    return editor.add("Add", flat, editor.constant(_offset(product.grid)))
 
 
 def _lost(editor: Editor, summands: str, position: Array, weights: Array, *, axis: int) -> str:
@@ -194,39 +239,79 @@ def _lost(editor: Editor, summands: str, position: Array, weights: Array, *, axi
 
 
 def _step(summands: str, axis: int, mark: str) -> onnx.GraphProto:
-    """Body of the Scan: one pair's products, and what clipping takes off their sum.
-
-    Its names begin with ``mark``: ONNX wants them to differ from the outer graph's.
-    """
-
-    def node(op_type: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
-        names = [summands if n == "summands" else mark + n for n in inputs.split()]
-        return helper.make_node(op_type, names, [mark + output], **attributes)
-
-    def value(name: str, kind: int) -> onnx.ValueInfoProto:
-        shape = [None] * (3 if axis == 1 else 2) if name in ("sum", "total") else None
-        return helper.make_tensor_value_info(mark + name, kind, shape)
-
-    nodes = [
-        node("Gather", "summands first", "a", axis=axis),
-        node("Gather", "summands second", "b", axis=axis),
-        node("Mul", "a u", "c"),
-        node("Mul", "b v", "d"),
-        node("Add", "c d", "pair"),
-        node("Clip", "pair lowest highest", "kept"),
-        node("Sub", "pair kept", "over"),
-        node("Add", "sum over", "total"),
+    """Body of the Scan over pairs of constant weights: each picks its summands by position."""
+    picked = [
+        _node(mark, "Gather", "first", "a", summands, axis=axis),
+        _node(mark, "Gather", "second", "b", summands, axis=axis),
     ]
-    inputs = [value("sum", TensorProto.FLOAT)]
-    inputs += [value(n, TensorProto.INT64) for n in ("first", "second")]
-    inputs += [value(n, TensorProto.FLOAT) for n in ("u", "v")]
-    limits = (("lowest", _LOWEST), ("highest", _HIGHEST))
+    kinds: dict[str, int] = dict.fromkeys(("first", "second"), TensorProto.INT64)
+    kinds |= dict.fromkeys(("u", "v"), TensorProto.FLOAT)
+    return _body(mark, picked, kinds, 3 if axis == 1 else 2)
+
+
+def _step_of_tensors(mark: str) -> onnx.GraphProto:
+    """Body of the Scan over pairs of two tensors: rows [..., M] times columns [..., N]."""
+    nodes = [
+        _node(mark, "Unsqueeze", f"{name} {axis}", factor)
+        for name, axis, factor in (
+            ("first", "last", "a"),
+            ("second", "last", "b"),
+            ("third", "before", "u"),
+            ("fourth", "before", "v"),
+        )
+    ]
+    kinds: dict[str, int] = dict.fromkeys(("first", "second", "third", "fourth"), TensorProto.FLOAT)
+    return _body(mark, nodes, kinds, 1)
+
+
+def _node(
+    mark: str, op_type: str, inputs: str, output: str, outer: str = "", **attributes: Any
+) -> onnx.NodeProto:
+    """A node of a Scan's body; ``outer`` is a tensor from without, its first input.
+
+    Names begin with ``mark``: ONNX wants them to differ from the outer graph's.
+    """
+    names = [*filter(None, [outer]), *(mark + n for n in inputs.split())]
+    return helper.make_node(op_type, names, [mark + output], **attributes)
+
+
+def _body(
+    mark: str, factors: list[onnx.NodeProto], kinds: dict[str, int], rank: int
+) -> onnx.GraphProto:
+    """The body of a Scan that adds up what clipping takes off the sums a·u + b·v.
+
+    Args:
+        mark: what its names begin with.
+        factors: nodes that make those of ``a``, ``b``, ``u`` and ``v`` that are no inputs.
+        kinds: element types of what is scanned, by name.
+        rank: of the sum; one of 1 takes what is clipped off as one row.
+    """
+    nodes = [
+        *factors,
+        _node(mark, "Mul", "a u", "c"),
+        _node(mark, "Mul", "b v", "d"),
+        _node(mark, "Add", "c d", "pair"),
+        _node(mark, "Clip", "pair lowest highest", "kept"),
+        _node(mark, "Sub", "pair kept", "over"),
+        *([_node(mark, "Reshape", "over last", "flat")] if rank == 1 else []),
+        _node(mark, "Add", f"sum {'flat' if rank == 1 else 'over'}", "total"),
+    ]
+    value = helper.make_tensor_value_info
+    constants = {
+        "lowest": np.float32(_LOWEST),
+        "highest": np.float32(_HIGHEST),
+        "last": np.array([-1]),
+        "before": np.array([-2]),
+    }
     return helper.make_graph(
         nodes,
         "pair",
-        inputs,
-        [value("total", TensorProto.FLOAT)],
-        [numpy_helper.from_array(np.array(v, np.float32), mark + n) for n, v in limits],
+        [
+            value(f"{mark}sum", TensorProto.FLOAT, [None] * rank),
+            *(value(mark + name, kind, None) for name, kind in kinds.items()),
+        ],
+        [value(f"{mark}total", TensorProto.FLOAT, [None] * rank)],
+        [numpy_helper.from_array(np.asarray(v), mark + n) for n, v in constants.items()],
     )
 
 
@@ -242,7 +327,8 @@ NOISE = Cause(
     ),
     applies=(
         "quantised Conv and MatMul with int8 weights large enough for a pair to leave 16 "
-        "bits, from operator set 13 on; operators of the integer format with int8 weights, and "
+        "bits, and MatMul of two quantised tensors, the second symmetric, from operator set 13 "
+        "on; operators of the integer format with int8 weights, and "
         "ONNX Runtime's own, where this processor saturates"
     ),
     source=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,15 @@ class Editor:
         self.model.graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
-    def scan(self, body: onnx.GraphProto, state: str, *inputs: str) -> str:
-        """Add a Scan that folds ``inputs`` along their first axis into one state."""
-        return self.add("Scan", state, *inputs, body=body, num_scan_inputs=len(inputs))
+    def scan(
+        self, body: onnx.GraphProto, state: str, *inputs: str, axes: Sequence[int] = ()
+    ) -> str:
+        """Add a Scan that folds ``inputs`` along their first axis, or ``axes``, into one state."""
+        axes = list(axes) or [0] * len(inputs)
+        count = len(inputs)
+        return self.add(
+            "Scan", state, *inputs, body=body, num_scan_inputs=count, scan_input_axes=axes
+        )
 
     def fresh(self) -> str:
         """A name that no tensor has."""

@@ -211,6 +211,34 @@ def test_this_processor(dense: tuple[SegmentGraph, Arrays]) -> None:
     assert found.noise == ID and found.explained > 0.999
 
 
+@pytest.mark.parametrize(
+    ("kind", "zero", "second", "middle"),
+    [(np.int8, 0, np.int8, 0), (np.uint8, 0, np.uint8, 128), (np.uint8, 121, np.int8, 0)],
+)
+def test_products_of_two_tensors(
+    generator: np.random.Generator, kind: Any, zero: int, second: Any, middle: int
+) -> None:
+    """As attention multiplies: rows as uint8, columns as int8, an odd one without a partner."""
+    a = generator.integers(0, 256, (2, 3, 16, 37)) + np.iinfo(kind).min
+    b = generator.integers(0, 256, (3, 24, 37)) + np.iinfo(second).min
+    constants = {"as": XS, "az": kind(zero), "bs": WS, "bz": second(middle)}
+    segment = make_segment(
+        "ad = DequantizeLinear(a, as, az) bd = DequantizeLinear(b, bs, bz) "
+        "bt = Transpose <perm = [0, 2, 1]> (bd) y = MatMul(ad, bt)",
+        constants,
+        ["a", "b"],
+    )
+    for given, of in zip(segment.model.graph.input, (kind, second), strict=True):
+        given.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(of))
+    columns = (b - middle).transpose(0, 2, 1)
+    raw = a - np.iinfo(kind).min  # int8 with its sign bit flipped
+    total = np.stack([[maddubs(x, y) for x, y in zip(r, columns, strict=True)] for r in raw])
+    total -= (zero - np.iinfo(kind).min) * columns.sum(axis=-2, keepdims=True)
+    planted = (total * (float(XS) * float(WS))).astype(np.float32)
+    found = explain(segment, {"a": a.astype(kind), "b": b.astype(second)}, planted)
+    assert found.noise == ID and found.explained > 0.999, found.hypotheses[:3]
+
+
 def test_annotated_inputs(generator: np.random.Generator) -> None:
     """A dequantised input's grid is read off its quantisation annotation."""
     q = generator.integers(0, 256, (16, 32), np.uint8)
