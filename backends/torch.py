@@ -471,7 +471,13 @@ def _mode(recorder: _Recorder) -> Any:
             recorder.add(str(operation), leaf)
         return results
 
-    watch: Any = type("Watch", (TorchDispatchMode,), {"__torch_dispatch__": dispatch})
+    method = {"__torch_dispatch__": dispatch}
+    # PyTorch keeps its compiler out of the method of a new class, and loads it for that: 2 s, in
+    # vain where nothing is compiled. A method that comes later is left as it is.
+    compiles = "torch._dynamo" in sys.modules
+    watch: Any = type("Watch", (TorchDispatchMode,), method if compiles else {})
+    if not compiles:
+        watch.__torch_dispatch__ = dispatch
     return watch()
 
 

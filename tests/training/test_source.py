@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -209,3 +211,20 @@ def test_what_is_added_to_a_mask_is_not_the_mask(tmp_path: Path) -> None:
         path, feeds, values, {"y": 1}, arrays.__getitem__, threads=1, folder=tmp_path
     )
     assert {name: pair.index for name, pair in found.pairs.items()} == {"mask": 0, "y": 1}
+
+
+def test_watching_loads_no_compiler() -> None:
+    """PyTorch would load it, in 2 s, to keep it away from what watches the operations."""
+    code = """
+import sys, torch
+from backends.torch import _mode
+class Recorder:
+    seen = []
+    def add(self, operation, value): self.seen.append(operation)
+with _mode(Recorder()):
+    torch.ones(2) + 1
+assert "aten.add.Tensor" in Recorder.seen, Recorder.seen
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
