@@ -343,8 +343,8 @@ NOISE = Cause(
             "deploy on a processor with VNNI"
         ),
         "ov": (
-            f"{_QUANTISE} (NNCF: overflow_fix=OverflowFix.ENABLE), or deploy on a processor with "
-            "VNNI"
+            f"{_QUANTISE} (NNCF: overflow_fix=OverflowFix.ENABLE), keep products of two computed "
+            "tensors in float, or deploy on a processor with VNNI"
         ),
     },
     ablations={"ort": {"session.x64quantprecision": "1"}},
