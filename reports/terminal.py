@@ -278,15 +278,18 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
     if not report.findings:
         page.say(Span("No segment introduced an error above its floor."))
         return
-    page.say(
-        Span(
-            "ranked by what each error alone changes in the outputs; impact: that, as part of the "
-            "final divergence; share: its part in the exact book-keeping, which sums to 100%; "
-            "introduced: relative L2 made here; explained, bits: how much of it, and how many "
-            "elements exactly, replaying the cause reproduces",
-            "dim",
-        )
+    legend = (
+        "ranked by what each error alone changes in the outputs; impact: that, as part of the "
+        "final divergence; share: its part in the exact book-keeping, which sums to 100%; "
+        "introduced: relative L2 made here; explained, bits: how much of it, and how many "
+        "elements exactly, replaying the cause reproduces"
     )
+    if report.stimulus.samples > 1:
+        legend += (
+            "; rank and impact are means over samples whose divergence differs, so that their "
+            "orders may differ a little"
+        )
+    page.say(Span(legend, "dim"))
     columns = [
         Column("#", right=True),
         Column("severity"),
