@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import onnx
@@ -59,6 +60,15 @@ def _symmetric(given: Attributes) -> Attributes | None:
     return {"pads": begin + begin} if begin != end else None
 
 
+def _one_end(given: Attributes, *, last: bool) -> Attributes | None:
+    """All of every axis's padding at its end, or at its beginning."""
+    begin, end = _halves(given)
+    all_of_it = [b + e for b, e in zip(begin, end, strict=True)]
+    none = [0] * len(begin)
+    pads = none + all_of_it if last else all_of_it + none
+    return {"pads": pads} if pads != begin + end else None
+
+
 def _axis_by_axis(given: Attributes) -> Attributes | None:
     """``pads`` read as beginning and end of the first axis, then of the next."""
     pads = list(given.get("pads", ()))
@@ -93,6 +103,8 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[[Attributes], Attributes | No
     ("count_include_pad is the other way", ("AveragePool",), _counted),
     ("padding is ignored", _ANY, _ignored),
     ("the padding of the beginning is put at both ends", _ANY, _symmetric),
+    ("all padding is put at the end", _ANY, partial(_one_end, last=True)),
+    ("all padding is put at the beginning", _ANY, partial(_one_end, last=False)),
     ("pads are read axis by axis", _ANY, _axis_by_axis),
     ("padded with zeros", ("Pad",), _zero),
     ("padded with the edge", ("Pad",), _mode("edge")),

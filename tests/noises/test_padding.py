@@ -87,6 +87,19 @@ def test_padding_is_ignored(conv_segment: Any, x: Array, w: Array) -> None:
     check(diagnose(segment, {"x": x}, {"y": planted}), "padding is ignored")
 
 
+@pytest.mark.parametrize("pads", [(2, 2, 0, 0), (0, 0, 2, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_all_padding_at_one_end(
+    conv_segment: Any, x: Array, w: Array, pads: Pads, stride: int
+) -> None:
+    segment = conv_segment(pads=[1, 1, 1, 1], strides=[stride, stride])
+    x = x[..., :15, :15]  # which no auto_pad pads at one end
+    observed = convolution(x, w, stride, pads)
+    where = "beginning" if pads[0] else "end"
+    found = diagnose(segment, {"x": x}, {"y": observed})
+    assert (found.noise, found.variant) == (ID, f"all padding is put at the {where}")
+
+
 def test_pads_read_axis_by_axis(conv_segment: Any, x: Array, w: Array) -> None:
     segment = conv_segment(pads=[2, 0, 1, 3])
     planted = convolution(x, w, 1, (2, 1, 0, 3))
