@@ -50,8 +50,7 @@ def generate(
         count: how many tokens to write.
         harness: the backends, and what all runs share.
         caches: outputs by the inputs that they are fed back to, where names do not tell.
-        given: inputs that are the same in every run of a decoder with caches, such as what an
-            encoder made.
+        given: inputs that are the same in every run, such as what an encoder made.
 
     Raises:
         UsageError: the model is no decoder, or the prompt does not fit it.
@@ -61,10 +60,7 @@ def generate(
     fixed = checked(model, given or {})
     if kept := caches_of(model, caches or {}, fixed):
         return cached.generate(model, kept, prompt, count, harness, fixed)
-    if fixed:
-        hint = "Export it with use_cache=True."
-        raise UsageError(f"{path} keeps no caches: --data is for decoders that do", hint)
-    return rerun.generate(model, prompt, count, harness)
+    return rerun.generate(model, prompt, count, harness, fixed)
 
 
 def _check_prompt(model: Model, prompt: Sequence[int]) -> None:

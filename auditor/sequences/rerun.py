@@ -8,7 +8,7 @@ with two paddings; it is also why one forced run shows all steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,7 @@ class Decoder:
         types: numpy types of the inputs.
         length: tokens that one run takes.
         pad: the token behind the text.
+        given: inputs that are the same in every run.
     """
 
     ids: str
@@ -65,12 +66,13 @@ class Decoder:
     types: dict[str, np.dtype[Any]]
     length: int
     pad: int = 0
+    given: Arrays = field(default_factory=dict)
 
     def feeds(self, tokens: Sequence[int], pad: int | None = None) -> Arrays:
         """The inputs of a run on some tokens."""
         row = np.full((1, self.length), self.pad if pad is None else pad)
         row[0, : len(tokens)] = tokens
-        feeds: Arrays = {self.ids: row.astype(self.types[self.ids])}
+        feeds: Arrays = {self.ids: row.astype(self.types[self.ids]), **self.given}
         if self.mask:
             seen = np.arange(self.length)[None] < len(tokens)
             feeds[self.mask] = seen.astype(self.types[self.mask])
@@ -80,14 +82,15 @@ class Decoder:
         return feeds
 
 
-def decoder_of(model: Model, prompt: int, tokens: int) -> Decoder:
-    """Find a decoder's inputs and output.
+def decoder_of(model: Model, prompt: int, tokens: int, given: Arrays | None = None) -> Decoder:
+    """Find a decoder's output, and its inputs beside what is ``given``.
 
     Raises:
         UsageError: the model is none, or is too short for so many tokens.
     """
+    given = given or {}
     places: dict[str, TensorSpec] = {}
-    for spec in model.inputs:
+    for spec in (s for s in model.inputs if s.name not in given):
         name = spec.name.lower()
         kind = "mask" if "mask" in name else "positions" if "position" in name else "ids"
         if len(spec.shape) != 2 or spec.dtype.kind not in "iub" or kind in places:
@@ -112,6 +115,7 @@ def decoder_of(model: Model, prompt: int, tokens: int) -> Decoder:
         logits,
         {spec.name: spec.dtype for spec in places.values()},
         length,
+        given=given,
     )
 
 
@@ -142,13 +146,14 @@ def generate(
     prompt: Sequence[int],
     count: int,
     harness: Harness,
+    given: Arrays,
 ) -> GenerationReport:
     """Compare the greedy text of every backend with the reference's (see ``generate``).
 
     Raises:
         UsageError: the model is no decoder, or the prompt does not fit it.
     """
-    decoder = decoder_of(model, len(prompt), count)
+    decoder = decoder_of(model, len(prompt), count, given)
     harness.progress.update("reference", "run")
     reference = harness.reference(model)
     _check_causal(reference, decoder, prompt)

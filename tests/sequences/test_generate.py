@@ -15,7 +15,7 @@ from auditor.audit import AuditOptions, BackendSpec
 from auditor.errors import UsageError
 from auditor.graphs import model as models
 from auditor.graphs.segments import Graph
-from auditor.ports import Silent
+from auditor.ports import Arrays, Silent
 from auditor.records.backend import Skipped
 from auditor.records.generation import GenerationReport
 from auditor.replays.replay import Replayer
@@ -89,7 +89,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(
-    path: Path, folder: Path, *backends: str, narrow: Narrow | None = None
+    path: Path,
+    folder: Path,
+    *backends: str,
+    narrow: Narrow | None = None,
+    given: Arrays | None = None,
 ) -> GenerationReport:
     ids = (narrow.backend,) if narrow else backends
     asked = AuditOptions(
@@ -102,6 +106,7 @@ def written(
         narrow.prompt if narrow else PROMPT,
         11,
         Harness(asked, discovery.noises(), Silent(), folder),
+        given=given,
     )
 
 
@@ -229,6 +234,34 @@ def test_what_an_encoder_made_stays_the_same(tmp_path: Path) -> None:
     }
     with pytest.raises(UsageError, match="which is no input"):
         checked(model, {"stats": np.ones((1, 5, 4))})
+
+
+def test_an_encoders_result_is_given_to_a_decoder_without_caches(
+    path: Path, tmp_path: Path
+) -> None:
+    proto = onnx.load(path)
+    graph = proto.graph
+    graph.input.append(
+        onnx.helper.make_tensor_value_info("states", onnx.TensorProto.FLOAT, [1, "read", 64])
+    )
+    (index,) = (i for i, node in enumerate(graph.node) if "embedded" in node.output)
+    graph.node[index].output[0] = "own"
+    graph.node.insert(
+        index + 1, onnx.helper.make_node("ReduceMean", ["states"], ["seen"], axes=[1])
+    )
+    graph.node.insert(index + 2, onnx.helper.make_node("Add", ["own", "seen"], ["embedded"]))
+    both = tmp_path / "both.onnx"
+    onnx.save(proto, both)
+    drawn = np.random.default_rng(0)
+    made = [drawn.normal(0, 1, (1, size, 64)) for size in (5, 7)]
+    reports = [written(both, tmp_path, "ort", given={"states": states}) for states in made]
+    for report in reports:
+        (part,) = report.backends
+        assert part.gap is None and part.text == report.text
+    assert reports[0].text != reports[1].text
+    with pytest.raises(UsageError, match="is fed back") as error:
+        written(both, tmp_path, "ort")
+    assert "--data" in error.value.hint
 
 
 def test_pieces_compute_what_the_whole_does(path: Path) -> None:
