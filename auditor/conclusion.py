@@ -57,9 +57,9 @@ class Conclusion:
         self._origins = origins.merged(origins.of(subject.model), measured)
         self.reports = origins.attached(reports, self._origins)
         effects = {
-            (who, id): effect.mean
+            (who, id): analysis.leave_one_in.effect(id)
             for who, analysis in analyses.items()
-            for id, effect in analysis.leave_one_in.effects.items()
+            for id in analysis.leave_one_in.effects
         }
         files = {(who, s) for who, a in analyses.items() for s in a.causes.of_the_file()[0]}
         self.findings = ranking.findings(self.reports, effects, self._catalogue, files)

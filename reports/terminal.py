@@ -284,11 +284,6 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
         "introduced: relative L2 made here; explained, bits: how much of it, and how many "
         "elements exactly, replaying the cause reproduces"
     )
-    if report.stimulus.samples > 1:
-        legend += (
-            "; rank and impact are means over samples whose divergence differs, so that their "
-            "orders may differ a little"
-        )
     page.say(Span(legend, "dim"))
     columns = [
         Column("#", right=True),

@@ -28,7 +28,7 @@ class LeaveOneIn:
 
     Attributes:
         effects: by segment, the relative L2 that its error alone causes.
-        shares: the same relative to the sample's whole divergence.
+        shares: the same relative to the sample's whole divergence, for the spread over samples.
         tasks: by segment and output, what its error alone does to what is read off the output.
     """
 
@@ -36,12 +36,35 @@ class LeaveOneIn:
         """Nothing is measured yet; ``told`` is told every segment that was."""
         self.effects: dict[str, Running] = {}
         self.shares: dict[str, Running] = {}
+        self._whole = Running()  # the backend's divergence on every sample
+        self._wholes: dict[str, Running] = {}  # the same on the samples of each segment
         self.tasks: dict[str, dict[str, TaskMeter]] = {}
         self._told = told
 
+    def impact(self, id: str) -> float | None:
+        """A segment's mean effect over the mean divergence on the same samples.
+
+        None where it was not measured, or where no divergence is finite and above 0.
+        """
+        if id not in self.shares:
+            return None
+        effect, whole = self.effects[id], self._wholes[id]
+        # Where a sample diverges infinitely, its effect is no part of anything.
+        return effect.mean / whole.mean if whole.count == effect.count else self.shares[id].mean
+
+    def effect(self, id: str) -> float:
+        """The relative L2 that a measured segment's error alone causes, by which it is ranked.
+
+        Not every segment is measured on every sample, and on some all diverges more. So its impact
+        is taken of the divergence over all samples (a ratio estimate), which gives the same
+        ranking as the impacts.
+        """
+        impact = self.impact(id)
+        return self.effects[id].mean if impact is None else impact * self._whole.mean
+
     def top(self, count: int) -> set[str]:
         """The segments with the largest effects."""
-        ranked = sorted(self.effects, key=lambda id: self.effects[id].mean, reverse=True)
+        ranked = sorted(self.effects, key=self.effect, reverse=True)
         return set(ranked[:count])
 
     def add(
@@ -68,6 +91,8 @@ class LeaveOneIn:
         else:  # without all outputs there is no result to measure on
             read = None
         whole = metrics.relative_l2(captured, base, tuple(base)) if captured else math.inf
+        if whole < math.inf:
+            self._whole.add(whole, index)
 
         def alone(cut: Cut) -> tuple[float, Arrays]:
             effect, values = impact.leave_one_in(chain, cut, flagged[cut.id])
@@ -82,6 +107,8 @@ class LeaveOneIn:
             for cut, (effect, values) in zip(chosen, results, strict=True):
                 self._told(cut.id)
                 self.effects.setdefault(cut.id, Running()).add(effect, index)
+                if whole < math.inf:
+                    self._wholes.setdefault(cut.id, Running()).add(whole, index)
                 if 0 < whole < math.inf:
                     self.shares.setdefault(cut.id, Running()).add(effect / whole, index)
                 meters = self.tasks.setdefault(cut.id, {})

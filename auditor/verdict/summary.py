@@ -145,7 +145,7 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
     known = cut.id in measured.causes and meter.flagged
     found = measured.causes.verdict(cut.id) if known else None
     introduced = meter.relative(meter.introduced)
-    loi = measured.leave_one_in.shares.get(cut.id)
+    varied = measured.leave_one_in.shares.get(cut.id)
     rounding = meter.unmeasured is None and found is None
     return Segment(
         id=cut.id,
@@ -161,8 +161,8 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
         introduced=introduced,
         inherited=meter.relative(meter.inherited),
         amplification=meter.amplification,
-        leave_one_in=loi.mean if loi else None,
-        leave_one_in_spread=loi.spread() if loi else None,
+        leave_one_in=measured.leave_one_in.impact(cut.id),
+        leave_one_in_spread=varied.spread() if varied else None,
         impact_share=booked.mean if booked else None,
         impact_share_spread=booked.spread() if booked else None,
         floor=meter.floor,

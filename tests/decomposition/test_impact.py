@@ -7,10 +7,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from auditor.comparison import metrics
+from auditor.comparison.tasks import TaskMeter
 from auditor.decomposition import divergence, impact
 from auditor.decomposition import floor as floors
 from auditor.decomposition.divergence import Local, Meter
 from auditor.decomposition.impact import Chain
+from auditor.decomposition.leave_one_in import LeaveOneIn
 from auditor.graphs.segments import Graph
 from auditor.replays import replay
 from auditor.replays.replay import Replayer, ReplayError, difference
@@ -56,11 +58,12 @@ def _model(text, kind):
 
 @pytest.fixture
 def chain():
-    def make(faulty, captured_names=("h0", "h1", "h2", "y")):
+    def make(faulty, captured_names=("h0", "h1", "h2", "y"), size=1):
         graph = Graph(_network())
         replayer = Replayer(graph, 1)
         cuts = graph.cut(captured_names)
-        feeds = {"x": np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)}
+        x = np.random.default_rng(1).standard_normal((3, WIDTH)) * size
+        feeds = {"x": x.astype(np.float32)}
         base = replayer.walk(cuts, feeds)
         other = Graph(faulty)
         captured = Replayer(other, 1).walk(other.cut(captured_names), feeds)
@@ -129,6 +132,28 @@ def test_leave_one_in_of_the_only_fault_is_the_whole_divergence(chain):
     # Not exactly equal: the frozen error is that of the backend's inputs, here the very same.
     assert effects[1] == pytest.approx(whole, rel=1e-3)
     assert max(effects[0], effects[2], effects[3]) < 1e-3 * whole
+
+
+def test_effects_over_samples_rank_as_impacts_do(chain):
+    """Of two faults the later one is flagged on the sample only on which both do most."""
+    faulty = _network(scaled=0, factor=1.02)
+    faulty.graph.initializer[2].CopyFrom(_network(scaled=2, factor=1.02).graph.initializer[2])
+    measured = LeaveOneIn(lambda _: None)
+    means = {}
+    for index, size in enumerate((0.01, 1)):
+        made = chain(faulty, size=size)
+        locals_ = _replay(made)
+        early, late = (made.cuts[i].id for i in (0, 2))
+        flagged = {early: locals_[early]} if index == 0 else {i: locals_[i] for i in (early, late)}
+        measured.add(index, made, flagged, lambda name: TaskMeter(name, "none"))
+        for id in flagged:
+            means[id] = measured.effects[id].mean
+    impacts = {id: measured.impact(id) for id in means}
+    effects = {id: measured.effect(id) for id in means}
+    assert sorted(effects, key=effects.get) == sorted(impacts, key=impacts.get)
+    assert effects[early] == pytest.approx(means[early])  # measured on every sample
+    assert effects[late] < means[late]  # where more diverges than on both together
+    assert measured.top(1) == {max(impacts, key=impacts.get)}
 
 
 def test_telescoping_shares_sum_to_one_and_name_the_fault(chain):

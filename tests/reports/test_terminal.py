@@ -69,7 +69,6 @@ def test_everything_that_matters_is_there(report: AuditReport, width: int, color
         "built by TensorRT-RTX 1.7.1",
         "note: TF32 is on by default.",
         "warning: Contributions do not add here (sum of squared impacts 3.78",
-        "means over samples whose divergence differs, so that their orders may differ a little",
         "warning: 44% of the error of output `Softmax:0` sits at index 37 of axis 1",
         "1 medium ov 38.3% 37.0% 4.1e-3 99.98% 99.2%",
         "3 low ov 12.8% 9.0% 1.4e-3 - 11.0%",
