@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,8 @@ _WORTH, _ENOUGH = 0.2, 0.99
 # Errors and what a rough search changes, as vectors, have at least this cosine where it is near:
 # what explains a share of them has its square root, and steps beside the right one half of that.
 _RELATED = 0.15
+# What rounding an operand leaves, of what cutting it off at the same ends leaves.
+_ROUNDS = 0.5
 # An operand is sought with that many channels of the product, where there are ``ROWS`` of each.
 _CHANNELS = 32
 
@@ -196,6 +198,9 @@ class _Fitting:
         now, grid, chosen = max(found, key=lambda f: f[0])
         if now < max(_WORTH, explained):
             return
+        read = plain if chosen is None else weights
+        if self._left(read, grid) > _ROUNDS * self._left(read, grid.limits):
+            return  # cut off, but not rounded
         if chosen is None:
             yield _INPUTS, self._w, grid
         else:
@@ -209,6 +214,10 @@ class _Fitting:
         # One number for each channel can give its mean error, whatever that comes from.
         around = 1 - float(squares(self._held.rest(weights, grid, about=True)).sum()) / self._around
         return min(explained, around)
+
+    def _left(self, weights: Array, operand: Callable[[Array], Array]) -> float:
+        """What these operands leave of what was not fitted."""
+        return float(squares(self._held.rest(weights, operand)).sum())
 
     @_alone()
     def _grid(self, weights: Array) -> Grid | None:

@@ -56,6 +56,11 @@ class Grid:
         step = np.float32(self.step)
         return np.asarray(np.clip(np.rint(x / step), self.low, self.high) * step, np.float32)
 
+    def limits(self, x: Array) -> Array:
+        """Values cut off where it ends, and not rounded, float32."""
+        step = np.float32(self.step)
+        return np.asarray(np.clip(x, self.low * step, self.high * step), np.float32)
+
 
 def squares(rest: Array) -> Array:
     """The sum of squared errors [g, p, c] of each channel, [g, 1, c]."""
@@ -89,7 +94,7 @@ class Equations:
     def rest(
         self,
         weights: Array,
-        operand: Grid | None = None,
+        operand: Callable[[Array], Array] | None = None,
         *,
         about: bool = False,
         ready: bool = False,

@@ -22,8 +22,9 @@ _ALIKE = 1.02
 _FINE = 40
 # That many of the steps tried are refined.
 _LIKELY = 8
-# Calibration clips at most this fraction of the values.
-_CLIPPED = 0.05
+# Calibration clips at most this fraction of weights, and of an operand, whose range may come from
+# inputs that are nothing like it.
+_CLIPPED, _BEYOND = 0.05, 0.3
 
 
 class Steps:
@@ -179,7 +180,7 @@ class _Search:
         self.least, self.most = min(float(operand.min()), 0.0), max(float(operand.max()), 0.0)
         self.span = (self.most - self.least) / 255
         self.best, self.left = Grid(self.span, 0, 0), math.inf
-        self._inner = np.quantile(operand, (_CLIPPED / 2, 1 - _CLIPPED / 2))
+        self._inner = np.quantile(operand, (_BEYOND / 2, 1 - _BEYOND / 2))
         inside = np.clip(known.x, *self._inner)
         self._sorted = np.sort(known.x, axis=None)
         self._typical = float(np.sqrt(np.square(inside).mean())) or self.span
@@ -187,7 +188,7 @@ class _Search:
     def _attempt(self, step: float, lows: Iterable[int]) -> None:
         for low in lows:
             grid = Grid(float(np.float32(step)), low, low + 255)
-            if self._outside((grid.low - 1) * step, (grid.high + 1) * step) > _CLIPPED:
+            if self._outside((grid.low - 1) * step, (grid.high + 1) * step) > _BEYOND:
                 continue
             now = float(squares(self._known.rest(self._multiplied, grid, ready=True)).sum())
             if now < self.left:

@@ -219,16 +219,31 @@ def test_one_equation_for_each_scale_proves_nothing(generator: np.random.Generat
     assert found.variant == "weights per tensor, fitted" and found.explained > 0.99
 
 
-def test_inputs_clipped_by_an_unknown_calibration(generator: np.random.Generator) -> None:
+@pytest.mark.parametrize("ends", [(-1.87, 2.21), (-1.2, 1.5)])  # the latter of another input
+def test_inputs_clipped_by_an_unknown_calibration(
+    generator: np.random.Generator, ends: tuple[float, float]
+) -> None:
     x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
     segment = make_segment("y = Conv(x, w)", {"w": w})
-    grid = np.linspace(-1.87, 2.21, 256)
+    grid = np.linspace(*ends, 256)
     grid -= grid[np.abs(grid).argmin()]  # zero is one of the values
     narrow = grid[np.abs(x[..., None] - grid).argmin(axis=-1)].astype(np.float32)
     found = explain(segment, {"x": x}, conv(narrow, w))
     assert found.noise == ID and found.explained > 0.99
     assert found.variant == "inputs fitted"
+
+
+@pytest.mark.parametrize("ends", [(-2.3, 3), (-1.87, 2.21), (-1.2, 1.5)])
+def test_inputs_cut_off_without_rounding(
+    generator: np.random.Generator, ends: tuple[float, float]
+) -> None:
+    """256 values with the same ends leave nearly nothing of that, and explain nothing of it."""
+    x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
+    w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
+    segment = make_segment("y = Conv(x, w)", {"w": w})
+    observed = conv(np.clip(x, *np.float32(ends)), w)
+    assert explain(segment, {"x": x}, observed).noise is None
 
 
 @pytest.mark.parametrize("defect", [False, True])
