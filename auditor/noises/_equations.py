@@ -195,7 +195,7 @@ def equations_of(
         return None
     if not (np.abs(x).max(initial=0) < _HUGE and np.abs(z).max(initial=0) < _HUGE):
         return None
-    known = _before(model, index, values, observed, narrow=narrow)
+    known = before(model, index, values, observed, narrow=narrow)
     if known is None or known[0].shape != z.shape:
         return None
     groups, size, channels = w.shape
@@ -249,7 +249,7 @@ def _patches(
     return np.stack(rows, axis=1)
 
 
-def _before(
+def before(
     model: onnx.ModelProto, index: int, values: Arrays, observed: Arrays, *, narrow: bool
 ) -> tuple[Array, Array] | None:
     """What a product must have given for the segment's output to be what was observed.

@@ -11,11 +11,11 @@ import onnx
 
 from auditor.graphs import artefact, surgery
 from auditor.graphs.weights import inside
-from auditor.noises import _calibrated, bf16, int8_dynamic
+from auditor.noises import _calibrated, _levels, bf16, int8_dynamic
 from auditor.noises._calibrated import Fit
 from auditor.noises._cause import Cause
 from auditor.ports import Array, Arrays, SegmentGraph, Variant
-from auditor.replays import recurrent, rounding
+from auditor.replays import recurrent, rounding, sessions
 from auditor.replays.editor import Editor
 from auditor.replays.kernel_layout import stated
 from auditor.replays.layout import Layout
@@ -34,8 +34,7 @@ _LARGEST = float(np.finfo(np.float32).max) / 4  # a range of weights is finite
 _OPSET = 11
 _SOME = 4096
 _ON_GRID = "outputs rounded to the 256 values that they lie on"
-_MANY = 100  # elements that say what grid they lie on
-_OFF = 1e-3  # steps that a product with a scale, rounded, may be off
+_ON_GRID_INSIDE = "a tensor before the outputs rounded to the 256 values that it must lie on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +96,12 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
     """Outputs, or one product, on the grids that the backend's own tensors speak for."""
     layout = Layout(segment.model, segment.weights)
     weighted = _weighted(layout)
-    if grids := {name: body for name, v in observed.items() if (body := _grid(v)) is not None}:
-        yield Variant(_ON_GRID, _rounded(segment.model, grids))
-        for scheme in SCHEMES if weighted else ():
-            if scheme.outputs is None:
-                quantised = _quantised(layout, weighted, scheme)
-                yield Variant(f"{scheme.name}, {_ON_GRID}", _rounded(quantised, grids))
+    plain = sessions.inside(segment.model, 1, inputs, set(observed))
+    found = {n: _levels.grid(v, plain[n]) for n, v in observed.items() if n in plain}
+    if grids := {name: body for name, body in found.items() if body is not None}:
+        yield from _on_grids(segment.model, segment.weights, grids, _ON_GRID)
+    for model, inner in _levels.inside(segment.model, inputs, observed):
+        yield from _on_grids(model, segment.weights, inner, _ON_GRID_INSIDE)
     if weighted:
         whole = inside(segment.model, segment.weights)
         rounded: Iterator[Variant] = iter(())
@@ -113,23 +112,17 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
             yield Variant(fit.name, _with(layout, fit))
 
 
-def _grid(values: Array) -> str | None:
-    """The function that rounds to the 256 values of equal distance that a tensor holds, if any."""
-    if values.dtype != np.float32 or values.size < _MANY or not np.isfinite(values).all():
-        return None
-    if np.unique(values.reshape(-1)[:_SOME]).size > 256:  # most tensors tell at once
-        return None
-    levels = np.unique(values).astype(np.float64)
-    if not 2 < levels.size <= 256:
-        return None
-    numbers = np.rint(levels / np.diff(levels).min())
-    step = float(levels @ numbers / (numbers @ numbers))
-    if np.ptp(numbers) > 255 or abs(levels / step - numbers).max() > _OFF:
-        return None
-    return f"""(x) => (y) {{
-        s = Constant <value = float {{{step!r}}}> () q = Div(x, s) r = Round(q)
-        l = Constant <value = float {{{numbers[0]}}}> () u = Max(r, l)
-        h = Constant <value = float {{{numbers[-1]}}}> () v = Min(u, h) y = Mul(v, s) }}"""
+def _on_grids(
+    model: onnx.ModelProto, weights: Mapping[str, Array], grids: Mapping[str, str], name: str
+) -> Iterator[Variant]:
+    """A segment with tensors on grids: alone, and with its products quantised."""
+    yield Variant(name, _rounded(model, grids))
+    layout = Layout(model, weights)
+    weighted = _weighted(layout)
+    for scheme in SCHEMES if weighted else ():
+        if scheme.outputs is None:
+            quantised = _quantised(layout, weighted, scheme)
+            yield Variant(f"{scheme.name}, {name}", _rounded(quantised, grids))
 
 
 def _rounded(model: onnx.ModelProto, grids: Mapping[str, str]) -> onnx.ModelProto:
@@ -294,7 +287,13 @@ NOISE = Cause(
         *artefact.CHOSEN_FORMS,
         *(scheme.name for scheme in SCHEMES),
         _ON_GRID,
-        *(f"{scheme.name}, {_ON_GRID}" for scheme in SCHEMES if scheme.outputs is None),
+        _ON_GRID_INSIDE,
+        *(
+            f"{scheme.name}, {where}"
+            for where in (_ON_GRID, _ON_GRID_INSIDE)
+            for scheme in SCHEMES
+            if scheme.outputs is None
+        ),
         *_calibrated.FORMS,
     ),
     variants=_variants,

@@ -59,6 +59,54 @@ def test_outputs_on_a_grid(generator: np.random.Generator) -> None:
         assert found.noise == cause
 
 
+@pytest.mark.parametrize(
+    "behind",
+    ["y = PRelu(z, slope)", "y = Add(z, skip)", "h = HardSwish(z) y = Mul(h, skip)"],
+    ids=["PRelu", "Add", "HardSwish"],
+)
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_tensor_before_the_outputs_on_a_grid(
+    generator: np.random.Generator, behind: str, wrong: bool
+) -> None:
+    """Fused behind a product, or read by the sum that a segment consists of."""
+    x = generator.standard_normal((64, 24)).astype(np.float32)
+    constants = {
+        "w": generator.standard_normal((24, 16)).astype(np.float32),
+        "slope": generator.uniform(-0.2, 0.5, 16).astype(np.float32),
+    }
+    feeds = {"x": x, "skip": generator.standard_normal((64, 16)).astype(np.float32)}
+    segment = make_segment(f"z = MatMul(x, w) {behind}", constants)
+    feeds = {n: v for n, v in feeds.items() if n == "x" or "skip" in behind}
+    z = x @ constants["w"]
+    step = np.ptp(z) / 255
+    rounded = (np.rint(z / step) * step).astype(np.float32)
+    planted = make_segment(behind, constants, ["z", *(n for n in feeds if n != "x")], ["y"])
+    given = {"z": rounded * np.float32(1.05) if wrong else rounded}
+    (observed,) = run(planted.model, given | {n: v for n, v in feeds.items() if n != "x"}).values()
+    found = explain(segment, feeds, observed)
+    assert found.noise == (None if wrong else ID)
+    assert wrong or found.explained > 0.999
+
+
+def test_a_quantised_operand_of_a_sum(generator: np.random.Generator) -> None:
+    feeds = {n: generator.standard_normal((80, 40)).astype(np.float32) for n in "ab"}
+    step = np.float32(np.ptp(feeds["b"]) / 255)
+    observed = feeds["a"] + np.clip(np.rint(feeds["b"] / step), -60, 70) * step
+    found = explain(make_segment("y = Add(a, b)"), feeds, observed)
+    assert found.noise == ID and found.explained > 0.999
+
+
+@pytest.mark.parametrize("node", ["y = Mul(x, factor)", "z = Mul(x, factor) y = PRelu(z, factor)"])
+def test_scaled_pixels_are_on_a_grid_without_rounding(
+    generator: np.random.Generator, node: str
+) -> None:
+    """They are 256 values anyhow, and rounding these to others shifts each by less than a step."""
+    x = (generator.integers(0, 256, (4, 100)) / 255).astype(np.float32)
+    segment = make_segment(node, {"factor": np.full(1, 0.5, np.float32)})
+    observed = run(segment.model, {"x": x})["y"] * np.float32(1.001)
+    assert explain(segment, {"x": x}, observed).noise is None
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_stored_weights(dense: tuple[SegmentGraph, Arrays], per_channel: bool) -> None:
     segment, t = dense
@@ -178,7 +226,7 @@ def test_what_two_results_may_have_given_says_nothing() -> None:
     given = x + np.tile(np.float32([[0.03], [-0.03]]), (150, 1))
     observed = np.where(given > 0, given, -given / 2)
     values = {"x": x, "z": x, "y": run(model, {"x": x})["y"]}
-    found = _equations._before(model, 0, values, {"y": observed}, narrow=False)
+    found = _equations.before(model, 0, values, {"y": observed}, narrow=False)
     assert found is not None
     result, weight = found
     known = weight > 0
