@@ -156,6 +156,12 @@ class Conclusion:
         """What was not audited."""
         for why in self._subject.model.unread:
             yield Gap("model", "outputs", f"{why}.")
+        for name in dict.fromkeys(n for a in self._analyses.values() for n in a.outputs):
+            meters = (a.outputs[name] for a in self._analyses.values() if name in a.outputs)
+            if all(meter.empty for meter in meters):
+                why = f"output `{name}` has no elements on any sample: there was nothing to compare"
+                hint = "Give inputs for which it has some, with --data."
+                yield Gap("model", "outputs", f"{why}.", hint)
         if self._subject.photographs:
             yield from self._subject.photographs.gaps
         for analysis in self._analyses.values():

@@ -222,7 +222,8 @@ def _column(spec: TensorSpec, stored: Stored, given: Shape | None) -> _Column:
     shape = stored.shape
     # A further axis may be empty: a reduction over nothing is a real case. So may a list of axes.
     listed = len(declared) == 1 and spec.dtype.kind in "iu"
-    if shape[:1] == (0,) and not (listed and shape == (0,)):
+    empty = declared[:1] == (0,) or (listed and shape == (0,))
+    if shape[:1] == (0,) and not empty:
         raise UsageError(
             f"the data for input `{spec.name}` are empty ({shown(shape)})",
             "Record at least one sample.",

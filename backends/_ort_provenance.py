@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from auditor.records.backend import Kernel, Switch
 from backends._ort_graph import Graph, attribute_of
 from backends._ort_names import NCHWC, TOKEN, Names
-from backends._ort_session import COMPARABLE, Options
+from backends._ort_session import Options, outputs_of
 from backends._shared import node_key
 
 if TYPE_CHECKING:
@@ -260,6 +260,7 @@ def notes(graph: onnx.GraphProto, session: Any) -> Iterator[str]:
             f"ONNX Runtime inserted {casts} casts: the CPU has no kernel for some operators in "
             "the model's type, so they compute in float32."
         )
+    compared = outputs_of(session)
     for output in session.get_outputs():
-        if not COMPARABLE.fullmatch(output.type):
+        if output.name not in compared:
             yield f"Output {output.name!r} is a {output.type}, which cannot be compared."

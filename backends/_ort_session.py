@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from auditor.errors import BackendError, UsageError
 from auditor.ports import Array, Arrays
 from backends import _ort_providers
@@ -29,6 +31,7 @@ OWN_KEYS: Final = "session.optimized_model_external_initializers"
 FOLDER: Final = "session.model_external_initializers_file_folder_path"  # of a model from memory
 # Other types (sequences, strings, bfloat16, 4 bits) do not come out of its Python API as arrays.
 COMPARABLE: Final = re.compile(r"tensor\((float|double|float16|bool|u?int(8|16|32|64))\)")
+MAPS: Final = re.compile(r"seq\(map\((string|int64),tensor\(float\)\)\)")  # ZipMap's
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,27 @@ def _openable(model: Path) -> str | bytes:
     return str(model)
 
 
+def outputs_of(session: Any) -> list[str]:
+    """Names of the outputs that can be compared."""
+    return [
+        output.name
+        for output in session.get_outputs()
+        if COMPARABLE.fullmatch(output.type) or MAPS.fullmatch(output.type)
+    ]
+
+
 def run(session: Any, names: list[str], feeds: Mapping[str, Array]) -> Arrays:
+    """Outputs by name; those that are a map for each row as tables in the order of their keys."""
     try:
-        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        values = dict(zip(names, session.run(names, dict(feeds)), strict=True))
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise _refusal(error, "run") from error
+    return {name: _table(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _table(rows: list[dict[Any, float]]) -> Array:
+    """Maps with the same keys, float32 [rows, keys]."""
+    return np.array([[value for _, value in sorted(row.items())] for row in rows], np.float32)
 
 
 _BAD_OPERATOR: Final = (

@@ -43,8 +43,10 @@ from backends._ort_session import (
     ENGINE,
     FOLDER,
     LEVELS,
+    MAPS,
     OWN_KEYS,
     Options,
+    outputs_of,
     run,
 )
 from backends._shared import cpu_name, first_line
@@ -181,9 +183,7 @@ class OrtBuild:
         self._compile = functools.partial(
             options.session, file, None, options.level, {}, stage="run"
         )
-        self._outputs = [
-            o.name for o in self._session.get_outputs() if COMPARABLE.fullmatch(o.type)
-        ]
+        self._outputs = outputs_of(self._session)
         self._compiled = onnx.load(dump, load_external_data=False)
         drop_folded_inputs(self._compiled.graph, {i.name for i in self._session.get_inputs()})
         unique_local_names(self._compiled.graph)
@@ -288,6 +288,8 @@ class OrtBuild:
         readings, skipped = [], list(self._skipped)
         for reading in self._readings:
             kind = types[reading.engine_name]
+            if MAPS.fullmatch(kind):
+                continue  # an output, which is compared whatever else is
             if not COMPARABLE.fullmatch(kind):
                 skipped.append(Skipped(reading.tensor, f"a {kind} cannot be read as an array"))
             elif reading.layout.stored == "blocked" and not reading.channels:
@@ -429,9 +431,7 @@ class OpaqueBuild:
 
         file = request.artifact or request.model_path
         self._session = options.session(file, None, options.level, {}, stage="build")
-        self._outputs = [
-            o.name for o in self._session.get_outputs() if COMPARABLE.fullmatch(o.type)
-        ]
+        self._outputs = outputs_of(self._session)
         graph = weights.read(request.model_path).graph
         finals = {o.name for o in graph.output}
         why = f"{options.provider} compiles parts of the model, and shows nothing inside them"

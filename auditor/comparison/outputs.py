@@ -13,7 +13,11 @@ from auditor.records.terms import OutputKind
 
 
 class OutputMeter:
-    """One final output; memory does not grow with the number of samples."""
+    """One final output; memory does not grow with the number of samples.
+
+    Attributes:
+        empty: whether neither side had an element in it on any sample.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class OutputMeter:
                 f"{list(reference.shape)}, where scores [..., steps, classes] were expected",
                 "Name another output with --output-kind.",
             )
+        self.empty = True
         self._tokens = tokens
         self._stated = stated is not None
         self._moments = Moments()
@@ -57,6 +62,7 @@ class OutputMeter:
 
     def add(self, observed: Array, reference: Array, sample: int) -> float:
         """Add one sample; returns its relative L2."""
+        self.empty &= observed.size == reference.size == 0
         one = Moments()
         one.add(observed, reference)
         self._moments.merge(one)

@@ -49,7 +49,8 @@ class Model:
         weights: the large weights by name, mapped into memory.
         folder: where the files with these weights are.
         inputs: what must be fed: the graph inputs that are not initialisers.
-        outputs: names of the graph outputs that are numeric tensors; ``proto`` has no others.
+        outputs: names of the graph outputs that are numeric tensors, or maps of numbers for each
+            row (ZipMap), which are tables in ``proto``; ``proto`` has no others.
         unread: the others, as sentences.
     """
 
@@ -127,6 +128,7 @@ def load(path: Path) -> Model:
     files.sort(proto.graph)
     files.clear_repeated(proto.graph)
     files.check(path, proto, arrays)
+    files.unzip(proto.graph)
     if proto.functions:
         import onnx.inliner
 
@@ -210,8 +212,9 @@ def _spec(path: Path, value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def _dimension(dimension: onnx.TensorShapeProto.Dimension) -> int | str | None:
-    # For "not known" some exporters write 0 or -1, or the name "?" (paddle2onnx) everywhere.
-    if dimension.HasField("dim_value") and dimension.dim_value > 0:
+    # For "not known" some exporters write -1, or the name "?" (paddle2onnx) everywhere. 0 is
+    # taken at its word, as ONNX Runtime does: a cache that is empty at the first step.
+    if dimension.HasField("dim_value") and dimension.dim_value >= 0:
         return int(dimension.dim_value)
     return None if dimension.dim_param in ("", "?", "-1", "None") else str(dimension.dim_param)
 
@@ -220,7 +223,12 @@ def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[tuple[str, ...], tuple
     """Names of the numeric outputs, and a sentence about each other one."""
     if not graph.output:
         raise UsageError(f"{path} has no output to compare", "Export it with its outputs.")
-    others = {o.name: kind for o in graph.output if (kind := _not_numeric(o)) is not None}
+    maps = files.zipped(graph)
+    others = {
+        o.name: kind
+        for o in graph.output
+        if o.name not in maps and (kind := _not_numeric(o)) is not None
+    }
     if len(others) == len(graph.output):
         _require_tensor(path, "output", graph.output[0])
     return (
@@ -245,6 +253,5 @@ def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
         return
     raise UsageError(
         f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
-        "Export the numeric part of the model, without string, sequence or optional values "
-        "(skl2onnx: options={'zipmap': False}).",
+        "Export the numeric part of the model, without string, sequence or optional values.",
     )

@@ -11,6 +11,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from auditor.errors import UsageError
@@ -328,6 +329,35 @@ def sort(graph: onnx.GraphProto) -> None:
         nodes = [graph.node[index] for index in order]
         del graph.node[:]
         graph.node.extend(nodes)
+
+
+def unzip(graph: onnx.GraphProto) -> None:
+    """Make outputs that ZipMap writes, a map for each row, tables in the order of their keys.
+
+    scikit-learn's converter ends classifiers so. The numbers are the same.
+    """
+    table = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [None, None])
+    made = zipped(graph)
+    for output in graph.output:
+        if output.name in made:
+            output.type.CopyFrom(table)
+    for node in graph.node:
+        if node.output[0] not in made:
+            continue
+        keys = next((list(a.ints or a.strings) for a in node.attribute if a.ints or a.strings), [])
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        columns = onnx.numpy_helper.from_array(np.array(order, np.int64), f"{node.output[0]}.keys")
+        graph.initializer.append(columns)
+        gather = onnx.helper.make_node(
+            "Gather", [node.input[0], columns.name], node.output, node.name, axis=1
+        )
+        node.CopyFrom(gather)
+
+
+def zipped(graph: onnx.GraphProto) -> frozenset[str]:
+    """Names of the outputs that ZipMap makes."""
+    made = {node.output[0] for node in graph.node if node.op_type == "ZipMap"}
+    return frozenset(o.name for o in graph.output if o.name in made)
 
 
 def clear_repeated(graph: onnx.GraphProto) -> None:

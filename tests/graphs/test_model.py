@@ -315,8 +315,8 @@ class TestShapes:
 
     def test_placeholders_are_no_names(self, tmp_path: Path) -> None:
         model = self.load(tmp_path, declared("x", "?", 3, "?", -1), declared("y", 0, "None"))
-        assert [spec.shape for spec in model.inputs] == [(None, 3, None, None), (None, None)]
-        recorded = {"x": (1, 3, 48, 192), "y": (2, 5)}
+        assert [spec.shape for spec in model.inputs] == [(None, 3, None, None), (0, None)]
+        recorded = {"x": (1, 3, 48, 192), "y": (0, 5)}
         assert resolve_shapes(model, {}, recorded) == (recorded, ())
 
     def test_recorded_shapes_win_over_defaults_but_not_over_given_ones(
