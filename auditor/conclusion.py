@@ -54,7 +54,7 @@ class Conclusion:
         devices = {spec.label: spec.device or "" for spec in options.backends}
         reports = tuple(summary.report(a, devices.get(who, "")) for who, a in analyses.items())
         measured = [origin for tracer in tracers for origin in tracer.origins]
-        self._origins = origins.merged(origins.of(subject.model), measured)
+        self._origins = origins.merged(origins.of(subject.model.proto), measured)
         self.reports = origins.attached(reports, self._origins)
         effects = {
             (who, id): analysis.leave_one_in.effect(id)

@@ -197,6 +197,7 @@ class TorchBuild:
     def constants(self) -> Arrays:
         """The module's own values of the ONNX file's constants, as far as they are recognised."""
         from auditor.graphs import weights
+        from auditor.training import origins
         from backends import _parameters
 
         proto = weights.read(self.request.model_path)
@@ -204,7 +205,7 @@ class TorchBuild:
         large = weights.detach(proto, folder)
         held = {t.name: _initializer(t, large, folder) for t in proto.graph.initializer}
         floats = {n: v for n, v in held.items() if v is not None and v.dtype.kind == "f"}
-        return _parameters.constants(self.source.module, floats)
+        return _parameters.constants(self.source.module, floats, origins.readers(proto))
 
     def instrument(self, feeds: Mapping[str, Array]) -> TorchInstrumented:
         """Watch one run, and find out which of its values are tensors of the model.

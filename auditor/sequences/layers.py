@@ -81,7 +81,7 @@ class _Names:
     def __init__(self, model: Model, reference: Reference) -> None:
         self._graph = reference.graph
         self._labels = reference.labels
-        self._origins = origins.of(model)
+        self._origins = origins.of(model.proto)
 
     def of(self, cut: Cut) -> str:
         keys = [models.key(self._graph.nodes[i]) for i in reversed(cut.nodes)]

@@ -18,7 +18,6 @@ from pathlib import PurePath
 import onnx
 
 from auditor.graphs import model as models
-from auditor.graphs.model import Model
 from auditor.records.backend import Origin
 from auditor.records.measured import Segment
 from auditor.records.report import BackendReport
@@ -33,15 +32,26 @@ _LONGEST = 1 << 16  # characters of metadata that are looked at
 _MOVES = frozenset(("Cast", "Identity", "Reshape", "Shape", "Transpose", "Unsqueeze", "Squeeze"))
 
 
-def of(model: Model) -> dict[str, Origin]:
-    """What the exporter says of the model's nodes, by node key."""
+def of(proto: onnx.ModelProto) -> dict[str, Origin]:
+    """What the exporter says of a model's nodes, by node key."""
     found = {}
-    torch = model.proto.producer_name == "pytorch"
-    for node in model.proto.graph.node:
+    torch = proto.producer_name == "pytorch"
+    for node in proto.graph.node:
         origin = _by_metadata(node) or (_by_name(node) if torch else None)
         if origin is not None:
             found[models.key(node)] = origin
     return found
+
+
+def readers(proto: onnx.ModelProto) -> dict[str, str]:
+    """By tensor, the module whose nodes alone read it, as far as the exporter says so."""
+    stated = of(proto)
+    found: dict[str, set[str]] = {}
+    for node in proto.graph.node:
+        origin = stated.get(models.key(node))
+        for name in node.input:
+            found.setdefault(name, set()).add(origin.module if origin else "")
+    return {name: next(iter(paths)) for name, paths in found.items() if len(paths) == 1}
 
 
 def merged(stated: Mapping[str, Origin], measured: Iterable[Origin]) -> dict[str, Origin]:

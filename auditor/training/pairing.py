@@ -151,7 +151,7 @@ def pair(
         UsageError: the model cannot be read.
     """
     model = models.load(path)
-    stated = origins.of(model)
+    stated = origins.of(model.proto)
     narrow = widening.is_narrow(model)
     if narrow:
         model = widening.widened(model, folder)

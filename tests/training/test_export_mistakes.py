@@ -82,13 +82,33 @@ def test_a_constant_of_another_checkpoint(tmp_path: Path) -> None:
     assert any("`norm.weight` differs from the module's" in line for line in finding.evidence)
 
 
+@pytest.mark.parametrize(
+    ("node", "place"), [("/query/MatMul", "query"), ("/blocks/blocks.0/conv/Conv", "blocks.0.conv")]
+)
+def test_a_weight_that_has_neither_its_name_nor_its_values(
+    node: str, place: str, tmp_path: Path
+) -> None:
+    """Drawn anew, as behind a tie that was broken; folding took the parameter's name from it."""
+    path = tmp_path / "m.onnx"
+    model = export(nets().small(), path)
+    (reads,) = (n.input[1] for n in model.graph.node if n.name == node)
+    (weight,) = (t for t in model.graph.initializer if t.name == reads)
+    assert weight.name.startswith("onnx::")
+    drawn = np.random.default_rng(0).normal(0, 0.3, tuple(weight.dims)).astype(np.float32)
+    weight.CopyFrom(numpy_helper.from_array(drawn, weight.name))
+    onnx.save(model, path)
+    (finding,) = run(path).findings
+    assert finding.noise == "export.constants" and (finding.explained or 0) > 0.999
+    assert finding.modules[0].startswith(f"{place} (nets.py:")
+
+
 def test_a_fold_that_keeps_the_parameters_name_is_compared_with_the_fold() -> None:
     """As PyTorch's newer exporter folds; its epsilon was another one."""
     block = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5)).eval()
     torch.nn.init.uniform_(block[1].running_var, 0.01, 0.02)
     weight, variance = block[0].weight.detach(), block[1].running_var[:, None, None, None]
     right, wrong = ((weight / torch.sqrt(variance + eps)).numpy() for eps in (1e-5, 1e-3))
-    (found,) = _parameters.constants(block, {"0.weight": wrong}).values()
+    (found,) = _parameters.constants(block, {"0.weight": wrong}, {}).values()
     np.testing.assert_allclose(found, right, rtol=1e-5)
 
 
