@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, SegmentGraph, Variant
 
 # Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
 _LOSES = {
-    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax", "MaxPool"), "-inf"),
+    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax"), "-inf"),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool"), "-inf"),
     **dict.fromkeys(("Sigmoid", "HardSigmoid", "Tanh", "Erf", "Exp", "Softplus"), "-inf"),
     **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu", "HardSwish"), "-inf"),
     "QuantizeLinear": "-inf",
@@ -24,9 +26,10 @@ _ZEROED = (
     *("Elu", "Selu", "Celu"),
 )
 # Operators in which the reference itself drops a NaN, as its kernels happen to compare.
-_DROPPING = ("ReduceMax", "ReduceMin", "MaxPool", "ThresholdedRelu")
+_DROPPING = ("ReduceMax", "ReduceMin", "MaxPool", "GlobalMaxPool", "ThresholdedRelu")
 _MASKED = ("Relu", "ThresholdedRelu", "Shrink", "Where")
 _RANKED = ("ArgMax", "ArgMin")
+_REDUCED = ("ReduceMax", "ReduceMin", "GlobalMaxPool")
 # Of two operands a machine's instruction gives one and the same where either is NaN.
 _OF_TWO = ("Max", "Min")
 # Operators whose results are infinite or undefined for extreme operands.
@@ -35,6 +38,7 @@ _EXTREME = (
     *("Gelu", "HardSwish", "Softsign", "Mish", "Swish", "Erf", "ReduceLogSumExp"),
     *("ReduceMax", "ReduceMin"),
 )
+_SEARCHED = "a search for the largest begins at the lowest finite number"
 _OPEN = "infinity passes a Clip without a limit on its side"
 # First operator sets with IsInf and CumSum.
 _ISINF, _CUMSUM = 10, 11
@@ -60,10 +64,13 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant("NaN wins every comparison", _read_as(model, winning))
     if zeroed := {i: "0" for i, _ in surgery.find(model, _ZEROED)}:
         yield Variant("NaN is read as zero", _read_as(model, zeroed))
+    begun_again = _begun_again(surgery.constants(model))
     for name, op_types, body in (
         ("NaN is passed on", _DROPPING, _passed_on),
         ("a choice is a product with a mask", _MASKED, _masked),
         ("a comparison with NaN takes the later value", (*_RANKED, *_OF_TWO), _later),
+        ("a comparison with NaN takes the later value", _REDUCED, begun_again),
+        (_SEARCHED, ("MaxPool", *_REDUCED), _searched),
         ("a comparison with NaN takes the earlier value", _OF_TWO, _earlier),
     ):
         nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
@@ -72,8 +79,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             read = {i: n.input[1 if n.op_type == "Where" else 0] for i, n in nodes.items()}
             of = {i: kinds.get(read[i], kinds.get(n.output[0])) for i, n in nodes.items()}
             nodes = {i: n for i, n in nodes.items() if of[i] in surgery.FLOATS}
-        bodies = {i: body(n) for i, n in nodes.items()}
-        if bodies and (body is not _later or surgery.opset(model) >= _CUMSUM):
+        if body in (_later, begun_again) and surgery.opset(model) < _CUMSUM:
+            continue
+        if bodies := {i: text for i, n in nodes.items() if (text := body(n))}:
             yield Variant(name, surgery.substituted(model, bodies))
     if open_ended := {i: b for i, n in surgery.find(model, ("Clip",)) if (b := _one_sided(n))}:
         yield Variant(_OPEN, surgery.substituted(model, open_ended))
@@ -163,6 +171,55 @@ def _later(node: onnx.NodeProto) -> str:
         y = {node.op_type} {surgery.options(node)} (seen) }}"""
 
 
+def _begun_again(
+    constants: Mapping[str, Array],
+) -> Callable[[onnx.NodeProto], str | None]:
+    """The same of a reduction's values: where the last one is NaN, it is the result.
+
+    Args:
+        constants: among them the axes; where they are several, or unknown, there is no text.
+    """
+
+    def body(node: onnx.NodeProto) -> str | None:
+        given = surgery.attributes(node)
+        axes, read = given.get("axes"), ""
+        if len(node.input) > 1 and node.input[1]:
+            axes, read = constants.get(node.input[1], np.array([])).tolist(), ", axes"
+        planes = node.op_type == "GlobalMaxPool"
+        if not planes and (not axes or len(axes) != 1):
+            return None
+        shaped = "lead = Constant <value = int64[3] {0, 0, -1}> () v = Reshape(wide, lead)"
+        at = 2 if planes else axes[0]
+        worst = "inf" if node.op_type == "ReduceMin" else "-inf"
+        return f"""(x{read}) => (y) {{
+            wide = Cast <to = 1> (x) {shaped if planes else "v = Identity(wide)"}
+            isnan = IsNaN(v) ones = Cast <to = 1> (isnan) at = Constant <value = int64 {{{at}}}> ()
+            after = CumSum <exclusive = 1, reverse = 1> (ones, at) passed = Cast <to = 9> (after)
+            out = Or(passed, isnan) w = Constant <value = float {{{worst}}}> ()
+            some = Where(out, w, v) whole = Shape(x) seen = Reshape(some, whole)
+            kept = Not(out) one = Cast <to = 1> (kept) marks = Reshape(one, whole)
+            most = {node.op_type.replace("Min", "Max")} {surgery.options(node)} (marks{read})
+            any = Cast <to = 9> (most) r = {node.op_type} {surgery.options(node)} (seen{read})
+            n = Constant <value = float {{nan}}> () found = Where(any, r, n)
+            y = Cast <to = $T> (found) }}"""
+
+    return body
+
+
+def _searched(node: onnx.NodeProto) -> str:
+    """``if (x > best) best = x``, which no NaN and no infinity of the wrong sign ever is."""
+    least = node.op_type == "ReduceMin"
+    worst, limit = (
+        ("inf", "3.4028234663852886e+38") if least else ("-inf", "-3.4028234663852886e+38")
+    )
+    read = ", axes" if len(node.input) > 1 else ""
+    return f"""(x{read}) => (y) {{
+        isnan = IsNaN(x) w = Constant <value = float {{{worst}}}> () none = Cast <to = $T> (w)
+        some = Where(isnan, none, x) r = {node.op_type} {surgery.options(node)} (some{read})
+        l = Constant <value = float {{{limit}}}> () limit = Cast <to = $T> (l)
+        y = {"Min" if least else "Max"} (r, limit) }}"""
+
+
 def _earlier(node: onnx.NodeProto) -> str:
     """Max or Min by ``new > best ? new : best``: nothing behind the first NaN counts."""
     return _folded(node, "{best}", "{new}")
@@ -218,6 +275,7 @@ NOISE = Cause(
         "a choice is a product with a mask",
         "a comparison with NaN takes the later value",
         "a comparison with NaN takes the earlier value",
+        _SEARCHED,
         _OPEN,
         "infinite operands become the largest finite number",
         "infinite results become the largest finite number",

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from auditor.noises import nonfinite
 from auditor.ports import Array
-from tests.segments import diagnose, make_segment
+from tests.segments import diagnose, make_segment, run
 
 ID = "implementation.nonfinite"
 NAN, INF = np.nan, np.inf
@@ -76,6 +76,45 @@ def test_comparison_that_forgets_what_came_before() -> None:
     segment = wrapped("ArgMax", axis=1, keepdims=0)
     found = diagnose(segment, {"x": x}, {"y": np.array(planted)})
     assert found.noise == ID and "later" in (found.variant or "")
+
+
+@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMin", "GlobalMaxPool"])
+def test_a_reduction_that_forgets_what_came_before(op_type: str) -> None:
+    """MAXPS with the new value as its second operand: a NaN makes it begin again."""
+    x = np.array([[[9, NAN, 1, 3], [4, 2, 5, 1], [7, 1, 8, NAN]]], np.float32)
+    if op_type == "ReduceMin":
+        x = -x
+    best = x[..., 0]
+    for i in range(1, x.shape[-1]):
+        new = x[..., i]
+        best = np.where(best < new if op_type == "ReduceMin" else best > new, best, new)
+    planted = best[..., None]
+    assert planted.ravel()[:2].tolist() == ([-3, -5] if op_type == "ReduceMin" else [3, 5])
+    assert np.isnan(planted.ravel()[2])
+    nodes = f"y = {op_type}(x)" if op_type == "GlobalMaxPool" else f"y = {op_type}(x, axes)"
+    segment = make_segment(nodes, {"axes": np.array([-1])}, ["x"], ["y"], opset=18)
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and "later" in (found.variant or "") and found.bit_identical == 1.0
+
+
+def test_a_maximum_begins_at_the_lowest_finite_number() -> None:
+    x = np.array([[1, NAN, 3, 4], [2, 3, 1, 0], [-INF, -INF, 5, NAN], [-INF, -INF, 7, 1]])
+    x = x[None, None].astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (2, 2), (2, 3))
+    planted = np.fmax.reduce(windows, (4, 5), initial=np.finfo(np.float32).min)
+    found = diagnose(wrapped("MaxPool", kernel_shape=[2, 2]), {"x": x}, {"y": planted})
+    assert found.noise == ID and found.bit_identical == 1.0
+
+
+def test_a_global_maximum_without_its_nan() -> None:
+    x = np.array([[[9, NAN, 1, 3], [NAN, 2, 5, 1]]], np.float32)
+    segment = wrapped("GlobalMaxPool")
+    for planted in (np.nanmax(x, -1, keepdims=True), np.max(x, -1, keepdims=True)):
+        measured = nonfinite.NOISE.variants(segment)
+        assert any(
+            np.array_equal(run(variant.model, {"x": x})["y"], planted, equal_nan=True)
+            for variant in measured
+        )
 
 
 def test_the_largest_step_of_8_bits() -> None:
