@@ -182,18 +182,18 @@ def _begun_again(
 
     def body(node: onnx.NodeProto) -> str | None:
         given = surgery.attributes(node)
-        axes, read = given.get("axes"), ""
+        planes = node.op_type == "GlobalMaxPool"
+        axes, read = [2] if planes else list(given.get("axes", [])), ""
         if len(node.input) > 1 and node.input[1]:
             axes, read = constants.get(node.input[1], np.array([])).tolist(), ", axes"
-        planes = node.op_type == "GlobalMaxPool"
-        if not planes and (not axes or len(axes) != 1):
+        if len(axes) != 1:
             return None
         shaped = "lead = Constant <value = int64[3] {0, 0, -1}> () v = Reshape(wide, lead)"
-        at = 2 if planes else axes[0]
         worst = "inf" if node.op_type == "ReduceMin" else "-inf"
         return f"""(x{read}) => (y) {{
             wide = Cast <to = 1> (x) {shaped if planes else "v = Identity(wide)"}
-            isnan = IsNaN(v) ones = Cast <to = 1> (isnan) at = Constant <value = int64 {{{at}}}> ()
+            isnan = IsNaN(v) ones = Cast <to = 1> (isnan)
+            at = Constant <value = int64 {{{axes[0]}}}> ()
             after = CumSum <exclusive = 1, reverse = 1> (ones, at) passed = Cast <to = 9> (after)
             out = Or(passed, isnan) w = Constant <value = float {{{worst}}}> ()
             some = Where(out, w, v) whole = Shape(x) seen = Reshape(some, whole)
