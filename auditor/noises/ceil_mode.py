@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import onnx
@@ -38,13 +39,16 @@ def _full_kernel(node: onnx.NodeProto) -> str | None:
 
 
 def _kept(node: onnx.NodeProto) -> str | None:
-    """Rounded up, and a last window that starts in the padding is kept.
+    """Rounded up, and a last window that starts in the padding, or past it, is kept.
 
-    With the padding inside the tensor it starts in no padding.
+    With the padding inside the tensor it starts in no padding. With ``stride − 1`` cells more,
+    rounding down gives as many windows of a maximum as rounding up, the last one past the edge too.
     """
-    if not any(_pads(node)) or not (_counts_padding(node) or _maximum(node)):
-        return None
-    return f"(x) => (y) {{ {_padded(node)} y = {_bare(node, ceil_mode=1)} (padded) }}"
+    if _maximum(node) and (any(_pads(node)) or _skips(node)):
+        return f"(x) => (y) {{ {_padded(node, more=True)} y = {_bare(node)} (padded) }}"
+    if any(_pads(node)) and _counts_padding(node):
+        return f"(x) => (y) {{ {_padded(node)} y = {_bare(node, ceil_mode=1)} (padded) }}"
+    return None
 
 
 def _kept_full_kernel(node: onnx.NodeProto) -> str | None:
@@ -57,17 +61,45 @@ def _kept_full_kernel(node: onnx.NodeProto) -> str | None:
     return f"(x) => (y) {{ {_padded(node, more=True)} y = {_bare(node)} (padded) }}"
 
 
+def _as_average(node: onnx.NodeProto) -> str | None:
+    """Lp pooling as an average of powers times the whole kernel.
+
+    At the end the average divides by fewer cells, so that a last window weighs too much there.
+    """
+    given = surgery.attributes(node)
+    if node.op_type != "LpPool" or not _rounds_up(node) or "dilations" in given:
+        return None
+    cells, p = math.prod(given["kernel_shape"]), given.get("p", 2)
+    average = f"AveragePool {surgery.options(node, p=None, count_include_pad=1)}"
+    return (
+        f"(x) => (y) {{ p = Constant <value = float {{{p}}}> () "
+        f"inverse = Constant <value = float {{{1 / p}}}> () "
+        f"cells = Constant <value = float {{{cells}}}> () wide = Cast <to = 1> (x) "
+        f"size = Abs (wide) powers = Pow (size, p) mean = {average} (powers) "
+        "sum = Mul (mean, cells) root = Pow (sum, inverse) y = Cast <to = $T> (root) }"
+    )
+
+
 # Forms, most likely first; each gives a function body, or None where it changes nothing.
 _FORMS: tuple[tuple[str, Callable[[onnx.NodeProto], str | None]], ...] = (
     ("the number of windows is rounded the other way", _other_way),
     ("cells past the padded edge count in an average", _full_kernel),
     ("rounded up, and a last window that starts in the padding is kept", _kept),
     ("rounded up, kept, and cells past the padded edge count in an average", _kept_full_kernel),
+    ("Lp pooling as an average times the kernel: the last window weighs too much", _as_average),
 )
 
 
 def _maximum(node: onnx.NodeProto) -> bool:
     return node.op_type == "MaxPool" and len(node.output) == 1
+
+
+def _skips(node: onnx.NodeProto) -> bool:
+    """Whether cells lie between the windows, so that one may start past the edge."""
+    given = surgery.attributes(node)
+    kernel, strides = given["kernel_shape"], given["strides"]
+    dilations = given.get("dilations", [1] * len(kernel))
+    return any((k - 1) * d + 1 < s for k, s, d in zip(kernel, strides, dilations, strict=True))
 
 
 def _counts_padding(node: onnx.NodeProto) -> bool:

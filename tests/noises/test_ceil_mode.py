@@ -87,6 +87,27 @@ def test_last_window_in_the_padding_is_kept(x: Array, op_type: str) -> None:
     assert found.noise == ID and found.explained > 0.9999 and "kept" in found.variant
 
 
+@pytest.mark.parametrize(("size", "kernel", "pads"), [(15, 1, 0), (16, 2, 1)])
+def test_last_window_past_the_edge_is_kept(x: Array, size: int, kernel: int, pads: int) -> None:
+    """Cells lie between the windows, and of the last one none is in the tensor."""
+    x = x[..., :size, :size]
+    segment = pool("MaxPool", kernel, 3, pads, ceil_mode=1)
+    windows = -(-(size - kernel + 2 * pads) // 3) + 1
+    planted = walk(x, kernel, 3, (pads, pads), windows, None)
+    assert (planted[..., -1] == LOWEST).all()
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    assert found.noise == ID and found.explained > 0.9999 and "kept" in found.variant
+
+
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_lp_pooling_as_an_average_of_powers(x: Array, power: int) -> None:
+    """OpenVINO and TVM compute it so."""
+    segment = pool("LpPool", 3, 2, 0, ceil_mode=1, p=power)
+    means = walk(np.abs(x[..., :16, :16]) ** power, 3, 2, (0, 0), 8, inside)
+    found = diagnose(segment, {"x": x[..., :16, :16]}, {"y": (means * 9) ** (1 / power)})
+    assert found.noise == ID and found.explained > 0.9999 and "weighs" in found.variant
+
+
 def test_kept_windows_of_a_bfloat16_build(x: Array) -> None:
     """Its lowest number is not float32's, and its inputs were rounded before."""
     segment = pool("MaxPool", 2, 2, 1, ceil_mode=1)
