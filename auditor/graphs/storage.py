@@ -20,8 +20,9 @@ _STEPS, _NEAR = 256, 0.01
 _HALF = 2.0**-11  # a file may keep in half precision what was rounded by in single
 # Any few numbers lie on some grid.
 _LEVELS = 4
-# Up to so many levels, 8 bits are not what they are stored in.
-_FOUR_BITS = 16
+# Up to so many levels, 8 bits are not what they are stored in; with more than four and up to six
+# bits no format is known.
+_FOUR_BITS, _SIX_BITS = 16, 64
 # So many values of a row are looked at first, since most are on no grid.
 _GLANCE = 4096
 FLOATS: dict[Storage, int] = {
@@ -44,7 +45,9 @@ def storage_of(original: Array, value: Array) -> Storage | None:
         if _is_neighbour(original, value, helper.tensor_dtype_to_np_dtype(kind)):
             return name
     levels = _levels(original, value)
-    return None if levels is None else "8 bits" if levels > _FOUR_BITS else "4 bits"
+    if levels is None or _FOUR_BITS < levels <= _SIX_BITS:
+        return None
+    return "8 bits" if levels > _SIX_BITS else "4 bits"
 
 
 def _is_neighbour(original: Array, value: Array, narrow: np.dtype[Any]) -> bool:
@@ -91,10 +94,12 @@ def _levels(original: Array, value: Array) -> int | None:
         rows = (np.moveaxis(v, axis, 0).reshape(v.shape[axis], -1) for v in (original, value))
         if (levels := _levels_of(*rows)) is not None:
             return levels
-    for block in _BLOCKS if value.ndim == 2 else ():
-        for axis in (0, 1):
-            a, b = (in_blocks(v, axis, block) for v in (original, value))
-            if len(a) == value.shape[1 - axis]:
+    # A convolution's as the matrix that quantisers make of them, a row for each filter.
+    matrices = [v if v.ndim == 2 else v.reshape(len(v), -1) for v in (original, value)]
+    for block in _BLOCKS:
+        for axis in (0, 1) if value.ndim == 2 else (1,):
+            a, b = (in_blocks(v, axis, block) for v in matrices)
+            if len(a) == matrices[0].shape[1 - axis]:
                 continue  # whole channels
             some = slice(None, None, -(-len(a) // _FEW))  # most weights are in no blocks
             if _levels_of(a[some], b[some], few=True) is None:
@@ -125,8 +130,9 @@ def _levels_of(original: Array, value: Array, *, few: bool = False) -> int | Non
         if squares[off & ~told].sum() > _TOO_MANY * squares.sum():
             return None
         off &= told
-    none = squares[off].sum() > _NOTHING * squares.sum()
-    return None if none else int(np.nanmax(levels, initial=0))
+    if squares[off].sum() > _NOTHING * squares.sum():
+        return None
+    return int(np.nanmax(levels, initial=0)) or None  # none was rounded
 
 
 def _on_grid(original: Array, value: Array) -> NDArray[np.float64]:

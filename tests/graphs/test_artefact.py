@@ -119,6 +119,23 @@ def test_eight_bits_of_a_depthwise_filter() -> None:
     assert storage_of(w, (integers * scale).astype(np.float32)) == "8 bits"
 
 
+def test_bits_of_a_convolution_in_blocks() -> None:
+    w = np.random.default_rng(2).standard_normal((8, 16, 3, 3)).astype(np.float32)
+    blocks = w.reshape(-1, 16)
+    for bits, expected in ((8, "8 bits"), (6, None), (4, "4 bits")):
+        scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(2 ** (bits - 1) - 1)
+        assert storage_of(w, (np.round(blocks / scale) * scale).reshape(w.shape)) == expected
+
+
+@pytest.mark.parametrize("dropped", [np.s_[:, 3], np.s_[3], np.s_[:32, 3]])
+def test_a_dropped_channel_is_no_storage(dropped: Any) -> None:
+    """Blocks of zeros say nothing, and all others are as they were."""
+    w = np.random.default_rng(2).standard_normal((64, 64)).astype(np.float32)
+    value = w.copy()
+    value[dropped] = 0
+    assert storage_of(w, value) is None
+
+
 def test_eight_bits_as_integers_under_another_name(tmp_path: Path) -> None:
     integers, scale = rounded_to_8_bits(original(), 100, 0)
     found = changed(tmp_path, original(), name="w_dq", quantised=(integers, scale.reshape(-1)))
