@@ -62,10 +62,11 @@ class Reference:
         try:
             self._session = self._compile()
         except Exception as error:  # ORT raises a family of classes that share no base
-            raise UsageError(
-                f"the reference cannot load the model: {one_line(error)}",
-                "The reference is ONNX Runtime on the CPU: check that it has every operator.",
-            ) from error
+            said = one_line(error)
+            hint = "The reference is ONNX Runtime on the CPU: check that it has every operator."
+            if "locale" in said:  # of StringNormalizer: with it scikit-learn's text models begin
+                hint = "Install that locale on this machine (`locale-gen`, package locales)."
+            raise UsageError(f"the reference cannot load the model: {said}", hint) from error
 
     @property
     def info(self) -> ReferenceInfo:

@@ -229,6 +229,18 @@ def test_nodes_of_one_name(tmp_path: Path) -> None:
     assert Reference(model, 1).run({"x": x})["y"].tolist() == [[18, 22, 26]]
 
 
+def test_a_locale_that_is_not_installed(tmp_path: Path) -> None:
+    proto = onnx_model(
+        "(string[2] x) => (int64[2] y) { "
+        'low = StringNormalizer <case_change_action = "LOWER", locale = "xx_XX.UTF-8"> (x) '
+        'y = ai.onnx.ml.LabelEncoder <keys_strings = ["a"], values_int64s = [1]> (low) }'
+    )
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    with pytest.raises(UsageError, match="locale") as caught:
+        Reference(models.load(save(proto, tmp_path)), 1)
+    assert "locale-gen" in caught.value.hint
+
+
 def test_two_nodes_computing_one_tensor(tmp_path: Path) -> None:
     proto = linear()
     proto.graph.node.append(helper.make_node("Relu", ["h"], ["y"]))
