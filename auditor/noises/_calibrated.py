@@ -43,6 +43,9 @@ _ROUNDS = 0.5
 # An operand is sought with that many channels of the product, where there are ``ROWS`` of each.
 _CHANNELS = 32
 
+# Where calibration by percentiles cuts weights off (NVIDIA's pytorch-quantization documents them).
+_PERCENTILES = (99.9, 99.99, 99.999)
+
 _WEIGHTS = ("weights per channel, fitted", "weights per tensor, fitted")
 _INPUTS = "inputs fitted"
 FORMS = (*_WEIGHTS, *(f"{weights}, {_INPUTS}" for weights in _WEIGHTS), _INPUTS)
@@ -254,7 +257,13 @@ class _Fitting:
                 weights = part.rounded(part.largest if step is None else step)
                 found.append((self._share(weights, grid), weights, (steps, step)))
             if found[-1][0] >= _ENOUGH:
-                break
+                return found[-1]
+        # With these no step is left to fit, and an equation for each channel will do.
+        for per_channel, percentile in itertools.product((True, False), _PERCENTILES):
+            steps = Steps(self._w, per_channel=per_channel, symmetric=True, percentile=percentile)
+            part = steps.of(self._some)
+            weights = part.rounded(part.largest)
+            found.append((self._share(weights, grid), weights, (steps, None)))
         return max(found, key=lambda f: f[0])
 
     @_alone()

@@ -30,12 +30,18 @@ _CLIPPED, _BEYOND = 0.05, 0.3
 class Steps:
     """Weights [g, k, c] on 8-bit grids: which steps they can have."""
 
-    def __init__(self, w: Array, *, per_channel: bool, symmetric: bool) -> None:
+    def __init__(
+        self, w: Array, *, per_channel: bool, symmetric: bool, percentile: float = 100
+    ) -> None:
         self.w = w
         self.single = not per_channel  # one step for all
         axes: tuple[int, ...] = (1,) if per_channel else (0, 1, 2)
         if symmetric:
-            span = np.abs(w).max(axis=axes, keepdims=True) / np.float32(127)
+            size = np.abs(w)
+            most = size.max(axis=axes, keepdims=True)
+            if percentile < 100:
+                most = np.percentile(size.astype(np.float64), percentile, axis=axes, keepdims=True)
+            span = most / np.float32(127)
         else:
             least = np.minimum(w.min(axis=axes, keepdims=True), 0)
             most = np.maximum(w.max(axis=axes, keepdims=True), 0)

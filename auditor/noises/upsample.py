@@ -96,7 +96,7 @@ def _interpolations(given: Mapping[str, Any], version: int) -> Iterator[dict[str
         for other in dict.fromkeys((centre, "asymmetric")):
             yield from ({_CENTRE: other, _ROUNDING: rounding} for rounding in _ROUNDINGS)
         yield {_CENTRE: "align_corners", _ROUNDING: "round_prefer_ceil"}
-        for other in dict.fromkeys(("half_pixel", centre)):
+        for other in dict.fromkeys(("half_pixel", centre, "align_corners")):
             yield from (cubic | {_CENTRE: other} for cubic in _cubics(given))
         return
     if mode == "cubic":

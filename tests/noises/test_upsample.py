@@ -115,6 +115,9 @@ def test_nearest_became_linear(x: Array, centre: str) -> None:
         planted = apply(x, *(cubic(n, 2 * n, 0.5, "asymmetric", a) for n in (6, 7)))
         found = diagnose(segment, {"x": x}, {"y": planted})
         check(found, f"cubic, asymmetric, coefficient {a}")
+    planted = apply(x, *(cubic(n, 2 * n, 0.5, centre, -0.75) for n in (6, 7)))
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    check(found, f"cubic, {centre}, coefficient -0.75")
 
 
 def test_linear_became_nearest(x: Array) -> None:
