@@ -96,6 +96,17 @@ def test_initialisers_are_not_inputs(tmp_path: Path) -> None:
     assert [s.name for s in models.load(save(proto, tmp_path)).inputs] == ["x"]
 
 
+def test_initialisers_need_not_be_inputs_in_old_files(tmp_path: Path) -> None:
+    """Tools that take them from the inputs leave the version, 3, in which they had to be there."""
+    proto = linear()
+    proto.ir_version, proto.opset_import[0].version = 3, 8
+    model = models.load(save(proto, tmp_path))
+    assert [s.name for s in model.inputs] == ["x"]
+    assert Reference(model, 1).run({"x": np.ones((1, 4), np.float32)})["y"].tolist() == [
+        [18, 22, 26]
+    ]
+
+
 def test_labels_fall_back_to_the_key_where_names_are_empty_or_repeated(tmp_path: Path) -> None:
     model = models.load(save(linear(), tmp_path))
     assert model.labels == {"h": "product", "y": "Relu → y"}
