@@ -280,6 +280,8 @@ class SegmentGraph:
         weights: values of the initialisers that lie in files (``auditor.graphs.weights``), by name;
         folder: where these files are.
         threads: that the backend may use; 0 for its own choice.
+        original: the segment as the file has it, where ``model`` has some operators written out in
+            simpler ones.
     """
 
     model: onnx.ModelProto
@@ -290,6 +292,7 @@ class SegmentGraph:
     weights: Mapping[str, Array] = field(default_factory=dict)
     folder: Path | None = None
     threads: int = 0
+    original: onnx.ModelProto | None = None
 
 
 @dataclass(frozen=True, slots=True)

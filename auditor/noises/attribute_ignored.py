@@ -61,7 +61,7 @@ _Change = Callable[[onnx.NodeProto], None]
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with each attribute at its default and each optional input left out."""
-    model = segment.model
+    model = segment.original or segment.model
     if slopes := {i: _SLOPE for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)}:
         yield Variant(
             _CHANNEL_SLOPE,

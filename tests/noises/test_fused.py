@@ -15,7 +15,7 @@ from auditor.graphs.segments import Graph
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays import fused
-from tests.segments import make_segment, run
+from tests.segments import diagnose, make_segment, run
 
 DOMAIN = "com.microsoft"
 RNG = np.random.default_rng(5)
@@ -173,3 +173,26 @@ def test_types_that_onnx_cannot_infer(operator: str) -> None:
     graph = Graph(proto)
     made = graph.extract(graph.cut(["y"])[0], {"x": 1, "y": 1}, None, {})
     assert surgery.types(made)["y"] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"left_window_size": 2}, {"is_causal": 1}, {"softcap": 0.5}, {"scale": 0.1}],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_attribute_of_attention_that_is_ignored(options: dict[str, Any]) -> None:
+    """Whether it is one that is written out or not: no other cause fits by leaving it out."""
+    feeds = {name: drawn(2, 3, 6, 8) for name in ("q", "k", "v")}
+
+    def segment(**options: Any) -> SegmentGraph:
+        node = helper.make_node("Attention", list(feeds), ["y"], **options)
+        made = make_segment([node], {}, list(feeds), ["y"], opset=25)
+        declare(made, feeds)
+        return made
+
+    found = diagnose(segment(**options), feeds, run(segment().model, feeds))
+    (name,) = options
+    assert (found.noise, found.variant) == (
+        "implementation.attribute_ignored",
+        f"Attention: {name} ignored",
+    )
