@@ -11,7 +11,8 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from auditor.errors import BackendError
@@ -25,13 +26,16 @@ _PLACE: Final = re.compile(r'(?:File "|Caused by: \()[^"\n]*?([^/"\s]+\.py)(?:",
 _INSIDE: Final = 1 << 30  # bytes of weights that go into the file itself
 
 
-def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> None:
+def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> tuple[str, ...]:
     """Write ``request.path``, and its weights beside it where they are large.
 
     Args:
         module: ``torch.nn.Module`` in evaluation mode.
         request: how, and where to.
         feeds: the arguments that it is captured or traced with, by name.
+
+    Returns:
+        Lines of code that made Python values of tensors, which tracing turned into constants.
 
     Raises:
         BackendError: the module fails on them, or the exporter on the module.
@@ -57,8 +61,9 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> N
         shapes = axes if by_name else tuple(axes.values())
         how |= {"dynamic_shapes": shapes} if newer else {"dynamic_axes": axes}
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(record=True) as warned, torch.no_grad():
             warnings.simplefilter("ignore")  # the older exporter announces its successor each time
+            warnings.simplefilter("always", torch.jit.TracerWarning)
             how["output_names"] = _outputs(module(*args, **kwargs))
             if newer:
                 torch.onnx.export(module, args, str(request.path), kwargs=kwargs or None, **how)
@@ -70,6 +75,20 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> N
 
         traceback.print_exception(error)  # into the worker's log
         raise BackendError(_said(error), stage="export") from error
+    return _frozen(warned)
+
+
+def _frozen(warned: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
+    """The user's own lines in which a tensor became a Python value, in the order of execution."""
+    import torch
+
+    own = str(Path(torch.__file__).parent)
+    lines = (
+        f"{Path(w.filename).name}:{w.lineno}"
+        for w in warned
+        if str(w.message).startswith("Converting a tensor to a") and not w.filename.startswith(own)
+    )
+    return tuple(dict.fromkeys(lines))
 
 
 def _said(error: BaseException) -> str:

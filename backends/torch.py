@@ -107,7 +107,7 @@ class TorchBackend:
         module.requires_grad_(False).to(device)
         return TorchBuild(request, source, device)
 
-    def export(self, request: ExportRequest, feeds: Mapping[str, Array]) -> None:
+    def export(self, request: ExportRequest, feeds: Mapping[str, Array]) -> tuple[str, ...]:
         """Export the source, loaded anew: an exporter may leave traces in a module.
 
         Raises:
@@ -115,7 +115,7 @@ class TorchBackend:
             BackendError: torch is missing, or the module or the exporter failed.
         """
         source = _source.load(request.source, trusted=request.trusted)
-        _export.export(source.module, request, feeds)
+        return _export.export(source.module, request, feeds)
 
 
 BACKEND = TorchBackend()

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from auditor.records.export import ExportReport, ExportTrial
 
 
+_MOST = 5  # lines of code that are listed
+
+
 def render(report: ExportReport, width: int | None, color: bool) -> str:
     """The comparison as text.
 
@@ -50,6 +53,10 @@ def _row(number: int, made: ExportTrial, report: ExportReport) -> Row:
     details = [detail(f"  {who}", Span(reason, "yellow")) for who, reason in made.gaps.items()]
     if made.failure:
         details.append(detail("  failed", Span(made.failure, "yellow")))
+    if made.frozen:
+        more = f" and {n} more" if (n := len(made.frozen) - _MOST) > 0 else ""
+        said = f"as in this run whatever the inputs are: {', '.join(made.frozen[:_MOST])}{more}"
+        details.append(detail("  frozen", Span(said, "yellow")))
     if made.causes:
         details.append(detail("  mistakes", Span(", ".join(made.causes), "red")))
     usable = made.failure is None

@@ -402,8 +402,8 @@ class _Session:
         from auditor.records.backend import ExportRequest
 
         assert isinstance(self.backend, Exporting)
-        self.backend.export(decode(ExportRequest, request), self._load(feeds))
-        return {}
+        frozen = self.backend.export(decode(ExportRequest, request), self._load(feeds))
+        return {"frozen": list(frozen)}
 
     def constants(self) -> Any:
         """The constants of the file that was loaded."""

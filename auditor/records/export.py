@@ -17,6 +17,7 @@ class ExportTrial:
         findings: how many there are on the training side, the export's own mistakes.
         causes: ids of the causes named among these.
         gaps: why a backend gave no comparison, by backend.
+        frozen: lines of the module's code whose decisions and numbers tracing made constants.
         failure: why there is no usable file; the other fields are empty then.
         seconds: wall time of the export, and of the audit.
     """
@@ -29,6 +30,7 @@ class ExportTrial:
     findings: int = 0
     causes: tuple[str, ...] = ()
     gaps: dict[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     failure: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -86,7 +86,7 @@ def compare(
         trial = ExportTrial(exporter, opset)
         made: AuditReport | None = None
         try:
-            _exported(request, options)
+            trial = replace(trial, frozen=_exported(request, options))
             exported = time.perf_counter()
             made = audit(path, options, noises=noises, progress=progress)
             seconds = {"export": exported - begun, "audit": time.perf_counter() - exported}
@@ -107,8 +107,11 @@ def compare(
     return Exports(report, tuple(files), tuple(audits))
 
 
-def _exported(request: ExportRequest, options: AuditOptions) -> None:
-    """Export in a process of its own: an exporter that crashes or hangs is one way less."""
+def _exported(request: ExportRequest, options: AuditOptions) -> tuple[str, ...]:
+    """Export in a process of its own: an exporter that crashes or hangs is one way less.
+
+    Returns what tracing froze.
+    """
     assert options.data is not None
     stored = datafiles.read(options.data, "--example")
     if "" in stored:
@@ -122,12 +125,15 @@ def _exported(request: ExportRequest, options: AuditOptions) -> None:
         if not found.available:
             raise UsageError(found.reason or "PyTorch is not available", found.remedy or "")
         feeds = {name: array.read(0) for name, array in stored.items()}
-        _write(worker, request, save(worker.workdir / "example", feeds), options.timeout)
+        return _write(worker, request, save(worker.workdir / "example", feeds), options.timeout)
 
 
-def _write(worker: Worker, request: ExportRequest, names: list[str], timeout: float) -> None:
+def _write(
+    worker: Worker, request: ExportRequest, names: list[str], timeout: float
+) -> tuple[str, ...]:
     sent = {"path": str(worker.workdir / "example"), "names": names}
-    worker.call("export", dict, timeout=timeout, request=encode(request), feeds=sent)
+    said = worker.call("export", dict, timeout=timeout, request=encode(request), feeds=sent)
+    return tuple(said["frozen"])
 
 
 def _trial(

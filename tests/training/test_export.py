@@ -61,6 +61,18 @@ def test_a_file_with_a_frozen_branch_loses(tmp_path: Path) -> None:
     assert _chosen([trial, sound])[0] == 1
 
 
+def test_a_branch_that_a_value_decides_is_told_where_tracing_froze_it(tmp_path: Path) -> None:
+    """The one sample goes the same way in both: no figure shows it."""
+    x = np.random.default_rng(0).standard_normal((1, 3, 10, 10), np.float32)
+    result = made(tmp_path, "branches", [("torchscript", 17), ("dynamo", 18)], x)
+    traced, refused = result.report.trials
+    assert traced.findings == 0 and traced.distances["ort"] < 1e-6
+    line = next(i for i, t in enumerate(NETS.read_text().splitlines(), 1) if "x.mean() > 0" in t)
+    assert traced.frozen == (f"nets.py:{line}",)
+    assert refused.failure and f"(nets.py:{line})" in refused.failure
+    assert f"nets.py:{line}" in table.render(result.report, 100, False).split("dynamo")[0]
+
+
 def test_the_choice_follows_gaps_then_mistakes_then_distance() -> None:
     near = ExportTrial("dynamo", 18, 18, 9, {"reference": 1e-7, "ort": 1e-7, "ov": 1e-2})
     far = replace(near, exporter="torchscript", distances=near.distances | {"ov": 9e-2})
