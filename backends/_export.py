@@ -23,6 +23,8 @@ from backends._shared import first_line
 EXPORTERS: Final = ("dynamo", "torchscript")
 # A line of code as the newer exporter's messages name it.
 _PLACE: Final = re.compile(r'(?:File "|Caused by: \()[^"\n]*?([^/"\s]+\.py)(?:", line |:)(\d+)')
+# How torch.jit's warning begins that a tensor became a Python value.
+_CONSTANT: Final = "Converting a tensor to a "
 _INSIDE: Final = 1 << 30  # bytes of weights that go into the file itself
 
 
@@ -63,7 +65,7 @@ def export(module: Any, request: ExportRequest, feeds: Mapping[str, Array]) -> t
     try:
         with warnings.catch_warnings(record=True) as warned, torch.no_grad():
             warnings.simplefilter("ignore")  # the older exporter announces its successor each time
-            warnings.simplefilter("always", torch.jit.TracerWarning)
+            warnings.filterwarnings("always", _CONSTANT)
             how["output_names"] = _outputs(module(*args, **kwargs))
             if newer:
                 torch.onnx.export(module, args, str(request.path), kwargs=kwargs or None, **how)
@@ -83,11 +85,7 @@ def _frozen(warned: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
     import torch
 
     own = str(Path(torch.__file__).parent)
-    lines = (
-        f"{Path(w.filename).name}:{w.lineno}"
-        for w in warned
-        if str(w.message).startswith("Converting a tensor to a") and not w.filename.startswith(own)
-    )
+    lines = (f"{Path(w.filename).name}:{w.lineno}" for w in warned if own not in w.filename)
     return tuple(dict.fromkeys(lines))
 
 
