@@ -23,6 +23,7 @@ from auditor.attribution.hypotheses import (
     inside_branches,
     merit,
 )
+from auditor.graphs import artefact
 from auditor.ports import Arrays, Noise, SegmentGraph, Variant
 from auditor.records.measured import Hypothesis
 from auditor.replays import sessions
@@ -211,6 +212,25 @@ def test_beside_mostly_exact(bench: Bench) -> None:
     for first, noise in product(exact[:OWN], bench.noises):
         if noise.id.startswith(EIGHT_BITS) and not bench.named:
             _pair(bench, first, noise, {noise.id: ""})
+
+
+def test_beside_chosen(bench: Bench, segment: SegmentGraph) -> None:
+    """Test the causes of 8 bits on top of what a quantiser chose, however little that explains.
+
+    That it is there is known from the compiled file; where sums saturate, all is far off.
+
+    Args:
+        bench: the segment under test.
+        segment: the same with what ONNX fuses written out.
+    """
+    alone = {t.hypothesis.variant: t for t in bench.tested}
+    for variant in artefact.variants(segment, "8 bits") if segment.grids else ():
+        if variant.name not in alone or variant.name not in artefact.CHOSEN_OF_BOTH:
+            continue
+        first = replace(alone[variant.name], variant=variant)
+        for noise in bench.noises:
+            if noise.id.startswith(EIGHT_BITS) and not bench.named:
+                _pair(bench, first, noise, {noise.id: ""})
 
 
 def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:

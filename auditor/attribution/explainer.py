@@ -197,6 +197,8 @@ class Explainer:
         usual = dict(self.prior.values())
         if not bench.named:
             combined.test_beside_mostly_exact(bench)
+        if not bench.named:
+            combined.test_beside_chosen(bench, search.segment)
         search.fit()
         combined.test_under_stated_precision(bench, usual)
         if not bench.named:

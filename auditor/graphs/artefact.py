@@ -120,9 +120,11 @@ _CHOSEN = ", as the quantiser chose"
 _WHERE = {"": (True, False), ", with results": (True, True), ", results only": (False, True)}
 # QuantizeLinear exists from here on.
 _BYTES_OPSET = 10
+CHOSEN_OF_BOTH = tuple(f"both{where}{_CHOSEN}" for where in _WHERE)
 CHOSEN_FORMS = (
     f"weights{_CHOSEN}",
-    *(f"{what}{where}{_CHOSEN}" for what in ("activations", "both") for where in _WHERE),
+    *(f"activations{where}{_CHOSEN}" for where in _WHERE),
+    *CHOSEN_OF_BOTH,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.noises import bf16, fp16, int8, int8_requantisation, int8_saturation, tf32
-from auditor.ports import Array, Arrays, SegmentGraph
+from auditor.ports import Array, Arrays, CompiledConstant, SegmentGraph
 from tests.segments import explained, make_segment, run
 
 ID = "precision.int8_saturation"
@@ -114,6 +115,27 @@ def test_weights_that_are_8_bits_held_as_floats(
     values = numpy_helper.from_array(values + np.float32(WS / 20), "wd")
     segment.model.graph.initializer[-1].CopyFrom(values)  # on no grid
     assert not list(int8_saturation.NOISE.variants(segment))
+
+
+def test_a_float_segment_of_which_the_file_is_quantised(
+    dense: tuple[SegmentGraph, Arrays], generator: np.random.Generator
+) -> None:
+    """What the quantiser chose explains nearly nothing, as nearly every sum saturates."""
+    _, t = dense
+    stored = t["w"] * WS
+    trained = stored + generator.uniform(-0.4, 0.4, stored.shape).astype(np.float32) * WS
+    compiled = CompiledConstant(stored, 0.003, "8 bits", None, quantised=True)
+    ends = (np.array([0, 255]) - XZ) * float(XS)
+    segment = replace(
+        make_segment("y = MatMul(x, w)", {"w": trained}),
+        compiled={"w": compiled},
+        grids={"x": np.array([*ends, 256.0])},
+    )
+    total = maddubs(t["x"], t["w"]) - XZ * t["w"].astype(np.int64).sum(axis=0)
+    planted = (total * (float(XS) * float(WS))).astype(np.float32)
+    found = explain(segment, {"x": (t["x"].astype(np.float32) - XZ) * XS}, planted)
+    assert {found.noise, *found.hypotheses[0].beside} == {"precision.int8", ID}
+    assert found.explained > 0.999 > 0.1 > found.hypotheses[1].explained
 
 
 @pytest.mark.parametrize("step", [1, 3, 6])
