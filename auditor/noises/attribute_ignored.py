@@ -16,8 +16,8 @@ from auditor.ports import SegmentGraph, Variant
 # Attributes that other noises vary, or that do not change the result by themselves.
 _ATTRIBUTES_ELSEWHERE = frozenset(
     {
-        *("approximate", "auto_pad", "axes", "ceil_mode", "count_include_pad", "direction"),
-        *("epsilon", "group", "hidden_size", "keepdims", "kernel_shape", "layout", "momentum"),
+        *("approximate", "auto_pad", "axes", "ceil_mode", "count_include_pad", "epsilon", "group"),
+        *("hidden_size", "keepdims", "kernel_shape", "layout", "momentum"),
         *("noop_with_empty_axes", "pads", "round_mode", "saturate", "select_last_index"),
         *("stash_type", "to", "training_mode"),
     }
@@ -111,6 +111,8 @@ def _changes(
         known = schema.attributes.get(name)
         if known is None or known.required or name in _ATTRIBUTES_ELSEWHERE:
             continue
+        if value == "bidirectional":
+            continue  # its weights are for two directions
         if name == "mode" and surgery.attributes(node).get("sampling_ratio") == 1:
             continue  # RoiAlign: of one sample, the mean is the largest
         if name in _SHAPING and not surgery.takes_any_shape(model, node):

@@ -97,8 +97,8 @@ def lstm(x: Array, w: Array, r: Array, b: Array, start: Array) -> Array:
     return np.asarray(np.stack(steps)[:, None], np.float32)
 
 
-@pytest.mark.parametrize("lost", ["P", "initial_h"])
-def test_optional_inputs_of_a_recurrent_layer(generator: np.random.Generator, lost: str) -> None:
+@pytest.mark.parametrize("lost", ["input P", "input initial_h", "direction"])
+def test_what_a_recurrent_layer_ignores(generator: np.random.Generator, lost: str) -> None:
     x = generator.standard_normal((5, 2, 3)).astype(np.float32)
     constants = {
         "w": generator.standard_normal((1, 16, 3)),
@@ -108,14 +108,15 @@ def test_optional_inputs_of_a_recurrent_layer(generator: np.random.Generator, lo
         "p": generator.standard_normal((1, 12)),
     }
     constants = {k: v.astype(np.float32) for k, v in constants.items()}
-    start = constants["h0"][0] if lost == "P" else np.zeros((2, 4))
-    inputs = ["x", "w", "r", "b", "", "h0", "", "p" if lost == "P" else ""]
-    node = helper.make_node("LSTM", inputs, ["y"], hidden_size=4)
+    start = np.zeros((2, 4)) if lost == "input initial_h" else constants["h0"][0]
+    inputs = ["x", "w", "r", "b", "", "h0", "", "p" if lost == "input P" else ""]
+    direction = "reverse" if lost == "direction" else "forward"
+    node = helper.make_node("LSTM", inputs, ["y"], hidden_size=4, direction=direction)
     segment = make_segment([node], constants, ["x"], ["y"])
     bias = constants["b"][0, :16] + constants["b"][0, 16:]
     planted = lstm(x, constants["w"][0], constants["r"][0], bias, start)
     found = diagnose(segment, {"x": x}, {"y": planted})
-    assert found.noise == ID and found.variant == f"LSTM: input {lost} ignored"
+    assert found.noise == ID and found.variant == f"LSTM: {lost} ignored"
 
 
 def test_two_attributes_at_once() -> None:
