@@ -200,7 +200,8 @@ def kernels(model: onnx.ModelProto, compiled: Graph, names: Names) -> Iterator[K
 
 
 def primitive(node: onnx.NodeProto) -> str:
-    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+    own = node.domain in ("", "ai.onnx")
+    return node.op_type if own else f"{node.domain}.{node.op_type}"
 
 
 def _precision(node: onnx.NodeProto, types: Mapping[str, int]) -> str:

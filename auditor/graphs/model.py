@@ -105,6 +105,7 @@ def load(path: Path) -> Model:
     files.check_names(path, proto.graph)
     files.check_domains(path, proto)
     files.check_types(path, proto)
+    files.spell_alike(proto)
     inputs = _inputs(path, proto.graph)
     outputs, unread = _outputs(path, proto.graph)
     packed = _packed(proto.graph)

@@ -230,6 +230,7 @@ def _fields(descriptor: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 # in which ONNX does not have them, or not yet (LayerNormalization came with 17).
 _ORT = "ONNX Runtime"
 _CONTRIB = "com.microsoft"
+_OWN = "ai.onnx"
 _ORT_OPERATORS = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 
 
@@ -297,6 +298,25 @@ def check(path: Path, proto: onnx.ModelProto, mapped: Container[str]) -> None:
             f"(this onnx {onnx.__version__} knows IR version up to {onnx.IR_VERSION} and opset "
             f"up to {onnx.defs.onnx_opset_version()}).",
         ) from error
+
+
+def spell_alike(proto: onnx.ModelProto) -> None:
+    """Write ONNX's own domain as an empty name, of which ``ai.onnx`` is the other spelling.
+
+    ONNX Runtime takes both (ONNX IR specification, "Operator sets"), the checker the empty one. A
+    graph without a name engines take as well.
+    """
+    for node in _nodes(proto):
+        node.domain = "" if node.domain == _OWN else node.domain
+    for holder in (proto, *proto.functions):
+        versions = {o.domain: o.version for o in holder.opset_import}
+        if _OWN in versions:
+            own = versions.pop(_OWN)
+            del holder.opset_import[:]
+            holder.opset_import.extend(
+                onnx.helper.make_opsetid(*o) for o in ({"": own} | versions).items()
+            )
+    proto.graph.name = proto.graph.name or "graph"
 
 
 def import_contrib(proto: onnx.ModelProto) -> None:

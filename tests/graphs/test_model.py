@@ -107,6 +107,20 @@ def test_initialisers_need_not_be_inputs_in_old_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("imported", ["", "ai.onnx"])
+def test_the_other_spelling_of_the_domain(tmp_path: Path, imported: str) -> None:
+    """ONNX Runtime takes both, and a graph without a name."""
+    proto = linear([1, 4])
+    proto.opset_import[0].domain = imported
+    proto.graph.node[0].domain = "ai.onnx"
+    proto.graph.name = ""
+    options = AuditOptions(backends=(BackendSpec("ort"),), threads=1)
+    report = audit(save(proto, tmp_path), options, noises=(), progress=Silent())
+    (ort,) = report.backends
+    assert report.model.opset == 17 and report.gaps == () and report.findings == ()
+    assert ort.fidelity is not None and ort.fidelity.output_proved == ort.fidelity.candidates == 2
+
+
 def test_labels_fall_back_to_the_key_where_names_are_empty_or_repeated(tmp_path: Path) -> None:
     model = models.load(save(linear(), tmp_path))
     assert model.labels == {"h": "product", "y": "Relu → y"}
