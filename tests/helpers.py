@@ -7,8 +7,6 @@ import importlib.util
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 import reports
 from auditor.attribution.explainer import Explanation
 from auditor.ports import Arrays
+from tests import started
 
 if TYPE_CHECKING:
+    import subprocess
+
     from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,23 +35,16 @@ NETS = Path(__file__).parent / "source" / "nets.py"
 def environment(**extra: str) -> dict[str, str]:
     """This process's, without what changes a report's looks."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    kept = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    dropped = ("COLUMNS", "NO_COLOR", "PYTEST_CURRENT_TEST")
+    kept = {k: v for k, v in os.environ.items() if k not in dropped}
     return kept | {"PYTHONPATH": path} | extra
 
 
 def audit_in(
     folder: Path, *arguments: object, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``audit`` with the given arguments in a folder."""
-    return subprocess.run(
-        [sys.executable, "-m", "auditor", *map(str, arguments)],
-        cwd=folder,
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    """Run ``audit`` with arguments in a folder; the variables are some that it reads itself."""
+    return started.audit(folder, [*map(str, arguments)], environment(), variables)
 
 
 def named(id: str, found: Explanation, variant: str | None = None) -> None:

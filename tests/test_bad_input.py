@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import auditor
-from tests.helpers import onnx_model
+from tests.helpers import audit_in, onnx_model
 
 ROOT = Path(auditor.__file__).parent.parent
 LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
@@ -207,15 +207,7 @@ def refused(folder: Path, *arguments: str) -> str:
     scratch = folder.parent / "tmp"
     scratch.mkdir()
     before = sorted(folder.rglob("*"))
-    result = subprocess.run(
-        command(*arguments),
-        cwd=folder,
-        env=environment(TMPDIR=str(scratch)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = audit_in(folder, *arguments, COLUMNS="200", TMPDIR=str(scratch))
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr

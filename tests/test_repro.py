@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,18 +14,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from tests.helpers import nodes_of
+from tests.helpers import audit_in, nodes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.onnx", "inputs.safetensors", "expected.safetensors", "repro.py", "ISSUE.md"}
 
 
 def audit(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "auditor", *map(str, arguments)]
-    return subprocess.run(
-        line, cwd=cwd, capture_output=True, text=True, timeout=600, check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    return audit_in(cwd, *arguments)
 
 
 def run_script(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -305,15 +305,15 @@ def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_the_command_prints_a_table_and_writes_json(
+def test_the_command_prints_a_table_writes_json_and_draws(
     network: Path, photos: Path, pipeline: Path, tmp_path: Path
 ) -> None:
-    arguments = [str(network), "--images", str(photos), "--pipeline", str(pipeline)]
-    process = command(*arguments, "--noise", "none", "-o", "table.json", cwd=tmp_path)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    line = ["sysnoise", network, "--images", photos, "--pipeline", pipeline, "--noise", "none"]
+    folder = tmp_path / "plots" / "here"
+    done = audit_in(tmp_path, *line, "-o", "table.json", "--plots", folder)
+    assert done.returncode == 0, done.stderr
     for words in ("resize, mean of 22", "opencv nearest", "Added one at a time", "What to do"):
-        assert words in out
+        assert words in done.stdout
     found = json.loads((tmp_path / "table.json").read_text())
     conforms(found, "sysnoise_table")
     assert {t["id"] for t in found["types"]} == {
@@ -321,6 +321,16 @@ def test_the_command_prints_a_table_and_writes_json(
     }
     assert found["photos"]["measured"] == 12 and found["flips"]
     assert not list(tmp_path.glob("*.partial"))
+    drawn_by_lines = {"effects.svg", "accumulation.svg", "resize.svg"}
+    assert {f.name for f in folder.iterdir()} == {*drawn_by_lines, "pixels.png"}
+    for name in drawn_by_lines:
+        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
+    with Image.open(folder / "pixels.png") as drawn:
+        assert np.asarray(drawn.convert("RGB")).std() > 10
+    (tmp_path / "taken").write_text("mine")
+    refused = audit_in(tmp_path, *line, "--plots", "taken")
+    assert refused.returncode == 2 and "cannot make the folder" in refused.stderr
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 def test_ctrl_c_keeps_what_was_measured_and_says_so(
@@ -359,29 +369,9 @@ def test_wrong_usage_is_one_message(
     arguments: list[str], said: str, network: Path, photos: Path, pipeline: Path, tmp_path: Path
 ) -> None:
     given = [a.format(pipeline=pipeline) for a in arguments]
-    process = command(str(network), "--images", str(photos), *given, cwd=tmp_path)
-    out, error = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert said in error and "Traceback" not in error
-
-
-def test_pictures(network: Path, photos: Path, pipeline: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "plots" / "here"
-    line = ["sysnoise", network, "--images", photos, "--pipeline", pipeline]
-    line += ["--samples", 3, "--noise", "none", "--plots"]
-    done = audit_in(ROOT, *line, folder)
-    assert done.returncode == 0, done.stderr
-    drawn_by_lines = {"effects.svg", "accumulation.svg", "resize.svg"}
-    assert {f.name for f in folder.iterdir()} == {*drawn_by_lines, "pixels.png"}
-    for name in drawn_by_lines:
-        assert ElementTree.parse(folder / name).getroot().tag.endswith("svg")
-    with Image.open(folder / "pixels.png") as drawn:
-        assert np.asarray(drawn.convert("RGB")).std() > 10
-    taken = tmp_path / "taken"
-    taken.write_text("mine")
-    refused = audit_in(ROOT, *line, taken)
-    assert refused.returncode == 2 and "cannot make the folder" in refused.stderr
-    assert taken.read_text() == "mine"
+    done = audit_in(tmp_path, "sysnoise", network, "--images", photos, *given)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_resizers_are_held_against_each_other(network: Path, photos: Path, pipeline: Path) -> None:

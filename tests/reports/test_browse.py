@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from textual.widgets import DataTable, Input, Static
 from auditor.records.report import AuditReport
 from reports import json_v1
 from reports._browse import Browser
+from tests.helpers import audit_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,6 +107,5 @@ def test_a_report_without_anything(report: AuditReport) -> None:
 def test_it_needs_a_terminal(report: AuditReport, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(json.dumps(json_v1.dump(report)))
-    line = [sys.executable, "-m", "auditor", "browse", str(path)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = audit_in(ROOT, "browse", path)
     assert done.returncode == 2 and "needs a terminal" in done.stderr
