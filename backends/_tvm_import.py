@@ -155,7 +155,8 @@ def load(request: BuildRequest, original: onnx.GraphProto) -> tuple[Imported, tu
     import onnx
 
     reason = "its input shapes are symbolic"
-    if not request.dynamic:
+    # A size of 0 often stands for an unknown one; where that is the size, nothing is left open.
+    if not request.dynamic or _declares(original, request.shapes):
         try:
             return convert(onnx.load(str(request.model_path)), request.shapes), ()
         except BackendError as error:
@@ -180,6 +181,16 @@ def load(request: BuildRequest, original: onnx.GraphProto) -> tuple[Imported, tu
         f"fixed input shapes {shapes}, because {reason}.{widened}"
     )
     return imported, (note,)
+
+
+def _declares(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether these are the very shapes that a graph gives its inputs."""
+    of = {value.name: value.type.tensor_type.shape.dim for value in graph.input}
+    return all(
+        all(d.HasField("dim_value") for d in of[name])
+        and tuple(d.dim_value for d in of[name]) == tuple(shape)
+        for name, shape in shapes.items()
+    )
 
 
 def _is_inserted(node: onnx.NodeProto) -> bool:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, SegmentGraph, Variant
 
 # Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
 # pixel's corner; such nodes become a Resize of opset 13.
@@ -38,6 +38,7 @@ _COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32)
 _ROUNDED = "integers are rounded to the nearest, not cut off"
 _EVEN = "nearest, {}, halves to even"  # TVM's Upsample; no Resize does that
+_SPATIAL = "axes 0 and 1 keep their size"  # as images with the channels first are resized
 _CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
 
 
@@ -231,12 +232,35 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name in dict.fromkeys(name for site in sites for name in site.changes):
         changes = {s.index: s.changes[name] for s in sites if name in s.changes}
         yield Variant(name, _changed(segment.model, changes))
+    known = surgery.constants(segment.model) if sites else {}
+    whole = {s.index: segment.model.graph.node[s.index] for s in sites}
+    if bodies := {i: text for i, n in whole.items() if (text := _spatial(n, known)) is not None}:
+        yield Variant(_SPATIAL, surgery.substituted(segment.model, bodies))
     yield from _halves_to_even(segment.model, {s.index: s.rank for s in sites if s.rank})
     types = surgery.types(segment.model) if sites else {}
     nodes = segment.model.graph.node
     stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _INTEGERS}
     if bodies := {i: body for i in stored if (body := _in_float(nodes[i])) is not None}:
         yield Variant(_ROUNDED, surgery.substituted(segment.model, bodies))
+
+
+def _spatial(node: onnx.NodeProto, known: Mapping[str, Array]) -> str | None:
+    """A Resize of the axes behind the first two only; None where no others are asked for."""
+    if len(node.input) < 3 or surgery.attributes(node).get("axes"):
+        return None
+    names = ["x", "roi", "scales", "sizes"][: len(node.input)]
+    sized = len(names) == 4 and node.input[3] != ""
+    scales = known.get(node.input[2])
+    if not sized and scales is not None and np.all(scales[:2] == 1):
+        return None
+    given, ones = names[-1], "Constant <value = float[2] {1.0, 1.0}> ()"
+    asked = [*names[:-1], "changed"]
+    return f"""({", ".join(names)}) => (y) {{
+        zero = Constant <value = int64[1] {{0}}> () two = Constant <value = int64[1] {{2}}> ()
+        far = Constant <value = int64[1] {{9223372036854775807}}> () shape = Shape(x)
+        head = {"Slice(shape, zero, two)" if sized else ones} tail = Slice({given}, two, far)
+        changed = Concat <axis = 0> (head, tail)
+        y = Resize {surgery.options(node)} ({", ".join(asked)}) }}"""
 
 
 def _halves_to_even(model: onnx.ModelProto, ranks: Mapping[int, int]) -> Iterator[Variant]:
@@ -247,15 +271,15 @@ def _halves_to_even(model: onnx.ModelProto, ranks: Mapping[int, int]) -> Iterato
 
 
 def _to_even(node: onnx.NodeProto, rank: int, centre: str) -> str:
-    """What takes the nearest pixel along every axis but the first two, as a function body."""
+    """What takes the nearest pixel along every axis, as a function body."""
     names = ("x", "roi", "scales", "sizes")[: len(node.input)]
     shift = 0.5 if centre == "half_pixel" else 0.0
     steps = [
         f"plain = Resize {surgery.options(node)} ({', '.join(names)}) to = Shape(plain)",
-        f"of = Shape(x) half = Constant <value_float = {shift}> () x1 = Identity(x)",
+        f"of = Shape(x) half = Constant <value_float = {shift}> () x0 = Identity(x)",
         "none = Constant <value_int = 0> () one = Constant <value_int = 1> ()",
     ]
-    for axis in range(2, rank):
+    for axis in range(rank):
         steps.append(
             f"a{axis} = Constant <value_int = {axis}> () n{axis} = Gather(to, a{axis}) "
             f"m{axis} = Gather(of, a{axis}) i{axis} = Range(none, n{axis}, one) "
@@ -265,9 +289,9 @@ def _to_even(node: onnx.NodeProto, rank: int, centre: str) -> str:
             f"s{axis} = Sub(p{axis}, half) r{axis} = Round(s{axis}) "
             f"k{axis} = Cast <to = 7> (r{axis}) last{axis} = Sub(m{axis}, one) "
             f"q{axis} = Clip(k{axis}, none, last{axis}) "
-            f"x{axis} = Gather <axis = {axis}> (x{axis - 1}, q{axis})"
+            f"x{axis + 1} = Gather <axis = {axis}> (x{axis}, q{axis})"
         )
-    return f"({', '.join(names)}) => (y) {{ {' '.join(steps)} y = Identity(x{max(rank - 1, 1)}) }}"
+    return f"({', '.join(names)}) => (y) {{ {' '.join(steps)} y = Identity(x{rank}) }}"
 
 
 def _in_float(node: onnx.NodeProto) -> str | None:
@@ -321,6 +345,7 @@ NOISE = Cause(
         "cubic, CENTRE, coefficient NUMBER",
         "cubic, CENTRE, coefficient NUMBER, exclude_outside",
         "MODE, CENTRE, antialias",
+        _SPATIAL,
         _ROUNDED,
     ),
     variants=_variants,

@@ -190,6 +190,14 @@ def test_the_program_is_the_default_pipelines(tmp_path: Path) -> None:
     tvm.ir.assert_structural_equal(ours, shipped, map_free_vars=True)
 
 
+def test_an_axis_of_size_0_is_no_symbolic_one(tmp_path: Path) -> None:
+    """Folding would leave a constant of a reduction over no values, which is TVM's to compute."""
+    nodes = [node("ReduceProd", ["x"], ["y"], axes=[1])]
+    path = save(tmp_path / "m.onnx", nodes, {"x": (2, 0, 3)}, ["y"])
+    built = build(path, {"x": np.zeros((2, 0, 3), np.float32)}, dynamic=True)
+    assert not built.provenance.notes
+
+
 @pytest.mark.parametrize("external", [False, True])
 def test_a_dynamic_model_is_folded_and_says_so(tmp_path: Path, external: bool) -> None:
     folder = tmp_path / "model"

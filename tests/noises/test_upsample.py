@@ -234,6 +234,26 @@ def test_tvm_rounds_halves_of_upsample_to_even(x: Array) -> None:
     check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("sized", [True, False])
+def test_channels_that_are_not_resized(x: Array, mode: str, sized: bool) -> None:
+    """Engines take the first two axes for images' and channels', whatever the scales say."""
+    attributes = 'mode = "nearest", coordinate_transformation_mode = "asymmetric"'
+    attributes = attributes if mode == "nearest" else 'mode = "linear"'
+    n, c = x.shape[:2]
+    given = [n, 2 * c, 12, 7] if sized else [1.0, 2.0, 2.0, 1.0]
+    nodes = f"y = Resize <{attributes}> ({'x, , , s' if sized else 'x, , s'})"
+    constants = {"s": np.array(given, np.int64 if sized else np.float32)}
+    rows = (
+        nearest(6, 12, 0.5, "asymmetric", "round_prefer_floor")
+        if mode == "nearest"
+        else linear(6, 12, 0.5, "half_pixel")
+    )
+    planted = apply(x, rows, np.eye(7))
+    found = diagnose(make_segment(nodes, constants), {"x": x}, {"y": planted})
+    check(found, "axes 0 and 1 keep their size")
+
+
 def test_only_the_given_axes(x: Array) -> None:
     scales = {"s": np.array([2.5, 1], np.float32)}
     segment = make_segment('y = Resize <axes = [2, 3], mode = "linear"> (x, , s)', scales, opset=18)
