@@ -109,6 +109,24 @@ class Options:
         _ort_providers.require(session, self.provider)
         return session
 
+    def blamed(
+        self, error: BackendError, model: Path, feeds: Mapping[str, Array] | None = None
+    ) -> BackendError:
+        """The error, with the highest level at which the model compiles, or runs, as its remedy."""
+        for level in list(LEVELS)[list(LEVELS).index(self.level) + 1 :]:
+            try:
+                session = self.session(model, None, level, {}, stage=error.stage)
+                if feeds is not None:
+                    run(session, outputs_of(session), feeds)
+            except BackendError:
+                continue
+            hint = (
+                f"Use --option ort.level={level}: there ONNX Runtime takes the model, so that an "
+                f"optimiser of level {self.level} is what breaks it."
+            )
+            return BackendError(error.message, hint, stage=error.stage, log=error.log)
+        return error
+
     def listed(self) -> dict[str, str]:
         """The options as a report shows them."""
         threads = {} if self.threads is None else {"intra_op_num_threads": str(self.threads)}

@@ -177,8 +177,11 @@ class OrtBuild:
         outside = request.artifact is None and stay_outside(original.graph, request.model_path)
         self._weights = request.model_path.parent if outside else self._folder
         weights_apart = {} if outside else _BESIDE
-        file = request.artifact or request.model_path
-        self._session = options.session(file, dump, options.level, weights_apart, stage="build")
+        file = self._file = request.artifact or request.model_path
+        try:
+            self._session = options.session(file, dump, options.level, weights_apart, stage="build")
+        except BackendError as error:
+            raise options.blamed(error, file) from error
         # Not with the dump: the instrumented program has those weights mapped.
         self._compile = functools.partial(
             options.session, file, None, options.level, {}, stage="run"
@@ -243,7 +246,10 @@ class OrtBuild:
     def run(self, feeds: Mapping[str, Array]) -> Arrays:
         """Every graph output that is a tensor, by name; raises ``BackendError``."""
         self._session = self._session or self._compile()
-        return run(self._session, self._outputs, feeds)
+        try:
+            return run(self._session, self._outputs, feeds)
+        except BackendError as error:
+            raise self._options.blamed(error, self._file, feeds) from error
 
     def release(self) -> None:
         """Free the session; the next run makes another."""

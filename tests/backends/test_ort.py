@@ -736,3 +736,37 @@ def test_integer_products_are_built_again_with_unsigned_weights(tmp_path: Path) 
     exact = feeds["x"].astype(np.int32) @ w.astype(np.int32)
     assert np.array_equal(without.instrument(feeds).run(feeds).outputs["y"], exact)
     assert not any(noise in s.noises for s in without.switches)
+
+
+@pytest.mark.parametrize("stage", ["build", "run"])
+def test_an_optimiser_that_breaks_a_model_is_named_as_the_remedy(
+    tmp_path: Path, stage: str
+) -> None:
+    """A Clip in float64 behind a Relu is not built, a Pad of some axes is turned to others."""
+    if stage == "build":
+        shape, dtype = (4,), TensorProto.DOUBLE
+        nodes = [
+            helper.make_node("Relu", ["x"], ["r"]),
+            helper.make_node("Clip", ["r", "low"], ["y"]),
+        ]
+        constants = {"low": np.array(-1.0)}
+    else:
+        shape, dtype = (2, 3, 4, 5), TensorProto.FLOAT
+        nodes = [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 3, 1]),
+            helper.make_node("Pad", ["t", "pads", "", "axes"], ["p"]),
+            helper.make_node("Transpose", ["p"], ["y"], perm=[0, 3, 1, 2]),
+        ]
+        constants = {"pads": np.array([1, 0, 2, 1]), "axes": np.array([3, 1])}
+    initialisers = [numpy_helper.from_array(v, n) for n, v in constants.items()]
+    inputs = [info("x", *shape, dtype=dtype)]
+    outputs = [onnx.helper.make_tensor_value_info("y", dtype, None)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initialisers)
+    path = tmp_path / "m.onnx"
+    opset = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    feeds = {"x": np.ones(shape, helper.tensor_dtype_to_np_dtype(dtype))}
+    build(path, tmp_path, level="disable").run(feeds)
+    with pytest.raises(BackendError) as raised:
+        build(path, tmp_path).run(feeds)
+    assert raised.value.stage == stage and "ort.level=disable" in raised.value.hint
