@@ -92,11 +92,12 @@ def _frozen(warned: Iterable[warnings.WarningMessage]) -> tuple[str, ...]:
 def _said(error: BaseException) -> str:
     """What went wrong, and in which line of the module's code where that is known.
 
-    The newer exporter's own errors say at length whom to write to; the reason is behind them.
+    The newer exporter's own errors say at length whom to write to; the reason is behind them. The
+    older one's end with its whole graph.
     """
     if type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
         error = error.__cause__
-    said = f"{type(error).__name__}: {first_line(error)}"
+    said = f"{type(error).__name__}: {first_line(error).partition('  [Caused by')[0]}"
     places = _PLACE.findall(str(error))
     return said + (" ({}:{})".format(*places[-1]) if places else "")
 

@@ -83,6 +83,11 @@ def test_the_choice_follows_gaps_then_mistakes_then_distance() -> None:
     assert _chosen([replace(near, distances={}, failure="no")])[0] is None
 
 
+def test_the_older_exporters_errors_end_before_its_graph() -> None:
+    error = ValueError("STFT takes no complex types  [Caused by the value 'x defined in (%x : Flo")
+    assert _export._said(error) == "ValueError: STFT takes no complex types"
+
+
 def test_the_newer_exporters_errors_name_the_reason_and_the_line() -> None:
     reason = ValueError(
         'Cannot view a tensor!\nOriginal traceback:\nFile "/a/swin.py", line 7, in f'
