@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from auditor.graphs import artefact
+import numpy as np
+
+from auditor.graphs import artefact, surgery
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
+from auditor.ports import Array, Arrays, SegmentGraph, Variant
 from auditor.replays import widening
 
 _WIDE = "in float32"
 _OWN = "in float32, with the module's own constants"
+_FACTORS = "in float32, with factors as they were before they were rounded"
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
@@ -23,6 +26,46 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if own is not None:
         yield Variant(_OWN, own)
     yield Variant(_WIDE, wide)
+
+
+def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:
+    """The segment in float32, with factors that no parameter holds, as the scale of attention.
+
+    Each is read off what it multiplied, and counts where rounding it gives what the file has.
+    """
+    wide = widening.in_float32(segment)
+    if wide is None:
+        return
+    held = surgery.constants(segment.model)
+    copies = {n.output[0]: n.input[0] for _, n in surgery.find(wide, ("Cast", "Identity"))}
+    results = {_copied(name, copies): value for name, value in observed.items()} | observed
+    factors: Arrays = {}
+    for _, node in surgery.find(wide, ("Mul", "Div")):
+        turns = node.op_type == "Div"
+        for read, name in ((0, 1),) if turns else ((0, 1), (1, 0)):
+            x = inputs.get(_copied(node.input[read], copies))
+            y, rounded = results.get(node.output[0]), held.get(node.input[name])
+            if x is None or y is None or x.shape != y.shape or rounded is None or rounded.size > 1:
+                continue
+            factor = _factor(y, x) if not turns else _factor(x, y)
+            if rounded.dtype.itemsize == 2 and factor.astype(rounded.dtype) == rounded:
+                factors[node.input[name]] = np.full(rounded.shape, factor)
+    if factors and (changed := artefact.replaced(wide, factors)) is not None:
+        yield Variant(_FACTORS, changed)
+
+
+def _copied(name: str, copies: Mapping[str, str]) -> str:
+    """The tensor that this one is a copy of."""
+    while name in copies:
+        name = copies[name]
+    return name
+
+
+def _factor(of: Array, to: Array) -> np.float32:
+    """The float32 factor by which ``to`` is nearest to ``of``; not a number where ``to`` is 0."""
+    a, b = (v.astype(np.float64).ravel() for v in (of, to))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.float32(a @ b / (b @ b))
 
 
 NOISE = Cause(
@@ -43,7 +86,8 @@ NOISE = Cause(
         "export outside of autocast and in float32, and let the runtime narrow what it may; or "
         "train and validate in that type"
     ),
-    forms=(_OWN, _WIDE),
+    forms=(_OWN, _WIDE, _FACTORS),
     variants=_variants,
+    fitted=_fitted,
     simulated=False,
 )
