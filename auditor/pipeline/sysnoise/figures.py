@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,12 +89,11 @@ class Figures:
         def draw(verdicts: Sequence[Verdict], photos: tuple[int, ...]) -> Drawn:
             truth = [labels[names[photo]] for photo in photos]
             rows = [place[photo] for photo in photos]
-            value = task.score(verdicts, truth, np.ones((1, len(photos))))
-            drawn = [
-                task.score(verdicts, truth, part[:, rows])
-                for part in weights(self.used, task.draws)
-            ]
-            return Drawn(value, np.concatenate(drawn)[:, None])
+            parts = (part[:, rows] for part in weights(self.used, task.draws))
+            # What is made of the verdicts before they are weighted is made once for both.
+            first = np.concatenate([np.ones((1, len(photos))), next(parts)])
+            found = np.concatenate([task.score(verdicts, truth, p) for p in chain([first], parts)])
+            return Drawn(found[:1], found[1:, None])
 
         every = tuple(columns[0])
         values, draws = [], []
