@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -338,10 +337,9 @@ def test_ctrl_c_keeps_what_was_measured_and_says_so(
 ) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
-    for number in range(3000):
-        stream = io.BytesIO()
-        tiles[number % 12].save(stream, "JPEG")
-        (folder / f"{number}.jpg").write_bytes(stream.getvalue())
+    files = [jpeg(tile) for tile in tiles]
+    for number in range(1000):
+        (folder / f"{number}.jpg").write_bytes(files[number % 12])
     arguments = [str(network), "--images", str(folder), "--pipeline", str(pipeline)]
     process = command(*arguments, "--noise", "none", "-o", "table.json", cwd=tmp_path)
     keep = tmp_path / "table.json.partial"

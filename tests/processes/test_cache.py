@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -236,9 +237,25 @@ def cached(report: dict[str, Any]) -> list[int]:
     return [backend["fidelity"]["cached"] for backend in report["backends"]]
 
 
-def test_a_second_audit_is_the_same_and_says_so(tmp_path: Path) -> None:
-    model, folder = network(tmp_path / "m.onnx"), tmp_path / "cache"
-    first = run(model, folder, tmp_path / "1.json")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, its first report and the cache that this filled."""
+    made = tmp_path_factory.mktemp("once")
+    run(network(made / "m.onnx"), made / "cache", made / "1.json")
+    return made
+
+
+@pytest.fixture
+def before(once: Path, tmp_path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """A copy of these: model, cache and report."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "m.onnx", tmp_path / "cache", json.loads((tmp_path / "1.json").read_text())
+
+
+def test_a_second_audit_is_the_same_and_says_so(
+    before: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    model, folder, first = before
     second = run(model, folder, tmp_path / "2.json")
     assert cached(first) == [0, 0] and cached(second) == [3, 3]
     assert results(first) == results(second)
@@ -255,10 +272,11 @@ def test_a_second_audit_is_the_same_and_says_so(tmp_path: Path) -> None:
     assert cached(run(model, folder, tmp_path / "5.json", *one, "--seed", "1")) == [0, 0]
 
 
-def test_an_interrupted_audit_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_audit_goes_on(
+    before: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
     """Its first sample is there; the others are traced now, by a build made now."""
-    model, folder = network(tmp_path / "m.onnx"), tmp_path / "cache"
-    whole = run(model, folder, tmp_path / "1.json")
+    model, folder, whole = before
     store = Store(folder)
     entries = sorted(folder.glob("*/*.safetensors"), key=lambda p: p.stat().st_mtime_ns)
     samples = [p for p in entries if "bitwise_equal" in p.read_bytes()[:4000].decode("latin1")]
@@ -270,7 +288,7 @@ def test_an_interrupted_audit_goes_on(tmp_path: Path) -> None:
     assert sum(cached(again)) in (1, 2) and store.usage().entries == len(entries)
 
 
-def test_kills_damage_nothing(tmp_path: Path) -> None:
+def test_kills_damage_nothing(once: Path, tmp_path: Path) -> None:
     """A few random moments; benchmarks.kills does fifty."""
     from benchmarks import kills
 
@@ -278,8 +296,8 @@ def test_kills_damage_nothing(tmp_path: Path) -> None:
     line, environment = command(model, tmp_path / "cache", tmp_path / "r.json")
     told = kills.campaign(line, environment, tmp_path / "cache", tmp_path / "r.json", 4, seed=1)
     assert told.damaged == 0 and told.half_reports == 0 and told.left_processes == 0
-    final = json.loads((tmp_path / "r.json").read_text())
-    assert results(final) == results(run(model, tmp_path / "none", tmp_path / "fresh.json"))
+    fresh, final = (json.loads(p.read_text()) for p in (once / "1.json", tmp_path / "r.json"))
+    assert results(final) == results(fresh)
 
 
 def test_audits_at_the_same_time_share_it(tmp_path: Path) -> None:
