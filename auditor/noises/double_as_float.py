@@ -15,13 +15,20 @@ from auditor.ports import SegmentGraph, Variant
 
 # Attributes that name an element type.
 _NAME = "everything in float32"
+_LIMITED = "everything in float32, whose largest number stands for what is beyond it"
+_LARGEST = np.finfo(np.float32)
+_LIMITS = ("float32/least", "float32/most")
+_CLIP = 11  # its limits are inputs from here on
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type")
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with float32 in place of float64; its inputs and outputs keep their types."""
     if _holds(segment.model):
-        yield Variant(_NAME, _narrowed(inside(segment.model, segment.weights)))
+        whole = inside(segment.model, segment.weights)
+        yield Variant(_NAME, _narrowed(whole))
+        if surgery.opset(whole) >= _CLIP:
+            yield Variant(_LIMITED, _narrowed(whole, limited=True))
 
 
 def _holds(model: onnx.ModelProto) -> bool:
@@ -34,7 +41,7 @@ def _holds(model: onnx.ModelProto) -> bool:
     )
 
 
-def _narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
+def _narrowed(model: onnx.ModelProto, *, limited: bool = False) -> onnx.ModelProto:
     types = surgery.types(model)
     result = surgery.copied(model)
     graph = result.graph
@@ -44,18 +51,31 @@ def _narrowed(model: onnx.ModelProto) -> onnx.ModelProto:
     for entry in graph.input:
         if entry.type.tensor_type.elem_type == TensorProto.DOUBLE:
             inside = renamed[entry.name] = _inside(entry.name)
-            before.append(helper.make_node("Cast", [entry.name], [inside], to=TensorProto.FLOAT))
+            made = _wide(inside) if limited else inside
+            before.append(helper.make_node("Cast", [entry.name], [made], to=TensorProto.FLOAT))
+            if limited:
+                before.append(helper.make_node("Clip", [made, *_LIMITS], [inside]))
     for entry in graph.output:
         if types.get(entry.name) == TensorProto.DOUBLE:
             inside = renamed[entry.name] = _inside(entry.name)
-            after.append(helper.make_node("Cast", [inside], [entry.name], to=TensorProto.DOUBLE))
+            read = _wide(inside) if limited else inside
+            if limited:
+                after.append(helper.make_node("Clip", [inside, *_LIMITS], [read]))
+            after.append(helper.make_node("Cast", [read], [entry.name], to=TensorProto.DOUBLE))
     _narrow(graph)
+    if limited:
+        ends = (np.array(end, np.float32) for end in (_LARGEST.min, _LARGEST.max))
+        graph.initializer.extend(map(numpy_helper.from_array, ends, _LIMITS))
     for node in graph.node:
         _rename(node, renamed)
     nodes = [*before, *graph.node, *after]
     del graph.node[:]
     graph.node.extend(nodes)
     return result
+
+
+def _wide(name: str) -> str:
+    return f"{name}/beyond"
 
 
 def _inside(name: str) -> str:
@@ -131,6 +151,6 @@ NOISE = Cause(
         "export the model in float32 and validate it there, or compute the listed layers "
         "outside the model"
     ),
-    forms=(_NAME,),
+    forms=(_NAME, _LIMITED),
     variants=_variants,
 )

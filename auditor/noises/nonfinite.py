@@ -39,9 +39,11 @@ _EXTREME = (
     *("ReduceMax", "ReduceMin"),
 )
 _SEARCHED = "a search for the largest begins at the lowest finite number"
+_EXPONENTIAL = "in a softmax, the exponential of NaN is infinite"
 _OPEN = "infinity passes a Clip without a limit on its side"
 # First operator sets with IsInf and CumSum.
 _ISINF, _CUMSUM = 10, 11
+_SOFTMAX = 13  # along one axis from here on
 
 _READ_AS = (
     "(x) => (y) {{ nan = IsNaN(x) c = Constant <value = float {{{value}}}> () "
@@ -83,6 +85,10 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             continue
         if bodies := {i: text for i, n in nodes.items() if (text := body(n))}:
             yield Variant(name, surgery.substituted(model, bodies))
+    version = surgery.opset(model)
+    if softmaxes := dict(surgery.find(model, ("Softmax",)) if version >= _SOFTMAX else ()):
+        bodies = {i: _exponentials(n, version) for i, n in softmaxes.items()}
+        yield Variant(_EXPONENTIAL, surgery.substituted(model, bodies))
     if open_ended := {i: b for i, n in surgery.find(model, ("Clip",)) if (b := _one_sided(n))}:
         yield Variant(_OPEN, surgery.substituted(model, open_ended))
     extreme = dict(surgery.find(model, _EXTREME))
@@ -106,6 +112,16 @@ def _one_sided(node: onnx.NodeProto) -> str | None:
     names = [name for name, known in zip(("lo", "hi"), given, strict=True) if known]
     operator = {"lo": "Max", "hi": "Min"}[names[0]] if names else "Identity"
     return f"({', '.join(('x', *names))}) => (y) {{ y = {operator} ({', '.join(('x', *names))}) }}"
+
+
+def _exponentials(node: onnx.NodeProto, version: int) -> str:
+    """A softmax whose exponentials are clamped by comparisons: infinity less itself is NaN."""
+    axes = [surgery.attributes(node).get("axis", -1)]
+    return f"""(x) => (y) {{
+        {surgery.reduction("m", "ReduceMax", "x", axes, version)} d = Sub(x, m) e = Exp(d)
+        nan = IsNaN(d) c = Constant <value = float {{inf}}> () k = Cast <to = $T> (c)
+        p = Where(nan, k, e) {surgery.reduction("s", "ReduceSum", "p", axes, version)}
+        y = Div(p, s) }}"""
 
 
 def _read_as(model: onnx.ModelProto, values: Mapping[int, str]) -> onnx.ModelProto:
@@ -276,6 +292,7 @@ NOISE = Cause(
         "a comparison with NaN takes the later value",
         "a comparison with NaN takes the earlier value",
         _SEARCHED,
+        _EXPONENTIAL,
         _OPEN,
         "infinite operands become the largest finite number",
         "infinite results become the largest finite number",

@@ -34,6 +34,7 @@ _DECIDING = frozenset(
         *("Less", "LessOrEqual", "NonZero"),
     }
 )
+_SCALING = ("QuantizeLinear", "DequantizeLinear")
 OBSERVED = "/observed"
 
 
@@ -53,9 +54,9 @@ def decided(model: onnx.ModelProto) -> onnx.ModelProto | None:
     constants = surgery.constants(model)
     for node in model.graph.node:
         exact = {o for o in node.output if o and kinds.get(o) in surgery.EXACT}
-        steps = constants.get(node.input[1]) if node.op_type == "QuantizeLinear" else None
-        passes = _passes(node, exact, kinds) or (steps is not None and _exact(steps))
-        if not passes or not all(n in made for n in node.input if n):
+        if not _passes(node, exact, kinds, constants) or not all(
+            n in made for n in node.input if n
+        ):
             nodes.append(node)
             continue
         observed = _copied(node, {n: made[n] for n in node.input if n}, node.output)
@@ -85,10 +86,25 @@ def decided(model: onnx.ModelProto) -> onnx.ModelProto | None:
     return result
 
 
-def _passes(node: onnx.NodeProto, exact: set[str], kinds: dict[str, int]) -> bool:
+def untouched(model: onnx.ModelProto) -> frozenset[str]:
+    """Tensors that are the same in every runtime: inputs and constants, passed on or decided on."""
+    kinds, constants = surgery.types(model), surgery.constants(model)
+    known = {t.name for t in model.graph.initializer} | {v.name for v in model.graph.input}
+    for node in model.graph.node:
+        exact = {o for o in node.output if o and kinds.get(o) in surgery.EXACT}
+        if _passes(node, exact, kinds, constants) and known.issuperset(filter(None, node.input)):
+            known.update(node.output)
+    return frozenset(known)
+
+
+def _passes(
+    node: onnx.NodeProto, exact: set[str], kinds: dict[str, int], constants: dict[str, Array]
+) -> bool:
     """Whether a node computes nothing that a runtime could round."""
     if node.domain not in ("", "ai.onnx") or any(a.HasField("g") for a in node.attribute):
         return False
+    if node.op_type in _SCALING:
+        return node.input[1] in constants and is_power_of_two(constants[node.input[1]])
     if node.op_type in _DECIDING:
         return bool(exact)  # a Cast between real types rounds
     names = (*node.input, *node.output)
@@ -96,8 +112,8 @@ def _passes(node: onnx.NodeProto, exact: set[str], kinds: dict[str, int]) -> boo
     return whole or node.op_type in _PASSING or node.op_type in _ROUNDING
 
 
-def _exact(scale: Array) -> bool:
-    """Whether dividing by a scale rounds nothing: it is a power of two."""
+def is_power_of_two(scale: Array) -> bool:
+    """Whether dividing by a scale rounds nothing."""
     return scale.dtype.kind == "f" and bool((np.frexp(scale)[0] == 0.5).all())
 
 

@@ -20,6 +20,7 @@ from onnx import helper
 from auditor.graphs import surgery
 from auditor.ports import Array
 from auditor.records.backend import Kernel
+from auditor.replays import decisions
 from auditor.replays.editor import Editor
 from auditor.replays.layout import Layout
 
@@ -352,7 +353,9 @@ def either_side(
 ) -> onnx.ModelProto | None:
     """The segment with values in the middle between two steps rounded to what was observed.
 
-    Float32 decides there: two ways to add up one sum differ by a whole step.
+    Float32 decides there: two ways to add up one sum differ by a whole step. Where nothing is
+    computed, as behind a Round, and the scale is a power of two, the middle is the same one
+    everywhere.
 
     Args:
         model: the segment.
@@ -364,6 +367,7 @@ def either_side(
         that is computed here.
     """
     layout, editor = QuantisedLayout(model), Editor(model)
+    untouched = decisions.untouched(model)
     for node in layout.nodes:
         grid = layout.parameters(node) if node.op_type == "QuantizeLinear" else None
         readers = [layout.nodes[i] for i in layout.readers.get(node.output[0], [])]
@@ -374,6 +378,7 @@ def either_side(
             or grid.zero is None
             or seen is None
             or node.input[0] not in layout.producer
+            or (node.input[0] in untouched and decisions.is_power_of_two(grid.scale))
         ):
             editor.copy(node)
             continue

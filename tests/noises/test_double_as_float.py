@@ -78,3 +78,13 @@ def test_defects_are_not_named(generator: np.random.Generator) -> None:
 def test_float_segments_are_left_alone() -> None:
     segment = make_segment("y = Exp(x)")
     assert not list(double_as_float.NOISE.variants(segment))
+
+
+def test_what_is_beyond_float32_becomes_its_largest_number() -> None:
+    """OpenVINO converts so; the square of a number within its range may also be beyond it."""
+    x = np.array([1e200, 1e30, 1e-30, 3.0, -1e60])
+    largest = float(np.finfo(np.float32).max)
+    planted = np.array([largest, largest, 0.0, 9.0, largest])
+    segment = make_segment("y = Mul(x, x)", kind=TensorProto.DOUBLE)
+    found = explain(segment, {"x": x}, planted)
+    assert (found.noise, found.bit_identical) == (ID, 1.0)

@@ -146,6 +146,13 @@ def test_masked_attention_row() -> None:
     assert found.noise == ID and "operands" in (found.variant or "")
 
 
+def test_an_infinite_score_has_no_name() -> None:
+    """Two ways lead there: e^∞ over itself, or ∞ − ∞, of which a clamped e^x makes ∞."""
+    planted = np.array([[NAN, 0, 0]], np.float32)
+    found = diagnose(wrapped("Softmax"), {"x": floats(INF, 1, 2)}, {"y": planted})
+    assert found.noise is None
+
+
 def test_infinity_saturates_in_a_conversion() -> None:
     segment = wrapped("Cast", to=TensorProto.DOUBLE)
     planted = np.array([[3.4028234663852886e38, -3.4028234663852886e38, 2.0]])

@@ -53,3 +53,21 @@ def test_how_near_to_the_middle_rounding_decides_grows_with_the_sums(factor, rou
         assert sided is not None
         (moved,) = session(sided, 1).run(None, feeds)
         assert np.array_equal(moved, observed["y"]) is all_of_it
+
+
+@pytest.mark.parametrize(("scale", "undecided"), [(2.0, False), (0.3, True)])
+def test_no_rounding_turns_the_middle_behind_a_round(scale: float, undecided: bool) -> None:
+    """Halves of even steps are exactly in the middle; a runtime that rounds them up has a rule."""
+    constants = {"s": np.float32(scale), "z": np.uint8(3)}
+    nodes = nodes_of("r = Round(x) q = QuantizeLinear(r, s, z) y = DequantizeLinear(q, s, z)")
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    sided = either_side(model, {"y": np.array([2, 4, 6, 8], np.float32)})
+    assert (sided is not None) is undecided
