@@ -99,5 +99,5 @@ def test_a_string_alone_is_refused(tmp_path: Path) -> None:
     model = classifier("classlabels_strings")
     del model.graph.output[1], model.graph.node[2]
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(models.UsageError, match="string output, `label`"):
+    with pytest.raises(models.UsageError, match="output `label` is a string"):
         models.load(tmp_path / "m.onnx")

@@ -234,25 +234,28 @@ def _outputs(path: Path, graph: onnx.GraphProto) -> tuple[tuple[str, ...], tuple
         _require_tensor(path, "output", graph.output[0])
     return (
         tuple(o.name for o in graph.output if o.name not in others),
-        tuple(f"output `{n}` is a {kind}, which is not compared" for n, kind in others.items()),
+        tuple(f"output `{n}` is {kind}, which is not compared" for n, kind in others.items()),
     )
 
 
 def _not_numeric(value: onnx.ValueInfoProto) -> str | None:
     """What a value is in words; None where it is a tensor of numbers."""
-    kind = value.type.WhichOneof("value") or "untyped"
+    kind = value.type.WhichOneof("value")
+    if kind is None:
+        return "a value without a type"
     if kind != "tensor_type":
-        return kind.removesuffix("_type").replace("_", " ")
+        name = kind.removesuffix("_type").replace("_", " ")
+        return f"an {name}" if name.startswith("o") else f"a {name}"  # optional, opaque
     type = value.type.tensor_type.elem_type
     if type in files.NUMERIC:
         return None
-    return "string" if type == onnx.TensorProto.STRING else f"type {type}"
+    return "a string" if type == onnx.TensorProto.STRING else f"a tensor of the type {type}"
 
 
 def _require_tensor(path: Path, what: str, value: onnx.ValueInfoProto) -> None:
     if (text := _not_numeric(value)) is None:
         return
     raise UsageError(
-        f"{path} has a {text} {what}, `{value.name}`; only numeric tensors can be audited",
+        f"{path}: the {what} `{value.name}` is {text}; only numeric tensors can be audited",
         "Export the numeric part of the model, without string, sequence or optional values.",
     )

@@ -275,13 +275,13 @@ def test_two_nodes_computing_one_tensor(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_fed(tmp_path: Path) -> None:
     text = helper.make_tensor_value_info("s", TensorProto.STRING, [1])
-    with pytest.raises(UsageError, match="string output, `s_out`"):
+    with pytest.raises(UsageError, match="output `s_out` is a string"):
         models.load(save(identity_of(text), tmp_path))
     proto = linear()
     element = helper.make_tensor_type_proto(TensorProto.FLOAT, [1])
     sequence = helper.make_value_info("q", helper.make_sequence_type_proto(element))
     proto.graph.input.append(sequence)
-    with pytest.raises(UsageError, match="sequence input, `q`"):
+    with pytest.raises(UsageError, match="input `q` is a sequence"):
         models.load(save(proto, tmp_path))
     proto = linear()
     del proto.graph.input[:]
@@ -299,8 +299,13 @@ def test_outputs_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> N
     model = models.load(save(proto, tmp_path))
     assert model.outputs == ("y",) and [o.name for o in model.proto.graph.output] == ["y"]
     assert model.unread == ("output `q` is a sequence, which is not compared",)
+    optional = helper.make_optional_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    proto.graph.node.append(helper.make_node("Optional", ["y"], ["o"]))
+    proto.graph.output.append(helper.make_value_info("o", optional))
+    model = models.load(save(proto, tmp_path))
+    assert model.unread[1] == "output `o` is an optional, which is not compared"
     del proto.graph.output[0]
-    with pytest.raises(UsageError, match="sequence output, `q`"):
+    with pytest.raises(UsageError, match="output `q` is a sequence"):
         models.load(save(proto, tmp_path))
 
 
