@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,8 @@ _COEFFICIENTS = (-0.75, -0.5)  # PyTorch and OpenCV; Pillow and TensorFlow
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32)
 _ROUNDED = "integers are rounded to the nearest, not cut off"
 _EVEN = "nearest, {}, halves to even"  # TVM's Upsample; no Resize does that
+_IGNORABLE = ("keep_aspect_ratio_policy", "antialias", "exclude_outside")
+_WHOLE = "scales are taken from the rounded output size"
 _SPATIAL = "axes 0 and 1 keep their size"  # as images with the channels first are resized
 _CUBIC_RANK = 4  # the reference interpolates by cubics over two axes only
 
@@ -64,22 +67,17 @@ def _changes(given: Mapping[str, Any], version: int, *, fractional: bool) -> Ite
         version: the operator set.
         fractional: whether the output size may be a rounded one.
     """
-    ignored: dict[str, Any] = {}
     seen = [dict(given)]
-    for name in ("keep_aspect_ratio_policy", "antialias", "exclude_outside"):
-        if given[name] != _DEFAULTS[name]:
-            ignored[name] = _DEFAULTS[name]
-            seen.append({**given, name: _DEFAULTS[name]})
-            yield _Change(f"{name} is ignored", {name: _DEFAULTS[name]})
     if fractional:
-        yield _Change("scales are taken from the rounded output size", whole=True)
-        if ignored:
-            names = " and ".join(ignored)
-            yield _Change(
-                f"{names} ignored, and scales are taken from the rounded output size",
-                ignored,
-                whole=True,
-            )
+        yield _Change(_WHOLE, whole=True)
+    ignorable = [n for n in _IGNORABLE if given[n] != _DEFAULTS[n]]
+    for count in range(1, len(ignorable) + 1):
+        for names in itertools.combinations(ignorable, count):
+            ignored, listed = {n: _DEFAULTS[n] for n in names}, " and ".join(names)
+            seen.append({**given, **ignored})
+            yield _Change(f"{listed} {'is' if count == 1 else 'are'} ignored", ignored)
+            if fractional:
+                yield _Change(f"{listed} ignored, and {_WHOLE}", ignored, whole=True)
     for settings in _interpolations(given, version):
         changed = {**given, **settings}
         if changed not in seen:
@@ -337,8 +335,9 @@ NOISE = Cause(
     convention=True,
     forms=(
         "ATTRIBUTE is ignored",
-        "scales are taken from the rounded output size",
-        "ATTRIBUTES ignored, and scales are taken from the rounded output size",
+        "ATTRIBUTES are ignored",
+        _WHOLE,
+        f"ATTRIBUTES ignored, and {_WHOLE}",
         "nearest, CENTRE, ROUNDING",
         _EVEN.format("CENTRE"),
         "linear, CENTRE",

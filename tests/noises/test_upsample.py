@@ -234,6 +234,15 @@ def test_tvm_rounds_halves_of_upsample_to_even(x: Array) -> None:
     check(diagnose(segment, {"x": x}, {"y": on_tvm(segment.model, x)}))
 
 
+def test_two_attributes_that_are_ignored(x: Array) -> None:
+    """OpenVINO's frontend ignores both."""
+    n, c = x.shape[:2]
+    segment = resize(sizes=(n, c, 4, 5), mode="cubic", antialias=1, exclude_outside=1)
+    planted = apply(x, *(cubic(n, m, n / m, "half_pixel", -0.75) for n, m in ((6, 4), (7, 5))))
+    found = diagnose(segment, {"x": x}, {"y": planted})
+    check(found, "antialias and exclude_outside are ignored")
+
+
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 @pytest.mark.parametrize("sized", [True, False])
 def test_channels_that_are_not_resized(x: Array, mode: str, sized: bool) -> None:
