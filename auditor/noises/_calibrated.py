@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from auditor.graphs import surgery
 from auditor.noises._equations import (
+    NOTHING,
     ROWS,
     Equations,
     Grid,
@@ -189,10 +190,14 @@ class _Fitting:
             return
         plain = self._w[self._some]
         found: list[tuple[float, Grid, _Form | None]] = []
-        if (grid := self._grid(plain)) is not None:
-            found.append((self._share(plain, grid), grid, None))
-        if (found or explained > 0) and (grid := self._grid(weights)) is not None:
-            if self._share(weights, grid) < _ENOUGH:
+        first = self._grid(plain)
+        if first is not None:
+            found.append((self._share(plain, first), first, None))
+        grid = self._grid(weights) if found or explained > 0 else None
+        if first is not None and (grid is None or found[0][0] > self._share(weights, grid)):
+            grid = first
+        if grid is not None:
+            if grid is first or self._share(weights, grid) < _ENOUGH:
                 _, weights, form = self._best(grid)
                 grid = self._grid(weights) or grid
             found.append((self._share(weights, grid), grid, form))
@@ -202,7 +207,8 @@ class _Fitting:
         if now < max(_WORTH, explained):
             return
         read = plain if chosen is None else weights
-        if self._left(read, grid) > _ROUNDS * self._left(read, grid.limits):
+        left, limited = (self._left(read, way) for way in (grid, grid.limits))
+        if np.median(left / np.maximum(limited, NOTHING)) > _ROUNDS:
             return  # cut off, but not rounded
         if chosen is None:
             yield _INPUTS, self._w, grid
@@ -218,9 +224,13 @@ class _Fitting:
         around = 1 - float(squares(self._held.rest(weights, grid, about=True)).sum()) / self._around
         return min(explained, around)
 
-    def _left(self, weights: Array, operand: Callable[[Array], Array]) -> float:
-        """What these operands leave of what was not fitted."""
-        return float(squares(self._held.rest(weights, operand)).sum())
+    def _left(self, weights: Array, operand: Callable[[Array], Array]) -> Array:
+        """What these operands leave of what was not fitted, for each channel that says anything.
+
+        Some channels may say something wrong, behind curves that go both ways for instance.
+        """
+        left = squares(self._held.rest(weights, operand))
+        return np.asarray(left[self._held.known() > 0])
 
     @_alone()
     def _grid(self, weights: Array) -> Grid | None:

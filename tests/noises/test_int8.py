@@ -272,9 +272,10 @@ def test_one_equation_for_each_scale_proves_nothing(generator: np.random.Generat
     assert found.variant == "weights per tensor, fitted" and found.explained > 0.99
 
 
+@pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("ends", [(-1.87, 2.21), (-1.2, 1.5)])  # the latter of another input
 def test_inputs_clipped_by_an_unknown_calibration(
-    generator: np.random.Generator, ends: tuple[float, float]
+    generator: np.random.Generator, ends: tuple[float, float], weights: bool
 ) -> None:
     x = generator.standard_normal((1, 4, 12, 12)).astype(np.float32)
     w = generator.standard_normal((8, 4, 3, 3)).astype(np.float32)
@@ -282,9 +283,10 @@ def test_inputs_clipped_by_an_unknown_calibration(
     grid = np.linspace(*ends, 256)
     grid -= grid[np.abs(grid).argmin()]  # zero is one of the values
     narrow = grid[np.abs(x[..., None] - grid).argmin(axis=-1)].astype(np.float32)
-    found = explain(segment, {"x": x}, conv(narrow, w))
+    read = clipped(w.reshape(8, -1).T, np.ones(8)).T.reshape(w.shape) if weights else w
+    found = explain(segment, {"x": x}, conv(narrow, read))
     assert found.noise == ID and found.explained > 0.99
-    assert found.variant == "inputs fitted"
+    assert found.variant == ("weights per channel, fitted, " if weights else "") + "inputs fitted"
 
 
 @pytest.mark.parametrize("ends", [(-2.3, 3), (-1.87, 2.21), (-1.2, 1.5)])
