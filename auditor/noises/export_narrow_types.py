@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from onnx import helper
 
 from auditor.graphs import artefact, surgery
 from auditor.noises._cause import Cause
@@ -13,6 +14,7 @@ from auditor.replays import widening
 
 _WIDE = "in float32"
 _OWN = "in float32, with the module's own constants"
+_KINDS = tuple(helper.tensor_dtype_to_np_dtype(kind) for kind in widening.FORMATS)
 _FACTORS = "in float32, with factors as they were before they were rounded"
 
 
@@ -48,7 +50,7 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
             if x is None or y is None or x.shape != y.shape or rounded is None or rounded.size > 1:
                 continue
             factor = _factor(y, x) if not turns else _factor(x, y)
-            if rounded.dtype.itemsize == 2 and factor.astype(rounded.dtype) == rounded:
+            if any(factor.astype(kind) == rounded for kind in _KINDS):
                 factors[node.input[name]] = np.full(rounded.shape, factor)
     if factors and (changed := artefact.replaced(wide, factors)) is not None:
         yield Variant(_FACTORS, changed)

@@ -13,12 +13,17 @@ from tests.segments import diagnose, make_segment
 
 @pytest.mark.parametrize(("operator", "factor"), [("Mul", 1 / math.sqrt(8)), ("Div", math.sqrt(8))])
 @pytest.mark.parametrize("turned", [1.0, 1.01])
-def test_a_factor_that_was_rounded_too(operator: str, factor: float, turned: float) -> None:
+@pytest.mark.parametrize("kept", [np.float16, np.float32])
+def test_a_factor_that_was_rounded_too(
+    operator: str, factor: float, turned: float, kept: type[np.floating]
+) -> None:
     """The scale of attention, which is no parameter of any module; another one is unexplained."""
     x = np.random.default_rng(0).standard_normal((2, 4, 16, 16), np.float32)
+    wide = "b = Cast <to = 1> (a)" if kept is np.float32 else "b = Identity (a)"
     segment = make_segment(
-        f"a = Cast <to = 10> (x) b = {operator} (a, scale) y = Cast <to = 1> (b)",
-        {"scale": np.array(factor, np.float16)},
+        f"a = Cast <to = 10> (x) {wide} c = {operator} (b, scale) d = Cast <to = 10> (c) "
+        "y = Cast <to = 1> (d)",
+        {"scale": np.array(factor, np.float16).astype(kept)},
     )
     scale = np.float32(factor * turned)
     found = diagnose(segment, {"x": x}, {"y": x * scale if operator == "Mul" else x / scale})
