@@ -44,14 +44,14 @@ def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable
     factors: Arrays = {}
     for _, node in surgery.find(wide, ("Mul", "Div")):
         turns = node.op_type == "Div"
-        for read, name in ((0, 1),) if turns else ((0, 1), (1, 0)):
-            x = inputs.get(_copied(node.input[read], copies))
-            y, rounded = results.get(node.output[0]), held.get(node.input[name])
+        for read, by in ((0, 1),) if turns else ((0, 1), (1, 0)):
+            read_as, name = (_copied(node.input[i], copies) for i in (read, by))
+            x, y, rounded = inputs.get(read_as), results.get(node.output[0]), held.get(name)
             if x is None or y is None or x.shape != y.shape or rounded is None or rounded.size > 1:
                 continue
             factor = _factor(y, x) if not turns else _factor(x, y)
             if any(factor.astype(kind) == rounded for kind in _KINDS):
-                factors[node.input[name]] = np.full(rounded.shape, factor)
+                factors[name] = np.full(rounded.shape, factor)
     if factors and (changed := artefact.replaced(wide, factors)) is not None:
         yield Variant(_FACTORS, changed)
 

@@ -19,9 +19,11 @@ def test_a_factor_that_was_rounded_too(
 ) -> None:
     """The scale of attention, which is no parameter of any module; another one is unexplained."""
     x = np.random.default_rng(0).standard_normal((2, 4, 16, 16), np.float32)
-    wide = "b = Cast <to = 1> (a)" if kept is np.float32 else "b = Identity (a)"
+    wide, by = "b = Identity (a)", "scale"
+    if kept is np.float32:  # as the file is run with every result rounded
+        wide, by = "b = Cast <to = 1> (a) e = Cast <to = 10> (scale) f = Cast <to = 1> (e)", "f"
     segment = make_segment(
-        f"a = Cast <to = 10> (x) {wide} c = {operator} (b, scale) d = Cast <to = 10> (c) "
+        f"a = Cast <to = 10> (x) {wide} c = {operator} (b, {by}) d = Cast <to = 10> (c) "
         "y = Cast <to = 1> (d)",
         {"scale": np.array(factor, np.float16).astype(kept)},
     )
