@@ -315,7 +315,7 @@ class _Surgery:
             self.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
 
     def call(self, node: onnx.NodeProto, body: str, kind: int) -> None:
-        """Turn a node into a call of a function."""
+        """Turn a node into a call of a function, of all its inputs or of those that it has."""
         text = body.replace("$T", str(kind))
         if text not in self._names:
             name = f"{node.op_type}{len(self.model.functions)}"
@@ -324,6 +324,8 @@ class _Surgery:
             self._names[text] = name
         node.op_type, node.domain = self._names[text], DOMAIN
         del node.attribute[:]
+        if text.partition(")")[0].count(",") + 1 < len(node.input):
+            node.input[:] = filter(None, list(node.input))
 
     def before(self, index: int, position: int, body: str) -> None:
         """Pass what a node reads through a function."""

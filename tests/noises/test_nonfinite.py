@@ -219,15 +219,20 @@ def test_a_choice_as_a_product() -> None:
     assert not found.failures
 
 
-def test_infinity_behind_a_clip_without_a_limit() -> None:
+@pytest.mark.parametrize("limits", [("least",), ("least", ""), ("", "most")])
+def test_infinity_behind_a_clip_without_a_limit(limits: tuple[str, ...]) -> None:
     """A norm that overflowed is the largest number in ONNX Runtime, and stays infinite in TVM."""
     x = np.linspace(-3e19, 3e19, 24, dtype=np.float32).reshape(4, 6)
+    sign = np.float32(-1 if "most" in limits else 1)
     nodes = [
         helper.make_node("Mul", ["x", "x"], ["s"]),
-        helper.make_node("Clip", ["s", "least"], ["c"]),
+        helper.make_node("Mul", ["s", "sign"], ["signed"]),
+        helper.make_node("Clip", ["signed", *limits], ["c"]),
         helper.make_node("Div", ["x", "c"], ["y"]),
     ]
-    segment = make_segment(nodes, {"least": np.array(1e-12, np.float32)}, ["x"], ["y"])
+    constants = {"least": np.float32(1e-12), "most": np.float32(-1e-12), "sign": sign}
+    segment = make_segment(nodes, {k: np.array(v) for k, v in constants.items()}, ["x"], ["y"])
     with np.errstate(over="ignore"):
-        found = diagnose(segment, {"x": x}, {"y": x / (x * x)})
+        found = diagnose(segment, {"x": x}, {"y": x / (x * x * sign)})
+    assert not found.failures
     assert found.noise == ID and found.bit_identical == 1.0 and "Clip" in found.variant
