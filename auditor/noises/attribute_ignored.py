@@ -25,15 +25,15 @@ _ATTRIBUTES_ELSEWHERE = frozenset(
 _OPERATORS_ELSEWHERE = frozenset(
     {
         *("Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Dropout", "Hardmax", "If"),
-        *("LogSoftmax", "Loop", "Pad", "QLinearConv", "QuantizeLinear", "Resize", "Scan", "Shape"),
+        *("LogSoftmax", "Loop", "Pad", "QLinearConv", "QuantizeLinear", "Resize", "Scan"),
         *("Slice", "Softmax", "Split", "Squeeze", "Unsqueeze", "Upsample"),
     }
 )
 # Attributes on which the shape of the result depends.
 _SHAPING = frozenset(
     {
-        *("axis", "dilations", "num_outputs", "output_height", "output_padding", "output_shape"),
-        *("output_width", "perm", "strides"),
+        *("axis", "dilations", "end", "num_outputs", "output_height", "output_padding"),
+        *("output_shape", "output_width", "perm", "start", "strides"),
     }
 )
 # How many are tried per segment, for each costs a replay.
