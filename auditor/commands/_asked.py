@@ -67,8 +67,10 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     specs = with_training(specs, source)
     taken = {spec.label for spec in specs} | {"reference"}
     if twice := [name for name, _ in traces if name in taken]:
+        whose = " that the policy asks for" if backends and not given["backends"] else ""
         raise UsageError(
-            f"--trace `{twice[0]}` has the name of a backend", "Write NAME=FILE with another name."
+            f"--trace `{twice[0]}` has the name of a backend{whose}",
+            "Write NAME=FILE with another name.",
         )
     images, pipeline, data = (given[key] for key in ("images", "pipeline", "data"))
     if (images is None) != (pipeline is None) or (images is not None and data is not None):

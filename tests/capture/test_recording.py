@@ -308,6 +308,16 @@ def test_bad_traces_get_one_clear_message(tmp_path, arguments, said):
     assert "Traceback" not in done.stderr
 
 
+def test_a_trace_with_the_name_of_a_backend_in_the_policy(tmp_path):
+    model = _network(tmp_path)
+    dump, _ = _dump(tmp_path)
+    policy = tmp_path / "audit.toml"
+    policy.write_text('backends = ["ort"]')
+    done = _cli("audit", model, "--trace", f"ort={dump}", "--policy", policy)
+    assert done.returncode == 2
+    assert "has the name of a backend that the policy asks for" in " ".join(done.stderr.split())
+
+
 def test_a_trace_is_read_one_sample_at_a_time(tmp_path):
     trace = _recorded(_network(tmp_path), tmp_path, samples=3)
     opened = recording.load("there", trace, {}, Silent())
