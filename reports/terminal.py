@@ -278,13 +278,15 @@ def _draw_findings(page: Page, report: AuditReport) -> None:
     if not report.findings:
         page.say(Span("No segment introduced an error above its floor."))
         return
-    legend = (
-        "ranked by what each error alone changes in the outputs; impact: that, as part of the "
-        "final divergence; share: its part in the exact book-keeping, which sums to 100%; "
-        "introduced: relative L2 made here; explained, bits: how much of it, and how many "
-        "elements exactly, replaying the cause reproduces"
+    page.say(
+        Span(
+            "ranked by what each error alone changes in the outputs; impact: that, as part of the "
+            "final divergence; share: its part in the exact book-keeping, which sums to 100%; "
+            "introduced: relative L2 made here; explained, bits: how much of it, and how many "
+            "elements exactly, replaying the cause reproduces",
+            "dim",
+        )
     )
-    page.say(Span(legend, "dim"))
     columns = [
         Column("#", right=True),
         Column("severity"),

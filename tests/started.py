@@ -82,20 +82,14 @@ def _serve() -> None:
     for name in _PACKAGES:
         importlib.import_module(name)
     gc.freeze()
-    with os.fdopen(os.dup(1), "w") as answers:
-        for line in sys.stdin:
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    os.close(answers.fileno())
-                    _become(*json.loads(line))
-                    code = 0
-                except SystemExit as end:
-                    code = end.code if isinstance(end.code, int) else 1
-                finally:
-                    os._exit(code)
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            answers.close()
+            _become(*json.loads(line))
+            return  # or raise: the interpreter ends as it does elsewhere, with a traceback
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

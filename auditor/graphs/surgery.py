@@ -306,7 +306,7 @@ class _Surgery:
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = copied(model)
         self.types = types(model)
-        self._names: dict[str, str] = {}  # function names by their text
+        self._functions: dict[str, onnx.FunctionProto] = {}  # by their text
         self._before: dict[int, list[onnx.NodeProto]] = {}
         self._after: dict[int, list[onnx.NodeProto]] = {}
         self._copies: dict[tuple[str, str], str] = {}
@@ -317,14 +317,15 @@ class _Surgery:
     def call(self, node: onnx.NodeProto, body: str, kind: int) -> None:
         """Turn a node into a call of a function, of all its inputs or of those that it has."""
         text = body.replace("$T", str(kind))
-        if text not in self._names:
+        if text not in self._functions:
             name = f"{node.op_type}{len(self.model.functions)}"
             header = f'<domain: "{DOMAIN}", opset_import: ["": {opset(self.model)}]> {name} '
-            self.model.functions.append(onnx.parser.parse_function(header + text))
-            self._names[text] = name
-        node.op_type, node.domain = self._names[text], DOMAIN
+            self._functions[text] = onnx.parser.parse_function(header + text)
+            self.model.functions.append(self._functions[text])
+        function = self._functions[text]
+        node.op_type, node.domain = function.name, DOMAIN
         del node.attribute[:]
-        if text.partition(")")[0].count(",") + 1 < len(node.input):
+        if len(function.input) < len(node.input):
             node.input[:] = filter(None, list(node.input))
 
     def before(self, index: int, position: int, body: str) -> None:

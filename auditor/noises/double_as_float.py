@@ -18,7 +18,6 @@ _NAME = "everything in float32"
 _LIMITED = "everything in float32, whose largest number stands for what is beyond it"
 _LARGEST = np.finfo(np.float32)
 _LIMITS = ("float32/least", "float32/most")
-_DOUBLE = TensorProto.DOUBLE
 _CLIP = 11  # its limits are inputs from here on
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type")
 
@@ -28,8 +27,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if _holds(segment.model):
         whole = inside(segment.model, segment.weights)
         yield Variant(_NAME, _narrowed(whole))
-        doubles = (i for i in whole.graph.input if i.type.tensor_type.elem_type == _DOUBLE)
-        if surgery.opset(whole) >= _CLIP and any(doubles):  # else nothing is beyond it
+        fed = {value.type.tensor_type.elem_type for value in whole.graph.input}
+        if surgery.opset(whole) >= _CLIP and TensorProto.DOUBLE in fed:  # else none is beyond it
             yield Variant(_LIMITED, _narrowed(whole, limited=True))
 
 
