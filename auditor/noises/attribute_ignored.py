@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import onnx
@@ -41,6 +41,7 @@ _MOST = 8
 _MOST_ALONE = 4  # nodes of one operator that are tried one by one
 # Limits of these are lost where they are computed; a constant one is only met by ties.
 _TIED = ("NonMaxSuppression",)
+_OWN = "com.microsoft"
 _INPUT = "input"  # marks what is not an attribute
 _OPTIONAL = ("LayerNormalization",)
 _CHANNEL_SLOPE = "PRelu: slope along the channels, not the last axis"
@@ -101,11 +102,8 @@ def _changes(
     model: onnx.ModelProto, node: onnx.NodeProto, constants: Container[str]
 ) -> Iterator[tuple[str, _Change]]:
     """What can be ignored of a node: its name for the user, and what removes it."""
-    if node.op_type in _OPERATORS_ELSEWHERE or node.domain not in ("", "ai.onnx"):
-        return
-    try:
-        schema = onnx.defs.get_schema(node.op_type, surgery.opset(model), "")
-    except onnx.defs.SchemaError:
+    schema = None if node.op_type in _OPERATORS_ELSEWHERE else _schema(model, node)
+    if schema is None:
         return
     for name, value in surgery.attributes(node).items():
         known = schema.attributes.get(name)
@@ -123,16 +121,37 @@ def _changes(
         return  # their axes
     for position, name in enumerate(node.input):
         formal = schema.inputs[min(position, len(schema.inputs) - 1)]
-        optional = formal.option == onnx.defs.OpSchema.FormalParameterOption.Optional
+        optional = formal.option.name == "Optional"
         if name and optional and not (node.op_type in _TIED and name in constants):
             yield f"{node.op_type}: {_INPUT} {formal.name} ignored", partial(_drop, at=position)
 
 
-def _default(known: onnx.defs.OpSchema.Attribute) -> Any:
-    """An attribute's default; None where it has none, or one that is derived."""
-    if not known.default_value.type:
+def _schema(model: onnx.ModelProto, node: onnx.NodeProto) -> Any:
+    """What ONNX, or ONNX Runtime of its own operators, says of one; None where neither knows it."""
+    if node.domain == _OWN:
+        return _own_schemas().get(node.op_type)
+    if node.domain not in ("", "ai.onnx"):
         return None
-    value = helper.get_attribute_value(known.default_value)
+    try:
+        return onnx.defs.get_schema(node.op_type, surgery.opset(model), "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+@cache
+def _own_schemas() -> dict[str, Any]:
+    """ONNX Runtime's schemas of its own operators: ``onnx.defs.OpSchema`` but for helpers."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as runtime
+
+    return {s.name: s for s in runtime.get_all_operator_schema() if s.domain == _OWN}
+
+
+def _default(known: Any) -> Any:
+    """An attribute's default; None where it has none, or one that is derived."""
+    default = onnx.AttributeProto.FromString(known._default_value)
+    if not default.type:
+        return None
+    value = helper.get_attribute_value(default)
     return value.decode() if isinstance(value, bytes) else value
 
 
@@ -185,11 +204,11 @@ NOISE = Cause(
         "drops it without a word, and the operator runs with its default."
     ),
     applies=(
-        "every standard operator with an attribute that is not at its default, or with an "
+        "every operator of ONNX or com.microsoft with an attribute that is not at its default, or with an "
         "optional input or output; at most eight of them in one segment"
     ),
     source=(
-        "ONNX operator schemas (defaults of attributes, optional inputs); for instance "
+        "operator schemas of ONNX and ONNX Runtime (defaults, optional inputs); for instance "
         "openvino#33371 and tvm#18598 (PRelu slope), ConvTranspose output_shape, LSTM peepholes"
     ),
     advice=(

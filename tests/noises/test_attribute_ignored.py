@@ -263,3 +263,51 @@ def test_a_hypothesis_whose_shapes_fit_nothing_is_refuted_not_missing(
     found = diagnose(segment, {"x": x}, {"y": x @ weights["w"].T + weights["b"] + 1})
     assert found.noise is None and not found.failures
     assert "Gemm: transB ignored" in {h.variant for h in found.hypotheses}
+
+
+def test_an_input_that_another_one_needs_is_refuted_not_missing(
+    generator: np.random.Generator,
+) -> None:
+    node = helper.make_node(
+        "GroupQueryAttention", ["q", "k", "k", "past", "past", "last", "count"], ["y", "p", "v"],
+        domain="com.microsoft", num_heads=2, kv_num_heads=1,
+    )  # fmt: skip
+    constants = {"last": np.array([1], np.int32), "count": np.array(2, np.int32)}
+    segment = make_segment([node], constants, ["q", "k", "past"], ["y", "p", "v"])
+    segment.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    shapes = {"q": (1, 2, 16), "k": (1, 2, 8), "past": (1, 1, 0, 8)}
+    inputs = {n: generator.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    right = run(segment.model, inputs)
+    found = diagnose(segment, inputs, right | {"y": right["y"] + np.float32(1)})
+    assert found.noise is None and not found.failures
+    refuted = {h.variant for h in found.hypotheses}
+    assert "GroupQueryAttention: input past_value ignored" in refuted
+
+
+def attention(x: Array, w: Array, b: Array, heads: int) -> Array:
+    """Self-attention with a scale of 1 / √(the size of a head)."""
+    q, k, v = np.split(x.astype(np.float64) @ w + b, 3, -1)
+    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(0, 2, 1, 3) for t in (q, k, v))
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
+    e = np.exp(scores - scores.max(-1, keepdims=True))
+    y = e / e.sum(-1, keepdims=True) @ v
+    return np.asarray(y.transpose(0, 2, 1, 3).reshape(x.shape), np.float32)
+
+
+def test_an_operator_of_onnx_runtime(generator: np.random.Generator) -> None:
+    """Its attributes stand in ONNX Runtime's schemas, not in ONNX's; one at its default is none."""
+    x = generator.standard_normal((2, 4, 8)).astype(np.float32)
+    w, b = (generator.standard_normal(shape).astype(np.float32) for shape in ((8, 24), 24))
+    node = helper.make_node(
+        "Attention", ["x", "w", "b"], ["y"], domain="com.microsoft",
+        num_heads=2, scale=0.9, unidirectional=0,
+    )  # fmt: skip
+    segment = make_segment([node], {"w": w, "b": b}, ["x"], ["y"])
+    segment.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    found = diagnose(segment, {"x": x}, {"y": attention(x, w, b, 2)})
+    assert (found.noise, found.variant) == (ID, "Attention: scale ignored")
+    assert (
+        diagnose(segment, {"x": x}, {"y": attention(x, w * np.float32(1.01), b, 2)}).noise is None
+    )
+    names = [variant.name for variant in attribute_ignored.NOISE.variants(segment)]
+    assert not any("unidirectional" in name or "num_heads" in name for name in names)
