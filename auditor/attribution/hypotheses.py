@@ -62,8 +62,8 @@ TURNED = 12
 ELEMENTS = 100
 # How many of all hypotheses are tried together with the precision that the engine states.
 LIKELY = 8
-# What ONNX Runtime says, before a run, of shapes that do not fit and of an input that is missed: one
-# that is optional only together with another.
+# What ONNX Runtime says, before a run, of shapes that do not fit and of a missing input, which was
+# optional only together with another.
 _IMPOSSIBLE = ("ShapeInferenceError", "expected to have type but instead is null")
 
 
@@ -303,7 +303,8 @@ class Bench:
         """Replay one variant and say what it explains, or why it cannot be run.
 
         A variant whose shapes do not fit the rest of the segment, or that lacks what an operator
-        needs, is refuted, since the backend did run. Nothing is changed here, so that threads may replay several beside each other.
+        needs, is refuted, since the backend did run. Nothing is changed here, so that threads may
+        replay several beside each other.
         """
         observed = self.error.observed
         refuted = Hypothesis(noise, variant.name, -math.inf, 0.0)

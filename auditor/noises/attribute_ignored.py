@@ -204,8 +204,8 @@ NOISE = Cause(
         "drops it without a word, and the operator runs with its default."
     ),
     applies=(
-        "every operator of ONNX or com.microsoft with an attribute that is not at its default, or with an "
-        "optional input or output; at most eight of them in one segment"
+        "every operator of ONNX or com.microsoft with an attribute that is not at its default, or "
+        "with an optional input or output; at most eight of them in one segment"
     ),
     source=(
         "operator schemas of ONNX and ONNX Runtime (defaults, optional inputs); for instance "
