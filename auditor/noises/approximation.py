@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 
 # GELU's Φ(x) = (1 + erf(x/√2)) / 2 is approximated as (1 + tanh(√(2/π)(x + 0.044715 x³))) / 2 or
@@ -25,9 +27,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     model = segment.model
     version = surgery.opset(model)
     for name, op_types, body in _FORMS:
-        found = dict(surgery.find(model, op_types))
-        if bodies := {i: text for i, n in found.items() if (text := body(n, version))}:
-            yield Variant(name, surgery.substituted(model, bodies))
+        found = surgery.find(model, op_types)
+        yield from rewritten(model, name, found, partial(body, version=version))
     if any(True for _ in surgery.find(model, ("Tanh",))) and (exact := _exact_gelu(model)):
         yield Variant(_BY_ERF, exact)
 
@@ -188,7 +189,7 @@ def _number(name: str, value: float) -> str:
 
 
 _ERF = f"(x) => (y) {{ {_number('r', math.sqrt(0.5))} z = Mul(x, r) y = Erf(z) }}"
-_FORMS: tuple[tuple[str, tuple[str, ...], Callable[[onnx.NodeProto, int], str | None]], ...] = (
+_FORMS: tuple[tuple[str, tuple[str, ...], Callable[..., str | None]], ...] = (
     ("GELU by tanh instead of erf, or the reverse", ("Gelu", "Erf"), _gelu),
     ("GELU by a sigmoid", ("Gelu", "Erf"), _quick_gelu),
     ("sigmoid by its definition, which ends at 0", ("Sigmoid",), _defined),

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 
 # Attributes that other noises vary, or that do not change the result by themselves.
@@ -63,11 +64,8 @@ _Change = Callable[[onnx.NodeProto], None]
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with each attribute at its default and each optional input left out."""
     model = segment.original or segment.model
-    if slopes := {i: _SLOPE for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)}:
-        yield Variant(
-            _CHANNEL_SLOPE,
-            surgery.substituted(model, slopes),
-        )
+    slopes = [(i, n) for i, n in surgery.find(model, ("PRelu",)) if _flat(model, n)]
+    yield from rewritten(model, _CHANNEL_SLOPE, slopes, lambda _: _SLOPE)
     once = surgery.copied(model)
     if any([_use_first(node) for _, node in surgery.find(once, _RECURRENT)]):
         yield Variant(_ONE_DIRECTION, once)

@@ -9,6 +9,7 @@ import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 
 # Poolings, with the opset that gave each of them ``ceil_mode``.
@@ -155,8 +156,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         if version >= max(_AMOUNTS, _POOLS[node.op_type]) and _applies(node)
     ]
     for name, form in _FORMS:
-        if bodies := {i: body for i, node in pools if (body := form(node)) is not None}:
-            yield Variant(name, surgery.substituted(model, bodies))
+        yield from rewritten(model, name, pools, form)
 
 
 _EXPLICIT = (

@@ -9,6 +9,7 @@ import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Arrays, SegmentGraph, Variant
 from auditor.replays.editor import Editor
 
@@ -35,14 +36,13 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         yield Variant(_CAUSAL, surgery.passing(model, {(i, 0): _LATER for i in rows}))
     makers = {name: node for node in model.graph.node for name in node.output}
     read = {model.graph.node[i].input[0] for i in rows}
-    bodies = {}
-    for index, node in surgery.find(model, ("Add",)):
-        if node.output[0] in read:
-            made = [n in makers and makers[n].op_type in _SCORES for n in node.input]
-            kept = "b" if made == [False, True] else "a"
-            bodies[index] = f"(a, b) => (y) {{ y = Identity ({kept}) }}"
-    if bodies:
-        yield Variant(_OPEN, surgery.substituted(model, bodies))
+    sums = [(i, n) for i, n in surgery.find(model, ("Add",)) if n.output[0] in read]
+
+    def unmasked(node: onnx.NodeProto) -> str:
+        made = [n in makers and makers[n].op_type in _SCORES for n in node.input]
+        return f"(a, b) => (y) {{ y = Identity ({'b' if made == [False, True] else 'a'}) }}"
+
+    yield from rewritten(model, _OPEN, sums, unmasked)
 
 
 def _fitted(segment: SegmentGraph, inputs: Arrays, observed: Arrays) -> Iterable[Variant]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from onnx import TensorProto
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import integers, qlinear, recurrent
 from auditor.replays.editor import Editor
@@ -46,6 +48,7 @@ _RANGE_LAST = """(x) => (y, s, z) {
     z = Cast <to = 2> (held) wide = Mul(x, keep) q = Div(wide, span) r = Round(q)
     t = Add(r, held) c = Clip(t, zero, keep) y = Cast <to = 2> (c) }"""
 
+_DIVIDES_LAST = "the range divides last: x · 255 / (max − min)"
 _REAL = "what recurrent layers read and hand on is not quantised"
 _PARTS = "each thread quantises what it hands on of a recurrent layer's batch by its own range"
 _CUT = "results of QLinear operators are cut off to 8 bits and wrap around"
@@ -71,9 +74,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     model = segment.model
     if surgery.opset(model) < OPSET:
         return
-    if dynamic := {i: _RANGE_LAST for i, _ in surgery.find(model, ("DynamicQuantizeLinear",))}:
-        name = "the range divides last: x · 255 / (max − min)"
-        yield Variant(name, surgery.substituted(model, dynamic))
+    dynamic = surgery.find(model, ("DynamicQuantizeLinear",))
+    yield from rewritten(model, _DIVIDES_LAST, dynamic, lambda _: _RANGE_LAST)
     if (real := recurrent.unquantised(segment)) is not None:
         yield Variant(_REAL, real)
     if (parts := integers.threaded(model, segment.threads)) is not None:
@@ -107,8 +109,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _limited(layout, sums.keys())
     if spread := _spread(layout):
         yield Variant(_SPREAD, surgery.passing(model, {}, spread))
-    if tables := _tables(model, layout, grids):
-        yield Variant(_TABLE, surgery.substituted(model, tables))
+    if surgery.opset(model) >= _SOFTMAX:
+        softmaxes = surgery.find(model, ("Softmax",))
+        yield from rewritten(model, _TABLE, softmaxes, partial(_table, layout=layout, grids=grids))
     for name, body in _ROUNDINGS.items():
         bodies = {i: _rounding(body, layout.nodes[i], grid) for i, grid in grids.items()}
         yield Variant(name, surgery.substituted(model, bodies))
@@ -386,30 +389,19 @@ def _unrounded(
     return editor.model
 
 
-def _tables(
-    model: onnx.ModelProto, layout: QuantisedLayout, grids: Mapping[int, Grid]
-) -> dict[int, str]:
-    """Bodies of the softmaxes between 8-bit values, as ONNX Runtime's QLinearSoftmax computes."""
-    if surgery.opset(model) < _SOFTMAX:
-        return {}
-    found = {}
-    for index, node in surgery.find(model, ("Softmax",)):
-        read, last = layout.grid(node.input[0]), layout.reader(node.output[0])
-        made = None if last is None else grids.get(last)
-        if read is not None and made is not None and read.bytes and made.bytes:
-            axis = surgery.attributes(node).get("axis", -1)
-            scales = float(read.scale), float(made.scale)
-            found[index] = _table(axis, *scales, surgery.opset(model))
-    return found
-
-
-def _table(axis: int, read: float, written: float, version: int) -> str:
-    """A softmax of multiples of ``read``, to multiples of ``written``."""
-    factor = float(np.floor(np.float32(1) / np.float32(written)))
+def _table(node: onnx.NodeProto, layout: QuantisedLayout, grids: Mapping[int, Grid]) -> str | None:
+    """A softmax between 8-bit values, as ONNX Runtime's QLinearSoftmax computes it."""
+    read, last = layout.grid(node.input[0]), layout.reader(node.output[0])
+    made = None if last is None else grids.get(last)
+    if read is None or made is None or not (read.bytes and made.bytes):
+        return None
+    axis, version = surgery.attributes(node).get("axis", -1), surgery.opset(layout.model)
+    factor = float(np.floor(np.float32(1) / made.scale))
     return f"""(x) => (y) {{
-        s = Constant <value = float {{{read!r}}}> () {_double("head", _HEAD)} {_double("no", 0.0)}
+        s = Constant <value = float {{{float(read.scale)!r}}}> ()
+        {_double("head", _HEAD)} {_double("no", 0.0)}
         c = Constant <value = float {{{factor!r}}}> ()
-        t = Constant <value = float {{{written!r}}}> ()
+        t = Constant <value = float {{{float(made.scale)!r}}}> ()
         last = Constant <value = int64 {{{axis}}}> ()
         {surgery.reduction("top", "ReduceMax", "x", [axis], version)} d = Sub(x, top)
         k = Div(d, s) steps = Round(k) wide = Cast <to = 11> (steps) step = Cast <to = 11> (s)
@@ -477,7 +469,7 @@ NOISE = Cause(
     },
     ablations={"ort": {"session.disable_quant_qdq": "1"}},
     forms=(
-        "the range divides last: x · 255 / (max − min)",
+        _DIVIDES_LAST,
         _REAL,
         _PARTS,
         _CUT,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import onnx
 from onnx import TensorProto
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 
 # Range of each integer type that int64 can hold.
@@ -23,6 +25,7 @@ _LIMITS: dict[int, tuple[int, int]] = {
 _ARITHMETIC = ("Add", "Sub", "Mul", "Neg", "Abs", "BitShift")  # shifts to the left
 _REAL = frozenset((TensorProto.FLOAT, TensorProto.DOUBLE))
 _INTEGERS = frozenset((TensorProto.INT64, *_LIMITS))
+_UNWRAPPED = "arithmetic and casts in 32 bits do not wrap around"
 # Min and Max know integers from here on.
 _OPSET = 12
 
@@ -40,49 +43,45 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     def target(node: onnx.NodeProto) -> int:
         return types.get(node.output[0], TensorProto.UNDEFINED)
 
-    arithmetic = {
-        i: _clipped(n, target(n))
-        for i, n in operators
-        if n.op_type in _ARITHMETIC and target(n) in _LIMITS and not _to_the_right(n)
-    }
-    casts = {
-        i: (types.get(n.input[0], TensorProto.UNDEFINED), target(n))
-        for i, n in operators
-        if n.op_type == "Cast" and target(n) in _LIMITS
-    }
-    clipped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=True))}
-    wrapped = {i: b for i, (of, to) in casts.items() if (b := _cast(of, to, clip=False))}
-    quantised = {
-        i: _wrapping(n, target(n))
-        for i, n in operators
-        if n.op_type == "QuantizeLinear" and target(n) in _LIMITS
-    }
-    for name, bodies in (
-        ("arithmetic saturates", arithmetic),
-        ("casts saturate", clipped),
-        (
-            "arithmetic and casts saturate",
-            arithmetic | clipped if arithmetic and clipped else {},
-        ),
-        ("arithmetic and casts in 32 bits do not wrap around", _unwrapped(model, types)),
-        ("casts wrap around", wrapped),
-        ("quantised values wrap around", quantised),
+    def body(node: onnx.NodeProto, *, clip: bool = True) -> str | None:
+        kind = target(node)
+        if kind not in _LIMITS or _to_the_right(node):
+            return None
+        if node.op_type == "Cast":
+            return _cast(types.get(node.input[0], TensorProto.UNDEFINED), kind, clip=clip)
+        return _wrapping(node, kind) if node.op_type == "QuantizeLinear" else _clipped(node, kind)
+
+    arithmetic, casts, quantised = (
+        [(i, n) for i, n in operators if n.op_type in kinds]
+        for kinds in (_ARITHMETIC, ("Cast",), ("QuantizeLinear",))
+    )
+    both = any(body(n) for _, n in arithmetic) and any(body(n) for _, n in casts)
+    for name, nodes, changed in (
+        ("arithmetic saturates", arithmetic, body),
+        ("casts saturate", casts, body),
+        ("arithmetic and casts saturate", [*arithmetic, *casts] if both else [], body),
+        (_UNWRAPPED, _narrow(model, types), _unwrapped),
+        ("casts wrap around", casts, partial(body, clip=False)),
+        ("quantised values wrap around", quantised, body),
     ):
-        if bodies:
-            yield Variant(name, surgery.substituted(model, bodies))
+        yield from rewritten(model, name, nodes, changed)
 
 
-def _unwrapped(model: onnx.ModelProto, types: Mapping[str, int]) -> dict[int, str]:
-    """Arithmetic on and casts to 16 bits that only casts read, with their results left in 32."""
-    outputs = {o.name for o in model.graph.output}
-    read = {n for node in model.graph.node if node.op_type != "Cast" for n in node.input}
-    return {
-        index: _computed(node, TensorProto.INT32, "y = Identity(r)")
-        for index, node in surgery.find(model, (*_ARITHMETIC, "BitwiseNot", "Cast"))
-        if types.get(node.output[0]) in (TensorProto.INT16, TensorProto.UINT16)
-        and node.output[0] not in outputs | read
-        and not _to_the_right(node)
-    }
+def _narrow(
+    model: onnx.ModelProto, types: Mapping[str, int]
+) -> Iterator[tuple[int, onnx.NodeProto]]:
+    """Arithmetic on and casts to 16 bits that only casts read."""
+    seen = {o.name for o in model.graph.output}
+    seen |= {n for node in model.graph.node if node.op_type != "Cast" for n in node.input}
+    for index, node in surgery.find(model, (*_ARITHMETIC, "BitwiseNot", "Cast")):
+        short = types.get(node.output[0]) in (TensorProto.INT16, TensorProto.UINT16)
+        if short and node.output[0] not in seen and not _to_the_right(node):
+            yield index, node
+
+
+def _unwrapped(node: onnx.NodeProto) -> str:
+    """Arithmetic whose result stays in 32 bits."""
+    return _computed(node, TensorProto.INT32, "y = Identity(r)")
 
 
 def _to_the_right(node: onnx.NodeProto) -> bool:
@@ -181,7 +180,7 @@ NOISE = Cause(
         "arithmetic saturates",
         "casts saturate",
         "arithmetic and casts saturate",
-        "arithmetic and casts in 32 bits do not wrap around",
+        _UNWRAPPED,
         "casts wrap around",
         "quantised values wrap around",
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import linear
 from auditor.replays.layout import Layout
@@ -141,9 +143,7 @@ def _narrowed(model: onnx.ModelProto) -> Iterable[Variant]:
         ("computed in float32", floats, _in_float),
         ("divided in float32", divided if divided != floats else {}, _in_float),
     ):
-        if nodes:
-            bodies = {i: body(n, types) for i, n in nodes.items()}
-            yield Variant(name, surgery.substituted(model, bodies))
+        yield from rewritten(model, name, nodes.items(), partial(body, types=types))
 
 
 def _large(model: onnx.ModelProto, types: dict[str, int]) -> set[str]:
@@ -175,7 +175,7 @@ def _touches(node: onnx.NodeProto, types: dict[str, int], kinds: frozenset[int])
     return any(types.get(name) in kinds for name in names)
 
 
-_Body = Callable[[onnx.NodeProto, dict[str, int]], str]
+_Body = Callable[..., str]  # of a node and the segment's ``types``
 
 
 def _through(step: str, real: Container[str] = ()) -> _Body:

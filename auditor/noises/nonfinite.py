@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 
 # Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
@@ -58,7 +60,7 @@ _FINITE = """(x) => (y) {
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with NaN or infinity replaced where kernels are known to do so."""
-    model = segment.model
+    model, version = segment.model, surgery.opset(segment.model)
     losing = {i: _LOSES[n.op_type] for i, n in surgery.find(model, _LOSES)}
     if losing:
         yield Variant("NaN loses every comparison", _read_as(model, losing))
@@ -75,24 +77,16 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         (_SEARCHED, ("MaxPool", *_REDUCED), _searched),
         ("a comparison with NaN takes the earlier value", _OF_TWO, _earlier),
     ):
-        nodes = {i: n for i, n in surgery.find(model, op_types) if len(n.output) == 1}
-        if nodes:
-            kinds = surgery.types(model)
-            read = {i: n.input[1 if n.op_type == "Where" else 0] for i, n in nodes.items()}
-            of = {i: kinds.get(read[i], kinds.get(n.output[0])) for i, n in nodes.items()}
-            nodes = {i: n for i, n in nodes.items() if of[i] in surgery.FLOATS}
-        if body in (_later, begun_again) and surgery.opset(model) < _CUMSUM:
+        if version < _CUMSUM and body in (_later, begun_again):
             continue
-        if bodies := {i: text for i, n in nodes.items() if (text := body(n))}:
-            yield Variant(name, surgery.substituted(model, bodies))
-    version = surgery.opset(model)
-    if softmaxes := dict(surgery.find(model, ("Softmax",)) if version >= _SOFTMAX else ()):
-        bodies = {i: _exponentials(n, version) for i, n in softmaxes.items()}
-        yield Variant(_EXPONENTIAL, surgery.substituted(model, bodies))
-    if open_ended := {i: b for i, n in surgery.find(model, ("Clip",)) if (b := _one_sided(n))}:
-        yield Variant(_OPEN, surgery.substituted(model, open_ended))
+        nodes = [(i, n) for i, n in surgery.find(model, op_types) if len(n.output) == 1]
+        kinds = surgery.types(model) if nodes else {}
+        yield from rewritten(model, name, [(i, n) for i, n in nodes if _is_real(n, kinds)], body)
+    softmaxes = surgery.find(model, ("Softmax",)) if version >= _SOFTMAX else ()
+    yield from rewritten(model, _EXPONENTIAL, softmaxes, partial(_exponentials, version=version))
+    yield from rewritten(model, _OPEN, surgery.find(model, ("Clip",)), _one_sided)
     extreme = dict(surgery.find(model, _EXTREME))
-    if extreme and surgery.opset(model) >= _ISINF:
+    if extreme and version >= _ISINF:
         reads = {(i, p): _FINITE for i, n in extreme.items() for p in range(len(n.input))}
         yield Variant(
             "infinite operands become the largest finite number",
@@ -102,6 +96,12 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             "infinite results become the largest finite number",
             surgery.passing(model, {}, dict.fromkeys(extreme, _FINITE)),
         )
+
+
+def _is_real(node: onnx.NodeProto, kinds: Mapping[str, int]) -> bool:
+    """Whether a node computes floats, by what it reads or else by what it writes."""
+    read = node.input[1 if node.op_type == "Where" else 0]
+    return kinds.get(read, kinds.get(node.output[0])) in surgery.FLOATS
 
 
 def _one_sided(node: onnx.NodeProto) -> str | None:

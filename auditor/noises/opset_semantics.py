@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 
 _SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
@@ -22,15 +24,20 @@ _SIGNED = frozenset((onnx.TensorProto.INT32, onnx.TensorProto.INT64))
 _PER_AXIS = 13  # softmaxes work along one axis from here on; before, on two dimensions
 _ALONG = "softmax along its axis alone, as from opset 13"
 _LAST = "softmax along the last axis, opset 13's default"
+_BEHIND = "softmax over its axis and all behind, as before opset 13"
+_FROM_ONE = "softmax over all axes from 1, opset 12's default"
 _ONE_SAMPLE = "RoiAlign: one sample in each bin, not as many as the region is large"
 _LARGEST = "RoiAlign: the largest interpolated sample, not corner value"
 _FROM_ZERO = "NonMaxSuppression: scores below zero are left out where no threshold is given"
+_LARGEST_EARLY = f"{_LARGEST}, half a pixel taken off before scaling"
+_OTHER_SETS = "RoiAlign: coordinates of the other operator sets"
 _BEFORE_SCALING = "RoiAlign: half a pixel is taken off before scaling"
 _DOWN = "integers are divided by rounding down, not toward zero"
 _KEPT = "DFT of real numbers to one side keeps their last axis"
 _OF_DFT = ("x", "size", "axis")
 _INNER = "DFT: a negative axis is counted without the last one"
 _EXCHANGED = "MaxPool with storage_order 1: indices counted by rows, and then transposed"
+_MODE = "coordinate_transformation_mode"
 _HALF_PIXEL = 16  # RoiAlign shifts its coordinates by half a pixel from here on
 
 
@@ -42,16 +49,11 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     yield from _regions(segment.model)
     yield from _divisions(segment.model)
     yield from _transforms(segment.model)
-    yield from _columns(segment.model)
-    open_ended = {
-        i: f"({', '.join(names)}) => (y) {{ "
-        "least = Constant <value = float {0}> () "
-        f"y = NonMaxSuppression {surgery.options(n)} ({', '.join((*names, 'least'))}) }}"
-        for i, n in surgery.find(segment.model, ("NonMaxSuppression",))
-        if len(n.input) == 4 and all(n.input) and (names := ("boxes", "scores", "most", "limit"))
-    }
-    if open_ended:
-        yield Variant(_FROM_ZERO, surgery.substituted(segment.model, open_ended))
+    for name, operator, body in (
+        (_EXCHANGED, "MaxPool", _by_rows),
+        (_FROM_ZERO, "NonMaxSuppression", _from_zero),
+    ):
+        yield from rewritten(segment.model, name, surgery.find(segment.model, (operator,)), body)
 
 
 def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
@@ -60,15 +62,14 @@ def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
         return
     version = surgery.opset(model)
     if version < _PER_AXIS:
-        axes = {i: surgery.attributes(n).get("axis", 1) for i, n in found.items()}
-        bodies = {i: _along(n, axes[i], version) for i, n in found.items()}
-        yield Variant(_ALONG, surgery.substituted(model, bodies))
-        if 1 in axes.values():
-            bodies = {i: _along(n, -1, version) for i, n in found.items() if axes[i] == 1}
-            yield Variant(
-                _LAST,
-                surgery.substituted(model, bodies),
-            )
+
+        def axis_of(node: onnx.NodeProto) -> int:
+            return int(surgery.attributes(node).get("axis", 1))
+
+        default = [(i, n) for i, n in found.items() if axis_of(n) == 1]
+        along = partial(_along, version=version)
+        yield from rewritten(model, _ALONG, found.items(), lambda n: along(n, axis_of(n)))
+        yield from rewritten(model, _LAST, default, partial(along, axis=-1))
         return
     flattens = {o: n for _, n in surgery.find(model, ("Flatten",)) for o in n.output}
     reshaped = {n.input[0] for _, n in surgery.find(model, ("Reshape",))}
@@ -92,14 +93,9 @@ def _softmaxes(model: onnx.ModelProto) -> Iterable[Variant]:
             surgery.set_attributes(changed.graph.node[index], axis=-1)
         yield Variant(_LAST, changed)
         bodies = {i: _flattened(found[i], axis) for i, axis in stated.items()}
-        yield Variant(
-            "softmax over its axis and all behind, as before opset 13",
-            surgery.substituted(model, bodies),
-        )
-    if bodies := {i: _flattened(n, 1) for i, n in found.items() if not n.attribute}:
-        yield Variant(
-            "softmax over all axes from 1, opset 12's default", surgery.substituted(model, bodies)
-        )
+        yield Variant(_BEHIND, surgery.substituted(model, bodies))
+    plain = [(i, n) for i, n in found.items() if not n.attribute]
+    yield from rewritten(model, _FROM_ONE, plain, partial(_flattened, axis=1))
 
 
 def _rejoined(
@@ -214,30 +210,39 @@ def _transforms(model: onnx.ModelProto) -> Iterable[Variant]:
         for index in behind:
             surgery.set_attributes(changed.graph.node[index], axis=found[index]["axis"] - 1)
         yield Variant(_INNER, changed)
-    bodies = {}
-    for index in (i for i, given in found.items() if given.get("onesided")):
-        names = [n for n, given in zip(_OF_DFT, nodes[index].input, strict=False) if given]
-        called = ", ".join(n if n in names else "" for n in _OF_DFT)
-        bodies[index] = (
-            f"({', '.join(names)}) => (y) {{ "
-            f"r = DFT {surgery.options(nodes[index])} ({called.rstrip(', ')}) "
-            "at = Constant <value = int64[1] {-2}> () y = Unsqueeze(r, at) }"
-        )
-    if bodies:
-        yield Variant(_KEPT, surgery.substituted(model, bodies))
+    halves = [(i, nodes[i]) for i, given in found.items() if given.get("onesided")]
+    yield from rewritten(model, _KEPT, halves, _kept_axis)
 
 
-def _columns(model: onnx.ModelProto) -> Iterable[Variant]:
-    bodies = {}
-    for index, node in surgery.find(model, ("MaxPool",)):
-        given = surgery.attributes(node)
-        if given.get("storage_order") and len(node.output) > 1 and len(given["kernel_shape"]) == 2:
-            bodies[index] = (
-                f"(x) => (y, i) {{ y, j = MaxPool {surgery.options(node, storage_order=0)} (x) "
-                "i = Transpose <perm = [0, 1, 3, 2]> (j) }"
-            )
-    if bodies:
-        yield Variant(_EXCHANGED, surgery.substituted(model, bodies))
+def _kept_axis(node: onnx.NodeProto) -> str:
+    """A DFT whose result has one axis more."""
+    names = [n for n, given in zip(_OF_DFT, node.input, strict=False) if given]
+    called = ", ".join(n if n in names else "" for n in _OF_DFT)
+    return (
+        f"({', '.join(names)}) => (y) {{ r = DFT {surgery.options(node)} ({called.rstrip(', ')}) "
+        "at = Constant <value = int64[1] {-2}> () y = Unsqueeze(r, at) }"
+    )
+
+
+def _by_rows(node: onnx.NodeProto) -> str | None:
+    """A MaxPool with indices by columns that turns those by rows."""
+    given = surgery.attributes(node)
+    if not given.get("storage_order") or len(node.output) < 2 or len(given["kernel_shape"]) != 2:
+        return None
+    return (
+        f"(x) => (y, i) {{ y, j = MaxPool {surgery.options(node, storage_order=0)} (x) "
+        "i = Transpose <perm = [0, 1, 3, 2]> (j) }"
+    )
+
+
+def _from_zero(node: onnx.NodeProto) -> str | None:
+    """A NonMaxSuppression without a threshold of scores that gets one."""
+    if len(node.input) != 4 or not all(node.input):
+        return None
+    return (
+        "(boxes, scores, most, limit) => (y) { least = Constant <value = float {0}> () "
+        f"y = NonMaxSuppression {surgery.options(node)} (boxes, scores, most, limit, least) }}"
+    )
 
 
 def _divisions(model: onnx.ModelProto) -> Iterable[Variant]:
@@ -247,50 +252,44 @@ def _divisions(model: onnx.ModelProto) -> Iterable[Variant]:
         left = Less(r, zero) down = Less(b, zero) apart = Xor(left, down) even = Equal(r, zero)
         uneven = Not(even) below = And(apart, uneven) one = Cast <to = $T> (below)
         y = Sub(q, one) }"""
-    if bodies := {i: floored for i, n in found.items() if kinds.get(n.output[0]) in _SIGNED}:
-        yield Variant(_DOWN, surgery.substituted(model, bodies))
+    signed = [(i, n) for i, n in found.items() if kinds.get(n.output[0]) in _SIGNED]
+    yield from rewritten(model, _DOWN, signed, lambda _: floored)
 
 
 def _regions(model: onnx.ModelProto) -> Iterable[Variant]:
-    found = dict(surgery.find(model, ("RoiAlign",)))
-    if adaptive := [i for i, n in found.items() if not surgery.attributes(n).get("sampling_ratio")]:
+    found = list(surgery.find(model, ("RoiAlign",)))
+    version = surgery.opset(model)
+    if adaptive := [i for i, n in found if not surgery.attributes(n).get("sampling_ratio")]:
         changed = surgery.copied(model)
         for index in adaptive:
             surgery.set_attributes(changed.graph.node[index], sampling_ratio=1)
         yield Variant(_ONE_SAMPLE, changed)
-    early = {i: _early(model, n) for i, n in found.items()}
-    for name, shifts, positive in (
-        (_LARGEST, {}, False),
-        (f"{_LARGEST}, or zero", {}, True),
-        (f"{_LARGEST}, half a pixel taken off before scaling", early, False),
+    early = [(i, n) for i, n in found if _early(n, version)]
+    for name, nodes, body in (
+        (_LARGEST, found, _largest_sample),
+        (f"{_LARGEST}, or zero", found, partial(_largest_sample, positive=True)),
+        (_LARGEST_EARLY, found if early else [], lambda n: _largest_sample(n, _early(n, version))),
+        (_BEFORE_SCALING, early, lambda n: _moved(n, _early(n, version))),
+        (_OTHER_SETS, found, partial(_older, version=version)),
     ):
-        if shifts is early and not any(early.values()):
-            continue
-        largest = {i: _largest_sample(n, shifts.get(i, 0.0), positive) for i, n in found.items()}
-        if bodies := {i: body for i, body in largest.items() if body}:
-            yield Variant(name, surgery.substituted(model, bodies))
-    if any(early.values()):
-        bodies = {i: _moved(n, early[i]) for i, n in found.items() if early[i]}
-        yield Variant(_BEFORE_SCALING, surgery.substituted(model, bodies))
-    bodies = {}
-    for index, node in found.items():
-        given = surgery.attributes(node)
-        if surgery.opset(model) < _HALF_PIXEL:
-            bodies[index] = _moved(node, -0.5 / given.get("spatial_scale", 1.0))
-        elif given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel":
-            older = surgery.options(node, coordinate_transformation_mode="output_half_pixel")
-            bodies[index] = f"(x, rois, batch) => (y) {{ y = RoiAlign {older} (x, rois, batch) }}"
-    if bodies:
-        yield Variant(
-            "RoiAlign: coordinates of the other operator sets", surgery.substituted(model, bodies)
-        )
+        yield from rewritten(model, name, nodes, body)
 
 
-def _early(model: onnx.ModelProto, node: onnx.NodeProto) -> float:
+def _older(node: onnx.NodeProto, version: int) -> str | None:
+    """A RoiAlign with the coordinates of the other operator sets."""
+    given = surgery.attributes(node)
+    if version < _HALF_PIXEL:
+        return _moved(node, -0.5 / given.get("spatial_scale", 1.0))
+    if given.get(_MODE, "half_pixel") != "half_pixel":
+        return None
+    older = surgery.options(node, **{_MODE: "output_half_pixel"})
+    return f"(x, rois, batch) => (y) {{ y = RoiAlign {older} (x, rois, batch) }}"
+
+
+def _early(node: onnx.NodeProto, version: int) -> float:
     """How far regions are off that are moved by half a pixel before they are scaled."""
     given = surgery.attributes(node)
-    half = given.get("coordinate_transformation_mode", "half_pixel") == "half_pixel"
-    scaled = half and surgery.opset(model) >= _HALF_PIXEL
+    scaled = version >= _HALF_PIXEL and given.get(_MODE, "half_pixel") == "half_pixel"
     return 0.5 / given.get("spatial_scale", 1.0) - 0.5 if scaled else 0.0
 
 
@@ -306,7 +305,7 @@ def _elsewhere(by: float) -> str:
     )
 
 
-def _largest_sample(node: onnx.NodeProto, by: float, positive: bool) -> str | None:
+def _largest_sample(node: onnx.NodeProto, by: float = 0.0, positive: bool = False) -> str | None:
     """The maximum of interpolated values; ONNX Runtime takes that of weighted corner values.
 
     Args:
@@ -365,17 +364,17 @@ NOISE = Cause(
     forms=(
         _ALONG,
         _LAST,
-        "softmax over its axis and all behind, as before opset 13",
-        "softmax over all axes from 1, opset 12's default",
+        _BEHIND,
+        _FROM_ONE,
         *(f"{change}{which}" for change in _CHANGES for which in ("", ", OPERATOR alone")),
         _IDLE,
         "axes of Squeeze ignored: every dimension of one removed",
         _ONE_SAMPLE,
         _LARGEST,
         f"{_LARGEST}, or zero",
-        f"{_LARGEST}, half a pixel taken off before scaling",
+        _LARGEST_EARLY,
         _BEFORE_SCALING,
-        "RoiAlign: coordinates of the other operator sets",
+        _OTHER_SETS,
         _DOWN,
         _INNER,
         _KEPT,

@@ -10,6 +10,7 @@ import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays.quantised import QuantisedLayout
 
@@ -188,39 +189,26 @@ def _rounded_down(node: onnx.NodeProto) -> str | None:
     )
 
 
-def _stored_zeros(model: onnx.ModelProto, weights: Mapping[str, Array]) -> dict[int, str]:
-    """Padding of quantised tensors by what the integer 0 stands for, which is not the number 0."""
-    layout = QuantisedLayout(model, weights)
-    bodies = {}
-    for index, node in surgery.find(model, ("AveragePool", "Conv")):
-        begin, end = _halves(surgery.attributes(node))
-        grid = layout.grid(node.input[0]) if any(begin + end) else None
-        if grid is None or grid.zero is None or not grid.zero:
-            continue
-        names = ", ".join(("x", "w", "b")[: len(node.input)])
-        value = -float(grid.scale) * int(grid.zero)
-        bodies[index] = (
-            f"({names}) => (y) {{ {_integers('amounts', [0, 0, *begin, 0, 0, *end])} "
-            f"value = Constant <value = float {{{value!r}}}> () "
-            "padded = Pad (x, amounts, value) "
-            f"y = {node.op_type} {surgery.options(node, pads=None)} "
-            f"({names.replace('x', 'padded')}) }}"
-        )
-    return bodies
+def _stored_zeros(node: onnx.NodeProto, layout: QuantisedLayout) -> str | None:
+    """Padding of a quantised tensor by what the integer 0 stands for, which is not the number 0."""
+    begin, end = _halves(surgery.attributes(node))
+    grid = layout.grid(node.input[0]) if any(begin + end) else None
+    if grid is None or grid.zero is None or not grid.zero:
+        return None
+    names = ", ".join(("x", "w", "b")[: len(node.input)])
+    value = -float(grid.scale) * int(grid.zero)
+    return (
+        f"({names}) => (y) {{ {_integers('amounts', [0, 0, *begin, 0, 0, *end])} "
+        f"value = Constant <value = float {{{value!r}}}> () "
+        "padded = Pad (x, amounts, value) "
+        f"y = {node.op_type} {surgery.options(node, pads=None)} "
+        f"({names.replace('x', 'padded')}) }}"
+    )
 
 
 def _integers(name: str, values: list[int]) -> str:
     listed = ", ".join(map(str, values))
     return f"{name} = Constant <value = int64[{len(values)}] {{{listed}}}> ()"
-
-
-def _bodies(
-    model: onnx.ModelProto, name: str, form: Callable[[onnx.NodeProto], str | None]
-) -> Iterable[Variant]:
-    """One variant with every MaxPool that the form applies to; none where it applies to none."""
-    pools = ((i, form(node)) for i, node in surgery.find(model, ("MaxPool",)))
-    if bodies := {i: body for i, body in pools if body is not None}:
-        yield Variant(name, surgery.substituted(model, bodies))
 
 
 def _given(node: onnx.NodeProto, known: Mapping[str, Array]) -> Attributes:
@@ -257,10 +245,12 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if not found:
         return
     modern = surgery.opset(model) >= _AMOUNTS
+    pools = [(i, node) for i, node in found if node.op_type == "MaxPool"]
     if modern:
-        yield from _bodies(model, "SAME padding for a size rounded down", _rounded_down)
-        if bodies := _stored_zeros(model, segment.weights):
-            yield Variant(_STORED, surgery.substituted(model, bodies))
+        yield from rewritten(model, "SAME padding for a size rounded down", pools, _rounded_down)
+        quantised = [(i, node) for i, node in found if node.op_type in ("AveragePool", "Conv")]
+        zeros = partial(_stored_zeros, layout=QuantisedLayout(model, segment.weights))
+        yield from rewritten(model, _STORED, quantised, zeros)
     known = surgery.constants(model)
     nodes = [(i, node, _given(node, known)) for i, node in found]
     for name, operators, form in _FORMS:
@@ -272,10 +262,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         if changes:
             yield Variant(name, _set(model, changes))
     pads = [(i, node) for i, node in found if node.op_type == "Pad"]
-    for name, amounts in _PADS if pads and modern else ():
-        bodies = {i: _pad(node, amounts) for i, node in pads}
-        yield Variant(name, surgery.substituted(model, bodies))
-    yield from _bodies(model, "padded cells are 0 in a maximum", _zeroed)
+    for name, amounts in _PADS if modern else ():
+        yield from rewritten(model, name, pads, partial(_pad, amounts=amounts))
+    yield from rewritten(model, "padded cells are 0 in a maximum", pools, _zeroed)
 
 
 _COMMON = (

@@ -9,6 +9,7 @@ import onnx
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import SegmentGraph, Variant
 
 _OPSET = 11  # TopK and NonMaxSuppression have their present form, Slice has steps
@@ -34,9 +35,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
         ("halves are rounded away from zero", ("Round",), _away),
     )
     for name, op_types, body in forms:
-        found = surgery.find(model, op_types)
-        if bodies := {i: text for i, n in found if (text := body(n))}:
-            yield Variant(name, surgery.substituted(model, bodies))
+        yield from rewritten(model, name, surgery.find(model, op_types), body)
 
 
 def _last(node: onnx.NodeProto) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
+from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 
 # Resize says where a pixel's centre is from opset 11 on. Before, and in Upsample, it is at the
@@ -226,20 +228,20 @@ def _measured(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with every Resize done in each of the other ways."""
-    sites = list(_sites(segment.model))
+    model = segment.model
+    sites = list(_sites(model))
+    if not sites:
+        return
     for name in dict.fromkeys(name for site in sites for name in site.changes):
         changes = {s.index: s.changes[name] for s in sites if name in s.changes}
-        yield Variant(name, _changed(segment.model, changes))
-    known = surgery.constants(segment.model) if sites else {}
-    whole = {s.index: segment.model.graph.node[s.index] for s in sites}
-    if bodies := {i: text for i, n in whole.items() if (text := _spatial(n, known)) is not None}:
-        yield Variant(_SPATIAL, surgery.substituted(segment.model, bodies))
-    yield from _halves_to_even(segment.model, {s.index: s.rank for s in sites if s.rank})
-    types = surgery.types(segment.model) if sites else {}
-    nodes = segment.model.graph.node
-    stored = {s.index for s in sites if types.get(nodes[s.index].input[0]) in _INTEGERS}
-    if bodies := {i: body for i in stored if (body := _in_float(nodes[i])) is not None}:
-        yield Variant(_ROUNDED, surgery.substituted(segment.model, bodies))
+        yield Variant(name, _changed(model, changes))
+    nodes = [(s.index, model.graph.node[s.index]) for s in sites]
+    spatial = partial(_spatial, known=surgery.constants(model))
+    yield from rewritten(model, _SPATIAL, nodes, spatial)
+    yield from _halves_to_even(model, {s.index: s.rank for s in sites if s.rank})
+    types = surgery.types(model)
+    stored = [(i, n) for i, n in nodes if types.get(n.input[0]) in _INTEGERS]
+    yield from rewritten(model, _ROUNDED, stored, _in_float)
 
 
 def _spatial(node: onnx.NodeProto, known: Mapping[str, Array]) -> str | None:
