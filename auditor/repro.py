@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,9 +29,10 @@ from auditor.records.backend import Provenance
 from auditor.records.terms import PIPELINE
 from auditor.replays import sessions
 from auditor.repro_files import Case, Reproducer
-from auditor.subject import built, model_of, reference_of, stimulus_of
+from auditor.subject import built, model_of, reference_of, request_for, stimulus_of
 
 if TYPE_CHECKING:
+    from auditor.capture.trace import Tracer
     from auditor.graphs.model import Model
     from auditor.options import AuditOptions, BackendSpec
     from auditor.ports import Array, Arrays, Progress
@@ -67,9 +69,9 @@ def reproduce(
     model = model_of(report, options)
     options = replace(options, backends=(spec,), traces=(), confirm=False)
     with TemporaryDirectory(prefix="audit-repro-") as scratch:
-        lab = _Lab(spec, options, Path(scratch), progress)
         values, provenance = _captured(model, spec, options, segment, progress)
-        case, place = _smallest(model, segment, values, lab)
+        with closing(_Lab(spec, options, Path(scratch), progress)) as lab:
+            case, place = _smallest(model, segment, values, lab)
     script = backend.script(spec.device, options.threads, options.options.get(spec.id, {}))
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     draft.mkdir(parents=True)
@@ -139,7 +141,7 @@ def _captured(
 
 
 class _Lab:
-    """Runs models on the backend and on the reference, each build in a process of its own."""
+    """Runs models on the backend, all in one process while it lives, and on the reference."""
 
     def __init__(
         self, spec: BackendSpec, options: AuditOptions, scratch: Path, progress: Progress
@@ -148,7 +150,14 @@ class _Lab:
         self._options = options
         self._scratch = scratch
         self._progress = progress
+        self._process = ExitStack()
+        self._tracer: Tracer | None = None
         self.trials = 0
+
+    def close(self) -> None:
+        """End the backend's process."""
+        self._tracer = None
+        self._process.close()
 
     def case(self, model: onnx.ModelProto, feeds: Arrays) -> Case | None:
         """Both sides of a model; None where either cannot run it."""
@@ -169,8 +178,17 @@ class _Lab:
         return Case(model, feeds, expected, distance, f"{info.engine} {info.version}")
 
     def _observed(self, model: Model, feeds: Arrays) -> Arrays | None:
-        with built(self._spec, self._options, model, feeds, self._progress) as tracer:
-            return tracer.plain(feeds) if tracer.gap is None else None
+        if self._tracer is None:
+            self._tracer = self._process.enter_context(
+                built(self._spec, self._options, model, feeds, self._progress)
+            )
+        else:
+            workdir = self._tracer.worker.workdir
+            self._tracer.build(request_for(self._spec, self._options, model, feeds, workdir))
+        observed = self._tracer.plain(feeds) if self._tracer.gap is None else None
+        if observed is None:
+            self.close()  # its process may be gone
+        return observed
 
 
 # --- the smallest cut ----------------------------------------------------------------------------

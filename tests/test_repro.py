@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +16,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from tests.helpers import audit_in, nodes_of
+from auditor import repro
+from auditor.options import AuditOptions, BackendSpec
+from auditor.ports import Silent
+from auditor.processes import worker
+from tests.helpers import audit_in, nodes_of, onnx_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model.onnx", "inputs.safetensors", "expected.safetensors", "repro.py", "ISSUE.md"}
@@ -114,6 +120,31 @@ def test_the_script_says_so_once_the_difference_is_gone(reproduced: Path, tmp_pa
     save_file({"y": np.minimum(sums, 255).astype(np.uint8)}, folder / "expected.safetensors")
     alike = run_script(folder)
     assert alike.returncode == 0 and "alike" in alike.stdout
+
+
+def test_trials_share_a_process_until_it_ends(tmp_path: Path, monkeypatch) -> None:
+    started = []
+
+    class Counted(worker.Worker):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            started.append(self)
+
+    monkeypatch.setattr(worker, "Worker", Counted)
+    spec, feeds = BackendSpec("ort"), {"a": np.float32([1, 2])}
+    first, second = (
+        onnx_model(f"(float[2] a) => (float[2] {name}) {{ {name} = {op}(a, a) }}", ir_version=9)
+        for name, op in (("y", "Add"), ("z", "Mul"))
+    )
+    with closing(repro._Lab(spec, AuditOptions(backends=(spec,)), tmp_path, Silent())) as lab:
+        for model in (first, second):
+            case = lab.case(model, feeds)
+            assert case is not None and case.relative_l2 == 0
+        assert len(started) == 1
+        started[0].kill()
+        assert lab.case(first, feeds) is None
+        assert lab.case(first, feeds) is not None
+    assert len(started) == 2 and not any(one.alive for one in started)
 
 
 def test_a_fused_segment_is_cut_down_to_the_guilty_node(resizing: Path, tmp_path: Path) -> None:

@@ -166,11 +166,12 @@ class Tracer:
         return answer.available
 
     def build(self, request: BuildRequest) -> None:
-        """Compile; sets ``provenance``, or ``gap``.
+        """Compile, in place of an earlier program; sets ``provenance``, or ``gap``.
 
         Raises:
             UsageError: an option or a device that this engine does not have.
         """
+        self._outputs = ()
         try:
             answer = self._call("build", _Built, request=encode(request))
         except BackendError as error:
@@ -190,7 +191,8 @@ class Tracer:
         blocked: str | None,
     ) -> None:
         """Take over what a build says of itself; ``blocked``: why it cannot run here."""
-        self.request, self.provenance, self.switches = request, provenance, switches
+        self.request, self.switches = request, switches
+        self.provenance = replace(provenance, backend=self.id)
         self.blocked = blocked
         if blocked:
             self.built_only = True

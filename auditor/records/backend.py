@@ -156,6 +156,8 @@ class Provenance:
     """What was built, by what, for what: enough to build it again.
 
     Attributes:
+        backend: the id of the backend that made it, as in ``--backends``, also in a trace that it
+            recorded elsewhere; "" where another runtime dumped its tensors.
         notes: compile-time facts a deployment engineer must know (narrowed types, specialised
             shapes, folded graphs); each a full sentence.
         denied: what the options ask for and the device does not do; each a full sentence. The
@@ -169,6 +171,7 @@ class Provenance:
     kernels: tuple[Kernel, ...] = ()
     notes: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
+    backend: str = ""
 
 
 @dataclass(frozen=True, slots=True)

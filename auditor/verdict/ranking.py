@@ -200,11 +200,13 @@ def _remedy(backend: BackendReport, noises: Sequence[Noise], other_file: bool) -
     """
     if other_file and (not noises or noises[0].type != "data precision"):
         return _MAKE_ANEW
-    options = backend.provenance.options if backend.provenance else {}
+    made = backend.provenance
+    id = (made.backend if made else "") or backend.id  # a trace bears the name that it was given
+    options = made.options if made else {}
     said = [
         f"{f'against {noise.id}: ' if position else ''}{text}"
         for position, noise in enumerate(noises)
-        if (text := noise.remedy(backend.id.partition(":")[0], options))
+        if (text := noise.remedy(id.partition(":")[0], options))
     ]
     return "; ".join(said) or None
 

@@ -15,7 +15,9 @@ from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit, record
 from auditor.capture import recording
 from auditor.errors import UsageError
+from auditor.noises import int8_saturation
 from auditor.ports import Silent
+from auditor.verdict import ranking
 from tests.helpers import onnx_model
 
 RNG = np.random.default_rng(11)
@@ -107,6 +109,17 @@ def test_a_recorded_fault_is_located_in_another_export(tmp_path):
     lead = next(s for s in report.backends[0].segments if s.id == report.findings[0].segment)
     assert "c" in lead.node_keys
     assert report.findings[0].noise is None
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_trace_has_the_remedies_of_the_backend_that_recorded_it(tmp_path, recorded):
+    model = _network(tmp_path)
+    trace = _recorded(model, tmp_path) if recorded else _dump(tmp_path)[0]
+    (there,) = _audit(model, traces=[("there", trace)]).backends
+    assert there.provenance.backend == ("ort" if recorded else "")
+    rule = int8_saturation.NOISE
+    said = ranking._remedy(there, [rule], other_file=False)
+    assert said == (rule.remedies["ort"] if recorded else rule.advice)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
