@@ -92,6 +92,7 @@ class Conclusion:
             [confirm.Case(samples.feeds(i), e) for i, e in enumerate(expected)],
             own_file=self._subject.compiled is not self._subject.model,
         )
+        self.findings = ranking.tried(self.findings, self.reports, self._catalogue)
         self._gaps += unconfirmed
 
     def time(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from types import MappingProxyType
 
 from auditor.attribution.hypotheses import NAMED
 from auditor.ports import Noise
@@ -34,6 +35,8 @@ _PLUMBING = frozenset(
         *("Expand", "Pad", "Constant"),
     }
 )
+
+_VAIN = ("unchanged", "contradicted")  # conclusions of a counterfactual that did not help
 
 _MAKE_ANEW = (
     "make the compiled file again from this model's weights, or audit it against the model that "
@@ -77,6 +80,29 @@ def with_more(found: Sequence[Finding], others: Sequence[Finding]) -> tuple[Find
     """Findings made elsewhere, ranked among those there are."""
     both = sorted((*found, *others), key=_order)
     return tuple(_ranked(finding, rank) for rank, finding in enumerate(both, 1))
+
+
+def tried(
+    found: Sequence[Finding], backends: Sequence[BackendReport], noises: Mapping[str, Noise]
+) -> tuple[Finding, ...]:
+    """The findings, whose remedies no longer name options that a counterfactual set in vain."""
+    by_id = {backend.id: backend for backend in backends}
+    return tuple(
+        _reconsidered(f, by_id[f.backend], noises) if f.backend in by_id else f for f in found
+    )
+
+
+def _reconsidered(found: Finding, backend: BackendReport, noises: Mapping[str, Noise]) -> Finding:
+    causes = [n for id in (found.noise or "", *found.beside) if (n := noises.get(id))]
+    vain = {
+        key: value
+        for made in backend.counterfactuals
+        if made.conclusion in _VAIN and {*made.noises} & {noise.id for noise in causes}
+        for key, value in made.options.items()
+    }
+    if not vain or found.remedy != _remedy(backend, causes, other_file=False):
+        return found
+    return replace(found, remedy=_remedy(backend, causes, other_file=False, vain=vain))
 
 
 def verdict(
@@ -193,16 +219,22 @@ def _finding(
     )
 
 
-def _remedy(backend: BackendReport, noises: Sequence[Noise], other_file: bool) -> str | None:
+def _remedy(
+    backend: BackendReport,
+    noises: Sequence[Noise],
+    other_file: bool,
+    vain: Mapping[str, str] = MappingProxyType({}),
+) -> str | None:
     """What to do about a cause and those beside it.
 
-    At the file, where that makes the error by more than its roundings.
+    At the file, where that makes the error by more than its roundings. ``vain``: options that
+    do not help.
     """
     if other_file and (not noises or noises[0].type != "data precision"):
         return _MAKE_ANEW
     made = backend.provenance
     id = (made.backend if made else "") or backend.id  # a trace bears the name that it was given
-    options = made.options if made else {}
+    options = {**(made.options if made else {}), **vain}
     said = [
         f"{f'against {noise.id}: ' if position else ''}{text}"
         for position, noise in enumerate(noises)

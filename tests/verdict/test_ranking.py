@@ -8,8 +8,15 @@ import pytest
 from auditor import discovery
 from auditor.records import terms
 from auditor.records.backend import Gap
-from auditor.records.measured import Distance, Hypothesis, OutputDistance, Segment
+from auditor.records.measured import (
+    Counterfactual,
+    Distance,
+    Hypothesis,
+    OutputDistance,
+    Segment,
+)
 from auditor.records.report import Agreement, BackendReport
+from auditor.records.terms import Conclusion
 from auditor.verdict import ranking
 
 
@@ -140,3 +147,18 @@ def test_causes_beside_the_first_have_their_own_remedy() -> None:
     first, _, second = found.remedy.partition("; against precision.int8_saturation: ")
     assert first == noises["precision.int8"].remedy("ov")
     assert second == noises["precision.int8_saturation"].remedy("ov")
+
+
+@pytest.mark.parametrize("conclusion", ["unchanged", "contradicted", "confirmed", "measured"])
+def test_an_option_that_was_tried_in_vain_is_no_remedy(conclusion: Conclusion) -> None:
+    segment = _segment("s0", introduced=1e-2, noise="precision.int8_saturation")
+    noises = {noise.id: noise for noise in discovery.noises()}
+    saturation = noises["precision.int8_saturation"]
+    option = {"session.x64quantprecision": "1"}
+    made = Counterfactual("U8S8 kernels", option, (saturation.id,), conclusion)
+    backend = replace(_backend(segment, id="ort"), counterfactuals=(made,))
+    (found,) = ranking.findings([backend], {}, noises)
+    (after,) = ranking.tried([found], [backend], noises)
+    helps = conclusion in ("confirmed", "measured")
+    assert after.remedy == (found.remedy if helps else saturation.advice)
+    assert found.remedy != saturation.advice
