@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -208,6 +209,13 @@ def rules(backend: BackendReport, report: AuditReport) -> list[str]:
     broken = report.judgement.broken if report.judgement else ()
     mine = [b for b in broken if b.backend == backend.id]
     return [b.sentence for b in mine if b.output is None and b.fingerprint is None]
+
+
+def remedies(finding: Finding) -> list[tuple[str, str]]:
+    """The causes of a finding, the first and those beside it, each with what to do about it."""
+    first, *others = re.split(r"; against ([\w.]+): ", finding.remedy or "")
+    beside = zip(others[::2], others[1::2], strict=True)
+    return [*([(finding.noise or "unexplained", first)] if first else []), *beside]
 
 
 def waived(finding: Finding, report: AuditReport) -> str | None:

@@ -138,7 +138,9 @@ def _draw_judgement(page: Page, judgement: Judgement) -> None:
 
 def _draw_remedies(page: Page, findings: Sequence[Finding]) -> None:
     remedies = Counter(
-        (f.backend, f.noise or "unexplained", f.remedy) for f in findings if f.remedy
+        (found.backend, noise, remedy)
+        for found in findings
+        for noise, remedy in words.remedies(found)
     )
     for (who, noise, remedy), number in remedies.items():
         page.say(

@@ -113,6 +113,24 @@ def test_a_segment_says_how_its_figures_vary_over_samples(report: AuditReport, w
         assert fact in said, fact
 
 
+def test_a_remedy_is_said_once_however_causes_are_combined(report: AuditReport) -> None:
+    first, second, third, *_ = report.findings
+    said = _flat(
+        _render(
+            replace(
+                report,
+                findings=(
+                    replace(first, noise="a.a", remedy="do this; or that"),
+                    replace(second, noise="a.a", remedy="do this; or that; against b.b: rest"),
+                    replace(third, noise="b.b", remedy="rest; against a.a: do this; or that"),
+                ),
+            )
+        )
+    )
+    assert "remedy ov, a.a (3 findings): do this; or that remedy ov, b.b (2 findings): rest " in said
+    assert said.count("remedy ov") == 2
+
+
 def test_rare_events_are_told(report: AuditReport) -> None:
     backend = report.backends[1]
     output = replace(backend.outputs[0], nonfinite=2, first_nonfinite=7, one_step=0.01)
