@@ -7,6 +7,7 @@ does not wait for it.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +24,7 @@ _NARROWEST = 40
 NARROWEST_NAME = 8
 TAG = 15
 _MOST_NAMES = 3
+_LONGEST_WORD = 200
 
 COLORS: dict[str, str] = {
     "critical": "bold red",
@@ -114,8 +116,9 @@ class Page:
         end = indent + width_of(label.text)
         gap = Span(" " * max(begin - end, 0))
         begin = max(begin, end)
-        text = Text.assemble(*spans)
-        for number, line in enumerate(text.wrap(self._console, max(self.width - begin, 10))):
+        room = max(self.width - begin, 10)
+        text = Text.assemble(*(Span(_shortened(span.text, room), span.style) for span in spans))
+        for number, line in enumerate(text.wrap(self._console, room)):
             before = (Span(" " * begin),) if number else (Span(" " * indent), label, gap)
             self._print(Text.assemble(*before, line))
 
@@ -223,6 +226,15 @@ def elide(text: str, room: int) -> str:
     start = set_cell_size(text, head).rstrip()
     end = set_cell_size(text[::-1], tail)[::-1].lstrip()
     return f"{start}…{end}"
+
+
+def _shortened(text: str, room: int) -> str:
+    """A text in which names that would fill lines and lines take one: paths stay as they are."""
+    if len(text) <= _LONGEST_WORD:
+        return text
+    return re.sub(
+        r"\S+", lambda word: elide(word[0], room) if len(word[0]) > _LONGEST_WORD else word[0], text
+    )
 
 
 def _fitted(label: str, room: int) -> str:

@@ -8,25 +8,27 @@ import threading
 from typing import TYPE_CHECKING
 
 from reports import _words as words
+from reports._page import Page, Span
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
 def print_error(message: str, hint: str) -> None:
-    """Say on standard error what is wrong and what to do about it; ``hint`` may be empty."""
-    from rich.console import Console
-    from rich.text import Text
+    """Say on standard error what is wrong and what to do about it; ``hint`` may be empty.
 
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    In a terminal as wide as that is, elsewhere in lines of any length.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    shown = console.is_terminal
+    page = Page(console.width if shown else sys.maxsize, color=shown and not console.no_color)
     for label, style, text in (("error: ", "bold red", message), ("hint: ", "bold cyan", hint)):
-        if text:
-            first, *rest = text.splitlines()
-            lines = [
-                words.visible(first),
-                *(f"  {words.visible(line)}" for line in rest if line.strip()),
-            ]
-            console.print(Text.assemble((label, style), "\n".join(lines)), soft_wrap=True)
+        said = [words.visible(line) for line in text.splitlines() if line.strip()]
+        for number, line in enumerate(said):
+            page.say(Span(line), label=Span("  " if number else label, style))
+    console.file.write(page.text())
 
 
 class LiveProgress:

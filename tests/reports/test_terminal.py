@@ -127,7 +127,9 @@ def test_a_remedy_is_said_once_however_causes_are_combined(report: AuditReport) 
             )
         )
     )
-    assert "remedy ov, a.a (3 findings): do this; or that remedy ov, b.b (2 findings): rest " in said
+    assert (
+        "remedy ov, a.a (3 findings): do this; or that remedy ov, b.b (2 findings): rest " in said
+    )
     assert said.count("remedy ov") == 2
 
 
@@ -462,6 +464,24 @@ def test_errors_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
+def test_errors_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.openpty()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        _progress.print_error(f"no such input: {'scope/' * 200}x", "what to do about it " * 8)
+        monkeypatch.undo()
+        text = os.read(reader, 4096).decode().replace("\r\n", "\n")
+    os.close(reader)
+    assert text.startswith("\x1b[1;31merror: \x1b[0m")
+    lines = _STYLE.sub("", text).splitlines()
+    assert len(lines) == 5 and max(map(cell_len, lines)) <= 80, lines
+    assert lines[1].startswith("       scope/") and lines[1].endswith("/scope/x")
+    assert lines[3].startswith("      ") and lines[3].split()[0] in ("what", "to", "do", "about")
+
+
 def test_progress_is_silent_when_not_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     progress = _progress.LiveProgress()
     progress.update("ov", "build")
@@ -521,6 +541,15 @@ def test_what_fails_as_a_whole_though_no_segment_does_is_said(report: AuditRepor
     quiet = tuple(f for f in report.findings if f.severity == "low")
     text = _flat(_render(replace(report, findings=quiet), 100, False))
     assert "relative L2 on ov, high as a whole though no segment is" in text
+
+
+def test_names_that_fill_lines_and_lines_take_one() -> None:
+    page = _page.Page(80, color=False)
+    path, name = "folder/" * 20 + "model.onnx", "scope/" * 200 + "Conv"
+    page.say(_page.Span(f"{path} has no `{name}` in it"), label=_page.tag("model", 11))
+    lines = page.text().splitlines()
+    assert "".join(lines).replace(" ", "").startswith(f"model{path}")
+    assert len(lines) == 5 and any(line.endswith("scope/Conv`") for line in lines)
 
 
 @pytest.mark.parametrize("width", [39, 42, 45, 80])
