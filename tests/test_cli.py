@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 import auditor
 from auditor import cli, discovery
 from auditor.commands import _output
+from auditor.commands import audit as audit_verb
 from auditor.errors import UsageError
 from tests.helpers import ROOT, audit_in, environment, onnx_model
 
@@ -99,6 +102,13 @@ def test_help_answers_at_once_and_explains_everything(audit: Audit) -> None:
     ):
         assert word in result.stdout
     assert "..." not in result.stdout, "a sentence was cut off"
+    # Everyday options first; each of all of them is somewhere, once.
+    listed = re.findall(r"^  (?:-\w, )?(--[\w-]+)", result.stdout, re.MULTILINE)
+    assert listed[:5] == ["--backends", "--data", "--option", "--policy", "--output"]
+    assert (
+        len(listed) == len(set(listed)) == len(inspect.signature(audit_verb._audit).parameters) - 1
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_every_verb_tells_its_options_and_shows_examples_that_parse() -> None:

@@ -13,6 +13,22 @@ from typer.core import TyperCommand, TyperGroup
 from auditor.errors import UsageError
 
 MAIN = "audit"  # the verb meant when none is given
+# The parameters of its help page, by subject; those that stand nowhere are among the options.
+PANELS: dict[str, tuple[str, ...]] = {
+    "Arguments": ("model",),
+    "Options": ("backends", "data", "option", "policy", "output"),
+    "Inputs": (
+        *("images", "pipeline", "samples", "shape", "seed", "allow_nonfinite", "calibration"),
+    ),
+    "What is compared": (
+        *("candidate", "artifact", "trace", "trace_names", "source", "trust_source", "custom_ops"),
+    ),
+    "Verdict and report": (
+        *("fail_on", "baseline", "output_kind", "tokens", "latency", "confirm", "pictures"),
+        "format",
+    ),
+    "Resources": ("threads", "timeout", "memory", "worker_memory", "cache", "sandbox"),
+}
 UNRULED = "unruled"  # in the meta of an audit made again: no policy is looked for
 
 
@@ -54,8 +70,12 @@ class MainVerb(TyperCommand):
         formatter.write_usage(program, "COMMAND --help", "      ")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """List the options, then the other verbs."""
-        super().format_options(ctx, formatter)
+        """List the options, everyday ones first and the others by subject, then the other verbs."""
+        left = {p.name: record for p in self.get_params(ctx) if (record := p.get_help_record(ctx))}
+        grouped = {title: [left.pop(name) for name in names] for title, names in PANELS.items()}
+        for title, records in grouped.items():
+            with formatter.section(title):
+                formatter.write_dl(records + [*left.values()] * (title == "Options"))
         ctx.parent.command.format_commands(ctx.parent, formatter)
 
 

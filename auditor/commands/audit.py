@@ -44,7 +44,7 @@ _MORE = (
 
 \b
 Exit codes:
-  0  audited; nothing at or above --fail-on, or beyond the policy or the baseline
+  0  audited; nothing at or above --fail-on, or beyond policy or baseline
   1  something is
   2  wrong usage, or a bad model or data file
   3  incomplete: a backend named in --backends gave no comparison
