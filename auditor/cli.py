@@ -17,7 +17,7 @@ from typing import NoReturn
 from typer.exceptions import TyperException
 
 from auditor import __version__, commands
-from auditor.commands._app import app
+from auditor.commands._app import MAIN, app
 from auditor.commands._early import named
 from auditor.commands._output import UNENCODABLE
 from auditor.commands._stop import stop
@@ -55,7 +55,9 @@ def _run() -> int:
         return int(app(prog_name="audit", standalone_mode=False) or 0)
     except TyperException as error:
         message = error.format_message().replace("Value error, ", "")  # pydantic's own words
-        return _fail(message, "`audit --help` explains every option.", 2)
+        verb = getattr(getattr(error, "ctx", None), "info_name", MAIN)
+        page = "audit --help" if verb == MAIN else f"audit {verb} --help"
+        return _fail(message, f"`{page}` explains every option.", 2)
     except AuditError as error:
         return _fail(error.message, error.hint, 2)
     except OSError as error:

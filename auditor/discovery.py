@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from auditor.ports import Backend, Fix, Noise, Renderer
 
+_FEW = 12  # names that a hint lists beside the one that was meant
+
 
 def backend_ids() -> tuple[str, ...]:
     """Ids of all backends, without importing any engine."""
@@ -92,13 +94,15 @@ def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
         whats: the word that introduces the list of all.
 
     Raises:
-        UsageError: it is not; says which there are, and the likeliest one meant.
+        UsageError: it is not; says the likeliest one meant, and which there are unless many.
     """
     choices = sorted(known)
     if name in choices:
         return
-    hint = f"{suggestion(name, choices)}{whats}: {', '.join(choices)}."
-    raise UsageError(f"there is no {what} `{name}`", hint)
+    hint, listed = suggestion(name, choices), f"{whats}: {', '.join(choices)}."
+    if not hint or len(choices) <= _FEW:  # a page of names would hide the one meant
+        hint += listed
+    raise UsageError(f"there is no {what} `{name}`", hint.strip())
 
 
 def _load(module: str) -> Noise:

@@ -205,7 +205,7 @@ def model(folder: Path) -> Path:
 def refused(folder: Path, *arguments: str) -> str:
     """Run in ``folder``; check what every refusal has in common and return its message."""
     scratch = folder.parent / "tmp"
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     before = sorted(folder.rglob("*"))
     result = audit_in(folder, *arguments, COLUMNS="200", TMPDIR=str(scratch))
     assert result.returncode == 2, result.stderr
@@ -287,6 +287,11 @@ def test_a_mistyped_command(folder: Path) -> None:
     assert "Did you mean `audit show`?" in refused(folder, "shwo", "report.json")
 
 
+def test_the_hint_names_the_help_page_of_the_verb(folder: Path) -> None:
+    assert "`audit cache --help` explains" in refused(folder, "cache", "limitt")
+    assert "`audit --help` explains" in refused(folder, "m.onnx", "--nonsense")
+
+
 # --- interruption --------------------------------------------------------------------------------
 
 
@@ -320,7 +325,7 @@ def test_interrupted(folder: Path, library: str, seconds: float, stop: signal.Si
     It is stopped that many seconds after it has loaded a library, which tells its stage.
     """
     scratch = folder / "tmp"
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     process = subprocess.Popen(
         command(
             str(LIGHT / "light_densenet121.onnx"),

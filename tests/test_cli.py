@@ -385,7 +385,7 @@ def test_explain_suggests_what_was_meant(audit: Audit) -> None:
     result = audit("explain", "precision.bfloat16")
     assert result.returncode == 2 and not result.stdout
     assert "no cause `precision.bfloat16`" in result.stderr
-    assert "Did you mean `precision.bf16`?" in result.stderr
+    assert result.stderr.endswith("hint: Did you mean `precision.bf16`?\n")
 
 
 # --- discovery -------------------------------------------------------------------------------
