@@ -145,21 +145,21 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
         UsageError: it cannot be read, is not such a report, or is of another version.
     """
     data: object = parse(source) if isinstance(source, Path) else source
+    what = str(source) if isinstance(source, Path) else "the report"
     if not isinstance(data, Mapping) or "schema_version" not in data:
         if isinstance(data, Mapping) and isinstance(other := data.get("format"), str):
             raise UsageError(
-                f"this is `{other}`, and not the report of an audit",
+                f"{what} is `{other}`, and not the report of an audit",
                 "`audit show` draws reports of audits and of fleets; other files are for programs.",
             )
         raise UsageError(
-            "this is not a report of the auditor: it has no schema_version",
+            f"{what} is not a report of the auditor: it has no schema_version",
             "Give the file that `audit MODEL -o report.json` wrote.",
         )
     version = data["schema_version"]
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise UsageError(
-            f"the report has schema_version {str(version)[:40]}; this auditor reads "
-            f"{SCHEMA_VERSION}",
+            f"{what} has schema_version {str(version)[:40]}; this auditor reads {SCHEMA_VERSION}",
             "Show it with the version of the auditor that wrote it, or run the audit again.",
         )
     try:
@@ -169,7 +169,7 @@ def load(source: Path | Mapping[str, object]) -> AuditReport:
         report: AuditReport = _REPORT.load({**data, "tool_version": version}, "")
     except MalformedError as error:
         raise UsageError(
-            f"the report is malformed at {error}",
+            f"{what} is malformed at {error}",
             "The file was changed or cut short; run the audit again.",
         ) from error
     return report

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import auditor
 from auditor import cli, discovery
-from auditor.commands import _output
+from auditor.commands import _asked, _output
 from auditor.commands import audit as audit_verb
 from auditor.errors import UsageError
 from tests.helpers import ROOT, audit_in, environment, onnx_model
@@ -128,6 +128,15 @@ def test_every_verb_tells_its_options_and_shows_examples_that_parse() -> None:
             _, *words = shlex.split(line)
             words = words[1:] if words[:1] == [name] else words
             verb.make_context(name, words)  # raises where an option is not there
+
+
+def test_any_amount_of_memory_is_an_amount() -> None:
+    given = _asked.again(
+        ["m.onnx", "--backends", "ort", "--memory", "inf", "--worker-memory", "9e30"]
+    )
+    asked = _asked.asked_for(given.params, None)
+    assert asked.limits is not None
+    assert asked.memory == asked.limits.memory == sys.maxsize
 
 
 def test_help_imports_nothing_heavy() -> None:

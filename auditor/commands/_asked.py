@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
     """
     from auditor.options import AuditOptions
     from auditor.processes import cache
-    from auditor.processes.limits import GIB, Limits
+    from auditor.processes.limits import Limits
 
     traces = parse_traces(given["trace"])
     backends = given["backends"] or (list(rules.backends) if rules else None)
@@ -106,11 +107,18 @@ def asked_for(given: Mapping[str, Any], rules: Policy | None) -> AuditOptions:
         traces=traces,
         trace_names=_trace_names(names) if names else {},
         cache=kept,
-        memory=int(given["memory"] * GIB),
+        memory=_bytes(given["memory"]),
         latency=given["latency"] or (rules is not None and rules.limits_latency),
         pictures=given["pictures"],
-        limits=None if memory is None else Limits(int(memory * GIB)),
+        limits=None if memory is None else Limits(_bytes(memory)),
     )
+
+
+def _bytes(gib: float) -> int:
+    """The largest number that setrlimit(2) takes, where it is more or infinite."""
+    from auditor.processes.limits import GIB
+
+    return int(min(gib * GIB, sys.maxsize))
 
 
 def _tokens(path: Path) -> tuple[str, ...]:

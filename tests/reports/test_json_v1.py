@@ -223,14 +223,15 @@ def test_malformed_reports_are_refused_by_path(report: AuditReport, change: Any,
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[1, 2]", "no schema_version"),
         (b'"text"', "no schema_version"),
-        (b'{"format": "sysnoise-table/1"}', "this is `sysnoise-table/1`"),
+        (b'{"format": "sysnoise-table/1"}', "report.json is `sysnoise-table/1`"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "report.json"
     file.write_bytes(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=said) as caught:
         json_v1.load(file)
+    assert str(file) in caught.value.message
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
