@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib
 import io
+import os
 import pkgutil
 import signal
 import sys
@@ -36,10 +37,22 @@ for _verb in pkgutil.iter_modules(commands.__path__):
 
 def main() -> NoReturn:
     """Entry point of the ``audit`` command."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=UNENCODABLE)
     guard.run(_run, _fail)
+
+
+def _open_streams() -> None:
+    """Put the null device where a standard stream is closed: no other file may get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 def _run() -> int:

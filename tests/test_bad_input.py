@@ -19,6 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import auditor
+from reports import json_v1
 from tests.helpers import audit_in, onnx_model
 
 ROOT = Path(auditor.__file__).parent.parent
@@ -290,6 +291,19 @@ def test_a_mistyped_command(folder: Path) -> None:
 def test_the_hint_names_the_help_page_of_the_verb(folder: Path) -> None:
     assert "`audit cache --help` explains" in refused(folder, "cache", "limitt")
     assert "`audit --help` explains" in refused(folder, "m.onnx", "--nonsense")
+
+
+def test_closed_standard_streams(folder: Path, model: Path) -> None:
+    """As a service may be started: what is opened first must not become its standard output."""
+    line = command(model.name, "--backends", "ort", "--no-confirm", "-o", "report.json")
+    for streams, wrong in ((">&-", []), ("<&- >&- 2>&-", []), ("<&- >&- 2>&-", ["--nonsense"])):
+        script = f'exec "$@" {streams}'
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *line, *wrong], cwd=folder, env=environment(),
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (2 if wrong else 0, "", "")
+        assert wrong or json_v1.load(folder / "report.json").verdict == "pass"
 
 
 # --- interruption --------------------------------------------------------------------------------
