@@ -211,11 +211,18 @@ def rules(backend: BackendReport, report: AuditReport) -> list[str]:
     return [b.sentence for b in mine if b.output is None and b.fingerprint is None]
 
 
-def remedies(finding: Finding) -> list[tuple[str, str]]:
-    """The causes of a finding, the first and those beside it, each with what to do about it."""
-    first, *others = re.split(r"; against ([\w.]+): ", finding.remedy or "")
-    beside = zip(others[::2], others[1::2], strict=True)
-    return [*([(finding.noise or "unexplained", first)] if first else []), *beside]
+def remedies(findings: Iterable[Finding]) -> list[tuple[str, str, str, int]]:
+    """Backend, cause, what to do about it, and of how many findings it is a cause, in their order.
+
+    Causes that stand beside the first one count like it.
+    """
+    found: Counter[tuple[str, str, str]] = Counter()
+    for finding in findings:
+        first, *others = re.split(r"; against ([\w.]+): ", finding.remedy or "")
+        causes = [(finding.noise or "unexplained", first)] if first else []
+        causes += zip(others[::2], others[1::2], strict=True)
+        found.update((finding.backend, *cause) for cause in causes)
+    return [(*key, number) for key, number in found.items()]
 
 
 def waived(finding: Finding, report: AuditReport) -> str | None:

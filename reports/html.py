@@ -46,6 +46,7 @@ class _Html:
             "report": dump(report),
             "words": {
                 "headline": words.headline(report),
+                "remedies": words.remedies(report.findings),
                 "backends": [_told(backend) for backend in report.backends],
             },
         }

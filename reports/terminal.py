@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -137,12 +136,7 @@ def _draw_judgement(page: Page, judgement: Judgement) -> None:
 
 
 def _draw_remedies(page: Page, findings: Sequence[Finding]) -> None:
-    remedies = Counter(
-        (found.backend, noise, remedy)
-        for found in findings
-        for noise, remedy in words.remedies(found)
-    )
-    for (who, noise, remedy), number in remedies.items():
+    for who, noise, remedy, number in words.remedies(findings):
         page.say(
             Span(f"{who}, {noise} ({words.count(number, 'finding')}): ", "bold"),
             Span(remedy),

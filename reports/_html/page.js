@@ -165,6 +165,11 @@ function categories(backend, said) {
     said.books && html("p", { class: "quiet" }, said.books));
 }
 
+/** A text whose words may be broken where their parts end. */
+function breakable(text) {
+  return text.split(/(?<=[._])/).map((part) => [part, html("wbr")]);
+}
+
 /** What building again without one factor did. */
 function experiments(backend) {
   const tried = backend.counterfactuals ?? []; // absent from the first reports of version 1
@@ -177,8 +182,8 @@ function experiments(backend) {
     table(`Counterfactuals of ${clip(backend.id)}`, head, tried.map((one) => [
       [clip(one.factor, 120), html("div", { class: "quiet option" },
         Object.entries(one.options).map(([key, value]) => html("div", null,
-          `${clip(key, 60)}=${clip(value, 60)}`.split(/(?<=_)/).map((part) => [part, html("wbr")]))),
-        one.noises.length > 0 && `brings ${clip(one.noises.join(", "), 120)}`)],
+          breakable(`${clip(key, 60)}=${clip(value, 60)}`))),
+        one.noises.length > 0 && breakable(`brings ${clip(one.noises.join(", "), 120)}`))],
       [one.conclusion, one.failure && html("div", { class: "warning" }, clip(one.failure, 300))],
       error(one.before), error(one.after), percent(one.removed), percent(one.claimed),
       one.latency_after === null || !one.latency_before ? NONE
@@ -269,17 +274,10 @@ function offenderSection() {
   }
 
   draw();
-  const remedies = new Map();
-  for (const f of findings.filter((f) => f.remedy)) {
-    const key = JSON.stringify([f.backend, f.noise ?? "unexplained", f.remedy]);
-    remedies.set(key, (remedies.get(key) ?? 0) + 1);
-  }
   return section("offenders", "Ranked offenders",
-    remedies.size > 0 && [html("h3", null, "What to do"), listed([...remedies].map(([key, number]) => {
-      const [backend, noise, remedy] = JSON.parse(key);
-      return [html("strong", null, `${clip(backend, 30)}, ${clip(noise, 60)}`),
-        ` (${count(number, "finding")}): ${clip(remedy, 800)}`];
-    }), 6)],
+    WORDS.remedies.length > 0 && [html("h3", null, "What to do"), listed(WORDS.remedies.map(
+      ([backend, noise, remedy, number]) => [html("strong", null, `${clip(backend, 30)}, ${clip(noise, 60)}`),
+        ` (${count(number, "finding")}): ${clip(remedy, 800)}`]), 6)],
     html("p", { class: "quiet" },
       "Ranked by what each error alone changes in the outputs. Impact: that, as part of the final divergence. Share: its part in the exact book-keeping, which sums to 100%. Introduced: relative L2 made here. Explained, bits: how much of it, and how many elements exactly, replaying the cause reproduces."),
     html("div", { class: "legend" }, html("label", { for: "filter" }, "Filter"), filter, found),

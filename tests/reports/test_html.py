@@ -298,6 +298,9 @@ def test_every_part_is_there(browser: Browser, report: AuditReport) -> None:
     assert "pip install 'sysnoise-auditor[tvm]'" in cards[2]
     assert "built, not run: no CUDA device" in cards[3]
     assert len(browser.all(".offenders tbody tr")) == len(report.findings)
+    remedies = words.remedies(report.findings)
+    said = browser.text("#offenders ul")
+    assert all(f"{who}, {cause} ({count} finding" in said for who, cause, _, count in remedies)
     assert browser.text("#agreement").endswith("Outlier: ov.")
     assert "observing it changed the program's fusion" in browser.text("#gaps")
     assert "TensorRT-RTX 1.7.1" in browser.text("#provenance")
