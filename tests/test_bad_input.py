@@ -19,6 +19,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import auditor
+from auditor.errors import UsageError
+from auditor.graphs import model as models
 from reports import json_v1
 from tests.helpers import audit_in, onnx_model
 
@@ -224,6 +226,23 @@ def refused(folder: Path, *arguments: str) -> str:
 def test_bad_model(folder: Path, make: Callable[[Path], None], words: str) -> None:
     make(folder / "m.onnx")
     assert words in refused(folder, "m.onnx", "--backends", "ort", "-o", "report.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("m.XML", "--artifact ID=FILE"),
+        ("m.ort", "--artifact ID=FILE"),
+        ("m.pt2", "audit export"),
+        ("m.tflite", "tf2onnx"),
+        ("m.zip", "another format"),
+    ],
+)
+def test_models_of_other_formats(tmp_path: Path, name: str, hint: str) -> None:
+    not_onnx(tmp_path / name)
+    with pytest.raises(UsageError, match="not an ONNX model") as refusal:
+        models.load(tmp_path / name)
+    assert hint in refusal.value.hint
 
 
 @pytest.mark.parametrize(("make", "words"), BAD_DATA)

@@ -40,6 +40,18 @@ _BITS = {
 }
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _LFS = b"version https://git-lfs"
+# Other formats that hold models, by their endings: what to do with them.
+_FORMATS = (
+    (
+        (".xml", ".ort", ".so", ".plan", ".engine"),
+        "Give the ONNX model that it was made of, and this file with --artifact ID=FILE.",
+    ),
+    (
+        (".pt", ".pth", ".pt2"),
+        "Export it first: `audit export` makes ONNX files of PyTorch modules.",
+    ),
+    ((".tflite", ".pb", ".keras", ".h5"), "Convert it to ONNX first, such as with tf2onnx."),
+)
 
 
 def check_file(path: Path) -> None:
@@ -62,6 +74,7 @@ def check_file(path: Path) -> None:
 def parse(path: Path, home: Path | None) -> onnx.ModelProto:
     """Read a model; its large weights stay in the file ``home``, or come along if that is None."""
     hint = "The file is another format, or was cut off: export or copy the model again."
+    hint = next((said for ends, said in _FORMATS if path.suffix.lower() in ends), hint)
     try:
         with path.open("rb") as file:
             if file.read(len(_LFS)) == _LFS:
