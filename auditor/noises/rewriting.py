@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import onnx
@@ -13,14 +14,16 @@ from auditor.replays import algebra, linear
 from auditor.replays.layout import Layout
 
 
-def _collapsed(segment: SegmentGraph) -> onnx.ModelProto | None:
+def _collapsed(segment: SegmentGraph, *, mixed: bool = True) -> onnx.ModelProto | None:
     """The segment with every chain of constants as one product and one sum; None without any."""
-    return linear.collapsed(Layout(segment.model, segment.weights), np.float32)
+    return linear.collapsed(Layout(segment.model, segment.weights), np.float32, mixed=mixed)
 
 
 # Forms, most likely first; each gives None where it changes nothing.
 _FORMS: dict[str, Callable[[SegmentGraph], onnx.ModelProto | None]] = {
-    "constants added or multiplied one after another are joined first": algebra.joined,
+    "constants added or multiplied one after another are joined first": partial(
+        _collapsed, mixed=False
+    ),
     "constant factors and shifts are taken into the layer before them": algebra.taken_in,
     "what cancels for real numbers is left out": algebra.cancelled,
     "chains of constant factors and shifts are joined into one of each": _collapsed,

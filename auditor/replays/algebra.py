@@ -14,6 +14,7 @@ from auditor.graphs import surgery
 from auditor.ports import Array, SegmentGraph
 from auditor.replays.editor import Editor
 from auditor.replays.layout import Layout
+from auditor.replays.linear import Line, line
 
 # What is left of an operator: its type, or the constant that it is, and its operands.
 _Left = tuple[str, list[str]]
@@ -87,42 +88,6 @@ def _operands(node: onnx.NodeProto, scalars: Container[str]) -> tuple[str, str] 
     return (a, b) if a in scalars else (b, a)
 
 
-@dataclass(slots=True)
-class _Chain:
-    """Constants that are added to, or multiplied with, a tensor one after another."""
-
-    base: str
-    kind: str  # Add or Mul
-    steps: list[Array]  # in order
-
-    @property
-    def joined(self) -> Array:
-        total = self.steps[0]
-        for step in self.steps[1:]:
-            total = total + step if self.kind == "Add" else total * step
-        return total
-
-
-def joined(segment: SegmentGraph) -> onnx.ModelProto | None:
-    """The segment with ``(x + a) + b`` as ``x + (a + b)``, and factors alike; None without any.
-
-    Args:
-        segment: one whose float32 constants stand as operands of Add, Sub, Mul and Div. What is
-            subtracted is added with the other sign, and what divides multiplies as its inverse.
-    """
-    layout = Layout(segment.model, segment.weights)
-    editor, chains = Editor(segment.model), _chains(layout)
-    for node in layout.nodes:
-        chain = chains.get(node.output[0])
-        if chain is None or len(chain.steps) == 1:
-            editor.copy(node)
-            continue
-        with np.errstate(all="ignore"):
-            constant = editor.constant(chain.joined)
-        editor.add(chain.kind, chain.base, constant, to=node.output[0])
-    return editor.changed
-
-
 def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
     """The segment with factors and shifts behind a layer in its weights and bias; None without any.
 
@@ -143,8 +108,8 @@ def taken_in(segment: SegmentGraph) -> onnx.ModelProto | None:
             continue
         name, behind = node.output[0], layout.reader(node.output[0])
         taken = len(gone)
-        while behind is not None and (steps := _steps(layout, layout.nodes[behind])):
-            if steps[0].base != name or not all([layer.takes(step) for step in steps]):
+        while behind is not None and (step := _behind(layout, layout.nodes[behind])):
+            if step.base != name or not layer.takes(step):
                 break
             gone[behind] = name
             name = layout.nodes[behind].output[0]
@@ -168,10 +133,10 @@ def taken_out(segment: SegmentGraph) -> onnx.ModelProto | None:
         operands, factors = list(node.input), list[Array]()
         for position, name in enumerate(operands if node.op_type == "MatMul" else ()):
             source = layout.source(name)
-            step = None if source is None else _step(layout, source)
-            if step is not None and step.kind == "Mul" and step.steps[0].size == 1:
+            step = None if source is None else line(layout, source)
+            if step is not None and step.scales and step.factor.size == 1:
                 operands[position] = step.base
-                factors.append(step.steps[0].reshape(()))
+                factors.append(step.factor.reshape(()))
         if not factors:
             editor.copy(node)
             continue
@@ -186,11 +151,11 @@ def inverted(segment: SegmentGraph) -> onnx.ModelProto | None:
     layout = Layout(segment.model, segment.weights)
     editor = Editor(segment.model)
     for node in layout.nodes:
-        step = _step(layout, node) if node.op_type == "Div" else None
+        step = line(layout, node) if node.op_type == "Div" else None
         if step is None:
             editor.copy(node)
             continue
-        editor.add("Mul", step.base, editor.constant(step.steps[0]), to=node.output[0])
+        editor.add("Mul", step.base, editor.constant(step.factor), to=node.output[0])
     return editor.changed
 
 
@@ -319,61 +284,24 @@ def _inverted(layout: Layout, node: onnx.NodeProto) -> str:
     return str(node.input[1]) if one is not None and one.size == 1 and one.item() == 1 else ""
 
 
-def _step(layout: Layout, node: onnx.NodeProto) -> _Chain | None:
-    """A sum or product of a tensor and one constant."""
-    if node.op_type not in ("Add", "Sub", "Mul", "Div"):
-        return None
-    for position, name in enumerate(node.input):
-        value, other = layout.constant(name), node.input[1 - position]
-        if value is None or value.dtype != np.float32 or layout.constant(other) is not None:
-            continue
-        if position == 0 and node.op_type in ("Sub", "Div"):
-            return None
-        with np.errstate(all="ignore"):
-            if node.op_type == "Div":
-                value = np.float32(1) / value
-            elif node.op_type == "Sub":
-                value = -value
-        return _Chain(other, "Add" if node.op_type in ("Add", "Sub") else "Mul", [value])
-    return None
-
-
-def _steps(layout: Layout, node: onnx.NodeProto) -> list[_Chain]:
-    """What a node multiplies a tensor with and adds to it, if that is constant; else nothing."""
+def _behind(layout: Layout, node: onnx.NodeProto) -> Line | None:
+    """What a node multiplies a tensor with and adds to it, if that is constant."""
     if node.op_type != "BatchNormalization":
-        step = _step(layout, node)
-        return [] if step is None else [step]
+        return line(layout, node)
     given, found = surgery.attributes(node), [layout.constant(n) for n in node.input[1:]]
     values = [v for v in found if v is not None and v.dtype == np.float32]
     source = layout.source(node.input[0])
     if len(values) < len(found) or given.get("training_mode") or source is None:
-        return []
+        return None
     if source.op_type != "Conv" or len(node.output) > 1:
-        return []
+        return None
     weights = layout.constant(source.input[1])
     scale, shift, mean, variance = values
     with np.errstate(all="ignore"):
         factor = scale / np.sqrt(variance + np.float32(given.get("epsilon", 1e-5)))
         shift = shift - mean * factor
     shape = (-1, *[1] * (2 if weights is None else weights.ndim - 2))
-    return [
-        _Chain(node.input[0], kind, [value.reshape(shape)])
-        for kind, value in (("Mul", factor), ("Add", shift))
-    ]
-
-
-def _chains(layout: Layout) -> dict[str, _Chain]:
-    """Chains of constants of one kind with nothing else between, by the name of their result."""
-    found: dict[str, _Chain] = {}
-    for node in layout.nodes:
-        step = _step(layout, node)
-        if step is None:
-            continue
-        before = found.get(step.base)
-        if before and before.kind == step.kind and layout.reader(step.base) is not None:
-            step = _Chain(before.base, step.kind, [*before.steps, *step.steps])
-        found[node.output[0]] = step
-    return found
+    return Line(node.input[0], factor.reshape(shape), shift.reshape(shape))
 
 
 @dataclass(slots=True)
@@ -385,26 +313,27 @@ class _Layer:
     bias: Array | None
     axis: int  # of the output channels, in the weights
 
-    def takes(self, step: _Chain) -> bool:
-        """Take in one constant, if it is one number or one for each channel."""
-        value, channels = step.steps[0], self.weights.shape[self.axis]
-        if value.size > 1:
-            # Channels are the second axis of what a convolution gives, and the last of a product.
-            behind = self.weights.ndim - 2 if self.node.op_type == "Conv" else 0
-            shape = (channels, *[1] * behind)
-            if value.size != channels or value.shape[-len(shape) :] != shape:
+    def takes(self, step: Line) -> bool:
+        """Take in a factor and a shift, if each is one number or one for each channel."""
+        channels = self.weights.shape[self.axis]
+        # Channels are the second axis of what a convolution gives, and the last of a product.
+        behind = self.weights.ndim - 2 if self.node.op_type == "Conv" else 0
+        shape = (channels, *[1] * behind)
+        for value in (step.factor, step.shift):
+            if value.size > 1 and (value.size != channels or value.shape[-len(shape) :] != shape):
                 return False
-        flat = np.broadcast_to(value.reshape(-1), channels)
+        if not step.scales and self.node.op_type == "MatMul":
+            return False
+        factor, shift = (
+            np.broadcast_to(v.reshape(-1), channels) for v in (step.factor, step.shift)
+        )
+        beside = [1] * self.weights.ndim
+        beside[self.axis] = channels
         with np.errstate(all="ignore"):
-            if step.kind == "Mul":
-                beside = [1] * self.weights.ndim
-                beside[self.axis] = channels
-                self.weights = self.weights * flat.reshape(beside)
-                self.bias = None if self.bias is None else self.bias * flat
-            elif self.node.op_type == "MatMul":
-                return False
-            else:
-                self.bias = flat if self.bias is None else self.bias + flat
+            self.weights = self.weights * factor.reshape(beside)
+            self.bias = None if self.bias is None else self.bias * factor
+            if not step.scales:
+                self.bias = shift if self.bias is None else self.bias + shift
         return True
 
     def emit(self, editor: Editor) -> None:

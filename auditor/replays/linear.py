@@ -1,4 +1,4 @@
-"""Chains of sums and products with constants, joined into one factor and one shift."""
+"""Sums and products with constants, and chains of them joined into one factor and one shift."""
 
 from __future__ import annotations
 
@@ -15,59 +15,75 @@ _OPERATORS = ("Add", "Sub", "Mul", "Div")
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
-    """What a chain makes of a tensor: ``factor`` · base + ``shift``, in the constants' type."""
+class Line:
+    """What operators make of a tensor: ``factor`` · base + ``shift``, in the constants' type."""
 
     base: str
     factor: Array
     shift: Array
-    steps: int
+    steps: int = 1
 
-    def after(self, other: _Line) -> _Line:
+    @property
+    def scales(self) -> bool:
+        """Whether it only multiplies."""
+        return not np.any(self.shift != 0)
+
+    @property
+    def moves(self) -> bool:
+        """Whether it only adds."""
+        return bool(np.all(self.factor == 1))
+
+    def after(self, other: Line) -> Line:
         """This step behind another chain."""
         with np.errstate(all="ignore"):
             factor = self.factor * other.factor
             shift = self.factor * other.shift
             # What a factor of 0 or infinity makes of no shift at all is no shift.
             shift = np.where(other.shift == 0, other.shift, shift) + self.shift
-        return _Line(other.base, factor, shift, self.steps + other.steps)
+        return Line(other.base, factor, shift, self.steps + other.steps)
 
 
-def collapsed(layout: Layout, kind: type[np.generic]) -> onnx.ModelProto | None:
+def collapsed(
+    layout: Layout, kind: type[np.generic], *, mixed: bool = True
+) -> onnx.ModelProto | None:
     """The segment with every chain of constants as one product and one sum; None without any.
+
+    What is subtracted is added with the other sign, and what divides multiplies as its inverse.
 
     Args:
         layout: of the segment.
         kind: element type of the chains: float32, or an integer, whose chains hold no Div. Each
             joined constant is computed in it, as an optimiser does that folds constants.
+        mixed: whether a chain may hold sums and products.
     """
-    editor, lines = Editor(layout.model), dict[str, _Line]()
+    editor, lines = Editor(layout.model), dict[str, Line]()
     for node in layout.nodes:
-        step = _step(layout, node, np.dtype(kind))
+        step = line(layout, node, kind)
         if step is None:
             editor.copy(node)
             continue
         before = lines.get(step.base)
         if before is not None and layout.reader(step.base) is not None:
-            step = step.after(before)
+            both = (before, step)
+            if mixed or all(s.scales for s in both) or all(s.moves for s in both):
+                step = step.after(before)
         lines[node.output[0]] = step
         if step.steps == 1:
             editor.copy(node)
             continue
-        moved, plain = np.any(step.shift != 0), bool(np.all(step.factor == 1))
         value, end = step.base, str(node.output[0])
-        if not plain:
+        if not step.moves:
             factor = editor.constant(step.factor, kind)
-            value = editor.add("Mul", value, factor, to="" if moved else end)
-        if moved:
+            value = editor.add("Mul", value, factor, to=end if step.scales else "")
+        if not step.scales:
             editor.add("Add", value, editor.constant(step.shift, kind), to=end)
-        elif plain:
+        elif step.moves:
             editor.add("Identity", value, to=end)
     return editor.changed
 
 
-def _step(layout: Layout, node: onnx.NodeProto, kind: np.dtype[np.generic]) -> _Line | None:
-    """What one operator makes of its one tensor that is not constant."""
+def line(layout: Layout, node: onnx.NodeProto, kind: type[np.generic] = np.float32) -> Line | None:
+    """What one operator and its constant, of this type, make of its other operand."""
     if node.op_type not in _OPERATORS:
         return None
     one, none = np.ones((), kind), np.zeros((), kind)
@@ -81,10 +97,10 @@ def _step(layout: Layout, node: onnx.NodeProto, kind: np.dtype[np.generic]) -> _
     if node.op_type in ("Add", "Sub"):
         first = node.op_type == "Add" or position == 0
         factor = -one if node.op_type == "Sub" and position == 0 else one
-        return _Line(base, factor, value if first else -value, 1)
+        return Line(base, factor, value if first else -value)
     if node.op_type == "Mul":
-        return _Line(base, value, none, 1)
-    if position == 0 or kind.kind != "f":
+        return Line(base, value, none)
+    if position == 0 or value.dtype.kind != "f":
         return None
     with np.errstate(all="ignore"):
-        return _Line(base, one / value, none, 1)
+        return Line(base, one / value, none)
