@@ -7,8 +7,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
+from auditor.graphs.segments import bodies_of
 from auditor.ports import Surroundings
-from auditor.replays.kernel_layout import subgraphs
 
 _SAME = ("Cast", "Identity", "Reshape", "Transpose", "Constant", "Shape", "Gather", "Slice")
 
@@ -23,7 +23,7 @@ class _SinglePrecision:
     def rewrite(self, node: onnx.NodeProto, view: Surroundings) -> list[onnx.NodeProto] | None:
         """Cast, compute, cast back; None where nothing is in float16."""
         kinds = [view.dtype(name) if name else None for name in node.input]
-        if node.op_type in _SAME or subgraphs(node) or np.float16 not in kinds:
+        if node.op_type in _SAME or bodies_of(node) or np.float16 not in kinds:
             return None
         made = surgery.copied(node)
         before, after = [], []

@@ -235,3 +235,14 @@ def bodies_of(node: onnx.NodeProto) -> list[onnx.GraphProto]:
         for attribute in node.attribute
         for graph in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
     ]
+
+
+def rename(nodes: Iterable[onnx.NodeProto], names: Mapping[str, str]) -> None:
+    """Rename tensors that nodes read or write, those in their subgraphs included."""
+    for node in nodes if names else ():
+        for listed in (node.input, node.output):
+            listed[:] = [names.get(name, name) for name in listed]
+        for body in bodies_of(node):
+            rename(body.node, names)
+            for value in body.output:
+                value.name = names.get(value.name, value.name)

@@ -8,23 +8,22 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from auditor.graphs import surgery
+from auditor.graphs import element_types, surgery
+from auditor.graphs.segments import rename
 from auditor.graphs.weights import inside
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
 
-# Attributes that name an element type.
 _NAME = "everything in float32"
 _LIMITED = "everything in float32, whose largest number stands for what is beyond it"
 _LARGEST = np.finfo(np.float32)
 _LIMITS = ("float32/least", "float32/most")
 _CLIP = 11  # its limits are inputs from here on
-_TYPE_ATTRIBUTES = ("to", "dtype", "stash_type")
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with float32 in place of float64; its inputs and outputs keep their types."""
-    if _holds(segment.model):
+    if TensorProto.DOUBLE in element_types.of_graph(segment.model.graph):
         whole = inside(segment.model, segment.weights)
         yield Variant(_NAME, _narrowed(whole))
         fed = {value.type.tensor_type.elem_type for value in whole.graph.input}
@@ -32,43 +31,34 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             yield Variant(_LIMITED, _narrowed(whole, limited=True))
 
 
-def _holds(model: onnx.ModelProto) -> bool:
-    """Whether the segment has anything of type float64."""
-    graph = model.graph
-    return (
-        any(i.type.tensor_type.elem_type == TensorProto.DOUBLE for i in graph.input)
-        or any(t.data_type == TensorProto.DOUBLE for t in graph.initializer)
-        or any(_narrow_attribute(a, try_only=True) for n in graph.node for a in n.attribute)
-    )
-
-
 def _narrowed(model: onnx.ModelProto, *, limited: bool = False) -> onnx.ModelProto:
     types = surgery.types(model)
     result = surgery.copied(model)
     graph = result.graph
+    element_types.replace(graph, {TensorProto.DOUBLE: TensorProto.FLOAT})
     renamed: dict[str, str] = {}
     before: list[onnx.NodeProto] = []
     after: list[onnx.NodeProto] = []
+    for entry in (*graph.input, *graph.output):
+        if types.get(entry.name) == TensorProto.DOUBLE:
+            entry.type.tensor_type.elem_type = TensorProto.DOUBLE
+            renamed[entry.name] = f"{entry.name}/float32"
     for entry in graph.input:
-        if entry.type.tensor_type.elem_type == TensorProto.DOUBLE:
-            inside = renamed[entry.name] = _inside(entry.name)
+        if (inside := renamed.get(entry.name)) is not None:
             made = _wide(inside) if limited else inside
             before.append(helper.make_node("Cast", [entry.name], [made], to=TensorProto.FLOAT))
             if limited:
                 before.append(helper.make_node("Clip", [made, *_LIMITS], [inside]))
     for entry in graph.output:
-        if types.get(entry.name) == TensorProto.DOUBLE:
-            inside = renamed[entry.name] = _inside(entry.name)
+        if (inside := renamed.get(entry.name)) is not None:
             read = _wide(inside) if limited else inside
             if limited:
                 after.append(helper.make_node("Clip", [inside, *_LIMITS], [read]))
             after.append(helper.make_node("Cast", [read], [entry.name], to=TensorProto.DOUBLE))
-    _narrow(graph)
     if limited:
         ends = (np.array(end, np.float32) for end in (_LARGEST.min, _LARGEST.max))
         graph.initializer.extend(map(numpy_helper.from_array, ends, _LIMITS))
-    for node in graph.node:
-        _rename(node, renamed)
+    rename(graph.node, renamed)
     nodes = [*before, *graph.node, *after]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -77,61 +67,6 @@ def _narrowed(model: onnx.ModelProto, *, limited: bool = False) -> onnx.ModelPro
 
 def _wide(name: str) -> str:
     return f"{name}/beyond"
-
-
-def _inside(name: str) -> str:
-    return f"{name}/float32"
-
-
-def _narrow(graph: onnx.GraphProto) -> None:
-    """Turn a graph's constants and type attributes from float64 into float32."""
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.DOUBLE:
-            tensor.CopyFrom(_single(tensor))
-    for node in graph.node:
-        for attribute in node.attribute:
-            _narrow_attribute(attribute)
-
-
-def _narrow_attribute(attribute: onnx.AttributeProto, *, try_only: bool = False) -> bool:
-    """Narrow one attribute; returns whether there was something to narrow."""
-    if attribute.HasField("g"):
-        if not try_only:
-            _narrow(attribute.g)
-            for value in (*attribute.g.output, *attribute.g.value_info):
-                if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
-                    value.type.tensor_type.elem_type = TensorProto.FLOAT
-        return any(
-            _narrow_attribute(a, try_only=True) for n in attribute.g.node for a in n.attribute
-        )
-    if attribute.HasField("t") and attribute.t.data_type == TensorProto.DOUBLE:
-        if not try_only:
-            attribute.t.CopyFrom(_single(attribute.t))
-        return True
-    if attribute.name in _TYPE_ATTRIBUTES and attribute.i == TensorProto.DOUBLE:
-        if not try_only:
-            attribute.i = TensorProto.FLOAT
-        return True
-    return False
-
-
-def _single(tensor: TensorProto) -> TensorProto:
-    with np.errstate(over="ignore"):
-        values = numpy_helper.to_array(tensor).astype(np.float32)
-    return numpy_helper.from_array(values, tensor.name)
-
-
-def _rename(node: onnx.NodeProto, names: dict[str, str]) -> None:
-    """Rename tensors that a node reads or writes, those in its subgraphs included."""
-    for listed in (node.input, node.output):
-        for position, name in enumerate(listed):
-            listed[position] = names.get(name, name)
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            for inner in attribute.g.node:
-                _rename(inner, names)
-            for output in attribute.g.output:
-                output.name = names.get(output.name, output.name)
 
 
 NOISE = Cause(

@@ -8,7 +8,6 @@ choice, which the reference does not make.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from onnx import TensorProto
 
 from auditor.graphs import packed, surgery
 from auditor.graphs.model import Model
+from auditor.graphs.segments import reads_of
 from auditor.ports import SegmentGraph
 from auditor.replays.editor import Editor
 from auditor.replays.layout import Layout
@@ -95,16 +95,8 @@ def _write_out(node: onnx.NodeProto, weights: packed.Blocks, editor: Editor) -> 
 
 
 def _forget_unread(model: onnx.ModelProto) -> None:
-    read = set(_read(model.graph))
+    read = {output.name for output in model.graph.output}
+    read.update(name for node in model.graph.node for name in reads_of(node))
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-
-
-def _read(graph: onnx.GraphProto) -> Iterator[str]:
-    yield from (output.name for output in graph.output)
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _read(attribute.g)

@@ -15,7 +15,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from auditor.graphs import surgery
-from auditor.graphs.segments import bodies_of, reads_of
+from auditor.graphs.segments import bodies_of, reads_of, rename
 from auditor.ports import Arrays
 from auditor.replays.recurrent import GATES
 
@@ -83,24 +83,12 @@ def _write_out(
     for tensor in body.initializer:
         tensor.name = renamed.get(tensor.name, tensor.name)
         graph.initializer.append(tensor)
-    _rename(body.node, renamed)
+    rename(body.node, renamed)
     graph.node.extend(body.node)
     for result, output in zip(node.output, body.output, strict=True):
         if result:
             source = renamed.get(output.name, output.name)
             graph.node.append(helper.make_node("Identity", [source], [result]))
-
-
-def _rename(nodes: Collection[onnx.NodeProto], renamed: dict[str, str]) -> None:
-    if not renamed:
-        return
-    for node in nodes:
-        for names in (node.input, node.output):
-            names[:] = [renamed.get(name, name) for name in names]
-        for body in bodies_of(node):
-            _rename(body.node, renamed)
-            for value in body.output:
-                value.name = renamed.get(value.name, value.name)
 
 
 def _computed_weights(graph: onnx.GraphProto) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from auditor.graphs import surgery
+from auditor.graphs.segments import bodies_of
 from auditor.ports import Array
 
 # Operators that hand on values they were given, unchanged.
@@ -101,7 +102,7 @@ def _passes(
     node: onnx.NodeProto, exact: set[str], kinds: dict[str, int], constants: dict[str, Array]
 ) -> bool:
     """Whether a node computes nothing that a runtime could round."""
-    if node.domain not in ("", "ai.onnx") or any(a.HasField("g") for a in node.attribute):
+    if node.domain not in ("", "ai.onnx") or bodies_of(node):
         return False
     if node.op_type in _SCALING:
         return node.input[1] in constants and is_power_of_two(constants[node.input[1]])

@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from auditor.graphs import surgery, weights
+from auditor.graphs.segments import bodies_of
 from auditor.ports import Array
 
 # Set as a node's doc_string: leave it to this processor's kernels.
@@ -135,13 +136,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     """Nodes of a graph and of those inside."""
     for node in graph.node:
         yield node
-        for inner in _inner(node):
+        for inner in bodies_of(node):
             yield from _nodes(inner)
-
-
-def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 class _Exact:
@@ -159,7 +155,7 @@ class _Exact:
         nodes = list(graph.node)
         del graph.node[:]
         for node in nodes:
-            for inner in _inner(node):
+            for inner in bodies_of(node):
                 self.change(inner, seen)
             for operand in _operands(node) if _clips(node) else ():
                 self._operand(graph, node, seen, operand)

@@ -13,6 +13,7 @@ from onnx import TensorProto
 
 from auditor.graphs import surgery
 from auditor.graphs.model import key
+from auditor.graphs.segments import bodies_of
 from auditor.ports import Array, SegmentGraph
 from auditor.records.backend import Kernel
 from auditor.replays.portions import PRODUCTS
@@ -54,7 +55,7 @@ class KernelLayout(QuantisedLayout):
         }
         self.derived = set[int]()  # nodes computed from constants alone
         for index, node in enumerate(self.nodes):
-            if all(n in self.constants for n in node.input if n) and not subgraphs(node):
+            if all(n in self.constants for n in node.input if n) and not bodies_of(node):
                 self.derived.add(index)
                 self.constants.update((o, _constant_shape(node)) for o in node.output)
         if any(self.constants[o] is None for i in self.derived for o in self.nodes[i].output):
@@ -162,11 +163,6 @@ class KernelLayout(QuantisedLayout):
 def stated(kernels: Sequence[Kernel], names: frozenset[str]) -> bool:
     """Whether an engine says that one of these kernels computes or writes in a format."""
     return any(k.precision in names or k.output_precision in names for k in kernels)
-
-
-def subgraphs(node: onnx.NodeProto) -> bool:
-    """Whether a node holds graphs."""
-    return any(a.HasField("g") or a.graphs for a in node.attribute)
 
 
 def _constant_shape(node: onnx.NodeProto) -> tuple[int, ...] | None:

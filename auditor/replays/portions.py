@@ -13,7 +13,7 @@ from dataclasses import replace
 import onnx
 
 from auditor.graphs import surgery
-from auditor.graphs.segments import Cut, Graph
+from auditor.graphs.segments import Cut, Graph, bodies_of
 from auditor.ports import SegmentGraph
 
 # What ends a portion; where values are rounded to 8 bits, a portion begins there.
@@ -63,8 +63,7 @@ class Portions:
     def with_one(self, changed: Cut, other: onnx.ModelProto) -> onnx.ModelProto | None:
         """The segment with another model for one portion; None where they do not go together."""
         model, graph = self._segment.model, other.graph
-        bodies = any(a.HasField("g") or a.graphs for n in graph.node for a in n.attribute)
-        if bodies or surgery.opset(other) != surgery.opset(model):
+        if any(map(bodies_of, graph.node)) or surgery.opset(other) != surgery.opset(model):
             return None
         made = surgery.copied(model)
         del made.graph.node[:]

@@ -16,9 +16,10 @@ import onnx
 from onnx import TensorProto
 
 from auditor.graphs import surgery
+from auditor.graphs.segments import bodies_of
 from auditor.ports import SegmentGraph, Variant
 from auditor.replays import algebra, premultiplied, steps
-from auditor.replays.kernel_layout import KernelLayout, stated, subgraphs
+from auditor.replays.kernel_layout import KernelLayout, stated
 from auditor.replays.kernels import rearranged
 from auditor.replays.rounder import Rounder, Sites
 from auditor.replays.writer import Format
@@ -92,7 +93,7 @@ def _emit(rounder: Rounder, index: int) -> None:
     """Write one node, as its kernel computes it."""
     group = rounder.groups[index]
     node = surgery.copied(rounder.at.nodes[index])
-    if subgraphs(node) or not rounder.applies(group):
+    if bodies_of(node) or not rounder.applies(group):
         for position, name in enumerate(node.input):
             if rounder.inside(name, group):
                 node.input[position] = rounder.raw.get(name, name)

@@ -9,25 +9,24 @@ it is cut; what rounding to the model's own types may do is a segment's floor (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
-from auditor.graphs import surgery, weights
+from auditor.graphs import element_types, surgery, weights
 from auditor.graphs.model import Model
+from auditor.graphs.segments import bodies_of
 from auditor.ports import Array, Arrays, SegmentGraph
 from auditor.replays.rounder import Sites
 from auditor.replays.rounding import variants
 from auditor.replays.writer import BF16, FP16, Format
 
 FORMATS: dict[int, Format] = {TensorProto.FLOAT16: FP16, TensorProto.BFLOAT16: BF16}
-# Attributes that hold an element type (ONNX operators; com.microsoft's follow the same names).
-_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "output_datatype", "stash_type")
+_FLOATS = dict.fromkeys(FORMATS, TensorProto.FLOAT)
 _ROUNDED = Sites("results of every operator", "operator", inputs=True, outputs=True)
 _FILE = "widened.bin"
 
@@ -46,7 +45,7 @@ def is_narrow(model: Model) -> bool:
     ):
         return True
     others = [n for n in graph.node if n.op_type != "Cast"]
-    bodies = bool(rounded) and any(_bodies(a) for n in graph.node for a in n.attribute)
+    bodies = bool(rounded) and any(map(bodies_of, graph.node))
     read = rounded & {name for n in others for name in n.input}
     returned = rounded & {value.name for value in graph.output}
     return bodies or bool(read or returned) or any(map(_names_narrow, others))
@@ -67,7 +66,7 @@ def widened(model: Model, folder: Path) -> Model:
         for tensor in proto.graph.initializer:
             if weights.is_detached(tensor):
                 _move(tensor, model.weights[tensor.name], file)
-    _widen(proto.graph)
+    element_types.replace(proto.graph, _FLOATS)
     return replace(model, proto=proto, weights=weights.detach(proto, folder), folder=folder)
 
 
@@ -107,14 +106,10 @@ def rounded(model: Model, wide: Model) -> Model:
 
 def in_float32(segment: SegmentGraph) -> onnx.ModelProto | None:
     """A copy of a segment, weights inside, that computes in float32; None where it does."""
-    graph = segment.model.graph
-    kinds = {t.data_type for t in graph.initializer}
-    if kinds.isdisjoint(FORMATS) and FORMATS.keys().isdisjoint(
-        (*_value_types(graph), *_node_types(graph))
-    ):
+    if FORMATS.keys().isdisjoint(element_types.of_graph(segment.model.graph)):
         return None
     wider = surgery.copied(weights.inside(segment.model, segment.weights))
-    _widen(wider.graph)
+    element_types.replace(wider.graph, _FLOATS)
     return wider
 
 
@@ -151,59 +146,5 @@ def _move(tensor: TensorProto, values: Array, file: BinaryIO) -> None:
         tensor.external_data.add(key=key, value=str(text))
 
 
-def _widen(graph: onnx.GraphProto) -> None:
-    for tensor in graph.initializer:
-        _widen_tensor(tensor)
-    for sparse in graph.sparse_initializer:
-        _widen_tensor(sparse.values)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type in FORMATS:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.name in _TYPE_ATTRIBUTES and attribute.i in FORMATS:
-                attribute.i = TensorProto.FLOAT
-            for tensor in _tensors(attribute):
-                _widen_tensor(tensor)
-            for body in _bodies(attribute):
-                _widen(body)
-
-
-def _widen_tensor(tensor: TensorProto) -> None:
-    if tensor.data_type in FORMATS:
-        values = numpy_helper.to_array(tensor).astype(np.float32)
-        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-
-def _value_types(graph: onnx.GraphProto) -> Iterator[int]:
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.type.tensor_type.elem_type
-
-
-def _node_types(graph: onnx.GraphProto) -> Iterator[int]:
-    """Element types that nodes name: of their constants, and of what they make."""
-    for node in graph.node:
-        yield from _types_of(node)
-
-
 def _names_narrow(node: onnx.NodeProto) -> bool:
-    return any(kind in FORMATS for kind in _types_of(node))
-
-
-def _types_of(node: onnx.NodeProto) -> Iterator[int]:
-    for attribute in node.attribute:
-        if attribute.name in _TYPE_ATTRIBUTES:
-            yield attribute.i
-        yield from (tensor.data_type for tensor in _tensors(attribute))
-        for body in _bodies(attribute):
-            yield from (tensor.data_type for tensor in body.initializer)
-            yield from _value_types(body)
-            yield from _node_types(body)
-
-
-def _tensors(attribute: onnx.AttributeProto) -> Iterable[TensorProto]:
-    return [attribute.t] if attribute.HasField("t") else attribute.tensors
-
-
-def _bodies(attribute: onnx.AttributeProto) -> Iterable[onnx.GraphProto]:
-    return [attribute.g] if attribute.HasField("g") else attribute.graphs
+    return any(kind in FORMATS for kind in element_types.of_node(node))
