@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from auditor.attribution import explainer
+from auditor.attribution import prepared
 from auditor.comparison import metrics
 from auditor.comparison.outputs import OutputMeter
 from auditor.errors import NoiseError, UsageError
@@ -155,9 +155,9 @@ def whole(model: Model, feeds: Arrays, expected: Arrays, threads: int) -> onnx.M
             f"{model.path} holds more than 2 GB of weights, and simulating needs them inside it",
             "Simulate a smaller model of the same family: sensitivities carry over.",
         )
-    if surgery.opset(proto) >= explainer.OPSET:
+    if surgery.opset(proto) >= prepared.OPSET:
         return proto
-    for candidate in surgery.upgraded(proto, explainer.OPSET):
+    for candidate in surgery.upgraded(proto, prepared.OPSET):
         try:
             values = sessions.session(candidate, threads).run(list(expected), feeds)
         except Exception:  # what ORT refuses is no conversion; its errors share no base

@@ -34,7 +34,6 @@ class Attribution:
         noise: id of the cause named, None when the error is unexplained.
         explained, bit_identical: of the named cause over samples; those of ``Explanation`` when
             none is named.
-        residual: ‖out_b − h_n‖ / ‖out_b − h‖ over samples; 1 when none is named.
         sample: index of the sample on which the cause was looked for.
         hypotheses: all that was tested there, best first.
         spread: share explained by sample, of the cause found there even if it is no longer named.
@@ -45,12 +44,16 @@ class Attribution:
     noise: str | None
     explained: float
     bit_identical: float
-    residual: float
     sample: int
     hypotheses: tuple[Hypothesis, ...]
     spread: Spread | None
     contradicted: int
     refuted: str | None
+
+    @property
+    def residual(self) -> float:
+        """‖out_b − h_n‖ / ‖out_b − h‖ over samples; 1 when none is named."""
+        return math.sqrt(max(0.0, 1 - self.explained))
 
 
 @dataclass(slots=True)
@@ -166,11 +169,12 @@ class Causes:
         """
         case = self._cases[id]
         results = self._explainer.retest(case.found.contenders, local)
-        fits = [tally.add(r, sample) for tally, r in zip(case.tallies, results, strict=False)]
-        for tally, result, fit in zip(case.tallies, results, fits, strict=False):
-            if fit and tally.noise == case.found.noise:
-                return difference(result.outputs, local.replayed)
-        return None
+        part: Arrays | None = None
+        for tally, result in zip(case.tallies, results, strict=False):
+            fits = tally.add(result, sample)
+            if fits and part is None and tally.noise == case.found.noise:
+                part = difference(result.outputs, local.replayed)
+        return part
 
     def noise(self, id: str) -> str | None:
         """Id of the cause that the search named, None when it named none."""
@@ -193,7 +197,6 @@ class Causes:
             noise=named.noise if named else None,
             explained=named.share if named else 0.0,
             bit_identical=named.identical.mean if named else case.found.bit_identical,
-            residual=math.sqrt(max(0.0, 1 - named.share)) if named else 1.0,
             sample=case.sample,
             hypotheses=case.found.hypotheses,
             spread=first.explained.spread() if first else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -57,7 +57,7 @@ def test_under_stated_precision(bench: Bench, usual: Mapping[str, str]) -> None:
         usual: the causes of earlier segments, with their variants.
     """
     base = bench.base
-    if base is None or bench.named:
+    if base is None:
         return
     noise = next(n for n in bench.noises if n.id == base.hypothesis.noise)
     # Its form that fits best without the fault, and that of other segments.
@@ -151,19 +151,19 @@ def _on_one(bench: Bench, segment: SegmentGraph, noises: Sequence[Noise]) -> Ite
     tried = [n for n in noises if n.id.startswith(family)]
     values = sessions.inside(segment.model, bench.threads, bench.local.inputs)
     for cut, portion in portions:
-        for noise in tried:
-            for variant in forms(bench.failures, noise, portion, None):
-                if not _matters(variant.model, values, bench.threads):
-                    continue
-                whole = portions.with_one(cut, variant.model)
-                before = len(bench.tested)
-                if whole is not None:
-                    bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
-                    for tested in bench.tested[before:]:
-                        if tested.jointly > _worth(bench.partial):
-                            yield tested.jointly, tested.hypothesis, whole
-                if bench.all_explained or len(bench.tested) >= most:
-                    return
+        changed = ((n, v) for n in tried for v in forms(bench.failures, n, portion, None))
+        for noise, variant in changed:
+            if not _matters(variant.model, values, bench.threads):
+                continue
+            whole = portions.with_one(cut, variant.model)
+            before = len(bench.tested)
+            if whole is not None:
+                bench.test(noise.id, Variant(f"{variant.name}, {portions.name(cut)}", whole))
+                for tested in bench.tested[before:]:
+                    if tested.jointly > _worth(bench.partial):
+                        yield tested.jointly, tested.hypothesis, whole
+            if bench.all_explained or len(bench.tested) >= most:
+                return
 
 
 def _worth(first: Tested | None) -> float:
@@ -175,17 +175,25 @@ def _test_under_best(bench: Bench, found: Sequence[_OnOne]) -> None:
     """Test causes on one product together with the cause that explains most."""
     first = bench.partial
     noise = first and next((n for n in bench.noises if n.id == first.hypothesis.noise), None)
+    if not first or not noise:
+        return
     for _, other, model in found:
-        if not first or not noise or other.noise == noise.id:
+        if other.noise == noise.id:
             continue
-        base = replace(bench.segment, model=model)
-        expected = first.hypothesis.variant
-        for variant in forms(bench.failures, noise, base, expected):
-            if variant.name == expected:
-                _test_both(bench, first.hypothesis, other, variant.model)
-                break
+        both = _in_form(bench, noise, first.hypothesis.variant, model)
+        if both is not None:
+            _test_both(bench, first.hypothesis, other, both)
         if bench.all_explained:
             return
+
+
+def _in_form(
+    bench: Bench, noise: Noise, form: str, model: onnx.ModelProto
+) -> onnx.ModelProto | None:
+    """A changed segment with one form of a noise on top; None where it has no such form."""
+    base = replace(bench.segment, model=model)
+    found = next(iter(forms(bench.failures, noise, base, form)), None)
+    return found.model if found is not None and found.name == form else None
 
 
 def _matters(model: onnx.ModelProto, values: Arrays, threads: int) -> bool:
@@ -209,9 +217,7 @@ def test_beside_mostly_exact(bench: Bench) -> None:
     outweigh all others in any norm: the share that it explains says nothing.
     """
     exact = [t for t in sorted(bench.tested, key=merit, reverse=True) if bench.mostly_exact(t)]
-    for first, noise in product(exact[:OWN], bench.noises):
-        if noise.id.startswith(EIGHT_BITS) and not bench.named:
-            _pair(bench, first, noise, {noise.id: ""})
+    _test_eight_bits_beside(bench, exact[:OWN])
 
 
 def test_beside_chosen(bench: Bench, segment: SegmentGraph) -> None:
@@ -223,14 +229,19 @@ def test_beside_chosen(bench: Bench, segment: SegmentGraph) -> None:
         bench: the segment under test.
         segment: the same with what ONNX fuses written out.
     """
+    if not segment.grids:
+        return
     alone = {t.hypothesis.variant: t for t in bench.tested}
-    for variant in artefact.variants(segment, "8 bits") if segment.grids else ():
-        if variant.name not in alone or variant.name not in artefact.CHOSEN_OF_BOTH:
-            continue
-        first = replace(alone[variant.name], variant=variant)
-        for noise in bench.noises:
-            if noise.id.startswith(EIGHT_BITS) and not bench.named:
-                _pair(bench, first, noise, {noise.id: ""})
+    made = (v for v in artefact.variants(segment, "8 bits") if v.name in artefact.CHOSEN_OF_BOTH)
+    chosen = (replace(alone[v.name], variant=v) for v in made if v.name in alone)
+    _test_eight_bits_beside(bench, chosen)
+
+
+def _test_eight_bits_beside(bench: Bench, firsts: Iterable[Tested]) -> None:
+    """Test every form of the causes of 8 bits beside hypotheses, until a cause may be named."""
+    for first, noise in product(firsts, bench.noises):
+        if noise.id.startswith(EIGHT_BITS) and not bench.named:
+            _pair(bench, first, noise, expected="")
 
 
 def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str, str]) -> None:
@@ -254,7 +265,7 @@ def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str,
     most = {noise: found[0][0] for noise, found in likely.items()}
     for noise in sorted(noises, key=lambda n: (n.id not in usual, -most.get(n.id, -math.inf))):
         names = [name for _, name in likely.get(noise.id, ())[:COMBINED]]
-        _pair(bench, first, noise, usual, names)
+        _pair(bench, first, noise, usual.get(noise.id), names)
         if bench.all_explained:
             return
     # The stated precision hides which of several forms of a fault is the right one.
@@ -262,7 +273,7 @@ def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str,
     others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
     for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
         for noise in stated:
-            _pair(bench, other, noise, usual)
+            _pair(bench, other, noise, usual[noise.id])
 
 
 def test_what_is_left(bench: Bench, usual: Mapping[str, str]) -> None:
@@ -291,11 +302,10 @@ def test_what_is_left(bench: Bench, usual: Mapping[str, str]) -> None:
                 continue  # each is even odds
             chance = CHANCE_STATED if known else CHANCE
             share = max(ADDS, 1 - math.pow(chance, 2 / left))
-            base = replace(bench.segment, model=first.variant.model)
-            found = next(iter(forms(bench.failures, noise, base, variant)), None)
-            if found is not None and found.name == variant:
+            both = _in_form(bench, noise, variant, first.variant.model)
+            if both is not None:
                 second = Hypothesis(noise.id, variant, -math.inf, 0.0)
-                _test_both(bench, first.hypothesis, second, found.model, share)
+                _test_both(bench, first.hypothesis, second, both, share)
         added = sorted(bench.tested[tested:], key=merit, reverse=True)
         del bench.tested[tested:]
         if not added or not added[0].plausible:
@@ -323,7 +333,7 @@ def _pair(
     bench: Bench,
     first: Tested,
     noise: Noise,
-    usual: Mapping[str, str],
+    expected: str | None,
     likely: Sequence[str] = (),
 ) -> None:
     """Test the first variants of a noise beside a hypothesis, and those whose names are given.
@@ -332,18 +342,17 @@ def _pair(
         bench: the segment under test.
         first: the hypothesis.
         noise: the other cause.
-        usual: the causes of earlier segments: of these every variant is tested.
+        expected: the variant to begin with; every other is tested as well unless it is None.
         likely: names of variants to test wherever they come.
     """
     found = first.hypothesis
     if noise.id == found.noise or noise.id in found.beside or not inside_branches(bench, noise):
         return
     base = replace(bench.segment, model=first.variant.model)
-    expected = usual.get(noise.id)
     tested = (t.hypothesis for t in bench.tested)
     shares = {h.variant: h.explained for h in tested if h.noise == noise.id}
     for position, variant in enumerate(forms(bench.failures, noise, base, expected)):
-        if position >= COMBINED and variant.name not in likely and noise.id not in usual:
+        if expected is None and position >= COMBINED and variant.name not in likely:
             continue
         share = shares.get(variant.name, -math.inf)
         second = Hypothesis(noise.id, variant.name, share, 0.0)

@@ -23,9 +23,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import onnx
-
-from auditor.attribution import combined
+from auditor.attribution import combined, prepared
 from auditor.attribution.hypotheses import (
     CLEARLY,
     ELEMENTS,
@@ -38,12 +36,11 @@ from auditor.attribution.hypotheses import (
 )
 from auditor.comparison import metrics
 from auditor.decomposition.divergence import Local
-from auditor.graphs import artefact, surgery
+from auditor.graphs import artefact
 from auditor.graphs.weights import size_of
 from auditor.ports import Arrays, Fitting, Noise, SegmentGraph, Variant
 from auditor.records.backend import Kernel
 from auditor.records.measured import Hypothesis
-from auditor.replays import blockwise, branches, fused, sessions
 
 # Branches of so few nodes are looked into like any other segment.
 SHORT = 16
@@ -52,14 +49,8 @@ FORMS = 4
 # Nodes of a segment, most of a model that a backend does not show, from which on each cause is
 # tried in one form alone: every replay is a run of the model, and there would be hundreds.
 _MANY = 1000
-# Relative L2 that two ways to run one segment in float32 may differ by.
-_SAME = 1e-6
-# The part of the error by which operators that are written out may differ from the reference.
-_PART = 0.1
 # Bytes of weights from which on rivals are tried in turn: each may hold them several times over.
 _HEAVY = 256 << 20
-# bfloat16 exists in ONNX graphs from this opset on.
-OPSET = 13
 
 # Winners of earlier segments, by the operators they hold: (noise id, variant name).
 Prior = dict[tuple[str, ...], tuple[str, str]]
@@ -110,7 +101,6 @@ class Explanation:
         explained: share of the introduced error that it reproduces; 0 when none is named.
         bit_identical: fraction of elements with the backend's exact value, by the named cause
             or else by the plain replay.
-        residual: ‖out_b − h_n‖ / ‖out_b − h‖ of the named cause; 1 when none is named.
         hypotheses: all that was tested, best first.
         outputs: h_n(in_b) of the named cause, or else h(in_b), by ONNX name.
         failures: hypotheses that could not be replayed, as sentences.
@@ -125,7 +115,6 @@ class Explanation:
     variant: str | None
     explained: float
     bit_identical: float
-    residual: float
     hypotheses: tuple[Hypothesis, ...]
     outputs: Arrays
     failures: tuple[str, ...] = ()
@@ -195,16 +184,17 @@ class Explainer:
     def _search_combinations(self, bench: Bench, search: _Search) -> None:
         """Test causes that explain an error together, or in a part of the segment only."""
         usual = dict(self.prior.values())
-        if not bench.named:
-            combined.test_beside_mostly_exact(bench)
-        if not bench.named:
-            combined.test_beside_chosen(bench, search.segment)
-        search.fit()
-        combined.test_under_stated_precision(bench, usual)
-        if not bench.named:
-            combined.test_second_cause(bench, search.ordered, usual)
-        if not bench.named:
-            combined.test_on_one_product(bench, search.segment, search.ordered)
+        tests: tuple[Callable[[], None], ...] = (
+            partial(combined.test_beside_mostly_exact, bench),
+            partial(combined.test_beside_chosen, bench, search.segment),
+            search.fit,
+            partial(combined.test_under_stated_precision, bench, usual),
+            partial(combined.test_second_cause, bench, search.ordered, usual),
+            partial(combined.test_on_one_product, bench, search.segment, search.ordered),
+        )
+        for test in tests:
+            if not bench.named:
+                test()
         if bench.named:
             combined.test_what_is_left(bench, usual)
 
@@ -241,8 +231,8 @@ class _Search:
     def __init__(self, bench: Bench, believed: tuple[str, str] | None) -> None:
         """Prepare the segment; ``believed``: the noise and form that explained its like before."""
         self._bench, self._believed = bench, believed
-        self.segment = _written_out(bench, _modern(bench))
-        inside = self._unbranched = _unbranched(bench, self.segment)
+        self.segment = prepared.segment(bench)
+        inside = self._unbranched = prepared.unbranched(bench, self.segment)
         self.short = len(bench.segment.model.graph.node) > _MANY
         bench.branched = inside is not self.segment and len(inside.model.graph.node) > SHORT
         self.ordered = sorted(
@@ -277,10 +267,8 @@ class _Search:
                 bench.record(found)
 
     def fit(self) -> None:
-        """Where no cause was found, test forms whose numbers are fitted to the backend."""
+        """Test forms whose numbers are fitted to the backend."""
         bench = self._bench
-        if bench.named:
-            return
         for noise in self.ordered:
             if isinstance(noise, Fitting):
                 for variant in noise.fits(self.segment, bench.local.inputs, bench.local.observed):
@@ -335,66 +323,6 @@ def _own(bench: Bench) -> float | None:
     if changed is None:
         return None
     return measured(replace(segment, model=changed), bench.local, bench.threads)
-
-
-def _modern(bench: Bench) -> SegmentGraph:
-    """The segment at an opset that knows bfloat16, if that leaves its outputs' bits alone."""
-    segment = bench.segment
-    if surgery.opset(segment.model) >= OPSET:
-        return segment
-    for model in surgery.upgraded(segment.model, OPSET):
-        try:
-            session = sessions.session(model, bench.threads, segment.folder)
-            values = session.run(list(bench.local.replayed), bench.local.inputs)
-        except Exception:  # what ORT refuses is no conversion; its errors share no base
-            continue
-        outputs = dict(zip(bench.local.replayed, values, strict=True))
-        if metrics.bitwise_equal(outputs, bench.local.replayed):
-            return replace(segment, model=model)
-    return segment
-
-
-def _written_out(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
-    """The segment with operators that stand for many in simpler ones, if it then gives its outputs.
-
-    An operator may have an attribute, of a later operator set, that is not written out. Every form
-    would then explain a backend that ignores it.
-    """
-    written = fused.written_out(blockwise.written_out(segment))
-    if written is segment:
-        return segment
-    tolerance = max(_SAME, _PART * math.sqrt(bench.error.total))
-    try:
-        replayed = _run(bench, written, written.model, tuple(bench.local.replayed))
-    except Exception:  # what ORT refuses is looked at as it is; its errors share no base
-        return segment
-    if metrics.relative_l2(replayed, bench.local.replayed, tuple(replayed)) > tolerance:
-        return segment
-    return replace(written, original=segment.model)
-
-
-def _unbranched(bench: Bench, segment: SegmentGraph) -> SegmentGraph:
-    """The segment with the branches that it takes, if it then gives its outputs.
-
-    Up to rounding: ONNX Runtime packs weights that are constants, and adds up in another order.
-    """
-    run = partial(_run, bench, segment)
-    replayed, names = bench.local.replayed, tuple(bench.local.replayed)
-    try:
-        model = branches.taken(segment.model, bench.local.inputs, run)
-        if model is None or metrics.relative_l2(run(model, names), replayed, names) > _SAME:
-            return segment
-    except Exception:  # as above
-        return segment
-    return replace(segment, model=model)
-
-
-def _run(
-    bench: Bench, segment: SegmentGraph, model: onnx.ModelProto, names: Sequence[str]
-) -> Arrays:
-    """What a model in a segment's place computes."""
-    session = sessions.session(model, bench.threads, segment.folder)
-    return dict(zip(names, session.run(list(names), bench.local.inputs), strict=True))
 
 
 def _winner(bench: Bench) -> Tested | None:
@@ -475,28 +403,26 @@ def _result(bench: Bench, tested: Tested, outputs: Arrays) -> Retest:
 def _conclude(bench: Bench, winner: Tested | None) -> Explanation:
     """What was found, with everything that was tested."""
     tested = sorted((t.hypothesis for t in bench.tested), key=lambda h: -h.explained)
+    observed, replayed = bench.local.observed, bench.local.replayed
+    same = [metrics.bit_identical(observed[n], v) for n, v in replayed.items()]
+    unexplained = Explanation(
+        noise=None,
+        variant=tested[0].variant if tested else None,
+        explained=0.0,
+        bit_identical=sum(same) / len(same) if same else 1.0,
+        hypotheses=tuple(tested),
+        outputs=replayed,
+        failures=tuple(bench.failures),
+    )
     if winner is None:
-        observed, replayed = bench.local.observed, bench.local.replayed
-        same = [metrics.bit_identical(observed[n], v) for n, v in replayed.items()]
-        return Explanation(
-            noise=None,
-            variant=tested[0].variant if tested else None,
-            explained=0.0,
-            bit_identical=sum(same) / len(same) if same else 1.0,
-            residual=1.0,
-            hypotheses=tuple(tested),
-            outputs=replayed,
-            failures=tuple(bench.failures),
-        )
+        return unexplained
     found = winner.hypothesis
-    return Explanation(
+    return replace(
+        unexplained,
         noise=found.noise,
         variant=found.variant,
         explained=found.explained,
         bit_identical=found.bit_identical,
-        residual=math.sqrt(max(0.0, 1 - found.explained)),
-        hypotheses=tuple(tested),
         outputs=winner.outputs,
-        failures=tuple(bench.failures),
         contenders=_contenders(bench, winner),
     )
