@@ -341,19 +341,13 @@ class Ledger:
 
 def grouped(cuts: Sequence[Cut], alone: Set[str]) -> tuple[tuple[Cut, ...], ...]:
     """Consecutive segments, those in ``alone`` by themselves and the stretches between joined."""
-    groups: list[tuple[Cut, ...]] = []
-    stretch: list[Cut] = []
+    groups: list[list[Cut]] = []
     for cut in cuts:
-        if cut.id not in alone:
-            stretch.append(cut)
-            continue
-        if stretch:
-            groups.append(tuple(stretch))
-            stretch = []
-        groups.append((cut,))
-    if stretch:
-        groups.append(tuple(stretch))
-    return tuple(groups)
+        if groups and alone.isdisjoint((cut.id, groups[-1][-1].id)):
+            groups[-1].append(cut)
+        else:
+            groups.append([cut])
+    return tuple(map(tuple, groups))
 
 
 def input_control(chain: Chain, clean: Arrays) -> float | None:

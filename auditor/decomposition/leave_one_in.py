@@ -105,12 +105,7 @@ class LeaveOneIn:
             effects = []
             results = chain.replayer.walking(alone, chosen)
             for cut, (effect, values) in zip(chosen, results, strict=True):
-                self._told(cut.id)
-                self.effects.setdefault(cut.id, Running()).add(effect, index)
-                if whole < math.inf:
-                    self._wholes.setdefault(cut.id, Running()).add(whole, index)
-                if 0 < whole < math.inf:
-                    self.shares.setdefault(cut.id, Running()).add(effect / whole, index)
+                self._note(cut.id, index, effect, whole)
                 meters = self.tasks.setdefault(cut.id, {})
                 for name, value in values.items():
                     if name not in meters:
@@ -133,6 +128,15 @@ class LeaveOneIn:
         while chosen := screening.more():
             for position, effect in zip(chosen, measure([new[i] for i in chosen]), strict=True):
                 screening.add(position, effect)
+
+    def _note(self, id: str, sample: int, effect: float, whole: float) -> None:
+        """Keep one segment's effect on a sample, beside the sample's whole divergence."""
+        self._told(id)
+        self.effects.setdefault(id, Running()).add(effect, sample)
+        if whole < math.inf:
+            self._wholes.setdefault(id, Running()).add(whole, sample)
+        if 0 < whole < math.inf:
+            self.shares.setdefault(id, Running()).add(effect / whole, sample)
 
 
 def _norm(tensors: Arrays) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx import TensorProto, helper
@@ -10,6 +11,7 @@ from onnx import TensorProto, helper
 from auditor.graphs import surgery
 from auditor.graphs.model import key
 from auditor.ports import SegmentGraph
+from auditor.records.backend import Kernel
 from auditor.replays.kernel_layout import KernelLayout
 from auditor.replays.rounder import CONVOLVING
 
@@ -75,25 +77,8 @@ def _averages_first(segment: SegmentGraph) -> SegmentGraph:
     """
     if not any(True for _ in surgery.find(segment.model, ("AveragePool",))):
         return segment
-    turn = {k: i for i, kernel in enumerate(segment.kernels) for k in kernel.nodes}
     layout = KernelLayout(segment)
-    moved: dict[int, list[int]] = {}  # by pooling, what scales before it, the last first
-    for pool, node in surgery.find(segment.model, ("AveragePool",)):
-        source, chain = node.input[0], list[int]()
-        padded = any(surgery.attributes(node).get("pads", ()))
-        while (index := layout.producer.get(source)) is not None and layout.reader(source):
-            step = layout.nodes[index]
-            later = turn.get(key(step), -1) > turn.get(key(node), len(turn))
-            factors = [n for n in step.input if n in layout.constants]
-            if not later or step.op_type not in ("Add", "Mul") or len(factors) != 1:
-                break
-            sizes = layout.constants[factors[0]]
-            if sizes is None or set(sizes[-2:]) - {1} or (padded and step.op_type == "Add"):
-                break
-            chain.append(index)
-            source = next(n for n in step.input if n != factors[0])
-        if chain:
-            moved[pool] = chain
+    moved = _scaled_later(layout, segment.kernels)
     if not moved:
         return segment
     model, names = surgery.copied(segment.model), dict[str, str]()
@@ -126,3 +111,26 @@ def _averages_first(segment: SegmentGraph) -> SegmentGraph:
         for kernel in segment.kernels
     )
     return replace(segment, model=model, kernels=kernels)
+
+
+def _scaled_later(layout: KernelLayout, kernels: Sequence[Kernel]) -> dict[int, list[int]]:
+    """By pooling, the nodes that scale and shift before it in kernels behind it, the last first."""
+    turn = {k: i for i, kernel in enumerate(kernels) for k in kernel.nodes}
+    moved: dict[int, list[int]] = {}
+    for pool, node in surgery.find(layout.model, ("AveragePool",)):
+        source, chain = node.input[0], list[int]()
+        padded = any(surgery.attributes(node).get("pads", ()))
+        while (index := layout.producer.get(source)) is not None and layout.reader(source):
+            step = layout.nodes[index]
+            later = turn.get(key(step), -1) > turn.get(key(node), len(turn))
+            factors = [n for n in step.input if n in layout.constants]
+            if not later or step.op_type not in ("Add", "Mul") or len(factors) != 1:
+                break
+            sizes = layout.constants[factors[0]]
+            if sizes is None or set(sizes[-2:]) - {1} or (padded and step.op_type == "Add"):
+                break
+            chain.append(index)
+            source = next(n for n in step.input if n != factors[0])
+        if chain:
+            moved[pool] = chain
+    return moved
