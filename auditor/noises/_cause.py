@@ -14,6 +14,10 @@ from auditor.records.terms import Stage
 from auditor.replays import kernel_layout
 
 
+def _none(segment: SegmentGraph) -> Iterable[Variant]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
     """A noise (``auditor.ports.Noise``) as data, and the one function that replays it.
@@ -37,7 +41,7 @@ class Cause:
         significand: bits (see the Protocol).
         convention: whether it is another definition of an operator (see the Protocol).
         cancelling: beginnings of the names of forms that may explain a part all the same.
-        variants: the forms to replay on a segment (see the Protocol).
+        variants: the forms to replay on a segment (see the Protocol); none unless given.
         fitted: forms whose numbers, such as scales, are read off a segment's inputs and what the
             backend made of them (see the Protocol ``Fitting``).
         simulated: whether to simulate those forms on whole models: deployments choose it, while
@@ -61,7 +65,7 @@ class Cause:
     convention: bool = False
     cancelling: tuple[str, ...] = ()
     forms: tuple[str, ...] = ()
-    variants: Callable[[SegmentGraph], Iterable[Variant]]
+    variants: Callable[[SegmentGraph], Iterable[Variant]] = _none
     fitted: Callable[[SegmentGraph, Arrays, Arrays], Iterable[Variant]] | None = None
     simulated: bool = True
     simulation: Callable[[SegmentGraph], Iterable[Variant]] | None = None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from auditor.noises._cause import Cause
-from auditor.ports import SegmentGraph, Variant
 from auditor.records.terms import Stage
 
 _APPLIES = "photographs given with `--images` and `--pipeline`, where the two sides differ in it"
@@ -30,10 +27,5 @@ def step(
         applies=_APPLIES,
         source=source,
         advice=advice,
-        variants=_none,
         simulated=False,
     )
-
-
-def _none(segment: SegmentGraph) -> Iterable[Variant]:
-    return ()

@@ -12,8 +12,8 @@ from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import Array, SegmentGraph, Variant
 from auditor.replays import kernel_layout
+from auditor.replays.writer import FP16
 
-_HALF = frozenset({"f16", "fp16", "float16", "half"})
 # How a summand is made from a value, and the result from the sum.
 _SUMS = {
     "ReduceSum": ("v = Identity(h)", "r = Identity(total)"),
@@ -52,7 +52,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     if surgery.opset(model) < _OPSET:
         return
     types = surgery.types(model)
-    stated = kernel_layout.stated(segment.kernels, _HALF)
+    stated = kernel_layout.stated(segment.kernels, FP16.stated)
 
     def narrow(name: str) -> bool:
         kind = types.get(name)

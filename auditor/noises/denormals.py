@@ -9,15 +9,10 @@ from onnx import TensorProto
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
 from auditor.ports import SegmentGraph, Variant
+from auditor.replays.kernel_layout import MOVES
 
 # Operators that move values and so leave subnormal ones alone.
-_MOVES = frozenset(
-    {
-        *("Concat", "Constant", "ConstantOfShape", "DepthToSpace", "Dropout", "Expand", "Flatten"),
-        *("Gather", "GatherElements", "GatherND", "Identity", "Pad", "Reshape", "Shape", "Slice"),
-        *("SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
-    }
-)
+_MOVES = MOVES | {"Constant", "ConstantOfShape", "Shape"}
 _SMALLEST = {TensorProto.FLOAT: "1.1754943508222875e-38", TensorProto.FLOAT16: "6.103515625e-05"}
 _FLUSH = (
     "(x) => (y) {{ c = Constant <value = float {{{smallest}}}> () k = Cast <to = $T> (c) "

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from auditor.graphs import surgery
 from auditor.noises._cause import Cause
-from auditor.ports import Array, SegmentGraph, Variant
+from auditor.ports import Array
 
 FORM = "constants that hold the traced size hold the other one"
 # Constants that say sizes have few elements; ranges and masks have as many as the size says.
@@ -69,11 +69,6 @@ def thawed(model: onnx.ModelProto, changed: Iterable[Frozen]) -> onnx.ModelProto
     return result
 
 
-def _variants(segment: SegmentGraph) -> Iterable[Variant]:
-    """None: at the traced shape there is nothing to see."""
-    return ()
-
-
 NOISE = Cause(
     id="export.frozen_shape",
     type="traced shape",
@@ -94,6 +89,5 @@ NOISE = Cause(
         "declare the dimension fixed"
     ),
     forms=(FORM,),
-    variants=_variants,
     simulated=False,
 )

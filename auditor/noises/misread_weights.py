@@ -18,7 +18,6 @@ from auditor.replays import kernel_layout, rounding
 
 _BLOCK = 32  # bfloat16 values of one row of a tile register
 _WIDTHS = (16, 32)  # filters that are computed, and laid out, together
-_PRECISIONS = frozenset({"bf16", "bfloat16"})
 
 
 def _name(width: int) -> str:
@@ -27,7 +26,7 @@ def _name(width: int) -> str:
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with every such convolution's weights as they are read."""
-    if not kernel_layout.stated(segment.kernels, _PRECISIONS):
+    if not kernel_layout.stated(segment.kernels, bf16.FORMAT.stated):
         return
     shapes = {t.name: tuple(t.dims) for t in segment.model.graph.initializer}
     found = {

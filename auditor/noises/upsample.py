@@ -264,8 +264,10 @@ def _spatial(node: onnx.NodeProto, known: Mapping[str, Array]) -> str | None:
 
 
 def _halves_to_even(model: onnx.ModelProto, ranks: Mapping[int, int]) -> Iterator[Variant]:
-    modern = _changed(model, {}) if ranks else model
-    for centre in ("asymmetric", "half_pixel") if ranks else ():
+    if not ranks:
+        return
+    modern = _changed(model, {})
+    for centre in ("asymmetric", "half_pixel"):
         bodies = {i: _to_even(modern.graph.node[i], rank, centre) for i, rank in ranks.items()}
         yield Variant(_EVEN.format(centre), surgery.substituted(modern, bodies))
 
