@@ -42,6 +42,12 @@ def renderers() -> dict[str, Renderer]:
     return {renderer.name: renderer for renderer in found}
 
 
+def terminal() -> Renderer:
+    """The format in which a report is printed, without importing the others."""
+    found: Renderer = importlib.import_module("reports.terminal").RENDERER
+    return found
+
+
 def fixes() -> tuple[Fix, ...]:
     """All equivalent ways to write operators, ordered by id."""
     package = "auditor.fixes"

@@ -93,3 +93,24 @@ def test_start_up_imports_nothing_heavy(arguments: list[str]) -> None:
     assert "typer" in loaded
     heavy = {"numpy", "onnx", "onnxruntime", "rich", "safetensors", *ENGINES}
     assert not heavy & set(loaded)
+
+
+def test_a_worker_and_a_printed_report_load_only_what_they_need() -> None:
+    """Each start of a worker, and each audit, would otherwise take longer by a tenth of itself."""
+    code = (
+        "import json, sys\n"
+        "from auditor.processes import worker\n"
+        "worker._Session('ort', ()).availability()\n"
+        "from auditor.comparison import metrics\n"  # what a run needs beside the engine
+        "first = sorted(sys.modules)\n"
+        "from auditor.commands._output import destination_for\n"
+        "shown = destination_for(None, None, []).shown.name\n"
+        "print(json.dumps([first, shown, sorted(sys.modules)]))\n"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    served, shown, printed = json.loads(done.stdout)
+    assert {"auditor.comparison.metrics", "auditor.records.backend"} <= set(served)
+    assert "auditor.records.measured" not in served
+    assert shown == "terminal"
+    assert not {"reports.html", "reports.json_v1", "reports.sarif", "reports.junit"} & set(printed)

@@ -54,11 +54,14 @@ def destination_for(
     """
     from auditor import discovery
 
+    if format is None and output is None:
+        return Destination(discovery.terminal(), None, None)
     renderers = discovery.renderers()
     if format is not None:
         discovery.require(format, renderers, "report format", "Formats")
-    if output is None:
-        return Destination(renderers[format or "terminal"], None, None)
+        if output is None:
+            return Destination(renderers[format], None, None)
+    assert output is not None
     output = output.resolve()
     if any(path and path.resolve() == output for path in read):
         raise UsageError(f"-o {output} would overwrite an input", "Choose another file.")

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from auditor.ports import Array, Arrays
-from auditor.records.measured import Concentration, Distance, Spread
+
+if TYPE_CHECKING:  # workers compare bits, and need no records for that: a twentieth of their start
+    from auditor.records.measured import Concentration, Distance, Spread
 
 # float32 dot products lose nothing that matters here unless squares leave this range.
 _SAFE_SQUARE = (1e-30, 1e37)
@@ -91,6 +94,8 @@ class Moments:
 
     def distance(self) -> Distance:
         """The distance over everything added so far."""
+        from auditor.records.measured import Distance
+
         if self.error == 0.0:
             return Distance(0.0, 0.0, math.inf, 1.0, self.mismatch)
         scale = self.reference if self.reference > 0 else self.observed
@@ -148,6 +153,8 @@ class Running:
         """What is known of the number; None where nothing was added."""
         if self.count == 0:
             return None
+        from auditor.records.measured import Spread
+
         return Spread(
             samples=self.count,
             mean=self._mean,
@@ -312,6 +319,8 @@ def concentration(observed: Array, reference: Array) -> Concentration | None:
     None unless that slice holds at least a quarter of the error and at least four times its
     even share.
     """
+    from auditor.records.measured import Concentration
+
     if observed.shape != reference.shape or reference.size == 0:
         return None
     _, d, mismatch = _difference(observed, reference)
