@@ -7,11 +7,13 @@ first step of making it harmless; each format then escapes what its own syntax w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, TypeVar, cast
+from collections.abc import Callable, Hashable, Iterable
+from operator import is_
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from auditor.records.report import severity_of_output
 from auditor.records.terms import PIPELINE, SEVERITIES, reaches
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 NONE = "-"  # in the place of a figure that was not measured
 
+# Nearly all of a large report's values.
+_HARMLESS = (float, int, bool, type(None))
+
 T = TypeVar("T")
 
 
@@ -47,13 +52,22 @@ def visible(value: T) -> T:
     if isinstance(value, str):
         return value if value.isprintable() else cast(T, "".join(map(_escape, value)))
     if isinstance(value, tuple):
-        return cast(T, tuple(visible(item) for item in value))
+        items = tuple(map(visible, value))
+        return value if all(map(is_, items, value)) else cast(T, items)
     if isinstance(value, dict):
         return cast(T, {visible(k): visible(v) for k, v in value.items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = {f.name: visible(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **changes)
-    return value
+    changes = {}
+    for name in _fields(cast(Hashable, type(value))):
+        old = getattr(value, name)
+        if type(old) not in _HARMLESS and (new := visible(old)) is not old:
+            changes[name] = new
+    return dataclasses.replace(cast(Any, value), **changes) if changes else value
+
+
+@functools.cache
+def _fields(kind: Hashable) -> tuple[str, ...]:
+    """The fields of a dataclass; none of any other type."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 def _escape(character: str) -> str:

@@ -564,3 +564,14 @@ def test_labels_are_whole_in_a_narrow_pane(width: int) -> None:
     ]
     begins = {line.index("what") for line in lines if line.startswith(("rank", "rel", "cause"))}
     assert len(begins) == 1, lines
+
+
+def test_only_what_holds_a_harmful_name_is_copied():
+    """A deep model's report is large, and it is read through before anything is shown."""
+    harmless, harmful = Device("", "EPYC", ("f32",)), Device("", "EPYC\x1b[2J", ("f32",))
+    kept = Availability(True, "E", "1", (harmless,))
+    assert words.visible(kept) is kept
+    shown = words.visible(Availability(True, "E", "1", (harmless, harmful)))
+    assert [device.name for device in shown.devices] == ["EPYC", "EPYC\\x1b[2J"]
+    assert shown.devices[0] is harmless and shown.engine == "E"
+    assert words.visible({"a\nb": ("c\u202e", 1.5)}) == {"a\\nb": ("c\\u202e", 1.5)}
