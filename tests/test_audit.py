@@ -355,6 +355,16 @@ def test_nan_handling_is_audited_on_request(run, tmp_path):
     assert any("1 segment, from s1 on, was handed NaN" in said for said in backend.warnings)
 
 
+def test_a_segment_that_was_handed_another_shape_was_handed_no_nan(run):
+    """Its error cannot be measured against the reference, and the warning says why."""
+    text = """(float[6, 2] x) => (float[N, 2] y) <int64[1] s = {{0}}, int64[1] e = {{{end}}}> {{
+        a = Slice(x, s, e) y = Neg(a) }}"""
+    model, candidate = (onnx_model(text.format(end=end), ir_version=9) for end in (5, 4))
+    (backend,) = run(model, "ort", candidate=candidate).backends
+    (said,) = [w for w in backend.warnings if "from s1 on" in w]
+    assert "handed a tensor of another shape than the reference's, and passed it on" in said
+
+
 def test_a_program_is_instrumented_once_even_with_nothing_to_observe(run, tmp_path, monkeypatch):
     model = onnx_model("(float[1, 4] x) => (float[1, 4] y) { y = Relu(x) }", ir_version=9)
     data = tmp_path / "x.npz"

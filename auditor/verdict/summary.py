@@ -283,9 +283,13 @@ def _on_the_ranking(measured: Analysis) -> Iterator[str]:
     ]
     if blind:
         one = len(blind) == 1
+        entering = [[e.mismatch or "" for e in m.entering.values()] for m in blind]
+        reshaped = [any(why.startswith("shape") for why in whys) for whys in entering]
+        handed = ["NaN or infinity where the reference has numbers"] * (not all(reshaped))
+        handed += ["a tensor of another shape than the reference's"] * any(reshaped)
         yield (
             f"{'1 segment' if one else f'{len(blind)} segments'}, from {blind[0].cut.id} on, "
-            f"{'was' if one else 'were'} handed NaN or infinity where the reference has numbers, "
+            f"{'was' if one else 'were'} handed {', or '.join(handed)}, "
             "and passed it on: what else is wrong there does not show."
         )
     effects = measured.leave_one_in.effects
