@@ -356,9 +356,8 @@ NOISE = Cause(
         "openvino#37826 (sampling_ratio's default)"
     ),
     advice=(
-        "export at an operator set where the listed operator is unambiguous: 13 or later for "
-        "softmaxes, 18 or later for reductions, and write axis, axes, keepdims and sampling_ratio "
-        "explicitly"
+        "write axis, axes, keepdims and sampling_ratio explicitly; where the model is older, "
+        "export at operator set 13 or later for softmaxes, 18 or later for reductions"
     ),
     convention=True,
     forms=(

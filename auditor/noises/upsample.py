@@ -330,9 +330,9 @@ NOISE = Cause(
     advice=_COMMON,
     remedies={
         "tvm": (
-            "export at operator set 11 or later (Resize, not Upsample, whose halves TVM rounds to "
-            f"even), give Resize sizes instead of scales, and {_COMMON}: TVM derives its scale "
-            "from the sizes and ignores those three"
+            f"give Resize sizes instead of scales, and {_COMMON}: TVM derives its scale from the "
+            "sizes and ignores those three; export an Upsample, whose halves TVM rounds to even, "
+            "at operator set 11 or later, as Resize"
         ),
         "ov": f"{_COMMON}: OpenVINO's ONNX frontend ignores those three",
     },
