@@ -28,7 +28,7 @@ def proposed(report: AuditReport, source: str) -> str:
     alone = _alone(report)
     lines = [
         f"# Written by `audit init` from {_comment(source)}: every figure is what was measured",
-        f"# there, with a margin of {_MARGIN:g}. Make them as tight as your release needs.",
+        f"# there, times {_MARGIN:g} and rounded up. Make them as tight as your release needs.",
         "",
         "# What no tolerance covers fails from this severity on.",
         f'fail_on = "{report.fail_on}"',
