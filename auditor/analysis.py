@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from auditor.attribution import evidence, witness
-from auditor.attribution.causes import Causes
+from auditor.attribution.causes import Attribution, Causes
 from auditor.capture.alignment import Alignment
 from auditor.capture.recording import Source
 from auditor.capture.trace import SampleTrace, denied
@@ -32,6 +32,7 @@ from auditor.decomposition.impact import Books, Chain, Ledger, Parts, Pool
 from auditor.errors import UsageError
 from auditor.graphs import model, surgery
 from auditor.graphs.segments import Cut
+from auditor.noises import bf16, fp16
 from auditor.options import AuditOptions
 from auditor.ports import Array, Arrays, CompiledConstant, Noise, SegmentGraph
 from auditor.records.backend import Gap
@@ -52,6 +53,8 @@ ALONE = 20
 # The segments whose cause is also tested against rival causes and on every later sample, and
 # where the error's place inside the tensor is reported.
 TOP = 10
+# What rounding to a model's own narrow type is called.
+_NARROW = (fp16.NOISE.id, bf16.NOISE.id)
 # Above this part of the divergence, what cutting the reference changed is a gap.
 SEAM = 0.1
 
@@ -70,6 +73,7 @@ class Analysis:
         run_to_run, rebuild: largest relative L2 between plain runs, and between two builds.
         leave_one_in: what each segment's error alone does to the outputs.
         causes: of the segments that were above their floor on some sample.
+        roundings: of the segments in which the model's own narrow type may do what float32 cannot.
         constants: what there is to say of those segments' constants in the compiled file.
         ledger: where the whole divergence came from.
         system, system_outputs: the same of the whole system, with the pipeline around the
@@ -115,6 +119,8 @@ class Analysis:
         )
         replayer = reference.replayer
         self.causes = Causes(noises, replayer.threads, later=samples > 1, beside=replayer.beside)
+        own = [noise for noise in noises if noise.id in _NARROW]
+        self.roundings = Causes(own, replayer.threads, later=samples > 1)
         self.constants: dict[str, tuple[str, ...]] = {}
         self.ledger = Ledger(())
         self.system = Pool()
@@ -334,16 +340,7 @@ class Analysis:
         self, index: int, chain: Chain, cut: Cut, local: Local, thorough: bool
     ) -> Arrays | None:
         """Look for the cause of one segment's error; the part of it that the cause reproduces."""
-        segment = SegmentGraph(
-            surgery.without_copies(chain.replayer.model(cut, local.inputs)),
-            self.alignment.kernels(cut),
-            self._compiled,
-            self._trained,
-            self._grids,
-            chain.replayer.weights,
-            chain.replayer.folder,
-            self._options.threads or 0,
-        )
+        segment = self._segment(chain, cut, local)
         part, failures = self.causes.look(
             cut.id, segment, local, index, thorough=thorough, floor=self.meters[cut.id].floor
         )
@@ -359,6 +356,19 @@ class Analysis:
                 nodes = ", ".join(model.key(self.reference.graph.nodes[i]) for i in cut.nodes)
                 self.warnings.append(f"At {nodes}: {said}.")
         return part
+
+    def _segment(self, chain: Chain, cut: Cut, local: Local) -> SegmentGraph:
+        """A segment as causes are tried on it."""
+        return SegmentGraph(
+            surgery.without_copies(chain.replayer.model(cut, local.inputs)),
+            self.alignment.kernels(cut),
+            self._compiled,
+            self._trained,
+            self._grids,
+            chain.replayer.weights,
+            chain.replayer.folder,
+            self._options.threads or 0,
+        )
 
     def _telescope(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:
         """Where this sample's whole divergence came from, by segment.
@@ -397,7 +407,8 @@ class Analysis:
         )
         if apart:
             with contextlib.suppress(ReplayError):  # without books the share is said to be unknown
-                network = impact.parts_by_category(chain, flagged, parts)
+                errors, named = self._with_roundings(index, chain, flagged, parts)
+                network = impact.parts_by_category(chain, errors, named)
                 whole = difference(captured, base)
                 books = impact.booked(network, whole, base, chain.outputs, rounding=rounding)
                 self.ledger.book(books, index)
@@ -411,6 +422,30 @@ class Analysis:
                 off = difference(last, origin)
                 books = impact.booked(system, off, origin, names, rounding=rounding)
                 self.system.add(books, metrics.relative_l2(last, origin, names))
+
+    def _with_roundings(
+        self,
+        index: int,
+        chain: Chain,
+        flagged: Mapping[str, Local],
+        parts: Mapping[str, Mapping[str, Arrays]],
+    ) -> tuple[dict[str, Local], dict[str, dict[str, Arrays]]]:
+        """The segments that are booked, and what each noise reproduces of their errors.
+
+        Beside those flagged, the ones in which the model's own narrow type may do what float32
+        cannot. They are no findings, but that it does is tried like any other cause.
+        """
+        errors, named = dict(flagged), {noise: dict(by_id) for noise, by_id in parts.items()}
+        for cut in (c for c in self.cuts if c.id in self._flagging.narrow):
+            local = errors[cut.id] = self._flagging.narrow[cut.id]
+            if cut.id in self.roundings:
+                part = self.roundings.again(cut.id, local, index)
+            else:
+                segment = self._segment(chain, cut, local)
+                part, _ = self.roundings.look(cut.id, segment, local, index, thorough=False)
+            if part is not None and (noise := self.roundings.noise(cut.id)):
+                named.setdefault(noise, {})[cut.id] = part
+        return errors, named
 
     def _describe(self, chain: Chain) -> None:
         """What the drill-down shows of the tensors."""
@@ -433,6 +468,16 @@ class Analysis:
                 )
 
     # --- what the report asks for --------------------------------------------------------------
+
+    def verdict(self, id: str) -> Attribution | None:
+        """What is known of the cause of a segment's error; None where none was looked for.
+
+        A segment that one sample flagged may be below its floor over all of them.
+        """
+        meter = self.meters[id]
+        if meter.flagged:
+            return self.causes.verdict(id) if id in self.causes else None
+        return self.roundings.verdict(id) if meter.narrow and id in self.roundings else None
 
     def another_file(self) -> str | None:
         """A sentence on the compiled file's other weights; None where they make no error."""

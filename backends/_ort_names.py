@@ -116,12 +116,17 @@ class Names:
         }
 
     def observed(self) -> dict[str, str]:
-        """Engine tensor that stands for each observable ONNX tensor, in execution order."""
+        """Engine tensor that stands for each observable ONNX tensor, in execution order.
+
+        Of two copies it is the one that the other was made of: what a cast to float16 hides from
+        some readers, others of the same tensor are handed.
+        """
         best: dict[str, tuple[bool, bool, str]] = {}
         for name, seat in self.seats.items():
             known = seat.name in self.original.producer
             if known and seat.layout.stored != "flat" and seat.name not in self.original.constants:
-                rank = (name != seat.name, seat.copy, name)
+                rounded = self._is_rounded(name, seat)
+                rank = (name != seat.name or rounded, seat.copy or rounded, name)
                 best[seat.name] = min(best.get(seat.name, rank), rank, key=lambda r: r[:2])
         live = self._compiled.live()
         order = (n for node in self._compiled.nodes for n in node.output if n in live)
@@ -220,6 +225,14 @@ class Names:
         if origin.op_type == "Conv" and _has_bias(node) and not _has_bias(origin):
             return None  # it took over the sum or the normalisation behind it
         return _after_activation(tensor, node, self.original)
+
+    def _is_rounded(self, name: str, seat: _Seat) -> bool:
+        """Whether a tensor is the same one in another type, and no output."""
+        node = self._compiled.producer.get(name)
+        if node is None or node.op_type != "Cast" or seat.name in self.original.outputs:
+            return False
+        source = self.seats.get(node.input[0])
+        return source is not None and source.name == seat.name
 
     def _is_quantised(self, node: onnx.NodeProto) -> bool:
         if _on_integers(node):

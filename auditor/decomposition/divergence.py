@@ -18,6 +18,7 @@ from auditor.comparison.metrics import Moments, Steps
 from auditor.graphs.segments import Cut
 from auditor.ports import Arrays
 from auditor.replays.replay import Replayer, difference
+from auditor.replays.writer import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class Meter:
     inherited: dict[str, Moments] = field(default_factory=dict)
     entering: dict[str, Moments] = field(default_factory=dict)
     floor: float = 0.0
+    single: float = 0.0  # what float32 does of it, and ``own`` the format that does the rest
+    own: Format | None = None
     identical: float = 0.0
     samples: int = 0
     unmeasured: str | None = None
@@ -103,6 +106,11 @@ class Meter:
     def flagged(self) -> bool:
         """Whether the introduced error is above everything rounding and repetition can do."""
         return self.relative(self.introduced) > self.floor
+
+    @property
+    def narrow(self) -> Format | None:
+        """The format whose rounding alone explains the error: the model's own, below float32's."""
+        return self.own if self.single < self.relative(self.introduced) <= self.floor else None
 
     @property
     def exact(self) -> bool:

@@ -23,11 +23,13 @@ class Flagging:
 
     Attributes:
         meters: their running sums, by id.
+        narrow: of the sample added last, the segments that only a narrow type's rounding moved.
     """
 
     def __init__(self, reference: Reference) -> None:
         """No sample was added yet."""
         self.meters: dict[str, Meter] = {}
+        self.narrow: dict[str, Local] = {}
         self._reference = reference
         self._floored = set[str]()  # segments whose floor was measured
         self._shown = set[str]()  # … and those whose error moved more than rounding does
@@ -58,6 +60,7 @@ class Flagging:
             for cut, local in zip(chain.cuts, beside(measure, chain.cuts), strict=True)
             if local is not None
         }
+        self.narrow = {id: found.pop(id) for id in list(found) if not self.meters[id].flagged}
         self._drop_unseen(chain, found)
         if all(math.isfinite(self.meters[id].relative(self.meters[id].introduced)) for id in found):
             with contextlib.suppress(ReplayError):  # a shape, which is infinitely far off itself
@@ -73,7 +76,7 @@ class Flagging:
         *,
         first: bool,
     ) -> Local | None:
-        """Measure one segment; its divergence if that is above its floor."""
+        """Measure one segment; its divergence if that is above its floor, or above float32's."""
         meter, local = self.meters[cut.id], None
         try:
             local = divergence.replay(chain.replayer, cut, chain.captured)
@@ -89,8 +92,9 @@ class Flagging:
         if cut.id not in self._floored:  # on the first sample above the smallest floor there is
             self._floored.add(cut.id)
             own = self._reference.own_type(cut)
-            meter.floor = floors.floor(chain.replayer, cut, local, known, again, own)
-        return local if meter.flagged else None
+            floor = floors.floor(chain.replayer, cut, local, known, again, own)
+            meter.floor, meter.single, meter.own = floor.total, floor.single, floor.own
+        return local if meter.flagged or meter.narrow else None
 
     def _drop_unseen(self, chain: Chain, found: dict[str, Local]) -> None:
         """Drop what no output shows and no rounding in float32 would either.
@@ -117,4 +121,5 @@ class Flagging:
         if decisive is not None:
             self.meters[decisive.id].floor = 0.0  # as little as this matters here
             self._shown.add(decisive.id)
+            self.narrow.pop(decisive.id, None)
             found[decisive.id] = divergence.replay(chain.replayer, decisive, chain.captured)

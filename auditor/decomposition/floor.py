@@ -25,7 +25,7 @@ from auditor.replays import decisions, functions, positions, quantised, reorder,
 from auditor.replays.replay import Replayer, ReplayError
 from auditor.replays.sessions import session
 from auditor.replays.widening import own_types
-from auditor.replays.writer import OPSET_OF_SUMS, Format
+from auditor.replays.writer import FP16, OPSET_OF_SUMS, Format
 
 # Operators that draw numbers.
 _RANDOM = ("Random", "Multinomial", "Bernoulli", "Dropout")
@@ -44,6 +44,26 @@ STEPS = 5e8
 _SUMMING = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """Introduced errors, relative L2.
+
+    Attributes:
+        total: below it nothing is blamed on the segment.
+        single: the part of it that holds where nothing is kept in less than float32.
+        own: the narrow format whose rounding does what is between the two, if any.
+    """
+
+    total: float
+    single: float
+    own: Format | None = None
+
+    @classmethod
+    def only(cls, error: float) -> Floor:
+        """One that no narrow format is part of."""
+        return cls(error, error)
+
+
 def floor(
     replayer: Replayer,
     cut: Cut,
@@ -51,7 +71,7 @@ def floor(
     apart: Mapping[str, Moments],
     again: Arrays | None = None,
     own: Format | None = None,
-) -> float:
+) -> Floor:
     """The introduced error, relative L2, below which nothing is blamed on this segment.
 
     It is the largest of these:
@@ -82,39 +102,42 @@ def floor(
     moved = _Moved(replayer, cut, model, local, apart)
     repeat = 2 * moved.distance({n: again[n] for n in cut.outputs}, local.observed) if again else 0
     if surgery.is_exact(model):
-        return repeat
+        return Floor.only(repeat)
     if moved.draws():
         least = max(fp32_rounding.floor(0.0), repeat)
         if any(node.op_type == "Dropout" for node in model.graph.node):
-            return least  # that it drops at all has a name (export.training_mode)
+            return Floor.only(least)  # that it drops at all has a name (export.training_mode)
         # No two runs of it are alike: nothing can be told by its numbers, nor their count.
         if any(v.shape != local.replayed[n].shape for n, v in local.observed.items()):
-            return math.inf
-        return max(least, moved.distance(local.observed, local.replayed) * _ABOVE)
+            return Floor.only(math.inf)
+        off = moved.distance(local.observed, local.replayed)
+        return Floor.only(max(least, off * _ABOVE))
     jitter = moved.jittered()
     terms = reorder.longest_sum(model.graph.node, surgery.shapes(model))
-    half = any(local.observed[name].dtype == np.float16 for name in cut.outputs)
     # As the model has them: a backend may show what it computed in float32 as that.
     wide = double(map(helper.tensor_dtype_to_np_dtype, surgery.types(model).values()))
-    found = fp32_rounding.floor(
+    single = fp32_rounding.floor(
         jitter,
         moved.reordered(),
         terms,
-        half=half,
         double=wide,
         exact=max(0.0 if wide else moved.evaluated_exactly(), moved.repositioned()),
     )
-    found = max(found, moved.in_own_types(own) if own else 0.0, repeat)
+    single = max(single, repeat)
+    narrow = moved.in_own_types(own) if own else 0.0
+    if any(local.observed[name].dtype == np.float16 for name in cut.outputs):
+        own, narrow = own or FP16, max(narrow, fp32_rounding.SMALLEST_HALF)
+    found = max(single, narrow)
     introduced = moved.distance(local.observed, local.replayed)
     if found < introduced <= fp32_rounding.furthest(jitter, terms) and moved.quick(terms):
-        in_order = moved.summed_in_order()
-        in_order = fp32_rounding.floor(jitter, in_order, terms, half=half, double=wide)
-        found = max(found, in_order)
+        in_order = fp32_rounding.floor(jitter, moved.summed_in_order(), terms, double=wide)
+        single, found = max(single, in_order), max(found, in_order)
     if _DECIDED < introduced <= found and moved.places() and moved.undecided() > _DECIDED:
-        return _DECIDED
+        return Floor.only(_DECIDED)
     if found < introduced and (sided := moved.sided(terms)) is not None:
-        return introduced * _ABOVE if moved.distance(local.observed, sided) <= found else found
-    return found
+        near = moved.distance(local.observed, sided) <= found
+        return Floor.only(introduced * _ABOVE if near else found)
+    return Floor(found, single, own)
 
 
 def double(kinds: Iterable[np.dtype[Any]]) -> bool:

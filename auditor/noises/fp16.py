@@ -55,6 +55,7 @@ SITES = (
         sums=True,
     ),
     Sites("results of every operator in fp16, operands as they are", "operator", outputs=True),
+    Sites("results of each kernel in fp16, operands as they are", "kernel", outputs=True),
 )
 
 

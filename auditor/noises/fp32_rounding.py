@@ -86,7 +86,6 @@ def floor(
     reordered: float = 0.0,
     terms: int = 1,
     *,
-    half: bool = False,
     double: bool = False,
     exact: float = 0.0,
 ) -> float:
@@ -97,17 +96,15 @@ def floor(
             ``jitter`` and ``scaled``).
         reordered: relative L2 by which they move when every sum is added up in reverse order.
         terms: number of terms of the longest sum.
-        half: whether the outputs are float16.
         double: whether all that is computed is float64.
         exact: relative L2 by which they move when functions are evaluated in double precision, or
             when the positions that are interpolated at move in their last bit: two runtimes may
             each round the scale and the position by half of that.
     """
     unit = _DOUBLE if double else 1.0
-    smallest = SMALLEST_HALF if half else SMALLEST * unit
     expected = SUM_FACTOR * math.sqrt(terms) * unit
     moved = max(JITTER_FACTOR * jittered, REORDER_FACTOR * reordered, EXACT_FACTOR * exact)
-    return max(moved, expected, smallest)
+    return max(moved, expected, SMALLEST * unit)
 
 
 def furthest(jittered: float, terms: int) -> float:

@@ -141,12 +141,10 @@ def _segment(measured: Analysis, cut: Cut, booked: Running | None) -> Segment:
     meter = measured.meters[cut.id]
     nodes = [measured.reference.graph.nodes[i] for i in cut.nodes]
     kernels = measured.alignment.kernels(cut)
-    # A segment that one sample flagged may be below its floor over all of them.
-    known = cut.id in measured.causes and meter.flagged
-    found = measured.causes.verdict(cut.id) if known else None
+    found = measured.verdict(cut.id)
     introduced = meter.relative(meter.introduced)
     varied = measured.leave_one_in.shares.get(cut.id)
-    rounding = meter.unmeasured is None and found is None
+    rounding = meter.unmeasured is None and found is None and meter.narrow is None
     return Segment(
         id=cut.id,
         nodes=tuple(measured.reference.labels[model.key(n)] for n in nodes),

@@ -28,7 +28,7 @@ from tests.backends.ort_models import (
     small_net,
     weight,
 )
-from tests.helpers import audit_in
+from tests.helpers import audit_in, onnx_model
 
 
 def test_a_light_model_is_observed_whole_and_unchanged(tmp_path: Path) -> None:
@@ -64,6 +64,26 @@ def test_blocked_tensors_come_back_in_onnx_layout(tmp_path: Path) -> None:
     inferred = {p.tensor for p in observed.probes if p.inferred}
     # Wider blocks leave the small pooling as it is, which keeps its tensors under their own names.
     assert {"r1", "r2", "c4", "m4"} <= inferred <= {"r1", "r2", "a3", "p3", "c4", "m4"}
+
+
+def test_what_is_rounded_for_some_readers_is_shown_as_it_was_made(tmp_path: Path) -> None:
+    """One Add hands its sum to the next in float32; only the normalisation reads it rounded."""
+    model = onnx_model(
+        "(float16[1, 64] x, float16[1, 64] y) => (float16[1, 64] b, float16[1, 64] n) "
+        "{ a = Add(x, y) b = Add(a, y) n = LayerNormalization(a, scale) }",
+        {"scale": np.ones(64, np.float16)},
+    )
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal((1, 64)).astype(np.float16) for name in "xy"}
+    built = build(tmp_path / "m.onnx", tmp_path)
+    observed = built.instrument(feeds)
+    captured = observed.run(feeds)
+    assert observed.program_unchanged
+    for output, value in built.run(feeds).items():
+        assert value.tobytes() == captured.outputs[output].tobytes()
+    sums = feeds["x"].astype(np.float32) + feeds["y"].astype(np.float32)
+    assert np.array_equal(captured.tensors["a"].astype(np.float32), sums)
 
 
 def test_each_node_belongs_to_one_kernel(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_an_error_is_seen_beside_what_is_masked(mask):
         local = divergence.replay(replayer, cuts[0], captured)
         meter = Meter(cuts[0], floor=0.0)
         meter.add(local, captured, base)
-        meter.floor = floors.floor(replayer, cuts[0], local, meter.accumulated)
+        meter.floor = floors.floor(replayer, cuts[0], local, meter.accumulated).total
         assert meter.relative(meter.introduced) == pytest.approx(off, rel=0.01)
         assert meter.flagged is flagged
 

@@ -22,12 +22,9 @@ def test_jitter_leaves_integers_and_non_finite_values() -> None:
     np.testing.assert_array_equal(fp32_rounding.jitter(odd, generator), odd)
 
 
-@pytest.mark.parametrize(
-    ("moved", "half", "expected"),
-    [(0.0, False, 3e-6), (1e-6, False, 2e-5), (0.0, True, 2e-3), (1e-3, True, 2e-2)],
-)
-def test_floor(moved: float, half: bool, expected: float) -> None:
-    assert fp32_rounding.floor(moved, half=half) == pytest.approx(expected)
+@pytest.mark.parametrize(("moved", "expected"), [(0.0, 3e-6), (1e-6, 2e-5), (1e-3, 2e-2)])
+def test_floor(moved: float, expected: float) -> None:
+    assert fp32_rounding.floor(moved) == pytest.approx(expected)
 
 
 def test_has_nothing_to_replay() -> None:

@@ -160,7 +160,7 @@ def _floor(replayer, cut, feeds, observed):
     local = divergence.replay(replayer, cut, captured)
     meter = divergence.Meter(cut)
     meter.add(local, captured, replayer.walk((cut,), feeds))
-    floor = floors.floor(replayer, cut, local, meter.accumulated)
+    floor = floors.floor(replayer, cut, local, meter.accumulated).total
     return floor, meter.relative(meter.introduced)
 
 
