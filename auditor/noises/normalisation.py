@@ -20,6 +20,8 @@ _RUNNING = "one pass, one value after another"
 # Epsilons in use: PyTorch and ONNX, vision transformers, BERT, TensorFlow's batch normalisation,
 # DeBERTa, style transfer; and the powers of ten beside them.
 _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-7, 1e-8, 1e-4, 1e-2)
+# Of a vector's length: OpenVINO adds the last bit of 1 to the sum that it divides by, or its root.
+_LENGTHS = (2.0**-23, *_EPSILONS)
 # A constant added in front of a square root counts as an epsilon up to here.
 _LARGEST = 1e-2
 _ROOTS = ("Sqrt", "Pow")
@@ -28,7 +30,14 @@ _FEW = 4  # so many normalisations of a segment are tried one by one
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with all its normalisations computed the other ways."""
-    return _ways(segment.model, *_normalisations(segment.model))
+    yield from _ways(segment.model, *_normalisations(segment.model))
+    lengths = dict(surgery.find(segment.model, ("LpNormalization",)))
+    for epsilon in _LENGTHS if lengths else ():
+        version = surgery.opset(segment.model)
+        bodies = {i: _by_length(n, version, epsilon) for i, n in lengths.items()}
+        yield Variant(
+            f"epsilon {epsilon:g} in the length", surgery.substituted(segment.model, bodies)
+        )
 
 
 def _each(segment: SegmentGraph, _inputs: Arrays, _observed: Arrays) -> Iterable[Variant]:
@@ -187,6 +196,17 @@ def _batch_outside(node: onnx.NodeProto) -> str:
         k = Cast <to = $T> (e) q = Add(r, k) v = Mul(q, q) }}"""
 
 
+def _by_length(node: onnx.NodeProto, version: int, epsilon: float) -> str:
+    """LpNormalization with an epsilon, of which ONNX has none."""
+    given = surgery.attributes(node)
+    squares = given.get("p", 2) == 2
+    total = surgery.reduction("s", "ReduceSum", "part", [given.get("axis", -1)], version)
+    return f"""(x) => (y) {{
+        part = {"Mul(x, x)" if squares else "Abs(x)"} {total}
+        c = Constant <value = float {{{epsilon!r}}}> () e = Cast <to = $T> (c) more = Add(s, e)
+        length = {"Sqrt" if squares else "Identity"}(more) y = Div(x, length) }}"""
+
+
 def _batch_statistics(node: onnx.NodeProto, version: int) -> str:
     flat = surgery.reduction("m", "ReduceMean", "planes", [0, 2], version, keepdims=0)
     return f"""(x, s, b, mean, var) => (y) {{
@@ -297,7 +317,8 @@ NOISE = Cause(
     ),
     applies=(
         "LayerNormalization, InstanceNormalization, GroupNormalization, MeanVarianceNormalization, "
-        "RMSNormalization and BatchNormalization, and those written out around a square root"
+        "RMSNormalization, LpNormalization and BatchNormalization, and those written out around a "
+        "square root"
     ),
     source=(
         "ONNX operators LayerNormalization, InstanceNormalization, BatchNormalization (epsilon); "
@@ -315,6 +336,7 @@ NOISE = Cause(
         _BY_LESS,
         _BEHIND,
         *(f"epsilon {e:g}" for e in _EPSILONS),
+        *(f"epsilon {e:g} in the length" for e in _LENGTHS),
         "epsilon added to the deviation, not to the variance",
         "mean and variance of the batch instead of the stored ones",
         "one of these, at NODE alone",

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from auditor.noises import normalisation
 from auditor.ports import Array
+from tests.helpers import onnx_model
 from tests.segments import diagnose, make_segment
 
 ID = "implementation.normalisation"
@@ -158,6 +159,30 @@ def test_batch_normalisation(generator: np.random.Generator, how: str) -> None:
         n = (x.astype(np.float64) - m[column]) / (np.sqrt(v[column]) + 1e-5)
     found = diagnose(segment, {"x": x}, {"y": (n * g[column] + b[column]).astype(np.float32)})
     assert found.noise == ID and found.explained > 0.99
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("version", [11, 18])
+def test_openvino_adds_to_the_length_of_a_vector(
+    generator: np.random.Generator, p: int, version: int
+) -> None:
+    """As its importer writes it: nothing else, such as a narrow format, may be the cause."""
+    openvino = pytest.importorskip("openvino", reason="needs the [ov] extra")
+    size = (10.0 ** generator.uniform(-4, 0, (6, 1, 5))).astype(np.float32)
+    x = size * generator.standard_normal((6, 3, 5)).astype(np.float32)
+    node = f"y = LpNormalization <axis = 1, p = {p}> (x)"
+    model = onnx_model(f"(float[6, 3, 5] x) => (float[6, 3, 5] y) {{ {node} }}", opset=version)
+    core = openvino.Core()
+    loaded = core.read_model(model.SerializeToString())
+    compiled = core.compile_model(loaded, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    observed = next(iter(compiled({"x": x}).values()))
+    length = np.linalg.norm(x.astype(np.float64), p, 1, keepdims=True)
+    if np.allclose(observed, x / length, rtol=1e-5):
+        pytest.skip("this OpenVINO adds nothing to it")
+    segment = make_segment(node, opset=version)
+    found = diagnose(segment, {"x": x}, {"y": observed})
+    assert (found.noise, found.variant) == (ID, "epsilon 1.19209e-07 in the length")
+    assert found.explained > 0.9999
 
 
 def test_scaled_or_swapped_parameters_are_unexplained(generator: np.random.Generator) -> None:
