@@ -87,6 +87,13 @@ def options(node: onnx.NodeProto, **changed: Any) -> str:
     return f"<{', '.join(written)}>" if values else ""
 
 
+def number(name: str, value: float) -> str:
+    """A constant of type ``$T`` in ONNX's text syntax."""
+    return (
+        f"{name}_c = Constant <value = float {{{value!r}}}> () {name} = Cast <to = $T> ({name}_c)"
+    )
+
+
 def reduction(
     target: str, op_type: str, of: str, axes: list[int], version: int, *, keepdims: int = 1
 ) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from auditor.graphs import surgery
+from auditor.graphs.surgery import number
 from auditor.noises._cause import Cause
 from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
@@ -29,7 +30,7 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for name, op_types, body in _FORMS:
         found = surgery.find(model, op_types)
         yield from rewritten(model, name, found, partial(body, version=version))
-    if any(True for _ in surgery.find(model, ("Tanh",))) and (exact := _exact_gelu(model)):
+    if (exact := _exact_gelu(model)) is not None:
         yield Variant(_BY_ERF, exact)
 
 
@@ -37,7 +38,7 @@ def _gelu(node: onnx.NodeProto, version: int) -> str:
     """GELU, or the erf inside a written-out one, with the tanh form; Gelu's tanh with erf."""
     if node.op_type == "Erf":  # of x/√2
         return f"""(z) => (y) {{
-            {_number("a", _ROOT * math.sqrt(2))} {_number("b", _ROOT * _CUBIC * 2 * math.sqrt(2))}
+            {number("a", _ROOT * math.sqrt(2))} {number("b", _ROOT * _CUBIC * 2 * math.sqrt(2))}
             s = Mul(z, z) q = Mul(s, b) r = Add(q, a) u = Mul(z, r) y = Tanh(u) }}"""
     other = "none" if surgery.attributes(node).get("approximate", "none") == "tanh" else "tanh"
     return f'(x) => (y) {{ y = Gelu <approximate = "{other}"> (x) }}'
@@ -47,16 +48,16 @@ def _quick_gelu(node: onnx.NodeProto, version: int) -> str:
     """GELU as x·σ(1.702 x)."""
     if node.op_type == "Erf":
         return f"""(z) => (y) {{
-            {_number("a", 1.702 * math.sqrt(2))} {_number("one", 1)} {_number("two", 2)}
+            {number("a", 1.702 * math.sqrt(2))} {number("one", 1)} {number("two", 2)}
             u = Mul(z, a) s = Sigmoid(u) t = Mul(s, two) y = Sub(t, one) }}"""
-    return f"(x) => (y) {{ {_number('a', 1.702)} u = Mul(x, a) s = Sigmoid(u) y = Mul(x, s) }}"
+    return f"(x) => (y) {{ {number('a', 1.702)} u = Mul(x, a) s = Sigmoid(u) y = Mul(x, s) }}"
 
 
 def _lines(node: onnx.NodeProto, version: int) -> str:
     """Straight lines: σ(x) ≈ clip(x/6 + ½), tanh(x) ≈ clip(x, −1, 1)."""
     if node.op_type == "Sigmoid":
         return f"(x) => (y) {{ y = HardSigmoid <alpha = {1 / 6}, beta = 0.5> (x) }}"
-    return f"""(x) => (y) {{ {_number("one", 1)}
+    return f"""(x) => (y) {{ {number("one", 1)}
         h = HardSigmoid <alpha = 0.5, beta = 0.5> (x) d = Add(h, h) y = Sub(d, one) }}"""
 
 
@@ -80,12 +81,12 @@ def _smooth(node: onnx.NodeProto, version: int) -> str:
 
 def _fraction(node: onnx.NodeProto, version: int) -> str:
     """tanh(u) ≈ u(27 + u²)/(27 + 9u²), its continued fraction, up to where that is 1."""
-    tanh = f"""{_number("n", 27)} {_number("nine", 9)} {_number("three", 3)} {_number("less", -3)}
+    tanh = f"""{number("n", 27)} {number("nine", 9)} {number("three", 3)} {number("less", -3)}
         v = Max(u, less) w = Min(v, three) s = Mul(w, w) top = Add(s, n) m = Mul(s, nine)
         low = Add(m, n) f = Div(top, low) t = Mul(w, f)"""
     if node.op_type == "Tanh":
         return f"(u) => (t) {{ {tanh} }}"
-    return f"""(x) => (y) {{ {_number("half", 0.5)} u = Mul(x, half) {tanh}
+    return f"""(x) => (y) {{ {number("half", 0.5)} u = Mul(x, half) {tanh}
         h = Mul(t, half) y = Add(h, half) }}"""
 
 
@@ -93,8 +94,8 @@ def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
     """2ᵗ as 2^⌊t⌋(1 + t − ⌊t⌋), which is what writing t into a float's exponent bits gives."""
     axis = surgery.attributes(node).get("axis", -1)
     # Exponents end at −126: what a mask makes minus infinity would otherwise become NaN.
-    power = f"""{_number("e", math.log2(math.e))} {_number("one", 1)} {_number("two", 2)}
-        {_number("least", -126)} raw = Mul(d, e) t = Max(raw, least) whole = Floor(t)
+    power = f"""{number("e", math.log2(math.e))} {number("one", 1)} {number("two", 2)}
+        {number("least", -126)} raw = Mul(d, e) t = Max(raw, least) whole = Floor(t)
         part = Sub(t, whole) line = Add(part, one) scale = Pow(two, whole) p = Mul(line, scale)"""
     if node.op_type == "Exp":
         return f"(d) => (p) {{ {power} }}"
@@ -109,7 +110,7 @@ def _fast_exp(node: onnx.NodeProto, version: int) -> str | None:
 
 def _defined(node: onnx.NodeProto, version: int) -> str:
     """1 / (1 + e⁻ˣ), which is 0 where e⁻ˣ overflows; ONNX Runtime's fraction never is."""
-    return f"""(x) => (y) {{ {_number("one", 1)}
+    return f"""(x) => (y) {{ {number("one", 1)}
         d = Neg(x) p = Exp(d) q = Add(p, one) y = Div(one, q) }}"""
 
 
@@ -118,7 +119,7 @@ def _cancelling(node: onnx.NodeProto, version: int) -> str:
 
     Small steps of the exponential are all that it is there, so it must be right to the last bit.
     """
-    return f"""(x) => (y) {{ {_number("one", 1)} {_number("minus", -2)}
+    return f"""(x) => (y) {{ {number("one", 1)} {number("minus", -2)}
         a = Abs(x) m = Mul(a, minus) wide = Cast <to = {onnx.TensorProto.DOUBLE}> (m)
         e = Exp(wide) p = Cast <to = $T> (e) top = Sub(one, p) low = Add(one, p)
         t = Div(top, low) s = Sign(x) y = Mul(t, s) }}"""
@@ -135,23 +136,16 @@ def _unshifted(node: onnx.NodeProto, version: int) -> str | None:
 
 def _exact_gelu(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """The segment with tanh(√(2/π)(x + 0.044715 x³)) turned into erf(x/√2), where written out."""
+    found = dict(surgery.find(model, ("Tanh",)))
+    constants = surgery.constants(model) if found else {}
     producers = {o: n for n in model.graph.node for o in n.output}
-    constants = surgery.constants(model)
-    result = surgery.copied(model)
-    changed = False
-    for index, node in surgery.find(model, ("Tanh",)):
+    result, bodies = surgery.copied(model), dict[int, str]()
+    for index, node in found.items():
         source = _gelu_argument(node.input[0], producers, constants)
         if source is not None:
             result.graph.node[index].input[0] = source
-            changed = True
-    if not changed:
-        return None
-    found = surgery.find(result, ("Tanh",))
-    before = model.graph.node
-    return surgery.substituted(
-        result,
-        {i: _ERF for i, n in found if n.input[0] != before[i].input[0]},
-    )
+            bodies[index] = _ERF
+    return surgery.substituted(result, bodies) if bodies else None
 
 
 def _gelu_argument(
@@ -182,13 +176,7 @@ def _other_factor(
     return None
 
 
-def _number(name: str, value: float) -> str:
-    return (
-        f"{name}_c = Constant <value = float {{{value!r}}}> () {name} = Cast <to = $T> ({name}_c)"
-    )
-
-
-_ERF = f"(x) => (y) {{ {_number('r', math.sqrt(0.5))} z = Mul(x, r) y = Erf(z) }}"
+_ERF = f"(x) => (y) {{ {number('r', math.sqrt(0.5))} z = Mul(x, r) y = Erf(z) }}"
 _FORMS: tuple[tuple[str, tuple[str, ...], Callable[..., str | None]], ...] = (
     ("GELU by tanh instead of erf, or the reverse", ("Gelu", "Erf"), _gelu),
     ("GELU by a sigmoid", ("Gelu", "Erf"), _quick_gelu),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import onnx
 
 from auditor.graphs import surgery
@@ -14,6 +15,7 @@ from auditor.ports import SegmentGraph, Variant
 
 # Poolings, with the opset that gave each of them ``ceil_mode``.
 _POOLS = {"MaxPool": 10, "AveragePool": 10, "LpPool": 18}
+_HIGHEST = float(np.finfo(np.float32).max)
 # Pad and Slice take their amounts as inputs from this opset on.
 _AMOUNTS = 11
 
@@ -133,11 +135,10 @@ def _padded(node: onnx.NodeProto, *, more: bool = False) -> str:
     if more:
         end = [e + s - 1 for e, s in zip(end, strides, strict=True)]
     amounts = ", ".join(map(str, (0, 0, *begin, 0, 0, *end)))
-    value = "-3.4028234663852886e38" if node.op_type == "MaxPool" else "0"
+    value = -_HIGHEST if node.op_type == "MaxPool" else 0.0
     return (
         f"amounts = Constant <value = int64[{len(pads) + 4}] {{{amounts}}}> () "
-        f"number = Constant <value = float {{{value}}}> () value = Cast <to = $T> (number) "
-        "padded = Pad (x, amounts, value)"
+        f"{surgery.number('value', value)} padded = Pad (x, amounts, value)"
     )
 
 

@@ -13,11 +13,7 @@ from auditor.replays.kernel_layout import MOVES
 
 # Operators that move values and so leave subnormal ones alone.
 _MOVES = MOVES | {"Constant", "ConstantOfShape", "Shape"}
-_SMALLEST = {TensorProto.FLOAT: "1.1754943508222875e-38", TensorProto.FLOAT16: "6.103515625e-05"}
-_FLUSH = (
-    "(x) => (y) {{ c = Constant <value = float {{{smallest}}}> () k = Cast <to = $T> (c) "
-    "a = Abs(x) tiny = Less(a, k) z = Sub(k, k) y = Where(tiny, z, x) }}"
-)
+_SMALLEST = {TensorProto.FLOAT: 2.0**-126, TensorProto.FLOAT16: 2.0**-14}
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
@@ -28,7 +24,10 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for kind in (TensorProto.FLOAT16, TensorProto.FLOAT):
         if kind not in kinds:
             continue
-        body = _FLUSH.format(smallest=_SMALLEST[kind])
+        body = (
+            f"(x) => (y) {{ {surgery.number('k', _SMALLEST[kind])} a = Abs(x) tiny = Less(a, k) "
+            "z = Sub(k, k) y = Where(tiny, z, x) }"
+        )
         nodes = [(i, n) for i, n in enumerate(model.graph.node) if n.op_type not in _MOVES]
         writes = {i: body for i, n in nodes if types.get(n.output[0]) == kind}
         reads = {

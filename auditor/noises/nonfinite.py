@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -9,20 +10,19 @@ import numpy as np
 import onnx
 
 from auditor.graphs import surgery
+from auditor.graphs.surgery import number
 from auditor.noises._cause import Cause
 from auditor.noises._rewritten import rewritten
 from auditor.ports import Array, SegmentGraph, Variant
 
 # Operators made of comparisons or clamps, with what a NaN must be to lose each of them.
 _LOSES = {
-    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax"), "-inf"),
-    **dict.fromkeys(("MaxPool", "GlobalMaxPool"), "-inf"),
-    **dict.fromkeys(("Sigmoid", "HardSigmoid", "Tanh", "Erf", "Exp", "Softplus"), "-inf"),
-    **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu", "HardSwish"), "-inf"),
-    "QuantizeLinear": "-inf",
-    **dict.fromkeys(("Min", "ReduceMin", "ArgMin"), "inf"),
+    **dict.fromkeys(("Relu", "Clip", "Max", "ReduceMax", "ArgMax"), -math.inf),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool", "QuantizeLinear"), -math.inf),
+    **dict.fromkeys(("Sigmoid", "HardSigmoid", "Tanh", "Erf", "Exp", "Softplus"), -math.inf),
+    **dict.fromkeys(("Elu", "Selu", "Celu", "PRelu", "LeakyRelu", "HardSwish"), -math.inf),
+    **dict.fromkeys(("Min", "ReduceMin", "ArgMin"), math.inf),
 }
-_OPPOSITE = {"-inf": "inf", "inf": "-inf"}
 _ZEROED = (
     *("Sign", "Round", "Floor", "Ceil", "Cast", "ReduceSum", "ReduceMean", "CumSum"),
     *("Elu", "Selu", "Celu"),
@@ -47,15 +47,11 @@ _OPEN = "infinity passes a Clip without a limit on its side"
 _ISINF, _CUMSUM = 10, 11
 _SOFTMAX = 13  # along one axis from here on
 
-_READ_AS = (
-    "(x) => (y) {{ nan = IsNaN(x) c = Constant <value = float {{{value}}}> () "
-    "k = Cast <to = $T> (c) y = Where(nan, k, x) }}"
-)
+_HIGHEST = float(np.finfo(np.float32).max)
 # IsInf takes no float16 before operator set 20.
-_FINITE = """(x) => (y) {
-    wide = Cast <to = 1> (x) infinite = IsInf(wide) s = Sign(x)
-    c = Constant <value = float {3.4028234663852886e+38}> ()
-    k = Cast <to = $T> (c) limit = Mul(s, k) y = Where(infinite, limit, x) }"""
+_FINITE = f"""(x) => (y) {{
+    wide = Cast <to = 1> (x) infinite = IsInf(wide) s = Sign(x) {number("k", _HIGHEST)}
+    limit = Mul(s, k) y = Where(infinite, limit, x) }}"""
 
 
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
@@ -64,9 +60,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     losing = {i: _LOSES[n.op_type] for i, n in surgery.find(model, _LOSES)}
     if losing:
         yield Variant("NaN loses every comparison", _read_as(model, losing))
-        winning = {i: _OPPOSITE[value] for i, value in losing.items()}
+        winning = {i: -value for i, value in losing.items()}
         yield Variant("NaN wins every comparison", _read_as(model, winning))
-    if zeroed := {i: "0" for i, _ in surgery.find(model, _ZEROED)}:
+    if zeroed := {i: 0.0 for i, _ in surgery.find(model, _ZEROED)}:
         yield Variant("NaN is read as zero", _read_as(model, zeroed))
     begun_again = _begun_again(surgery.constants(model))
     for name, op_types, body in (
@@ -119,18 +115,18 @@ def _exponentials(node: onnx.NodeProto, version: int) -> str:
     axes = [surgery.attributes(node).get("axis", -1)]
     return f"""(x) => (y) {{
         {surgery.reduction("m", "ReduceMax", "x", axes, version)} d = Sub(x, m) e = Exp(d)
-        nan = IsNaN(d) c = Constant <value = float {{inf}}> () k = Cast <to = $T> (c)
+        nan = IsNaN(d) {number("k", math.inf)}
         p = Where(nan, k, e) {surgery.reduction("s", "ReduceSum", "p", axes, version)}
         y = Div(p, s) }}"""
 
 
-def _read_as(model: onnx.ModelProto, values: Mapping[int, str]) -> onnx.ModelProto:
+def _read_as(model: onnx.ModelProto, values: Mapping[int, float]) -> onnx.ModelProto:
     """The segment with NaN operands of these nodes replaced, and other operands kept."""
-    reads = {
-        (index, position): _READ_AS.format(value=value)
-        for index, value in values.items()
-        for position in range(_operands(model.graph.node[index]))
-    }
+    reads: dict[tuple[int, int], str] = {}
+    for index, value in values.items():
+        body = f"(x) => (y) {{ nan = IsNaN(x) {number('k', value)} y = Where(nan, k, x) }}"
+        for position in range(_operands(model.graph.node[index])):
+            reads[index, position] = body
     return surgery.passing(model, reads)
 
 
@@ -148,8 +144,7 @@ def _passed_on(node: onnx.NodeProto) -> str:
     return f"""(x{axes}) => (y) {{
         r = {same} (x{axes}) isnan = IsNaN(x) ones = Cast <to = 1> (isnan)
         any = {largest} {surgery.options(node)} (ones{axes}) seen = Cast <to = 9> (any)
-        c = Constant <value = float {{nan}}> () nan = Cast <to = $T> (c)
-        y = Where(seen, nan, r) }}"""
+        {number("nan", math.nan)} y = Where(seen, nan, r) }}"""
 
 
 def _masked(node: onnx.NodeProto) -> str:
@@ -161,16 +156,13 @@ def _masked(node: onnx.NodeProto) -> str:
     if node.op_type == "Shrink":
         given = surgery.attributes(node)
         return f"""(x) => (y) {{
-            l = Constant <value = float {{{given.get("lambd", 0.5)!r}}}> ()
-            s = Constant <value = float {{{given.get("bias", 0.0)!r}}}> ()
-            limit = Cast <to = $T> (l) bias = Cast <to = $T> (s)
+            {number("limit", given.get("lambd", 0.5))} {number("bias", given.get("bias", 0.0))}
             down = Neg(limit) u = Less(x, down) under = Cast <to = $T> (u)
             o = Greater(x, limit) over = Cast <to = $T> (o) up = Add(x, bias) less = Sub(x, bias)
             p = Mul(under, up) q = Mul(over, less) y = Add(p, q) }}"""
     alpha = surgery.attributes(node).get("alpha", 1.0) if node.op_type != "Relu" else 0.0
     return f"""(x) => (y) {{
-        c = Constant <value = float {{{alpha!r}}}> () k = Cast <to = $T> (c)
-        b = Greater(x, k) m = Cast <to = $T> (b) y = Mul(x, m) }}"""
+        {number("k", alpha)} b = Greater(x, k) m = Cast <to = $T> (b) y = Mul(x, m) }}"""
 
 
 def _later(node: onnx.NodeProto) -> str:
@@ -225,14 +217,11 @@ def _begun_again(
 def _searched(node: onnx.NodeProto) -> str:
     """``if (x > best) best = x``, which no NaN and no infinity of the wrong sign ever is."""
     least = node.op_type == "ReduceMin"
-    worst, limit = (
-        ("inf", "3.4028234663852886e+38") if least else ("-inf", "-3.4028234663852886e+38")
-    )
+    worst, limit = (math.inf, _HIGHEST) if least else (-math.inf, -_HIGHEST)
     read = ", axes" if len(node.input) > 1 else ""
     return f"""(x{read}) => (y) {{
-        isnan = IsNaN(x) w = Constant <value = float {{{worst}}}> () none = Cast <to = $T> (w)
-        some = Where(isnan, none, x) r = {node.op_type} {surgery.options(node)} (some{read})
-        l = Constant <value = float {{{limit}}}> () limit = Cast <to = $T> (l)
+        isnan = IsNaN(x) {number("none", worst)} some = Where(isnan, none, x)
+        r = {node.op_type} {surgery.options(node)} (some{read}) {number("limit", limit)}
         y = {"Min" if least else "Max"} (r, limit) }}"""
 
 

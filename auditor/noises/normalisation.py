@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 
 from auditor.graphs import surgery
+from auditor.graphs.surgery import number
 from auditor.noises._cause import Cause
 from auditor.ports import Arrays, SegmentGraph, Variant
 
@@ -192,8 +193,7 @@ def _variance(how: str, version: int) -> str:
 def _batch_outside(node: onnx.NodeProto) -> str:
     """The variance to which no epsilon is added any more; a constant, as engines fold it."""
     return f"""(var) => (v) {{
-        e = Constant <value = float {{{_epsilon(node)!r}}}> () r = Sqrt(var)
-        k = Cast <to = $T> (e) q = Add(r, k) v = Mul(q, q) }}"""
+        {number("k", _epsilon(node))} r = Sqrt(var) q = Add(r, k) v = Mul(q, q) }}"""
 
 
 def _by_length(node: onnx.NodeProto, version: int, epsilon: float) -> str:
@@ -243,8 +243,7 @@ def _unbiased(model: onnx.ModelProto, written: Mapping[tuple[int, int], float]) 
             bodies[index] = f"""(x{axes}) => (y) {{
                 m = ReduceMean {surgery.options(node)} (x{axes})
                 all = Size(x) means = Size(m) count = Div(all, means) n = Cast <to = $T> (count)
-                first = Constant <value = float {{1}}> () one = Cast <to = $T> (first)
-                rest = Sub(n, one) ratio = Div(n, rest) y = Mul(m, ratio) }}"""
+                {number("one", 1)} rest = Sub(n, one) ratio = Div(n, rest) y = Mul(m, ratio) }}"""
     return bodies
 
 
@@ -261,9 +260,8 @@ def _scaled_variances(
             continue
         n = math.prod(shapes[means[mean]]) // max(1, math.prod(shapes[mean]))
         if n > 1:
-            reads[index, 1 - position] = f"""(m) => (y) {{
-                c = Constant <value = float {{{n / (n - 1)!r}}}> () ratio = Cast <to = $T> (c)
-                y = Mul(m, ratio) }}"""
+            ratio = number("ratio", n / (n - 1))
+            reads[index, 1 - position] = f"(m) => (y) {{ {ratio} y = Mul(m, ratio) }}"
     return reads
 
 
@@ -274,9 +272,7 @@ def _with_epsilon(
     epsilon: float,
 ) -> onnx.ModelProto | None:
     """The segment with one epsilon everywhere; None where that is its own already."""
-    replaced = (
-        f"(x) => (y) {{ c = Constant <value = float {{{epsilon!r}}}> () y = Cast <to = $T> (c) }}"
-    )
+    replaced = f"(x) => (y) {{ {number('y', epsilon)} }}"
     reads = {
         at: replaced
         for at, value in written.items()

@@ -300,9 +300,7 @@ def _moved(node: onnx.NodeProto, by: float) -> str:
 
 
 def _elsewhere(by: float) -> str:
-    return (
-        f"by = Constant <value = float {{{by!r}}}> () k = Cast <to = $T> (by) moved = Add(rois, k)"
-    )
+    return f"{surgery.number('by', by)} moved = Add(rois, by)"
 
 
 def _largest_sample(node: onnx.NodeProto, by: float = 0.0, positive: bool = False) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 
 from auditor.graphs import surgery
@@ -18,6 +19,7 @@ _CONVOLUTIONS = ("Conv", "ConvInteger", "QLinearConv", "ConvTranspose")
 _POOLS = ("MaxPool", "AveragePool", "LpPool")
 _AMOUNTS = 11  # Pad takes its amounts as an input from this opset on
 _VALUE = 2  # position of Pad's input that says what it is filled with
+_LOWEST = float(np.finfo(np.float32).min)
 _SAME = {"SAME_UPPER": "SAME_LOWER", "SAME_LOWER": "SAME_UPPER"}
 
 # Attributes to set (None removes) on a node with these attributes; None changes nothing.
@@ -153,8 +155,8 @@ def _zeroed(node: onnx.NodeProto) -> str | None:
         "one = Constant <value = float {1}> () ones = Expand (one, size) "
         f"inside = AveragePool {average} (ones) "
         "most = Constant <value = float {0.9999}> () edge = Less (inside, most) "
-        "nought = Constant <value = float {0}> () zero = Cast <to = $T> (nought) "
-        "clipped = Max (plain, zero) y = Where (edge, clipped, plain) }"
+        f"{surgery.number('zero', 0)} clipped = Max (plain, zero) "
+        "y = Where (edge, clipped, plain) }"
     )
 
 
@@ -183,8 +185,7 @@ def _rounded_down(node: onnx.NodeProto) -> str | None:
         "double = Div (positive, first) less = Sub (double, half) more = Sub (total, less) "
         f"{_integers('none', [0, 0])} "
         f"amounts = Concat <axis = 0> (none, {begin}, none, {end}) "
-        "lowest = Constant <value = float {-3.4028234663852886e38}> () "
-        "nothing = Cast <to = $T> (lowest) padded = Pad (x, amounts, nothing) "
+        f"{surgery.number('lowest', _LOWEST)} padded = Pad (x, amounts, lowest) "
         f"y = MaxPool {surgery.options(node, auto_pad=None, ceil_mode=None)} (padded) }}"
     )
 

@@ -191,9 +191,8 @@ def _boxes(node: onnx.NodeProto) -> tuple[str, str]:
 
 def _away(node: onnx.NodeProto) -> str:
     """Rounding as C's ``round`` does."""
-    return """(x) => (y) {
-        half = Constant <value = float {0.5}> () k = Cast <to = $T> (half)
-        a = Abs(x) up = Add(a, k) whole = Floor(up) s = Sign(x) y = Mul(s, whole) }"""
+    return f"""(x) => (y) {{ {surgery.number("half", 0.5)}
+        a = Abs(x) up = Add(a, half) whole = Floor(up) s = Sign(x) y = Mul(s, whole) }}"""
 
 
 NOISE = Cause(
