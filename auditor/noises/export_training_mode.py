@@ -19,9 +19,7 @@ _DROPOUT_IS_INPUT = 12  # training_mode is Dropout's third input from here on
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment in evaluation mode."""
     model = segment.model
-    normalisations = [i for i, n in surgery.find(model, ("BatchNormalization",)) if _trains(n)]
-    constants = surgery.constants(model)
-    dropouts = [i for i, n in surgery.find(model, ("Dropout",)) if _drops(n, model, constants)]
+    normalisations, dropouts = _training(model)
     if normalisations and dropouts:
         yield Variant(_BOTH, _evaluated(model, normalisations, dropouts))
     if normalisations:
@@ -32,13 +30,20 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
 
 def in_training(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Nodes whose results depend on the batch at hand, or on chance."""
+    normalisations, dropouts = _training(model)
+    return [model.graph.node[index] for index in (*normalisations, *dropouts)]
+
+
+def _training(model: onnx.ModelProto) -> tuple[list[int], list[int]]:
+    """Positions of batch normalisations and of dropouts in training mode."""
     constants = surgery.constants(model)
-    found = [n for _, n in surgery.find(model, ("BatchNormalization",)) if _trains(n)]
-    return found + [n for _, n in surgery.find(model, ("Dropout",)) if _drops(n, model, constants)]
-
-
-def _trains(node: onnx.NodeProto) -> bool:
-    return bool(surgery.attributes(node).get("training_mode", 0))
+    normalisations, dropouts = (
+        surgery.find(model, (of,)) for of in ("BatchNormalization", "Dropout")
+    )
+    return (
+        [i for i, n in normalisations if surgery.attributes(n).get("training_mode", 0)],
+        [i for i, n in dropouts if _drops(n, model, constants)],
+    )
 
 
 def _drops(node: onnx.NodeProto, model: onnx.ModelProto, constants: dict[str, Array]) -> bool:

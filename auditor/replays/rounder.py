@@ -204,27 +204,27 @@ class Rounder(Writer):
         moved = new.op_type in _KEEP and all(
             n in self.exact for n in new.input if n in self.floats or n in self.exact
         )
+        rounds = self.sites.outputs and self.writes(group) and not self._widens(new, group)
         for position, name in enumerate(new.output):
             if name not in self.floats:
                 continue
             if moved:
                 self.exact.add(name)
-            elif not self.writes(group) or self._widens(new, group):
-                continue
-            elif self.sites.outputs and self._leaves(name, group):
+            elif rounds and self._leaves(name, group):
                 new.output[position] = self.raw[name] = f"{self.mark}{name}/unrounded"
-                written = self.raw[name]
-                if name in self.scaled:
-                    operator, factor = self.scaled[name]
-                    written = self.new(operator, written, factor)
-                tail = self.tail(name, group) if self.sites.cuts else None
-                if new.op_type == "Cast" and self._plain_code(group):
-                    self.nodes.extend(self.biased(written, name))
-                elif tail is None:
-                    self.nodes.extend(self.rounding(written, name))
-                else:
-                    self.nodes.extend(self.cut(written, name, tail))
+                self.nodes.extend(self._written_out(new, name, group))
                 self.exact.add(name)
+
+    def _written_out(self, new: onnx.NodeProto, name: str, group: Group) -> list[onnx.NodeProto]:
+        """Nodes that make ``name`` of its value before it was written out, as its kernel does."""
+        value = self.raw[name]
+        if name in self.scaled:
+            operator, factor = self.scaled[name]
+            value = self.new(operator, value, factor)
+        tail = self.tail(name, group) if self.sites.cuts else None
+        if new.op_type == "Cast" and self._plain_code(group):
+            return self.biased(value, name)
+        return self.rounding(value, name) if tail is None else self.cut(value, name, tail)
 
     def _plain_code(self, group: Group) -> bool:
         """Whether OpenVINO rounds to bfloat16 by its own type, outside of compiled kernels."""
