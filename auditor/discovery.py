@@ -105,7 +105,11 @@ def require(name: str, known: Iterable[str], what: str, whats: str) -> None:
     choices = sorted(known)
     if name in choices:
         return
-    hint, listed = suggestion(name, choices), f"{whats}: {', '.join(choices)}."
+    close = [choice for choice in choices if name in choice.split(".")]  # a family, or without it
+    if len(close) > 1:
+        raise UsageError(f"there is no {what} `{name}`", f"{whats}: {', '.join(close)}.")
+    hint = f"Did you mean `{close[0]}`? " if close else suggestion(name, choices)
+    listed = f"{whats}: {', '.join(choices)}."
     if not hint or len(choices) <= _FEW:  # a page of names would hide the one meant
         hint += listed
     raise UsageError(f"there is no {what} `{name}`", hint.strip())

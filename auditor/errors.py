@@ -60,6 +60,11 @@ class NoiseError(AuditError):
     """A noise could not be replayed on a segment: becomes a gap."""
 
 
+def reason(error: Exception) -> str:
+    """What an exception says, of the system's own without the number and the file's name."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def suggestion(wrong: str, known: Iterable[str]) -> str:
     """``Did you mean `x`? `` when something known resembles ``wrong``, else nothing."""
     import difflib

@@ -19,7 +19,10 @@ import pytest
 from onnx import TensorProto, helper
 
 import auditor
+from auditor.capture import recording
+from auditor.comparison import texts
 from auditor.errors import UsageError
+from auditor.fleet import worklist
 from auditor.graphs import model as models
 from reports import json_v1
 from tests.helpers import audit_in, onnx_model
@@ -243,6 +246,16 @@ def test_models_of_other_formats(tmp_path: Path, name: str, hint: str) -> None:
     with pytest.raises(UsageError, match="not an ONNX model") as refusal:
         models.load(tmp_path / name)
     assert hint in refusal.value.hint
+
+
+@pytest.mark.parametrize("read", [worklist.load, recording.read_names, texts.tokens])
+def test_a_file_that_is_not_there_is_named_once(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        read(tmp_path / "none.x")
+    said = refusal.value.message
+    assert said.endswith("cannot be read: No such file or directory") and said.count("none.x") == 1
 
 
 @pytest.mark.parametrize(("make", "words"), BAD_DATA)

@@ -395,6 +395,14 @@ def test_explain_suggests_what_was_meant(audit: Audit) -> None:
     assert result.returncode == 2 and not result.stdout
     assert "no cause `precision.bfloat16`" in result.stderr
     assert result.stderr.endswith("hint: Did you mean `precision.bf16`?\n")
+    for said, hint in (
+        ("bf16", "Did you mean `precision.bf16`?"),
+        ("postprocessing", "Causes: postprocessing.activation, postprocessing.box_decode, "),
+    ):
+        with pytest.raises(UsageError) as refusal:
+            discovery.noise(said)
+        assert refusal.value.hint.startswith(hint)
+        assert "precision.tf32" not in refusal.value.hint
 
 
 # --- discovery -------------------------------------------------------------------------------

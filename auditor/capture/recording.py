@@ -25,7 +25,7 @@ from auditor import datafiles, stimulus
 from auditor.capture.trace import SampleTrace, Tracer
 from auditor.comparison import metrics
 from auditor.datafiles import Stored
-from auditor.errors import UsageError, suggestion
+from auditor.errors import UsageError, reason, suggestion
 from auditor.graphs.model import Model, Shape
 from auditor.graphs.segments import Graph
 from auditor.ports import Array, Arrays, Progress
@@ -338,7 +338,7 @@ def read_names(path: Path) -> dict[str, str]:
             raise ValueError("it is not an object of strings")
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
-            f"--trace-names {path} cannot be read: {error}",
+            f"--trace-names {path} cannot be read: {reason(error)}",
             'Write a JSON object such as {"conv1_out": "/layer1/Conv_output_0"}.',
         ) from error
     return names

@@ -22,7 +22,7 @@ from auditor.commands._options import (
 )
 from auditor.commands._output import check_writable, emit, exit_code, screen, write
 from auditor.commands._stop import displayed_progress
-from auditor.errors import UsageError
+from auditor.errors import UsageError, reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,7 +126,7 @@ def _tokenizer(path: Path | None) -> tuple[Any, Callable[[int], str] | None]:
         made = Tokenizer.from_file(str(path))
     except Exception as error:  # it raises Exception itself
         raise UsageError(
-            f"--tokenizer {path} cannot be read: {error}", "Give a tokenizer.json."
+            f"--tokenizer {path} cannot be read: {reason(error)}", "Give a tokenizer.json."
         ) from error
     return made.encode, lambda token: str(made.decode([token], skip_special_tokens=False))
 

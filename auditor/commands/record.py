@@ -81,8 +81,10 @@ def _record(
         if gap is None:
             draft.replace(output)
     if gap is not None:
-        hint = f" {gap.remedy}" if gap.remedy else ""
-        typer.echo(f"Nothing recorded: {gap.subject}, {gap.stage}: {gap.reason}.{hint}", err=True)
+        from reports._progress import print_error
+
+        why = f"nothing recorded: {gap.subject}, {gap.stage}: {gap.reason}"
+        print_error(why, gap.remedy or "")
         return 3
     emit(f"{output}: {specs[0].label} recorded\n")
     return 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, reason
 from auditor.ports import Array
 
 # The class that is no character, as toolkits write it; padding stands for it where no other does.
@@ -98,7 +98,7 @@ def tokens(path: Path) -> tuple[str, ...]:
             return _placed(numbers)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"--tokens {path} cannot be read: {error}",
+            f"--tokens {path} cannot be read: {reason(error)}",
             "Give a token on each line, or a JSON object of numbers by token.",
         ) from error
     lines = text.removesuffix("\n").split("\n")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from auditor.errors import UsageError, suggestion
+from auditor.errors import UsageError, reason, suggestion
 from auditor.lines import Lines
 
 _HINT = "See docs/fleet.md."
@@ -69,7 +69,9 @@ def load(path: Path) -> tuple[Cell, ...]:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", f"It is TOML. {_HINT}") from error
+        raise UsageError(
+            f"{path} cannot be read: {reason(error)}", f"It is TOML. {_HINT}"
+        ) from error
     reader = _Reader(Lines(text, str(path)), path.resolve().parent)
     reader.known("", tables, ("audit", "model", "backend"))
     shared = reader.table("audit", tables.get("audit", {}))

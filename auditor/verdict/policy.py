@@ -33,7 +33,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from auditor.errors import UsageError, suggestion
+from auditor.errors import UsageError, reason, suggestion
 from auditor.records.terms import SEVERITIES, Severity
 
 FILE = "audit.toml"
@@ -139,7 +139,9 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", "Correct it; it is TOML.") from error
+        raise UsageError(
+            f"{path} cannot be read: {reason(error)}", "Correct it; it is TOML."
+        ) from error
 
 
 def _policy(table: Mapping[str, Any], source: str) -> Policy:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, reason
 from auditor.pipeline.postprocessing.post import BEHIND, Activation, Names, Shapes, several
 
 if TYPE_CHECKING:
@@ -251,7 +251,9 @@ def _anchors(
             found = np.load(Path(post.anchors), allow_pickle=False)
             return np.asarray(found, np.float32).reshape(-1, 4)
         except (OSError, ValueError) as error:
-            raise misdescribed(f"the anchors {post.anchors} cannot be read: {error}") from error
+            raise misdescribed(
+                f"the anchors {post.anchors} cannot be read: {reason(error)}"
+            ) from error
     grids = _grids(post, shapes, place)
     if post.cell:
         cells = several(post.cell)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from auditor.errors import reason
 from auditor.pipeline.postprocessing.heads import activated, candidates, misdescribed, output
 from auditor.pipeline.postprocessing.masks import enlarged
 from auditor.pipeline.postprocessing.post import several
@@ -145,7 +146,7 @@ def characters(post: Post, metadata: Mapping[str, str], classes: int) -> tuple[s
         try:
             found = Path(post.charset).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise misdescribed(f"the charset {where} cannot be read: {error}") from error
+            raise misdescribed(f"the charset {where} cannot be read: {reason(error)}") from error
     lines = found.split("\n")
     while lines and lines[-1].rstrip("\r") == "":
         del lines[-1]

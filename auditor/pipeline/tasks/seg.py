@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from auditor.errors import UsageError
+from auditor.errors import UsageError, reason
 from auditor.pipeline.preprocessing.libraries import PhotoError
 from auditor.pipeline.preprocessing.stages import Placement
 from auditor.pipeline.scoring import Case, Label, Labels, Verdict, listed
@@ -148,7 +148,7 @@ def _pixels(path: Path) -> Array:
         with Image.open(path) as image:
             return np.asarray(image).astype(np.int64)
     except Exception as error:  # image parsers raise anything on bad data
-        raise PhotoError(f"its mask {path.name} cannot be read: {error}") from error
+        raise PhotoError(f"its mask {path.name} cannot be read: {reason(error)}") from error
 
 
 TASK = Segmentation()
