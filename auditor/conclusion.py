@@ -163,6 +163,10 @@ class Conclusion:
                 why = f"output `{name}` has no elements on any sample: there was nothing to compare"
                 hint = "Give inputs for which it has some, with --data."
                 yield Gap("model", "outputs", f"{why}.", hint)
+        kinds = {meter.kind for a in self._analyses.values() for meter in a.outputs.values()}
+        if self._options.tokens and kinds and "text" not in kinds:
+            hint = "Say which one is, with --output-kind NAME:text."
+            yield Gap("model", "outputs", "--tokens: no output is read as a text.", hint)
         if self._subject.photographs:
             yield from self._subject.photographs.gaps
         for analysis in self._analyses.values():

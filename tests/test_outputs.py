@@ -101,3 +101,12 @@ def test_a_string_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(models.UsageError, match="output `label` is a string"):
         models.load(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["text", "scores"])
+def test_classes_for_a_text_that_nothing_is_read_as_are_a_gap(tmp_path: Path, kind: str) -> None:
+    model = onnx_model("(float[1, 6, 4] x) => (float[1, 6, 4] y) { y = Softmax(x) }", ir_version=9)
+    given = {"tokens": ("-", "a", "b", "c"), "output_kinds": {"y": kind}}
+    report = audited(model, tmp_path / "m.onnx", **given)
+    said = [gap.reason for gap in report.gaps if "--tokens" in gap.reason]
+    assert said == ([] if kind == "text" else ["--tokens: no output is read as a text."])
