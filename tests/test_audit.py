@@ -265,6 +265,29 @@ def test_half_precision_arithmetic_is_named(run):
     assert first.explained > 0.99
 
 
+def test_what_a_backend_hands_over_in_float16_is_no_rounding_of_a_float32_model(run):
+    """TVM computes and hands over in float16 what a candidate has in it: sums as well."""
+    model = _cnn()
+    other = copy.deepcopy(model)
+    for tensor in other.graph.initializer:
+        half = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+    for node in other.graph.node:
+        node.input[:] = ["x.h" if name == "x" else name for name in node.input]
+        node.output[:] = ["y.h" if name == "y" else name for name in node.output]
+    first = helper.make_node("Cast", ["x"], ["x.h"], to=TensorProto.FLOAT16)
+    last = helper.make_node("Cast", ["y.h"], ["y"], to=TensorProto.FLOAT)
+    other.graph.node.insert(0, first)
+    other.graph.node.append(last)
+    report = run(model, "tvm", candidate=other, confirm=False)
+    (backend,) = report.backends
+    shares = {c.noise: c.share for c in backend.categories}
+    assert shares["precision.fp16"] + shares["implementation.accumulation"] > 0.95
+    convolution = next(s for s in backend.segments if "body1" in s.nodes)
+    assert (convolution.noise, convolution.bit_identical) == ("precision.fp16", 1.0)
+    assert convolution.floor < 1e-5 < convolution.introduced
+
+
 def test_a_candidate_with_narrower_inputs_is_fed_as_it_takes_them(run):
     model = _cnn()
     other = copy.deepcopy(model)

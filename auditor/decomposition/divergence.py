@@ -25,7 +25,7 @@ from auditor.replays.writer import Format
 class Local:
     """One segment on one sample: the reference on the backend's inputs, and what is left."""
 
-    inputs: Arrays  # in_b
+    inputs: Arrays  # in_b, in the model's types
     observed: Arrays  # out_b
     replayed: Arrays  # h(in_b)
 
@@ -133,7 +133,7 @@ def replay(replayer: Replayer, cut: Cut, captured: Arrays) -> Local:
         ReplayError: the reference cannot take them (a wrong shape, mostly).
     """
     return Local(
-        inputs={name: captured[name] for name in cut.inputs},
+        inputs={name: replayer.typed(name, captured[name]) for name in cut.inputs},
         observed={name: captured[name] for name in cut.outputs},
         replayed=replayer.run(cut, captured),
     )

@@ -125,7 +125,8 @@ def floor(
     )
     single = max(single, repeat)
     narrow = moved.in_own_types(own) if own else 0.0
-    if any(local.observed[name].dtype == np.float16 for name in cut.outputs):
+    # Float16 that a backend hands over where the model has float32 is no type of the model's own.
+    if any(value.dtype == np.float16 for value in local.replayed.values()):
         own, narrow = own or FP16, max(narrow, fp32_rounding.SMALLEST_HALF)
     found = max(single, narrow)
     introduced = moved.distance(local.observed, local.replayed)
