@@ -1,6 +1,7 @@
 """Operators that runtimes compute in several steps, each of which rounds what it writes.
 
-OpenVINO takes some apart into kernels; TVM writes every one out in the model's own type.
+OpenVINO takes some apart into kernels; TVM writes every one out in the model's own type
+(``half_steps``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 
 from auditor.graphs import surgery
 from auditor.graphs.model import key
+from auditor.replays import half_steps
 from auditor.replays.kernel_layout import INTEGERS, Group
 from auditor.replays.rounder import Rounder
 from auditor.replays.writer import OPSET_OF_SUMS
@@ -27,10 +29,7 @@ _AXES_OPSET = 18
 def written(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
     """Write a node in the steps of its kernels, if it has several; returns whether it has."""
     if rounder.sites.sums and rounder.to.cast == TensorProto.FLOAT16:
-        narrow = _IN_HALF.get(node.op_type)
-        if narrow is None or rounder.at.halves.intersection(node.input):
-            return False  # in float16 already: ONNX Runtime rounds as it likes
-        return narrow(rounder, node, group)
+        return half_steps.written(rounder, node, group)
     if node.op_type in _MEANS:
         return _average(rounder, node, group)
     steps = _STEPS.get(node.op_type)
@@ -200,73 +199,10 @@ def _reduce(rounder: Rounder, op_type: str, tensor: str, axes: list[int]) -> str
     return rounder.new(op_type, tensor, rounder.integers(axes))
 
 
-def _tanh(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """(1 − e⁻²ᵃ) / (1 + e⁻²ᵃ) of the absolute value, which is the same for either sign."""
-    x = rounder.input(node, 0, node.input[0], group)
-    one, twice = rounder.scalar(1.0), rounder.new("Mul", rounder.new("Abs", x), rounder.scalar(-2))
-    power = rounder.round(rounder.new("Exp", rounder.round(twice)))
-    top, low = (rounder.round(rounder.new(kind, one, power)) for kind in ("Sub", "Add"))
-    size = rounder.round(rounder.new("Div", top, low))
-    rounder.write(helper.make_node("Mul", [size, rounder.new("Sign", x)], node.output), group)
-    return True
-
-
-def _sigmoid(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """1 / (1 + e⁻ˣ)."""
-    x = rounder.input(node, 0, node.input[0], group)
-    one = rounder.scalar(1.0)
-    power = rounder.round(rounder.new("Exp", rounder.new("Neg", x)))
-    low = rounder.round(rounder.new("Add", one, power))
-    rounder.write(helper.make_node("Div", [one, low], node.output), group)
-    return True
-
-
-def _instance_normalization(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
-    """Add up mean and variance one value after another, and round every result."""
-    shape = rounder.at.shapes.get(node.input[0], ())
-    if len(shape) < 3 or surgery.opset(rounder.at.model) < OPSET_OF_SUMS:
-        return False
-    x, scale, bias = (rounder.input(node, i, name, group) for i, name in enumerate(node.input))
-    rows, count = shape[0] * shape[1], math.prod(shape[2:])
-    flat = rounder.new("Reshape", x, rounder.integers([rows, 1, count]))
-    mean = _mean_in_order(rounder, flat, rows, count)
-    centred = rounder.round(rounder.new("Sub", flat, mean))
-    square = rounder.round(rounder.new("Mul", centred, centred))
-    variance = _mean_in_order(rounder, square, rows, count)
-    epsilon = rounder.round(rounder.scalar(surgery.attributes(node).get("epsilon", 1e-5)))
-    width = rounder.round(rounder.new("Add", variance, epsilon))
-    width = rounder.round(rounder.new("Sqrt", width))
-    normal = rounder.round(rounder.new("Div", centred, width))
-    normal = rounder.new("Reshape", normal, rounder.integers(shape))
-    across = rounder.integers([-1, *[1] * (len(shape) - 2)])
-    scaled = rounder.round(rounder.new("Mul", normal, rounder.new("Reshape", scale, across)))
-    shift = rounder.new("Reshape", bias, across)
-    rounder.write(helper.make_node("Add", [scaled, shift], node.output), group)
-    return True
-
-
-def _mean_in_order(rounder: Rounder, matrix: str, rows: int, count: int) -> str:
-    """Means of the last axis of [rows, 1, count], every running sum rounded; [rows, 1, 1]."""
-    ones = rounder.initializer(
-        f"{rounder.mark}{count} ones", TensorProto.FLOAT, (1, count, 1), [1.0] * count
-    )
-    like = rounder.new(
-        "Reshape", _reduce(rounder, "ReduceMean", matrix, [2]), rounder.integers([rows, 1, 1])
-    )
-    total = rounder.in_order(matrix, ones, like, rank=3)
-    return rounder.round(rounder.new("Div", total, rounder.scalar(float(count))))
-
-
 _STEPS = {
     "Col2Im": _columns,
     "GroupNormalization": _group_normalization,
     "LayerNormalization": _layer_normalization,
     "LogSoftmax": _log_softmax,
     "ReduceSumSquare": _sum_of_squares,
-}
-# In float16, where every sum is added up in it too.
-_IN_HALF = {
-    "InstanceNormalization": _instance_normalization,
-    "Sigmoid": _sigmoid,
-    "Tanh": _tanh,
 }

@@ -160,36 +160,91 @@ def test_running_sums(generator: np.random.Generator, kind: str, typed: Any) -> 
     assert found.explained > 0.999 and found.bit_identical > 0.999
 
 
-@pytest.mark.parametrize("kind", ["Tanh", "Sigmoid", "InstanceNormalization"])
-def test_operators_written_out_in_float16(generator: np.random.Generator, kind: str) -> None:
-    """Every step is rounded, as TVM does: numpy's own float16 does the same."""
-    one, x = np.float16(1), generator.standard_normal((2, 3, 8, 9)).astype(np.float16)
-    constants: dict[str, Array] = {}
-    if kind == "InstanceNormalization":
-        gamma, beta = (generator.standard_normal(3).astype(np.float16) for _ in range(2))
-        constants = {"gamma": gamma.astype(np.float32), "beta": beta.astype(np.float32)}
+def _exp(x: Array) -> Array:
+    return np.exp(x.astype(np.float32)).astype(np.float16)
 
-        def mean(values: Array) -> Array:
-            total = np.zeros(values.shape[:2], np.float16)
-            for i, j in np.ndindex(values.shape[2:]):
-                total = total + values[:, :, i, j]
-            return (total / np.float16(72))[..., None, None]
 
-        d = x - mean(x)
-        planted = d / np.sqrt(mean(d * d) + np.float16(1e-5))
-        planted = planted * gamma[:, None, None] + beta[:, None, None]
-    elif kind == "Sigmoid":
-        planted = one / (one + np.exp(-x.astype(np.float32)).astype(np.float16))
-    else:
-        power = np.exp(-2 * np.abs(x.astype(np.float32))).astype(np.float16)
-        planted = np.sign(x) * ((one - power) / (one + power))
-    assert planted.dtype == np.float16
+def _log(x: Array) -> Array:
+    return np.log(x.astype(np.float32)).astype(np.float16)
+
+
+def _in_order(x: Array, axis: int) -> Array:
+    """A sum along an axis of which every running sum is rounded; the axis stays."""
+    total = np.zeros_like(np.take(x, 0, axis))
+    for index in range(x.shape[axis]):
+        total = total + np.take(x, index, axis)
+    return np.expand_dims(total, axis)
+
+
+def _planted(kind: str, x: Array, *constants: Array) -> Array:
+    """What TVM makes of float16: numpy's own arithmetic rounds every step too."""
+    one, three, six = map(np.float16, (1, 3, 6))
+    across = [c.reshape(-1, 1, 1) for c in constants]
+    if kind == "Sigmoid":
+        return one / (one + _exp(-x))
+    if kind == "HardSigmoid":
+        return np.clip(x * np.float16(0.2) + np.float16(0.5), 0, one)
+    if kind == "HardSwish":
+        return x * (np.clip(x + three, 0, six) / six)
+    if kind == "Softplus":
+        return np.maximum(x, 0) + _log(one + _exp(-np.abs(x)))
+    if kind == "Tanh":
+        power = _exp(-2 * np.abs(x))
+        return np.sign(x) * ((one - power) / (one + power))
+    if kind in ("Softmax", "LogSoftmax"):
+        below = x - x.max(1, keepdims=True)
+        power = _exp(below)
+        total = _in_order(power, 1)
+        return power / total if kind == "Softmax" else below - _log(total)
+    if kind == "BatchNormalization":
+        gamma, beta, mean, variance = across
+        width = np.sqrt(variance.astype(np.float32) + np.float32(1e-5))
+        return (x - mean).astype(np.float32) / width * gamma + beta
+    if kind == "LayerNormalization":
+        wide = x.astype(np.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        width = np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(1e-5))
+        return (centred / width).astype(np.float16) * constants[0] + constants[1]
+
+    def mean_of(values: Array) -> Array:
+        rows = values.reshape(*values.shape[:2], -1)
+        return (_in_order(rows, 2) / np.float16(rows.shape[2]))[..., None]
+
+    assert kind == "InstanceNormalization"
+    centred = x - mean_of(x)
+    normal = centred / np.sqrt(mean_of(centred * centred) + np.float16(1e-5))
+    return normal * across[0] + across[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [
+        ("Tanh", [], {}),
+        ("Sigmoid", [], {}),
+        ("HardSigmoid", [], {}),
+        ("HardSwish", [], {}),
+        ("Softplus", [], {}),
+        ("Softmax", [], {"axis": 1}),
+        ("LogSoftmax", [], {"axis": 1}),
+        ("InstanceNormalization", [5, 5], {}),
+        ("BatchNormalization", [5, 5, 5, 5], {}),
+        ("LayerNormalization", [9, 9], {}),
+    ],
+)
+def test_operators_written_out_in_float16(
+    generator: np.random.Generator, kind: str, sizes: list[int], options: dict[str, int]
+) -> None:
+    x = generator.standard_normal((2, 5, 8, 9)).astype(np.float16)
+    values = [np.abs(generator.standard_normal(size)).astype(np.float16) for size in sizes]
+    constants = {f"c{i}": value.astype(np.float32) for i, value in enumerate(values)}
+    planted = _planted(kind, x, *values)
+    assert planted.dtype == (np.float32 if kind == "BatchNormalization" else np.float16)
     nodes = [
         helper.make_node("Reshape", ["x", "shape"], ["h"]),
-        helper.make_node(kind, ["h", *constants], ["y"]),
+        helper.make_node(kind, ["h", *constants], ["y"], **options),
     ]
     segment = make_segment(nodes, {**constants, "shape": np.array(x.shape)})
-    given = {"x": x.reshape(6, -1).astype(np.float32)}
+    given = {"x": x.reshape(10, -1).astype(np.float32)}
     found = explain(segment, given, {"y": planted.astype(np.float32)})
     assert found.noise == ID and "running sums" in (found.variant or "")
     assert found.explained > 0.999 and found.bit_identical > 0.999
