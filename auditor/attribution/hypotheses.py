@@ -178,11 +178,11 @@ class Bench:
 
         Where products saturate, few values are wrong by so much that it explains little.
         """
-        return tested.hypothesis.bit_identical >= EXACT > self._exact_already
+        return tested.hypothesis.bit_identical >= EXACT > self._identical
 
     @cached_property
-    def _exact_already(self) -> float:
-        """The part of the values that the plain replay gives exactly, of tensors of its shape."""
+    def _identical(self) -> float:
+        """The fraction of the elements that the plain replay gives exactly."""
         error = self.error
         names = error.replayed.keys() - error.reshaped
         same = [metrics.bit_identical(error.observed[n], error.replayed[n]) for n in names]
@@ -226,9 +226,13 @@ class Bench:
     @property
     def all_but_rounding(self) -> float:
         """The share from which on nothing is left to explain but float32's rounding."""
+        return max(ENOUGH, 1 - self._rounding / self.error.total)
+
+    @property
+    def _rounding(self) -> float:
+        """The part of the error that may be float32's rounding beside a convention."""
         floor = math.inf if self.error.counted else self.floor  # choices turn one by one
-        rounding = len(self.error.replayed) * (BESIDE * floor) ** 2
-        return max(ENOUGH, 1 - rounding / self.error.total)
+        return len(self.error.replayed) * (BESIDE * floor) ** 2
 
     # --- what chance may do --------------------------------------------------------------------
 
@@ -294,8 +298,7 @@ class Bench:
         error = self.error
         if error.counted or error.reshaped or error.finite > (1 - ENOUGH) * error.total:
             return False
-        rounding = len(error.replayed) * (BESIDE * self.floor) ** 2
-        return error.finite_left_by(outputs) > max(2 * error.finite, rounding)
+        return error.finite_left_by(outputs) > max(2 * error.finite, self._rounding)
 
     # --- replaying -----------------------------------------------------------------------------
 
