@@ -26,18 +26,22 @@ def render_backends(
     columns = (Column("backend"), Column("engine"), Column("version"), Column("devices"))
     table: list[Row] = []
     for id, answer in words.visible(tuple(rows)):
+        # One that is available may have a reason too, why it cannot do all.
+        reason = answer.reason or ("" if answer.available else "not available")
+        details = (
+            *([detail("reason", Span(reason, "yellow"))] if reason else []),
+            *([detail("remedy", Span(answer.remedy))] if answer.remedy else []),
+        )
         if not answer.available:
-            details = [detail("reason", Span(answer.reason or "not available", "yellow"))]
-            if answer.remedy:
-                details.append(detail("remedy", Span(answer.remedy)))
             cells = (Span(id, "bold"), Span(answer.engine), Span("not available", "yellow"))
-            table.append(Row(cells, tuple(details)))
+            table.append(Row(cells, details))
             continue
         here = [d for d in answer.devices if d.reason is None]
         devices = [Span(_device(id, device)) for device in here] or [Span(words.NONE)]
         head = (Span(id, "bold"), Span(answer.engine), Span(answer.version or words.NONE))
         table.append(Row((*head, devices[0])))
         table += [Row((Span(""), Span(""), Span(""), device)) for device in devices[1:]]
+        table[-1] = table[-1]._replace(details=details)
         absent = [d for d in answer.devices if d.reason is not None]
         for device in absent:
             said = f"{device.reason}; {device.remedy}" if device.remedy else device.reason or ""

@@ -410,6 +410,10 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
                 remedy="pip install 'sysnoise-auditor[tvm]'",
             ),
         ),
+        (
+            "trt",
+            Availability(True, "TensorRT", "11", (), "no CUDA device: built, not run", "Get one"),
+        ),
         ("ort", Availability(True, "ONNX Runtime", "1.32.0")),
     ]
     text = _lists.render_backends(rows, width, False)
@@ -417,6 +421,7 @@ def test_backends_are_listed_with_devices_or_remedy(width: int) -> None:
     said = _flat(text)
     assert "ov OpenVINO 2026.4.1 Intel(R) Xeon(R) (f32, bf16, int8) ov:GPU Intel(R) Arc(TM)" in said
     assert "tvm TVM not available reason the package `tvm` is not installed remedy pip" in said
+    assert "trt TensorRT 11 - reason no CUDA device: built, not run remedy Get one" in said
     assert "ort ONNX Runtime 1.32.0" in said
 
 
