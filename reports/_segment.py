@@ -184,7 +184,9 @@ def draw_step(page: Page, report: AuditReport, step: PipelineStep) -> None:
 def cause_of(segment: Segment) -> str:
     if segment.unmeasured:
         return "not measured"
-    return segment.noise or ("unexplained" if segment.introduced > segment.floor else words.NONE)
+    if segment.introduced <= segment.floor:  # what rounding may make needs no cause
+        return "below its floor"
+    return segment.noise or "unexplained"
 
 
 def draw_segment(page: Page, report: AuditReport, backend: BackendReport, segment: Segment) -> None:

@@ -392,6 +392,17 @@ def test_a_report_without_segments_says_so(report: AuditReport) -> None:
         _segment.render_segment(bare, "s0", 80, False)
 
 
+def test_a_segment_below_its_floor_has_no_cause(report: AuditReport) -> None:
+    """Whatever accounts for it in the books."""
+    ort, *others = report.backends
+    segment = replace(
+        ort.segments[0], introduced=0.0, floor=3e-6, noise="implementation.fp32_rounding"
+    )
+    shown = replace(report, backends=(replace(ort, segments=(segment,)), *others), findings=())
+    said = _flat(_segment.render_segment(shown, segment.nodes[0], 100, False))
+    assert "cause below its floor" in said and "implementation.fp32_rounding" not in said
+
+
 # --- the other lists -----------------------------------------------------------------------------
 
 
