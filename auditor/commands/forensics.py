@@ -87,11 +87,15 @@ def _forensics(
     try:
         if deployed_input is not None:
             data = _photo(image)
-            found = forensics.identify(_tensor(deployed_input), data, described.training)
+            found = forensics.identify(
+                _tensor(deployed_input, "--deployed-input"), data, described.training
+            )
             text, said = answer.to_json(found), answer.render(found, *screen())
         else:
             assert deployed_result is not None
-            made = _result(_tensor(deployed_result), described, image, outputs, model)
+            made = _result(
+                _tensor(deployed_result, "--deployed-result"), described, image, outputs, model
+            )
             text, said = answer.result_to_json(made), answer.render_result(made, *screen())
     except PhotoError as error:
         raise UsageError(f"{image}: {error.message}", "Give the photograph itself.") from error
@@ -159,15 +163,10 @@ def _result(
     return result_forensics.identify(recorded, values, post, place)
 
 
-def _tensor(path: Path) -> Array:
-    import numpy as np
+def _tensor(path: Path, option: str) -> Array:
+    from auditor import datafiles
 
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(
-            f"cannot read {path} as an array: {error}", "Save it with numpy.save, unpickled."
-        ) from error
-    if not isinstance(found, np.ndarray):
+    stored = datafiles.read(path, option)
+    if len(stored) > 1:
         raise UsageError(f"{path} holds several arrays", "Save one array with numpy.save.")
-    return found
+    return next(iter(stored.values())).read(None)

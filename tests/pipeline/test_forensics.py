@@ -180,7 +180,11 @@ def test_the_command(photo: bytes, tmp_path: Path) -> None:
     found = json.loads(files["found.json"].read_text())
     conforms(found, "forensics")
     assert found["exact"]
-    for broken in (b"", b"\x93NUMPY", b"not an array"):
+    for broken, said in (
+        (b"", "is empty"),
+        (b"\x93NUMPY", "is not a valid .npy file"),
+        (b"not an array", "is not a valid .npy file: the magic string"),  # nor pickled objects
+    ):
         files["fed.npy"].write_bytes(broken)
-        with pytest.raises(UsageError, match="cannot read"):
+        with pytest.raises(UsageError, match=said):
             CliRunner().invoke(app, command, catch_exceptions=False)
