@@ -264,13 +264,13 @@ def enclosed(body: onnx.GraphProto) -> onnx.GraphProto:
 
     ONNX wants every name once, those of subgraphs included; a model may call anything ``sum``.
     """
+    from auditor.graphs.segments import rename  # which imports this module
+
     own = {value.name for value in (*body.input, *body.initializer)}
     own.update(name for node in body.node for name in node.output if name)
     for value in (*body.input, *body.initializer, *body.output):
         value.name = f"~body/{value.name}"
-    for node in body.node:
-        for names in (node.input, node.output):
-            names[:] = [f"~body/{name}" if name in own else name for name in names]
+    rename(body.node, {name: f"~body/{name}" for name in own})
     return body
 
 

@@ -671,3 +671,23 @@ def test_the_order_of_a_sum_decides_its_last_digit(generator: np.random.Generato
     )
     found = explain(segment, {"x": x}, {"y": r(total)})
     assert found.noise == ID and found.bit_identical == 1
+
+
+def test_inside_a_loop_whose_body_has_a_branch_of_its_own() -> None:
+    """The branch reads the body's tensors, whatever they are called there now."""
+    segment = make_segment(
+        """y = Loop(n, go, x) <
+            body = step (int64 i, bool on, float[4] p) => (bool off, float[4] q) {
+            off = Identity(on) t = Tanh(p)
+            q = If(on) <then_branch = a () => (float[4] u) { u = Mul(t, p) },
+                        else_branch = b () => (float[4] v) { v = Identity(t) }> }>""",
+        {"n": np.array(2), "go": np.array(True)},
+        ["x"],
+    )
+    x = np.array([0.3, -1.7, 2.3, 0.9], np.float32)
+    plain = np.tanh(np.tanh(x) * x) * (np.tanh(x) * x)
+    inner = [v for v in bf16.NOISE.variants(segment) if v.name.startswith("inside")]
+    assert inner
+    for variant in inner:
+        y = run(variant.model, {"x": x})["y"]
+        assert np.allclose(y, plain, rtol=0.02) and not np.allclose(y, plain, rtol=1e-5)
