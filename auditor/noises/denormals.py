@@ -24,9 +24,9 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     for kind in (TensorProto.FLOAT16, TensorProto.FLOAT):
         if kind not in kinds:
             continue
-        body = (
+        body = (  # without Where, which operator sets before 9 do not have
             f"(x) => (y) {{ {surgery.number('k', _SMALLEST[kind])} a = Abs(x) tiny = Less(a, k) "
-            "z = Sub(k, k) y = Where(tiny, z, x) }"
+            "kept = Not(tiny) m = Cast <to = $T> (kept) y = Mul(x, m) }"
         )
         nodes = [(i, n) for i, n in enumerate(model.graph.node) if n.op_type not in _MOVES]
         writes = {i: body for i, n in nodes if types.get(n.output[0]) == kind}
