@@ -52,7 +52,7 @@ _BOOKKEEPING: Final = frozenset(
         *("aten::as_strided", "aten::empty", "aten::empty_strided", "PythonDispatchMode"),
     ]
 )
-_WORKER: Final = str(Path("auditor", "worker.py"))  # calls of the module begin there
+_WORKER: Final = str(Path("auditor", "processes", "worker.py"))  # calls of the module begin there
 # Operations whose result is their argument.
 _SAME: Final = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
 
@@ -101,6 +101,7 @@ class TorchBackend:
             raise BackendError(first_line(error), _REMEDY, stage="start") from error
         _configure(torch, request)
         device = _device(torch, request.device)
+        _interpret()
         source = _source.load(request.source, trusted=request.trusted)
         module = source.module
         # Parameters that want gradients make some kernels choose another way when watched.
@@ -136,6 +137,17 @@ def _configure(torch: Any, request: BuildRequest) -> None:
             )
     if request.threads is not None:
         torch.set_num_threads(request.threads)
+
+
+def _interpret() -> None:
+    """Have what the source hands to ``torch.compile`` run as it is written.
+
+    A compiled function has no operations to be seen, and is another program while it is watched.
+    The compiler reads the variable when it is loaded, which takes seconds.
+    """
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    if compiler := sys.modules.get("torch._dynamo"):
+        compiler.config.disable = True
 
 
 def _device(torch: Any, name: str | None) -> Any:

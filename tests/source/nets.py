@@ -92,6 +92,18 @@ def branches() -> nn.Module:
     return made.eval()
 
 
+def compiled() -> nn.Module:
+    made = small()
+    made.forward = torch.compile(made.forward)
+    return made
+
+
+def unwritten() -> nn.Module:
+    """No line of the user's own code runs in it."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+
+
 class Sequence(nn.Module):
     """Tokens with positions and a reshape, whose sizes a tracer may hold fast."""
 

@@ -138,6 +138,17 @@ def test_training_mode_is_left_and_said(small: Path) -> None:
     assert provenance and any("evaluation mode" in note for note in provenance.notes)
 
 
+def test_what_the_source_compiles_is_run_as_it_is_written(small: Path) -> None:
+    """Compiled, its operations could not be seen; and compiling them takes minutes."""
+    assert_clean(run(small, f"{NETS}:compiled"), least=0.5)
+
+
+def test_no_line_of_ours_is_taken_for_one_of_the_source(tmp_path: Path) -> None:
+    path = export(nets().unwritten(), tmp_path / "m.onnx")
+    said = {m for s in of(run(path, f"{NETS}:unwritten")).segments for m in s.modules}
+    assert said == {"0", "1", "2"}
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
