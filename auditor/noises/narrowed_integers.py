@@ -115,6 +115,11 @@ def _narrowed(model: onnx.ModelProto) -> Iterable[Variant]:
     constants = surgery.constants(model)
     ends = {n for _, node in surgery.find(model, ("Slice",)) for n in node.input[1:3]}
     types = {n: t for n, t in surgery.types(model).items() if n not in ends & constants.keys()}
+    # A real number to the power of an integer is real.
+    roots = {
+        i for i, n in operators.items() if n.op_type == "Pow" and types.get(n.input[0]) in _REAL
+    }
+    operators = {i: n for i, n in operators.items() if i not in roots}
     large = _large(model, types) & types.keys()
     exposed = {
         i: n for i, n in operators.items() if any(t in large for t in (*_numbers(n), *n.output))

@@ -148,6 +148,14 @@ def test_powers_that_do_not_fit() -> None:
     assert (found.noise, found.bit_identical) == (ID, 1.0)
 
 
+def test_real_numbers_to_the_power_of_integers_are_no_integers() -> None:
+    nodes = "n = Cast <to = 7> (i) y = Pow(x, n)"
+    segment = make_segment(nodes, inputs=["x", "i"], outputs=["y"])
+    feeds = {"x": np.array([2, 3], np.float32), "i": np.array([2, -1], np.float32)}
+    for variant in narrowed_integers.NOISE.variants(segment):
+        np.testing.assert_allclose(run(variant.model, feeds)["y"], [4, 1 / 3], rtol=1e-6)
+
+
 def test_ends_that_are_computed() -> None:
     """The largest int64, "to the end", is -1 in 32 bits; a constant means what it says."""
     a, end = np.arange(200, dtype=np.float32).reshape(2, 100), np.array([2**63 - 1])
