@@ -239,6 +239,15 @@ def _pad(node: onnx.NodeProto, amounts: str) -> str:
     return f"({', '.join(names)}) => (y) {{ {amounts} y = {call} }}"
 
 
+def _emptied(model: onnx.ModelProto, changed: onnx.ModelProto) -> bool:
+    """Whether no window fits any more: kernels crash on tensors without elements."""
+    before = surgery.shapes(model)
+    return any(
+        0 in shape and 0 not in before.get(name, ())
+        for name, shape in surgery.shapes(changed).items()
+    )
+
+
 def _variants(segment: SegmentGraph) -> Iterable[Variant]:
     """The segment with its convolutions and poolings padded in each of the other ways."""
     model = segment.model
@@ -260,8 +269,8 @@ def _variants(segment: SegmentGraph) -> Iterable[Variant]:
             for i, node, given in nodes
             if node.op_type in operators and (values := form(given)) is not None
         }
-        if changes:
-            yield Variant(name, _set(model, changes))
+        if changes and not _emptied(model, changed := _set(model, changes)):
+            yield Variant(name, changed)
     pads = [(i, node) for i, node in found if node.op_type == "Pad"]
     for name, amounts in _PADS if modern else ():
         yield from rewritten(model, name, pads, partial(_pad, amounts=amounts))

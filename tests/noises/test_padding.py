@@ -11,8 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from auditor.noises import padding
-from auditor.ports import Array
-from tests.helpers import named
+from auditor.ports import Array, SegmentGraph
+from tests.helpers import named, onnx_model
 from tests.segments import diagnose, make_segment
 
 ID = "inference.padding"
@@ -273,3 +273,15 @@ def test_defects_are_not_named(
 def test_nothing_to_replay_without_padding(w: Array) -> None:
     segment = make_segment("y = Conv(x, w)", {"w": w})
     assert not list(padding.NOISE.variants(segment))
+
+
+def test_windows_that_fit_nowhere_without_their_padding_are_left_alone() -> None:
+    """ONNX Runtime's InstanceNormalization crashes on a tensor without elements."""
+    model = onnx_model(
+        """(float[1, 2, 1, 4] x) => (float[1, 2, 2, 3] y)
+        <float[2] s = {1, 2}, float[2] b = {0, 1}> {
+            t = AveragePool <kernel_shape = [2, 2], pads = [1, 0, 1, 0]> (x)
+            y = InstanceNormalization(t, s, b) }"""
+    )
+    names = {variant.name for variant in padding.NOISE.variants(SegmentGraph(model, ()))}
+    assert "padding is ignored" not in names and "count_include_pad is the other way" in names
