@@ -167,7 +167,7 @@ def load(request: BuildRequest, original: onnx.GraphProto) -> tuple[Imported, tu
         _require_converters(original)  # says more than ONNX Runtime's refusal, where it applies
         raise
     widened = ""
-    if any(map(_is_inserted, folded.graph.node)) and not _narrowed(folded):
+    if any(map(_is_inserted, folded.graph.node)) and not _narrowed(folded, original):
         widened = (
             " It computes in float32 there what ONNX Runtime has no kernel for in float16, which "
             "TVM's own import would not do."
@@ -198,7 +198,7 @@ def _is_inserted(node: onnx.NodeProto) -> bool:
     return node.op_type == "Cast" and node.name.startswith(_INSERTED)
 
 
-def _narrowed(model: onnx.ModelProto) -> bool:
+def _narrowed(model: onnx.ModelProto, original: onnx.GraphProto) -> bool:
     """Take these casts out, in place; False if that leaves types that do not fit."""
     import onnx
     import onnxruntime as ort
@@ -211,7 +211,7 @@ def _narrowed(model: onnx.ModelProto) -> bool:
         node.input[:] = [name.removeprefix(_INSERTED) for name in node.input]
         node.output[:] = [name.removeprefix(_INSERTED) for name in node.output]
     del graph.node[:], graph.value_info[:]
-    graph.node.extend(nodes)
+    graph.node.extend(_with_own_casts(nodes, original))
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
@@ -223,6 +223,33 @@ def _narrowed(model: onnx.ModelProto) -> bool:
         return False
     model.CopyFrom(narrowed)
     return True
+
+
+def _with_own_casts(
+    nodes: list[onnx.NodeProto], original: onnx.GraphProto
+) -> Iterator[onnx.NodeProto]:
+    """Nodes with the model's casts to float16 that ONNX Runtime joined with one of its own."""
+    from onnx import TensorProto
+
+    made = {name for node in nodes for name in node.output}
+    reads = {name: set(node.input) for node in original.node for name in node.output}
+    lost = {
+        node.input[0]: node
+        for node in original.node
+        if node.op_type == "Cast"
+        and any(a.name == "to" and a.i == TensorProto.FLOAT16 for a in node.attribute)
+        and node.output[0] not in made
+    }
+    for node in nodes:
+        own = reads.get(node.output[0], set())
+        for position, name in enumerate(node.input):
+            if name in lost and name not in own:
+                cast = lost[name]
+                node.input[position] = cast.output[0]
+                if cast.output[0] not in made:
+                    made.add(cast.output[0])
+                    yield cast
+        yield node
 
 
 def last_line(error: Exception) -> str:

@@ -32,6 +32,11 @@ SITES = (
         name="operands and results of each kernel in fp16, FP32 accumulation and convolution bias",
         bias="fully-connected",
     ),
+    replace(
+        _KERNEL,
+        name="operands, constants and results of each kernel in fp16, FP32 in between",
+        constants=True,
+    ),
     Sites(
         "operands and results of products in fp16, FP32 accumulation, bias and all else",
         "operator",

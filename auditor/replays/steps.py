@@ -33,7 +33,8 @@ def written(rounder: Rounder, node: onnx.NodeProto, group: Group) -> bool:
     if node.op_type in _MEANS:
         return _average(rounder, node, group)
     steps = _STEPS.get(node.op_type)
-    if steps is None or rounder.sites.scope != "kernel" or not rounder.reads_narrow(group):
+    openvinos = rounder.sites.scope == "kernel" and not rounder.sites.constants
+    if steps is None or not openvinos or not rounder.reads_narrow(group):
         return False
     return steps(rounder, node, group)
 

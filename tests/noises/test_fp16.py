@@ -250,6 +250,26 @@ def test_operators_written_out_in_float16(
     assert found.explained > 0.999 and found.bit_identical > 0.999
 
 
+def test_a_kernel_of_several_operators_reads_every_constant_in_half(
+    generator: np.random.Generator,
+) -> None:
+    """As ONNX Runtime adds what skips a layer and normalises: in float32 between float16."""
+    x, skipped = (r(generator.standard_normal((6, 64))) for _ in range(2))
+    bias, gamma, beta = (generator.standard_normal(64).astype(np.float32) for _ in range(3))
+    total = x + skipped + r(bias)
+    centred = total - total.mean(-1, keepdims=True)
+    width = np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(1e-5))
+    planted = r(centred / width * r(gamma) + r(beta))
+    segment = make_segment(
+        "b = Add(x, bias) t = Add(b, skipped) y = LayerNormalization(t, gamma, beta)",
+        {"bias": bias, "gamma": gamma, "beta": beta},
+        ["x", "skipped"],
+        kernels=(Kernel("k", "SkipLayerNormalization", ("b", "t", "y"), ("y",), "", "f16", "f16"),),
+    )
+    found = explain(segment, {"x": x, "skipped": skipped}, {"y": planted})
+    assert found.noise == ID and found.explained > 0.99
+
+
 def test_running_sums_are_not_tried_where_the_engine_reports_float32() -> None:
     node = "y = MatMul(x, w)"
     stated = (Kernel("k", "FullyConnected", ("y",), ("y",), "", "f32", "f32"),)
