@@ -20,6 +20,11 @@ _KERNEL = replace(
     name="operands, bias and results of each kernel in fp16, FP32 accumulation",
     bias="all",
 )
+_WHOLE = replace(
+    _KERNEL,
+    name="operands, constants and results of each kernel in fp16, FP32 in between",
+    constants=True,
+)
 _OPERATOR = replace(
     OPERATOR, name="operands, constants and result of every operator in fp16, FP32 accumulation"
 )
@@ -32,11 +37,7 @@ SITES = (
         name="operands and results of each kernel in fp16, FP32 accumulation and convolution bias",
         bias="fully-connected",
     ),
-    replace(
-        _KERNEL,
-        name="operands, constants and results of each kernel in fp16, FP32 in between",
-        constants=True,
-    ),
+    _WHOLE,
     Sites(
         "operands and results of products in fp16, FP32 accumulation, bias and all else",
         "operator",
@@ -48,11 +49,7 @@ SITES = (
     _OPERATOR,
     _CONSTANTS,
     replace(_CONSTANTS, name="every constant in fp16, at most 65504", saturates=True),
-    replace(
-        _KERNEL,
-        name="inputs, weights, bias and outputs in fp16, FP32 in between",
-        scope="segment",
-    ),
+    replace(_WHOLE, name="inputs, constants and outputs in fp16, FP32 in between", scope="segment"),
     Sites("weights in fp16", "operator", weights=True, products=True),
     replace(
         _OPERATOR,

@@ -58,6 +58,9 @@ IN_STEP = 64
 
 _LARGE = 64 << 20
 
+# What numpy says of the types that ml_dtypes adds to it, such as bfloat16 (dtype.isbuiltin).
+_REGISTERED = 2
+
 # In networks of more segments than the first, runs of so many are also one session each, where
 # nothing is patched: for small layers, handing tensors over costs more than the layers do. It is
 # done up to so many bytes of weights, which these sessions hold once more.
@@ -366,6 +369,8 @@ class Replayer:
         if kind is None:
             return value
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        if value.dtype != dtype and value.dtype.isbuiltin == _REGISTERED:
+            value = value.astype(np.float32)
         if value.dtype == dtype or not {value.dtype.kind, dtype.kind} <= set("fiub"):
             return value
         kinds = value.dtype.kind + dtype.kind

@@ -250,8 +250,9 @@ def test_operators_written_out_in_float16(
     assert found.explained > 0.999 and found.bit_identical > 0.999
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_a_kernel_of_several_operators_reads_every_constant_in_half(
-    generator: np.random.Generator,
+    generator: np.random.Generator, named: bool
 ) -> None:
     """As ONNX Runtime adds what skips a layer and normalises: in float32 between float16."""
     x, skipped = (r(generator.standard_normal((6, 64))) for _ in range(2))
@@ -260,11 +261,12 @@ def test_a_kernel_of_several_operators_reads_every_constant_in_half(
     centred = total - total.mean(-1, keepdims=True)
     width = np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(1e-5))
     planted = r(centred / width * r(gamma) + r(beta))
+    kernel = Kernel("k", "SkipLayerNormalization", ("b", "t", "y"), ("y",), "", "f16", "f16")
     segment = make_segment(
         "b = Add(x, bias) t = Add(b, skipped) y = LayerNormalization(t, gamma, beta)",
         {"bias": bias, "gamma": gamma, "beta": beta},
         ["x", "skipped"],
-        kernels=(Kernel("k", "SkipLayerNormalization", ("b", "t", "y"), ("y",), "", "f16", "f16"),),
+        kernels=[kernel] if named else [],
     )
     found = explain(segment, {"x": x, "skipped": skipped}, {"y": planted})
     assert found.noise == ID and found.explained > 0.99
