@@ -269,7 +269,7 @@ def test_second_cause(bench: Bench, noises: Sequence[Noise], usual: Mapping[str,
         if bench.all_explained:
             return
     # The stated precision hides which of several forms of a fault is the right one.
-    stated = [n for n in noises if n.id in usual and n.stated_by(bench.segment.kernels)]
+    stated = [n for n in noises if n.id in usual and n.stated_by(bench.said)]
     others = [t for t in bench.tested if t.variant.model.graph.node and t is not first]
     for other in sorted(others, key=merit, reverse=True)[:COMBINED]:
         for noise in stated:

@@ -238,7 +238,7 @@ class _Search:
         self.ordered = sorted(
             bench.noises,
             key=lambda n: (
-                not n.stated_by(self.segment.kernels),
+                not n.stated_by(bench.said),
                 believed is None or n.id != believed[0],
             ),
         )
@@ -348,7 +348,7 @@ def _winner(bench: Bench) -> Tested | None:
         and not alike(t.hypothesis.noise, best.hypothesis.noise)
         and 1 - t.hypothesis.explained <= CLEARLY * (1 - best.hypothesis.explained)
     ]
-    stated = {n.id for n in bench.noises if n.stated_by(bench.segment.kernels)}
+    stated = {n.id for n in bench.noises if n.stated_by(bench.said)}
     if known := [t for t in (best, *rivals) if t.hypothesis.noise in stated]:
         return max(known, key=merit)
     same = all(metrics.bitwise_equal(t.outputs, best.outputs) for t in rivals)

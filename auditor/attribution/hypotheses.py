@@ -22,6 +22,7 @@ from auditor.decomposition.divergence import Local
 from auditor.errors import NoiseError
 from auditor.graphs import surgery
 from auditor.ports import Array, Arrays, Noise, SegmentGraph, Variant
+from auditor.records.backend import Kernel
 from auditor.records.measured import Hypothesis
 from auditor.replays import sessions
 
@@ -101,6 +102,8 @@ class Bench:
         keep_from: share explained below which a hypothesis' outputs and model are let go.
         floor: the introduced error, relative L2, that rounding explains. Where it is infinite,
             nothing is asked of what a cause leaves.
+        said: the kernels that the engine names; where it names none, as in a dump of tensors, one
+            that writes the narrow type that it hands over.
         stated: ids of the precisions that the engine says it computes in.
         tested: results so far.
         failures: hypotheses that could not be replayed, as sentences.
@@ -124,10 +127,9 @@ class Bench:
     def __post_init__(self) -> None:
         """Measure the error."""
         self.error = SegmentError(self.local)
+        self.said = self.segment.kernels or tuple(_writing(self.local))
         self.stated = frozenset(
-            n.id
-            for n in self.noises
-            if n.id.startswith(PRECISION) and n.stated_by(self.segment.kernels)
+            n.id for n in self.noises if n.id.startswith(PRECISION) and n.stated_by(self.said)
         )
         self.narrow = frozenset(n.id for n in self.noises if n.significand is not None)
         self._cancelling = {n.id: n.cancelling for n in self.noises if n.convention}
@@ -425,3 +427,11 @@ def _one_step(values: Array, observed: Array) -> Array:
     """Which values, of 8 bits dequantised, are on the step on which the backend has them."""
     nought = _NOUGHT * float(np.abs(observed).max(initial=0, where=np.isfinite(observed)))
     return np.isclose(values, observed, _LAST_BITS, nought)
+
+
+def _writing(local: Local) -> Iterator[Kernel]:
+    """What handed over a segment's outputs in a type of two bytes where the model's has more."""
+    for name, value in local.observed.items():
+        wide = local.replayed[name].dtype
+        if value.dtype.itemsize == 2 and value.dtype.kind in "fV" and wide.itemsize > 2:
+            yield Kernel(name, "", (), (name,), "", str(value.dtype), str(value.dtype))

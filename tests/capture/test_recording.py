@@ -169,21 +169,48 @@ def test_an_output_of_another_type_is_said(tmp_path):
     assert report.findings == ()
 
 
-def test_a_cause_is_named_from_a_dump(tmp_path):
+@pytest.mark.parametrize("narrow", ["float32", "bfloat16", "float16"])
+def test_a_cause_is_named_from_a_dump(tmp_path, narrow):
+    """Also where the runtime hands over what it holds, in its own narrow type."""
     torch = pytest.importorskip("torch")
     rows = torch.from_numpy(np.random.default_rng(4).standard_normal((1, 16)).astype(np.float32))
+    kind = torch.float16 if narrow == "float16" else torch.bfloat16
 
-    def product(x, w):  # as hardware with bfloat16 products and float32 sums does it
-        return x.bfloat16().float() @ torch.from_numpy(w).bfloat16().float()
+    def product(x, w):  # as hardware with narrow products and float32 sums does it
+        total = x.to(kind).float() @ torch.from_numpy(w).to(kind).float()
+        return total if narrow == "float32" else total.to(kind).float()
 
     a = product(rows, WEIGHTS[0])
     c = product(a.relu(), WEIGHTS[1])
-    arrays = {"x": rows, "a": a, "c": c, "y": product(c.relu(), WEIGHTS[2])}
-    path = tmp_path / "npu.npz"
-    np.savez(path, **{name: value.numpy() for name, value in arrays.items()})
+    made = {"a": a, "c": c, "y": product(c.relu(), WEIGHTS[2])}
+    if narrow != "float32":
+        made = {name: value.to(kind) for name, value in made.items()}
+    path = tmp_path / "npu.safetensors"
+    pytest.importorskip("safetensors.torch").save_file({"x": rows, **made}, path)
     report = _audit(_network(tmp_path), traces=[("npu", path)])
-    assert {f.noise for f in report.findings} == {"precision.bf16"}
+    noise = "precision.fp16" if narrow == "float16" else "precision.bf16"
+    assert {f.noise for f in report.findings} == {noise}
     assert report.backends[0].unexplained_share < 0.01
+
+
+def test_infinities_in_a_type_that_is_handed_over_are_that_types(tmp_path):
+    """Minus the lowest float, as masks have it, is infinite in either 16 bits; times 0, NaN."""
+    constants = {"one": np.float32(1), "low": np.float32(np.finfo(np.float32).min)}
+    text = "(float[2, 40] x, float[2, 40] m) => (float[2, 40] y)"
+    text += "{ d = Sub(one, m) s = Mul(d, low) y = Add(x, s) }"
+    path = tmp_path / "mask.onnx"
+    onnx.save(onnx_model(text, constants), path)
+    mask = np.ones((2, 40), np.float32)
+    mask[:, 25:] = 0
+    x = np.random.default_rng(2).standard_normal((2, 40)).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        s = (np.float16(1) - mask.astype(np.float16)) * np.float16(constants["low"])
+        y = x.astype(np.float16) + s
+    dump = tmp_path / "npu.npz"
+    np.savez(dump, x=x, m=mask, s=s, y=y)
+    report = _audit(path, traces=[("npu", dump)])
+    first = report.findings[0]
+    assert (first.noise, first.nodes[-1]) == ("precision.fp16", "Mul → s")
 
 
 def test_names_are_mapped_and_believed_only_if_the_values_agree(tmp_path):
