@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from auditor import datafiles
+from auditor.comparison.metrics import is_float
 from auditor.datafiles import Stored
 from auditor.errors import UsageError, suggestion
 from auditor.graphs.model import Model, Shape, TensorSpec, shown
@@ -212,7 +213,7 @@ def _check_keys(model: Model, data: Path, stored: Mapping[str, Stored]) -> None:
 def _typed(spec: TensorSpec, stored: Stored) -> Stored:
     """Raw bytes as the input's type: all that NumPy's files keep of types that it does not know."""
     raw = stored.dtype.type is np.void and stored.dtype.names is None
-    if not raw or not _is_float(spec.dtype) or stored.dtype.itemsize != spec.dtype.itemsize:
+    if not raw or not is_float(spec.dtype) or stored.dtype.itemsize != spec.dtype.itemsize:
         return stored
     return Stored(stored.shape, spec.dtype, lambda index: stored.read(index).view(spec.dtype))
 
@@ -278,7 +279,7 @@ def _common_count(columns: list[_Column]) -> int:
 def _check_finite(index: int, arrays: Arrays, columns: list[_Column]) -> None:
     for column in columns:
         array = arrays[column.spec.name]
-        if not _is_float(array.dtype):
+        if not is_float(array.dtype):
             continue
         bad = int(np.count_nonzero(~np.isfinite(array)))
         if bad:
@@ -334,7 +335,7 @@ def _shaped(
         spec.name
         for spec in model.inputs
         if spec.name not in given
-        and _is_float(spec.dtype)
+        and is_float(spec.dtype)
         and 2 <= len(spec.shape) <= 3
         and not isinstance(spec.shape[-1], int)
     ]
@@ -436,7 +437,7 @@ def _draw(
         return rng.choice(np.asarray(texts), shape)
     if _is_mask(spec):
         return np.ones(shape, spec.dtype)
-    if _is_float(spec.dtype) or spec.dtype.kind == "c":
+    if is_float(spec.dtype) or spec.dtype.kind == "c":
         return rng.standard_normal(shape).astype(spec.dtype)
     return rng.integers(*integers, shape, endpoint=True).astype(spec.dtype)
 
@@ -446,7 +447,7 @@ def _drawn_from(spec: TensorSpec, integers: _Range) -> str:
         return f"input `{spec.name}`: texts from the model's own tables; give yours with --data"
     if _is_mask(spec):
         return f"input `{spec.name}`: all ones, as a mask that hides nothing"
-    if _is_float(spec.dtype) or spec.dtype.kind == "c":
+    if is_float(spec.dtype) or spec.dtype.kind == "c":
         return f"input `{spec.name}`: standard normal"
     low, high = integers
     if low == high:
@@ -456,12 +457,7 @@ def _drawn_from(spec: TensorSpec, integers: _Range) -> str:
 
 def _is_mask(spec: TensorSpec) -> bool:
     named = "mask" in spec.name.lower()
-    return named and (not _is_float(spec.dtype) or bool(_MASK.search(spec.name)))
-
-
-def _is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether it is a floating type, those of ``ml_dtypes`` (kind V to numpy) included."""
-    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+    return named and (not is_float(spec.dtype) or bool(_MASK.search(spec.name)))
 
 
 def _index_limit(graph: onnx.GraphProto, name: str) -> int | None:

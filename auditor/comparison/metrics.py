@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -269,7 +269,7 @@ def bit_identical(observed: Array, reference: Array) -> float:
         return 0.0
     if reference.size == 0:
         return 1.0
-    floats = reference.dtype.kind == "f" and observed.dtype.kind == "f"
+    floats = is_float(reference.dtype) and is_float(observed.dtype)
     count = 0
     for a, b in _blocks(observed, reference):
         same = a == b
@@ -361,6 +361,11 @@ def value_range(values: Array) -> tuple[float, float]:
 def square_sum(values: Array) -> float:
     """Σv², exact enough in float32 and redone in float64 where squares over- or underflow."""
     return _dot(values, values)
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether it is a floating type, those of ``ml_dtypes`` (kind V to numpy) included."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
 def to_float(values: Array) -> Array:

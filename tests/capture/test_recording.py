@@ -9,7 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from ml_dtypes import bfloat16
 from onnx import helper
+from safetensors import numpy as numpy_format
 
 from auditor import discovery
 from auditor.audit import AuditOptions, BackendSpec, audit, record
@@ -56,9 +58,7 @@ def _dump(folder, *, samples=1, names=None, inputs=True, suffix=".npz", **defect
     if suffix == ".npz":
         np.savez(path, **arrays)
     else:
-        from safetensors.numpy import save_file
-
-        save_file(arrays, path)
+        numpy_format.save_file(arrays, path)
     return path, rows
 
 
@@ -193,7 +193,8 @@ def test_a_cause_is_named_from_a_dump(tmp_path, narrow):
     assert report.backends[0].unexplained_share < 0.01
 
 
-def test_infinities_in_a_type_that_is_handed_over_are_that_types(tmp_path):
+@pytest.mark.parametrize(("kind", "noise"), [(np.float16, "fp16"), (bfloat16, "bf16")])
+def test_infinities_in_a_type_that_is_handed_over_are_that_types(tmp_path, kind, noise):
     """Minus the lowest float, as masks have it, is infinite in either 16 bits; times 0, NaN."""
     constants = {"one": np.float32(1), "low": np.float32(np.finfo(np.float32).min)}
     text = "(float[2, 40] x, float[2, 40] m) => (float[2, 40] y)"
@@ -204,13 +205,13 @@ def test_infinities_in_a_type_that_is_handed_over_are_that_types(tmp_path):
     mask[:, 25:] = 0
     x = np.random.default_rng(2).standard_normal((2, 40)).astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        s = (np.float16(1) - mask.astype(np.float16)) * np.float16(constants["low"])
-        y = x.astype(np.float16) + s
-    dump = tmp_path / "npu.npz"
-    np.savez(dump, x=x, m=mask, s=s, y=y)
+        s = (kind(1) - mask.astype(kind)) * kind(constants["low"])
+        made = {"s": s, "y": x.astype(kind) + s}
+    dump = tmp_path / "npu.safetensors"
+    numpy_format.save_file({"x": x, "m": mask, **made}, dump)
     report = _audit(path, traces=[("npu", dump)])
     first = report.findings[0]
-    assert (first.noise, first.nodes[-1]) == ("precision.fp16", "Mul → s")
+    assert (first.noise, first.nodes[-1]) == (f"precision.{noise}", "Mul → s")
 
 
 def test_names_are_mapped_and_believed_only_if_the_values_agree(tmp_path):
