@@ -39,6 +39,7 @@ from auditor.records.backend import Gap
 from auditor.records.measured import Concentration, Picture, TensorStats
 from auditor.replays.reference import Reference
 from auditor.replays.replay import Block, ReplayError, difference
+from auditor.replays.writer import FP16
 
 if TYPE_CHECKING:
     from auditor.pipeline.upstream import Upstream
@@ -368,6 +369,7 @@ class Analysis:
             chain.replayer.weights,
             chain.replayer.folder,
             self._options.threads or 0,
+            half=self.reference.own_type(cut) == FP16,
         )
 
     def _telescope(self, index: int, chain: Chain, flagged: Mapping[str, Local]) -> None:

@@ -285,6 +285,7 @@ class SegmentGraph:
         threads: that the backend may use; 0 for its own choice.
         original: the segment as the file has it, where ``model`` has some operators written out in
             simpler ones.
+        half: whether the model's own tensors here are float16; ``model`` has float32 all the same.
     """
 
     model: onnx.ModelProto
@@ -296,6 +297,7 @@ class SegmentGraph:
     folder: Path | None = None
     threads: int = 0
     original: onnx.ModelProto | None = None
+    half: bool = False
 
 
 @dataclass(frozen=True, slots=True)

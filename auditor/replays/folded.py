@@ -23,23 +23,18 @@ _ATTRIBUTES = {
     "LeakyRelu": {"alpha": 0.01},
     "Elu": {"alpha": 1.0},
 }
-# Numbers of half precision are no coincidence where there are so many, or where one has more
-# significant bits than a number that somebody chose.
-_LEAST = 8
-_CHOSEN = 2**6
 
 
 def in_half(segment: SegmentGraph, *, divisors: bool = False) -> SegmentGraph | None:
     """The segment with its constants folded; None where neither it nor the file is half precision.
 
     Args:
-        segment: one of a float16 model, widened: all its constants are numbers of half precision.
-            Or one whose constants the compiled file stores in float16.
+        segment: one of a float16 model, or whose constants the compiled file stores in float16.
         divisors: whether constant divisors become factors as well. Where the engine fuses what
             divides with what is before it, they do not.
     """
     layout = Layout(segment.model, segment.weights)
-    if not _is_half(layout):
+    if not segment.half:
         if all(constant.storage != "float16" for constant in segment.compiled.values()):
             return None
         segment = _stored_in_half(segment)
@@ -200,21 +195,3 @@ def _stored_in_half(segment: SegmentGraph) -> SegmentGraph:
             values = onnx.numpy_helper.to_array(tensor)
             tensor.CopyFrom(onnx.numpy_helper.from_array(_half(values), tensor.name))
     return replace(segment, model=model, weights={})
-
-
-def _is_half(layout: Layout) -> bool:
-    """Whether all floating-point constants are numbers of half precision."""
-    count = 0
-    for tensor in layout.model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT:
-            continue
-        values = layout.constant(tensor.name)
-        if values is None:
-            return False
-        few = values.reshape(-1)[: surgery.SMALL]  # which tells, mostly
-        if not all(np.array_equal(v, _half(v), equal_nan=True) for v in (few, values)):
-            return False
-        with np.errstate(invalid="ignore"):  # of NaN and infinity
-            precise = np.any(np.frexp(few)[0] * _CHOSEN % 1)
-        count += _LEAST if precise else values.size
-    return count >= _LEAST

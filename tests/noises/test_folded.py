@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
 from auditor.noises import fp16
-from auditor.ports import Array, Arrays, CompiledConstant
+from auditor.ports import Array, Arrays, CompiledConstant, SegmentGraph
 from auditor.replays import folded
 from tests.segments import explain, make_segment, run
 
 
 def half(values: Array) -> Array:
     return np.asarray(values).astype(np.float16).astype(np.float32)
+
+
+def of_half(nodes: Any, constants: Arrays) -> SegmentGraph:
+    """A segment of a float16 model."""
+    return replace(make_segment(nodes, constants, ["x"], ["y"]), half=True)
 
 
 def convolved(x: Array, weights: Array) -> Array:
@@ -35,7 +41,7 @@ def drawn(generator: np.random.Generator) -> Arrays:
 
 
 def test_a_factor_and_a_shift_behind_a_convolution(drawn: Arrays) -> None:
-    segment = make_segment(
+    segment = of_half(
         "p = Conv(x, w, b) q = Mul(p, c) y = Add(d, q)", {n: drawn[n] for n in "wbcd"}
     )
     factor = drawn["c"].reshape(8)
@@ -74,7 +80,7 @@ def test_each_step_of_a_batch_normalisation(
     before = [n for n in "b" if "bias" in reference]
     nodes[0].input.extend(before)
     constants = {"w": drawn["w"], **stored} | {n: drawn[n] for n in before}
-    segment = make_segment(nodes, constants, ["x"], ["y"])
+    segment = of_half(nodes, constants)
     if "single" in reference:
         constants = {"w": drawn["w"], **own}
         if "nodes" in reference:
@@ -99,7 +105,7 @@ def test_each_step_of_a_batch_normalisation(
 def test_attributes_and_divisors() -> None:
     divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
     constants = {"d": divisors, "one": np.array([1])}  # a number of elements stays an integer
-    segment = make_segment(
+    segment = of_half(
         "h = HardSigmoid <alpha = 0.16666666666666666> (x) n = Shape(h) k = Div(n, one) "
         "z = Reshape(h, k) y = Div(z, d)",
         constants,
@@ -112,12 +118,14 @@ def test_attributes_and_divisors() -> None:
     assert np.allclose(run(inverted.model, {"x": x})["y"], gate * half(1 / divisors), rtol=1e-6)
 
 
-def test_one_number_tells_half_precision_where_nobody_would_choose_it() -> None:
-    for number, told in ((half(np.float32(np.sqrt(32))), True), (np.float32(6), False)):
-        segment = make_segment("y = Div(x, d)", {"d": np.asarray(number)})
-        assert (folded.in_half(segment, divisors=True) is not None) == told
+def test_an_attribute_tells_nothing_of_the_models_precision() -> None:
+    """A layer without constants belongs to a float16 model all the same."""
+    segment = of_half("y = HardSigmoid(x)", {})
+    x = np.linspace(-2, 2, 40, dtype=np.float32)
+    planted = np.clip(x.astype(float) * half(np.float32(0.2)) + 0.5, 0, 1).astype(np.float32)
+    assert explain(segment, {"x": x}, {"y": planted}).variant == fp16.FOLDED
 
 
 def test_models_of_single_precision_are_left_alone() -> None:
-    weights = np.linspace(-1, 1, 96, dtype=np.float32).reshape(8, 12, 1, 1)
+    weights = half(np.linspace(-1, 1, 96)).reshape(8, 12, 1, 1)
     assert folded.in_half(make_segment("p = Conv(x, w) y = LeakyRelu(p)", {"w": weights})) is None
