@@ -44,6 +44,7 @@ def renderers() -> dict[str, Renderer]:
 
 def terminal() -> Renderer:
     """The format in which a report is printed, without importing the others."""
+    _modules("reports")  # says so where they are not ours
     found: Renderer = importlib.import_module("reports.terminal").RENDERER
     return found
 
