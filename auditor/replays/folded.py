@@ -141,6 +141,10 @@ class _Folding:
             shape = [1, -1, *[1] * (self._rank(node) - 2)]
             shift = editor.constant(self._shifts[index].reshape(shape))
             editor.add("Add", node.input[0], shift, to=node.output[0])
+        elif (found := self._alone(node)) is not None:
+            factor, shift = map(editor.constant, found)
+            scaled = editor.add("Mul", node.input[0], factor)
+            editor.add("Add", scaled, shift, to=node.output[0])
         elif node.op_type in _ATTRIBUTES:
             narrow = {
                 name: float(_half(given.get(name, default)))
@@ -155,6 +159,18 @@ class _Folding:
             editor.copy(node)
             return
         self.changed = True
+
+    def _alone(self, node: onnx.NodeProto) -> tuple[Array, Array] | None:
+        """Factor and shift of a batch normalisation that no convolution takes in."""
+        if node.op_type != "BatchNormalization" or surgery.attributes(node).get("training_mode"):
+            return None
+        rank = len(surgery.shapes(self.layout.model).get(node.input[0], ()))
+        found = _normalisation(self.layout, node) if rank > 1 else None
+        if found is None:
+            return None
+        factor, mean, shift = found
+        across = [1, -1, *[1] * (rank - 2)]
+        return factor.reshape(across), _half(shift - _half(mean * factor)).reshape(across)
 
     def _divisor(self, node: onnx.NodeProto) -> Array | None:
         found = self.layout.constant(node.input[1]) if node.op_type == "Div" else None

@@ -102,6 +102,24 @@ def test_each_step_of_a_batch_normalisation(
     assert found.explained > 0.9999
 
 
+def test_a_batch_normalisation_that_no_convolution_takes_in(generator: np.random.Generator) -> None:
+    """As in a DenseNet: a factor and a shift, each step of half precision."""
+    x = generator.standard_normal((2, 8, 3, 4)).astype(np.float32)
+    scale, shift, mean = (half(generator.standard_normal(8)) for _ in range(3))
+    variance = half(generator.uniform(0.2, 2, 8))
+    segment = of_half(
+        "r = Reshape(x, size) y = BatchNormalization(r, scale, shift, mean, variance)",
+        {"scale": scale, "shift": shift, "mean": mean, "variance": variance}
+        | {"size": np.array([2, 8, 3, 4])},
+    )
+    factor = half(scale / half(np.sqrt(half(variance + half(1e-5)))))
+    offset = half(shift - half(mean * factor))
+    planted = x.astype(float) * factor[:, None, None] + offset[:, None, None]
+    found = explain(segment, {"x": x}, {"y": planted.astype(np.float32)})
+    assert (found.noise, found.variant) == (fp16.NOISE.id, fp16.FOLDED)
+    assert found.explained > 0.9999
+
+
 def test_attributes_and_divisors() -> None:
     divisors = np.array([3, 5, 7, 9, 11, 13, 1.5, 6], np.float32)
     constants = {"d": divisors, "one": np.array([1])}  # a number of elements stays an integer
