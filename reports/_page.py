@@ -165,7 +165,7 @@ class Page:
             if i >= len(cells):
                 break
             rest = i + 1 == len(cells) < len(columns)
-            text = elide(cells[i].text, self.width - used if rest else width)
+            text = _begun(cells[i].text, self.width - used) if rest else elide(cells[i].text, width)
             blank = Span(" " * (width - width_of(text)))
             cell = Span(text, cells[i].style)
             spans += (blank, cell) if columns[i].right and not rest else (cell, blank)
@@ -226,6 +226,15 @@ def elide(text: str, room: int) -> str:
     start = set_cell_size(text, head).rstrip()
     end = set_cell_size(text[::-1], tail)[::-1].lstrip()
     return f"{start}…{end}"
+
+
+def _begun(text: str, room: int) -> str:
+    """A sentence no wider than ``room``, its end left out."""
+    from rich.cells import set_cell_size
+
+    if width_of(text) <= room:
+        return text
+    return set_cell_size(text, max(room - 1, 0)).rstrip() + "…"
 
 
 def _shortened(text: str, room: int) -> str:

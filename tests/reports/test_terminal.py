@@ -293,6 +293,17 @@ def test_an_empty_audit_renders(report: AuditReport) -> None:
     assert "No gaps: everything asked for was compared." in said
 
 
+def test_why_there_is_no_comparison_is_cut_at_its_end(report: AuditReport) -> None:
+    why = "no device: " + "the library cannot be opened, " * 9
+    broken = replace(
+        report.backends[0], status="gap", outputs=(), gap=Gap(report.backends[0].id, "run", why)
+    )
+    lines = _render(replace(report, backends=(broken,)), width=80).splitlines()
+    (line,) = (line for line in lines if line.startswith(broken.id) and line.endswith("…"))
+    assert "no device: the library cannot be opened" in line
+    assert cell_len(line) <= 80
+
+
 def test_many_participants_become_a_list(report: AuditReport) -> None:
     pairs = tuple(
         replace(report.agreement[0], a=f"backend:{i}", b=f"backend:{j}")
