@@ -444,7 +444,9 @@ class Analysis:
                 part = self.roundings.again(cut.id, local, index)
             else:
                 segment = self._segment(chain, cut, local)
-                part, _ = self.roundings.look(cut.id, segment, local, index, thorough=False)
+                part, failures = self.roundings.look(cut.id, segment, local, index, thorough=False)
+                for failure in failures:
+                    self._gap("explain", failure)
             if part is not None and (noise := self.roundings.noise(cut.id)):
                 named.setdefault(noise, {})[cut.id] = part
         return errors, named
